@@ -1,0 +1,62 @@
+"""Cursors: opaque positions in a session, issued by the log.
+
+A cursor names the stream's incarnation (a re-created stream is noticed), the session (a cursor of another session is
+noticed) and the stream sequence *after* which reading goes on. Cursors of one session and incarnation sort as text in
+the order of the log. Clients must not look inside.
+"""
+
+import hashlib
+import re
+from typing import Final, NamedTuple
+
+__all__ = ["Cursor", "CursorIssuer", "InvalidCursor"]
+
+_SHAPE: Final = re.compile(r"t1([0-9a-f]{2})([0-9a-f]{8})([0-9a-f]{8})([0-9a-f]{12})")
+
+
+class InvalidCursor(ValueError):
+    """Text that no Tailrace has issued as a cursor."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(f"cursor {text[:60]!r} is not one that this service issues")
+
+
+class Cursor(NamedTuple):
+    """A parsed cursor. ``seq`` is the stream sequence of the last event its holder has."""
+
+    partition: int
+    incarnation: str
+    session: str
+    seq: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Cursor":
+        """Return what ``text`` says.
+
+        Raises:
+            InvalidCursor: it is not a cursor.
+        """
+        match = _SHAPE.fullmatch(text)
+        if match is None:
+            raise InvalidCursor(text)
+        partition, incarnation, session, seq = match.groups()
+        return cls(int(partition, 16), incarnation, session, int(seq, 16))
+
+
+class CursorIssuer:
+    """Issues the cursors of one session in one incarnation of its stream.
+
+    ``created`` is the stream's creation time as the broker prints it: it differs for a re-created stream.
+    """
+
+    __slots__ = ("incarnation", "partition", "prefix", "session")
+
+    def __init__(self, partition: int, created: str, tenant: str, session: str) -> None:
+        self.partition = partition
+        self.incarnation = hashlib.sha256(created.encode()).hexdigest()[:8]
+        self.session = hashlib.sha256(f"{tenant}.{session}".encode()).hexdigest()[:8]
+        self.prefix = f"t1{partition:02x}{self.incarnation}{self.session}"
+
+    def issue(self, seq: int) -> str:
+        """Return the cursor after the event with this stream sequence (0: before the first one)."""
+        return f"{self.prefix}{seq:012x}"

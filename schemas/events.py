@@ -1,0 +1,166 @@
+"""Events of a generation: the records of the log.
+
+Every event is a tagged msgspec struct (``type`` names it) and carries its schema version ``v``. Unknown fields are
+ignored when read, so that a newer writer never breaks an older reader.
+"""
+
+import msgspec
+
+from schemas.usage import Counted, Usage
+
+__all__ = [
+    "TERMINAL_TYPES",
+    "VERSION",
+    "AnyEvent",
+    "Binary",
+    "Cancelled",
+    "Completed",
+    "Delta",
+    "Event",
+    "Failed",
+    "Interrupted",
+    "Notice",
+    "Restarted",
+    "Started",
+    "ToolCall",
+    "UsageReported",
+    "is_terminal",
+]
+
+VERSION = 1
+
+
+class Event(msgspec.Struct, tag_field="type", kw_only=True, omit_defaults=True):
+    """What all events have.
+
+    ``generation``: the generation's name. ``seq``: 0, 1, 2 … within it, without gaps. ``epoch``: 1, 2 …, which attempt
+    of a producer wrote the event. ``at``: when it was written, in seconds since 1970 (the producer's clock; never used
+    to order events). ``v``: the schema's version.
+    """
+
+    generation: str
+    seq: int
+    epoch: int = 1
+    at: float = 0.0
+    v: int = VERSION
+
+
+class Started(Event, tag="started"):
+    """A producer has taken the request. ``model`` is what was asked for; ``provider`` and ``upstream_model`` who answers.
+
+    ``counted`` holds the input count. ``metadata`` is the request's own, unchanged.
+    """
+
+    model: str
+    provider: str
+    upstream_model: str
+    counted: Counted = Counted()
+    metadata: dict[str, str] = {}
+
+
+class ToolCall(msgspec.Struct, kw_only=True, omit_defaults=True, frozen=True):
+    """A fragment of one tool call; fragments of the same ``index`` belong together, ``arguments`` are joined as text."""
+
+    index: int = 0
+    id: str | None = None
+    name: str | None = None
+    arguments: str = ""
+
+
+class Binary(msgspec.Struct, kw_only=True, frozen=True):
+    """Bytes that a model emitted (base64 in JSON), for instance audio or an image."""
+
+    media_type: str
+    data: bytes
+
+
+class Delta(Event, tag="delta"):
+    """What the model emitted since the last delta: exactly one of text, reasoning, a tool-call fragment or binary.
+
+    ``choice``: index of the alternative answer. ``tokens``: output tokens counted so far over the whole generation.
+    ``provider_at``: the provider's own time stamp of the chunk in seconds since 1970, where it gives one.
+    """
+
+    choice: int = 0
+    text: str | None = None
+    reasoning: str | None = None
+    tool_call: ToolCall | None = None
+    binary: Binary | None = None
+    tokens: int = 0
+    provider_at: float | None = None
+
+
+class Notice(Event, tag="notice"):
+    """Something a watcher may want to know and need not act on; ``code`` is stable, ``message`` is for people."""
+
+    code: str
+    message: str = ""
+    attempt: int | None = None
+    provider: str | None = None
+    upstream_model: str | None = None
+    delay: float | None = None
+
+
+class Restarted(Event, tag="restarted"):
+    """The answer begins again in a new epoch: a client forgets what it has shown of this generation."""
+
+    reason: str
+    provider: str = ""
+    upstream_model: str = ""
+
+
+class UsageReported(Event, tag="usage"):
+    """The usage that the provider reported. The only event accepted after a terminal. The newest one holds."""
+
+    usage: Usage
+    provider: str = ""
+    upstream_model: str = ""
+    upstream_id: str | None = None
+    source: str = "stream"
+
+
+class Completed(Event, tag="completed"):
+    """Terminal: the provider ended the answer by its own end marker.
+
+    ``finish_reason`` is normalised (``stop``, ``length``, ``tool_calls``, ``content_filter``, or the provider's own
+    word); ``finish_reasons`` gives it for each choice where there are several.
+    """
+
+    finish_reason: str = "stop"
+    finish_reasons: list[str] = []
+    counted: Counted = Counted()
+
+
+class Failed(Event, tag="failed"):
+    """Terminal: it went wrong. ``code`` is stable and typed, ``recoverable`` says whether asking again may help."""
+
+    code: str
+    message: str = ""
+    upstream_status: int | None = None
+    recoverable: bool = False
+    counted: Counted = Counted()
+
+
+class Cancelled(Event, tag="cancelled"):
+    """Terminal: stopped by wish (``reason``: ``requested`` or ``disconnected``)."""
+
+    reason: str = "requested"
+    counted: Counted = Counted()
+
+
+class Interrupted(Event, tag="interrupted"):
+    """Terminal: its producer was lost and another one closed it."""
+
+    reason: str = "producer_lost"
+    counted: Counted = Counted()
+
+
+AnyEvent = Started | Delta | Notice | Restarted | UsageReported | Completed | Failed | Cancelled | Interrupted
+
+TERMINAL_TYPES = frozenset({"completed", "failed", "cancelled", "interrupted"})
+_TERMINALS = (Completed, Failed, Cancelled, Interrupted)
+
+
+def is_terminal(event: Event) -> bool:
+    """Tell whether ``event`` ends its generation."""
+    return isinstance(event, _TERMINALS)

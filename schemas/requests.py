@@ -1,0 +1,77 @@
+"""A request for a generation, as it waits in the work queue, and the look-up record of a generation."""
+
+from typing import Any, Literal
+
+import msgspec
+
+from schemas.events import VERSION
+from schemas.usage import Counted, Usage
+
+__all__ = ["CancelAfter", "GenerationRecord", "GenerationState", "Message", "OnDisconnect", "Request"]
+
+GenerationState = Literal["queued", "running", "cancelling", "completed", "failed", "cancelled", "interrupted"]
+
+
+class Message(msgspec.Struct, omit_defaults=True):
+    """One message of the conversation. ``content`` is text, or a list of parts in the OpenAI chat form.
+
+    ``tool_calls``, ``tool_call_id`` and ``name`` are those of the OpenAI chat form; each provider's dialect translates.
+    """
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[dict[str, Any]] | None = None
+    name: str | None = None
+    tool_call_id: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+
+
+class CancelAfter(msgspec.Struct, forbid_unknown_fields=True):
+    """Cancel the generation when nobody has listened for this many seconds."""
+
+    cancel_after: float
+
+
+OnDisconnect = Literal["continue"] | CancelAfter
+
+
+class Request(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """What a producer needs to run a generation. ``created_at`` in seconds since 1970.
+
+    ``params`` are sampling and tool parameters in the OpenAI chat form (``temperature``, ``max_tokens``, ``tools`` …).
+    """
+
+    tenant: str
+    session: str
+    generation: str
+    model: str
+    messages: list[Message]
+    params: dict[str, Any] = {}
+    metadata: dict[str, str] = {}
+    on_disconnect: OnDisconnect = "continue"
+    created_at: float = 0.0
+    v: int = VERSION
+
+
+class GenerationRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """State of a generation for look-ups and lists; the log is the truth. Times in seconds since 1970.
+
+    ``request_hash`` recognises a repeated ``Idempotency-Key`` that came with another body.
+    """
+
+    tenant: str
+    session: str
+    generation: str
+    state: GenerationState
+    model: str
+    created_at: float
+    started_at: float | None = None
+    ended_at: float | None = None
+    provider: str = ""
+    upstream_model: str = ""
+    finish_reason: str | None = None
+    code: str | None = None
+    counted: Counted | None = None
+    usage: Usage | None = None
+    metadata: dict[str, str] = {}
+    request_hash: str = ""
+    v: int = VERSION

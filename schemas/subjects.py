@@ -1,0 +1,109 @@
+"""Subjects: built, validated and parsed in this one place."""
+
+import hashlib
+from typing import Final, NamedTuple
+
+from schemas.names import check_name
+
+__all__ = [
+    "Address",
+    "InvalidSubject",
+    "REQUESTS_PREFIX",
+    "control_subject",
+    "generation_key",
+    "live_filter",
+    "log_filter",
+    "parse_address",
+    "partition_of",
+    "presence_subject",
+    "request_filter",
+    "request_subject",
+    "token_subject",
+]
+
+REQUESTS_PREFIX: Final = "requests"
+
+
+class InvalidSubject(ValueError):
+    """A subject that does not have the shape ``<root>.<partition>.<tenant>.<session>.<generation>``."""
+
+
+class Address(NamedTuple):
+    """Where a generation lives. ``partition`` follows from tenant and session (see `partition_of`)."""
+
+    partition: int
+    tenant: str
+    session: str
+    generation: str
+
+    @classmethod
+    def of(cls, tenant: str, session: str, generation: str, partitions: int) -> "Address":
+        """Return the address of a generation, its names checked.
+
+        Raises:
+            InvalidName: a name cannot stand in a subject.
+        """
+        check_name("tenant", tenant)
+        check_name("session", session)
+        check_name("generation", generation)
+        return cls(partition_of(tenant, session, partitions), tenant, session, generation)
+
+
+def partition_of(tenant: str, session: str, partitions: int) -> int:
+    """Return the partition of a session: a stable hash (SHA-256) of tenant and session modulo ``partitions``."""
+    if partitions == 1:
+        return 0
+    digest = hashlib.sha256(f"{tenant}.{session}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") % partitions
+
+
+def token_subject(address: Address) -> str:
+    """Return the subject under which the log keeps a generation's events."""
+    return f"tokens.{address.partition}.{address.tenant}.{address.session}.{address.generation}"
+
+
+def log_filter(partition: int, tenant: str, session: str, generation: str = "*") -> str:
+    """Return the filter for the stored events of a session, or of one of its generations."""
+    return f"tokens.{partition}.{tenant}.{session}.{generation}"
+
+
+def live_filter(partition: int, tenant: str, session: str, generation: str = "*") -> str:
+    """Return the core subject on which stored events of a session are republished."""
+    return f"live.{partition}.{tenant}.{session}.{generation}"
+
+
+def parse_address(subject: str) -> Address:
+    """Return the address that a ``tokens.…`` or ``live.…`` subject names.
+
+    Raises:
+        InvalidSubject: it is not such a subject.
+    """
+    parts = subject.split(".")
+    if len(parts) != 5 or parts[0] not in ("tokens", "live") or not parts[1].isdecimal():
+        raise InvalidSubject(f"subject {subject!r} is not tokens|live.<partition>.<tenant>.<session>.<generation>")
+    return Address(int(parts[1]), parts[2], parts[3], parts[4])
+
+
+def request_subject(pool: str, generation: str) -> str:
+    """Return the work-queue subject of one request; at most one message of a generation can wait there."""
+    return f"{REQUESTS_PREFIX}.{check_name('pool', pool)}.{check_name('generation', generation)}"
+
+
+def request_filter(pool: str) -> str:
+    """Return the filter of a pool's requests."""
+    return f"{REQUESTS_PREFIX}.{check_name('pool', pool)}.*"
+
+
+def control_subject(tenant: str, session: str, generation: str) -> str:
+    """Return the core subject on which the running producer of a generation hears control messages."""
+    return f"control.{tenant}.{session}.{generation}"
+
+
+def presence_subject(tenant: str, session: str, generation: str) -> str:
+    """Return the core subject whose interest tells that somebody listens to a generation."""
+    return f"presence.{tenant}.{session}.{generation}"
+
+
+def generation_key(tenant: str, session: str, generation: str) -> str:
+    """Return the key of a generation in the look-up bucket."""
+    return f"{tenant}.{session}.{generation}"

@@ -1,0 +1,113 @@
+"""Streams, consumers and buckets as data; applied idempotently by whoever starts first."""
+
+from typing import Final
+
+import msgspec
+
+from schemas.subjects import REQUESTS_PREFIX
+
+__all__ = ["BUCKET", "REQUESTS", "ConsumerSpec", "StreamSpec", "Topology", "billing_durable", "producers_durable", "token_stream"]
+
+BUCKET: Final = "generations"
+REQUESTS: Final = "REQUESTS"
+
+
+def token_stream(partition: int) -> str:
+    """Return the name of the stream that keeps a partition's events."""
+    return f"TOKENS_{partition}"
+
+
+def producers_durable(pool: str) -> str:
+    """Return the name of the durable consumer that a pool of producers shares."""
+    return f"producers-{pool}"
+
+
+def billing_durable(partition: int) -> str:
+    """Return the name of billing's durable consumer of a partition."""
+    return f"billing-{partition}"
+
+
+class StreamSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """A JetStream stream. Ages in seconds, sizes in bytes; ``-1`` means no bound."""
+
+    name: str
+    subjects: tuple[str, ...]
+    work_queue: bool = False
+    max_age: float = 0.0
+    max_bytes: int = -1
+    max_msgs: int = -1
+    max_msg_size: int = -1
+    replicas: int = 1
+    republish: tuple[str, str] | None = None
+    one_per_subject: bool = False
+    duplicate_window: float = 120.0
+
+
+class ConsumerSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """A durable pull consumer with explicit acknowledgement. ``ack_wait`` in seconds."""
+
+    stream: str
+    durable: str
+    filter: str
+    ack_wait: float
+    max_ack_pending: int
+    max_deliver: int = -1
+
+
+class Topology(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that must exist on the broker before a service can work."""
+
+    partitions: int = 1
+    replicas: int = 1
+    max_age: float = 86_400.0
+    max_bytes: int = -1
+    pool: str = "default"
+    max_requests: int = 10_000
+    ack_wait: float = 15.0
+    max_deliver: int = 5
+
+    def streams(self) -> list[StreamSpec]:
+        """Return the streams: one log per partition, and the work queue of requests."""
+        logs = [
+            StreamSpec(
+                name=token_stream(p),
+                subjects=(f"tokens.{p}.*.*.*",),
+                max_age=self.max_age,
+                max_bytes=self.max_bytes,
+                replicas=self.replicas,
+                republish=(f"tokens.{p}.*.*.*", f"live.{p}.{{{{wildcard(1)}}}}.{{{{wildcard(2)}}}}.{{{{wildcard(3)}}}}"),
+            )
+            for p in range(self.partitions)
+        ]
+        requests = StreamSpec(
+            name=REQUESTS,
+            subjects=(f"{REQUESTS_PREFIX}.*.*",),
+            work_queue=True,
+            max_age=self.max_age,
+            max_msgs=self.max_requests,
+            replicas=self.replicas,
+            one_per_subject=True,
+        )
+        return [*logs, requests]
+
+    def consumers(self) -> list[ConsumerSpec]:
+        """Return the durable consumers: the producers' work queue and billing's of each partition."""
+        producers = ConsumerSpec(
+            stream=REQUESTS,
+            durable=producers_durable(self.pool),
+            filter=f"{REQUESTS_PREFIX}.{self.pool}.*",
+            ack_wait=self.ack_wait,
+            max_ack_pending=10_000,
+            max_deliver=self.max_deliver,
+        )
+        billing = [
+            ConsumerSpec(
+                stream=token_stream(p),
+                durable=billing_durable(p),
+                filter=f"tokens.{p}.*.*.*",
+                ack_wait=30.0,
+                max_ack_pending=20_000,
+            )
+            for p in range(self.partitions)
+        ]
+        return [producers, *billing]

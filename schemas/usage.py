@@ -1,0 +1,44 @@
+"""Token usage, normalised over providers.
+
+The classes are disjoint from each other in meaning but nested in counting, as OpenAI reports them: ``input`` is *all*
+input tokens and includes ``cached_input`` and ``cache_write``; ``output`` is *all* output tokens and includes
+``reasoning``. Dialects that exclude cached tokens from their input number (Anthropic) are converted when parsed.
+"""
+
+from typing import Any
+
+import msgspec
+
+__all__ = ["Counted", "Usage"]
+
+
+class Usage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a provider says that a generation used, in tokens.
+
+    ``cost`` is an exact decimal number in ``currency``, as text, where the provider states one (OpenRouter).
+    ``billed_input`` and ``billed_output`` stand where a provider bills other numbers than it processed (Cohere).
+    ``raw`` keeps the provider's own object unchanged.
+    """
+
+    input: int = 0
+    output: int = 0
+    cached_input: int = 0
+    cache_write: int = 0
+    reasoning: int = 0
+    billed_input: int | None = None
+    billed_output: int | None = None
+    cost: str | None = None
+    currency: str | None = None
+    raw: dict[str, Any] | None = None
+
+
+class Counted(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Tailrace's own count of a generation, in tokens.
+
+    ``exact`` is true where ``encoding`` is the model's own; otherwise the number is an estimate made with ``encoding``.
+    """
+
+    input: int = 0
+    output: int = 0
+    exact: bool = False
+    encoding: str = ""

@@ -1,0 +1,1 @@
+"""Billing: counts while streams run and settles every generation against what the provider reports."""

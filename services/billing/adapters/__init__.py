@@ -1,0 +1,1 @@
+"""Billing's shells around database and broker."""

@@ -1,0 +1,1 @@
+"""Pure parts of billing: no I/O, no clock."""

@@ -1,0 +1,1 @@
+"""Delivery: replays and fans out session logs to any number of clients."""

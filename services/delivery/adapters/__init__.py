@@ -1,0 +1,1 @@
+"""Delivery's shells around the broker."""

@@ -1,0 +1,1 @@
+"""Pure parts of delivery: no I/O, no clock."""

@@ -1,0 +1,1 @@
+"""The ways by which frames reach a client; one module a protocol."""

@@ -1,0 +1,1 @@
+"""The shell code that all services share: settings, lifecycle, broker connection, HTTP serving, telemetry, clock."""

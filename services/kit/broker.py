@@ -1,0 +1,341 @@
+"""The connection to NATS: one thin port over nats-py, so that the rest knows nothing of the client library.
+
+Hot paths use callbacks, never iterators.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any, Final, Self
+
+import msgspec
+import nats
+import nats.errors
+import structlog
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
+from nats.js import JetStreamContext, api
+from nats.js import errors as js_errors
+from nats.js.kv import KeyValue
+
+from schemas.topology import BUCKET, ConsumerSpec, StreamSpec, Topology
+
+__all__ = ["Broker", "BrokerUnavailable", "ReadFailed", "Stored", "StreamState"]
+
+log = structlog.get_logger()
+
+Callback = Callable[[Msg], Awaitable[None]]
+READ_BATCH: Final = 1_000
+READ_BYTES: Final = 4 * 1024 * 1024
+READ_TIMEOUT: Final = 5.0
+PENDING_BYTES: Final = 8 * 1024 * 1024
+
+
+class BrokerUnavailable(Exception):
+    """The broker cannot be reached or does not answer; asking again later may help."""
+
+
+class ReadFailed(BrokerUnavailable):
+    """A read of the log got no complete answer within its time."""
+
+
+class Stored(msgspec.Struct, frozen=True):
+    """One stored message: ``seq`` is its stream sequence."""
+
+    seq: int
+    subject: str
+    data: bytes
+
+
+class StreamState(msgspec.Struct, frozen=True):
+    """A stream now. ``created`` is its incarnation; ``first_seq`` and ``last_seq`` bound what it keeps."""
+
+    created: str
+    first_seq: int
+    last_seq: int
+
+
+class _Info(msgspec.Struct):
+    class _State(msgspec.Struct):
+        first_seq: int
+        last_seq: int
+
+    created: str
+    state: _State
+
+
+class Broker:
+    """A connection to NATS with JetStream.
+
+    ``on_reconnect`` callbacks run after every reconnection, so that readers look for what they missed.
+    """
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self.js: JetStreamContext = client.jetstream(timeout=5.0)
+        self._reconnected: list[Callable[[], Awaitable[None]]] = []
+        self._kv: KeyValue | None = None
+
+    @classmethod
+    @asynccontextmanager
+    async def connect(cls, url: str, name: str, *, wait: float = 30.0) -> AsyncIterator[Self]:
+        """Connect (trying for ``wait`` seconds), yield, and close in the end. ``url`` may list servers by commas.
+
+        Raises:
+            BrokerUnavailable: no server answered within ``wait`` seconds.
+        """
+        client = Client()
+        self = cls(client)
+
+        async def reconnected() -> None:
+            log.info("broker reconnected")
+            for callback in self._reconnected:
+                await callback()
+
+        async def disconnected() -> None:
+            log.warning("broker disconnected")
+
+        async def errored(error: Exception) -> None:
+            log.debug("broker error", error=repr(error))
+
+        try:
+            async with asyncio.timeout(wait):
+                await client.connect(
+                    [part.strip() for part in url.split(",")],
+                    name=name,
+                    max_reconnect_attempts=-1,
+                    reconnect_time_wait=0.25,  # type: ignore[arg-type]  # seconds; fractions work
+                    connect_timeout=5,
+                    ping_interval=10,
+                    max_outstanding_pings=2,
+                    pending_size=PENDING_BYTES,
+                    reconnected_cb=reconnected,
+                    disconnected_cb=disconnected,
+                    error_cb=errored,
+                )
+        except (TimeoutError, OSError, nats.errors.Error) as error:
+            raise BrokerUnavailable(f"no NATS server answers at {_hide(url)}: {error!r}") from error
+        try:
+            yield self
+        finally:
+            if not client.is_closed:
+                await client.close()
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether the connection is up now."""
+        return bool(self.client.is_connected)
+
+    def on_reconnect(self, callback: Callable[[], Awaitable[None]]) -> None:
+        """Call ``callback`` after every reconnection."""
+        self._reconnected.append(callback)
+
+    async def publish(self, subject: str, data: bytes, *, reply: str = "", headers: dict[str, str] | None = None) -> None:
+        """Publish on a core subject; with ``reply`` the stream's acknowledgement comes there.
+
+        Raises:
+            BrokerUnavailable: the outgoing buffer is full or the connection is closed.
+        """
+        try:
+            await self.client.publish(subject, data, reply=reply, headers=headers)
+        except (nats.errors.Error, OSError) as error:
+            raise BrokerUnavailable(f"cannot publish: {error!r}") from error
+
+    async def publish_stored(self, subject: str, data: bytes, *, headers: dict[str, str] | None = None) -> int:
+        """Publish to a stream and wait for the acknowledgement; return the stream sequence.
+
+        Raises:
+            BrokerUnavailable: no acknowledgement came.
+            nats.js.errors.APIError: the stream refused it.
+        """
+        try:
+            ack = await self.js.publish(subject, data, headers=headers)
+        except js_errors.APIError:
+            raise
+        except (nats.errors.Error, OSError) as error:
+            raise BrokerUnavailable(f"no acknowledgement: {error!r}") from error
+        return ack.seq
+
+    async def subscribe(self, subject: str, callback: Callback, *, pending_bytes: int = 64 * 1024 * 1024) -> Subscription:
+        """Subscribe a callback to a core subject. The broker may not know it yet: see `flush`."""
+        return await self.client.subscribe(subject, cb=callback, pending_bytes_limit=pending_bytes)
+
+    async def flush(self) -> None:
+        """Return when the broker has seen all that was sent before, for instance a subscription.
+
+        Raises:
+            BrokerUnavailable: it did not answer.
+        """
+        try:
+            await self.client.flush(timeout=5)
+        except (nats.errors.Error, OSError) as error:
+            raise BrokerUnavailable(f"the broker does not answer: {error!r}") from error
+
+    async def request(self, subject: str, data: bytes = b"", *, timeout: float = 2.0) -> bytes | None:
+        """Return the answer of whoever listens on ``subject``; ``None`` when nobody does.
+
+        Raises:
+            BrokerUnavailable: somebody listens and no answer came in time, or the connection is down.
+        """
+        try:
+            return (await self.client.request(subject, data, timeout=timeout)).data
+        except nats.errors.NoRespondersError:
+            return None
+        except (nats.errors.Error, OSError, TimeoutError) as error:
+            raise BrokerUnavailable(f"no answer on {subject}: {error!r}") from error
+
+    async def state(self, stream: str) -> StreamState:
+        """Return incarnation and bounds of a stream.
+
+        Raises:
+            BrokerUnavailable: no answer.
+        """
+        data = await self.request(f"$JS.API.STREAM.INFO.{stream}")
+        try:
+            info = msgspec.json.decode(data or b"", type=_Info)
+        except msgspec.DecodeError as error:
+            raise BrokerUnavailable(f"no stream {stream}: {(data or b'')[:200]!r}") from error
+        return StreamState(info.created, info.state.first_seq, info.state.last_seq)
+
+    async def last(self, stream: str, filter_: str) -> Stored | None:
+        """Return the newest stored message that matches ``filter_``, read from the stream's leader; ``None`` without one."""
+        try:
+            raw = await self.js.get_last_msg(stream, filter_)
+        except js_errors.NotFoundError:
+            return None
+        except (nats.errors.Error, OSError, TimeoutError) as error:
+            raise BrokerUnavailable(f"cannot read {stream}: {error!r}") from error
+        return Stored(raw.seq or 0, raw.subject or "", raw.data or b"")
+
+    async def first(self, stream: str, filter_: str, from_seq: int = 1) -> Stored | None:
+        """Return the first stored message at or after ``from_seq`` that matches ``filter_``; ``None`` without one."""
+        async for batch in self.read(stream, filter_, from_seq, limit=1):
+            return batch[0]
+        return None
+
+    async def read(
+        self, stream: str, filter_: str, from_seq: int = 1, *, up_to: int | None = None, limit: int | None = None
+    ) -> AsyncIterator[list[Stored]]:
+        """Yield what the log keeps of ``filter_`` from ``from_seq`` on, in order, in batches (batched Direct Get).
+
+        Ends at the last stored message, after ``up_to`` (a stream sequence), or after ``limit`` messages.
+
+        Raises:
+            ReadFailed: the broker did not answer completely.
+        """
+        taken = 0
+        while True:
+            size = READ_BATCH if limit is None else min(READ_BATCH, limit - taken)
+            batch, pending = await self._read_batch(stream, filter_, max(1, from_seq), size)
+            if up_to is not None and batch and batch[-1].seq > up_to:
+                batch, pending = [m for m in batch if m.seq <= up_to], 0
+            if batch:
+                taken += len(batch)
+                from_seq = batch[-1].seq + 1
+                yield batch
+            if not batch or pending == 0 or (limit is not None and taken >= limit):
+                return
+
+    async def _read_batch(self, stream: str, filter_: str, from_seq: int, size: int) -> tuple[list[Stored], int]:
+        got: list[Stored] = []
+        done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        async def receive(msg: Msg) -> None:
+            headers = msg.headers or {}
+            status = headers.get("Status")
+            if done.done():
+                return
+            if status is None:
+                got.append(Stored(int(headers["Nats-Sequence"]), headers["Nats-Subject"], msg.data))
+            elif status == "204":
+                done.set_result(int(headers.get("Nats-Num-Pending", "0")))
+            elif status == "404":
+                done.set_result(0)
+            else:
+                done.set_exception(ReadFailed(f"reading {stream}: {status} {headers.get('Description', '')}"))
+
+        inbox = self.client.new_inbox()
+        try:
+            subscription = await self.subscribe(inbox, receive)
+            try:
+                query = {"seq": from_seq, "next_by_subj": filter_, "batch": size, "max_bytes": READ_BYTES}
+                await self.client.publish(f"$JS.API.DIRECT.GET.{stream}", msgspec.json.encode(query), reply=inbox)
+                async with asyncio.timeout(READ_TIMEOUT):
+                    return got, await done
+            finally:
+                if not self.client.is_closed:
+                    await subscription.unsubscribe()
+        except TimeoutError as error:
+            raise ReadFailed(f"reading {stream} from {from_seq}: no answer in {READ_TIMEOUT} s") from error
+        except (nats.errors.Error, OSError) as error:
+            raise ReadFailed(f"reading {stream} from {from_seq}: {error!r}") from error
+
+    async def bucket(self) -> KeyValue:
+        """Return the look-up bucket of generations."""
+        if self._kv is None:
+            self._kv = await self.js.key_value(BUCKET)
+        return self._kv
+
+    async def apply(self, topology: Topology) -> None:
+        """Create or update streams, consumers and the bucket; calling it again changes nothing.
+
+        Raises:
+            BrokerUnavailable: the broker refused or did not answer.
+        """
+        try:
+            for stream in topology.streams():
+                await self._apply_stream(stream)
+            for consumer in topology.consumers():
+                await self._apply_consumer(consumer)
+            await self._apply_bucket(topology)
+        except (nats.errors.Error, OSError, TimeoutError) as error:
+            raise BrokerUnavailable(f"cannot set up streams: {error!r}") from error
+
+    async def _apply_stream(self, spec: StreamSpec) -> None:
+        config = api.StreamConfig(
+            name=spec.name,
+            subjects=list(spec.subjects),
+            retention=api.RetentionPolicy.WORK_QUEUE if spec.work_queue else api.RetentionPolicy.LIMITS,
+            discard=api.DiscardPolicy.NEW if spec.work_queue else api.DiscardPolicy.OLD,
+            discard_new_per_subject=spec.one_per_subject,
+            max_msgs_per_subject=1 if spec.one_per_subject else -1,
+            max_age=spec.max_age,
+            max_bytes=spec.max_bytes,
+            max_msgs=spec.max_msgs,
+            max_msg_size=spec.max_msg_size,
+            num_replicas=spec.replicas,
+            storage=api.StorageType.FILE,
+            allow_direct=True,
+            duplicate_window=min(spec.duplicate_window, spec.max_age or spec.duplicate_window),
+            republish=api.RePublish(src=spec.republish[0], dest=spec.republish[1]) if spec.republish else None,
+        )
+        try:
+            await self.js.add_stream(config)
+        except js_errors.BadRequestError:
+            await self.js.update_stream(config)
+
+    async def _apply_consumer(self, spec: ConsumerSpec) -> None:
+        await self.js.add_consumer(
+            spec.stream,
+            api.ConsumerConfig(
+                durable_name=spec.durable,
+                filter_subject=spec.filter,
+                ack_policy=api.AckPolicy.EXPLICIT,
+                deliver_policy=api.DeliverPolicy.ALL,
+                ack_wait=spec.ack_wait,
+                max_ack_pending=spec.max_ack_pending,
+                max_deliver=spec.max_deliver,
+            ),
+        )
+
+    async def _apply_bucket(self, topology: Topology) -> None:
+        config: dict[str, Any] = {"ttl": topology.max_age, "history": 1, "replicas": topology.replicas}
+        try:
+            self._kv = await self.js.key_value(BUCKET)
+        except js_errors.NotFoundError:
+            self._kv = await self.js.create_key_value(api.KeyValueConfig(bucket=BUCKET, direct=True, **config))
+
+
+def _hide(url: str) -> str:
+    return ",".join(part.rsplit("@", 1)[-1] for part in url.split(","))

@@ -1,0 +1,152 @@
+"""Settings: frozen structs read once from the environment and, below it, from the TOML file.
+
+A field ``port`` of the struct for the service ``delivery`` is the variable ``TAILRACE_DELIVERY_PORT`` and the key ``port``
+of the table ``[delivery]`` in the file that ``TAILRACE_CONFIG`` names; fields of `Shared` are ``TAILRACE_<FIELD>`` and stand
+in ``[shared]``. The environment wins. All problems are reported together.
+"""
+
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, Literal, TypeVar
+
+import msgspec
+
+from schemas.topology import Topology
+
+__all__ = ["SERVICES", "SettingsError", "Shared", "load_settings", "read_config"]
+
+SERVICES: Final = ("producer", "delivery", "billing")
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+class SettingsError(Exception):
+    """One or more settings are wrong; ``problems`` names each with its variable or key."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        super().__init__("settings are not usable:\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+class Shared(msgspec.Struct, frozen=True, kw_only=True):
+    """Settings that all services must agree on. Ages in seconds, sizes in bytes."""
+
+    nats_url: str = "nats://127.0.0.1:4222"
+    nats_port: int = 4222
+    data: str = ".tailrace"
+    config: str | None = None
+    tenant: str = "default"
+    partitions: int = 1
+    replicas: int = 1
+    retention: float = 86_400.0
+    log_max_bytes: int = -1
+    pool: str = "default"
+    max_requests: int = 10_000
+    lease: float = 15.0
+    max_deliver: int = 5
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["auto", "json", "console"] = "auto"
+
+    def topology(self) -> Topology:
+        """Return the streams and consumers that these settings ask for."""
+        return Topology(
+            partitions=self.partitions,
+            replicas=self.replicas,
+            max_age=self.retention,
+            max_bytes=self.log_max_bytes,
+            pool=self.pool,
+            max_requests=self.max_requests,
+            ack_wait=self.lease,
+            max_deliver=self.max_deliver,
+        )
+
+
+def read_config(env: Mapping[str, str]) -> dict[str, Any]:
+    """Return the TOML file that ``TAILRACE_CONFIG`` names, or an empty table.
+
+    Raises:
+        SettingsError: the file cannot be read or is not TOML.
+    """
+    path = env.get("TAILRACE_CONFIG")
+    if not path:
+        return {}
+    try:
+        return tomllib.loads(Path(path).read_text())
+    except OSError as error:
+        raise SettingsError([f"TAILRACE_CONFIG: cannot read {path}: {error.strerror}"]) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError([f"TAILRACE_CONFIG: {path} is not valid TOML: {error}"]) from error
+
+
+def load_settings(cls: type[T], service: str, env: Mapping[str, str]) -> tuple[Shared, T]:
+    """Return the shared settings and those of one service.
+
+    Raises:
+        SettingsError: a value has the wrong type or range, or a ``TAILRACE_`` variable is not known.
+    """
+    config = read_config(env)
+    problems: list[str] = []
+    prefix = f"TAILRACE_{service.upper()}_"
+    shared = _read(Shared, "TAILRACE_", config.get("shared", {}), env, problems)
+    own = _read(cls, prefix, config.get(service, {}), env, problems)
+    problems += _unknown(cls, service, config, env)
+    if problems or shared is None or own is None:
+        raise SettingsError(problems)
+    return shared, own
+
+
+def _unknown(cls: type[msgspec.Struct], service: str, config: dict[str, Any], env: Mapping[str, str]) -> list[str]:
+    prefix = f"TAILRACE_{service.upper()}_"
+    known = {f"TAILRACE_{f.upper()}" for f in Shared.__struct_fields__}
+    known |= {prefix + f.upper() for f in cls.__struct_fields__}
+    others = tuple(f"TAILRACE_{s.upper()}_" for s in SERVICES if s != service)
+    problems = [
+        f"{name}: no such setting"
+        for name in sorted(env)
+        if name.startswith("TAILRACE_") and name not in known and not name.startswith(others)
+    ]
+    for table, struct in (("shared", Shared), (service, cls)):
+        unknown = set(config.get(table, {})) - set(struct.__struct_fields__)
+        problems += [f"[{table}] {key}: no such setting" for key in sorted(unknown)]
+    return problems
+
+
+def _read(
+    cls: type[T], prefix: str, table: Mapping[str, Any], env: Mapping[str, str], problems: list[str]
+) -> T | None:
+    hints = typing.get_type_hints(cls, include_extras=True)
+    values: dict[str, Any] = {}
+    for field in msgspec.structs.fields(cls):
+        variable = prefix + field.name.upper()
+        if variable in env:
+            raw: Any = _split(env[variable], hints[field.name])
+        elif field.name in table:
+            raw, variable = table[field.name], f"{field.name} (in the file)"
+        else:
+            if field.required:
+                problems.append(f"{variable}: must be set")
+            continue
+        try:
+            values[field.name] = msgspec.convert(raw, hints[field.name], strict=False)
+        except msgspec.ValidationError as error:
+            problems.append(f"{variable}: {str(error)[0].lower()}{str(error)[1:]}")
+    if problems:
+        return None
+    try:
+        return cls(**values)
+    except ValueError as error:
+        problems.append(str(error))
+        return None
+
+
+def _split(text: str, hint: Any) -> Any:
+    origin = typing.get_origin(hint)
+    if origin is typing.Annotated:
+        return _split(text, typing.get_args(hint)[0])
+    if origin in (list, tuple):
+        return [part.strip() for part in text.split(",") if part.strip()]
+    if origin in (typing.Union, types.UnionType) and text == "":
+        return None
+    return text

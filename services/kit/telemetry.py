@@ -1,0 +1,55 @@
+"""Structured logs, and the process's Prometheus registry."""
+
+import logging
+import re
+import sys
+from typing import Any, Final, Literal
+
+import structlog
+from structlog.typing import EventDict, WrappedLogger
+
+__all__ = ["configure_logging", "scrub"]
+
+_SECRET_KEYS: Final = re.compile(r"(authorization|api[-_]?key|token|secret|password|ticket)$", re.IGNORECASE)
+_SECRET_TEXT: Final = re.compile(
+    r"(?i)(bearer\s+|api[-_]?key[\"']?\s*[:=]\s*[\"']?)[A-Za-z0-9._~+/=-]{6,}"
+    r"|\b(?:sk|pk|rk|xai|gsk|co)-[A-Za-z0-9_-]{8,}"
+    r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
+)
+
+
+def scrub(text: str) -> str:
+    """Return ``text`` with what looks like a credential replaced by ``***``."""
+    return _SECRET_TEXT.sub(lambda m: (m.group(1) or "") + "***", text)
+
+
+def _scrub_event(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    for key, value in event.items():
+        if _SECRET_KEYS.search(key):
+            event[key] = "***"
+        elif isinstance(value, str):
+            event[key] = scrub(value)
+    return event
+
+
+def configure_logging(service: str, level: str, format_: Literal["auto", "json", "console"]) -> None:
+    """Send structured logs to standard error: JSON lines, or colours on a terminal (``auto`` looks for one)."""
+    console = format_ == "console" or (format_ == "auto" and sys.stderr.isatty())
+    renderer: Any = structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer()
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso"),
+            structlog.processors.format_exc_info,
+            _scrub_event,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    structlog.contextvars.bind_contextvars(service=service)
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(name)s: %(message)s")
+    for noisy in ("nats", "_granian", "granian.access"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)

@@ -1,0 +1,1 @@
+"""Producers: take requests from the work queue, call providers, publish their tokens to the log."""

@@ -1,0 +1,1 @@
+"""The producer's shells around the outside: providers and the log."""

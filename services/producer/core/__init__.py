@@ -1,0 +1,1 @@
+"""Pure parts of the producer: no I/O, no clock."""

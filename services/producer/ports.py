@@ -1,0 +1,51 @@
+"""What the relay needs from the outside."""
+
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Protocol
+
+import msgspec
+
+from schemas.requests import Message
+from services.producer.core.parts import Part, UpstreamFailure
+
+__all__ = ["Call", "Upstream", "UpstreamRefused", "UpstreamStream"]
+
+
+class Call(msgspec.Struct, frozen=True, kw_only=True):
+    """One call of one model at one provider. ``params`` in the OpenAI chat form; each dialect translates."""
+
+    model: str
+    messages: list[Message]
+    params: dict[str, Any] = {}
+    connect_timeout: float = 10.0
+
+
+class UpstreamRefused(Exception):
+    """The provider could not be reached, or answered with an error before its stream began."""
+
+    def __init__(self, failure: UpstreamFailure) -> None:
+        self.failure = failure
+        super().__init__(f"{failure.code}: {failure.message}")
+
+
+class UpstreamStream(Protocol):
+    """A provider's answer while it arrives."""
+
+    async def read(self) -> list[Part] | None:
+        """Return what the next socket read held (maybe nothing yet); ``None`` at the end of the stream.
+
+        A connection that breaks is returned as an ``UpstreamFailure`` part, not raised.
+        """
+        ...
+
+
+class Upstream(Protocol):
+    """A provider that can be called. Leaving the context closes the connection to it at once."""
+
+    def open(self, call: Call) -> AbstractAsyncContextManager[UpstreamStream]:
+        """Call the model and enter when its answer's headers are there.
+
+        Raises:
+            UpstreamRefused: no stream began.
+        """
+        ...

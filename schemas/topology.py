@@ -6,7 +6,16 @@ import msgspec
 
 from schemas.subjects import REQUESTS_PREFIX
 
-__all__ = ["BUCKET", "REQUESTS", "ConsumerSpec", "StreamSpec", "Topology", "billing_durable", "producers_durable", "token_stream"]
+__all__ = [
+    "BUCKET",
+    "REQUESTS",
+    "ConsumerSpec",
+    "StreamSpec",
+    "Topology",
+    "billing_durable",
+    "producers_durable",
+    "token_stream",
+]
 
 BUCKET: Final = "generations"
 REQUESTS: Final = "REQUESTS"
@@ -75,7 +84,10 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
                 max_age=self.max_age,
                 max_bytes=self.max_bytes,
                 replicas=self.replicas,
-                republish=(f"tokens.{p}.*.*.*", f"live.{p}.{{{{wildcard(1)}}}}.{{{{wildcard(2)}}}}.{{{{wildcard(3)}}}}"),
+                republish=(
+                    f"tokens.{p}.*.*.*",
+                    f"live.{p}.{{{{wildcard(1)}}}}.{{{{wildcard(2)}}}}.{{{{wildcard(3)}}}}",
+                ),
             )
             for p in range(self.partitions)
         ]

@@ -131,7 +131,9 @@ class Broker:
         """Call ``callback`` after every reconnection."""
         self._reconnected.append(callback)
 
-    async def publish(self, subject: str, data: bytes, *, reply: str = "", headers: dict[str, str] | None = None) -> None:
+    async def publish(
+        self, subject: str, data: bytes, *, reply: str = "", headers: dict[str, str] | None = None
+    ) -> None:
         """Publish on a core subject; with ``reply`` the stream's acknowledgement comes there.
 
         Raises:
@@ -157,7 +159,9 @@ class Broker:
             raise BrokerUnavailable(f"no acknowledgement: {error!r}") from error
         return ack.seq
 
-    async def subscribe(self, subject: str, callback: Callback, *, pending_bytes: int = 64 * 1024 * 1024) -> Subscription:
+    async def subscribe(
+        self, subject: str, callback: Callback, *, pending_bytes: int = 64 * 1024 * 1024
+    ) -> Subscription:
         """Subscribe a callback to a core subject. The broker may not know it yet: see `flush`."""
         return await self.client.subscribe(subject, cb=callback, pending_bytes_limit=pending_bytes)
 

@@ -44,7 +44,9 @@ def check_port(host: str, port: int) -> None:
 
 
 @asynccontextmanager
-async def serving(app: Any, host: str, port: int, *, connections: int = 4_096, grace: float = 10.0) -> AsyncIterator[None]:
+async def serving(
+    app: Any, host: str, port: int, *, connections: int = 4_096, grace: float = 10.0
+) -> AsyncIterator[None]:
     """Serve ``app`` (ASGI, HTTP/1.1 and cleartext HTTP/2) while the block runs.
 
     On leaving, no new connection is accepted and open answers may end within ``grace`` seconds: the application must

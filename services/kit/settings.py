@@ -113,9 +113,7 @@ def _unknown(cls: type[msgspec.Struct], service: str, config: dict[str, Any], en
     return problems
 
 
-def _read(
-    cls: type[T], prefix: str, table: Mapping[str, Any], env: Mapping[str, str], problems: list[str]
-) -> T | None:
+def _read(cls: type[T], prefix: str, table: Mapping[str, Any], env: Mapping[str, str], problems: list[str]) -> T | None:
     hints = typing.get_type_hints(cls, include_extras=True)
     values: dict[str, Any] = {}
     for field in msgspec.structs.fields(cls):

@@ -1,0 +1,67 @@
+"""The broker port against a real nats-server."""
+
+import pytest
+
+from schemas.subjects import Address, live_filter, log_filter, token_subject
+from schemas.topology import Topology
+from services.kit.broker import Broker, BrokerUnavailable
+from tests.conftest import eventually
+
+STREAM = "TOKENS_0"
+A = Address(0, "t", "s", "g1")
+B = Address(0, "t", "s", "g2")
+
+
+async def test_applying_the_topology_twice_changes_nothing(broker: Broker) -> None:
+    before = await broker.state(STREAM)
+    await broker.apply(Topology())
+    assert await broker.state(STREAM) == before
+
+
+async def test_a_stored_event_is_republished_with_its_sequence(broker: Broker) -> None:
+    heard = []
+
+    async def hear(msg):  # type: ignore[no-untyped-def]
+        heard.append((msg.subject, msg.data, msg.headers["Nats-Sequence"]))
+
+    subscription = await broker.subscribe(live_filter(0, "t", "s"), hear)
+    await broker.flush()
+    seq = await broker.publish_stored(token_subject(A), b"one")
+    await eventually(lambda: heard)
+    assert heard == [("live.0.t.s.g1", b"one", str(seq))]
+    await subscription.unsubscribe()
+
+
+async def test_reading_returns_all_stored_messages_of_a_filter_in_order(broker: Broker) -> None:
+    for number in range(2_500):
+        await broker.publish(token_subject(A if number % 2 else B), str(number).encode())
+    await eventually(lambda: _last(broker, 2_500))
+    both = [m async for batch in broker.read(STREAM, log_filter(0, "t", "s")) for m in batch]
+    assert [int(m.data) for m in both] == list(range(2_500))
+    one = [m async for batch in broker.read(STREAM, token_subject(A), 100, up_to=201) for m in batch]
+    assert [m.seq for m in one] == list(range(100, 202, 2))
+    first = await broker.first(STREAM, token_subject(A))
+    assert first is not None
+    assert first.seq == 2
+    last = await broker.last(STREAM, log_filter(0, "t", "s"))
+    assert last is not None
+    assert (last.seq, last.subject) == (2_500, token_subject(A))
+
+
+async def test_reading_nothing_yields_nothing(broker: Broker) -> None:
+    assert [b async for b in broker.read(STREAM, log_filter(0, "t", "nobody"))] == []
+    assert await broker.last(STREAM, log_filter(0, "t", "nobody")) is None
+
+
+async def test_a_request_that_nobody_hears_is_none(broker: Broker) -> None:
+    assert await broker.request("control.t.s.g") is None
+
+
+async def test_a_server_that_is_not_there_is_said_clearly() -> None:
+    with pytest.raises(BrokerUnavailable, match=r"127\.0\.0\.1:9"):
+        async with Broker.connect("nats://user:secret@127.0.0.1:9", "test", wait=0.5):
+            pass
+
+
+async def _last(broker: Broker, seq: int) -> bool:
+    return (await broker.state(STREAM)).last_seq >= seq

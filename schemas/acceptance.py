@@ -1,8 +1,25 @@
 """The one acceptance rule, shared by every reader of the log.
 
 An event is accepted iff it belongs to the highest epoch seen and its seq is the next expected one. A higher epoch takes
-over with ``restarted`` or a terminal at the next expected seq. After a terminal only ``usage`` is accepted. So
-duplicates, repeats of a go-back-N writer and zombies never reach a client.
+over with ``restarted`` or a terminal at the next expected seq; the first event of all may be of any epoch. After a
+terminal only ``usage`` is accepted, and only from the terminal's own epoch. So duplicates, repeats of a go-back-N
+writer and zombies never reach a client.
+
+The rule needs the log in its order and without loss: who reads republished messages must find a lost one by its stream
+sequence and read it back before judging what follows, because a lost takeover would let a zombie through. Types that a
+reader does not know are judged like any other, by their header; they occupy a seq.
+
+What the rule relies on from writers:
+
+- The first event of a writer is appended on the condition that the subject has not grown since it was read, and is
+  acknowledged before the writer publishes anything else. So at most one writer can hold an epoch.
+- A writer's epoch is above every epoch in the log that it read.
+- A repeat is byte-identical, and goes from the first unacknowledged event through *all* later ones, also those that
+  were acknowledged: what was stored behind a missing event has been dropped by readers.
+- An acknowledgement counts only if its stream sequence is above that of the event before; one that answers an earlier
+  run may speak of a copy that readers dropped.
+- No broker-side deduplication (``Nats-Msg-Id``): it would swallow the repeats that readers wait for.
+- An append after the terminal (``usage``) is conditional too, unless it comes from the writer of the terminal.
 """
 
 from enum import Enum
@@ -10,7 +27,7 @@ from typing import Final, NamedTuple
 
 from schemas.events import TERMINAL_TYPES
 
-__all__ = ["BEGINNING", "Position", "Verdict", "judge"]
+__all__ = ["BEGINNING", "Position", "Verdict", "judge", "joining"]
 
 
 class Verdict(Enum):
@@ -55,3 +72,12 @@ def judge(position: Position, type_: str, epoch: int, seq: int) -> tuple[Positio
     if epoch > position.epoch and seq > 0 and type_ not in _TAKEOVERS:
         return position, Verdict.ZOMBIE
     return Position(epoch, seq + 1, position.ended or type_ in TERMINAL_TYPES), Verdict.ACCEPTED
+
+
+def joining(epoch: int, seq: int) -> Position:
+    """Return the position of a reader that begins at this event because the log no longer keeps what came before.
+
+    To be used for the oldest kept event of a generation whose first events have expired, and only when the loss is told
+    to whoever reads (`judge` from `BEGINNING` would find a gap for ever).
+    """
+    return Position(epoch, seq, ended=False)

@@ -1,34 +1,48 @@
-"""Events to stored bytes and back."""
+"""Events to stored bytes and back.
+
+A reader judges an event by its header (`decode_header`) before it looks at the rest: an event of an unknown type, or a
+known one with a malformed body, still occupies its seq.
+"""
 
 import msgspec
 
-from schemas.events import AnyEvent, Event
+from schemas.events import AnyEvent, Epoch, Event, Number
 
 __all__ = ["Header", "MalformedEvent", "UnknownEvent", "decode_event", "decode_header", "encode_event"]
-
-
-class MalformedEvent(ValueError):
-    """Bytes that are not an event: not JSON, or a known type with a wrong shape."""
-
-
-class UnknownEvent(ValueError):
-    """A well-formed event of a type that this version does not know; readers skip and count it."""
-
-    def __init__(self, type_: str) -> None:
-        self.type = type_
-        super().__init__(f"unknown event type {type_!r}: skipped by this version")
 
 
 class Header(msgspec.Struct):
     """The part of an event that the acceptance rule needs; cheaper to decode than the whole event."""
 
     generation: str
-    seq: int
+    seq: Number
     type: str
-    epoch: int = 1
-    tokens: int = 0
+    epoch: Epoch = 1
+    tokens: Number = 0
 
 
+class MalformedEvent(ValueError):
+    """Bytes that are not an event: not JSON, or a known type with a wrong shape.
+
+    ``header`` is there in the second case.
+    """
+
+    def __init__(self, message: str, header: Header | None = None) -> None:
+        self.header = header
+        super().__init__(message)
+
+
+class UnknownEvent(ValueError):
+    """A well-formed event of a type that this version does not know; readers skip and count it."""
+
+    def __init__(self, type_: str, header: Header | None = None) -> None:
+        self.type = type_
+        self.header = header
+        super().__init__(f"unknown event type {type_!r}: skipped by this version")
+
+
+# What msgspec raises for bytes from outside: besides its own errors, for bad UTF-8 and for nesting without end.
+_REFUSALS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _KNOWN = frozenset(t.__struct_config__.tag for t in AnyEvent.__args__)
 _encoder = msgspec.json.Encoder()
 _decoder: msgspec.json.Decoder[AnyEvent] = msgspec.json.Decoder(AnyEvent)
@@ -49,11 +63,11 @@ def decode_event(data: bytes) -> AnyEvent:
     """
     try:
         return _decoder.decode(data)
-    except msgspec.DecodeError as error:
+    except _REFUSALS as error:
         header = decode_header(data)
         if header.type not in _KNOWN:
-            raise UnknownEvent(header.type) from None
-        raise MalformedEvent(f"malformed {header.type} event: {error}") from error
+            raise UnknownEvent(header.type, header) from None
+        raise MalformedEvent(f"malformed {header.type} event: {error}", header) from error
 
 
 def decode_header(data: bytes) -> Header:
@@ -64,5 +78,5 @@ def decode_header(data: bytes) -> Header:
     """
     try:
         return _header_decoder.decode(data)
-    except msgspec.DecodeError as error:
+    except _REFUSALS as error:
         raise MalformedEvent(f"malformed event: {error}") from error

@@ -47,11 +47,14 @@ class CursorIssuer:
     """Issues the cursors of one session in one incarnation of its stream.
 
     ``created`` is the stream's creation time as the broker prints it: it differs for a re-created stream.
+    ``partition`` is at most 255.
     """
 
     __slots__ = ("incarnation", "partition", "prefix", "session")
 
     def __init__(self, partition: int, created: str, tenant: str, session: str) -> None:
+        if not 0 <= partition <= 0xFF:
+            raise ValueError(f"partition {partition} does not fit into a cursor: use 0 to 255")
         self.partition = partition
         self.incarnation = hashlib.sha256(created.encode()).hexdigest()[:8]
         self.session = hashlib.sha256(f"{tenant}.{session}".encode()).hexdigest()[:8]

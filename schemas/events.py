@@ -1,12 +1,13 @@
 """Events of a generation: the records of the log.
 
 Every event is a tagged msgspec struct (``type`` names it) and carries its schema version ``v``. Unknown fields are
-ignored when read, so that a newer writer never breaks an older reader.
+ignored when read, so that a newer writer never breaks an older reader. An absent ``v`` means 1, for ever. What an older
+reader could misread is not a new version of a type but a new type, which it skips.
 """
 
 import msgspec
 
-from schemas.usage import Counted, Usage
+from schemas.usage import Counted, Epoch, Number, Usage
 
 __all__ = [
     "TERMINAL_TYPES",
@@ -16,9 +17,11 @@ __all__ = [
     "Cancelled",
     "Completed",
     "Delta",
+    "Epoch",
     "Event",
     "Failed",
     "Interrupted",
+    "Number",
     "Notice",
     "Restarted",
     "Started",
@@ -28,6 +31,7 @@ __all__ = [
 ]
 
 VERSION = 1
+"""The schema's version. As the default of ``v`` it is left out when written, so this default never changes."""
 
 
 class Event(msgspec.Struct, tag_field="type", kw_only=True, omit_defaults=True):
@@ -39,16 +43,16 @@ class Event(msgspec.Struct, tag_field="type", kw_only=True, omit_defaults=True):
     """
 
     generation: str
-    seq: int
-    epoch: int = 1
+    seq: Number
+    epoch: Epoch = 1
     at: float = 0.0
     v: int = VERSION
 
 
 class Started(Event, tag="started"):
-    """A producer has taken the request. ``model`` is what was asked for; ``provider`` and ``upstream_model`` who answers.
+    """A producer has taken the request.
 
-    ``counted`` holds the input count. ``metadata`` is the request's own, unchanged.
+    ``model`` is what was asked for; ``provider`` and ``upstream_model`` who answers. ``counted`` holds the input count. ``metadata`` is the request's own, unchanged.
     """
 
     model: str
@@ -59,9 +63,12 @@ class Started(Event, tag="started"):
 
 
 class ToolCall(msgspec.Struct, kw_only=True, omit_defaults=True, frozen=True):
-    """A fragment of one tool call; fragments of the same ``index`` belong together, ``arguments`` are joined as text."""
+    """A fragment of one tool call.
 
-    index: int = 0
+    Fragments of the same ``index`` belong together, their ``arguments`` are joined as text.
+    """
+
+    index: Number = 0
     id: str | None = None
     name: str | None = None
     arguments: str = ""
@@ -81,12 +88,12 @@ class Delta(Event, tag="delta"):
     ``provider_at``: the provider's own time stamp of the chunk in seconds since 1970, where it gives one.
     """
 
-    choice: int = 0
+    choice: Number = 0
     text: str | None = None
     reasoning: str | None = None
     tool_call: ToolCall | None = None
     binary: Binary | None = None
-    tokens: int = 0
+    tokens: Number = 0
     provider_at: float | None = None
 
 

@@ -5,11 +5,20 @@ input tokens and includes ``cached_input`` and ``cache_write``; ``output`` is *a
 ``reasoning``. Dialects that exclude cached tokens from their input number (Anthropic) are converted when parsed.
 """
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
-__all__ = ["Counted", "Usage"]
+__all__ = ["MAX_NUMBER", "Counted", "Epoch", "Number", "Usage"]
+
+MAX_NUMBER = 2**53 - 1
+"""The largest whole number that JSON carries exactly to every language; a database column holds it too."""
+
+Number = Annotated[int, msgspec.Meta(ge=0, le=MAX_NUMBER)]
+"""A count or an index. Only reading checks the bounds."""
+
+Epoch = Annotated[int, msgspec.Meta(ge=1, le=MAX_NUMBER)]
+"""Which attempt of a producer: 1, 2 …"""
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -20,13 +29,13 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     ``raw`` keeps the provider's own object unchanged.
     """
 
-    input: int = 0
-    output: int = 0
-    cached_input: int = 0
-    cache_write: int = 0
-    reasoning: int = 0
-    billed_input: int | None = None
-    billed_output: int | None = None
+    input: Number = 0
+    output: Number = 0
+    cached_input: Number = 0
+    cache_write: Number = 0
+    reasoning: Number = 0
+    billed_input: Number | None = None
+    billed_output: Number | None = None
     cost: str | None = None
     currency: str | None = None
     raw: dict[str, Any] | None = None
@@ -38,7 +47,7 @@ class Counted(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     ``exact`` is true where ``encoding`` is the model's own; otherwise the number is an estimate made with ``encoding``.
     """
 
-    input: int = 0
-    output: int = 0
+    input: Number = 0
+    output: Number = 0
     exact: bool = False
     encoding: str = ""

@@ -7,7 +7,7 @@ import msgspec
 from schemas.events import VERSION
 from schemas.usage import Counted, Usage
 
-__all__ = ["CancelAfter", "GenerationRecord", "GenerationState", "Message", "OnDisconnect", "Request"]
+__all__ = ["Announcement", "CancelAfter", "GenerationRecord", "GenerationState", "Message", "OnDisconnect", "OnProducerLoss", "Request"]
 
 GenerationState = Literal["queued", "running", "cancelling", "completed", "failed", "cancelled", "interrupted"]
 
@@ -32,11 +32,13 @@ class CancelAfter(msgspec.Struct, forbid_unknown_fields=True):
 
 
 OnDisconnect = Literal["continue"] | CancelAfter
+OnProducerLoss = Literal["interrupt", "restart"]
 
 
 class Request(msgspec.Struct, kw_only=True, omit_defaults=True):
     """What a producer needs to run a generation. ``created_at`` in seconds since 1970.
 
+    ``on_producer_loss``: whether a begun answer whose producer died is closed, or asked for again from the beginning.
     ``params`` are sampling and tool parameters in the OpenAI chat form (``temperature``, ``max_tokens``, ``tools`` …).
     """
 
@@ -48,8 +50,22 @@ class Request(msgspec.Struct, kw_only=True, omit_defaults=True):
     params: dict[str, Any] = {}
     metadata: dict[str, str] = {}
     on_disconnect: OnDisconnect = "continue"
+    on_producer_loss: OnProducerLoss = "interrupt"
     created_at: float = 0.0
     v: int = VERSION
+
+
+class Announcement(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """What the producers of a pool can call: model aliases, and providers addressed as ``provider/model``."""
+
+    aliases: list[str] = []
+    providers: list[str] = []
+    v: int = VERSION
+
+    def knows(self, model: str) -> bool:
+        """Tell whether ``model`` can be resolved; whether the provider has it, only the provider knows."""
+        provider, slash, rest = model.partition("/")
+        return model in self.aliases or (bool(slash and rest) and provider in self.providers)
 
 
 class GenerationRecord(msgspec.Struct, kw_only=True, omit_defaults=True):

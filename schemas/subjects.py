@@ -1,6 +1,7 @@
 """Subjects: built, validated and parsed in this one place."""
 
 import hashlib
+import re
 from typing import Final, NamedTuple
 
 from schemas.names import check_name
@@ -10,6 +11,7 @@ __all__ = [
     "InvalidSubject",
     "REQUESTS_PREFIX",
     "control_subject",
+    "dead_subject",
     "generation_key",
     "live_filter",
     "log_filter",
@@ -22,6 +24,9 @@ __all__ = [
 ]
 
 REQUESTS_PREFIX: Final = "requests"
+_ADDRESS: Final = re.compile(
+    r"(?:tokens|live)\.(0|[1-9][0-9]{0,2})\.([A-Za-z0-9_-]{1,64})\.([A-Za-z0-9_-]{1,64})\.([A-Za-z0-9_-]{1,64})"
+)
 
 
 class InvalidSubject(ValueError):
@@ -63,13 +68,28 @@ def token_subject(address: Address) -> str:
 
 
 def log_filter(partition: int, tenant: str, session: str, generation: str = "*") -> str:
-    """Return the filter for the stored events of a session, or of one of its generations."""
-    return f"tokens.{partition}.{tenant}.{session}.{generation}"
+    """Return the filter for the stored events of a session, or of one of its generations.
+
+    Raises:
+        InvalidName: tenant or session is no name, or the generation neither a name nor ``*``.
+    """
+    return f"tokens.{partition}.{_within_session(tenant, session, generation)}"
 
 
 def live_filter(partition: int, tenant: str, session: str, generation: str = "*") -> str:
-    """Return the core subject on which stored events of a session are republished."""
-    return f"live.{partition}.{tenant}.{session}.{generation}"
+    """Return the core subject on which stored events of a session are republished.
+
+    Raises:
+        InvalidName: tenant or session is no name, or the generation neither a name nor ``*``.
+    """
+    return f"live.{partition}.{_within_session(tenant, session, generation)}"
+
+
+def _within_session(tenant: str, session: str, generation: str) -> str:
+    # A wildcard that came in from outside must never widen what is read beyond one session.
+    if generation != "*":
+        check_name("generation", generation)
+    return f"{check_name('tenant', tenant)}.{check_name('session', session)}.{generation}"
 
 
 def parse_address(subject: str) -> Address:
@@ -78,15 +98,21 @@ def parse_address(subject: str) -> Address:
     Raises:
         InvalidSubject: it is not such a subject.
     """
-    parts = subject.split(".")
-    if len(parts) != 5 or parts[0] not in ("tokens", "live") or not parts[1].isdecimal():
+    match = _ADDRESS.fullmatch(subject)
+    if match is None:
         raise InvalidSubject(f"subject {subject!r} is not tokens|live.<partition>.<tenant>.<session>.<generation>")
-    return Address(int(parts[1]), parts[2], parts[3], parts[4])
+    partition, tenant, session, generation = match.groups()
+    return Address(int(partition), tenant, session, generation)
 
 
 def request_subject(pool: str, generation: str) -> str:
     """Return the work-queue subject of one request; at most one message of a generation can wait there."""
     return f"{REQUESTS_PREFIX}.{check_name('pool', pool)}.{check_name('generation', generation)}"
+
+
+def dead_subject(pool: str, generation: str) -> str:
+    """Return the subject under which a request rests that no producer could run."""
+    return f"dead.{check_name('pool', pool)}.{check_name('generation', generation)}"
 
 
 def request_filter(pool: str) -> str:

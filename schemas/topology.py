@@ -18,6 +18,8 @@ __all__ = [
 ]
 
 BUCKET: Final = "generations"
+REGISTRY_BUCKET: Final = "registry"
+DEAD: Final = "REQUESTS_DEAD"
 REQUESTS: Final = "REQUESTS"
 
 
@@ -53,14 +55,13 @@ class StreamSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ConsumerSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """A durable pull consumer with explicit acknowledgement. ``ack_wait`` in seconds."""
+    """A durable pull consumer with explicit acknowledgement and unbounded redelivery. ``ack_wait`` in seconds."""
 
     stream: str
     durable: str
     filter: str
     ack_wait: float
     max_ack_pending: int
-    max_deliver: int = -1
 
 
 class Topology(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,7 +74,6 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
     pool: str = "default"
     max_requests: int = 10_000
     ack_wait: float = 15.0
-    max_deliver: int = 5
 
     def streams(self) -> list[StreamSpec]:
         """Return the streams: one log per partition, and the work queue of requests."""
@@ -100,7 +100,10 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
             replicas=self.replicas,
             one_per_subject=True,
         )
-        return [*logs, requests]
+        dead = StreamSpec(
+            name=DEAD, subjects=("dead.*.*",), max_age=7 * 86_400.0, max_msgs=self.max_requests, replicas=self.replicas
+        )
+        return [*logs, requests, dead]
 
     def consumers(self) -> list[ConsumerSpec]:
         """Return the durable consumers: the producers' work queue and billing's of each partition."""
@@ -110,7 +113,6 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
             filter=f"{REQUESTS_PREFIX}.{self.pool}.*",
             ack_wait=self.ack_wait,
             max_ack_pending=10_000,
-            max_deliver=self.max_deliver,
         )
         billing = [
             ConsumerSpec(

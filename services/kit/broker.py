@@ -6,7 +6,7 @@ Hot paths use callbacks, never iterators.
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any, Final, Self
+from typing import Final, Self
 
 import msgspec
 import nats
@@ -19,7 +19,7 @@ from nats.js import JetStreamContext, api
 from nats.js import errors as js_errors
 from nats.js.kv import KeyValue
 
-from schemas.topology import BUCKET, ConsumerSpec, StreamSpec, Topology
+from schemas.topology import BUCKET, REGISTRY_BUCKET, ConsumerSpec, StreamSpec, Topology
 
 __all__ = ["Broker", "BrokerUnavailable", "ReadFailed", "Stored", "StreamState"]
 
@@ -75,7 +75,7 @@ class Broker:
         self.client = client
         self.js: JetStreamContext = client.jetstream(timeout=5.0)
         self._reconnected: list[Callable[[], Awaitable[None]]] = []
-        self._kv: KeyValue | None = None
+        self._buckets: dict[str, KeyValue] = {}
 
     @classmethod
     @asynccontextmanager
@@ -275,11 +275,11 @@ class Broker:
         except (nats.errors.Error, OSError) as error:
             raise ReadFailed(f"reading {stream} from {from_seq}: {error!r}") from error
 
-    async def bucket(self) -> KeyValue:
-        """Return the look-up bucket of generations."""
-        if self._kv is None:
-            self._kv = await self.js.key_value(BUCKET)
-        return self._kv
+    async def bucket(self, name: str = BUCKET) -> KeyValue:
+        """Return a look-up bucket: that of generations, or the registry of models."""
+        if name not in self._buckets:
+            self._buckets[name] = await self.js.key_value(name)
+        return self._buckets[name]
 
     async def apply(self, topology: Topology) -> None:
         """Create or update streams, consumers and the bucket; calling it again changes nothing.
@@ -329,16 +329,17 @@ class Broker:
                 deliver_policy=api.DeliverPolicy.ALL,
                 ack_wait=spec.ack_wait,
                 max_ack_pending=spec.max_ack_pending,
-                max_deliver=spec.max_deliver,
             ),
         )
 
     async def _apply_bucket(self, topology: Topology) -> None:
-        config: dict[str, Any] = {"ttl": topology.max_age, "history": 1, "replicas": topology.replicas}
-        try:
-            self._kv = await self.js.key_value(BUCKET)
-        except js_errors.NotFoundError:
-            self._kv = await self.js.create_key_value(api.KeyValueConfig(bucket=BUCKET, direct=True, **config))
+        for name, ttl in ((BUCKET, topology.max_age), (REGISTRY_BUCKET, None)):
+            try:
+                await self.js.key_value(name)
+            except js_errors.NotFoundError:
+                await self.js.create_key_value(
+                    api.KeyValueConfig(bucket=name, ttl=ttl, history=1, replicas=topology.replicas, direct=True)
+                )
 
 
 def _hide(url: str) -> str:

@@ -59,7 +59,6 @@ class Shared(msgspec.Struct, frozen=True, kw_only=True):
             pool=self.pool,
             max_requests=self.max_requests,
             ack_wait=self.lease,
-            max_deliver=self.max_deliver,
         )
 
 

@@ -1,0 +1,259 @@
+"""Appending to the log: pipelined, bounded, go-back-N.
+
+One `Publisher` serves a connection: a single inbox takes all acknowledgements. Each generation has a `LogWriter` with a
+window of unacknowledged events. A full window makes `LogWriter.publish` wait, so backpressure reaches the provider. When
+an acknowledgement is refused or does not come, everything from the first unacknowledged event on is sent again; readers
+drop the repeats by the acceptance rule.
+"""
+
+import asyncio
+from collections import deque
+from typing import Final
+
+import msgspec
+import structlog
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
+from nats.js.errors import APIError
+
+from services.kit.broker import Broker, BrokerUnavailable
+from services.producer.errors import Fenced, LogRefused, LogUnavailable
+from services.producer.metrics import PUBLISH_REPEATS, PUBLISH_WINDOW
+
+__all__ = ["Lease", "LogWriter", "Publisher"]
+
+log = structlog.get_logger()
+WINDOW_EVENTS: Final = 512
+WINDOW_BYTES: Final = 4 * 1024 * 1024
+_WRONG_LAST_SEQUENCE: Final = 10071
+
+
+class _Refusal(msgspec.Struct):
+    class _Error(msgspec.Struct):
+        code: int = 0
+        description: str = ""
+
+    error: _Error | None = None
+
+
+class Lease:
+    """The right to publish, until ``until`` (event-loop time). Renewed by the queue's heartbeat."""
+
+    __slots__ = ("until",)
+
+    def __init__(self, until: float) -> None:
+        self.until = until
+
+
+class Publisher:
+    """Routes acknowledgements to the writers of one connection and watches for those that do not come.
+
+    ``ack_timeout``: seconds without progress after which a writer goes back. ``give_up``: seconds without any progress
+    after which it raises `LogUnavailable`.
+    """
+
+    def __init__(self, broker: Broker, *, ack_timeout: float = 2.0, give_up: float = 60.0) -> None:
+        self.broker = broker
+        self.ack_timeout = ack_timeout
+        self.give_up = give_up
+        self.inbox = broker.client.new_inbox()
+        self._writers: dict[str, LogWriter] = {}
+        self._next_writer = 0
+        self._subscription: Subscription | None = None
+        self._repeat_at = 0.0
+
+    async def start(self) -> None:
+        """Begin to listen for acknowledgements."""
+        self._subscription = await self.broker.subscribe(f"{self.inbox}.*.*", self._receive)
+        self.broker.on_reconnect(self._go_back_all)
+
+    async def watch(self) -> None:
+        """Go back where acknowledgements stay out; runs until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(self.ack_timeout / 4)
+            now = loop.time()
+            for writer in list(self._writers.values()):
+                if writer.unacknowledged and now - writer.progress_at > self.ack_timeout:
+                    await writer.go_back(now)
+
+    def writer(self, subject: str, lease: Lease) -> "LogWriter":
+        """Return a writer for one generation's subject; close it when done."""
+        self._next_writer += 1
+        name = format(self._next_writer, "x")
+        writer = LogWriter(self, name, subject, lease)
+        self._writers[name] = writer
+        return writer
+
+    def forget(self, name: str) -> None:
+        """Drop a writer; later acknowledgements for it are ignored."""
+        self._writers.pop(name, None)
+
+    async def _receive(self, msg: Msg) -> None:
+        _, name, number = msg.subject.rsplit(".", 2)
+        writer = self._writers.get(name)
+        if writer is None:
+            return
+        if msg.headers is None and b'"error"' not in msg.data:
+            writer.acknowledge(int(number))
+        else:
+            writer.refuse(_reason(msg))
+
+    async def _go_back_all(self) -> None:
+        now = asyncio.get_running_loop().time()
+        for writer in list(self._writers.values()):
+            if writer.unacknowledged:
+                await writer.go_back(now)
+
+
+def _reason(msg: Msg) -> str:
+    if msg.headers and msg.headers.get("Status") == "503":
+        return "no stream answers"
+    try:
+        refusal = msgspec.json.decode(msg.data, type=_Refusal)
+    except msgspec.DecodeError:
+        return f"unreadable acknowledgement {msg.data[:80]!r}"
+    return refusal.error.description if refusal.error else "unknown"
+
+
+class LogWriter:
+    """Appends one generation's events in order.
+
+    Events stay in the window until the log has acknowledged them and all before them.
+    """
+
+    def __init__(self, publisher: Publisher, name: str, subject: str, lease: Lease) -> None:
+        self.progress_at = asyncio.get_running_loop().time()
+        self._publisher = publisher
+        self._broker = publisher.broker
+        self._name = name
+        self._reply = f"{publisher.inbox}.{name}."
+        self._subject = subject
+        self._lease = lease
+        self._window: deque[bytes] = deque()  # bounded by WINDOW_EVENTS and WINDOW_BYTES
+        self._window_bytes = 0
+        self._base = 0  # number of the first unacknowledged event
+        self._acknowledged: set[int] = set()  # beyond the base; bounded by the window
+        self._room: asyncio.Future[None] | None = None
+        self._stuck_since: float | None = None
+        self._reason = ""
+        self._loop = asyncio.get_running_loop()
+
+    @property
+    def unacknowledged(self) -> int:
+        """How many events are under way."""
+        return len(self._window)
+
+    async def publish(self, data: bytes) -> None:
+        """Append ``data`` without waiting for its acknowledgement; wait only while the window is full.
+
+        Raises:
+            Fenced: the lease has run out.
+            LogUnavailable: the log has taken nothing for too long.
+        """
+        while len(self._window) >= WINDOW_EVENTS or self._window_bytes >= WINDOW_BYTES:
+            await self._progress()
+        now = self._loop.time()
+        if now > self._lease.until:
+            raise Fenced(f"lease ran out {now - self._lease.until:.1f} s ago")
+        if not self._window:
+            self.progress_at = now
+        number = self._base + len(self._window)
+        self._window.append(data)
+        self._window_bytes += len(data)
+        PUBLISH_WINDOW.inc()
+        if self._broker.is_connected:
+            await self._send(number, data)
+
+    async def publish_first(self, data: bytes, last_seq: int) -> None:
+        """Append ``data`` only if ``last_seq`` is still the last stream sequence on this subject (0: nothing there).
+
+        Raises:
+            LogRefused: somebody else has written in between.
+            LogUnavailable: no acknowledgement came.
+        """
+        headers = {"Nats-Expected-Last-Subject-Sequence": str(last_seq)}
+        try:
+            await self._broker.publish_stored(self._subject, data, headers=headers)
+        except APIError as error:
+            if error.err_code == _WRONG_LAST_SEQUENCE:
+                raise LogRefused(f"{self._subject} has grown beyond {last_seq}") from error
+            raise LogUnavailable(1, 0.0, error.description or "") from error
+        except BrokerUnavailable as error:
+            raise LogUnavailable(1, 0.0, str(error)) from error
+
+    async def drain(self) -> None:
+        """Return when all events are acknowledged.
+
+        Raises:
+            LogUnavailable: the log has taken nothing for too long.
+        """
+        while self._window:
+            await self._progress()
+
+    def close(self) -> None:
+        """Forget whatever is under way."""
+        PUBLISH_WINDOW.dec(len(self._window))
+        self._window.clear()
+        self._publisher.forget(self._name)
+
+    def acknowledge(self, number: int) -> None:
+        """The log has stored event ``number``."""
+        if number < self._base or number >= self._base + len(self._window):
+            return
+        self.progress_at = self._loop.time()
+        self._stuck_since = None
+        if number != self._base:
+            self._acknowledged.add(number)
+            return
+        done = 0
+        while True:
+            self._window_bytes -= len(self._window.popleft())
+            self._base += 1
+            done += 1
+            if self._base not in self._acknowledged:
+                break
+            self._acknowledged.discard(self._base)
+        PUBLISH_WINDOW.dec(done)
+        self._wake()
+
+    def refuse(self, reason: str) -> None:
+        """The log has not stored an event; `Publisher.watch` goes back soon."""
+        self._reason = reason
+
+    async def go_back(self, now: float) -> None:
+        """Send everything from the first unacknowledged event on again."""
+        if self._stuck_since is None:
+            self._stuck_since = self.progress_at
+        self.progress_at = now
+        if now - self._stuck_since > self._publisher.give_up or now > self._lease.until:
+            self._wake()
+            return
+        if not self._broker.is_connected:
+            return
+        PUBLISH_REPEATS.inc(len(self._window))
+        self._acknowledged.clear()
+        for offset, data in enumerate(list(self._window)):
+            await self._send(self._base + offset, data)
+
+    async def _send(self, number: int, data: bytes) -> None:
+        try:
+            await self._broker.publish(self._subject, data, reply=self._reply + str(number))
+        except BrokerUnavailable as error:
+            self._reason = str(error)
+
+    async def _progress(self) -> None:
+        now = self._loop.time()
+        if self._stuck_since is not None and now - self._stuck_since > self._publisher.give_up:
+            raise LogUnavailable(len(self._window), now - self._stuck_since, self._reason)
+        if now > self._lease.until:
+            raise Fenced(f"lease ran out {now - self._lease.until:.1f} s ago")
+        self._room = self._loop.create_future()
+        try:
+            await self._room
+        finally:
+            self._room = None
+
+    def _wake(self) -> None:
+        if self._room is not None and not self._room.done():
+            self._room.set_result(None)

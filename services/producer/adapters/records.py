@@ -1,0 +1,81 @@
+"""Writes the state of generations to the look-up bucket, beside the stream and never in its way."""
+
+import asyncio
+from typing import Final
+
+import msgspec
+import nats.errors
+import structlog
+from nats.js import errors as js_errors
+
+from schemas.requests import Announcement, GenerationRecord
+from schemas.subjects import generation_key
+from schemas.topology import REGISTRY_BUCKET
+from services.kit.broker import Broker
+
+__all__ = ["Records"]
+
+log = structlog.get_logger()
+_TRIES: Final = 5
+_WAITING: Final = 10_000
+_UNREACHABLE = (nats.errors.Error, OSError, TimeoutError)
+
+
+class Records:
+    """The look-up bucket as producers see it.
+
+    `put` only notes the newest record of a generation; `write` stores what was noted. A bucket that is away loses
+    look-ups, never a stream: the log is the truth.
+    """
+
+    def __init__(self, broker: Broker) -> None:
+        self._broker = broker
+        self._noted: dict[str, GenerationRecord] = {}  # bounded by _WAITING
+        self._wake = asyncio.Event()
+
+    async def get(self, tenant: str, session: str, generation: str) -> GenerationRecord | None:
+        """Return the record, or ``None`` when there is none or the bucket does not answer."""
+        try:
+            bucket = await self._broker.bucket()
+            entry = await bucket.get(generation_key(tenant, session, generation))
+            return msgspec.json.decode(entry.value or b"", type=GenerationRecord)
+        except js_errors.KeyNotFoundError:
+            return None
+        except (*_UNREACHABLE, msgspec.DecodeError) as error:
+            log.warning("no look-up record", generation=generation, error=repr(error))
+            return None
+
+    def put(self, record: GenerationRecord) -> None:
+        """Note a record to be stored soon."""
+        if len(self._noted) < _WAITING:
+            self._noted[generation_key(record.tenant, record.session, record.generation)] = record
+            self._wake.set()
+
+    async def announce(self, pool: str, announcement: Announcement) -> None:
+        """Tell delivery which models this pool can call."""
+        bucket = await self._broker.bucket(REGISTRY_BUCKET)
+        await bucket.put(pool, msgspec.json.encode(announcement))
+
+    async def write(self) -> None:
+        """Store what is noted; runs until cancelled."""
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            await self.flush()
+
+    async def flush(self) -> None:
+        """Store all that is noted now."""
+        while self._noted:
+            key, record = self._noted.popitem()
+            await self._store(key, msgspec.json.encode(record))
+
+    async def _store(self, key: str, value: bytes) -> None:
+        for attempt in range(_TRIES):
+            try:
+                bucket = await self._broker.bucket()
+                await bucket.put(key, value)
+                return
+            except _UNREACHABLE as error:
+                log.debug("look-up record not stored", key=key, error=repr(error))
+                await asyncio.sleep(0.1 * 2**attempt)
+        log.warning("look-up record given up", key=key)

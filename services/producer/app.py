@@ -1,0 +1,112 @@
+"""The producer process: settings, its parts put together, and its probes."""
+
+import asyncio
+import os
+from typing import Annotated
+
+import msgspec
+from litestar import Litestar
+from litestar.openapi import OpenAPIConfig
+
+from schemas.requests import Announcement
+from services.kit.broker import Broker
+from services.kit.clock import SystemClock
+from services.kit.http import probes, serving
+from services.kit.problem import EXCEPTION_HANDLERS
+from services.kit.settings import SettingsError, Shared, load_settings, read_config
+from services.kit.telemetry import configure_logging
+from services.producer.adapters.publisher import Publisher
+from services.producer.adapters.records import Records
+from services.producer.adapters.upstreams import Upstreams
+from services.producer.core.deadlines import Deadlines
+from services.producer.core.registry import Registry, RegistryError
+from services.producer.relay import Outside
+from services.producer.worker import Worker
+
+__all__ = ["Settings", "main"]
+
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """Settings of the producer. Times in seconds.
+
+    ``slots``: how many generations run at once in one process. ``drain``: how long running ones may go on after
+    SIGTERM. ``connect``, ``first_token``, ``between_tokens`` and ``total`` are deadlines of each call.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8082
+    slots: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 1_000
+    drain: Annotated[float, msgspec.Meta(ge=0)] = 20.0
+    connect: Positive = 10.0
+    first_token: Positive = 30.0
+    between_tokens: Positive = 30.0
+    total: Positive = 900.0
+    ack_timeout: Positive = 2.0
+    append_timeout: Positive = 60.0
+    scripted: bool = True
+
+    def deadlines(self) -> Deadlines:
+        """Return the deadlines that hold where a model has none of its own."""
+        return Deadlines(
+            connect=self.connect,
+            first_token=self.first_token,
+            between_tokens=self.between_tokens,
+            total=self.total,
+        )
+
+
+async def main(stop: asyncio.Event) -> None:
+    """Run the producer until ``stop``.
+
+    Raises:
+        SettingsError: a setting or the model registry is wrong.
+        BrokerUnavailable: no broker answers at start.
+        PortTaken: the probes' port is in use.
+    """
+    shared, settings = load_settings(Settings, "producer", os.environ)
+    configure_logging("producer", shared.log_level, shared.log_format)
+    try:
+        registry = Registry.load(read_config(os.environ), os.environ, scripted=settings.scripted)
+    except RegistryError as error:
+        raise SettingsError(error.problems) from error
+    async with Broker.connect(shared.nats_url, "tailrace-producer") as broker, Upstreams(registry) as upstreams:
+        await broker.apply(shared.topology())
+        publisher = Publisher(broker, ack_timeout=settings.ack_timeout, give_up=settings.append_timeout)
+        records = Records(broker)
+        await publisher.start()
+        outside = Outside(
+            broker=broker,
+            publisher=publisher,
+            records=records,
+            registry=registry,
+            upstream=upstreams.of,
+            clock=SystemClock(),
+            deadlines=settings.deadlines(),
+            partitions=shared.partitions,
+        )
+        await _work(shared, settings, outside, stop)
+
+
+async def _work(shared: Shared, settings: Settings, outside: Outside, stop: asyncio.Event) -> None:
+    worker = Worker(outside, shared.pool, settings.slots, shared.lease, shared.max_deliver)
+    registry = outside.registry
+    await outside.records.announce(
+        shared.pool, Announcement(aliases=sorted(registry.aliases), providers=sorted(registry.providers))
+    )
+
+    async def connected() -> bool:
+        return outside.broker.is_connected
+
+    app = Litestar(
+        route_handlers=[probes({"broker": connected})],
+        exception_handlers=EXCEPTION_HANDLERS,
+        openapi_config=OpenAPIConfig("Tailrace producer", "1"),
+    )
+    async with serving(app, settings.host, settings.port), asyncio.TaskGroup() as group:
+        background = [group.create_task(outside.publisher.watch()), group.create_task(outside.records.write())]
+        await worker.run(stop, settings.drain)
+        for task in background:
+            task.cancel()
+        await outside.records.flush()

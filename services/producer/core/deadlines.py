@@ -1,0 +1,35 @@
+"""How long each phase of a call may take."""
+
+from typing import Literal
+
+import msgspec
+
+__all__ = ["Deadlines", "Phase", "overdue"]
+
+Phase = Literal["connecting", "waiting", "streaming"]
+
+
+class Deadlines(msgspec.Struct, frozen=True, kw_only=True):
+    """All in seconds. ``first_token`` counts from the call, ``total`` from the start of the generation."""
+
+    connect: float = 10.0
+    first_token: float = 30.0
+    between_tokens: float = 30.0
+    total: float = 900.0
+
+
+def overdue(deadlines: Deadlines, phase: Phase, *, now: float, begun: float, called: float, token: float) -> str | None:
+    """Return the code of the deadline that has passed at ``now``, or ``None``.
+
+    ``begun``, ``called`` and ``token`` are when the generation began, the provider was called and the last token came,
+    all on the same clock as ``now``.
+    """
+    if now - begun > deadlines.total:
+        return "deadline_total"
+    if phase == "connecting" and now - called > deadlines.connect:
+        return "deadline_connect"
+    if phase != "streaming" and now - called > deadlines.first_token:
+        return "deadline_first_token"
+    if phase == "streaming" and now - token > deadlines.between_tokens:
+        return "deadline_between_tokens"
+    return None

@@ -1,0 +1,288 @@
+"""A generation while it runs: what a provider's parts become in the log. Decides only; publishes nothing."""
+
+from typing import Protocol
+
+from schemas.events import (
+    AnyEvent,
+    Binary,
+    Cancelled,
+    Completed,
+    Delta,
+    Failed,
+    Interrupted,
+    Notice,
+    Restarted,
+    Started,
+    UsageReported,
+)
+from schemas.usage import Counted, Usage
+from services.producer.core.parts import (
+    Alive,
+    BinaryPart,
+    End,
+    Finish,
+    Identity,
+    Part,
+    Reasoning,
+    Text,
+    ToolCallPart,
+    UpstreamFailure,
+    UsagePart,
+)
+
+__all__ = ["CUT_OFF", "Counter", "Generation"]
+
+CUT_OFF = UpstreamFailure(
+    "upstream_cut_off", "the provider's stream ended without its end marker", recoverable=True
+)
+
+
+class Counter(Protocol):
+    """Counts output tokens over joined text, one lane for each (kind, choice, index)."""
+
+    def add(self, kind: str, choice: int, index: int, text: str) -> int:
+        """Add ``text`` to a lane and return the running count over all lanes."""
+        ...
+
+    def total(self) -> int:
+        """Return the count over all lanes, from their whole text."""
+        ...
+
+
+class Generation:
+    """Builds the events of one generation with gapless seqs in one epoch.
+
+    ``ending`` says whether the provider has ended the answer, by its marker or by an error: nothing more is read then.
+    """
+
+    def __init__(
+        self, name: str, *, epoch: int, next_seq: int, counter: Counter, counted_input: int, exact: bool, encoding: str
+    ) -> None:
+        self.name = name
+        self.epoch = epoch
+        self.next_seq = next_seq
+        self.provider = ""
+        self.upstream_model = ""
+        self.upstream_id: str | None = None
+        self.usage: Usage | None = None
+        self.ending: End | UpstreamFailure | None = None
+        self.has_tokens = False
+        self._counter = counter
+        self._counted_input = counted_input
+        self._exact = exact
+        self._encoding = encoding
+        self._finish: dict[int, str] = {}
+
+    def counted(self) -> Counted:
+        """Return our own count so far, from the whole text."""
+        return Counted(
+            input=self._counted_input, output=self._counter.total(), exact=self._exact, encoding=self._encoding
+        )
+
+    def start(self, model: str, provider: str, upstream_model: str, metadata: dict[str, str], at: float) -> Started:
+        """Return the first event."""
+        self.provider, self.upstream_model = provider, upstream_model
+        return Started(
+            generation=self.name,
+            seq=self._take(),
+            epoch=self.epoch,
+            at=at,
+            model=model,
+            provider=provider,
+            upstream_model=upstream_model,
+            counted=Counted(input=self._counted_input, exact=self._exact, encoding=self._encoding),
+            metadata=metadata,
+        )
+
+    def restart(self, reason: str, provider: str, upstream_model: str, at: float) -> Restarted:
+        """Return the event by which a new epoch begins the answer anew."""
+        self.provider, self.upstream_model = provider, upstream_model
+        return Restarted(
+            generation=self.name,
+            seq=self._take(),
+            epoch=self.epoch,
+            at=at,
+            reason=reason,
+            provider=provider,
+            upstream_model=upstream_model,
+        )
+
+    def notice(
+        self, code: str, message: str, at: float, *, attempt: int | None = None, delay: float | None = None
+    ) -> Notice:
+        """Return a notice; it names the provider that is being asked."""
+        return Notice(
+            generation=self.name,
+            seq=self._take(),
+            epoch=self.epoch,
+            at=at,
+            code=code,
+            message=message,
+            attempt=attempt,
+            provider=self.provider or None,
+            upstream_model=self.upstream_model or None,
+            delay=delay,
+        )
+
+    def absorb(self, parts: list[Part], at: float) -> list[AnyEvent]:
+        """Return the deltas for what one read held; neighbours of one kind and choice become one delta."""
+        events: list[AnyEvent] = []
+        last: Delta | None = None
+        for part in parts:
+            match part:
+                case Text():
+                    last = self._text(part, last, events, at)
+                case Reasoning():
+                    last = self._reasoning(part, last, events, at)
+                case ToolCallPart():
+                    last = None
+                    events.append(self._tool_call(part, at))
+                case BinaryPart():
+                    last = None
+                    events.append(self._delta(part.choice, at, part.at, binary=part.binary))
+                case End() | UpstreamFailure():
+                    self.ending = part
+                    break
+                case Alive():
+                    pass
+                case _:
+                    self._remember(part)
+        return events
+
+    def end(self, at: float) -> list[AnyEvent]:
+        """Return the closing events for how the provider ended it; without an end marker it failed."""
+        ending = self.ending or CUT_OFF
+        if isinstance(ending, UpstreamFailure):
+            return self.fail(ending, at)
+        reasons = [self._finish[choice] for choice in sorted(self._finish)]
+        completed = Completed(
+            generation=self.name,
+            seq=self.next_seq + (self.usage is not None),
+            epoch=self.epoch,
+            at=at,
+            finish_reason=reasons[0] if reasons else "stop",
+            finish_reasons=reasons if len(reasons) > 1 else [],
+            counted=self.counted(),
+        )
+        return self._close(completed, at)
+
+    def fail(self, failure: UpstreamFailure, at: float) -> list[AnyEvent]:
+        """Return the closing events for a failure."""
+        failed = Failed(
+            generation=self.name,
+            seq=self.next_seq + (self.usage is not None),
+            epoch=self.epoch,
+            at=at,
+            code=failure.code,
+            message=failure.message,
+            upstream_status=failure.upstream_status,
+            recoverable=failure.recoverable,
+            counted=self.counted(),
+        )
+        return self._close(failed, at)
+
+    def cancel(self, reason: str, at: float) -> list[AnyEvent]:
+        """Return the closing events for a cancellation (``requested`` or ``disconnected``)."""
+        cancelled = Cancelled(
+            generation=self.name,
+            seq=self.next_seq + (self.usage is not None),
+            epoch=self.epoch,
+            at=at,
+            reason=reason,
+            counted=self.counted(),
+        )
+        return self._close(cancelled, at)
+
+    def interrupt(self, reason: str, counted: Counted, at: float) -> Interrupted:
+        """Return the terminal with which another producer closes a begun generation."""
+        return Interrupted(
+            generation=self.name, seq=self._take(), epoch=self.epoch, at=at, reason=reason, counted=counted
+        )
+
+    def _close(self, terminal: Completed | Failed | Cancelled, at: float) -> list[AnyEvent]:
+        events: list[AnyEvent] = []
+        if self.usage is not None:
+            events.append(
+                UsageReported(
+                    generation=self.name,
+                    seq=self._take(),
+                    epoch=self.epoch,
+                    at=at,
+                    usage=self.usage,
+                    provider=self.provider,
+                    upstream_model=self.upstream_model,
+                    upstream_id=self.upstream_id,
+                )
+            )
+        self._take()
+        events.append(terminal)
+        return events
+
+    def _remember(self, part: Part) -> None:
+        match part:
+            case Finish():
+                self._finish[part.choice] = part.reason
+            case UsagePart():
+                self.usage = part.usage
+            case Identity():
+                self.upstream_id = part.upstream_id or self.upstream_id
+                self.upstream_model = part.model or self.upstream_model
+            case _:
+                pass
+
+    def _text(self, part: Text, last: Delta | None, events: list[AnyEvent], at: float) -> Delta:
+        tokens = self._counter.add("text", part.choice, 0, part.text)
+        if last is not None and last.text is not None and last.choice == part.choice:
+            last.text += part.text
+            last.tokens = tokens
+            return last
+        delta = self._delta(part.choice, at, part.at, tokens, text=part.text)
+        events.append(delta)
+        return delta
+
+    def _reasoning(self, part: Reasoning, last: Delta | None, events: list[AnyEvent], at: float) -> Delta:
+        tokens = self._counter.add("reasoning", part.choice, 0, part.text)
+        if last is not None and last.reasoning is not None and last.choice == part.choice:
+            last.reasoning += part.text
+            last.tokens = tokens
+            return last
+        delta = self._delta(part.choice, at, part.at, tokens, reasoning=part.text)
+        events.append(delta)
+        return delta
+
+    def _tool_call(self, part: ToolCallPart, at: float) -> Delta:
+        call = part.tool_call
+        tokens = self._counter.add("tool", part.choice, call.index, (call.name or "") + call.arguments)
+        delta = self._delta(part.choice, at, part.at, tokens)
+        delta.tool_call = call
+        return delta
+
+    def _delta(
+        self,
+        choice: int,
+        at: float,
+        provider_at: float | None,
+        tokens: int | None = None,
+        *,
+        text: str | None = None,
+        reasoning: str | None = None,
+        binary: Binary | None = None,
+    ) -> Delta:
+        self.has_tokens = True
+        return Delta(
+            generation=self.name,
+            seq=self._take(),
+            epoch=self.epoch,
+            at=at,
+            choice=choice,
+            text=text,
+            reasoning=reasoning,
+            binary=binary,
+            tokens=self._counter.total() if tokens is None else tokens,
+            provider_at=provider_at,
+        )
+
+    def _take(self) -> int:
+        seq = self.next_seq
+        self.next_seq += 1
+        return seq

@@ -1,0 +1,33 @@
+"""The producer's errors, grouped by what its caller must do."""
+
+__all__ = ["Fenced", "GiveUp", "LogRefused", "LogUnavailable", "ProducerError", "TryAgain"]
+
+
+class ProducerError(Exception):
+    """Base of all errors of this service."""
+
+
+class TryAgain(ProducerError):
+    """Hand the request back to the queue: another attempt, here or elsewhere, may work."""
+
+
+class GiveUp(ProducerError):
+    """Stop at once without writing anything more: somebody else owns the generation."""
+
+
+class LogUnavailable(TryAgain):
+    """The log took no event for too long (broker away, stream full)."""
+
+    def __init__(self, unacknowledged: int, seconds: float, reason: str) -> None:
+        self.unacknowledged = unacknowledged
+        super().__init__(
+            f"the log acknowledged nothing for {seconds:.1f} s with {unacknowledged} events under way: {reason or 'no answer'}"
+        )
+
+
+class LogRefused(GiveUp):
+    """A conditional append found that somebody else has written to the generation."""
+
+
+class Fenced(GiveUp):
+    """The lease on the request ran out before this publish: another producer may own the generation by now."""

@@ -1,0 +1,30 @@
+"""What the producer measures."""
+
+from typing import Final
+
+from prometheus_client import Counter, Gauge, Histogram
+
+_SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+ACTIVE: Final = Gauge("tailrace_producer_active_generations", "Generations that stream now")
+SLOTS: Final = Gauge("tailrace_producer_slots", "How many generations may stream at once")
+TAKEN: Final = Counter("tailrace_producer_requests_taken", "Requests taken from the queue")
+ENDED: Final = Counter("tailrace_producer_generations_ended", "Generations by terminal", ["terminal", "code"])
+EVENTS: Final = Counter("tailrace_producer_events_published", "Events handed to the log")
+READS: Final = Counter("tailrace_producer_upstream_reads", "Socket reads from providers that held something")
+TOKENS: Final = Counter("tailrace_producer_tokens_counted", "Output tokens counted when a generation ends")
+PUBLISH_WINDOW: Final = Gauge("tailrace_producer_publish_window_events", "Events sent and not yet acknowledged")
+PUBLISH_REPEATS: Final = Counter("tailrace_producer_publish_repeats", "Events sent again by go-back-N")
+QUEUE_WAIT: Final = Histogram(
+    "tailrace_producer_queue_wait_seconds", "From request to producer", buckets=_SECONDS
+)
+FIRST_TOKEN: Final = Histogram(
+    "tailrace_producer_first_token_seconds", "From calling the provider to its first token", ["provider"], buckets=_SECONDS
+)
+TOKEN_GAP: Final = Histogram(
+    "tailrace_producer_token_gap_seconds", "Between two reads that held tokens", buckets=_SECONDS
+)
+UPSTREAM_ERRORS: Final = Counter("tailrace_producer_upstream_errors", "Refusals and failures", ["provider", "code"])
+STALLS: Final = Counter("tailrace_producer_stalls", "Silences of more than a second in the middle of an answer")
+LEASES_LOST: Final = Counter("tailrace_producer_leases_lost", "Generations given up because the lease ran out")
+TAKEOVERS: Final = Counter("tailrace_producer_takeovers", "Begun generations taken over from another producer", ["how"])

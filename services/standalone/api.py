@@ -1,0 +1,111 @@
+"""Delivery's and billing's HTTP interfaces, as the command line uses them."""
+
+import uuid
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+import msgspec
+
+from services.standalone.errors import CommandFailed, Refused, Unreachable
+
+__all__ = ["Api", "refusal"]
+
+_TIMEOUT = httpx.Timeout(15.0, connect=5.0)
+
+
+class Api:
+    """One service at ``url``. Every method raises `Refused` for a problem and `Unreachable` when nothing answers."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        self.client = httpx.Client(base_url=self.url, timeout=_TIMEOUT, headers={"user-agent": "tailrace-cli"})
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, _type: type[BaseException] | None, _error: BaseException | None, _tb: TracebackType | None
+    ) -> None:
+        self.client.close()
+
+    def ask(self, session: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Request a generation; return its ``session``, ``generation`` and ``cursor``.
+
+        A lost answer is asked for once more under the same idempotency key, so that nothing is generated twice.
+        """
+        headers = {"idempotency-key": uuid.uuid4().hex}
+        path = f"/v1/sessions/{session}/generations"
+        try:
+            answer = self.client.post(path, json=body, headers=headers)
+        except (httpx.ReadError, httpx.RemoteProtocolError, httpx.ReadTimeout):
+            return self._object("POST", path, json=body, headers=headers)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise unreachable(self.url, error) from error
+        return _content(answer)
+
+    def cancel(self, session: str, generation: str) -> dict[str, Any]:
+        """Cancel a generation; return its ``generation`` and ``state``. Harmless when it has ended."""
+        return self._object("POST", f"/v1/sessions/{session}/generations/{generation}/cancel")
+
+    def session(self, session: str) -> dict[str, Any]:
+        """Return a session and its generations."""
+        return self._object("GET", f"/v1/sessions/{session}")
+
+    def sessions(self, limit: int) -> list[dict[str, Any]]:
+        """Return at most ``limit`` sessions, page by page."""
+        found: list[dict[str, Any]] = []
+        after: str | None = None
+        while True:
+            query = {"limit": str(min(limit - len(found), 100))} | ({"after": after} if after else {})
+            page = self._object("GET", "/v1/sessions", params=query)
+            found += page.get("sessions", [])
+            after = page.get("next")
+            if not after or len(found) >= limit:
+                return found[:limit]
+
+    def usage(self, query: dict[str, str]) -> dict[str, Any]:
+        """Return billing's usage report."""
+        return self._object("GET", "/v1/usage", params=query)
+
+    def session_usage(self, session: str) -> dict[str, Any]:
+        """Return billing's report of one session."""
+        return self._object("GET", f"/v1/usage/sessions/{session}")
+
+    def _object(self, method: str, path: str, **kwargs: Any) -> dict[str, Any]:
+        try:
+            return _content(self.client.request(method, path, **kwargs))
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise unreachable(self.url, error) from error
+
+
+def _content(response: httpx.Response) -> dict[str, Any]:
+    if response.is_error:
+        raise refusal(response)
+    try:
+        return msgspec.json.decode(response.content, type=dict[str, Any])
+    except msgspec.DecodeError as error:
+        raise CommandFailed(f"{response.url} does not answer like Tailrace: {error}") from error
+
+
+def refusal(response: httpx.Response) -> Refused:
+    """Return the error that an HTTP error answer stands for; its body must have been read."""
+    try:
+        problem = msgspec.json.decode(response.content, type=dict[str, Any])
+    except msgspec.DecodeError:
+        problem = {}
+    return Refused(
+        response.status_code,
+        str(problem.get("title") or f"HTTP {response.status_code}"),
+        str(problem.get("detail") or ""),
+        str(problem.get("type") or "").rpartition(":")[2],
+    )
+
+
+def unreachable(url: str, error: Exception) -> CommandFailed:
+    """Return the error to show for a failed connection to ``url``."""
+    if isinstance(error, httpx.InvalidURL | httpx.UnsupportedProtocol):
+        return CommandFailed(f"{url!r} is not a usable address: {error}")
+    if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+        return Unreachable(f"nothing answers at {url}: is `tailrace up` running, and the address right?")
+    return Unreachable(f"the connection to {url} broke: {error or type(error).__name__}")

@@ -1,0 +1,21 @@
+"""How long to wait before trying again. Pure."""
+
+from typing import Final
+
+__all__ = ["MAX_CRASHES", "reconnect_delay", "restart_delay"]
+
+MAX_CRASHES: Final = 6
+"""A service that ends this often in a row, without a minute of health between, is given up."""
+
+
+def restart_delay(crashes: int) -> float:
+    """Return the seconds to wait after the given number (1, 2 …) of crashes in a row: 0.25 s doubling up to 8 s."""
+    return float(min(8.0, 0.25 * 2 ** (crashes - 1)))
+
+
+def reconnect_delay(failures: int, chance: float) -> float:
+    """Return the seconds to wait after so many (1, 2 …) lost connections in a row.
+
+    ``chance`` in 0…1, a random number, spreads the clients of a service that comes back.
+    """
+    return float(min(8.0, 0.2 * 2 ** (failures - 1)) * (0.5 + chance / 2))

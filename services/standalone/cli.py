@@ -1,0 +1,235 @@
+"""The ``tailrace`` command."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from click.shell_completion import CompletionItem, get_completion_class
+
+from schemas.names import InvalidName, check_name
+from services.standalone import commands
+from services.standalone.api import Api
+from services.standalone.errors import EXIT_CANCELLED, EXIT_OK, CommandFailed
+from services.standalone.terminal import Terminal
+
+__all__ = ["cli", "main"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+PORT = click.IntRange(0, 65_535)
+FOLDER = click.Path(path_type=Path, file_okay=False)
+_url = click.option(
+    "--url", envvar="TAILRACE_URL", default="http://127.0.0.1:8080", show_default=True, help="Address of delivery."
+)
+_billing_url = click.option(
+    "--billing-url",
+    envvar="TAILRACE_BILLING_URL",
+    default="http://127.0.0.1:8081",
+    show_default=True,
+    help="Address of billing.",
+)
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+
+
+def _complete_session(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    try:
+        with Api(ctx.params.get("url") or "http://127.0.0.1:8080") as api:
+            names = [str(row.get("session")) for row in api.sessions(100)]
+    except CommandFailed:
+        return []
+    return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
+
+def _checked(role: str) -> Callable[[click.Context, click.Parameter, str | None], str | None]:
+    def check(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:
+        try:
+            return value if value is None else check_name(role, value)
+        except InvalidName as error:
+            raise click.BadParameter(str(error)) from error
+
+    return check
+
+
+_session = click.argument("session", callback=_checked("session"), shell_complete=_complete_session)
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("tailrace")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="tailrace", prog_name="tailrace")
+def cli() -> None:
+    """Ask models, and watch durable, resumable answers arrive.
+
+    Exit codes: 0 completed, 1 failed, 2 wrong usage, 3 unreachable, 130 cancelled.
+    """
+
+
+@cli.command()
+@click.option("--port", type=PORT, envvar="TAILRACE_DELIVERY_PORT", help="Port of delivery and the page [8080].")
+@click.option("--billing-port", type=PORT, envvar="TAILRACE_BILLING_PORT", help="Port of billing [8081].")
+@click.option(
+    "--producer-port", type=PORT, envvar="TAILRACE_PRODUCER_PORT", help="Port of the (first) producer [8082]."
+)
+@click.option("--nats-port", type=PORT, envvar="TAILRACE_NATS_PORT", help="Port of the embedded nats-server [4222].")
+@click.option("--data", type=FOLDER, envvar="TAILRACE_DATA", help="Folder for all data [.tailrace].")
+@click.option(
+    "--config", type=click.Path(path_type=Path, dir_okay=False), envvar="TAILRACE_CONFIG", help="Settings as TOML."
+)
+@click.option(
+    "--producers",
+    type=click.IntRange(1, 32),
+    envvar="TAILRACE_PRODUCERS",
+    default=1,
+    show_default=True,
+    help="Producer processes; their ports follow one another.",
+)
+def up(data: Path | None, config: Path | None, producers: int, **ports: int | None) -> None:
+    """Run everything here: broker, producer, delivery, billing and the page.
+
+    Ctrl-C stops all of it; the data stays in its folder, and the next start goes on with it. A port of 0 takes any
+    free one.
+    """
+    from services.standalone.up import Wishes
+    from services.standalone.up import up as run
+
+    wished = {
+        "delivery": ports["port"],
+        "billing": ports["billing_port"],
+        "producer": ports["producer_port"],
+        "nats": ports["nats_port"],
+    }
+    run(Wishes(data=data, config=config, producers=producers, ports=wished), _version(), Terminal())
+
+
+@cli.command()
+@click.argument("question", required=False)
+@click.option("--model", "-m", default="scripted/story", show_default=True, help="Model to ask, as provider/model.")
+@click.option(
+    "--session",
+    "-s",
+    callback=_checked("session"),
+    shell_complete=_complete_session,
+    help="Session to write to [a new one].",
+)
+@click.option("--system", help="System message.")
+@_json
+@_url
+def ask(*, question: str | None, model: str, session: str | None, system: str | None, as_json: bool, url: str) -> int:
+    """Ask QUESTION and print the answer as it arrives.
+
+    Without QUESTION, or with "-", it is read from standard input. Ctrl-C cancels the generation; a second one leaves.
+    """
+    text = _question(question)
+    messages = [{"role": "system", "content": system}] if system else []
+    body = {"model": model, "messages": [*messages, {"role": "user", "content": text}]}
+    with Api(url) as api:
+        return commands.ask(api, Terminal(), session, body, as_json=as_json)
+
+
+def _question(argument: str | None) -> str:
+    if argument not in {None, "-"}:
+        return str(argument)
+    if argument is None and sys.stdin.isatty():
+        raise click.UsageError('say what to ask: tailrace ask "…", or pipe it in')
+    text = sys.stdin.read().strip()
+    if not text:
+        raise click.UsageError("standard input holds no question")
+    return text
+
+
+@cli.command()
+@_session
+@click.option(
+    "--from", "from_", type=click.Choice(["start", "live"]), help="Where to begin [the running or latest generation]."
+)
+@click.option("--after", metavar="CURSOR", help="Begin after this cursor.")
+@_json
+@_url
+def tail(session: str, from_: str | None, after: str | None, as_json: bool, url: str) -> int:
+    """Follow SESSION: what it holds and what is added, until Ctrl-C."""
+    if from_ and after:
+        raise click.UsageError("--from and --after exclude each other")
+    with Api(url) as api:
+        return commands.tail(api, Terminal(), session, from_, after, as_json=as_json)
+
+
+@cli.command()
+@_session
+@click.argument("generation", callback=_checked("generation"), required=False)
+@_json
+@_url
+def cancel(session: str, generation: str | None, as_json: bool, url: str) -> int:
+    """Cancel GENERATION, or everything that is queued or running in SESSION."""
+    with Api(url) as api:
+        return commands.cancel(api, Terminal(), session, generation, as_json=as_json)
+
+
+@cli.command()
+@click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True, help="At most so many.")
+@_json
+@_url
+def sessions(limit: int, as_json: bool, url: str) -> int:
+    """List sessions."""
+    with Api(url) as api:
+        return commands.sessions(api, Terminal(), limit, as_json=as_json)
+
+
+@cli.command()
+@click.argument("session", callback=_checked("session"), required=False, shell_complete=_complete_session)
+@click.option(
+    "--by",
+    type=click.Choice(["tenant", "session", "model", "provider", "status", "day", "hour"]),
+    default="model",
+    show_default=True,
+    help="What to sum by, without SESSION.",
+)
+@click.option("--from", "from_", metavar="TIME", help="Only from this time (ISO 8601) on.")
+@click.option("--to", metavar="TIME", help="Only before this time (ISO 8601).")
+@_json
+@_billing_url
+def usage(*, session: str | None, by: str, from_: str | None, to: str | None, as_json: bool, billing_url: str) -> int:
+    """Show what was used, by SESSION or summed."""
+    query = {name: value for name, value in {"group_by": by, "from": from_, "to": to}.items() if value}
+    with Api(billing_url) as api:
+        report = api.session_usage(session) if session else api.usage(query)
+    return commands.usage(Terminal(), report, as_json=as_json)
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the completion script for SHELL; for bash: eval "$(tailrace completion bash)"."""
+    kind = get_completion_class(shell)
+    assert kind is not None
+    click.echo(kind(cli, {}, "tailrace", "_TAILRACE_COMPLETE").source())
+
+
+def main() -> None:
+    """Run the command and exit with its code."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        code = cli.main(prog_name="tailrace", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except CommandFailed as error:
+        Terminal().complain(str(error))
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        code = EXIT_CANCELLED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read it has gone
+        code = EXIT_OK
+    sys.exit(code or EXIT_OK)
+
+
+if __name__ == "__main__":
+    main()

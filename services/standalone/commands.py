@@ -1,0 +1,145 @@
+"""What the commands do, once their arguments are understood. Each returns the exit code."""
+
+import secrets
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import msgspec
+
+from schemas.events import TERMINAL_TYPES
+from services.standalone.api import Api
+from services.standalone.errors import EXIT_CANCELLED, EXIT_FAILED, EXIT_OK, CommandFailed
+from services.standalone.follow import Start, follow
+from services.standalone.screen import Screen, exit_code
+from services.standalone.tables import columns_of, moment, print_table
+from services.standalone.terminal import Terminal
+
+__all__ = ["ask", "cancel", "sessions", "tail", "usage"]
+
+_UNFINISHED = frozenset({"queued", "running", "cancelling"})
+
+
+def ask(api: Api, terminal: Terminal, session: str | None, body: dict[str, Any], *, as_json: bool) -> int:
+    """Request a generation and show it to its end. Ctrl-C cancels it, a second one leaves it running down."""
+    accepted = api.ask(session or f"ask-{secrets.token_hex(4)}", body)
+    start = Start(accepted["session"], accepted["generation"], accepted.get("cursor"))
+    screen = Screen(terminal, json=as_json)
+    code = EXIT_FAILED
+    with _cancelling(api.url, accepted["session"], accepted["generation"], terminal):
+        for received in follow(api, start, terminal.remark):
+            screen.show(received)
+            if received.header.type in TERMINAL_TYPES:
+                code = exit_code(received.header.type)
+    return code
+
+
+@contextmanager
+def _cancelling(url: str, session: str, generation: str, terminal: Terminal) -> Iterator[None]:
+    """Let the first Ctrl-C cancel the generation and reading go on to its end; the second one interrupts.
+
+    The request runs in a thread: raising out of a read would lose the connection, and what it still brings.
+    """
+    pressed = False
+
+    def request() -> None:
+        try:
+            with Api(url) as api:
+                api.cancel(session, generation)
+        except CommandFailed as error:
+            terminal.complain(f"could not cancel: {error} (Ctrl-C again to leave)")
+
+    def on_interrupt(_signum: int, _frame: FrameType | None) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+        threading.Thread(target=request, daemon=True).start()
+
+    before = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def tail(api: Api, terminal: Terminal, session: str, from_: str | None, after: str | None, *, as_json: bool) -> int:
+    """Show a session until Ctrl-C."""
+    screen = Screen(terminal, json=as_json, headings=True)
+    try:
+        for received in follow(api, Start(session, after=after, from_=from_), terminal.remark):
+            screen.show(received)
+    except KeyboardInterrupt:
+        screen.close()
+        return EXIT_CANCELLED
+    return EXIT_OK
+
+
+def cancel(api: Api, terminal: Terminal, session: str, generation: str | None, *, as_json: bool) -> int:
+    """Cancel one generation, or all of a session that have not ended."""
+    wanted = [generation] if generation else _unfinished(api.session(session))
+    states = [api.cancel(session, name) for name in wanted]
+    if as_json:
+        terminal.show(msgspec.json.encode(states).decode())
+        return EXIT_OK
+    for state in states:
+        terminal.show(f"{state.get('generation')}  {state.get('state')}")
+    if not states:
+        terminal.remark(f"nothing is queued or running in {session}")
+    return EXIT_OK
+
+
+def _unfinished(session: dict[str, Any]) -> list[str]:
+    return [str(g["generation"]) for g in session.get("generations", []) if g.get("state") in _UNFINISHED]
+
+
+def sessions(api: Api, terminal: Terminal, limit: int, *, as_json: bool) -> int:
+    """List sessions."""
+    rows = api.sessions(limit)
+    if as_json:
+        terminal.show(_pretty({"sessions": rows}))
+    elif not rows:
+        terminal.remark("no sessions yet")
+    else:
+        cells = [
+            (r.get("session"), r.get("last_state"), r.get("generations"), r.get("model"), moment(r.get("updated_at")))
+            for r in rows
+        ]
+        print_table(terminal, ["session", "state", "generations", "model", "updated"], cells)
+    return EXIT_OK
+
+
+def usage(terminal: Terminal, report: dict[str, Any], *, as_json: bool) -> int:
+    """Show a usage report: its list of rows as a table, and single values below."""
+    if as_json:
+        terminal.show(_pretty(report))
+        return EXIT_OK
+    lists = [value for value in report.values() if isinstance(value, list)]
+    rows = [_flat(row) for row in (lists[0] if lists else []) if isinstance(row, dict)]
+    if rows:
+        columns = columns_of(rows)
+        print_table(terminal, columns, [[row.get(name) for name in columns] for row in rows])
+    single = _flat({key: value for key, value in report.items() if not isinstance(value, list)})
+    for name, value in single.items():
+        if value is not None:
+            terminal.remark(f"{name}: {value}")
+    if not rows:
+        terminal.remark("nothing was used")
+    return EXIT_OK
+
+
+def _flat(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in record.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _pretty(document: object) -> str:
+    return msgspec.json.format(msgspec.json.encode(document), indent=2).decode()

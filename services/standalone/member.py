@@ -1,0 +1,171 @@
+"""One service of the process tree: started, watched, started again after a crash, stopped."""
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Final
+from urllib.parse import urlsplit
+
+import httpx
+
+from services.standalone import embedded, leash
+from services.standalone.backoff import MAX_CRASHES, restart_delay
+from services.standalone.output import OutputFile
+from services.standalone.plan import ServiceSpec
+
+__all__ = ["Member"]
+
+READY_TIMEOUT: Final = 60.0
+PROBE_INTERVAL: Final = 0.05
+HEALTHY_AFTER: Final = 60.0
+EXIT_SETTINGS: Final = 2
+"""A service ends with this when its settings are wrong or its port is taken: starting it again would not help."""
+
+
+class Member:
+    """A service and its current process.
+
+    ``ready`` is set once it first became ready. ``on_lost`` is called, with the reason, when it cannot be kept running.
+    """
+
+    def __init__(
+        self, spec: ServiceSpec, logs: Path, say: Callable[[str], None], on_lost: Callable[[str], None]
+    ) -> None:
+        self.spec = spec
+        self.ready = asyncio.Event()
+        self.pid: int | None = None
+        self._say = say
+        self._on_lost = on_lost
+        self._stop = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._output = OutputFile(logs / f"{spec.name}.log", self._show)
+        self._crashes = 0
+
+    async def run(self) -> None:
+        """Keep the service running until `stop`, then end it. Returns early when it has been given up."""
+        try:
+            while not self._stop.is_set():
+                started = time.monotonic()
+                code = await self._run_once()
+                if self._stop.is_set():
+                    return
+                if time.monotonic() - started > HEALTHY_AFTER:
+                    self._crashes = 0
+                self._crashes += 1
+                if self._is_hopeless(code):
+                    self._on_lost(f"{self.spec.name} {_describe(code)}; its log is {self._output.path}")
+                    return
+                delay = restart_delay(self._crashes)
+                self._say(f"{self.spec.name} {_describe(code)}; starting it again in {delay:g} s")
+                await _first(delay, self._stop.wait())
+        finally:
+            self._output.close()
+
+    def stop(self) -> None:
+        """Ask the service to end (SIGTERM); after its grace it is killed."""
+        self._stop.set()
+
+    def hurry(self) -> None:
+        """Kill the service now."""
+        self._stop.set()
+        self._hurry.set()
+
+    def _is_hopeless(self, code: int) -> bool:
+        return not self.ready.is_set() or code == EXIT_SETTINGS or self._crashes >= MAX_CRASHES
+
+    def _show(self, line: str) -> None:
+        if not self._stop.is_set():
+            self._say(f"{self.spec.name}: {line}")
+
+    async def _run_once(self) -> int:
+        """Start one process, see it through to its end, and return its exit code (negative: a signal)."""
+        process = await asyncio.create_subprocess_exec(
+            *leash.command(self.spec.argv),
+            env=self.spec.env,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            start_new_session=True,  # a Ctrl-C in the terminal reaches the supervisor alone
+        )
+        self.pid = process.pid
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                probe = tasks.create_task(self._probe())
+                pump = tasks.create_task(self._pump(process))
+                await _first(None, process.wait(), self._stop.wait())
+                probe.cancel()
+                await self._end(process)
+                await _first(1.0, asyncio.shield(pump))
+                pump.cancel()
+        finally:
+            if process.returncode is None:
+                _signal_group(process.pid, signal.SIGKILL)
+            self._output.finish()
+            self.pid = None
+        return await process.wait()
+
+    async def _pump(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stdout is not None
+        while data := await process.stdout.read(64 * 1024):
+            self._output.feed(data)
+
+    async def _probe(self) -> None:
+        """Set ``ready`` when the service is; report it lost when that takes too long the first time."""
+        try:
+            async with asyncio.timeout(READY_TIMEOUT):
+                async with httpx.AsyncClient(timeout=3, trust_env=False) as client:
+                    while not await _is_ready(client, self.spec.ready):  # noqa: ASYNC110  # it is another process
+                        await asyncio.sleep(PROBE_INTERVAL)
+            self.ready.set()
+        except TimeoutError:
+            if not self.ready.is_set():
+                self._on_lost(
+                    f"{self.spec.name} was not ready within {READY_TIMEOUT:g} s; its log is {self._output.path}"
+                )
+
+    async def _end(self, process: asyncio.subprocess.Process) -> None:
+        if process.returncode is None and not self._hurry.is_set():
+            _signal_group(process.pid, signal.SIGTERM)
+            await _first(self.spec.grace, process.wait(), self._hurry.wait())
+        if process.returncode is None and not self._hurry.is_set():
+            self._say(f"{self.spec.name} did not end within {self.spec.grace:g} s and is killed")
+        if process.returncode is None:
+            _signal_group(process.pid, signal.SIGKILL)
+            await process.wait()
+
+
+def _describe(code: int) -> str:
+    if code < 0:
+        return f"was ended by {signal.Signals(-code).name}"
+    return f"ended with exit code {code}"
+
+
+def _signal_group(pid: int, signum: int) -> None:
+    try:
+        os.killpg(pid, signum)
+    except (ProcessLookupError, PermissionError):
+        return  # nobody is left in it
+
+
+async def _is_ready(client: httpx.AsyncClient, address: str) -> bool:
+    url = urlsplit(address)
+    if url.scheme == "nats":
+        return await embedded.answers(url.port or 4222)
+    try:
+        return (await client.get(address)).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+async def _first(timeout: float | None, *waits: Awaitable[object]) -> None:
+    """Return when the first of ``waits`` is done or the timeout (seconds) is over; the others are cancelled."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    try:
+        await asyncio.wait(tasks, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,173 @@
+"""What ``tailrace up`` runs: processes, their environment and their order, as data. Pure."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+__all__ = ["Addresses", "Options", "ServiceSpec", "console_models", "plan_services", "summary"]
+
+NATS: Final = "nats-server"
+_OWN_VARIABLES: Final = frozenset({"TAILRACE_URL", "TAILRACE_BILLING_URL", "TAILRACE_PRODUCERS"})
+"""Variables of the command line itself, which the services would report as unknown."""
+_SCRIPTED: Final = ("scripted/story", "scripted/reasoning", "scripted/tools")
+_KEYED: Final = {
+    "OPENAI_API_KEY": "openai/gpt-4o-mini",
+    "ANTHROPIC_API_KEY": "anthropic/claude-haiku-4-5",
+    "CO_API_KEY": "cohere/command-a-03-2025",
+    "OPENROUTER_API_KEY": "openrouter/openai/gpt-4o-mini",
+}
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    """What the person asked for. Ports of the further producers follow ``producer_ports[0]``; ``data`` is absolute."""
+
+    data: Path
+    delivery_port: int
+    billing_port: int
+    producer_ports: tuple[int, ...]
+    nats_port: int
+    config: Path | None = None
+
+
+class Addresses(msgspec.Struct, frozen=True, kw_only=True):
+    """Where everything is, as URLs."""
+
+    page: str
+    billing: str
+    producers: tuple[str, ...]
+    nats: str
+
+    @classmethod
+    def of(cls, options: Options) -> "Addresses":
+        """Return the loopback addresses that these options lead to."""
+        return cls(
+            page=f"http://127.0.0.1:{options.delivery_port}",
+            billing=f"http://127.0.0.1:{options.billing_port}",
+            producers=tuple(f"http://127.0.0.1:{port}" for port in options.producer_ports),
+            nats=f"nats://127.0.0.1:{options.nats_port}",
+        )
+
+
+class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """One process: what to run, when it is ready, and its place in the order.
+
+    ``start_phase`` and ``stop_phase``: lower ones go first, equal ones together. ``ready``: an ``http://…`` address
+    that answers 200 when the service is ready, or ``nats://127.0.0.1:<port>``. ``grace``: seconds between SIGTERM and
+    SIGKILL.
+    """
+
+    name: str
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    ready: str
+    start_phase: int
+    stop_phase: int
+    grace: float = 15.0
+
+
+def console_models(env: Mapping[str, str], config: Mapping[str, Any]) -> list[str]:
+    """Return the models worth offering: those the configuration names, those with a key, and the scripted ones."""
+    configured = config.get("models")
+    aliases = list(configured) if isinstance(configured, dict) else []
+    keyed = [model for variable, model in _KEYED.items() if env.get(variable)]
+    return list(dict.fromkeys([*aliases, *keyed, *_SCRIPTED]))
+
+
+def has_key(env: Mapping[str, str]) -> bool:
+    """Tell whether a provider other than the scripted one can be reached by the conventional variables."""
+    return any(env.get(variable) for variable in (*_KEYED, "OPENAI_BASE_URL", "ANTHROPIC_BASE_URL"))
+
+
+def plan_services(
+    options: Options, env: Mapping[str, str], config: Mapping[str, Any], nats_server: str
+) -> list[ServiceSpec]:
+    """Return the processes to run. ``env`` is the caller's environment, ``config`` the content of its TOML file.
+
+    Order: the broker, then producers and billing, then delivery. To stop: delivery and producers, which drain, then
+    billing, which books what they still wrote, then the broker.
+    """
+    addresses = Addresses.of(options)
+    child_env = _child_env(options, env, config)
+    broker = ServiceSpec(
+        name=NATS,
+        argv=(nats_server, "-c", str(options.data / "nats.conf")),
+        env=child_env,
+        ready=addresses.nats,
+        start_phase=0,
+        stop_phase=2,
+    )
+    billing = _python_service("billing", "billing", child_env, options.billing_port, start_phase=1, stop_phase=1)
+    producers = [
+        _python_service(
+            "producer" if number == 1 else f"producer-{number}",
+            "producer",
+            child_env,
+            port,
+            start_phase=1,
+            stop_phase=0,
+        )
+        for number, port in enumerate(options.producer_ports, start=1)
+    ]
+    delivery = _python_service("delivery", "delivery", child_env, options.delivery_port, start_phase=2, stop_phase=0)
+    return [broker, *producers, billing, delivery]
+
+
+def _python_service(
+    name: str, service: str, env: Mapping[str, str], port: int, *, start_phase: int, stop_phase: int
+) -> ServiceSpec:
+    return ServiceSpec(
+        name=name,
+        argv=(sys.executable, "-m", f"services.{service}"),
+        env={**env, f"TAILRACE_{service.upper()}_PORT": str(port), f"TAILRACE_{service.upper()}_HOST": "127.0.0.1"},
+        ready=f"http://127.0.0.1:{port}/readyz",
+        start_phase=start_phase,
+        stop_phase=stop_phase,
+    )
+
+
+def _child_env(options: Options, env: Mapping[str, str], config: Mapping[str, Any]) -> dict[str, str]:
+    """The caller's environment without the command line's own variables, with the wiring; settings made by hand win."""
+    child = {name: value for name, value in env.items() if name not in _OWN_VARIABLES}
+    addresses = Addresses.of(options)
+    defaults = {
+        ("delivery", "billing_url"): addresses.billing,
+        ("delivery", "console_models"): ",".join(console_models(env, config)),
+        ("billing", "cors_origins"): f"{addresses.page},http://localhost:{options.delivery_port}",
+        ("billing", "database_url"): f"sqlite+aiosqlite:///{options.data / 'billing.db'}",
+    }
+    for (service, field), value in defaults.items():
+        table = config.get(service)
+        if not isinstance(table, dict) or field not in table:
+            child.setdefault(f"TAILRACE_{service.upper()}_{field.upper()}", value)
+    child |= {
+        "TAILRACE_NATS_URL": addresses.nats,
+        "TAILRACE_NATS_PORT": str(options.nats_port),
+        "TAILRACE_DATA": str(options.data),
+        "TAILRACE_LOG_FORMAT": "json",
+        "PYTHONUNBUFFERED": "1",
+    }
+    if options.config is not None:
+        child["TAILRACE_CONFIG"] = str(options.config)
+    return child
+
+
+def summary(options: Options, nats_version: str, env: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Return what the terminal shows once everything runs, as pairs of label and text; an empty label is a hint."""
+    addresses = Addresses.of(options)
+    rows = [
+        ("page", addresses.page),
+        ("API docs", f"{addresses.page}/schema"),
+        ("billing", f"{addresses.billing}/v1/usage"),
+        ("metrics", "  ".join(f"{url}/metrics" for url in (addresses.page, addresses.billing, *addresses.producers))),
+        ("NATS", f"{addresses.nats}  (nats-server {nats_version})"),
+        ("data", f"{options.data}  (logs in {options.data / 'logs'})"),
+    ]
+    if options.config is None and not has_key(env):
+        rows.append(("", "no API key set: the scripted provider answers"))
+    port = "" if options.delivery_port == 8080 else f" --url {addresses.page}"
+    rows.append(("", f'try: tailrace ask "what is a tailrace?"{port}'))
+    rows.append(("", "Ctrl-C stops everything; the data stays"))
+    return rows

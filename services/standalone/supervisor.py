@@ -1,0 +1,92 @@
+"""The process tree of ``tailrace up``: started in order, kept running, stopped in order."""
+
+import asyncio
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from services.standalone.errors import CommandFailed, StartFailed
+from services.standalone.member import Member
+from services.standalone.plan import ServiceSpec
+
+__all__ = ["Supervisor"]
+
+
+class Supervisor:
+    """Runs services until it is told to stop or one of them cannot be kept running.
+
+    ``say`` shows one line to the person at the terminal. ``logs`` is an existing folder.
+    """
+
+    def __init__(self, specs: Sequence[ServiceSpec], logs: Path, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._ending = asyncio.Event()
+        self._lost: list[str] = []
+        self._members = [Member(spec, logs, say, self._on_lost) for spec in specs]
+        self._tasks: dict[Member, asyncio.Task[None]] = {}
+
+    async def run(self, on_ready: Callable[[], None]) -> None:
+        """Start everything, call ``on_ready``, and return when everything has been stopped.
+
+        Raises:
+            StartFailed: a service did not become ready.
+            CommandFailed: a service kept ending and was given up.
+        """
+        async with asyncio.TaskGroup() as group:
+            started = await self._start(group)
+            if started:
+                on_ready()
+            await self._ending.wait()
+            await self._stop_all()
+        if self._lost:
+            raise (CommandFailed if started else StartFailed)("\n".join(self._lost))
+
+    def stop(self) -> None:
+        """Stop everything in order; asked for again, kill everything at once."""
+        if self._ending.is_set():
+            for member in self._tasks:
+                member.hurry()
+            return
+        self._ending.set()
+        self._say("stopping (Ctrl-C again to stop at once)")
+
+    def stop_on_signals(self) -> None:
+        """Let SIGINT, SIGTERM and SIGHUP (a closed terminal) call `stop`. Needs a running event loop."""
+        loop = asyncio.get_running_loop()
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(signum, self.stop)
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """The process ids of the services that run now, by name."""
+        return {member.spec.name: member.pid for member in self._members if member.pid is not None}
+
+    def _on_lost(self, reason: str) -> None:
+        self._lost.append(reason)
+        self._ending.set()
+
+    async def _start(self, group: asyncio.TaskGroup) -> bool:
+        """Start phase after phase; tell whether all became ready before the end was asked for."""
+        for phase in sorted({member.spec.start_phase for member in self._members}):
+            members = [member for member in self._members if member.spec.start_phase == phase]
+            for member in members:
+                self._tasks[member] = group.create_task(member.run(), name=member.spec.name)
+            for member in members:
+                if not await self._until_ready(member):
+                    return False
+        return True
+
+    async def _until_ready(self, member: Member) -> bool:
+        ready = asyncio.ensure_future(member.ready.wait())
+        ending = asyncio.ensure_future(self._ending.wait())
+        await asyncio.wait({ready, ending}, return_when=asyncio.FIRST_COMPLETED)
+        for wait in (ready, ending):
+            wait.cancel()
+        return not self._ending.is_set()
+
+    async def _stop_all(self) -> None:
+        for phase in sorted({member.spec.stop_phase for member in self._tasks}):
+            stopping = {m: task for m, task in self._tasks.items() if m.spec.stop_phase == phase}
+            for member in stopping:
+                member.stop()
+            await asyncio.gather(*stopping.values(), return_exceptions=True)

@@ -1,0 +1,115 @@
+"""``tailrace up``: from options to a running process tree and back to nothing."""
+
+import asyncio
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from services.kit.settings import SettingsError, read_config
+from services.standalone.embedded import find_nats_server, render_config
+from services.standalone.errors import CannotStart
+from services.standalone.folder import locked
+from services.standalone.plan import Addresses, Options, ServiceSpec, plan_services, summary
+from services.standalone.ports import PortWish, settle_ports
+from services.standalone.supervisor import Supervisor
+from services.standalone.terminal import Terminal
+
+__all__ = ["DEFAULT_PORTS", "Wishes", "up"]
+
+DEFAULT_DATA: Final = ".tailrace"
+DEFAULT_PORTS: Final = {"delivery": 8080, "billing": 8081, "producer": 8082, "nats": 4222}
+
+
+class Wishes:
+    """What flags and variables say; ``None`` where they say nothing and the file or the default decides."""
+
+    def __init__(self, *, data: Path | None, config: Path | None, producers: int, ports: dict[str, int | None]) -> None:
+        self.data = data
+        self.config = config.absolute() if config else None
+        self.producers = producers
+        self.ports = ports
+
+
+def up(wishes: Wishes, version: str, terminal: Terminal) -> None:
+    """Run everything until it is told to stop.
+
+    Raises:
+        CannotStart: a port, the folder, the configuration or nats-server is not usable; nothing was started.
+        CommandFailed: a service did not start or could not be kept running; everything has been stopped.
+    """
+    env = dict(os.environ) | ({"TAILRACE_CONFIG": str(wishes.config)} if wishes.config else {})
+    try:
+        config = read_config(env)
+    except SettingsError as error:
+        raise CannotStart(str(error)) from error
+    binary = find_nats_server()
+    data = Path(wishes.data or _section(config, "shared").get("data") or DEFAULT_DATA).expanduser().absolute()
+    with locked(data) as describe:
+        describe(f"process {os.getpid()}")
+        options = _settle(wishes, data, config)
+        (data / "nats.conf").write_text(render_config(options.nats_port, data / "nats"), encoding="utf-8")
+        describe(f"process {os.getpid()}, {Addresses.of(options).page}")
+        specs = plan_services(options, env, config, str(binary.path))
+        head = terminal.bold(f"Tailrace {version} is running")
+        rows = summary(options, binary.version_text, env)
+        asyncio.run(_run(specs, options.data, terminal, lambda: _announce(terminal, head, rows)))
+
+
+async def _run(specs: list[ServiceSpec], data: Path, terminal: Terminal, on_ready: Callable[[], None]) -> None:
+    supervisor = Supervisor(specs, data / "logs", terminal.remark)
+    supervisor.stop_on_signals()
+    terminal.remark(f"starting (data in {data})")
+    await supervisor.run(on_ready)
+    terminal.remark("stopped")
+
+
+def _announce(terminal: Terminal, head: str, rows: list[tuple[str, str]]) -> None:
+    terminal.show(head)
+    for label, text in rows:
+        terminal.show(f"  {terminal.dim(f'{label:<8}')}  {text}" if label else f"  {terminal.dim(text)}")
+
+
+def _settle(wishes: Wishes, data: Path, config: dict[str, Any]) -> Options:
+    first_producer = _port("producer", wishes, config)
+    producers = [
+        PortWish(
+            "producer" if number == 0 else f"producer {number + 1}",
+            first_producer + number if first_producer else 0,
+            "--producer-port or TAILRACE_PRODUCER_PORT",
+        )
+        for number in range(wishes.producers)
+    ]
+    ports = settle_ports(
+        [
+            PortWish("delivery", _port("delivery", wishes, config), "--port or TAILRACE_DELIVERY_PORT"),
+            PortWish("billing", _port("billing", wishes, config), "--billing-port or TAILRACE_BILLING_PORT"),
+            PortWish("NATS", _port("nats", wishes, config), "--nats-port or TAILRACE_NATS_PORT"),
+            *producers,
+        ]
+    )
+    return Options(
+        data=data,
+        config=wishes.config,
+        delivery_port=ports[0],
+        billing_port=ports[1],
+        nats_port=ports[2],
+        producer_ports=tuple(ports[3:]),
+    )
+
+
+def _port(name: str, wishes: Wishes, config: dict[str, Any]) -> int:
+    """A port by flag or variable, else from the file, else the default."""
+    wish = wishes.ports.get(name)
+    if wish is not None:
+        return wish
+    table, key = ("shared", "nats_port") if name == "nats" else (name, "port")
+    value = _section(config, table).get(key, DEFAULT_PORTS[name])
+    if not isinstance(value, int):
+        raise CannotStart(f"[{table}] {key}: must be a whole number, not {value!r}")
+    return value
+
+
+def _section(config: dict[str, Any], table: str) -> dict[str, Any]:
+    section = config.get(table)
+    return section if isinstance(section, dict) else {}

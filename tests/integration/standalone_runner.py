@@ -1,0 +1,25 @@
+"""A supervisor as a process of its own: ``python standalone_runner.py SPECS LOGS``, SPECS being JSON; says "ready"."""
+
+import asyncio
+import sys
+from pathlib import Path
+
+import msgspec
+
+from services.standalone.plan import ServiceSpec
+from services.standalone.supervisor import Supervisor
+
+
+def say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+async def main() -> None:
+    specs = msgspec.json.decode(sys.argv[1], type=list[ServiceSpec])
+    supervisor = Supervisor(specs, Path(sys.argv[2]), say)
+    supervisor.stop_on_signals()
+    await supervisor.run(lambda: say("ready"))
+
+
+asyncio.run(main())

@@ -77,7 +77,7 @@ def judge(position: Position, type_: str, epoch: int, seq: int) -> tuple[Positio
 def joining(epoch: int, seq: int) -> Position:
     """Return the position of a reader that begins at this event because the log no longer keeps what came before.
 
-    To be used for the oldest kept event of a generation whose first events have expired, and only when the loss is told
-    to whoever reads (`judge` from `BEGINNING` would find a gap for ever).
+    To be used for the oldest kept event of the highest epoch that is kept, when the first events of a generation have
+    expired, and only when that loss is told to whoever reads (`judge` from `BEGINNING` would find a gap for ever).
     """
     return Position(epoch, seq, ended=False)

@@ -1,13 +1,22 @@
 """A request for a generation, as it waits in the work queue, and the look-up record of a generation."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
 from schemas.events import VERSION
 from schemas.usage import Counted, Usage
 
-__all__ = ["Announcement", "CancelAfter", "GenerationRecord", "GenerationState", "Message", "OnDisconnect", "OnProducerLoss", "Request"]
+__all__ = [
+    "Announcement",
+    "CancelAfter",
+    "GenerationRecord",
+    "GenerationState",
+    "Message",
+    "OnDisconnect",
+    "OnProducerLoss",
+    "Request",
+]
 
 GenerationState = Literal["queued", "running", "cancelling", "completed", "failed", "cancelled", "interrupted"]
 
@@ -28,7 +37,7 @@ class Message(msgspec.Struct, omit_defaults=True):
 class CancelAfter(msgspec.Struct, forbid_unknown_fields=True):
     """Cancel the generation when nobody has listened for this many seconds."""
 
-    cancel_after: float
+    cancel_after: Annotated[float, msgspec.Meta(ge=0)]
 
 
 OnDisconnect = Literal["continue"] | CancelAfter

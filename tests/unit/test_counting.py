@@ -18,7 +18,10 @@ ENCODINGS = ("cl100k_base", "o200k_base", "o200k_harmony")
 WORDS = (
     "a Z don't I'LL we've 'S 's ’s ſs 1 12 345 2024 ½ Ⅷ ٣ . , ... !? // /* _ - \" ' ) :( </ {} <|endoftext|> aGVsbG8x"
 )
-SCRIPTS = "水 漢字 かな カナ 한국어 。 、 ， ！ e\u0301 \u0301 ÄÖ ß ǅ ʰ Привет 👍 👩\u200d👩\u200d👧 \ufe0f 🇩🇪 \u0bcd नमस्ते สวัสดี"
+SCRIPTS = (
+    "水 漢字 かな カナ 한국어 。 、 ， ！ e\u0301 \u0301 ÄÖ ß ǅ ʰ Привет "
+    "👍 👩\u200d👩\u200d👧 \ufe0f 🇩🇪 \u0bcd नमस्ते สวัสดี"
+)
 SPACES = [
     " ",
     "  ",

@@ -1,0 +1,155 @@
+"""``python -m bench relay``: measures the relay end to end."""
+
+import resource
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from typing import NoReturn
+
+import click
+import msgspec
+from rich.console import Console
+
+from bench.peers import LiteLLM, PeerNotInstalled
+from bench.processes import Died, TooLate
+from bench.profiling import Profile, ProfilerMissing, top_costs
+from bench.report import Report, ScenarioReport, added, checks, machine, now, show
+from bench.run import Run
+from bench.scenarios import SCENARIOS, Scenario, scenario_names
+from bench.stats import Outcome
+from bench.targets import Direct, Tailrace, Target
+
+EXIT_WRONG = 1
+EXIT_NOT_RUN = 2
+EXIT_TARGETS_MISSED = 3
+PEER_SLOWER = 20
+CHOICES = [*SCENARIOS, "all"]
+LIST = (
+    "\b\n" + "\n".join(f"  {s.name:<12} {s.about}" for s in SCENARIOS.values()) + "\n  all          every one but smoke"
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+def main() -> None:
+    """Measure Tailrace on this machine. Everything runs on loopback ports that are free, in a temporary folder."""
+
+
+@main.command(
+    help=f"""Measure the relay: a provider that stamps each token, the pipeline, and clients that check every text.
+
+The same clients first read from the provider directly; what the pipeline adds is the difference.
+
+{LIST}
+
+Exit code: 0 all texts identical and complete, 1 not so, 2 it could not be run, 3 a target was missed (with --strict).
+"""
+)
+@click.argument("scenarios", nargs=-1, type=click.Choice(CHOICES), metavar="[SCENARIO]...")
+@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the result as JSON.")
+@click.option("--clients", default=1, show_default=True, type=click.IntRange(1, 16), help="Client processes.")
+@click.option("--target", "only", multiple=True, type=click.Choice(["direct", "tailrace"]), help="Measure only this.")
+@click.option("--peer", type=click.Choice(["litellm"]), help="Measure this relay too; installed on request.")
+@click.option("--peer-venv", type=click.Path(path_type=Path), help="Where the peer is, or is to be, installed. Kept.")
+@click.option("--profile", "profiled", type=click.Choice(["producer", "delivery", "billing"]), help="Profile it.")
+@click.option("--profile-file", type=click.Path(path_type=Path), help="Folded stacks; default: PROCESS.folded")
+@click.option("--generations", type=click.IntRange(1), help="Instead of the scenario's own.")
+@click.option("--tokens", type=click.IntRange(1), help="Tokens of each generation, instead of the scenario's own.")
+@click.option("--rate", type=click.FloatRange(0.1), help="Tokens per second and stream, instead of the scenario's own.")
+@click.option("--subscribers", type=click.IntRange(1), help="Of each generation, instead of the scenario's own.")
+@click.option("--strict", is_flag=True, help="Exit with 3 when a target is missed.")
+def relay(  # noqa: D103, PLR0917  # the text and the names are those of the decorators
+    scenarios: tuple[str, ...],
+    json_file: Path | None,
+    clients: int,
+    only: tuple[str, ...],
+    peer: str | None,
+    peer_venv: Path | None,
+    profiled: str | None,
+    profile_file: Path | None,
+    generations: int | None,
+    tokens: int | None,
+    rate: float | None,
+    subscribers: int | None,
+    strict: bool,
+) -> None:
+    _prepare()
+    changes = {"generations": generations, "tokens": tokens, "rate": rate, "subscribers": subscribers}
+    given = {name: value for name, value in changes.items() if value is not None}
+    chosen = [msgspec.structs.replace(SCENARIOS[name], **given) for name in scenario_names(scenarios or ("paced-200",))]
+    # A pipe has no width of its own.
+    console = Console(width=None if sys.stdout.isatty() else 130)
+    report = Report(now(), machine(), True, [])
+    m = report.machine
+    console.print(f"{m.cores} cores, {m.processor}, {m.memory_gb:g} GB, {m.system}, Python {m.python}", highlight=False)
+    try:
+        with tempfile.TemporaryDirectory(prefix="tailrace-peer-") as temporary:
+            targets: list[Target] = [t for t in (Direct(), Tailrace()) if not only or t.name in only]
+            if peer:
+                proxy = LiteLLM(peer_venv or Path(temporary))
+                proxy.install()
+                targets.append(proxy)
+            profile = Profile(profiled, profile_file or Path(f"{profiled}.folded")) if profiled else None
+            for scenario in chosen:
+                report.scenarios.append(_measure(scenario, targets, clients, profile))
+                show(console, report.scenarios[-1])
+                if profile:
+                    _show_profile(console, profile)
+    except (Died, TooLate, PeerNotInstalled, ProfilerMissing) as error:
+        console.print(f"[red]not measured:[/] {error}", highlight=False)
+        report.good = False
+        sys.exit(EXIT_NOT_RUN)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        report.good = report.good and all(o.good for s in report.scenarios for o in s.outcomes if o.target != peer)
+        if json_file:
+            json_file.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
+    _exit(report, strict)
+
+
+def _measure(scenario: Scenario, targets: list[Target], clients: int, profile: Profile | None) -> ScenarioReport:
+    outcomes: dict[str, Outcome] = {}
+    for target in targets:
+        patience = PEER_SLOWER if isinstance(target, LiteLLM) else 1
+        outcomes[target.name] = Run(scenario, target, clients=clients, patience=patience, profile=profile).measure()
+    direct = outcomes.get("direct")
+    more = {name: added(o, direct) for name, o in outcomes.items() if direct and name != "direct"}
+    own = outcomes.get("tailrace")
+    met = checks(scenario, own, more.get("tailrace")) if own else {}
+    return ScenarioReport(scenario, list(outcomes.values()), more, met)
+
+
+def _show_profile(console: Console, profile: Profile) -> None:
+    if not profile.path.exists():
+        return
+    console.print(
+        f"\n[bold]{profile.name}[/]: where its time goes, percent in itself and with what it calls ({profile.path})"
+    )
+    for name, own, total in top_costs(profile.path):
+        console.print(f"{own:6.1f} {total:6.1f}  {name}", markup=False, highlight=False)
+
+
+def _exit(report: Report, strict: bool) -> NoReturn:
+    if not report.good:
+        sys.exit(EXIT_WRONG)
+    if strict and not all(met for s in report.scenarios for met in s.targets_met.values()):
+        sys.exit(EXIT_TARGETS_MISSED)
+    sys.exit(0)
+
+
+def _prepare() -> None:
+    """Allow a file descriptor for every connection, and stop in order on SIGTERM as on Ctrl-C."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+    def interrupt(_signum: int, _frame: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m bench")

@@ -1,0 +1,152 @@
+"""The result as text and as JSON."""
+
+import datetime
+import os
+import platform
+from collections.abc import Sequence
+
+import msgspec
+from rich.console import Console
+from rich.table import Table
+
+from bench.scenarios import Scenario
+from bench.stats import Latency, Outcome
+
+__all__ = ["Machine", "Report", "ScenarioReport", "added", "checks", "machine", "now", "show"]
+
+
+class Machine(msgspec.Struct):
+    """Where it was measured."""
+
+    cores: int
+    processor: str
+    system: str
+    python: str
+    memory_gb: float
+
+
+class ScenarioReport(msgspec.Struct):
+    """One scenario: the outcome of each target, and its latency beyond ``direct`` at the same percentiles."""
+
+    scenario: Scenario
+    outcomes: list[Outcome]
+    added_ms: dict[str, Latency]
+    targets_met: dict[str, bool]
+
+
+class Report(msgspec.Struct):
+    """Everything that one command measured. ``good``: every client got exactly what the provider sent."""
+
+    at: str
+    machine: Machine
+    good: bool
+    scenarios: list[ScenarioReport]
+
+
+def machine() -> Machine:
+    """Return what is known of this machine."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Machine(
+        cores,
+        _processor(),
+        f"{platform.system()} {platform.release()}",
+        platform.python_version(),
+        round(memory / 1e9, 1),
+    )
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def now() -> str:
+    """Return the present time for a report."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def added(outcome: Outcome, direct: Outcome) -> Latency:
+    """Return how much later tokens arrive than at clients of the provider itself, percentile by percentile."""
+    a, b = outcome.latency_ms, direct.latency_ms
+    differences = (round(x - y, 3) for x, y in ((a.p50, b.p50), (a.p95, b.p95), (a.p99, b.p99), (a.max, b.max)))
+    return Latency(*differences)
+
+
+def checks(scenario: Scenario, outcome: Outcome, more: Latency | None) -> dict[str, bool]:
+    """Return which of the scenario's targets the pipeline met, by a text that names target and value."""
+    t = scenario.targets
+    found: dict[str, bool] = {}
+    if more and t.added_p50_ms is not None:
+        found[f"added p50 ≤ {t.added_p50_ms:g} ms: {more.p50:g}"] = more.p50 <= t.added_p50_ms
+    if more and t.added_p99_ms is not None:
+        found[f"added p99 ≤ {t.added_p99_ms:g} ms: {more.p99:g}"] = more.p99 <= t.added_p99_ms
+    if t.cpu_ms_per_1000 is not None:
+        cpu = outcome.pipeline_cpu_ms_per_1000
+        found[f"CPU per 1,000 tokens ≤ {t.cpu_ms_per_1000:g} ms: {cpu:g}"] = cpu <= t.cpu_ms_per_1000
+    if t.tokens_per_s is not None:
+        found[f"tokens/s ≥ {t.tokens_per_s:,.0f}: {outcome.tokens_per_s:,.0f}"] = outcome.tokens_per_s >= t.tokens_per_s
+    if scenario.rate is not None:
+        offered = scenario.generations * scenario.subscribers * scenario.rate
+        ideal = scenario.tokens / scenario.rate
+        kept = outcome.streaming_s <= ideal * 1.05 + 0.25
+        found[f"kept up with {offered:,.0f} tokens/s: {outcome.tokens_per_s:,.0f}"] = kept
+    return found
+
+
+def show(console: Console, report: ScenarioReport) -> None:
+    """Print one scenario."""
+    s = report.scenario
+    pace = f"{s.rate:g} tokens/s" if s.rate else "as fast as the provider sends"
+    size = f"{s.generations} generations of {s.tokens:,} tokens"
+    console.print(f"\n[bold]{s.name}[/]  {size}, {pace}, {s.subscribers} subscriber(s)")
+    console.print(_latencies(report.outcomes, report.added_ms))
+    console.print(_processes(report.outcomes))
+    for outcome in report.outcomes:
+        for problem in outcome.problems:
+            console.print(f"[red]{outcome.target}: {problem}[/]", markup=True, highlight=False)
+    for text, met in report.targets_met.items():
+        console.print(f"{'[green]met   [/]' if met else '[red]missed[/]'} {text}", highlight=False)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(columns[0], no_wrap=True)
+    for column in columns[1:]:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _latencies(outcomes: Sequence[Outcome], more: dict[str, Latency]) -> Table:
+    table = _table("ms", "p50", "p95", "p99", "max", "tokens/s", "events", "complete", "differ", "sender late p99")
+    for o in outcomes:
+        counts = (f"{o.tokens_per_s:,.0f}", f"{o.events:,}", f"{o.complete}/{o.streams}", str(o.mismatches))
+        table.add_row(o.target, *_row(o.latency_ms), *counts, f"{o.provider_late_p99_ms:.1f}")
+        if o.target in more:
+            table.add_row(f"{o.target} added", *_row(more[o.target]))
+    return table
+
+
+def _row(values: Latency) -> tuple[str, ...]:
+    return tuple(f"{value:,.2f}" for value in (values.p50, values.p95, values.p99, values.max))
+
+
+def _processes(outcomes: Sequence[Outcome]) -> Table:
+    table = _table("CPU", "ms per 1,000 tokens", "seconds", "opening, seconds", "peak RSS MB")
+    for o in outcomes:
+        parts = [name for name in o.processes if name not in ("provider",) and not name.startswith("client")]
+        for name in (*parts, *(n for n in o.processes if n not in parts)):
+            cost = o.processes[name]
+            cells = (
+                f"{cost.cpu_ms_per_1000:.1f}",
+                f"{cost.cpu_s:.2f}",
+                f"{cost.start_cpu_s:.2f}",
+                f"{cost.peak_rss_mb:.0f}",
+            )
+            table.add_row(f"{o.target}: {name}", *cells)
+        if parts:
+            table.add_row(f"{o.target}: sum of its {len(parts)}", f"{o.pipeline_cpu_ms_per_1000:.1f}")
+    return table

@@ -1,0 +1,122 @@
+"""What a run does: how many streams, how fast, how long; what each stream asks the provider for."""
+
+from typing import Final
+
+import msgspec
+
+__all__ = ["SCENARIOS", "Plan", "Scenario", "StreamOrder", "Targets", "scenario_names"]
+
+
+class Targets(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What the pipeline is expected to reach on two cores. Latencies in milliseconds, added to connecting directly."""
+
+    added_p50_ms: float | None = None
+    added_p99_ms: float | None = None
+    cpu_ms_per_1000: float | None = None
+    tokens_per_s: float | None = None
+
+
+class Scenario(msgspec.Struct, frozen=True, kw_only=True):
+    """``rate`` in tokens per second and stream; ``None`` is as fast as the reader takes them."""
+
+    name: str
+    about: str
+    generations: int
+    tokens: int
+    rate: float | None
+    subscribers: int = 1
+    targets: Targets = Targets()
+
+    @property
+    def produced(self) -> int:
+        """Tokens that the provider sends in all."""
+        return self.generations * self.tokens
+
+    @property
+    def seconds(self) -> float:
+        """The longest that streaming may take before the run is given up."""
+        paced = self.tokens / self.rate if self.rate else 0.0
+        return 30.0 + 2 * paced + self.produced / 20_000
+
+
+class StreamOrder(msgspec.Struct, frozen=True):
+    """One stream as the provider is asked for it; travels as the text of the user's message. ``phase`` in seconds."""
+
+    stream: int
+    tokens: int
+    rate: float | None
+    phase: float
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """What one client process does. ``deadline`` in seconds from its start; ``first`` is its first stream's number."""
+
+    kind: str
+    host: str
+    port: int
+    model: str
+    headers: dict[str, str]
+    run: str
+    first: int
+    generations: int
+    total: int
+    tokens: int
+    rate: float | None
+    subscribers: int
+    deadline: float
+    stamps: str
+    latencies: str
+    ready: str
+    result: str
+
+    def orders(self) -> list[StreamOrder]:
+        """Return the streams of this client, phases spread evenly over one interval of all streams."""
+        step = 1 / self.rate / self.total if self.rate else 0.0
+        numbers = range(self.first, self.first + self.generations)
+        return [StreamOrder(n, self.tokens, self.rate, n * step) for n in numbers]
+
+
+SCENARIOS: Final = {
+    s.name: s
+    for s in (
+        Scenario(name="smoke", about="does everything work", generations=5, tokens=40, rate=40.0),
+        Scenario(
+            name="paced-200",
+            about="200 generations at a model's usual pace",
+            generations=200,
+            tokens=200,
+            rate=20.0,
+            targets=Targets(added_p50_ms=1.5, added_p99_ms=10.0, cpu_ms_per_1000=250.0),
+        ),
+        Scenario(
+            name="paced-200x2",
+            about="the same, two subscribers each",
+            generations=200,
+            tokens=200,
+            rate=20.0,
+            subscribers=2,
+        ),
+        Scenario(
+            name="paced-800",
+            about="800 generations at the same pace",
+            generations=800,
+            tokens=200,
+            rate=20.0,
+            targets=Targets(added_p99_ms=200.0, cpu_ms_per_1000=150.0),
+        ),
+        Scenario(
+            name="flat-20",
+            about="20 streams as fast as the provider sends",
+            generations=20,
+            tokens=20_000,
+            rate=None,
+            targets=Targets(tokens_per_s=100_000.0),
+        ),
+    )
+}
+
+
+def scenario_names(asked: tuple[str, ...]) -> list[str]:
+    """Return the scenarios to run; ``all`` stands for every one but ``smoke``."""
+    every = [name for name in SCENARIOS if name != "smoke"]
+    return [name for word in asked for name in (every if word == "all" else [word])]

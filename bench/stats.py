@@ -1,0 +1,85 @@
+"""Percentiles, and the result of a run as data."""
+
+import msgspec
+
+__all__ = ["ClientResult", "Cost", "Latency", "Outcome", "latency", "percentile"]
+
+
+class Latency(msgspec.Struct):
+    """Milliseconds from the provider's write of a token to its arrival at a client."""
+
+    p50: float
+    p95: float
+    p99: float
+    max: float
+
+
+class Cost(msgspec.Struct):
+    """Of one process. ``cpu_s``: processor seconds while it streamed; ``start_cpu_s``: while the streams were opened.
+
+    ``peak_rss_mb``: highest resident memory since its start.
+    """
+
+    cpu_s: float
+    cpu_ms_per_1000: float
+    start_cpu_s: float
+    peak_rss_mb: float
+
+
+class ClientResult(msgspec.Struct):
+    """What one client process saw. ``problems`` holds the first few in words."""
+
+    streams: int
+    complete: int
+    mismatches: int
+    tokens: int
+    events: int
+    reads: int
+    bytes: int
+    reconnects: int
+    last_ns: int
+    problems: list[str] = []
+
+
+class Outcome(msgspec.Struct, kw_only=True):
+    """One target measured once. Seconds, milliseconds and megabytes as named; tokens are the provider's."""
+
+    target: str
+    streams: int
+    complete: int
+    mismatches: int
+    events: int
+    reads: int
+    reconnects: int
+    tokens_produced: int
+    tokens_delivered: int
+    setup_s: float
+    streaming_s: float
+    settled_s: float | None
+    tokens_per_s: float
+    provider_late_p50_ms: float
+    provider_late_p99_ms: float
+    latency_ms: Latency
+    processes: dict[str, Cost]
+    pipeline_cpu_ms_per_1000: float
+    problems: list[str]
+
+    @property
+    def good(self) -> bool:
+        """Whether every client got exactly what the provider sent."""
+        return self.mismatches == 0 and self.complete == self.streams and not self.problems
+
+
+def percentile(ordered: list[int], percent: float) -> int:
+    """Return the value below which ``percent`` of the sorted values lie (nearest rank); 0 without values."""
+    if not ordered:
+        return 0
+    rank = -(-len(ordered) * percent // 100)
+    return ordered[max(0, min(len(ordered) - 1, int(rank) - 1))]
+
+
+def latency(nanoseconds: list[int]) -> Latency:
+    """Return the percentiles of latencies given in nanoseconds."""
+    ordered = sorted(nanoseconds)
+    p50, p95, p99, highest = (round(percentile(ordered, p) / 1e6, 3) for p in (50, 95, 99, 100))
+    return Latency(p50, p95, p99, highest)

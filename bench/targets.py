@@ -1,0 +1,151 @@
+"""What is measured: the provider itself, the pipeline, a peer. Each starts its processes and says where to ask."""
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import Final, Protocol
+
+import msgspec
+
+from bench.processes import Died, Processes, fetch, free_port, python
+from schemas.topology import billing_durable, token_stream
+from services.kit.broker import Broker, BrokerUnavailable
+
+__all__ = ["Direct", "Endpoint", "Tailrace", "Target"]
+
+READY_SECONDS: Final = 40.0
+
+
+class Endpoint(msgspec.Struct, frozen=True):
+    """Where the clients ask. ``kind``: ``openai`` (the answer is the stream) or ``tailrace`` (ask, then subscribe)."""
+
+    kind: str
+    port: int
+    model: str
+    headers: dict[str, str] = {}
+
+
+class Target(Protocol):
+    """Something to measure."""
+
+    @property
+    def name(self) -> str:
+        """What the report calls it."""
+        ...
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of its processes."""
+        ...
+
+    def start(self, processes: Processes, provider: int) -> Endpoint:
+        """Start what is needed in front of the provider's port and return where to ask once it is ready."""
+        ...
+
+    def settled(self) -> bool | None:
+        """Tell whether work behind the clients is done too; ``None`` where there is none."""
+        ...
+
+
+class Direct:
+    """The clients at the provider itself: what everything else is compared with."""
+
+    name: Final = "direct"
+    parts: Final[tuple[str, ...]] = ()
+
+    def start(self, processes: Processes, provider: int) -> Endpoint:
+        """Start nothing."""
+        return Endpoint("openai", provider, "bench")
+
+    def settled(self) -> bool | None:
+        """There is nothing behind the clients."""
+        return None
+
+
+class Tailrace:
+    """The whole pipeline with its defaults: nats-server with file storage, producer, delivery, billing on SQLite."""
+
+    name: Final = "tailrace"
+    parts: Final[tuple[str, ...]] = ("nats-server", "producer", "delivery", "billing")
+
+    def __init__(self) -> None:
+        self._nats = ""
+
+    def start(self, processes: Processes, provider: int) -> Endpoint:
+        """Start the broker and the three services."""
+        folder = processes.folder
+        ports = {name: free_port() for name in self.parts}
+        self._nats = f"nats://127.0.0.1:{ports['nats-server']}"
+        start_nats(processes, ports["nats-server"])
+        config = folder / "tailrace.toml"
+        config.write_text(f'[providers.bench]\ndialect = "openai"\nbase_url = "http://127.0.0.1:{provider}/v1"\n')
+        env = {
+            "TAILRACE_NATS_URL": self._nats,
+            "TAILRACE_CONFIG": str(config),
+            "TAILRACE_LOG_LEVEL": "warning",
+            "TAILRACE_PRODUCER_FIRST_TOKEN": "300",  # the provider holds the streams until all are open
+            "TAILRACE_BILLING_DATABASE_URL": f"sqlite+aiosqlite:///{folder / 'billing.db'}",
+            **{f"TAILRACE_{name.upper()}_PORT": str(ports[name]) for name in self.parts[1:]},
+        }
+        for name in self.parts[1:]:
+            processes.start(name, python(f"services.{name}"), env)
+        for name in self.parts[1:]:
+            url = f"http://127.0.0.1:{ports[name]}/readyz"
+            processes.wait(lambda url=url: fetch(url) is not None, READY_SECONDS, f"{name} ready")  # type: ignore[misc]
+        return Endpoint("tailrace", ports["delivery"], "bench/bench")
+
+    def settled(self) -> bool | None:
+        """Tell whether billing has booked everything that is in the log."""
+        try:
+            return asyncio.run(_pending(self._nats)) == 0
+        except BrokerUnavailable as error:
+            raise Died(str(error)) from error
+
+
+def start_nats(processes: Processes, port: int) -> None:
+    """Start the embedded nats-server with an empty store, and wait until it greets."""
+    binary = Path(sys.executable).with_name("nats-server")
+    store = processes.folder / "nats"
+    command = [
+        str(binary) if binary.exists() else "nats-server",
+        "-a",
+        "127.0.0.1",
+        "-p",
+        str(port),
+        "-js",
+        "-sd",
+        str(store),
+    ]
+    processes.start("nats-server", command)
+
+    def greets() -> bool:
+        return asyncio.run(_greets(port))
+
+    processes.wait(greets, READY_SECONDS, "nats-server ready")
+
+
+async def _greets(port: int) -> bool:
+    try:
+        async with asyncio.timeout(2):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            try:
+                return (await reader.readline()).startswith(b"INFO ")
+            finally:
+                writer.close()
+    except (OSError, TimeoutError):
+        return False
+
+
+class _Pending(msgspec.Struct):
+    num_pending: int
+    num_ack_pending: int
+
+
+async def _pending(url: str) -> int:
+    async with Broker.connect(url, "bench", wait=5) as broker:
+        answer = await broker.request(f"$JS.API.CONSUMER.INFO.{token_stream(0)}.{billing_durable(0)}")
+    try:
+        info = msgspec.json.decode(answer or b"", type=_Pending)
+    except msgspec.DecodeError as error:
+        raise BrokerUnavailable(f"no durable consumer of billing: {answer!r}") from error
+    return info.num_pending + info.num_ack_pending

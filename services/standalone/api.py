@@ -2,16 +2,25 @@
 
 import uuid
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import httpx
 import msgspec
 
 from services.standalone.errors import CommandFailed, Refused, Unreachable
 
-__all__ = ["Api", "refusal"]
+__all__ = ["Accepted", "Api", "refusal"]
 
+T = TypeVar("T")
 _TIMEOUT = httpx.Timeout(15.0, connect=5.0)
+
+
+class Accepted(msgspec.Struct, frozen=True):
+    """A generation that has been queued. ``cursor``: its events come after it."""
+
+    session: str
+    generation: str
+    cursor: str | None = None
 
 
 class Api:
@@ -29,20 +38,21 @@ class Api:
     ) -> None:
         self.client.close()
 
-    def ask(self, session: str, body: dict[str, Any]) -> dict[str, Any]:
-        """Request a generation; return its ``session``, ``generation`` and ``cursor``.
+    def ask(self, session: str, body: dict[str, Any]) -> Accepted:
+        """Request a generation; return its name and where to read it.
 
         A lost answer is asked for once more under the same idempotency key, so that nothing is generated twice.
         """
         headers = {"idempotency-key": uuid.uuid4().hex}
         path = f"/v1/sessions/{session}/generations"
         try:
-            answer = self.client.post(path, json=body, headers=headers)
-        except (httpx.ReadError, httpx.RemoteProtocolError, httpx.ReadTimeout):
-            return self._object("POST", path, json=body, headers=headers)
+            try:
+                answer = self.client.post(path, json=body, headers=headers)
+            except (httpx.ReadError, httpx.RemoteProtocolError, httpx.ReadTimeout):
+                answer = self.client.post(path, json=body, headers=headers)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise unreachable(self.url, error) from error
-        return _content(answer)
+        return _content(answer, Accepted)
 
     def cancel(self, session: str, generation: str) -> dict[str, Any]:
         """Cancel a generation; return its ``generation`` and ``state``. Harmless when it has ended."""
@@ -74,16 +84,16 @@ class Api:
 
     def _object(self, method: str, path: str, **kwargs: Any) -> dict[str, Any]:
         try:
-            return _content(self.client.request(method, path, **kwargs))
+            return _content(self.client.request(method, path, **kwargs), dict[str, Any])
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise unreachable(self.url, error) from error
 
 
-def _content(response: httpx.Response) -> dict[str, Any]:
+def _content(response: httpx.Response, type_: type[T]) -> T:
     if response.is_error:
         raise refusal(response)
     try:
-        return msgspec.json.decode(response.content, type=dict[str, Any])
+        return msgspec.json.decode(response.content, type=type_)
     except msgspec.DecodeError as error:
         raise CommandFailed(f"{response.url} does not answer like Tailrace: {error}") from error
 

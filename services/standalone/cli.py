@@ -1,6 +1,5 @@
 """The ``tailrace`` command."""
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -225,9 +224,6 @@ def main() -> None:
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
         code = EXIT_CANCELLED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read it has gone
-        code = EXIT_OK
     sys.exit(code or EXIT_OK)
 
 

@@ -26,10 +26,10 @@ _UNFINISHED = frozenset({"queued", "running", "cancelling"})
 def ask(api: Api, terminal: Terminal, session: str | None, body: dict[str, Any], *, as_json: bool) -> int:
     """Request a generation and show it to its end. Ctrl-C cancels it, a second one leaves it running down."""
     accepted = api.ask(session or f"ask-{secrets.token_hex(4)}", body)
-    start = Start(accepted["session"], accepted["generation"], accepted.get("cursor"))
+    start = Start(accepted.session, accepted.generation, accepted.cursor)
     screen = Screen(terminal, json=as_json)
     code = EXIT_FAILED
-    with _cancelling(api.url, accepted["session"], accepted["generation"], terminal):
+    with _cancelling(api.url, accepted.session, accepted.generation, terminal):
         for received in follow(api, start, terminal.remark):
             screen.show(received)
             if received.header.type in TERMINAL_TYPES:

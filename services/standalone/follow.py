@@ -139,9 +139,9 @@ def _receive(source: httpx_sse.EventSource, line: _Line) -> Iterator[Received]:
             return
         if sse.event == "gap":
             line.remark(f"a part of the log is missing here: {sse.data}")
-        if sse.event != "message":
+        if sse.event != "message" or not sse.data:  # the library also reports a lone "retry"
             continue
-        line.cursor, line.failures = sse.id, 0
+        line.cursor, line.failures = sse.id or line.cursor, 0
         if (received := _judge(sse, line.acceptance)) is None:
             continue
         line.finished = line.start.generation is not None and received.header.type in TERMINAL_TYPES

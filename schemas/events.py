@@ -28,6 +28,7 @@ __all__ = [
     "ToolCall",
     "UsageReported",
     "is_terminal",
+    "type_of",
 ]
 
 VERSION = 1
@@ -52,7 +53,8 @@ class Event(msgspec.Struct, tag_field="type", kw_only=True, omit_defaults=True):
 class Started(Event, tag="started"):
     """A producer has taken the request.
 
-    ``model`` is what was asked for; ``provider`` and ``upstream_model`` who answers. ``counted`` holds the input count. ``metadata`` is the request's own, unchanged.
+    ``model`` is what was asked for; ``provider`` and ``upstream_model`` who answers. ``counted`` holds the input count.
+    ``metadata`` is the request's own, unchanged.
     """
 
     model: str
@@ -171,3 +173,8 @@ _TERMINALS = (Completed, Failed, Cancelled, Interrupted)
 def is_terminal(event: Event) -> bool:
     """Tell whether ``event`` ends its generation."""
     return isinstance(event, _TERMINALS)
+
+
+def type_of(event: Event) -> str:
+    """Return the event's ``type`` as it stands in the log."""
+    return str(type(event).__struct_config__.tag)

@@ -121,15 +121,31 @@ def request_filter(pool: str) -> str:
 
 
 def control_subject(tenant: str, session: str, generation: str) -> str:
-    """Return the core subject on which the running producer of a generation hears control messages."""
-    return f"control.{tenant}.{session}.{generation}"
+    """Return the core subject on which the running producer of a generation hears control messages.
+
+    Raises:
+        InvalidName: a name cannot stand in a subject.
+    """
+    return f"control.{_one_generation(tenant, session, generation)}"
 
 
 def presence_subject(tenant: str, session: str, generation: str) -> str:
-    """Return the core subject whose interest tells that somebody listens to a generation."""
-    return f"presence.{tenant}.{session}.{generation}"
+    """Return the core subject whose interest tells that somebody listens to a generation.
+
+    Raises:
+        InvalidName: a name cannot stand in a subject.
+    """
+    return f"presence.{_one_generation(tenant, session, generation)}"
 
 
 def generation_key(tenant: str, session: str, generation: str) -> str:
-    """Return the key of a generation in the look-up bucket."""
-    return f"{tenant}.{session}.{generation}"
+    """Return the key of a generation in the look-up bucket.
+
+    Raises:
+        InvalidName: a name cannot stand in a subject.
+    """
+    return _one_generation(tenant, session, generation)
+
+
+def _one_generation(tenant: str, session: str, generation: str) -> str:
+    return f"{check_name('tenant', tenant)}.{check_name('session', session)}.{check_name('generation', generation)}"

@@ -261,3 +261,25 @@ def test_joining_at_an_accepted_event_yields_the_rest_of_the_sequence(log: list[
     for entry in rest:
         position, verdict = judge(position, entry.type, entry.epoch, entry.seq)
         assert verdict is Verdict.ACCEPTED
+
+
+def test_an_acknowledgement_of_a_copy_stored_too_early_does_not_count() -> None:
+    log, writer = Log(), Writer(0, ["delta", "delta", TERMINAL])
+    writer.look(log, restart=False)
+    writer.open(log)
+    for _ in range(3):
+        writer.send()
+    writer.deliver(log, 0, lose=True, lose_ack=False)
+    for _ in range(2):
+        writer.deliver(log, 0, lose=False, lose_ack=False)
+    writer.go_back(reconnect=True)
+    writer.deliver(log, 1, lose=False, lose_ack=False)
+    for _ in range(2):
+        writer.deliver(log, 1, lose=True, lose_ack=False)
+    while writer.pending:
+        writer.hear(0)
+    assert len(log.entries) == 4, "every event has been stored and acknowledged once"
+    assert accepted(log.entries) == writer.events[:2]
+    assert writer.base == 2, "so what readers have dropped is still to be repeated"
+    writer.finish(log)
+    assert accepted(log.entries) == writer.events

@@ -19,6 +19,7 @@ class Header(msgspec.Struct):
     type: str
     epoch: Epoch = 1
     tokens: Number = 0
+    at: float = 0.0
 
 
 class MalformedEvent(ValueError):

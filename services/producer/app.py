@@ -45,7 +45,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     total: Positive = 900.0
     ack_timeout: Positive = 2.0
     append_timeout: Positive = 60.0
-    scripted: bool = True
 
     def deadlines(self) -> Deadlines:
         """Return the deadlines that hold where a model has none of its own."""
@@ -68,10 +67,14 @@ async def main(stop: asyncio.Event) -> None:
     shared, settings = load_settings(Settings, "producer", os.environ)
     configure_logging("producer", shared.log_level, shared.log_format)
     try:
-        registry = Registry.load(read_config(os.environ), os.environ, scripted=settings.scripted)
+        registry = Registry.load(read_config(os.environ), os.environ)
     except RegistryError as error:
         raise SettingsError(error.problems) from error
-    async with Broker.connect(shared.nats_url, "tailrace-producer") as broker, Upstreams(registry) as upstreams:
+    clock = SystemClock()
+    async with (
+        Broker.connect(shared.nats_url, "tailrace-producer") as broker,
+        Upstreams.opened(registry, clock) as upstreams,
+    ):
         await broker.apply(shared.topology())
         publisher = Publisher(broker, ack_timeout=settings.ack_timeout, give_up=settings.append_timeout)
         records = Records(broker)
@@ -82,7 +85,7 @@ async def main(stop: asyncio.Event) -> None:
             records=records,
             registry=registry,
             upstream=upstreams.of,
-            clock=SystemClock(),
+            clock=clock,
             deadlines=settings.deadlines(),
             partitions=shared.partitions,
         )

@@ -8,7 +8,7 @@ import msgspec
 import structlog
 
 from schemas.codec import decode_header, encode_event
-from schemas.events import AnyEvent, Started, is_terminal
+from schemas.events import AnyEvent, Started, is_terminal, type_of
 from schemas.requests import GenerationRecord, Request
 from schemas.subjects import Address, token_subject
 from schemas.topology import token_stream
@@ -22,7 +22,7 @@ from services.producer.core.counting import GenerationCounter, count_input, enco
 from services.producer.core.deadlines import Deadlines, Phase, overdue
 from services.producer.core.generation import CUT_OFF, Generation
 from services.producer.core.parts import Part, UpstreamFailure
-from services.producer.core.registry import Candidate, Registry, UnknownModel
+from services.producer.core.registry import Candidate, Provider, Registry, UnknownModel
 from services.producer.core.takeover import Begun, decide, fold
 from services.producer.errors import GiveUp, LogRefused, TryAgain
 from services.producer.ports import Call, Upstream, UpstreamRefused
@@ -48,7 +48,7 @@ class Outside(msgspec.Struct):
     publisher: Publisher
     records: Records
     registry: Registry
-    upstream: Callable[[str], Upstream]
+    upstream: Callable[[Provider], Upstream]
     clock: Clock
     deadlines: Deadlines
     partitions: int
@@ -87,6 +87,8 @@ class Relay:
             created_at=request.created_at,
             metadata=request.metadata,
         )
+        self._candidates: list[Candidate] = []
+        self._unknown: UnknownModel | None = None
         self._deadlines = outside.deadlines
         self._phase: Phase = "connecting"
         self._begun_at = self._called_at = self._token_at = outside.clock.monotonic()
@@ -187,18 +189,28 @@ class Relay:
             self._writer.close()
 
     def _open(self, begun: Begun, epoch: int) -> None:
-        encoding, exact = encoding_of(self.request.model)
+        encoding, exact = self._encoding()
         counted_input, input_exact = count_input(self.request.messages, self.request.params, encoding)
         self._generation = Generation(
             self.request.generation,
             epoch=epoch,
             next_seq=begun.position.next_seq,
-            counter=GenerationCounter(encoding),
+            counter=GenerationCounter(encoding, exact),
             counted_input=counted_input,
             exact=exact and input_exact,
             encoding=encoding,
         )
         self._writer = self._outside.publisher.writer(token_subject(self.address), self._lease)
+
+    def _encoding(self) -> tuple[str, bool]:
+        """Return the tokenizer to count with, and whether it is the model's own."""
+        try:
+            self._candidates = self._outside.registry.resolve(self.request.model)
+        except UnknownModel as error:
+            self._unknown = error
+            return encoding_of(self.request.model)
+        first = self._candidates[0]
+        return (first.encoding, True) if first.encoding else encoding_of(first.upstream_model)
 
     async def _take_over(self, begun: Begun) -> None:
         assert self._generation is not None
@@ -241,10 +253,9 @@ class Relay:
     async def _stream(self, restart: bool) -> list[AnyEvent]:
         """Call the candidates in order until one answers; return the closing events."""
         assert self._generation is not None
-        try:
-            candidates = self._outside.registry.resolve(self.request.model)
-        except UnknownModel as error:
-            return self._generation.fail(UpstreamFailure("unknown_model", str(error)), self._now())
+        if self._unknown is not None:
+            return self._generation.fail(UpstreamFailure("unknown_model", str(self._unknown)), self._now())
+        candidates = self._candidates
         await self._begin(candidates[0], restart)
         failure: UpstreamFailure | None = None
         for number, candidate in enumerate(candidates, 1):
@@ -263,11 +274,11 @@ class Relay:
         if restart:
             metrics.TAKEOVERS.labels("restarted").inc()
             event: AnyEvent = self._generation.restart(
-                "producer_lost", candidate.provider, candidate.upstream_model, self._now()
+                "producer_lost", candidate.provider.name, candidate.upstream_model, self._now()
             )
         else:
             event = self._generation.start(
-                request.model, candidate.provider, candidate.upstream_model, request.metadata, self._now()
+                request.model, candidate.provider.name, candidate.upstream_model, request.metadata, self._now()
             )
         await self._append([event])
         stored = await self._outside.records.get(request.tenant, request.session, request.generation)
@@ -280,7 +291,7 @@ class Relay:
 
     async def _announce_failover(self, candidate: Candidate, failure: UpstreamFailure, number: int) -> None:
         assert self._generation is not None
-        self._generation.provider = candidate.provider
+        self._generation.provider = candidate.provider.name
         self._generation.upstream_model = candidate.upstream_model
         notice = self._generation.notice("failover", failure.message, self._now(), attempt=number)
         await self._append([notice])
@@ -288,7 +299,7 @@ class Relay:
     async def _call(self, candidate: Candidate) -> UpstreamFailure | None:
         """Relay one candidate's answer; return why it failed, or ``None`` when its end marker came."""
         clock = self._outside.clock
-        self._deadlines = candidate.deadlines or self._outside.deadlines
+        self._deadlines = self._outside.deadlines.overridden(candidate.deadlines)
         self._phase = "connecting"
         self._called_at = clock.monotonic()
         call = Call(
@@ -305,13 +316,13 @@ class Relay:
                     if parts is None:
                         break
                     if parts:
-                        await self._relay(parts, candidate.provider)
+                        await self._relay(parts, candidate.provider.name)
                         if self._generation is not None and self._generation.ending is not None:
                             break
         except UpstreamRefused as error:
-            metrics.UPSTREAM_ERRORS.labels(candidate.provider, error.failure.code).inc()
+            metrics.UPSTREAM_ERRORS.labels(candidate.provider.name, error.failure.code).inc()
             return error.failure
-        return self._failure(candidate.provider)
+        return self._failure(candidate.provider.name)
 
     def _failure(self, provider: str) -> UpstreamFailure | None:
         assert self._generation is not None
@@ -359,7 +370,7 @@ class Relay:
 
     def _end(self, event: AnyEvent) -> None:
         assert self._generation is not None
-        kind = type(event).__struct_config__.tag
+        kind = type_of(event)
         code = getattr(event, "code", None)
         metrics.ENDED.labels(kind, code or "").inc()
         counted = getattr(event, "counted", None)
@@ -391,6 +402,6 @@ class Relay:
 
 
 def _upstream(candidate: Candidate) -> dict[str, str]:
-    return {"provider": candidate.provider, "upstream_model": candidate.upstream_model}
+    return {"provider": candidate.provider.name, "upstream_model": candidate.upstream_model}
 
 

@@ -4,6 +4,8 @@ from typing import Literal
 
 import msgspec
 
+from services.producer.core.registry import DeadlineOverrides
+
 __all__ = ["Deadlines", "Phase", "overdue"]
 
 Phase = Literal["connecting", "waiting", "streaming"]
@@ -16,6 +18,11 @@ class Deadlines(msgspec.Struct, frozen=True, kw_only=True):
     first_token: float = 30.0
     between_tokens: float = 30.0
     total: float = 900.0
+
+    def overridden(self, own: DeadlineOverrides) -> "Deadlines":
+        """Return these deadlines with a model's own in their place."""
+        changes = {f: getattr(own, f) for f in own.__struct_fields__ if getattr(own, f) is not None}
+        return msgspec.structs.replace(self, **changes)
 
 
 def overdue(deadlines: Deadlines, phase: Phase, *, now: float, begun: float, called: float, token: float) -> str | None:

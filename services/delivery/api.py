@@ -1,0 +1,278 @@
+"""The HTTP API beside the streams: requests, cancellation, look-ups."""
+
+from typing import Annotated, Any, Final
+
+import msgspec
+from litestar import Response, Router, get, post
+from litestar.openapi.datastructures import ResponseSpec
+from litestar.openapi.spec import Example
+from litestar.params import Body, Parameter
+
+from schemas.events import type_of
+from schemas.names import InvalidName, check_name
+from schemas.requests import GenerationRecord
+from services.delivery.core.transcript import ToolCallText
+from services.delivery.errors import Unknown
+from services.delivery.intake import GenerationWish, Intake
+from services.delivery.lookups import Lookups
+from services.kit.broker import BrokerUnavailable
+from services.kit.problem import Problem, ProblemDetails
+
+__all__ = ["Accepted", "GenerationView", "SessionView", "router"]
+
+_KEY_LIMIT: Final = 200
+_EXAMPLE: Final = {
+    "model": "scripted/story",
+    "messages": [{"role": "user", "content": "Tell me about rivers"}],
+    "metadata": {"user": "u-17"},
+}
+
+
+class Links(msgspec.Struct):
+    """Where to go from here, as paths."""
+
+    events: str
+    session: str
+    generation: str
+    cancel: str
+
+
+class Accepted(msgspec.Struct):
+    """A request has been queued. ``cursor``: read the session after it to see this generation and nothing earlier."""
+
+    session: str
+    generation: str
+    cursor: str
+    state: str
+    links: Links
+
+
+class SessionSummary(msgspec.Struct):
+    """One line of the list of sessions. Times in seconds since 1970."""
+
+    session: str
+    generations: int
+    last_state: str
+    created_at: float
+    updated_at: float
+    model: str
+
+
+class SessionList(msgspec.Struct):
+    """Sessions, the newest change first. ``next``: pass it as ``after`` for the next page."""
+
+    sessions: list[SessionSummary]
+    next: str | None = None
+
+
+class SessionView(msgspec.Struct):
+    """A session and its generations, oldest first."""
+
+    session: str
+    generations: list[GenerationRecord]
+
+
+class GenerationView(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """A generation with what it has said so far. ``tokens``: output tokens counted so far."""
+
+    session: str
+    generation: str
+    state: str
+    model: str = ""
+    provider: str = ""
+    upstream_model: str = ""
+    created_at: float | None = None
+    started_at: float | None = None
+    ended_at: float | None = None
+    finish_reason: str | None = None
+    code: str | None = None
+    message: str | None = None
+    text: str = ""
+    choices: list[str] = []
+    reasoning: str = ""
+    tool_calls: list[ToolCallText] = []
+    events: int = 0
+    counted: Any = None
+    usage: Any = None
+    metadata: dict[str, str] = {}
+
+
+class CancelState(msgspec.Struct):
+    """What a cancellation found: ``cancelling``, or the terminal state that the generation has already."""
+
+    generation: str
+    state: str
+
+
+_PROBLEMS: Final = {
+    400: ResponseSpec(ProblemDetails, description="Not valid", media_type="application/problem+json"),
+    404: ResponseSpec(ProblemDetails, description="No such thing", media_type="application/problem+json"),
+    503: ResponseSpec(ProblemDetails, description="The broker is away", media_type="application/problem+json"),
+}
+
+
+def router(intake: Intake, lookups: Lookups, tenant: str) -> Router:
+    """Return the routes under ``/v1``, for one tenant."""
+
+    @post(
+        "/sessions/{session:str}/generations",
+        status_code=202,
+        summary="Ask a model",
+        operation_id="createGeneration",
+        responses=_PROBLEMS,
+        tags=["generations"],
+    )
+    async def create_generation(
+        session: str,
+        data: Annotated[GenerationWish, Body(examples=[Example(summary="A question", value=_EXAMPLE)])],
+        idempotency_key: Annotated[str | None, Parameter(header="Idempotency-Key", required=False)] = None,
+    ) -> Response[Accepted]:
+        _named("session", session)
+        if idempotency_key is not None and not 0 < len(idempotency_key) <= _KEY_LIMIT:
+            raise Problem(400, f"Idempotency-Key must have 1 to {_KEY_LIMIT} characters")
+        generation, cursor, repeated = await _reach(intake.accept(tenant, session, data, idempotency_key))
+        path = f"/v1/sessions/{session}"
+        links = Links(
+            events=f"{path}/events?generation={generation}",
+            session=path,
+            generation=f"{path}/generations/{generation}",
+            cancel=f"{path}/generations/{generation}/cancel",
+        )
+        headers = {"Location": links.generation} | ({"Idempotency-Replayed": "true"} if repeated else {})
+        return Response(Accepted(session, generation, cursor, "queued", links), headers=headers)
+
+    @post(
+        "/sessions/{session:str}/generations/{generation:str}/cancel",
+        status_code=202,
+        summary="Cancel a generation",
+        operation_id="cancelGeneration",
+        responses=_PROBLEMS,
+        tags=["generations"],
+    )
+    async def cancel_generation(session: str, generation: str) -> Response[CancelState]:
+        _named("session", session)
+        _named("generation", generation)
+        state = await _reach(intake.cancel(tenant, session, generation))
+        return Response(CancelState(generation, state), status_code=202 if state == "cancelling" else 200)
+
+    @get("/sessions", summary="List sessions", operation_id="listSessions", responses=_PROBLEMS, tags=["sessions"])
+    async def list_sessions(
+        limit: Annotated[int, Parameter(ge=1, le=1_000)] = 100, after: str | None = None
+    ) -> SessionList:
+        records = await _reach(lookups.recent(tenant))
+        return _page(_summaries(records), limit, after)
+
+    @get(
+        "/sessions/{session:str}",
+        summary="A session and its generations",
+        operation_id="getSession",
+        responses=_PROBLEMS,
+        tags=["sessions"],
+    )
+    async def get_session(session: str) -> SessionView:
+        _named("session", session)
+        records = await _reach(lookups.of_session(tenant, session))
+        if not records:
+            raise Problem(404, f"there is no session {session!r}")
+        return SessionView(session, sorted(records, key=lambda r: r.created_at))
+
+    @get(
+        "/sessions/{session:str}/generations/{generation:str}",
+        summary="A generation: state, text so far, usage",
+        operation_id="getGeneration",
+        responses=_PROBLEMS,
+        tags=["generations"],
+    )
+    async def get_generation(session: str, generation: str) -> GenerationView:
+        _named("session", session)
+        _named("generation", generation)
+        view: GenerationView = await _reach(_view(lookups, tenant, session, generation))
+        return view
+
+    return Router(
+        "/v1", route_handlers=[create_generation, cancel_generation, list_sessions, get_session, get_generation]
+    )
+
+
+def _named(role: str, value: str) -> None:
+    try:
+        check_name(role, value)
+    except InvalidName as error:
+        raise Problem(400, str(error)) from error
+
+
+async def _reach(call: Any) -> Any:
+    """Await what needs the broker, its absence as an answer."""
+    try:
+        return await call
+    except BrokerUnavailable as error:
+        raise Problem(503, "the broker cannot be reached", headers={"Retry-After": "1"}) from error
+    except Unknown as error:
+        raise Problem(404, str(error)) from error
+
+
+async def _view(lookups: Lookups, tenant: str, session: str, generation: str) -> GenerationView:
+    try:
+        found = await lookups.get(tenant, session, generation)
+    except BrokerUnavailable:
+        found = None  # the log is the truth
+    said = await lookups.transcript(tenant, session, generation)
+    if found is None and not said.events:
+        raise Unknown(f"session {session!r} has no generation {generation!r}")
+    record = found[0] if found else None
+    terminal: Any = said.terminal
+    state = type_of(terminal) if terminal else ("running" if said.events else "queued")
+    if terminal is None and record is not None and record.state == "cancelling":
+        state = "cancelling"
+    started = said.started
+    return GenerationView(
+        session=session,
+        generation=generation,
+        state=state,
+        model=record.model if record else (started.model if started else ""),
+        provider=record.provider if record and record.provider else (started.provider if started else ""),
+        upstream_model=started.upstream_model if started else "",
+        created_at=record.created_at if record else None,
+        started_at=started.at if started else None,
+        ended_at=terminal.at if terminal else None,
+        finish_reason=getattr(terminal, "finish_reason", None),
+        code=getattr(terminal, "code", None),
+        message=getattr(terminal, "message", None),
+        text=said.text,
+        choices=said.choices,
+        reasoning=said.reasoning,
+        tool_calls=said.tool_calls,
+        events=said.events,
+        counted=said.counted(),
+        usage=said.usage,
+        metadata=started.metadata if started else (record.metadata if record else {}),
+    )
+
+
+def _summaries(records: list[GenerationRecord]) -> list[SessionSummary]:
+    found: dict[str, SessionSummary] = {}
+    for record in records:
+        changed = record.ended_at or record.started_at or record.created_at
+        known = found.get(record.session)
+        if known is None:
+            found[record.session] = SessionSummary(
+                record.session, 1, record.state, record.created_at, changed, record.model
+            )
+            continue
+        known.generations += 1
+        known.created_at = min(known.created_at, record.created_at)
+        if changed >= known.updated_at:
+            known.updated_at, known.last_state, known.model = changed, record.state, record.model
+    return sorted(found.values(), key=lambda s: (-s.updated_at, s.session))
+
+
+def _page(summaries: list[SessionSummary], limit: int, after: str | None) -> SessionList:
+    start = 0
+    if after is not None:
+        names = [s.session for s in summaries]
+        if after not in names:
+            raise Problem(400, f"after={after[:64]!r} is not a session of this list")
+        start = names.index(after) + 1
+    page = summaries[start : start + limit]
+    more = start + limit < len(summaries)
+    return SessionList(page, page[-1].session if more and page else None)

@@ -1,0 +1,168 @@
+"""The delivery process: settings, its parts put together, and its shutdown."""
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import msgspec
+from litestar import Litestar, MediaType, Response, asgi, get
+from litestar.config.cors import CORSConfig
+from litestar.openapi import OpenAPIConfig
+from litestar.openapi.plugins import ScalarRenderPlugin
+from litestar.static_files import create_static_files_router
+
+from schemas.requests import GenerationRecord
+from services.delivery.api import router
+from services.delivery.describe import describe_streams
+from services.delivery.hub import Hub, Limits
+from services.delivery.intake import Intake
+from services.delivery.lookups import Lookups
+from services.delivery.transports.sse import RAW_SEND, SessionEvents
+from services.kit.broker import Broker
+from services.kit.clock import SystemClock
+from services.kit.http import probes, serving
+from services.kit.problem import EXCEPTION_HANDLERS
+from services.kit.settings import Shared, load_settings
+from services.kit.telemetry import configure_logging
+
+__all__ = ["Settings", "build_app", "main"]
+
+_CONSOLE: Final = Path(__file__).parent / "console"
+_CONSOLE_POLICY: Final = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+    "connect-src {connect}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """Settings of delivery. Times in seconds, sizes in bytes.
+
+    ``connections``: how many requests and streams one process serves at once. ``feed_bytes``: events kept in memory for
+    one session. ``cors_origins``: origins whose pages may call this API. ``billing_url`` and ``console_models`` are
+    handed to the console page.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    connections: Annotated[int, msgspec.Meta(ge=1)] = 16_384
+    max_body: Annotated[int, msgspec.Meta(ge=1_024)] = 1_048_576
+    feed_bytes: Annotated[int, msgspec.Meta(ge=65_536)] = 4_194_304
+    feeds: Annotated[int, msgspec.Meta(ge=1)] = 20_000
+    linger: Positive = 30.0
+    heartbeat: Positive = 15.0
+    lifetime: Positive = 3_600.0
+    stall: Positive = 30.0
+    drain: Positive = 10.0
+    cors_origins: list[str] = []
+    console: bool = True
+    console_models: list[str] = ["scripted/story"]
+    billing_url: str | None = None
+
+    def limits(self) -> Limits:
+        """Return the hub's bounds."""
+        return Limits(
+            feed_bytes=self.feed_bytes,
+            feeds=self.feeds,
+            linger=self.linger,
+            heartbeat=self.heartbeat,
+            lifetime=self.lifetime,
+            stall=self.stall,
+        )
+
+
+async def main(stop: asyncio.Event) -> None:
+    """Run delivery until ``stop``, then end all streams with a resumable notice.
+
+    Raises:
+        SettingsError: a setting is wrong.
+        BrokerUnavailable: no broker answers at start.
+        PortTaken: the port is in use.
+    """
+    shared, settings = load_settings(Settings, "delivery", os.environ)
+    configure_logging("delivery", shared.log_level, shared.log_format)
+    async with Broker.connect(shared.nats_url, "tailrace-delivery") as broker:
+        await broker.apply(shared.topology())
+        clock = SystemClock()
+        hub = Hub(broker, clock, shared.partitions, settings.limits())
+        app = build_app(hub, shared, settings)
+        async with serving(
+            app, settings.host, settings.port, connections=settings.connections
+        ), asyncio.TaskGroup() as group:
+            sweeper = group.create_task(hub.run())
+            await stop.wait()
+            await hub.drain(settings.drain)
+            sweeper.cancel()
+
+
+def build_app(hub: Hub, shared: Shared, settings: Settings) -> Any:
+    """Return the ASGI application."""
+    lookups = Lookups(hub.broker, hub.clock, shared.partitions)
+    intake = Intake(hub.broker, hub, lookups, hub.clock, shared.pool, shared.partitions)
+    events = SessionEvents(hub, lookups, shared.tenant)
+
+    @asgi("/v1/sessions/{session:str}/events", copy_scope=False)
+    async def session_events(scope: Any, receive: Any, send: Any) -> None:
+        await events(scope, receive, send)
+
+    async def connected() -> bool:
+        return hub.broker.is_connected and not hub.draining
+
+    handlers: list[Any] = [router(intake, lookups, shared.tenant), session_events, probes({"broker": connected})]
+    if settings.console:
+        handlers += _console(settings)
+    litestar = Litestar(
+        route_handlers=handlers,
+        exception_handlers=EXCEPTION_HANDLERS,
+        request_max_body_size=settings.max_body,
+        cors_config=_cors(settings.cors_origins) if settings.cors_origins else None,
+        openapi_config=OpenAPIConfig(
+            title="Tailrace delivery",
+            version="1",
+            description="Ask models, and watch their answers as resumable streams.",
+            path="/docs",
+            render_plugins=[ScalarRenderPlugin()],
+        ),
+        signature_types=[GenerationRecord],
+    )
+    describe_streams(litestar.openapi_schema)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        scope[RAW_SEND] = send  # streams write their body past the wrappers that every ordinary answer needs
+        await litestar(scope, receive, send)
+
+    return app
+
+
+def _cors(origins: list[str]) -> CORSConfig:
+    return CORSConfig(
+        allow_origins=origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["Content-Type", "Idempotency-Key", "Last-Event-ID", "Authorization"],
+        expose_headers=["Location", "Idempotency-Replayed", "Retry-After"],
+        max_age=600,
+    )
+
+
+def _console(settings: Settings) -> list[Any]:
+    connect = "'self'" + (f" {settings.billing_url}" if settings.billing_url else "")
+    headers = {
+        "Content-Security-Policy": _CONSOLE_POLICY.format(connect=connect),
+        "Cache-Control": "no-cache",
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+    }
+
+    @get("/", include_in_schema=False, sync_to_thread=False)
+    def page() -> Response[bytes]:
+        return Response((_CONSOLE / "index.html").read_bytes(), media_type=MediaType.HTML, headers=headers)
+
+    @get("/console/config.json", include_in_schema=False, sync_to_thread=False)
+    def config() -> dict[str, Any]:
+        return {"billing": settings.billing_url, "models": settings.console_models}
+
+    files = create_static_files_router(
+        "/console", [_CONSOLE], include_in_schema=False
+    )
+    return [page, config, files]

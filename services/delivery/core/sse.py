@@ -1,0 +1,34 @@
+"""Framing for server-sent events (WHATWG HTML, section 9.2)."""
+
+from typing import Any, Final
+
+import msgspec
+
+from services.delivery.core.entries import Entry
+
+__all__ = ["HEADERS", "HEARTBEAT", "control_frame", "frame", "retry_frame"]
+
+HEARTBEAT: Final = b": hb\n\n"
+HEADERS: Final[list[tuple[bytes, bytes]]] = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-store"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+def frame(entry: Entry, prefix: bytes) -> bytes:
+    """Return the frame of one event: its cursor (``prefix`` and stream sequence) as ``id``, the stored bytes as ``data``.
+
+    Stored events are single-line JSON, so that no line needs splitting.
+    """
+    return b"id: %b%012x\ndata: %b\n\n" % (prefix, entry.seq, entry.data)
+
+
+def control_frame(name: str, fields: dict[str, Any]) -> bytes:
+    """Return a named event without ``id``: it moves no client's position."""
+    return b"event: %b\ndata: %b\n\n" % (name.encode(), msgspec.json.encode(fields))
+
+
+def retry_frame(milliseconds: int) -> bytes:
+    """Return the frame that tells a browser how long to wait before it reconnects."""
+    return b"retry: %d\n\n" % milliseconds

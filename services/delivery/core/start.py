@@ -1,0 +1,59 @@
+"""Where a subscriber begins to read: decided from what it asks for and what the log keeps."""
+
+from typing import Literal, NamedTuple
+
+from schemas.cursor import Cursor, CursorIssuer, InvalidCursor
+from services.delivery.errors import CursorExpired, CursorForeign
+
+__all__ = ["LIVE", "LATEST", "Start", "check_cursor", "wanted_start"]
+
+LATEST: Literal["latest"] = "latest"
+LIVE: Literal["live"] = "live"
+
+
+class Start(NamedTuple):
+    """``after``: a stream sequence to read on from; else ``where``: the session's beginning, latest answer, or now."""
+
+    after: int | None = None
+    where: Literal["start", "latest", "live"] = "latest"
+
+
+def wanted_start(after: str | None, last_event_id: str | None, from_: str | None) -> tuple[str | None, Start]:
+    """Return the cursor text that counts (the header wins over the query, since a browser sends it when it reconnects)
+    and the start that holds without one.
+
+    Raises:
+        ValueError: ``from_`` is neither ``start`` nor ``live``.
+    """
+    match from_:
+        case None:
+            start = Start()
+        case "start" | "live":
+            start = Start(where=from_)
+        case _:
+            raise ValueError(f"from={from_[:40]!r} is not one of: start, live")
+    return last_event_id or after, start
+
+
+def check_cursor(text: str, issuer: CursorIssuer, first_seq: int, last_seq: int) -> int:
+    """Return the stream sequence after which to read.
+
+    ``first_seq`` and ``last_seq`` bound what the stream keeps now.
+
+    Raises:
+        CursorForeign: it is no cursor at all, or one of another session.
+        CursorExpired: the log was re-created, or what follows is no longer kept.
+    """
+    try:
+        cursor = Cursor.parse(text)
+    except InvalidCursor as error:
+        raise CursorForeign(str(error)) from error
+    if cursor.session != issuer.session or cursor.partition != issuer.partition:
+        raise CursorForeign(f"cursor {text!r} belongs to another session")
+    if cursor.incarnation != issuer.incarnation:
+        raise CursorExpired("the log was re-created since this cursor was issued")
+    if cursor.seq > last_seq:
+        raise CursorExpired("the log ends before this cursor: it was restored or truncated")
+    if cursor.seq and cursor.seq + 1 < first_seq:
+        raise CursorExpired("what followed this cursor is no longer kept")
+    return cursor.seq

@@ -1,0 +1,332 @@
+"""One feed per live session and process: reads the log, joins it to the live subject, writes to all subscribers."""
+
+import asyncio
+from collections import deque
+from typing import Final
+
+import structlog
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
+
+from schemas.acceptance import BEGINNING, Position, Verdict, judge
+from schemas.codec import Header, MalformedEvent, decode_header
+from schemas.cursor import CursorIssuer
+from schemas.subjects import live_filter, log_filter
+from schemas.topology import token_stream
+from services.delivery import metrics
+from services.delivery.core.entries import Entry, Positions, Tail, replay_start
+from services.delivery.core.frames import Chunk, Frames, Framing
+from services.delivery.subscriber import Subscriber
+from services.kit.broker import Broker, BrokerUnavailable, Stored
+from services.kit.clock import Clock
+
+__all__ = ["Feed", "LogReader"]
+
+log = structlog.get_logger()
+WRITE_BYTES: Final = 1024 * 1024
+OPEN_TRIES: Final = 16
+BEHIND_MESSAGES: Final = 20_000
+
+
+class LogReader:
+    """Reads accepted events of one session, or of one generation of it, from the log.
+
+    Where reading begins in the middle of a generation, that generation's own log is folded up to there first, so that
+    repeats and zombies are told apart exactly.
+    """
+
+    def __init__(self, broker: Broker, partition: int, tenant: str, session: str) -> None:
+        self.broker = broker
+        self.stream = token_stream(partition)
+        self.positions = Positions()
+        self._partition = partition
+        self._tenant = tenant
+        self._session = session
+        self.filter = self.subject("*")
+
+    def subject(self, generation: str) -> str:
+        """Return the log's subject of one generation (``*``: of all)."""
+        return log_filter(self._partition, self._tenant, self._session, generation)
+
+    async def first_of(self, generation: str) -> int | None:
+        """Return the stream sequence of a generation's first stored message."""
+        stored = await self.broker.first(self.stream, self.subject(generation))
+        return stored.seq if stored else None
+
+    async def accept(self, stored: Stored) -> Entry | None:
+        """Return the entry for a stored message, or ``None`` when the acceptance rule drops it."""
+        try:
+            header = decode_header(stored.data)
+        except MalformedEvent as error:
+            metrics.EVENTS_IN.labels("malformed").inc()
+            log.warning("malformed event in the log", seq=stored.seq, detail=str(error))
+            return None
+        if not self.positions.knows(header.generation):
+            self.positions.begin(header.generation, await self.position_before(header.generation, stored.seq))
+        return self.judge(header, stored)
+
+    def judge(self, header: Header, stored: Stored) -> Entry | None:
+        """Apply the rule to an event of a generation whose position is known."""
+        verdict = self.positions.offer(header)
+        metrics.EVENTS_IN.labels(verdict.value).inc()
+        if verdict is not Verdict.ACCEPTED:
+            return None
+        return Entry(stored.seq, header.generation, header.type, stored.data)
+
+    async def position_before(self, generation: str, seq: int) -> Position:
+        """Return the position in a generation before the message with stream sequence ``seq``."""
+        position = BEGINNING
+        if seq <= 1:
+            return position
+        async for batch in self.broker.read(self.stream, self.subject(generation), up_to=seq - 1):
+            for stored in batch:
+                header = decode_header(stored.data)
+                position, _ = judge(position, header.type, header.epoch, header.seq)
+        return position
+
+
+class Feed:
+    """Follows one session. `open` must have returned before subscribers join.
+
+    ``max_bytes`` bounds the events kept in memory.
+    """
+
+    def __init__(
+        self, broker: Broker, clock: Clock, issuer: CursorIssuer, tenant: str, session: str, max_bytes: int
+    ) -> None:
+        self.tenant = tenant
+        self.session = session
+        self.issuer = issuer
+        self.tail = Tail(0, max_bytes)
+        self.subscribers: set[Subscriber] = set()
+        self.idle_since: float | None = None
+        self._broker = broker
+        self._clock = clock
+        self._max_bytes = max_bytes
+        self._reader = LogReader(broker, issuer.partition, tenant, session)
+        self._frames: dict[Framing, Frames] = {}
+        self._subscription: Subscription | None = None
+        self._last_seq = 0
+        self._on_subject: dict[str, int] = {}  # last stream sequence seen of each generation
+        self._behind: deque[Stored] | None = deque()  # live messages that wait for a read-back; None when in step
+        self._overflowed = False
+        self._reading = asyncio.Lock()
+        self._flush_due = False
+        self._newest_at = 0.0
+
+    async def open(self) -> None:
+        """Subscribe to the live subject, read back the running or latest answer, and join both.
+
+        Raises:
+            BrokerUnavailable: the broker does not answer.
+        """
+        subject = live_filter(self.issuer.partition, self.tenant, self.session)
+        self._subscription = await self._broker.subscribe(subject, self._live)
+        await self._broker.flush()
+        async with self._reading:
+            await self._read_latest()
+            await self._join()
+
+    async def close(self) -> None:
+        """Stop following; the subscribers must have been told before."""
+        if self._subscription is not None and not self._broker.client.is_closed:
+            await self._subscription.unsubscribe()
+
+    def add(self, subscriber: Subscriber) -> None:
+        """Serve a subscriber from the tail; it must be at or above the tail's floor."""
+        self.subscribers.add(subscriber)
+        self.idle_since = None
+        subscriber.index = self.tail.after(subscriber.seq)
+        subscriber.joined = True
+        subscriber.on_ready(self._serve)
+        self._serve(subscriber)
+
+    def remove(self, subscriber: Subscriber) -> None:
+        """Forget a subscriber."""
+        self.subscribers.discard(subscriber)
+        subscriber.joined = False
+        if not self.subscribers:
+            self.idle_since = self._clock.monotonic()
+
+    def latest_start(self) -> int:
+        """Return the stream sequence *before* the running or latest answer."""
+        start = replay_start(self.tail.spans)
+        return self._last_seq if start is None else start - 1
+
+    @property
+    def last_seq(self) -> int:
+        """The stream sequence up to which the log has been seen."""
+        return self._last_seq
+
+    async def reread(self) -> None:
+        """Read what was stored since the last message that arrived: after a reconnection, or on a gap."""
+        if self._behind is None:
+            self._behind = deque()
+        async with self._reading:
+            await self._read_from(self._last_seq + 1)
+            await self._join()
+        self._flush()
+
+    async def _read_latest(self) -> None:
+        stream, reader = self._reader.stream, self._reader
+        last = await self._broker.last(stream, reader.filter)
+        if last is None:
+            return
+        start = await reader.first_of(last.subject.rsplit(".", 1)[-1]) or last.seq
+        for _ in range(OPEN_TRIES):
+            self._reset(start - 1)
+            await self._read_from(start)
+            earlier = [first for first in await self._firsts() if first < start]
+            if not earlier:
+                return
+            start = min(earlier)
+
+    async def _firsts(self) -> list[int]:
+        firsts = [await self._reader.first_of(generation) for generation in list(self.tail.spans)[:OPEN_TRIES]]
+        return [first for first in firsts if first is not None]
+
+    def _reset(self, floor: int) -> None:
+        self.tail = Tail(floor, self._max_bytes)
+        self._frames.clear()
+        self._reader.positions = Positions()
+        self._on_subject.clear()
+        self._last_seq = floor
+
+    async def _read_from(self, start: int) -> None:
+        async for batch in self._broker.read(self._reader.stream, self._reader.filter, start):
+            for stored in batch:
+                await self._take(stored)
+
+    async def _join(self) -> None:
+        """Take the live messages that came while reading back; from then on they are taken as they come."""
+        while self._behind or self._overflowed:
+            if self._overflowed:
+                self._overflowed = False
+                await self._read_from(self._last_seq + 1)
+                continue
+            stored = self._behind.popleft()  # type: ignore[union-attr]  # only `reread` and this method replace it
+            if stored.seq > self._last_seq:
+                await self._take(stored)
+        self._behind = None
+
+    async def _take(self, stored: Stored) -> None:
+        entry = await self._reader.accept(stored)
+        self._note(stored)
+        if entry is not None:
+            self.tail.append(entry)
+
+    def _note(self, stored: Stored) -> None:
+        self._last_seq = stored.seq
+        self._on_subject[stored.subject.rsplit(".", 1)[-1]] = stored.seq
+        if len(self._on_subject) > 2_000:
+            for generation in list(self._on_subject)[:1_000]:
+                del self._on_subject[generation]
+
+    async def _live(self, msg: Msg) -> None:
+        headers = msg.headers or {}
+        try:
+            stored = Stored(int(headers["Nats-Sequence"]), msg.subject, msg.data)
+            before = int(headers["Nats-Last-Sequence"])
+        except (KeyError, ValueError):
+            metrics.EVENTS_IN.labels("foreign").inc()
+            return
+        if self._behind is not None:
+            self._wait(stored)
+            return
+        if stored.seq <= self._last_seq:
+            return
+        generation = msg.subject.rsplit(".", 1)[-1]
+        known = self._on_subject.get(generation)
+        if known is not None and known != before:
+            await self._heal(stored)
+            return
+        if known is None and before == 0:
+            self._reader.positions.begin(generation)
+        await self._take_live(stored)
+
+    def _wait(self, stored: Stored) -> None:
+        """Keep a live message until the read-back is through; too many are left to the log."""
+        assert self._behind is not None
+        if len(self._behind) >= BEHIND_MESSAGES:
+            self._behind.clear()
+            self._overflowed = True
+        if not self._overflowed:
+            self._behind.append(stored)
+
+    async def _take_live(self, stored: Stored) -> None:
+        try:
+            header = decode_header(stored.data)
+        except MalformedEvent:
+            metrics.EVENTS_IN.labels("malformed").inc()
+            self._note(stored)
+            return
+        if self._reader.positions.knows(header.generation):
+            entry = self._reader.judge(header, stored)
+        else:
+            try:
+                entry = await self._reader.accept(stored)
+            except BrokerUnavailable:
+                await self._heal(stored)
+                return
+        self._note(stored)
+        if entry is not None:
+            self.tail.append(entry)
+            self._newest_at = header.at
+            if not self._flush_due:
+                self._flush_due = True
+                asyncio.get_running_loop().call_soon(self._flush)
+
+    async def _heal(self, stored: Stored) -> None:
+        """Messages are missing before ``stored``: read them from the log."""
+        self._behind = deque([stored])
+        try:
+            await self.reread()
+            metrics.GAPS.labels("yes").inc()
+        except BrokerUnavailable as error:
+            metrics.GAPS.labels("no").inc()
+            log.warning("gap not read again yet", session=self.session, detail=str(error))
+
+    @property
+    def in_step(self) -> bool:
+        """Whether live messages are taken as they come (no read-back is due)."""
+        return self._behind is None
+
+    def _flush(self) -> None:
+        """Write to every subscriber that is ready: one chunk for all that stand at the same index."""
+        self._flush_due = False
+        end = self.tail.end
+        chunks: dict[tuple[Framing, str | None, int], Chunk] = {}
+        writes = 0
+        now = self._clock.monotonic()
+        for subscriber in tuple(self.subscribers):
+            if subscriber.index >= end or not subscriber.ready:
+                continue
+            if subscriber.index < self.tail.base:
+                subscriber.finish("behind")
+                continue
+            key = (subscriber.framing, subscriber.generation, subscriber.index)
+            chunk = chunks.get(key)
+            if chunk is None:
+                chunk = chunks[key] = self._chunk(subscriber)
+            subscriber.sent_at = now
+            subscriber.deliver(chunk)
+            writes += 1
+        if writes:
+            metrics.WRITES.inc(writes)
+            if self._newest_at:
+                metrics.ADDED_LATENCY.observe(max(0.0, self._clock.wall() - self._newest_at))
+
+    def _serve(self, subscriber: Subscriber) -> None:
+        """Write to one subscriber what it has missed, until it is up to date or has to wait."""
+        while subscriber.ready and subscriber.joined and subscriber.index < self.tail.end:
+            if subscriber.index < self.tail.base:
+                subscriber.finish("behind")
+                return
+            subscriber.deliver(self._chunk(subscriber))
+
+    def _chunk(self, subscriber: Subscriber) -> Chunk:
+        frames = self._frames.get(subscriber.framing)
+        if frames is None:
+            frames = Frames(self.tail, subscriber.framing, self.issuer.prefix.encode())
+            self._frames[subscriber.framing] = frames
+        return frames.chunk(subscriber.index, subscriber.generation, WRITE_BYTES)

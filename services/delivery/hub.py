@@ -1,0 +1,242 @@
+"""All feeds of a process: opened on demand, shared by their subscribers, closed when nobody has listened for a while."""
+
+import asyncio
+import random
+from typing import Any, Final
+
+import structlog
+
+from schemas.cursor import CursorIssuer
+from schemas.subjects import partition_of
+from schemas.topology import token_stream
+from services.delivery import metrics
+from services.delivery.core import sse
+from services.delivery.errors import TooBusy
+from services.delivery.feed import Feed, LogReader
+from services.delivery.subscriber import Subscriber
+from services.kit.broker import Broker, BrokerUnavailable, StreamState
+from services.kit.clock import Clock
+
+__all__ = ["Hub", "Limits"]
+
+log = structlog.get_logger()
+SWEEP_SECONDS: Final = 1.0
+CATCH_UPS: Final = 64
+STATE_SECONDS: Final = 1.0
+
+
+class Limits:
+    """Bounds of a process. Times in seconds, sizes in bytes.
+
+    ``feed_bytes``: events kept in memory for one session. ``feeds``: sessions followed at once. ``linger``: how long a
+    feed outlives its last subscriber. ``heartbeat``: silence before a comment is sent. ``lifetime``: how long a stream
+    lasts at most (with up to a fifth taken off at random). ``stall``: how long a client may take nothing.
+    """
+
+    def __init__(
+        self,
+        *,
+        feed_bytes: int = 4 * 1024 * 1024,
+        feeds: int = 20_000,
+        linger: float = 30.0,
+        heartbeat: float = 15.0,
+        lifetime: float = 3_600.0,
+        stall: float = 30.0,
+    ) -> None:
+        self.feed_bytes = feed_bytes
+        self.feeds = feeds
+        self.linger = linger
+        self.heartbeat = heartbeat
+        self.lifetime = lifetime
+        self.stall = stall
+
+
+class Hub:
+    """Gives subscribers their feed, keeps streams alive, and ends them in order."""
+
+    def __init__(self, broker: Broker, clock: Clock, partitions: int, limits: Limits) -> None:
+        self.broker = broker
+        self.clock = clock
+        self.limits = limits
+        self.draining = False
+        self._partitions = partitions
+        self._feeds: dict[tuple[str, str], Feed] = {}  # bounded by limits.feeds
+        self._opening: dict[tuple[str, str], asyncio.Task[Feed]] = {}
+        self._states: dict[int, tuple[float, StreamState]] = {}
+        self._catch_ups = asyncio.Semaphore(CATCH_UPS)
+        self._tasks: set[asyncio.Task[None]] = set()
+        broker.on_reconnect(self._reconnected)
+
+    async def state(self, partition: int, *, fresh: bool = False) -> StreamState:
+        """Return a partition's bounds and incarnation, at most a second old.
+
+        Raises:
+            BrokerUnavailable: the broker does not answer.
+        """
+        now = self.clock.monotonic()
+        known = self._states.get(partition)
+        if known is not None and not fresh and now - known[0] < STATE_SECONDS:
+            return known[1]
+        state = await self.broker.state(token_stream(partition))
+        self._states[partition] = (now, state)
+        return state
+
+    async def issuer(self, tenant: str, session: str) -> CursorIssuer:
+        """Return what issues and recognises the cursors of a session."""
+        partition = partition_of(tenant, session, self._partitions)
+        state = await self.state(partition)
+        return CursorIssuer(partition, state.created, tenant, session)
+
+    async def feed(self, tenant: str, session: str) -> Feed:
+        """Return the session's feed, opened.
+
+        Raises:
+            TooBusy: this process follows as many sessions as it may.
+            BrokerUnavailable: the broker does not answer.
+        """
+        key = (tenant, session)
+        feed = self._feeds.get(key)
+        if feed is not None:
+            return feed
+        task = self._opening.get(key)
+        if task is None:
+            if len(self._feeds) + len(self._opening) >= self.limits.feeds:
+                raise TooBusy(f"this replica follows {self.limits.feeds} sessions already")
+            task = asyncio.create_task(self._open(tenant, session))
+            self._opening[key] = task
+            task.add_done_callback(lambda _: self._opening.pop(key, None))
+        return await asyncio.shield(task)
+
+    def reader(self, tenant: str, session: str) -> LogReader:
+        """Return a reader of a session's log for one subscriber."""
+        return LogReader(self.broker, partition_of(tenant, session, self._partitions), tenant, session)
+
+    async def catch_up(self, feed: Feed, subscriber: Subscriber) -> bool:
+        """Serve a subscriber from the log until the feed's memory reaches back far enough for it.
+
+        Returns whether the wanted generation has ended with what was sent.
+        """
+        metrics.REPLAYS.inc()
+        async with self._catch_ups:
+            reader = self.reader(feed.tenant, feed.session)
+            prefix = feed.issuer.prefix.encode()
+            while subscriber.seq < feed.tail.floor and not subscriber.done.done():
+                floor = feed.tail.floor
+                if await self._send_stored(reader, subscriber, prefix, floor):
+                    return True
+                subscriber.seq = max(subscriber.seq, floor)
+        return False
+
+    async def _send_stored(self, reader: LogReader, subscriber: Subscriber, prefix: bytes, floor: int) -> bool:
+        generation = subscriber.generation
+        filter_ = reader.subject(generation or "*")
+        async for batch in self.broker.read(reader.stream, filter_, subscriber.seq + 1, up_to=floor):
+            frames = []
+            ends = False
+            for stored in batch:
+                entry = await reader.accept(stored)
+                if entry is None:
+                    continue
+                frames.append(subscriber.framing(entry, prefix))
+                if generation is not None and entry.terminal:
+                    ends = True
+                    break
+            if frames:
+                metrics.EVENTS_OUT.inc(len(frames))
+                await subscriber.send(
+                    {"type": "http.response.body", "body": b"".join(frames), "more_body": not ends}
+                )
+            subscriber.seq = batch[-1].seq
+            if ends:
+                return True
+            if subscriber.done.done():
+                return False
+        return False
+
+    def lifetime(self) -> float:
+        """Return when a stream that begins now is to end (monotonic seconds)."""
+        return self.clock.monotonic() + self.limits.lifetime * random.uniform(0.8, 1.0)
+
+    async def run(self) -> None:
+        """Keep streams alive and close what is idle; runs until cancelled."""
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            self._sweep(self.clock.monotonic())
+
+    async def drain(self, seconds: float) -> None:
+        """End every stream with a resumable notice; wait so long for slow clients."""
+        self.draining = True
+        subscribers = [s for feed in self._feeds.values() for s in feed.subscribers]
+        for subscriber in subscribers:
+            subscriber.finish("drain")
+        deadline = self.clock.monotonic() + seconds
+        while any(feed.subscribers for feed in self._feeds.values()) and self.clock.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        for feed in list(self._feeds.values()):
+            await feed.close()
+
+    async def _open(self, tenant: str, session: str) -> Feed:
+        issuer = await self.issuer(tenant, session)
+        feed = Feed(self.broker, self.clock, issuer, tenant, session, self.limits.feed_bytes)
+        try:
+            await feed.open()
+        except BaseException:
+            await feed.close()
+            raise
+        feed.idle_since = self.clock.monotonic()
+        self._feeds[tenant, session] = feed
+        metrics.FEEDS.set(len(self._feeds))
+        return feed
+
+    def _sweep(self, now: float) -> None:
+        heartbeat: dict[str, Any] = {"type": "http.response.body", "body": sse.HEARTBEAT, "more_body": True}
+        size = 0
+        for key, feed in list(self._feeds.items()):
+            size += feed.tail.bytes
+            if feed.idle_since is not None and now - feed.idle_since > self.limits.linger and not feed.subscribers:
+                del self._feeds[key]
+                self._spawn(feed.close())
+                continue
+            if not feed.in_step and self.broker.is_connected:
+                self._spawn(self._reread(feed))
+            for subscriber in tuple(feed.subscribers):
+                self._look_after(subscriber, now, heartbeat)
+        metrics.FEEDS.set(len(self._feeds))
+        metrics.FEED_BYTES.set(size)
+
+    def _look_after(self, subscriber: Subscriber, now: float, heartbeat: dict[str, Any]) -> None:
+        if subscriber.blocked_at is not None:
+            if now - subscriber.blocked_at > self.limits.stall:
+                subscriber.finish("evicted")
+        elif now > subscriber.until:
+            subscriber.finish("lifetime")
+        elif now - subscriber.sent_at > self.limits.heartbeat and subscriber.ready:
+            subscriber.sent_at = now
+            subscriber.start(heartbeat)
+
+    async def _reconnected(self) -> None:
+        self._states.clear()
+        for feed in list(self._feeds.values()):
+            self._spawn(self._reread(feed))
+
+    async def _reread(self, feed: Feed) -> None:
+        """Look for what a feed has missed; a feed of a re-created log is closed, its subscribers are told."""
+        try:
+            state = await self.state(feed.issuer.partition)
+            issuer = CursorIssuer(feed.issuer.partition, state.created, feed.tenant, feed.session)
+            if issuer.incarnation == feed.issuer.incarnation:
+                await feed.reread()
+                return
+        except BrokerUnavailable as error:
+            log.warning("read-back failed, will be tried again", session=feed.session, detail=str(error))
+            return
+        log.error("the log was re-created", session=feed.session)
+        self._feeds.pop((feed.tenant, feed.session), None)
+        for subscriber in tuple(feed.subscribers):
+            subscriber.finish("gap")
+        await feed.close()
+
+    def _spawn(self, coroutine: Any) -> None:
+        task: asyncio.Task[None] = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

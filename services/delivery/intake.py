@@ -1,0 +1,181 @@
+"""Takes requests for generations and their cancellation."""
+
+import hashlib
+import secrets
+from base64 import b32encode
+from typing import Annotated, Any, Final
+
+import msgspec
+from nats.js.errors import APIError
+
+from schemas.events import type_of
+from schemas.requests import GenerationRecord, Message, OnDisconnect, OnProducerLoss, Request
+from schemas.subjects import control_subject, partition_of, request_subject
+from schemas.topology import token_stream
+from services.delivery import metrics
+from services.delivery.hub import Hub
+from services.delivery.lookups import ENDED, Lookups
+from services.kit.broker import Broker
+from services.kit.clock import Clock
+from services.kit.problem import Problem
+
+__all__ = ["GenerationWish", "Intake"]
+
+_MAX_METADATA: Final = 16
+CANCEL_TRIES: Final = 5
+Text = Annotated[str, msgspec.Meta(max_length=512)]
+
+
+class GenerationWish(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """The body of a request for a generation.
+
+    ``model``: an alias, or ``provider/model``. ``messages`` and ``params`` in the OpenAI chat form. ``metadata``: up to
+    16 labels that come back in ``started``. ``on_disconnect``: ``"continue"`` or ``{"cancel_after": seconds}``.
+    """
+
+    model: Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
+    messages: Annotated[list[Message], msgspec.Meta(min_length=1, max_length=10_000)]
+    params: dict[str, Any] = {}
+    metadata: Annotated[dict[Annotated[str, msgspec.Meta(max_length=64)], Text], msgspec.Meta(max_length=_MAX_METADATA)] = {}
+    on_disconnect: OnDisconnect = "continue"
+    on_producer_loss: OnProducerLoss = "interrupt"
+
+
+class Intake:
+    """Puts requests into the work queue, once for each idempotency key, and cancels them."""
+
+    def __init__(self, broker: Broker, hub: Hub, lookups: Lookups, clock: Clock, pool: str, partitions: int) -> None:
+        self._broker = broker
+        self._hub = hub
+        self._lookups = lookups
+        self._clock = clock
+        self._pool = pool
+        self._partitions = partitions
+
+    async def accept(self, tenant: str, session: str, wish: GenerationWish, key: str | None) -> tuple[str, str, bool]:
+        """Queue a request; return the generation's name, the cursor before it, and whether it is a repeat.
+
+        Raises:
+            Problem: unknown model, another request under the same key, queue full, or too large.
+            BrokerUnavailable: nothing was queued.
+        """
+        await self._check_model(wish.model)
+        generation = _name(tenant, session, key)
+        cursor = await self._cursor(tenant, session)
+        body = msgspec.json.encode(wish)
+        record = GenerationRecord(
+            tenant=tenant,
+            session=session,
+            generation=generation,
+            state="queued",
+            model=wish.model,
+            created_at=self._clock.wall(),
+            metadata=wish.metadata,
+            request_hash=hashlib.sha256(body).hexdigest()[:32],
+        )
+        created = await self._lookups.create(record)
+        if not created and not await self._is_waiting_repeat(record):
+            return generation, cursor, True
+        await self._enqueue(record, wish)
+        return generation, cursor, not created
+
+    async def cancel(self, tenant: str, session: str, generation: str) -> str:
+        """Ask for a generation to end; return its state now. Asking again changes nothing.
+
+        The wish is noted before the producer is told, and a producer listens before it reads the note: so a request
+        that is just being taken from the queue hears of it either way.
+
+        Raises:
+            Unknown: there is no such generation.
+            BrokerUnavailable: the wish could not be noted.
+        """
+        await self._lookups.require(tenant, session, generation)
+        for _ in range(CANCEL_TRIES):
+            found = await self._lookups.get(tenant, session, generation)
+            if found is None:
+                break
+            record, revision = found
+            if record.state in ENDED:
+                return record.state
+            wanted = msgspec.structs.replace(record, state="cancelling")
+            if record.state != "queued" or await self._lookups.update(wanted, revision):
+                break
+        answer = await self._broker.request(control_subject(tenant, session, generation), b"cancel")
+        if answer is None:
+            return await self._state_without_producer(tenant, session, generation)
+        return "cancelling"
+
+    async def _state_without_producer(self, tenant: str, session: str, generation: str) -> str:
+        terminal = (await self._lookups.transcript(tenant, session, generation)).terminal
+        return type_of(terminal) if terminal is not None else "cancelling"
+
+    async def _check_model(self, model: str) -> None:
+        announced = await self._lookups.models()
+        if announced and not any(a.knows(model) for a in announced):
+            names = sorted({name for a in announced for name in a.aliases})
+            providers = sorted({f"{name}/…" for a in announced for name in a.providers})
+            raise Problem(
+                422,
+                f"model {model[:80]!r} is not known: use one of {', '.join([*names, *providers])}",
+                slug="unknown-model",
+                title="The model is not known",
+            )
+
+    async def _cursor(self, tenant: str, session: str) -> str:
+        issuer = await self._hub.issuer(tenant, session)
+        partition = partition_of(tenant, session, self._partitions)
+        stream = token_stream(partition)
+        last = await self._broker.last(stream, self._hub.reader(tenant, session).filter)
+        return issuer.issue(last.seq if last else 0)
+
+    async def _is_waiting_repeat(self, record: GenerationRecord) -> bool:
+        """Tell whether an earlier request under the same key may not have reached the queue.
+
+        Raises:
+            Problem: the earlier request had another body.
+        """
+        found = await self._lookups.get(record.tenant, record.session, record.generation)
+        if found is not None and found[0].request_hash != record.request_hash:
+            raise Problem(
+                422,
+                "this Idempotency-Key was used with another body",
+                slug="idempotency-conflict",
+                title="The key belongs to another request",
+            )
+        return found is not None and found[0].state == "queued"
+
+    async def _enqueue(self, record: GenerationRecord, wish: GenerationWish) -> None:
+        request = Request(
+            tenant=record.tenant,
+            session=record.session,
+            generation=record.generation,
+            model=wish.model,
+            messages=wish.messages,
+            params=wish.params,
+            metadata=wish.metadata,
+            on_disconnect=wish.on_disconnect,
+            on_producer_loss=wish.on_producer_loss,
+            created_at=record.created_at,
+        )
+        data = msgspec.json.encode(request)
+        limit = self._broker.client.max_payload
+        if len(data) > limit:
+            await self._lookups.forget(record.tenant, record.session, record.generation)
+            raise Problem(413, f"the request has {len(data)} bytes, the broker takes {limit}")
+        try:
+            await self._broker.publish_stored(request_subject(self._pool, record.generation), data)
+        except APIError as error:
+            if "per subject" in (error.description or ""):
+                return  # it waits there already
+            await self._lookups.forget(record.tenant, record.session, record.generation)
+            raise Problem(
+                429, "the queue of requests is full", slug="queue-full", headers={"Retry-After": "5"}
+            ) from error
+        metrics.REQUESTS.inc()
+
+
+def _name(tenant: str, session: str, key: str | None) -> str:
+    if key is None:
+        return "gen_" + secrets.token_hex(12)
+    digest = hashlib.sha256(f"{tenant}\0{session}\0{key}".encode()).digest()
+    return "gen_" + b32encode(digest)[:26].decode().lower()

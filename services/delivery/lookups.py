@@ -1,0 +1,137 @@
+"""Look-ups of sessions and generations: the bucket for lists, the log for what was said."""
+
+from typing import Final
+
+import msgspec
+import nats.errors
+from nats.js import errors as js_errors
+
+from schemas.codec import MalformedEvent
+from schemas.requests import Announcement, GenerationRecord
+from schemas.subjects import generation_key, log_filter, partition_of
+from schemas.topology import BUCKET, REGISTRY_BUCKET, token_stream
+from services.delivery.core.transcript import Transcript
+from services.delivery.errors import Unknown
+from services.kit.broker import Broker, BrokerUnavailable
+from services.kit.clock import Clock
+
+__all__ = ["ENDED", "Lookups"]
+
+ENDED: Final = frozenset({"completed", "failed", "cancelled", "interrupted"})
+RECENT: Final = 20_000
+REGISTRY_SECONDS: Final = 2.0
+_STREAM: Final = f"KV_{BUCKET}"
+_PREFIX: Final = f"$KV.{BUCKET}."
+_AWAY = (nats.errors.Error, OSError, TimeoutError)
+
+
+class Lookups:
+    """Reads and writes generation records. A bucket that is away raises `BrokerUnavailable`."""
+
+    def __init__(self, broker: Broker, clock: Clock, partitions: int) -> None:
+        self._broker = broker
+        self._clock = clock
+        self._partitions = partitions
+        self._announced: tuple[float, list[Announcement]] | None = None
+
+    async def get(self, tenant: str, session: str, generation: str) -> tuple[GenerationRecord, int] | None:
+        """Return a generation's record and its revision; ``None`` when there is none."""
+        try:
+            bucket = await self._broker.bucket()
+            entry = await bucket.get(generation_key(tenant, session, generation))
+            return msgspec.json.decode(entry.value or b"", type=GenerationRecord), entry.revision or 0
+        except (js_errors.KeyNotFoundError, msgspec.DecodeError):
+            return None
+        except _AWAY as error:
+            raise BrokerUnavailable(f"look-ups are away: {error!r}") from error
+
+    async def create(self, record: GenerationRecord) -> bool:
+        """Store a new record; tell whether there was none before."""
+        key = generation_key(record.tenant, record.session, record.generation)
+        try:
+            bucket = await self._broker.bucket()
+            await bucket.create(key, msgspec.json.encode(record))
+        except js_errors.KeyWrongLastSequenceError:
+            return False
+        except _AWAY as error:
+            raise BrokerUnavailable(f"look-ups are away: {error!r}") from error
+        return True
+
+    async def update(self, record: GenerationRecord, revision: int) -> bool:
+        """Replace a record; tell whether it still had this revision."""
+        key = generation_key(record.tenant, record.session, record.generation)
+        try:
+            bucket = await self._broker.bucket()
+            await bucket.update(key, msgspec.json.encode(record), last=revision)
+        except js_errors.KeyWrongLastSequenceError:
+            return False
+        except _AWAY as error:
+            raise BrokerUnavailable(f"look-ups are away: {error!r}") from error
+        return True
+
+    async def forget(self, tenant: str, session: str, generation: str) -> None:
+        """Remove a record whose request could not be queued."""
+        try:
+            bucket = await self._broker.bucket()
+            await bucket.delete(generation_key(tenant, session, generation))
+        except _AWAY as error:
+            raise BrokerUnavailable(f"look-ups are away: {error!r}") from error
+
+    async def require(self, tenant: str, session: str, generation: str) -> None:
+        """Find out whether a generation exists, in the bucket or in the log.
+
+        Raises:
+            Unknown: it does not.
+            BrokerUnavailable: neither answers.
+        """
+        try:
+            if await self.get(tenant, session, generation) is not None:
+                return
+        except BrokerUnavailable:
+            pass  # the log is the truth; the bucket only saves reading it
+        partition = partition_of(tenant, session, self._partitions)
+        subject = log_filter(partition, tenant, session, generation)
+        if await self._broker.first(token_stream(partition), subject) is None:
+            raise Unknown(f"session {session!r} has no generation {generation!r}")
+
+    async def transcript(self, tenant: str, session: str, generation: str) -> Transcript:
+        """Return what a generation has said, as far as the log keeps it."""
+        transcript = Transcript()
+        partition = partition_of(tenant, session, self._partitions)
+        subject = log_filter(partition, tenant, session, generation)
+        async for batch in self._broker.read(token_stream(partition), subject):
+            for stored in batch:
+                try:
+                    transcript.offer(stored.data)
+                except MalformedEvent:
+                    continue
+        return transcript
+
+    async def of_session(self, tenant: str, session: str) -> list[GenerationRecord]:
+        """Return the records of a session's generations, oldest first."""
+        return await self._records(f"{tenant}.{session}.*")
+
+    async def recent(self, tenant: str) -> list[GenerationRecord]:
+        """Return the tenant's records among the `RECENT` newest changes, oldest change first."""
+        state = await self._broker.state(_STREAM)
+        return await self._records(f"{tenant}.*.*", max(1, state.last_seq - RECENT))
+
+    async def models(self) -> list[Announcement]:
+        """Return what the pools of producers have announced, at most two seconds old; empty when none ever has."""
+        now = self._clock.monotonic()
+        if self._announced is not None and now - self._announced[0] < REGISTRY_SECONDS:
+            return self._announced[1]
+        found: list[Announcement] = []
+        prefix = f"$KV.{REGISTRY_BUCKET}."
+        async for batch in self._broker.read(f"KV_{REGISTRY_BUCKET}", prefix + "*"):
+            found += [msgspec.json.decode(stored.data, type=Announcement) for stored in batch if stored.data]
+        self._announced = (now, found)
+        return found
+
+    async def _records(self, keys: str, from_seq: int = 1) -> list[GenerationRecord]:
+        found: list[GenerationRecord] = []
+        async for batch in self._broker.read(_STREAM, _PREFIX + keys, from_seq):
+            for stored in batch:
+                if stored.data:  # a deletion marker is empty
+                    found.append(msgspec.json.decode(stored.data, type=GenerationRecord))
+        return found

@@ -1,0 +1,22 @@
+"""What delivery measures."""
+
+from typing import Final
+
+from prometheus_client import Counter, Gauge, Histogram
+
+SUBSCRIBERS: Final = Gauge("tailrace_delivery_subscribers", "Connected subscribers", ["transport"])
+FEEDS: Final = Gauge("tailrace_delivery_feeds", "Sessions that this replica follows")
+FEED_BYTES: Final = Gauge("tailrace_delivery_feed_bytes", "Event bytes kept in memory by all feeds")
+EVENTS_IN: Final = Counter("tailrace_delivery_events_received", "Events read from the log, by verdict", ["verdict"])
+EVENTS_OUT: Final = Counter("tailrace_delivery_events_delivered", "Events handed to subscribers, each counted once")
+WRITES: Final = Counter("tailrace_delivery_writes", "Writes to subscribers; one may hold many events")
+BLOCKED: Final = Counter("tailrace_delivery_blocked_writes", "Writes that had to wait for a slow client")
+REPLAYS: Final = Counter("tailrace_delivery_replays", "Subscribers that read from the log and not from memory")
+GAPS: Final = Counter("tailrace_delivery_gaps", "Gaps, by whether they were read again", ["healed"])
+CLOSED: Final = Counter("tailrace_delivery_streams_closed", "Ended streams by reason", ["reason"])
+REQUESTS: Final = Counter("tailrace_delivery_requests_accepted", "Requests for generations put into the queue")
+ADDED_LATENCY: Final = Histogram(
+    "tailrace_delivery_latency_seconds",
+    "From the producer's stamp to the hand-over to subscribers, one sample a batch",
+    buckets=(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
+)

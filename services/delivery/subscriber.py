@@ -1,0 +1,138 @@
+"""One subscriber: an index into a feed, and a connection that is written to without a task of its own."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Generator, Iterator
+from typing import Any
+
+from services.delivery import metrics
+from services.delivery.core.frames import Chunk, Framing
+
+__all__ = ["Send", "Subscriber"]
+
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+
+
+class _Rest:
+    """The rest of an awaitable that was started by hand and is waiting for ``future``."""
+
+    def __init__(self, steps: Iterator[Any], future: Any) -> None:
+        self._steps = steps
+        self._future = future
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        future = self._future
+        while True:
+            yield future
+            try:
+                future = next(self._steps)
+            except StopIteration:
+                return
+
+
+class Subscriber:
+    """A client reading a session (``generation`` is None) or one generation.
+
+    ``index`` is the next entry of the feed's tail that it is to get; ``seq`` the stream sequence up to which it has been
+    served. ``done`` resolves with the reason when its stream ends. A write that has to wait becomes a task; meanwhile
+    the subscriber only falls behind and later gets everything that it missed in few writes.
+    """
+
+    __slots__ = (
+        "_blocked",
+        "_send",
+        "_wake",
+        "blocked_at",
+        "done",
+        "framing",
+        "generation",
+        "index",
+        "joined",
+        "seq",
+        "sent_at",
+        "until",
+    )
+
+    def __init__(self, send: Send, framing: Framing, generation: str | None, seq: int) -> None:
+        loop = asyncio.get_running_loop()
+        self.framing = framing
+        self.generation = generation
+        self.index = 0
+        self.seq = seq
+        self.joined = False
+        self.done: asyncio.Future[str] = loop.create_future()
+        self.sent_at = loop.time()
+        self.until = float("inf")
+        self._send = send
+        self.blocked_at: float | None = None
+        self._blocked: asyncio.Task[None] | None = None
+        self._wake: Callable[["Subscriber"], None] | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether a write can be started now."""
+        return self._blocked is None and not self.done.done()
+
+    def on_ready(self, wake: Callable[["Subscriber"], None]) -> None:
+        """Call ``wake`` whenever a write that had to wait is through."""
+        self._wake = wake
+
+    def deliver(self, chunk: Chunk) -> None:
+        """Start to write a chunk; it is through at once unless the client's buffers are full."""
+        self.index = chunk.stop
+        self.seq = chunk.last_seq or self.seq
+        if chunk.count:
+            metrics.EVENTS_OUT.inc(chunk.count)
+            self.start(chunk.message)
+        if chunk.ends:
+            self.finish("terminal")
+
+    def start(self, message: dict[str, Any]) -> None:
+        """Start to send an ASGI message. Must not be called while another one waits."""
+        try:
+            steps = iter(self._send(message).__await__())
+            future = next(steps)
+        except StopIteration:
+            return
+        except (OSError, RuntimeError):
+            self.finish("disconnected")
+            return
+        metrics.BLOCKED.inc()
+        self.blocked_at = asyncio.get_running_loop().time()
+        self._blocked = asyncio.create_task(self._wait(_Rest(steps, future)))
+
+    async def send(self, message: dict[str, Any]) -> None:
+        """Send an ASGI message and wait until it is through: for catching up, where waiting is wanted."""
+        await self._send(message)
+
+    def finish(self, reason: str) -> None:
+        """End the stream; the first reason holds."""
+        if not self.done.done():
+            self.done.set_result(reason)
+
+    def rearm(self) -> None:
+        """Make a subscriber that has fallen behind ready to be served again."""
+        if self.done.done() and self.done.result() == "behind":
+            self.done = asyncio.get_running_loop().create_future()
+
+    async def close(self) -> None:
+        """Give up a write that still waits."""
+        if self._blocked is not None:
+            self._blocked.cancel()
+            await asyncio.gather(self._blocked, return_exceptions=True)
+
+    async def through(self, seconds: float) -> bool:
+        """Wait for a write that still waits, at most so long; tell whether it is through."""
+        if self._blocked is not None:
+            await asyncio.wait({self._blocked}, timeout=seconds)
+        return self._blocked is None
+
+    async def _wait(self, rest: _Rest) -> None:
+        try:
+            await rest
+        except (OSError, RuntimeError):
+            self.finish("disconnected")
+        finally:
+            self._blocked = None
+            self.blocked_at = None
+        if self._wake is not None and not self.done.done():
+            self._wake(self)

@@ -1,1 +1,1 @@
-"""Billing: counts while streams run and settles every generation against what the provider reports."""
+"""Billing: settles every generation of the log against what its provider reported, and answers what was used."""

@@ -1,1 +1,1 @@
-"""Billing's shells around database and broker."""
+"""Billing's connections to the outside: the log and the database."""

@@ -1,1 +1,1 @@
-"""Pure parts of billing: no I/O, no clock."""
+"""The pure part of billing: intake, fold, reconciliation, questions."""

@@ -1,0 +1,143 @@
+"""The database: its address, its engine, its schema."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from sqlalchemy.engine import URL, Connection, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from services.billing.errors import LedgerUnavailable
+
+__all__ = ["database_url", "migrate", "open_engine", "reading", "writing"]
+
+_DRIVERS: Final = {
+    "sqlite": "sqlite+aiosqlite",
+    "sqlite+aiosqlite": "sqlite+aiosqlite",
+    "postgres": "postgresql+asyncpg",
+    "postgresql": "postgresql+asyncpg",
+    "postgresql+asyncpg": "postgresql+asyncpg",
+}
+_MIGRATION_LOCK: Final = 0x7461696C72616365
+"""PostgreSQL advisory lock under which only one process migrates; the number is arbitrary, but fixed for ever."""
+_BUSY_SECONDS: Final = 10.0
+
+
+def database_url(text: str) -> URL:
+    """Return the URL with its asynchronous driver.
+
+    Raises:
+        ValueError: it is not a URL, or that of another database than SQLite and PostgreSQL.
+    """
+    try:
+        url = make_url(text)
+    except ArgumentError as error:
+        raise ValueError(
+            "it is not a database URL such as sqlite:///billing.db or postgresql://user@host/name"
+        ) from error
+    driver = _DRIVERS.get(url.drivername)
+    if driver is None:
+        raise ValueError(f"database {url.drivername!r} is not supported: use sqlite or postgresql")
+    return url.set(drivername=driver)
+
+
+@asynccontextmanager
+async def open_engine(url: URL) -> AsyncIterator[AsyncEngine]:
+    """Yield an engine that connects when it is first used; a SQLite file's folder is created."""
+    options: dict[str, Any] = {"pool_pre_ping": True, "pool_timeout": 5.0}
+    if url.get_backend_name() == "sqlite":
+        if url.database and url.database != ":memory:":
+            Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+        options["connect_args"] = {"timeout": _BUSY_SECONDS}
+    else:
+        options |= {"pool_size": 5, "max_overflow": 5, "connect_args": {"timeout": 5.0, "command_timeout": 30.0}}
+    engine = create_async_engine(url, **options)
+    if url.get_backend_name() == "sqlite":
+        _prepare_sqlite(engine)
+    try:
+        yield engine
+    finally:
+        await engine.dispose()
+
+
+def _prepare_sqlite(engine: AsyncEngine) -> None:
+    """Let SQLAlchemy, not the driver, begin transactions: writers at once with the lock, so that two cannot deadlock."""
+
+    def connected(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None
+        cursor = connection.cursor()
+        # WAL: readers do not wait for the writer. NORMAL: a power cut may lose the last transactions, never more, and
+        # those are read again from the log, because the position is lost with them.
+        for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
+            cursor.execute(f"PRAGMA {pragma}")
+        cursor.close()
+
+    def begun(connection: Connection) -> None:
+        writes = connection.get_execution_options().get("writes", False)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+    sa.event.listen(engine.sync_engine, "connect", connected)
+    sa.event.listen(engine.sync_engine, "begin", begun)
+
+
+@asynccontextmanager
+async def writing(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+    """Yield a connection in one transaction, committed in the end.
+
+    Raises:
+        LedgerUnavailable: the database did not answer or refused.
+    """
+    with _translated():
+        async with engine.connect() as plain:
+            connection = await plain.execution_options(writes=True)
+            async with connection.begin():
+                yield connection
+
+
+@asynccontextmanager
+async def reading(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+    """Yield a connection for reading.
+
+    Raises:
+        LedgerUnavailable: the database did not answer or refused.
+    """
+    with _translated():
+        async with engine.connect() as connection:
+            yield connection
+
+
+class _translated:  # noqa: N801  # reads as a statement
+    """Maps the libraries' errors to ours, keeping the cause."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, _type: object, error: BaseException | None, _trace: object) -> None:
+        if isinstance(error, DBAPIError):
+            raise LedgerUnavailable(str(error.orig)) from error
+        if isinstance(error, (PoolTimeout, OSError, TimeoutError, SQLAlchemyError)):
+            raise LedgerUnavailable(repr(error)) from error
+
+
+async def migrate(engine: AsyncEngine) -> None:
+    """Bring the schema up to date; processes that start at once do it one after the other.
+
+    Raises:
+        LedgerUnavailable: the database did not answer or refused.
+    """
+    async with writing(engine) as connection:
+        if connection.dialect.name == "postgresql":
+            await connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
+        await connection.run_sync(_upgrade)
+
+
+def _upgrade(connection: Connection) -> None:
+    config = Config(attributes={"connection": connection})
+    config.set_main_option("script_location", str(Path(__file__).parent.parent / "migrations"))
+    command.upgrade(config, "head")

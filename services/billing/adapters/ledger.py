@@ -1,0 +1,181 @@
+"""The ledger: generations and positions in SQL.
+
+A batch is one transaction. It first moves the partition's position from where this process believes it to be, under this
+process's hold; when that matches no row, somebody else has moved it, and nothing is written. That is what makes two
+processes at once safe, whatever their clocks say. The time of the hold only saves them from working in vain.
+"""
+
+from collections.abc import Collection, Sequence
+from typing import Any, Final
+
+import msgspec
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from services.billing.adapters.database import reading, writing
+from services.billing.adapters.tables import GENERATIONS as G
+from services.billing.adapters.tables import PARTITIONS as P
+from services.billing.core.generation import Generation, Key
+from services.billing.errors import Fenced
+
+__all__ = ["Ledger"]
+
+_KEY: Final = ("tenant", "session", "generation")
+_PROGRESS: Final = ("log_seq", "epoch", "next_seq", "counted_output")
+_LOAD_AT_ONCE: Final = 500
+"""Keys per query: three variables each, and SQLite takes 32,766."""
+
+_update_progress = (
+    sa.update(G)
+    .where(*(G.c[name] == sa.bindparam(f"key_{name}") for name in _KEY))
+    .values({G.c[name]: sa.bindparam(name) for name in _PROGRESS})
+)
+
+
+class Ledger:
+    """The database as the consumer needs it. ``holder`` names this process; ``hold`` is how long a hold lasts in seconds."""
+
+    def __init__(self, engine: AsyncEngine, holder: str, *, hold: float = 5.0) -> None:
+        self.engine = engine
+        self.holder = holder
+        self.hold = hold
+        insert = postgresql.insert if engine.dialect.name == "postgresql" else sqlite.insert
+        statement = insert(G)
+        self._upsert = statement.on_conflict_do_update(
+            index_elements=list(_KEY), set_={c.name: statement.excluded[c.name] for c in G.c if c.name not in _KEY}
+        )
+        self._insert_partition = insert(P).on_conflict_do_nothing(index_elements=["partition"])
+
+    async def acquire(self, partition: int, incarnation: str, now: int) -> int | None:
+        """Take or renew the hold on a partition and return the stream sequence up to which it is applied.
+
+        ``None`` while another process holds it. The position of another incarnation of the stream is set to 0.
+        ``now`` in milliseconds since 1970.
+
+        Raises:
+            LedgerUnavailable: the database did not answer.
+        """
+        async with writing(self.engine) as connection:
+            await connection.execute(
+                self._insert_partition.values(partition=partition, incarnation=incarnation, applied=0, held_until=0)
+            )
+            taken = await connection.execute(
+                sa.update(P)
+                .where(P.c.partition == partition)
+                .where(sa.or_(P.c.holder.is_(None), P.c.holder == self.holder, P.c.held_until < now))
+                .values(holder=self.holder, held_until=self._until(now))
+            )
+            if taken.rowcount != 1:
+                return None
+            await connection.execute(
+                sa.update(P)
+                .where(P.c.partition == partition, P.c.incarnation != incarnation)
+                .values(incarnation=incarnation, applied=0)
+            )
+            found = await connection.execute(sa.select(P.c.applied).where(P.c.partition == partition))
+            return int(found.scalar_one())
+
+    async def release(self, partition: int) -> None:
+        """Give up the hold, so that another process need not wait for its end.
+
+        Raises:
+            LedgerUnavailable: the database did not answer.
+        """
+        async with writing(self.engine) as connection:
+            await connection.execute(
+                sa.update(P).where(P.c.partition == partition, P.c.holder == self.holder).values(holder=None)
+            )
+
+    async def commit(
+        self,
+        partition: int,
+        applied: tuple[int, int],
+        now: int,
+        whole: Collection[Generation] = (),
+        progress: Collection[Generation] = (),
+    ) -> None:
+        """Move the position from the first to the second of ``applied`` and write generations: all of it or nothing.
+
+        Of ``progress`` only position and running count are written; those rows exist.
+
+        Raises:
+            Fenced: position or hold are not what this process believes; nothing is written.
+            LedgerUnavailable: the database did not answer. It may be written nevertheless.
+        """
+        before, after = applied
+        async with writing(self.engine) as connection:
+            moved = await connection.execute(
+                sa.update(P)
+                .where(P.c.partition == partition, P.c.holder == self.holder, P.c.applied == before)
+                .values(applied=after, held_until=self._until(now))
+            )
+            if moved.rowcount != 1:
+                raise Fenced(partition)
+            if whole:
+                await connection.execute(self._upsert, [msgspec.structs.asdict(g) for g in whole])
+            if progress:
+                await connection.execute(_update_progress, [_progress_row(g) for g in progress])
+
+    def _until(self, now: int) -> int:
+        return now + round(self.hold * 1_000)
+
+    async def load(self, keys: Sequence[Key]) -> dict[Key, Generation]:
+        """Return those of the named generations that are known.
+
+        Raises:
+            LedgerUnavailable: the database did not answer.
+        """
+        found: dict[Key, Generation] = {}
+        async with reading(self.engine) as connection:
+            for start in range(0, len(keys), _LOAD_AT_ONCE):
+                some = [tuple(key) for key in keys[start : start + _LOAD_AT_ONCE]]
+                rows = await connection.execute(sa.select(G).where(sa.tuple_(*(G.c[n] for n in _KEY)).in_(some)))
+                for row in rows.mappings():
+                    g = _generation(row)
+                    found[g.key] = g
+        return found
+
+    async def due(self, partition: int, now: int, limit: int = 1_000) -> list[Generation]:
+        """Return generations of a partition whose next decision is due at ``now`` (milliseconds since 1970).
+
+        Raises:
+            LedgerUnavailable: the database did not answer.
+        """
+        async with reading(self.engine) as connection:
+            rows = await connection.execute(
+                sa.select(G)
+                .where(G.c.partition == partition, G.c.settle_at <= now)
+                .order_by(G.c.settle_at)
+                .limit(limit)
+            )
+            return [_generation(row) for row in rows.mappings()]
+
+    async def running(self) -> int:
+        """Return how many generations run, as far as the ledger knows.
+
+        Raises:
+            LedgerUnavailable: the database did not answer.
+        """
+        async with reading(self.engine) as connection:
+            found = await connection.execute(sa.select(sa.func.count()).select_from(G).where(G.c.status == "running"))
+            return int(found.scalar_one())
+
+    async def answers(self) -> bool:
+        """Return true.
+
+        Raises:
+            LedgerUnavailable: the database did not answer.
+        """
+        async with reading(self.engine) as connection:
+            await connection.execute(sa.select(sa.literal(1)))
+            return True
+
+
+def _progress_row(g: Generation) -> dict[str, Any]:
+    row = {name: getattr(g, name) for name in _PROGRESS}
+    return row | {"key_tenant": g.tenant, "key_session": g.session, "key_generation": g.generation}
+
+
+def _generation(row: sa.RowMapping) -> Generation:
+    return Generation(**row)

@@ -1,0 +1,206 @@
+"""A partition's log as billing reads it: pulled through its durable consumer, or read directly where that left holes."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Final
+
+import msgspec
+import nats.errors
+import structlog
+from nats.aio.msg import Msg
+from nats.js import errors as js_errors
+from nats.js.api import AckPolicy
+
+from schemas.topology import ConsumerSpec, Topology, billing_durable
+from services.billing.core.intake import Record, read_record
+from services.kit.broker import Broker, BrokerUnavailable, Stored
+
+__all__ = ["LogState", "Pulled", "Tail"]
+
+log = structlog.get_logger()
+PULL_BYTES: Final = 16 * 1024 * 1024
+"""Bound of one pull in bytes, and so of what waits here undecoded; raised where the broker allows larger messages."""
+PATIENCE: Final = 1.5
+"""Seconds that the end of a pull may be late before the pull is taken for lost."""
+_ENDED: Final = ("404", "408")
+_TOO_MUCH: Final = "Message Size Exceeds MaxBytes"
+
+
+class Pulled(msgspec.Struct):
+    """What one pull brought: records in the order of delivery, how many more wait, and how to acknowledge them.
+
+    ``doubtful``: the pull ended in another way than by count or time; the consumer or stream may be gone.
+    """
+
+    records: list[Record] = []
+    replies: list[str] = []
+    pending: int | None = None
+    doubtful: bool = False
+
+
+class LogState(msgspec.Struct, frozen=True):
+    """A stream and its consumer: incarnation, last stored sequence, and the last one delivered to any process."""
+
+    incarnation: str
+    last_seq: int
+    delivered_seq: int
+
+
+class Tail:
+    """The durable consumer of one partition. One pull at a time: what it brings is bounded by ``batch`` events."""
+
+    def __init__(self, broker: Broker, topology: Topology, partition: int, *, batch: int, interval: float) -> None:
+        self.broker = broker
+        self.topology = topology
+        self.batch = batch
+        self.interval = interval
+        self.spec: ConsumerSpec = next(c for c in topology.consumers() if c.durable == billing_durable(partition))
+        self._next = f"$JS.API.CONSUMER.MSG.NEXT.{self.spec.stream}.{self.spec.durable}"
+        self._ack_all = False
+        self._inbox = ""
+        self._pulls = 0
+        self._pulled = Pulled()
+        self._done = asyncio.Event()
+
+    async def open(self) -> None:
+        """Listen for deliveries; to be called once."""
+        prefix = self.broker.client.new_inbox()
+        self._inbox = prefix
+        await self.broker.subscribe(f"{prefix}.*", self._receive, pending_bytes=4 * self._bytes)
+        self.broker.on_reconnect(self._reconnected)
+
+    @property
+    def _bytes(self) -> int:
+        return max(PULL_BYTES, 2 * self.broker.client.max_payload)
+
+    async def _reconnected(self) -> None:
+        # The broker forgets pulls when a connection ends: without this the pull would be waited for in vain.
+        self._pulled.doubtful = True
+        self._done.set()
+
+    async def verify(self) -> LogState:
+        """See that stream and consumer exist, creating what is missing, and return where they stand.
+
+        Raises:
+            BrokerUnavailable: the broker does not answer.
+        """
+        await self.broker.apply(self.topology)
+        state = await self.broker.state(self.spec.stream)
+        try:
+            info = await self.broker.js.consumer_info(self.spec.stream, self.spec.durable)
+        except (nats.errors.Error, OSError, TimeoutError) as error:
+            raise BrokerUnavailable(f"no consumer {self.spec.durable}: {error!r}") from error
+        self._ack_all = info.config.ack_policy == AckPolicy.ALL
+        return LogState(state.created, state.last_seq, info.delivered.stream_seq or 0 if info.delivered else 0)
+
+    async def incarnation(self) -> str:
+        """Return the stream's incarnation: another one means that it was made anew.
+
+        Raises:
+            BrokerUnavailable: the broker does not answer.
+        """
+        return (await self.broker.state(self.spec.stream)).created
+
+    async def pull(self) -> Pulled:
+        """Return what arrives until ``batch`` events are there or ``interval`` seconds have passed.
+
+        Raises:
+            BrokerUnavailable: the request cannot be sent.
+        """
+        self._pulls += 1
+        pulled = self._pulled
+        self._done.clear()
+        query = {"batch": self.batch, "max_bytes": self._bytes, "expires": round(self.interval * 1e9)}
+        await self.broker.publish(self._next, msgspec.json.encode(query), reply=f"{self._inbox}.{self._pulls}")
+        try:
+            async with asyncio.timeout(self.interval + PATIENCE):
+                await self._done.wait()
+        except TimeoutError:
+            pulled.doubtful = True
+        self._pulled = Pulled()  # what still comes of this pull belongs to the next one
+        if pulled.replies:
+            pulled.pending = _delivery(pulled.replies[-1])[1]
+        return pulled
+
+    async def _receive(self, msg: Msg) -> None:
+        pulled = self._pulled
+        if msg.subject.startswith(self._inbox):
+            self._end(msg)
+            return
+        pulled.replies.append(msg.reply)
+        pulled.records.append(read_record(_delivery(msg.reply)[0], msg.subject, msg.data))
+        if len(pulled.records) >= self.batch:
+            self._done.set()
+
+    def _end(self, msg: Msg) -> None:
+        if msg.subject != f"{self._inbox}.{self._pulls}":
+            return  # of an earlier pull
+        headers = msg.headers or {}
+        status, description = headers.get("Status", ""), headers.get("Description", "")
+        if status not in _ENDED and description != _TOO_MUCH:
+            log.info("pull ended early", stream=self.spec.stream, status=status, description=description)
+            self._pulled.doubtful = True
+        self._done.set()
+
+    async def acknowledge(self, pulled: Pulled) -> None:
+        """Tell the consumer that all of ``pulled`` is done. A lost acknowledgement only leads to a repeat.
+
+        Raises:
+            BrokerUnavailable: it cannot be sent.
+        """
+        if not pulled.replies:
+            return
+        # Where the consumer takes one acknowledgement for all before it, that saves 5 µs of CPU an event, half of them
+        # in the broker.
+        replies = [max(pulled.replies, key=_delivery)] if self._ack_all else pulled.replies
+        for reply in replies:
+            await self.broker.publish(reply, b"")
+
+    async def between(self, first: int, last: int) -> AsyncIterator[list[Record]]:
+        """Yield what the log still keeps of the stream sequences from ``first`` to ``last``, in order, in batches.
+
+        Raises:
+            BrokerUnavailable: the broker did not answer completely.
+        """
+        async for batch in self.broker.read(self.spec.stream, self.spec.filter, first, up_to=last):
+            yield [_record(m) for m in await self._mended(batch, first)]
+            first = batch[-1].seq + 1
+        if first <= last and (rest := await self._kept(range(first, last + 1))):
+            yield [_record(m) for m in rest]
+
+    async def _mended(self, batch: list[Stored], first: int) -> list[Stored]:
+        if batch[-1].seq - first + 1 == len(batch):
+            return batch
+        missing = sorted(set(range(first, batch[-1].seq + 1)) - {m.seq for m in batch})
+        return sorted([*batch, *await self._kept(missing)], key=lambda m: m.seq)
+
+    async def _kept(self, seqs: range | list[int]) -> list[Stored]:
+        """Ask the stream's leader for single messages: a replica that lags may have answered without them."""
+        state = await self.broker.state(self.spec.stream)
+        kept = []
+        for seq in seqs:
+            if not state.first_seq <= seq <= state.last_seq:
+                continue
+            try:
+                raw = await self.broker.js.get_msg(self.spec.stream, seq)
+            except js_errors.NotFoundError:
+                continue
+            except (nats.errors.Error, OSError, TimeoutError) as error:
+                raise BrokerUnavailable(f"cannot read {self.spec.stream} at {seq}: {error!r}") from error
+            kept.append(Stored(seq, raw.subject or "", raw.data or b""))
+        return kept
+
+
+def _delivery(reply: str) -> tuple[int, int]:
+    """Return stream sequence and number of waiting events from an acknowledgement subject.
+
+    ``$JS.ACK.<stream>.<consumer>.<deliveries>.<stream seq>.<consumer seq>.<time>.<pending>``; servers with a domain put
+    domain and account before the stream, and a token behind.
+    """
+    parts = reply.split(".")
+    at = 5 if len(parts) == 9 else 7
+    return int(parts[at]), int(parts[at + 3])
+
+
+def _record(message: Stored) -> Record:
+    return read_record(message.seq, message.subject, message.data)

@@ -1,0 +1,213 @@
+"""The HTTP API: questions about usage."""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Final
+
+import msgspec
+from litestar import Litestar, Request, Response, Router, get
+from litestar.config.cors import CORSConfig
+from litestar.datastructures import State
+from litestar.openapi import OpenAPIConfig, ResponseSpec
+from litestar.openapi.spec import Example
+from litestar.params import Parameter
+
+from schemas.names import InvalidName, check_name
+from services.billing.adapters.reports import Reports, Totals
+from services.billing.core.question import (
+    BUCKETS,
+    BadQuestion,
+    Filters,
+    PageKey,
+    parse_group_by,
+    parse_moment,
+    parse_page,
+    parse_status,
+    render_bucket,
+    write_page,
+)
+from services.billing.errors import LedgerUnavailable
+from services.billing.views import GenerationUsage, SessionUsage, UsageReport, UsageRow, view
+from services.kit.http import Check, probes
+from services.kit.problem import EXCEPTION_HANDLERS, Problem, ProblemDetails
+
+__all__ = ["build_api"]
+
+DEFAULT_LIMIT: Final = 100
+_PROBLEMS: Final = {
+    400: ResponseSpec(ProblemDetails, description="A parameter is not valid", media_type="application/problem+json"),
+    503: ResponseSpec(
+        ProblemDetails, description="The database does not answer", media_type="application/problem+json"
+    ),
+}
+_NOT_FOUND: Final = {
+    404: ResponseSpec(ProblemDetails, description="Billing knows no such thing", media_type="application/problem+json")
+}
+Text = Annotated[str | None, Parameter(max_length=200, pattern=r"^[^\x00]*$")]
+Limit = Annotated[int, Parameter(ge=1, le=1_000, description="Most rows of one page", examples=[Example(value=100)])]
+Cursor = Annotated[str | None, Parameter(max_length=2_000, description="`next` of the page before")]
+_MOMENTS: Final = [Example(summary="a day, UTC", value="2026-01-31"), Example(value="2026-01-31T12:00:00Z")]
+
+
+@get(
+    "/generations/{generation:str}",
+    summary="Usage of one generation",
+    operation_id="generation_usage",
+    tags=["usage"],
+    responses={**_PROBLEMS, **_NOT_FOUND},
+)
+async def generation_usage(
+    request: Request[Any, Any, Any],
+    state: State,
+    generation: Annotated[str, Parameter(examples=[Example(value="gen_01JA2B3C4D5E6F7G8H")])],
+) -> GenerationUsage:
+    """Counted and reported tokens, how they compare, and how the generation ended. Counts run while it streams."""
+    _only(request, ())
+    found = await _reports(state).generation(state.tenant, _name("generation", generation))
+    if found is None:
+        raise Problem(404, f"billing has seen no generation {generation!r}")
+    return view(found)
+
+
+@get(
+    "/sessions/{session:str}",
+    summary="Usage of one session",
+    operation_id="session_usage",
+    tags=["usage"],
+    responses={**_PROBLEMS, **_NOT_FOUND},
+)
+async def session_usage(
+    request: Request[Any, Any, Any],
+    state: State,
+    session: Annotated[str, Parameter(examples=[Example(value="chat-42")])],
+    limit: Limit = DEFAULT_LIMIT,
+    cursor: Cursor = None,
+) -> SessionUsage:
+    """Sums over the session, and its generations in the order of their start, paged."""
+    _only(request, ("limit", "cursor"))
+    filters = Filters(tenant=state.tenant, session=_name("session", session))
+    after = parse_page(filters, cursor, (int, str))
+    reports = _reports(state)
+    totals = await reports.totals(filters)
+    if not totals.generations:
+        raise Problem(404, f"billing has seen no session {session!r}")
+    found = await reports.generations(filters, after, limit + 1)
+    page, rest = found[:limit], found[limit:]
+    following = write_page(filters, (page[-1].started_at, page[-1].generation)) if rest else None
+    return SessionUsage(
+        session=session,
+        tenant=state.tenant,
+        totals=totals,
+        generations=[view(g) for g in page],
+        next=following,
+    )
+
+
+@get("/", summary="Usage by group", operation_id="usage", tags=["usage"], responses=_PROBLEMS)
+async def usage(
+    request: Request[Any, Any, Any],
+    state: State,
+    from_: Annotated[
+        str | None, Parameter(query="from", description="Start, inclusive, of generations' start", examples=_MOMENTS)
+    ] = None,
+    to: Annotated[str | None, Parameter(description="End, exclusive", examples=_MOMENTS)] = None,
+    tenant: Text = None,
+    model: Text = None,
+    provider: Text = None,
+    status: Text = None,
+    session: Text = None,
+    group_by: Annotated[
+        list[str] | None,
+        Parameter(
+            description="Dimensions, by commas or repeated: tenant, session, model, provider, status, day, hour (UTC)",
+            examples=[Example(value=["model,day"])],
+        ),
+    ] = None,
+    limit: Limit = DEFAULT_LIMIT,
+    cursor: Cursor = None,
+) -> UsageReport:
+    """Sums of tokens over generations, in one row or by group, in the order of the groups' keys."""
+    _only(request, ("from", "to", "tenant", "model", "provider", "status", "session", "group_by", "limit", "cursor"))
+    dimensions = parse_group_by(group_by)
+    filters = Filters(
+        start=parse_moment("from", from_),
+        end=parse_moment("to", to),
+        tenant=state.tenant,
+        model=model,
+        provider=provider,
+        status=parse_status(status),
+        session=session,
+    )
+    if filters.start is not None and filters.end is not None and filters.start >= filters.end:
+        raise BadQuestion("to: it must be after from")
+    after = parse_page((filters, dimensions), cursor, [int if d in BUCKETS else str for d in dimensions])
+    if tenant not in (None, state.tenant):
+        # What another tenant used is not told, and not even whether there is one.
+        return UsageReport(group_by=list(dimensions), rows=[], next=None)
+    if not dimensions:
+        return UsageReport(
+            group_by=[], rows=[UsageRow(key={}, totals=await _reports(state).totals(filters))], next=None
+        )
+    found = await _reports(state).groups(filters, dimensions, after, limit + 1)
+    following = write_page((filters, dimensions), found[limit - 1][0]) if len(found) > limit else None
+    return UsageReport(
+        group_by=list(dimensions), rows=[_row(dimensions, *one) for one in found[:limit]], next=following
+    )
+
+
+def _row(dimensions: Sequence[str], key: PageKey, totals: Totals) -> UsageRow:
+    shown = {
+        name: render_bucket(name, value) if isinstance(value, int) else value
+        for name, value in zip(dimensions, key, strict=True)
+    }
+    return UsageRow(key=shown, totals=totals)
+
+
+def _reports(state: State) -> Reports:
+    reports: Reports = state.reports
+    return reports
+
+
+def _name(role: str, value: str) -> str:
+    try:
+        return check_name(role, value)
+    except InvalidName as error:
+        raise Problem(400, str(error)) from error
+
+
+def _only(request: Request[Any, Any, Any], known: Sequence[str]) -> None:
+    unknown = sorted(set(request.query_params.keys()) - set(known))
+    if unknown:
+        allowed = f"use {', '.join(known)}" if known else "there is none here"
+        raise Problem(400, f"no such parameter: {', '.join(repr(name[:40]) for name in unknown)}; {allowed}")
+
+
+def _refuse(_request: Request[Any, Any, Any], error: BadQuestion) -> Response[bytes]:
+    return _answer(Problem(400, str(error)))
+
+
+def _postpone(_request: Request[Any, Any, Any], _error: LedgerUnavailable) -> Response[bytes]:
+    return _answer(Problem(503, "the database does not answer; try again", headers={"Retry-After": "1"}))
+
+
+def _answer(problem: Problem) -> Response[bytes]:
+    return Response(
+        msgspec.json.encode(problem.details),
+        status_code=problem.status,
+        media_type="application/problem+json",
+        headers=problem.headers,
+    )
+
+
+def build_api(reports: Reports, tenant: str, checks: Mapping[str, Check], cors_origins: Sequence[str] = ()) -> Litestar:
+    """Return the ASGI application. Answers are those of ``tenant``; ``checks`` make up readiness."""
+    return Litestar(
+        route_handlers=[Router("/v1/usage", route_handlers=[generation_usage, session_usage, usage]), probes(checks)],
+        state=State({"reports": reports, "tenant": tenant}),
+        exception_handlers={**EXCEPTION_HANDLERS, BadQuestion: _refuse, LedgerUnavailable: _postpone},
+        cors_config=CORSConfig(allow_origins=list(cors_origins), allow_methods=["GET"]) if cors_origins else None,
+        openapi_config=OpenAPIConfig(
+            title="Tailrace billing",
+            version="1",
+            description="What generations used: counted by Tailrace, reported by providers, and how the two compare.",
+        ),
+    )

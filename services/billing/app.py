@@ -1,0 +1,146 @@
+"""Billing assembled: settings, and the running service."""
+
+import asyncio
+import os
+import secrets
+import socket
+from collections.abc import Mapping
+from typing import Annotated
+
+import msgspec
+import structlog
+import tenacity
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from services.billing import metrics
+from services.billing.adapters.database import database_url, migrate, open_engine
+from services.billing.adapters.ledger import Ledger
+from services.billing.adapters.reports import Reports
+from services.billing.adapters.tail import Tail
+from services.billing.api import build_api
+from services.billing.consumer import Consumer
+from services.billing.core.reconciliation import Policy
+from services.billing.errors import LedgerUnavailable
+from services.kit.broker import Broker
+from services.kit.clock import SystemClock
+from services.kit.http import serving
+from services.kit.settings import Shared, load_settings
+from services.kit.telemetry import configure_logging
+
+__all__ = ["Settings", "main"]
+
+log = structlog.get_logger()
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """Settings of billing. Times in seconds, sizes in tokens or events.
+
+    ``database_url``: ``sqlite:///…`` or ``postgresql://…``; without one a file ``billing.db`` in the data folder.
+    ``tolerance_absolute`` and ``tolerance_relative``: counted and reported match when they differ by no more than the
+    larger of the two. ``grace``: how long a provider may take to report. ``batch``, ``interval``: a transaction holds at
+    most so many events and begins at most so long after the first of them. ``hold``: how long after a crash of the
+    process that reads a partition another one takes over.
+    """
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, msgspec.Meta(ge=1, le=65_535)] = 8081
+    database_url: str | None = None
+    tolerance_absolute: Annotated[int, msgspec.Meta(ge=0)] = 8
+    tolerance_relative: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.02
+    grace: Annotated[float, msgspec.Meta(ge=0)] = 300.0
+    batch: Annotated[int, msgspec.Meta(ge=1, le=20_000)] = 10_000
+    interval: Annotated[float, msgspec.Meta(gt=0, le=10)] = 0.5
+    hold: Annotated[float, msgspec.Meta(ge=1)] = 5.0
+    connections: Annotated[int, msgspec.Meta(ge=1)] = 512
+    cors_origins: list[str] = []
+
+    def __post_init__(self) -> None:
+        if self.database_url is not None:
+            try:
+                database_url(self.database_url)
+            except ValueError as error:
+                raise ValueError(f"TAILRACE_BILLING_DATABASE_URL: {error}") from error
+
+    def policy(self) -> Policy:
+        """Return what reconciliation goes by."""
+        return Policy(absolute=self.tolerance_absolute, relative=self.tolerance_relative, grace=self.grace)
+
+
+async def main(stop: asyncio.Event, env: Mapping[str, str] = os.environ) -> None:
+    """Run the service until ``stop`` is set.
+
+    Raises:
+        SettingsError: settings are not usable.
+        PortTaken: the HTTP address is in use.
+        BrokerUnavailable: no broker answers.
+    """
+    shared, settings = load_settings(Settings, "billing", env)
+    configure_logging("billing", shared.log_level, shared.log_format)
+    url = database_url(settings.database_url or f"sqlite:///{shared.data}/billing.db")
+    async with open_engine(url) as engine, Broker.connect(shared.nats_url, "billing") as broker:
+        broker.on_reconnect(_count_reconnect)
+        ledger = Ledger(engine, _holder(), hold=settings.hold)
+        migrated = asyncio.Event()
+
+        async def database() -> bool:
+            return migrated.is_set() and await ledger.answers()
+
+        async def connected() -> bool:
+            return broker.is_connected
+
+        api = build_api(
+            Reports(engine), shared.tenant, {"broker": connected, "database": database}, settings.cors_origins
+        )
+        async with serving(api, settings.host, settings.port, connections=settings.connections):
+            log.info("billing listens", host=settings.host, port=settings.port, database=url.get_backend_name())
+            if not await _migrated(engine, stop):
+                return
+            migrated.set()
+            await _consume(broker, ledger, shared, settings, stop)
+    log.info("billing has stopped")
+
+
+async def _consume(broker: Broker, ledger: Ledger, shared: Shared, settings: Settings, stop: asyncio.Event) -> None:
+    topology = shared.topology()
+    async with asyncio.TaskGroup() as group:
+        for partition in range(topology.partitions):
+            tail = Tail(broker, topology, partition, batch=settings.batch, interval=settings.interval)
+            consumer = Consumer(partition, tail, ledger, settings.policy(), SystemClock())
+            group.create_task(consumer.run(stop), name=f"billing:{partition}")
+
+
+async def _migrated(engine: AsyncEngine, stop: asyncio.Event) -> bool:
+    """Bring the schema up to date, waiting for the database; ``False`` when stopped before."""
+
+    def waits(state: tenacity.RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        log.warning("waits for the database", attempt=state.attempt_number, error=str(error))
+
+    async def pause(seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await stop.wait()
+        except TimeoutError:
+            return
+
+    async for attempt in tenacity.AsyncRetrying(
+        wait=tenacity.wait_random_exponential(multiplier=0.2, max=5.0),
+        retry=tenacity.retry_if_exception_type(LedgerUnavailable),
+        stop=lambda _state: stop.is_set(),
+        sleep=pause,
+        before_sleep=waits,
+        retry_error_callback=lambda _state: None,
+    ):
+        with attempt:
+            await migrate(engine)
+            return True
+    return False
+
+
+async def _count_reconnect() -> None:
+    metrics.RECONNECTS.inc()
+
+
+def _holder() -> str:
+    return f"{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(4)}"

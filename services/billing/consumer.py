@@ -1,0 +1,249 @@
+"""Reading one partition of the log into the ledger.
+
+There is one way to recover, whatever went wrong: forget, and begin again from the position that the database holds. The
+position moves in the transaction that writes the rows, over the log in its order and without holes. So a crash at any
+point, a redelivery, a lost acknowledgement and a second process cost time and never a number. The durable consumer says
+what is new and how much waits; what it does not deliver in order is read from the log directly.
+"""
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Final
+
+import structlog
+import tenacity
+
+from services.billing import metrics
+from services.billing.adapters.ledger import Ledger
+from services.billing.adapters.tail import Pulled, Tail
+from services.billing.core.batch import Group, fold_batch, group
+from services.billing.core.generation import Generation, Key
+from services.billing.core.intake import Record
+from services.billing.core.reconciliation import Policy, reconcile
+from services.billing.core.sequence import join
+from services.billing.errors import Fenced, LedgerUnavailable
+from services.kit.broker import BrokerUnavailable
+from services.kit.clock import Clock
+
+__all__ = ["Consumer"]
+
+log = structlog.get_logger()
+CACHED: Final = 50_000
+"""Bound of running generations kept in memory between batches; others are loaded when an event of theirs comes."""
+SWEEP_SECONDS: Final = 2.0
+_BACKOFF: Final = tenacity.wait_random_exponential(multiplier=0.2, max=5.0)
+_PAUSE: Final = 0.5
+
+
+class Consumer:
+    """Follows one partition while this process holds it; otherwise waits to take over."""
+
+    def __init__(self, partition: int, tail: Tail, ledger: Ledger, policy: Policy, clock: Clock) -> None:
+        self.partition = partition
+        self.tail = tail
+        self.ledger = ledger
+        self.policy = policy
+        self.clock = clock
+        self.applied = -1
+        self.incarnation = ""
+        self._delivered = 0
+        self._running: OrderedDict[Key, Generation] = OrderedDict()
+        self._renewed = 0.0
+        self._swept = 0.0
+        self._stop = asyncio.Event()
+        self._lag = metrics.LAG.labels(str(partition))
+        self._position = metrics.POSITION.labels(str(partition))
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Read until ``stop`` is set; the batch at hand is finished, the hold given up."""
+        self._stop = stop
+        await self.tail.open()
+        try:
+            while not stop.is_set():
+                await self._once()
+        finally:
+            await self._release()
+
+    async def _once(self) -> None:
+        try:
+            held = await self._retrying(self._begin)
+            if held:
+                await self._follow()
+            else:
+                await self._pause(self.ledger.hold / 3)
+        except (BrokerUnavailable, LedgerUnavailable, Fenced) as error:
+            if not self._stop.is_set():
+                log.warning("begins again", partition=self.partition, error=str(error))
+                await self._pause(_PAUSE)
+
+    @property
+    def _retrying(self) -> tenacity.AsyncRetrying:
+        return tenacity.AsyncRetrying(
+            wait=_BACKOFF,
+            sleep=self._pause,
+            stop=lambda _state: self._stop.is_set(),
+            retry=tenacity.retry_if_exception_type((BrokerUnavailable, LedgerUnavailable)),
+            before_sleep=self._stalled,
+            reraise=True,
+        )
+
+    def _stalled(self, state: tenacity.RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        part = "database" if isinstance(error, LedgerUnavailable) else "broker"
+        metrics.STALLS.labels(part).inc()
+        log.warning("waits", partition=self.partition, part=part, attempt=state.attempt_number, error=str(error))
+
+    async def _pause(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._stop.wait()
+        except TimeoutError:
+            return
+
+    async def _begin(self) -> bool:
+        """Take the partition at the position that the database holds; ``False`` while another process has it."""
+        state = await self.tail.verify()
+        applied = await self.ledger.acquire(self.partition, state.incarnation, self._now())
+        if applied is None:
+            return False
+        if (self.incarnation, self.applied) != (state.incarnation, applied):
+            self._running.clear()
+        if applied > state.last_seq:
+            log.warning("the log is behind the ledger and is read anew", partition=self.partition, applied=applied)
+            await self.ledger.commit(self.partition, (applied, 0), self._now())
+            applied = 0
+        self.incarnation, self.applied, self._delivered = state.incarnation, applied, state.delivered_seq
+        self._renewed = self.clock.monotonic()
+        return True
+
+    async def _release(self) -> None:
+        try:
+            async with asyncio.timeout(5):
+                await self.ledger.release(self.partition)
+        except (LedgerUnavailable, TimeoutError) as error:
+            log.warning("hold not given up; it expires", partition=self.partition, error=str(error))
+
+    async def _follow(self) -> None:
+        # What was delivered to a process that died comes again late, after newer events: it is read at once instead.
+        await self._catch_up(self._delivered)
+        while not self._stop.is_set():
+            pulled = await self.tail.pull()
+            sure = await self._take(pulled)
+            await self._renew()
+            await self._sweep()
+            if pulled.doubtful or not sure:
+                return
+
+    async def _take(self, pulled: Pulled) -> bool:
+        """Apply and acknowledge a pull; ``False`` when the stream has been made anew."""
+        joined = join(self.applied, pulled.records)
+        if joined.repeats:
+            metrics.REPEATS.inc(joined.repeats)
+            # A stream that was made anew counts from 1 again: its events would look like repeats.
+            if await self.tail.incarnation() != self.incarnation:
+                return False
+        if joined.read_up_to is not None:
+            await self._catch_up(joined.read_up_to)
+        elif joined.ready:
+            await self._apply(joined.ready, joined.ready[-1].seq)
+        await self.tail.acknowledge(pulled)
+        if pulled.pending is not None:
+            self._lag.set(pulled.pending)
+        elif not pulled.doubtful:
+            self._lag.set(0)
+        return True
+
+    async def _catch_up(self, last: int) -> None:
+        """Apply what the log keeps up to the stream sequence ``last``."""
+        if last <= self.applied:
+            return
+        first = self.applied + 1
+        count = 0
+        async for records in self.tail.between(first, last):
+            count += len(records)
+            await self._apply(records, records[-1].seq)
+        if self.applied < last:
+            await self._apply([], last)
+        log.info("caught up from the log", partition=self.partition, first=first, last=last, kept=count)
+
+    async def _apply(self, records: Sequence[Record], up_to: int) -> None:
+        started = self.clock.monotonic()
+        now = self._now()
+        groups, strays = group(records)
+        known = await self._known(groups)
+        batch = fold_batch(groups, known, now, self.policy)
+        batch.verdicts["malformed"] += strays
+        await self.ledger.commit(self.partition, (self.applied, up_to), now, batch.whole, batch.progress)
+        self.applied = up_to
+        self._renewed = self.clock.monotonic()
+        self._remember(batch.whole)
+        self._remember(batch.progress)
+        _tell(batch.whole, known)
+        for verdict, count in batch.verdicts.items():
+            metrics.EVENTS.labels(verdict).inc(count)
+        metrics.ROWS.labels("whole").inc(len(batch.whole))
+        metrics.ROWS.labels("progress").inc(len(batch.progress))
+        metrics.BATCH_SECONDS.observe(self.clock.monotonic() - started)
+        self._position.set(up_to)
+
+    async def _known(self, groups: Iterable[Group]) -> dict[Key, Generation]:
+        known: dict[Key, Generation] = {}
+        missing: list[Key] = []
+        for key in (g.key for g in groups):
+            found = self._running.get(key)
+            if found is None:
+                missing.append(key)
+            else:
+                known[key] = found
+        if missing:
+            known |= await self.ledger.load(missing)
+        return known
+
+    def _remember(self, generations: Collection[Generation]) -> None:
+        for g in generations:
+            if g.ended:
+                self._running.pop(g.key, None)
+            else:
+                self._running[g.key] = g
+                self._running.move_to_end(g.key)
+        while len(self._running) > CACHED:
+            self._running.popitem(last=False)
+
+    async def _renew(self) -> None:
+        """Keep the hold over idle times; commits renew it by themselves."""
+        if self.clock.monotonic() - self._renewed < self.ledger.hold / 3:
+            return
+        if await self.ledger.acquire(self.partition, self.incarnation, self._now()) != self.applied:
+            raise Fenced(self.partition)
+        self._renewed = self.clock.monotonic()
+
+    async def _sweep(self) -> None:
+        """Settle generations whose provider had its grace."""
+        if self.clock.monotonic() - self._swept < SWEEP_SECONDS:
+            return
+        self._swept = self.clock.monotonic()
+        now = self._now()
+        if due := await self.ledger.due(self.partition, now):
+            settled = [reconcile(g, now, self.policy) for g in due]
+            await self.ledger.commit(self.partition, (self.applied, self.applied), now, settled)
+            _tell(settled, {g.key: g for g in due})
+        metrics.RUNNING.set(await self.ledger.running())
+
+    def _now(self) -> int:
+        return round(self.clock.wall() * 1_000)
+
+
+def _tell(generations: Iterable[Generation], before: Mapping[Key, Generation]) -> None:
+    """Count changes of status; say in the log how a generation settled."""
+    for g in generations:
+        old = before.get(g.key)
+        if g.headless and old is None:
+            metrics.HEADLESS.inc()
+        if old is not None and old.status == g.status:
+            continue
+        metrics.SETTLED.labels(g.status).inc()
+        if g.status in ("matched", "drift") and g.output is not None:
+            metrics.DRIFT.observe(abs(g.output - g.counted_output) / max(1, g.output))
+        if g.ended:
+            log.debug("settled", session=g.session, generation=g.generation, status=g.status, state=g.state)

@@ -1,0 +1,73 @@
+"""A batch of records of many generations: folded, reconciled, and told apart by what must be written."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+import msgspec
+
+from schemas.subjects import Address, InvalidSubject, parse_address
+from services.billing.core.fold import fold
+from services.billing.core.generation import Generation, Key
+from services.billing.core.intake import Record
+from services.billing.core.reconciliation import Policy, reconcile
+
+__all__ = ["Batch", "Group", "fold_batch", "group"]
+
+
+class Group(msgspec.Struct):
+    """The records of one generation, in the order of the log."""
+
+    address: Address
+    records: list[Record]
+
+    @property
+    def key(self) -> Key:
+        """The generation's identity."""
+        return Key(self.address.tenant, self.address.session, self.address.generation)
+
+
+class Batch(msgspec.Struct):
+    """What a batch changes: rows to write whole, rows of which only the running count moved, and how events were judged."""
+
+    whole: list[Generation] = []
+    progress: list[Generation] = []
+    verdicts: Counter[str] = msgspec.field(default_factory=Counter)
+
+
+def group(records: Iterable[Record]) -> tuple[list[Group], int]:
+    """Return the records by generation, and how many have a subject that names none."""
+    groups: dict[str, Group | None] = {}
+    strays = 0
+    for record in records:
+        subject = record.subject
+        if subject in groups:
+            found = groups[subject]
+        else:
+            found = groups[subject] = _found(subject)
+        if found is None:
+            strays += 1
+        else:
+            found.records.append(record)
+    return [g for g in groups.values() if g is not None], strays
+
+
+def _found(subject: str) -> Group | None:
+    try:
+        return Group(parse_address(subject), [])
+    except InvalidSubject:
+        return None
+
+
+def fold_batch(groups: Iterable[Group], known: Mapping[Key, Generation], now: int, policy: Policy) -> Batch:
+    """Return what ``groups`` make of the ``known`` generations. ``now`` in milliseconds since 1970."""
+    batch = Batch()
+    for one in groups:
+        folded = fold(known.get(one.key), one.address, one.records)
+        batch.verdicts.update(folded.verdicts)
+        if folded.generation is None:
+            continue
+        if folded.change == "progress":
+            batch.progress.append(folded.generation)
+        elif folded.change == "whole":
+            batch.whole.append(reconcile(folded.generation, now, policy))
+    return batch

@@ -1,0 +1,160 @@
+"""The fold: a generation's events, in the order of the log, into what billing knows of it.
+
+The acceptance rule makes it idempotent: events that were folded before change no number again.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Final, Literal, NamedTuple
+
+import msgspec
+
+from schemas.acceptance import BEGINNING, Position, Verdict, joining, judge
+from schemas.events import (
+    TERMINAL_TYPES,
+    Cancelled,
+    Completed,
+    Event,
+    Failed,
+    Interrupted,
+    Restarted,
+    Started,
+    UsageReported,
+)
+from schemas.subjects import Address
+from schemas.usage import Counted
+from services.billing.core.generation import Generation
+from services.billing.core.intake import Record, clip, milliseconds
+
+__all__ = ["Change", "Folded", "fold"]
+
+Change = Literal["nothing", "progress", "whole"]
+"""What must be written: nothing, the position and the running count, or the whole row."""
+
+_DROPPED: Final = {
+    Verdict.DUPLICATE: "duplicates",
+    Verdict.GAP: "gaps",
+    Verdict.ZOMBIE: "zombies",
+    Verdict.ENDED: "late",
+}
+
+
+class Folded(NamedTuple):
+    """The generation after its records (``None`` while none was accepted), what changed, and how often each verdict fell."""
+
+    generation: Generation | None
+    change: Change
+    verdicts: Counter[str]
+
+
+def fold(known: Generation | None, address: Address, records: Iterable[Record]) -> Folded:
+    """Return ``known`` advanced by ``records``, which are of one generation and in the order of the log.
+
+    ``known`` itself is left alone. A generation whose first known event is not its first has lost its head to the
+    log's age: it is joined where it can be, and marked.
+    """
+    g = msgspec.structs.replace(known) if known else _unborn(address)
+    position = g.position if known else BEGINNING
+    change: Change = "nothing"
+    verdicts: Counter[str] = Counter()
+    for record in records:
+        header = record.header
+        if header is None:
+            verdicts["malformed"] += 1
+            continue
+        after, verdict = judge(position, header.type, header.epoch, header.seq)
+        if verdict is Verdict.GAP and position == BEGINNING:
+            after, verdict = judge(joining(header.epoch, header.seq), header.type, header.epoch, header.seq)
+            g.headless = True
+        if verdict is not Verdict.ACCEPTED:
+            verdicts[verdict.value] += 1
+            if position != BEGINNING:
+                _count_drop(g, _DROPPED[verdict], record.seq)
+                change = "whole"
+            continue
+        if position == BEGINNING or header.type != "delta":
+            change = "whole"
+            _apply(g, record, header.type)
+        elif change == "nothing":
+            change = "progress"
+        if header.type == "delta":
+            g.counted_output = header.tokens or g.counted_output
+        position = after
+        g.log_seq = record.seq
+        verdicts[record.fault or "accepted"] += 1
+    return Folded(_placed(g, position) if position != BEGINNING else None, change, verdicts)
+
+
+def _unborn(address: Address) -> Generation:
+    return Generation(
+        tenant=address.tenant, session=address.session, generation=address.generation, partition=address.partition
+    )
+
+
+def _placed(g: Generation, position: Position) -> Generation:
+    g.epoch = position.epoch
+    g.next_seq = position.next_seq
+    return g
+
+
+def _count_drop(g: Generation, counter: str, log_seq: int) -> None:
+    setattr(g, counter, getattr(g, counter) + 1)
+    g.log_seq = log_seq
+
+
+def _apply(g: Generation, record: Record, type_: str) -> None:
+    event = record.event
+    if event is not None:
+        at = milliseconds(event.at)
+        g.started_at = g.started_at or at
+        _take(g, event, at)
+    elif record.fault:
+        _count_drop(g, record.fault, record.seq)
+    if type_ in TERMINAL_TYPES:
+        g.state = type_
+        g.ended_at = g.started_at if event is None else max(milliseconds(event.at), g.started_at)
+
+
+def _take(g: Generation, event: Event, at: int) -> None:
+    match event:
+        case Started():
+            g.model = clip(event.model)
+            _name_upstream(g, event.provider, event.upstream_model)
+            _take_count(g, event.counted)
+        case Restarted():
+            _name_upstream(g, event.provider, event.upstream_model)
+        case UsageReported():
+            g.reported_at = at
+            _take_usage(g, event)
+        case Completed():
+            g.code = clip(event.finish_reason)
+            _take_count(g, event.counted)
+        case Failed():
+            g.code = clip(event.code)
+            _take_count(g, event.counted)
+        case Cancelled() | Interrupted():
+            g.code = clip(event.reason)
+            _take_count(g, event.counted)
+
+
+def _name_upstream(g: Generation, provider: str, upstream_model: str) -> None:
+    g.provider = clip(provider) or g.provider
+    g.upstream_model = clip(upstream_model) or g.upstream_model
+
+
+def _take_count(g: Generation, counted: Counted) -> None:
+    if counted == Counted():
+        return  # its writer did not count: what deltas said stays
+    g.counted_input = counted.input or g.counted_input
+    g.counted_output = counted.output or g.counted_output
+    g.counted_exact = counted.exact
+    g.encoding = clip(counted.encoding) or g.encoding
+
+
+def _take_usage(g: Generation, event: UsageReported) -> None:
+    usage = event.usage
+    _name_upstream(g, event.provider, event.upstream_model)
+    g.input, g.output = usage.input, usage.output
+    g.cached_input, g.cache_write, g.reasoning = usage.cached_input, usage.cache_write, usage.reasoning
+    g.usage = msgspec.json.encode(usage).decode()
+    g.usage_source = clip(event.source)

@@ -1,0 +1,49 @@
+"""From stored bytes to records that the fold takes; whatever the bytes are, there is an answer."""
+
+from typing import Final, NamedTuple
+
+from schemas.codec import Header, MalformedEvent, UnknownEvent, decode_event, decode_header
+from schemas.events import Event
+
+__all__ = ["Record", "clip", "milliseconds", "read_record"]
+
+TEXT_LIMIT: Final = 200
+_LAST_SECOND: Final = 253_402_300_799
+"""The end of the year 9999; a stamp beyond is a writer's mistake."""
+
+
+class Record(NamedTuple):
+    """One stored message. ``seq`` is its stream sequence.
+
+    ``header`` is missing when it is no event at all; ``event`` when the header says enough (a delta) or the rest could
+    not be read, and then ``fault`` says why (``unknown`` type, ``malformed``).
+    """
+
+    seq: int
+    subject: str
+    header: Header | None
+    event: Event | None = None
+    fault: str = ""
+
+
+def read_record(seq: int, subject: str, data: bytes) -> Record:
+    """Return what a stored message holds. Of a delta only the header is decoded: it carries the running count."""
+    try:
+        header = decode_header(data)
+        if header.type == "delta":
+            return Record(seq, subject, header)
+        return Record(seq, subject, header, decode_event(data))
+    except UnknownEvent as error:
+        return Record(seq, subject, error.header, None, "unknown")
+    except MalformedEvent as error:
+        return Record(seq, subject, error.header, None, "malformed")
+
+
+def clip(text: str) -> str:
+    """Return ``text`` as any database takes it: without NUL, no longer than 200 characters."""
+    return text.replace("\0", "")[:TEXT_LIMIT]
+
+
+def milliseconds(at: float) -> int:
+    """Return an event's stamp in whole milliseconds since 1970; 0 for one that is no time at all."""
+    return round(at * 1_000) if 0 <= at <= _LAST_SECOND else 0

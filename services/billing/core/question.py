@@ -1,0 +1,140 @@
+"""Questions about usage: query text to values, and cursors of pages."""
+
+import base64
+import binascii
+import hashlib
+from collections.abc import Sequence
+from datetime import UTC, date, datetime
+from typing import Final
+
+import msgspec
+
+from services.billing.core.generation import STATUSES
+
+__all__ = [
+    "DIMENSIONS",
+    "BadQuestion",
+    "Filters",
+    "PageKey",
+    "parse_group_by",
+    "parse_moment",
+    "parse_page",
+    "parse_status",
+    "render_bucket",
+    "write_page",
+]
+
+DIMENSIONS: Final = ("tenant", "session", "model", "provider", "status", "day", "hour")
+BUCKETS: Final = {"day": 86_400_000, "hour": 3_600_000}
+"""Width of the dimensions of time, in milliseconds."""
+PageKey = tuple[str | int, ...]
+
+
+class BadQuestion(ValueError):
+    """A query parameter that cannot be understood; the text says which, and what would be right."""
+
+
+class Filters(msgspec.Struct, frozen=True, kw_only=True):
+    """What is asked about. ``start`` (inclusive) and ``end`` (exclusive) in milliseconds since 1970, by ``started_at``."""
+
+    start: int | None = None
+    end: int | None = None
+    tenant: str | None = None
+    model: str | None = None
+    provider: str | None = None
+    status: str | None = None
+    session: str | None = None
+
+
+def parse_moment(name: str, text: str | None) -> int | None:
+    """Return a date (its midnight, UTC) or an RFC 3339 time in milliseconds since 1970.
+
+    Raises:
+        BadQuestion: it is neither.
+    """
+    if text is None:
+        return None
+    try:
+        if len(text) == 10:
+            day = date.fromisoformat(text)
+            return _milliseconds(datetime(day.year, day.month, day.day, tzinfo=UTC))
+        # A '+' that came unescaped in a query has become a space.
+        moment = datetime.fromisoformat(text[:-6] + "+" + text[-5:] if text[-6:-5] == " " else text)
+        if moment.tzinfo is None or len(text) < 11 or text[10] not in "Tt ":
+            raise ValueError("no offset")
+        return _milliseconds(moment)
+    except (ValueError, OverflowError) as error:
+        raise BadQuestion(
+            f"{name}: {text[:40]!r} is neither a date (2026-01-31) nor an RFC 3339 time (2026-01-31T12:00:00Z)"
+        ) from error
+
+
+def _milliseconds(moment: datetime) -> int:
+    return round(moment.timestamp() * 1_000)
+
+
+def parse_group_by(values: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the dimensions that one or several ``group_by`` parameters name, each of them maybe a list by commas.
+
+    Raises:
+        BadQuestion: one is not known, or stands twice.
+    """
+    names = tuple(part.strip() for value in values or () for part in value.split(",") if part.strip())
+    for name in names:
+        if name not in DIMENSIONS:
+            raise BadQuestion(f"group_by: {name[:40]!r} is not one of {', '.join(DIMENSIONS)}")
+    if len(set(names)) != len(names):
+        raise BadQuestion("group_by: a dimension stands twice")
+    return names
+
+
+def parse_status(text: str | None) -> str | None:
+    """Return a status by name.
+
+    Raises:
+        BadQuestion: there is no such status.
+    """
+    if text is not None and text not in STATUSES:
+        raise BadQuestion(f"status: {text[:40]!r} is not one of {', '.join(STATUSES)}")
+    return text
+
+
+def write_page(question: object, key: PageKey) -> str:
+    """Return the opaque cursor of the page after ``key`` in the answer to ``question`` (anything that prints stably)."""
+    return base64.urlsafe_b64encode(msgspec.json.encode([_digest(question), *key])).decode().rstrip("=")
+
+
+def parse_page(question: object, text: str | None, types: Sequence[type]) -> PageKey | None:
+    """Return the key after which the page begins; ``None`` for the first page.
+
+    Raises:
+        BadQuestion: it is not a cursor, or that of another question.
+    """
+    if text is None:
+        return None
+    try:
+        values = msgspec.json.decode(base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True))
+        digest, *key = values
+    except (ValueError, TypeError, binascii.Error) as error:
+        raise BadQuestion("cursor: it is not one that this service issues") from error
+    if digest != _digest(question):
+        raise BadQuestion("cursor: it belongs to another question; keep the other parameters as they were")
+    if len(key) != len(types) or not all(_fits(v, t) for v, t in zip(key, types, strict=True)):
+        raise BadQuestion("cursor: it is not one that this service issues")
+    return tuple(key)
+
+
+def _fits(value: object, type_: type) -> bool:
+    if isinstance(value, str):
+        return type_ is str and "\0" not in value
+    return type_ is int and type(value) is int and abs(value) < 2**62
+
+
+def _digest(question: object) -> str:
+    return hashlib.sha256(repr(question).encode()).hexdigest()[:12]
+
+
+def render_bucket(dimension: str, bucket: int) -> str:
+    """Return a day (``2026-01-31``) or an hour (``2026-01-31T12:00:00Z``) by its number since 1970."""
+    moment = datetime.fromtimestamp(bucket * BUCKETS[dimension] / 1_000, UTC)
+    return moment.strftime("%Y-%m-%d" if dimension == "day" else "%Y-%m-%dT%H:00:00Z")

@@ -1,0 +1,51 @@
+"""Reconciliation: what Tailrace counted against what the provider reported."""
+
+import msgspec
+
+from services.billing.core.generation import Generation, Status
+
+__all__ = ["Policy", "reconcile"]
+
+
+class Policy(msgspec.Struct, frozen=True, kw_only=True):
+    """When two numbers agree, and how long a provider may take.
+
+    Counted and reported agree when they differ by no more than ``absolute`` tokens or ``relative`` of the reported
+    number, whichever is more. ``grace`` in seconds.
+    """
+
+    absolute: int = 8
+    relative: float = 0.02
+    grace: float = 300.0
+
+    def agree(self, counted: int, reported: int) -> bool:
+        """Tell whether the two numbers are as close as they need to be."""
+        return abs(reported - counted) <= max(self.absolute, self.relative * reported)
+
+
+def reconcile(g: Generation, now: int, policy: Policy) -> Generation:
+    """Return ``g`` with its status, drifts and the time of its next decision as of ``now`` (milliseconds since 1970).
+
+    Pure and repeatable: it depends on the folded numbers alone, so a report that comes late decides anew. Input is
+    compared only where it was counted.
+    """
+    status: Status
+    settle_at: int | None = None
+    drift_input = None if g.input is None or not g.counted_input else g.input - g.counted_input
+    drift_output = None if g.output is None else g.output - g.counted_output
+    if not g.ended:
+        status, drift_input, drift_output = "running", None, None
+    elif g.state != "completed":
+        status = "partial"
+    elif g.input is None or g.output is None:
+        settle_at = (g.ended_at or 0) + round(policy.grace * 1_000)
+        status = "awaiting_provider" if now < settle_at else "provider_missing"
+        settle_at = settle_at if status == "awaiting_provider" else None
+    else:
+        agreed = policy.agree(g.counted_output, g.output) and (
+            not g.counted_input or policy.agree(g.counted_input, g.input)
+        )
+        status = "matched" if agreed else "drift"
+    return msgspec.structs.replace(
+        g, status=status, drift_input=drift_input, drift_output=drift_output, settle_at=settle_at
+    )

@@ -1,0 +1,45 @@
+"""Joining what the durable consumer delivers to the position in the database.
+
+The position moves over the log in its order and without holes; the order in which the consumer delivers is only a hint.
+After a crash it redelivers what nobody acknowledged, and later than newer events.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from services.billing.core.intake import Record
+
+__all__ = ["Joined", "join"]
+
+
+class Joined(NamedTuple):
+    """What follows the position without a hole; how many came before it (repeats); and up to where the log must be read.
+
+    ``read_up_to`` is set when something between the position and the last delivered event was not delivered: then
+    ``ready`` is empty and all of it is read from the log.
+    """
+
+    ready: Sequence[Record]
+    repeats: int
+    read_up_to: int | None
+
+
+def join(applied: int, delivered: Sequence[Record]) -> Joined:
+    """Return how ``delivered`` continues after the stream sequence ``applied``."""
+    count = len(delivered)
+    if not count:
+        return Joined([], 0, None)
+    if delivered[0].seq == applied + 1 and delivered[-1].seq == applied + count and _ascending(delivered):
+        return Joined(delivered, 0, None)
+    fresh = {r.seq: r for r in delivered if r.seq > applied}
+    repeats = count - len(fresh)
+    if not fresh:
+        return Joined([], repeats, None)
+    last = max(fresh)
+    if last - applied == len(fresh):
+        return Joined([fresh[seq] for seq in range(applied + 1, last + 1)], repeats, None)
+    return Joined([], repeats, last)
+
+
+def _ascending(records: Sequence[Record]) -> bool:
+    return all(records[i].seq < records[i + 1].seq for i in range(len(records) - 1))

@@ -1,0 +1,22 @@
+"""What can go wrong in billing, grouped by what the caller must do."""
+
+__all__ = ["BillingError", "Fenced", "LedgerUnavailable"]
+
+
+class BillingError(Exception):
+    """Any error of billing's own."""
+
+
+class LedgerUnavailable(BillingError):
+    """The database cannot be reached or refused for now: try the same again later. Nothing is known to be written."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the database does not answer: {reason}")
+
+
+class Fenced(BillingError):
+    """Another process has taken the partition or moved its position: forget what was computed and begin from its row."""
+
+    def __init__(self, partition: int) -> None:
+        self.partition = partition
+        super().__init__(f"partition {partition} has been taken over or moved on")

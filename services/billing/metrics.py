@@ -1,0 +1,41 @@
+"""What billing tells Prometheus."""
+
+from typing import Final
+
+from prometheus_client import Counter, Gauge, Histogram
+
+__all__ = [
+    "BATCH_SECONDS",
+    "DRIFT",
+    "EVENTS",
+    "HEADLESS",
+    "LAG",
+    "POSITION",
+    "RECONNECTS",
+    "REPEATS",
+    "ROWS",
+    "RUNNING",
+    "SETTLED",
+    "STALLS",
+]
+
+LAG: Final = Gauge("tailrace_billing_consumer_lag_events", "Events not yet delivered to billing", ["partition"])
+POSITION: Final = Gauge("tailrace_billing_position_seq", "Stream sequence up to which all is applied", ["partition"])
+BATCH_SECONDS: Final = Histogram(
+    "tailrace_billing_batch_seconds",
+    "Time from the end of a pull to its commit",
+    buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
+)
+EVENTS: Final = Counter("tailrace_billing_events_total", "Events read, by verdict", ["verdict"])
+REPEATS: Final = Counter("tailrace_billing_repeats_total", "Deliveries of events that had been applied before")
+ROWS: Final = Counter("tailrace_billing_rows_written_total", "Rows written, by kind", ["kind"])
+RUNNING: Final = Gauge("tailrace_billing_generations_running", "Generations without a terminal in the ledger")
+SETTLED: Final = Counter("tailrace_billing_generations_total", "Changes of generations into a status", ["status"])
+HEADLESS: Final = Counter("tailrace_billing_headless_total", "Generations whose first events had expired unread")
+DRIFT: Final = Histogram(
+    "tailrace_billing_drift_ratio",
+    "Difference of reported and counted output, relative to reported",
+    buckets=(0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2),
+)
+RECONNECTS: Final = Counter("tailrace_billing_reconnects_total", "Reconnections to the broker")
+STALLS: Final = Counter("tailrace_billing_stalls_total", "Failures that made a partition wait, by part", ["part"])

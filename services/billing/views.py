@@ -1,0 +1,167 @@
+"""The shapes of the API's answers."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+
+from schemas.usage import Usage
+from services.billing.adapters.reports import Totals
+from services.billing.core.generation import Generation, Status
+
+__all__ = [
+    "CountedTokens",
+    "Drift",
+    "Dropped",
+    "GenerationUsage",
+    "ReportedTokens",
+    "SessionUsage",
+    "UsageReport",
+    "UsageRow",
+    "view",
+]
+
+
+class CountedTokens(msgspec.Struct, kw_only=True):
+    """Tailrace's own count; ``exact`` when ``encoding`` is the model's own, otherwise an estimate made with it."""
+
+    input: int
+    output: int
+    exact: bool
+    encoding: str
+
+
+class ReportedTokens(msgspec.Struct, kw_only=True):
+    """What the provider reported, normalised: ``input`` includes cached tokens, ``output`` includes reasoning.
+
+    ``cost`` is the provider's own amount in ``currency`` where it states one; ``raw`` its own object, unchanged.
+    """
+
+    input: int
+    output: int
+    cached_input: int
+    cache_write: int
+    reasoning: int
+    billed_input: int | None
+    billed_output: int | None
+    cost: str | None
+    currency: str | None
+    raw: dict[str, Any] | None
+
+
+class Drift(msgspec.Struct, kw_only=True):
+    """Reported minus counted tokens; ``input`` is null where input was not counted."""
+
+    input: int | None
+    output: int | None
+
+
+class Dropped(msgspec.Struct, kw_only=True):
+    """Events of the generation that the acceptance rule dropped, and accepted ones that could not be read."""
+
+    duplicates: int
+    gaps: int
+    zombies: int
+    late: int
+    unknown: int
+    malformed: int
+
+
+class GenerationUsage(msgspec.Struct, kw_only=True):
+    """What billing knows of one generation. Times in RFC 3339, UTC.
+
+    ``state``: ``running``, or how it ended. ``status``: how counted and reported compare. ``counted`` runs while the
+    generation streams; ``reported`` is null until the provider has said what it used. ``settles_at``: when a report that
+    is waited for is given up.
+    """
+
+    generation: str
+    session: str
+    tenant: str
+    model: str
+    provider: str
+    upstream_model: str
+    state: str
+    status: Status
+    code: str
+    started_at: str | None
+    ended_at: str | None
+    settles_at: str | None
+    counted: CountedTokens
+    reported: ReportedTokens | None
+    reported_at: str | None
+    usage_source: str
+    drift: Drift | None
+    dropped: Dropped
+    headless: bool
+
+
+class SessionUsage(msgspec.Struct, kw_only=True):
+    """Sums over a session and a page of its generations; ``next`` is the cursor of the page after."""
+
+    session: str
+    tenant: str
+    totals: Totals
+    generations: list[GenerationUsage]
+    next: str | None
+
+
+class UsageRow(msgspec.Struct, kw_only=True):
+    """Sums of one group; ``key`` holds its value for each dimension of ``group_by``."""
+
+    key: dict[str, str]
+    totals: Totals
+
+
+class UsageReport(msgspec.Struct, kw_only=True):
+    """Sums by group, in the order of their keys; ``next`` is the cursor of the page after."""
+
+    group_by: list[str]
+    rows: list[UsageRow]
+    next: str | None
+
+
+def view(g: Generation) -> GenerationUsage:
+    """Return the API's shape of a generation."""
+    return GenerationUsage(
+        generation=g.generation,
+        session=g.session,
+        tenant=g.tenant,
+        model=g.model,
+        provider=g.provider,
+        upstream_model=g.upstream_model,
+        state=g.state,
+        status=g.status,
+        code=g.code,
+        started_at=_moment(g.started_at or None),
+        ended_at=_moment(g.ended_at),
+        settles_at=_moment(g.settle_at),
+        counted=CountedTokens(
+            input=g.counted_input, output=g.counted_output, exact=g.counted_exact, encoding=g.encoding
+        ),
+        reported=_reported(g.usage),
+        reported_at=_moment(g.reported_at),
+        usage_source=g.usage_source,
+        drift=None
+        if g.drift_input is None and g.drift_output is None
+        else Drift(input=g.drift_input, output=g.drift_output),
+        dropped=Dropped(
+            duplicates=g.duplicates,
+            gaps=g.gaps,
+            zombies=g.zombies,
+            late=g.late,
+            unknown=g.unknown,
+            malformed=g.malformed,
+        ),
+        headless=g.headless,
+    )
+
+
+def _reported(usage: str | None) -> ReportedTokens | None:
+    return None if usage is None else ReportedTokens(**msgspec.structs.asdict(msgspec.json.decode(usage, type=Usage)))
+
+
+def _moment(milliseconds: int | None) -> str | None:
+    if milliseconds is None:
+        return None
+    return datetime.fromtimestamp(milliseconds / 1_000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -1,0 +1,71 @@
+"""The scripted provider as an upstream: plays a script in real time."""
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from typing import Final
+
+from services.kit.clock import Clock
+from services.producer.core.dialects.joined import join
+from services.producer.core.parts import Part, Text
+from services.producer.core.script import Step, play, refusal
+from services.producer.ports import Call, UpstreamRefused
+
+__all__ = ["ScriptedStream", "ScriptedUpstream"]
+
+_READ_LIMIT: Final = 16 * 1024
+"""Characters of text in one read, about what one socket read of a real provider holds."""
+
+
+class ScriptedUpstream:
+    """Implements `services.producer.ports.Upstream` without a network."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+
+    @asynccontextmanager
+    async def open(self, call: Call) -> AsyncIterator["ScriptedStream"]:
+        """Begin the script.
+
+        Raises:
+            UpstreamRefused: the script is to refuse, or there is no such one.
+        """
+        failure = refusal(call)
+        if failure is not None:
+            raise UpstreamRefused(failure)
+        yield ScriptedStream(play(call), self._clock)
+
+
+class ScriptedStream:
+    """Implements `services.producer.ports.UpstreamStream`. Steps that are due together come in one read."""
+
+    def __init__(self, steps: Iterator[Step], clock: Clock) -> None:
+        self._steps = steps
+        self._clock = clock
+        self._due = clock.monotonic()
+        self._next = self._advance()
+
+    async def read(self) -> list[Part] | None:
+        """Wait until something is due and return it; ``None`` after the last step."""
+        if self._next is None:
+            return None
+        if math.isinf(self._due):
+            await asyncio.get_running_loop().create_future()  # for ever: only cancelling ends it
+        # Sleeping for nothing still lets others run, however fast the script is.
+        await asyncio.sleep(max(0.0, self._due - self._clock.monotonic()))
+        parts: list[Part] = []
+        characters = 0
+        now = max(self._clock.monotonic(), self._due)
+        while self._next is not None and self._due <= now and characters < _READ_LIMIT:
+            parts += self._next
+            characters += sum(len(p.text) for p in self._next if isinstance(p, Text))
+            self._next = self._advance()
+        return join(parts)
+
+    def _advance(self) -> list[Part] | None:
+        step = next(self._steps, None)
+        if step is None:
+            return None
+        self._due += step[0]
+        return step[1]

@@ -1,0 +1,27 @@
+"""How each kind of provider is asked and understood. A dialect knows bytes, not sockets."""
+
+from typing import Final, Literal, get_args
+
+from services.producer.core.dialects.anthropic import Anthropic
+from services.producer.core.dialects.cohere import Cohere
+from services.producer.core.dialects.openai import OpenAI
+from services.producer.core.dialects.openrouter import OpenRouter
+from services.producer.core.dialects.wire import Dialect, HttpCall, Parser, UntranslatableCall
+
+__all__ = ["DIALECTS", "Dialect", "DialectName", "HttpCall", "Parser", "UntranslatableCall", "dialect_of"]
+
+DialectName = Literal["openai", "openrouter", "anthropic", "cohere"]
+DIALECTS: Final[tuple[str, ...]] = get_args(DialectName)
+
+
+def dialect_of(name: DialectName, include_usage: bool = True) -> Dialect:
+    """Return the dialect of this name. ``include_usage`` off suits servers that refuse ``stream_options``."""
+    match name:
+        case "openai":
+            return OpenAI(include_usage)
+        case "openrouter":
+            return OpenRouter(include_usage)
+        case "anthropic":
+            return Anthropic()
+        case "cohere":
+            return Cohere()

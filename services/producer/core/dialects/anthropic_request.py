@@ -1,0 +1,157 @@
+"""The OpenAI chat form, translated to Anthropic messages."""
+
+from collections.abc import Iterator
+from typing import Any, Final
+
+import msgspec
+
+from schemas.requests import Message
+from services.producer.core.dialects.wire import UntranslatableCall
+from services.producer.ports import Call
+
+__all__ = ["DEFAULT_MAX_TOKENS", "messages_body"]
+
+DEFAULT_MAX_TOKENS: Final = 4096
+_SAME: Final = ("temperature", "top_p", "top_k", "metadata", "thinking", "service_tier", "output_config")
+_TOOL_CHOICES: Final = {"auto": "auto", "none": "none", "required": "any"}
+
+
+def messages_body(call: Call) -> dict[str, Any]:
+    """Return the body of a streamed request; parameters that only other providers know are left out.
+
+    Raises:
+        UntranslatableCall: several choices, or content that this API does not take.
+    """
+    params = call.params
+    if params.get("n") not in (None, 1):
+        raise UntranslatableCall(f"this provider gives one answer, not n={params['n']}")
+    body = {name: params[name] for name in _SAME if params.get(name) is not None}
+    limit = params.get("max_completion_tokens") or params.get("max_tokens") or DEFAULT_MAX_TOKENS
+    body |= {"model": call.model, "max_tokens": limit, "messages": _messages(call.messages), "stream": True}
+    if system := _system(call.messages):
+        body["system"] = system
+    if stop := params.get("stop"):
+        body["stop_sequences"] = [stop] if isinstance(stop, str) else stop
+    if user := params.get("user"):
+        body.setdefault("metadata", {"user_id": user})
+    if schema := _schema(params.get("response_format")):
+        body["output_config"] = {**body.get("output_config", {}), "format": schema}
+    if params.get("tools"):
+        body["tools"] = [_tool(tool) for tool in params["tools"]]
+        if choice := _tool_choice(params):
+            body["tool_choice"] = choice
+    return body
+
+
+def _system(messages: list[Message]) -> str:
+    return "\n\n".join(_text(m.content) for m in messages if m.role in ("system", "developer"))
+
+
+def _text(content: str | list[dict[str, Any]] | None) -> str:
+    if isinstance(content, list):
+        return "".join(str(part.get("text") or "") for part in content)
+    return content or ""
+
+
+def _messages(messages: list[Message]) -> list[dict[str, Any]]:
+    """Return user and assistant turns; all tool results that follow each other stand in one user turn."""
+    turns: list[dict[str, Any]] = []
+    for message in messages:
+        if message.role in ("system", "developer"):
+            continue
+        role = "assistant" if message.role == "assistant" else "user"
+        blocks = list(_blocks(message))
+        if not blocks:
+            continue
+        if turns and turns[-1]["role"] == role:
+            turns[-1]["content"] += blocks
+        else:
+            turns.append({"role": role, "content": blocks})
+    return turns
+
+
+def _blocks(message: Message) -> Iterator[dict[str, Any]]:
+    if message.role == "tool":
+        content = list(_content(message.content))
+        yield {"type": "tool_result", "tool_use_id": message.tool_call_id or "", "content": content}
+        return
+    yield from _content(message.content)
+    for call in message.tool_calls or ():
+        function = call.get("function") or {}
+        yield {
+            "type": "tool_use",
+            "id": call.get("id") or "",
+            "name": function.get("name") or "",
+            "input": _arguments(function.get("arguments")),
+        }
+
+
+def _content(content: str | list[dict[str, Any]] | None) -> Iterator[dict[str, Any]]:
+    """Yield content blocks; empty texts are left out, the API refuses them."""
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    for part in content or ():
+        match part.get("type"):
+            case "text" | "refusal":
+                if text := part.get("text") or part.get("refusal"):
+                    yield {"type": "text", "text": text}
+            case "image_url":
+                image = part.get("image_url")
+                yield {"type": "image", "source": _source(image.get("url") if isinstance(image, dict) else image)}
+            case other:
+                raise UntranslatableCall(
+                    f"content of type {other!r} is not understood by this provider: use text, image_url"
+                )
+
+
+def _source(url: Any) -> dict[str, str]:
+    if not isinstance(url, str):
+        raise UntranslatableCall("image_url must hold a url")
+    if not url.startswith("data:"):
+        return {"type": "url", "url": url}
+    media_type, mark, data = url.removeprefix("data:").partition(";base64,")
+    if not mark:
+        raise UntranslatableCall("an image's data URL must be base64: data:<media type>;base64,<data>")
+    return {"type": "base64", "media_type": media_type, "data": data}
+
+
+def _arguments(text: Any) -> Any:
+    if not text:
+        return {}
+    try:
+        return msgspec.json.decode(text)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UntranslatableCall(f"arguments of a tool call are not JSON: {error}") from error
+
+
+def _tool(tool: dict[str, Any]) -> dict[str, Any]:
+    function = tool.get("function")
+    if not isinstance(function, dict):
+        return tool
+    schema = function.get("parameters") or {"type": "object", "properties": {}}
+    translated = {"name": function.get("name"), "input_schema": schema}
+    if description := function.get("description"):
+        translated["description"] = description
+    return translated
+
+
+def _tool_choice(params: dict[str, Any]) -> dict[str, Any] | None:
+    choice = params.get("tool_choice")
+    single = params.get("parallel_tool_calls") is False
+    if isinstance(choice, dict):
+        translated: dict[str, Any] = {"type": "tool", "name": (choice.get("function") or {}).get("name")}
+    elif choice in _TOOL_CHOICES:
+        translated = {"type": _TOOL_CHOICES[choice]}
+    elif choice is None:
+        translated = {"type": "auto"}
+    else:
+        raise UntranslatableCall(f"tool_choice {choice!r} is not known: use auto, none, required or a function")
+    if single and translated["type"] != "none":
+        translated["disable_parallel_tool_use"] = True
+    return translated if choice is not None or single else None
+
+
+def _schema(format_: Any) -> dict[str, Any] | None:
+    if not isinstance(format_, dict) or format_.get("type") != "json_schema":
+        return None
+    return {"type": "json_schema", "schema": (format_.get("json_schema") or {}).get("schema") or {}}

@@ -1,0 +1,198 @@
+"""OpenAI chat completions, and every server that speaks them."""
+
+from collections.abc import Mapping
+from decimal import Decimal
+from typing import Any, Final
+
+import msgspec
+
+from schemas.events import ToolCall
+from schemas.usage import Usage
+from services.producer.core.dialects.failures import failure_in_stream, refusal_of
+from services.producer.core.dialects.stream import EventParser
+from services.producer.core.dialects.wire import NO_HEADERS, HttpCall, Parser, post
+from services.producer.core.parts import (
+    End,
+    Finish,
+    Identity,
+    Reasoning,
+    Text,
+    UpstreamFailure,
+    UsagePart,
+)
+from services.producer.ports import Call
+
+__all__ = ["OpenAI", "OpenAIParser", "chat_body"]
+
+_RESERVED: Final = frozenset({"model", "messages", "stream", "stream_options"})
+_FINISH: Final = {"function_call": "tool_calls"}
+
+
+class _Function(msgspec.Struct):
+    name: str | None = None
+    arguments: str | None = None
+
+
+class _ToolCall(msgspec.Struct):
+    index: int | None = None
+    id: str | None = None
+    function: _Function | None = None
+
+
+class _Delta(msgspec.Struct):
+    content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    refusal: str | None = None
+    tool_calls: list[_ToolCall] | None = None
+
+
+class _Choice(msgspec.Struct):
+    index: int = 0
+    delta: _Delta | None = None
+    finish_reason: str | None = None
+
+
+class _InputDetails(msgspec.Struct):
+    cached_tokens: int | None = None
+    cache_write_tokens: int | None = None
+
+
+class _OutputDetails(msgspec.Struct):
+    reasoning_tokens: int | None = None
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    prompt_tokens_details: _InputDetails | None = None
+    completion_tokens_details: _OutputDetails | None = None
+    cost: Decimal | None = None
+
+
+class _Chunk(msgspec.Struct):
+    choices: list[_Choice] | None = None
+    created: float | None = None
+    id: str | None = None
+    model: str | None = None
+    usage: _Usage | None = None
+    error: Any = None
+
+
+class _RawUsage(msgspec.Struct):
+    usage: dict[str, Any]
+
+
+_chunk: Final = msgspec.json.Decoder(_Chunk)
+_raw_usage: Final = msgspec.json.Decoder(_RawUsage)
+
+
+class OpenAI:
+    """The chat completions API. ``include_usage`` asks for the usage frame; some servers refuse the option."""
+
+    def __init__(self, include_usage: bool = True) -> None:
+        self._include_usage = include_usage
+
+    def request(self, call: Call, base_url: str, key: str | None, extra_headers: Mapping[str, str]) -> HttpCall:
+        """Return the POST to ``/chat/completions``; parameters go through unchanged."""
+        own = {"authorization": f"Bearer {key}" if key else None}
+        return post(
+            f"{base_url.rstrip('/')}/chat/completions", chat_body(call, self._include_usage), own, extra_headers
+        )
+
+    def parser(self, headers: Mapping[str, str] = NO_HEADERS) -> Parser:
+        """Return a fresh parser."""
+        return OpenAIParser()
+
+    def refusal(self, status: int, headers: Mapping[str, str], body: bytes, now: float) -> UpstreamFailure:
+        """Return what an error answer means."""
+        return refusal_of(status, headers, body, now)
+
+
+def chat_body(call: Call, include_usage: bool) -> dict[str, Any]:
+    """Return the body of a streamed chat completion. Parameters cannot override what Tailrace decides itself."""
+    body = {name: value for name, value in call.params.items() if name not in _RESERVED}
+    body |= {"model": call.model, "messages": call.messages, "stream": True}
+    if include_usage:
+        body["stream_options"] = {"include_usage": True}
+    return body
+
+
+class OpenAIParser(EventParser):
+    """Understands a stream of chat completion chunks, which ends with ``[DONE]``.
+
+    ``upstream_id``: the answer's name where a response header gives it; otherwise the chunks do.
+    """
+
+    __slots__ = ("_currency", "_finished", "_identified", "_upstream_id")
+
+    def __init__(self, upstream_id: str | None = None, currency: str | None = None) -> None:
+        super().__init__()
+        self._upstream_id = upstream_id
+        self._currency = currency
+        self._identified = False
+        self._finished: set[int] = set()
+
+    def read(self, payload: bytes) -> None:
+        """Take one chunk, or the end marker."""
+        if payload == b"[DONE]":
+            self.end(End())
+            return
+        chunk = _chunk.decode(payload)
+        if not self._identified and (chunk.id or chunk.model):
+            self._identified = True
+            self.joined.add(Identity(self._upstream_id or chunk.id or None, chunk.model or None))
+        for choice in chunk.choices or ():
+            if choice.delta is not None:
+                self._delta(choice.delta, choice.index, chunk.created)
+            # some servers repeat the reason on their usage chunk
+            if choice.finish_reason and not chunk.error and choice.index not in self._finished:
+                self._finished.add(choice.index)
+                self.joined.add(Finish(_FINISH.get(choice.finish_reason, choice.finish_reason), choice.index))
+        if chunk.usage is not None:
+            self.joined.add(UsagePart(self._usage(chunk.usage, payload)))
+        if chunk.error:
+            self.end(failure_in_stream(chunk.error))
+
+    def _delta(self, delta: _Delta, choice: int, at: float | None) -> None:
+        joined = self.joined
+        if reasoning := delta.reasoning_content or delta.reasoning:
+            joined.text(Reasoning, reasoning, choice, at)
+        if delta.content:
+            joined.text(Text, delta.content, choice, at)
+        if delta.refusal:
+            joined.text(Text, delta.refusal, choice, at)
+        for position, call in enumerate(delta.tool_calls or ()):
+            function = call.function or _Function()
+            joined.tool_call(
+                ToolCall(
+                    index=position if call.index is None else call.index,
+                    id=call.id or None,
+                    name=function.name or None,
+                    arguments=function.arguments or "",
+                ),
+                choice,
+                at,
+            )
+
+    def _usage(self, usage: _Usage, payload: bytes) -> Usage:
+        inputs = usage.prompt_tokens_details or _InputDetails()
+        outputs = usage.completion_tokens_details or _OutputDetails()
+        cost = _exact(usage.cost) if self._currency else None
+        return Usage(
+            input=usage.prompt_tokens or 0,
+            output=usage.completion_tokens or 0,
+            cached_input=inputs.cached_tokens or 0,
+            cache_write=inputs.cache_write_tokens or 0,
+            reasoning=outputs.reasoning_tokens or 0,
+            cost=cost,
+            currency=self._currency if cost is not None else None,
+            raw=_raw_usage.decode(payload).usage,
+        )
+
+
+def _exact(cost: Decimal | None) -> str | None:
+    # An absurd exponent would be written out in full, so it is no cost.
+    if cost is None or not cost.is_finite() or abs(cost.adjusted()) > 30:
+        return None
+    return f"{cost:f}"

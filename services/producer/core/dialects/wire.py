@@ -1,0 +1,95 @@
+"""What a dialect is, and what all dialects share on the wire."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Final, Protocol
+
+import msgspec
+
+from services.producer.core.parts import Part, UpstreamFailure
+from services.producer.ports import Call
+
+__all__ = ["NO_HEADERS", "Dialect", "HttpCall", "Parser", "UntranslatableCall", "endpoint", "post", "translating"]
+
+NO_HEADERS: Final[Mapping[str, str]] = {}
+
+
+class HttpCall(msgspec.Struct, frozen=True, kw_only=True):
+    """One HTTP POST. ``headers`` have lowercase names and hold the key: never log them."""
+
+    url: str
+    headers: dict[str, str]
+    body: bytes
+
+    def __repr__(self) -> str:
+        return f"HttpCall(url={self.url!r}, headers={sorted(self.headers)}, body={len(self.body)} bytes)"
+
+
+class UntranslatableCall(ValueError):
+    """The call asks for what this provider's API cannot express."""
+
+
+class Parser(Protocol):
+    """Understands one answer."""
+
+    def feed(self, data: bytes) -> list[Part]:
+        """Return what ``data`` completes, adjacent fragments of the same kind joined.
+
+        An ``End`` or an ``UpstreamFailure`` is the last part a parser ever returns; whatever follows is ignored.
+        """
+        ...
+
+
+class Dialect(Protocol):
+    """How one kind of provider is asked and understood."""
+
+    def request(self, call: Call, base_url: str, key: str | None, extra_headers: Mapping[str, str]) -> HttpCall:
+        """Return the HTTP call that asks for a streamed answer. ``extra_headers`` win over the dialect's own.
+
+        Raises:
+            UntranslatableCall: the call asks for what the provider's API cannot express.
+        """
+        ...
+
+    def parser(self, headers: Mapping[str, str] = NO_HEADERS) -> Parser:
+        """Return a fresh parser of an answer with these response headers (case-insensitive mapping)."""
+        ...
+
+    def refusal(self, status: int, headers: Mapping[str, str], body: bytes, now: float) -> UpstreamFailure:
+        """Return what an error answer means. ``now``: seconds since 1970, for a ``Retry-After`` that is a date.
+
+        The message is the provider's own text: it must be scrubbed before it is shown.
+        """
+        ...
+
+
+@contextmanager
+def translating() -> Iterator[None]:
+    """Translate within: a parameter of a shape that nobody can translate is the caller's fault, not ours.
+
+    Raises:
+        UntranslatableCall: something in the call has the wrong type.
+    """
+    try:
+        yield
+    except (AttributeError, TypeError) as error:
+        raise UntranslatableCall(f"a parameter or message has the wrong shape: {error}") from error
+
+
+def endpoint(base_url: str, version: str, path: str) -> str:
+    """Return the address of ``path`` below a base that may or may not end with the API's version already."""
+    base = base_url.rstrip("/")
+    return f"{base}{path}" if base.endswith(version) else f"{base}{version}{path}"
+
+
+def post(url: str, body: dict[str, Any], own: Mapping[str, str | None], extra: Mapping[str, str]) -> HttpCall:
+    """Return the POST of a JSON body that asks for an uncompressed event stream; ``None`` headers are left out."""
+    headers = {
+        "content-type": "application/json",
+        "accept": "text/event-stream",
+        "accept-encoding": "identity",
+        "user-agent": "tailrace",
+    }
+    headers |= {name: value for name, value in own.items() if value is not None}
+    headers |= {name.lower(): value for name, value in extra.items()}
+    return HttpCall(url=url, headers=headers, body=msgspec.json.encode(body))

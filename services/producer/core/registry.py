@@ -1,0 +1,319 @@
+"""Which providers there are, and which of them a model's name means.
+
+A provider is a dialect at an address with a key; an alias is an ordered list of candidates ``provider/model``. Both
+stand in the configuration file; without providers there, the conventional variables make them.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import msgspec
+
+from services.producer.core.dialects import DIALECTS
+
+__all__ = [
+    "ENCODINGS",
+    "SCRIPTED",
+    "Candidate",
+    "DeadlineOverrides",
+    "Provider",
+    "Registry",
+    "RegistryError",
+    "Secret",
+    "UnknownModel",
+]
+
+SCRIPTED: Final = "scripted"
+ENCODINGS: Final = ("cl100k_base", "o200k_base", "o200k_harmony", "qwen3.5")
+_NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+
+
+class _Convention(msgspec.Struct, frozen=True):
+    base_url: str
+    key_env: str
+    base_url_env: str | None = None
+
+
+# The variables that the providers' own SDKs read, and where each API is found.
+_CONVENTIONS: Final = {
+    "openai": _Convention("https://api.openai.com/v1", "OPENAI_API_KEY", "OPENAI_BASE_URL"),
+    "anthropic": _Convention("https://api.anthropic.com", "ANTHROPIC_API_KEY", "ANTHROPIC_BASE_URL"),
+    "cohere": _Convention("https://api.cohere.com", "CO_API_KEY"),
+    "openrouter": _Convention("https://openrouter.ai/api/v1", "OPENROUTER_API_KEY"),
+}
+
+
+class RegistryError(ValueError):
+    """The configuration of providers or models is wrong; ``problems`` names each with its place."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        super().__init__("providers and models are not usable:\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+class UnknownModel(LookupError):
+    """A model name that is neither an alias nor ``provider/model`` of a configured provider."""
+
+    def __init__(self, model: str, hint: str) -> None:
+        self.model = model
+        super().__init__(f"model {model[:120]!r} is not known: {hint}")
+
+
+class Secret:
+    """A value that never shows itself by accident."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: str) -> None:
+        self._value = value
+
+    def reveal(self) -> str:
+        """Return the value itself."""
+        return self._value
+
+    def __repr__(self) -> str:
+        return "Secret(***)"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Secret) and other._value == self._value
+
+    def __hash__(self) -> int:
+        return hash(self._value)
+
+
+class DeadlineOverrides(msgspec.Struct, frozen=True, kw_only=True):
+    """Deadlines of one model in seconds, each counted as its name says; ``None`` keeps the producer's own."""
+
+    connect: float | None = None
+    first_token: float | None = None
+    between_tokens: float | None = None
+    total: float | None = None
+
+
+class Provider(msgspec.Struct, frozen=True, kw_only=True):
+    """Where and how to ask. ``headers`` may hold secrets as well, so they are not shown either."""
+
+    name: str
+    dialect: str
+    base_url: str = ""
+    key: Secret | None = None
+    headers: Mapping[str, str] = {}
+    include_usage: bool = True
+
+    def __repr__(self) -> str:
+        return f"Provider({self.name!r}, dialect={self.dialect!r}, base_url={self.base_url!r})"
+
+
+class Candidate(msgspec.Struct, frozen=True, kw_only=True):
+    """One way to answer. ``encoding`` names the exact tokenizer where the configuration knows it."""
+
+    provider: Provider
+    upstream_model: str
+    encoding: str | None = None
+    deadlines: DeadlineOverrides = DeadlineOverrides()
+
+
+class _ProviderTable(msgspec.Struct, kw_only=True):
+    dialect: str
+    base_url: str | None = None
+    key_env: str | None = None
+    headers: dict[str, str] = {}
+    include_usage: bool = True
+    enabled: bool = True
+
+
+class _ModelTable(msgspec.Struct, kw_only=True):
+    candidates: list[str]
+    encoding: str | None = None
+    connect: float | None = None
+    first_token: float | None = None
+    between_tokens: float | None = None
+    total: float | None = None
+
+
+class Registry:
+    """Providers by name, and aliases of models."""
+
+    def __init__(self, providers: Mapping[str, Provider], aliases: Mapping[str, list[Candidate]]) -> None:
+        self.providers = providers
+        self.aliases = aliases
+
+    @classmethod
+    def load(cls, config: Mapping[str, Any], env: Mapping[str, str]) -> "Registry":
+        """Return the registry that the parsed configuration file and the environment describe.
+
+        Raises:
+            RegistryError: with every problem found.
+        """
+        problems: list[str] = []
+        tables = _tables(config, "providers", problems)
+        described = {name: table for name, table in tables.items() if name != SCRIPTED}
+        found = (
+            [_provider(name, table, env, problems) for name, table in described.items()]
+            if described
+            else [_conventional(name, convention, env, problems) for name, convention in _CONVENTIONS.items()]
+        )
+        providers = {p.name: p for p in found if p is not None}
+        if _scripted_is_on(tables.get(SCRIPTED), problems):
+            providers[SCRIPTED] = Provider(name=SCRIPTED, dialect=SCRIPTED)
+        known = set(providers) | set(described)
+        aliases = {
+            name: _candidates(name, table, providers, known, problems)
+            for name, table in _tables(config, "models", problems).items()
+        }
+        if problems:
+            raise RegistryError(problems)
+        return cls(providers, aliases)
+
+    def resolve(self, model: str) -> list[Candidate]:
+        """Return the candidates for a model's name, the first to be tried first; an alias wins over ``provider/model``.
+
+        Raises:
+            UnknownModel: nothing answers to this name.
+        """
+        if model in self.aliases:
+            return self.aliases[model]
+        name, _, upstream_model = model.partition("/")
+        if name in self.providers and upstream_model:
+            return [_direct(self.providers[name], upstream_model)]
+        raise UnknownModel(model, self._hint(name))
+
+    def _hint(self, name: str) -> str:
+        ways = []
+        if self.aliases:
+            ways.append(f"one of {', '.join(sorted(self.aliases))}")
+        if self.providers:
+            ways.append(f"<provider>/<model> with a provider out of {', '.join(sorted(self.providers))}")
+        hint = "use " + ", or ".join(ways) if ways else "no provider is configured"
+        if name in _CONVENTIONS and name not in self.providers:
+            hint += f" (set {_CONVENTIONS[name].key_env} to use {name})"
+        return hint
+
+
+def _direct(provider: Provider, upstream_model: str) -> Candidate:
+    encoding = "o200k_base" if provider.dialect == SCRIPTED else None
+    return Candidate(provider=provider, upstream_model=upstream_model, encoding=encoding)
+
+
+def _conventional(name: str, convention: _Convention, env: Mapping[str, str], problems: list[str]) -> Provider | None:
+    key = env.get(convention.key_env, "").strip()
+    address = env.get(convention.base_url_env or "", "").strip()
+    if not (key or address):
+        return None
+    base_url = address or convention.base_url
+    if fault := _fault_of(base_url):
+        problems.append(f"{convention.base_url_env}: {fault}")
+    return Provider(name=name, dialect=name, base_url=base_url, key=Secret(key) if key else None)
+
+
+def _tables(config: Mapping[str, Any], section: str, problems: list[str]) -> dict[str, Any]:
+    tables = config.get(section, {})
+    if isinstance(tables, dict):
+        return tables
+    problems.append(f"[{section}]: must be a table of tables")
+    return {}
+
+
+def _convert(cls: type[Any], place: str, table: Any, problems: list[str]) -> Any:
+    if not isinstance(table, dict):
+        problems.append(f"{place}: must be a table")
+        return None
+    before = len(problems)
+    problems += [f"{place} {key}: no such setting" for key in sorted(set(table) - set(cls.__struct_fields__))]
+    values = {}
+    for field in msgspec.structs.fields(cls):
+        if field.name not in table:
+            if field.required:
+                problems.append(f"{place} {field.name}: must be set")
+            continue
+        try:
+            values[field.name] = msgspec.convert(table[field.name], field.type)
+        except msgspec.ValidationError as error:
+            problems.append(f"{place} {field.name}: {str(error)[0].lower()}{str(error)[1:]}")
+    return cls(**values) if len(problems) == before else None
+
+
+def _scripted_is_on(table: Any, problems: list[str]) -> bool:
+    if table is None:
+        return True
+    described = _convert(_ProviderTable, f"[providers.{SCRIPTED}]", {"dialect": SCRIPTED, **table}, problems)
+    return described is not None and bool(described.enabled)
+
+
+def _provider(name: str, table: Any, env: Mapping[str, str], problems: list[str]) -> Provider | None:
+    place = f"[providers.{name}]"
+    if not _NAME.fullmatch(name):
+        problems.append(f"{place}: a provider's name has 1 to 64 letters, digits, '_', '.' and '-'")
+    described: _ProviderTable | None = _convert(_ProviderTable, place, table, problems)
+    if described is None or not described.enabled:
+        return None
+    if described.dialect not in DIALECTS:
+        problems.append(f"{place} dialect: {described.dialect!r} is not one of {', '.join(DIALECTS)}")
+        return None
+    convention = _CONVENTIONS[described.dialect]
+    base_url = described.base_url or convention.base_url
+    if fault := _fault_of(base_url):
+        problems.append(f"{place} base_url: {fault}")
+    # An address of its own (a local server) may need no key; the provider's official one always does.
+    key_env = described.key_env or (None if described.base_url else convention.key_env)
+    key = env.get(key_env, "").strip() if key_env else ""
+    if key_env and not key:
+        problems.append(f"{place} key_env: the variable {key_env} is not set")
+    return Provider(
+        name=name,
+        dialect=described.dialect,
+        base_url=base_url,
+        key=Secret(key) if key else None,
+        headers=described.headers,
+        include_usage=described.include_usage,
+    )
+
+
+def _fault_of(base_url: str) -> str | None:
+    try:
+        parts = urlsplit(base_url)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname)
+    except ValueError:
+        return "must be a URL like https://host/v1"
+    if not valid:
+        return "must be a URL like https://host/v1"
+    if parts.username or parts.password:
+        return "must not hold credentials: name the key's variable in key_env"
+    return None
+
+
+def _candidates(
+    alias: str, table: Any, providers: Mapping[str, Provider], known: set[str], problems: list[str]
+) -> list[Candidate]:
+    place = f"[models.{alias}]"
+    described: _ModelTable | None = _convert(_ModelTable, place, table, problems)
+    if described is None:
+        return []
+    if not described.candidates:
+        problems.append(f"{place} candidates: must name at least one provider/model")
+    if described.encoding is not None and described.encoding not in ENCODINGS:
+        problems.append(f"{place} encoding: {described.encoding!r} is not one of {', '.join(ENCODINGS)}")
+    deadlines = {name: getattr(described, name) for name in DeadlineOverrides.__struct_fields__}
+    problems += [
+        f"{place} {name}: must be more than 0 seconds"
+        for name, value in deadlines.items()
+        if value is not None and value <= 0
+    ]
+    before = len(problems)
+    candidates = []
+    for address in described.candidates:
+        name, _, upstream_model = address.partition("/")
+        if not upstream_model:
+            problems.append(f"{place} candidates: {address!r} is not of the form provider/model")
+        elif name not in known:
+            problems.append(f"{place} candidates: there is no provider {name!r}; there are {', '.join(sorted(known))}")
+        elif name in providers:
+            direct = _direct(providers[name], upstream_model)
+            encoding = described.encoding or direct.encoding
+            overrides = DeadlineOverrides(**deadlines)
+            candidates.append(msgspec.structs.replace(direct, encoding=encoding, deadlines=overrides))
+    if described.candidates and not candidates and len(problems) == before:
+        problems.append(f"{place} candidates: none of their providers is usable")
+    return candidates

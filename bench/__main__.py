@@ -57,6 +57,7 @@ Exit code: 0 all texts identical and complete, 1 not so, 2 it could not be run, 
 @click.option("--tokens", type=click.IntRange(1), help="Tokens of each generation, instead of the scenario's own.")
 @click.option("--rate", type=click.FloatRange(0.1), help="Tokens per second and stream, instead of the scenario's own.")
 @click.option("--subscribers", type=click.IntRange(1), help="Of each generation, instead of the scenario's own.")
+@click.option("--keep", type=click.Path(path_type=Path, exists=False), help="Leave logs and data in this new folder.")
 @click.option("--strict", is_flag=True, help="Exit with 3 when a target is missed.")
 def relay(  # noqa: D103, PLR0917  # the text and the names are those of the decorators
     scenarios: tuple[str, ...],
@@ -71,6 +72,7 @@ def relay(  # noqa: D103, PLR0917  # the text and the names are those of the dec
     tokens: int | None,
     rate: float | None,
     subscribers: int | None,
+    keep: Path | None,
     strict: bool,
 ) -> None:
     _prepare()
@@ -91,7 +93,7 @@ def relay(  # noqa: D103, PLR0917  # the text and the names are those of the dec
                 targets.append(proxy)
             profile = Profile(profiled, profile_file or Path(f"{profiled}.folded")) if profiled else None
             for scenario in chosen:
-                report.scenarios.append(_measure(scenario, targets, clients, profile))
+                report.scenarios.append(_measure(scenario, targets, clients, profile, keep))
                 show(console, report.scenarios[-1])
                 if profile:
                     _show_profile(console, profile)
@@ -108,16 +110,25 @@ def relay(  # noqa: D103, PLR0917  # the text and the names are those of the dec
     _exit(report, strict)
 
 
-def _measure(scenario: Scenario, targets: list[Target], clients: int, profile: Profile | None) -> ScenarioReport:
+def _measure(
+    scenario: Scenario, targets: list[Target], clients: int, profile: Profile | None, keep: Path | None
+) -> ScenarioReport:
     outcomes: dict[str, Outcome] = {}
+    failed: dict[str, str] = {}
     for target in targets:
-        patience = PEER_SLOWER if isinstance(target, LiteLLM) else 1
-        outcomes[target.name] = Run(scenario, target, clients=clients, patience=patience, profile=profile).measure()
+        is_peer = isinstance(target, LiteLLM)
+        run = Run(scenario, target, clients=clients, patience=PEER_SLOWER if is_peer else 1, profile=profile, keep=keep)
+        try:
+            outcomes[target.name] = run.measure()
+        except (Died, TooLate) as error:
+            if not is_peer:
+                raise
+            failed[target.name] = str(error)
     direct = outcomes.get("direct")
     more = {name: added(o, direct) for name, o in outcomes.items() if direct and name != "direct"}
     own = outcomes.get("tailrace")
     met = checks(scenario, own, more.get("tailrace")) if own else {}
-    return ScenarioReport(scenario, list(outcomes.values()), more, met)
+    return ScenarioReport(scenario, list(outcomes.values()), more, met, failed)
 
 
 def _show_profile(console: Console, profile: Profile) -> None:

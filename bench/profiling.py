@@ -14,6 +14,16 @@ __all__ = ["Profile", "ProfilerMissing", "top_costs"]
 
 SAMPLES_PER_SECOND: Final = 250
 LONGEST: Final = 600
+WAITING: Final = (
+    "epoll_",
+    "__futex",
+    "futex",
+    "pthread_cond",
+    "__pthread_cond",
+    "do_futex",
+    "syscall",
+    "clock_nanosleep",
+)
 
 
 class ProfilerMissing(Exception):
@@ -34,7 +44,8 @@ class Profile:
         watched = processes.get(self.name)
         if watched is None:
             return
-        command = [self._program, "record", "--pid", str(watched.pid), "--format", "raw", "--function"]
+        command = [self._program, "record", "--pid", str(watched.pid), "--native", "--function"]
+        command += ["--format", "raw"]
         command += ["--rate", str(SAMPLES_PER_SECOND), "--duration", str(LONGEST), "--output", str(self.path)]
         self._process = Process("py-spy", command, watched.log.parent, {"PATH": "/usr/bin:/bin"})
 
@@ -54,13 +65,18 @@ def _py_spy() -> str:
 
 
 def top_costs(path: Path, count: int = 25) -> list[tuple[str, float, float]]:
-    """Return the costliest functions of a profile: name, percent in itself, percent with all that it calls."""
+    """Return the costliest functions of a profile: name, percent in itself, percent with all that it calls.
+
+    Samples in which a thread waited are left out. Functions of C libraries are named like those of Python.
+    """
     own: Counter[str] = Counter()
     total: Counter[str] = Counter()
     samples = 0
     for line in path.read_text().splitlines():
         stack, _, times = line.rpartition(" ")
         frames = stack.split(";")
+        if frames[-1].startswith(WAITING):
+            continue
         samples += int(times)
         own[frames[-1]] += int(times)
         for frame in set(frames):

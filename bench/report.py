@@ -26,12 +26,16 @@ class Machine(msgspec.Struct):
 
 
 class ScenarioReport(msgspec.Struct):
-    """One scenario: the outcome of each target, and its latency beyond ``direct`` at the same percentiles."""
+    """One scenario: the outcome of each target, and its latency beyond ``direct`` at the same percentiles.
+
+    ``not_measured`` says of a peer why it has no outcome.
+    """
 
     scenario: Scenario
     outcomes: list[Outcome]
     added_ms: dict[str, Latency]
     targets_met: dict[str, bool]
+    not_measured: dict[str, str] = {}
 
 
 class Report(msgspec.Struct):
@@ -108,6 +112,8 @@ def show(console: Console, report: ScenarioReport) -> None:
     for outcome in report.outcomes:
         for problem in outcome.problems:
             console.print(f"[red]{outcome.target}: {problem}[/]", markup=True, highlight=False)
+    for name, reason in report.not_measured.items():
+        console.print(f"{name}: not measured: {reason}", markup=False, highlight=False)
     for text, met in report.targets_met.items():
         console.print(f"{'[green]met   [/]' if met else '[red]missed[/]'} {text}", highlight=False)
 

@@ -4,6 +4,7 @@ import os
 import tempfile
 import time
 from array import array
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
@@ -38,6 +39,7 @@ class Run:
     """Measures one target under one scenario. ``clients``: how many client processes share the streams.
 
     ``patience`` multiplies the time allowed. ``profile`` names a process whose profile is taken while it streams.
+    ``keep``: where to leave logs and data instead of removing them.
     """
 
     def __init__(
@@ -48,12 +50,14 @@ class Run:
         clients: int = 1,
         patience: float = 1.0,
         profile: Profile | None = None,
+        keep: Path | None = None,
     ) -> None:
         self.scenario = scenario
         self.target = target
         self.clients = min(clients, scenario.generations)
         self.seconds = scenario.seconds * patience
         self.profile = profile
+        self.keep = keep
 
     def measure(self) -> Outcome:
         """Run it and return what was measured; everything started is stopped, whatever happens.
@@ -63,8 +67,13 @@ class Run:
             TooLate: the streams were not open in time.
         """
         env = {k: v for k, v in os.environ.items() if not k.startswith("TAILRACE_")}
-        with tempfile.TemporaryDirectory(prefix="tailrace-bench-") as name, Processes(Path(name), env) as processes:
-            return self._measure(processes)
+        with ExitStack() as stack:
+            if self.keep:
+                folder = self.keep / f"{self.scenario.name}-{self.target.name}"
+                folder.mkdir(parents=True)
+            else:
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tailrace-bench-")))
+            return self._measure(stack.enter_context(Processes(folder, env)))
 
     def _measure(self, processes: Processes) -> Outcome:
         folder, scenario = processes.folder, self.scenario

@@ -13,6 +13,8 @@ const REASON_WORDS = {
   content_filter: "The provider's content filter ended the answer.",
 };
 
+const sentence = (text) => text[0].toUpperCase() + text.slice(1) + (/[.!?]$/.test(text) ? "" : ".");
+
 /** The element of one generation, kept equal to its state by `update`, which only touches what changed. */
 export class Card {
   #take = 0;
@@ -99,7 +101,7 @@ export class Card {
     setText(this.waiting, state === "queued" ? "Waiting for a producer" : "Waiting for the first token");
     const lines = [];
     if (generation.truncated) lines.push("The beginning of this answer is no longer kept.");
-    if (state === "failed") lines.push(generation.message || "The provider failed.");
+    if (state === "failed") lines.push(sentence(generation.message || "the provider failed"));
     else lines.push(REASON_WORDS[generation.code ?? generation.reason] ?? "");
     if (isEnded(generation) && read === 0 && replayed) lines.push("The log no longer keeps its text.");
     const text = lines.filter(Boolean).join(" ");
@@ -108,7 +110,7 @@ export class Card {
     if (this.outcome.dataset.text === wanted) return;
     this.outcome.dataset.text = wanted;
     this.outcome.hidden = !wanted;
-    this.outcome.replaceChildren(...(code ? [el("code", {}, code), " "] : []), text);
+    this.outcome.replaceChildren(text, ...(code ? [" ", el("code", {}, code)] : []));
   }
 
   async #copyText() {

@@ -9,6 +9,7 @@ import { UsageWatch } from "./usage.js";
 import { spoken, View } from "./view.js";
 
 const REFRESH = 10_000; // ms between looks at the list of sessions while the page is seen
+const LIST_LAG = 500; // ms that the list of sessions may be behind the log
 const REPLAY = 1_500; // ms after which what the log keeps of a session counts as read
 const PROMPT_LIMIT = 2_000; // characters of the question that are shown to other watchers
 
@@ -117,7 +118,7 @@ function received(log, event) {
     settle(generation);
     if (event.type !== "usage" && view.replayed) {
       view.announce(spoken(generation));
-      refresh();
+      setTimeout(refresh, LIST_LAG);
     }
   }
 }

@@ -64,7 +64,7 @@ export class Meter {
     const shown = [];
     const perSecond = rate(generation);
     if (perSecond) shown.push(`${perSecond.toFixed(perSecond < 10 ? 1 : 0)} tok/s`);
-    if (startedAt && firstAt) shown.push(`first after ${seconds(Math.max(0, firstAt - startedAt))}`);
+    if (startedAt && firstAt) shown.push(`first token after ${seconds(Math.max(0, firstAt - startedAt))}`);
     this.#show(this.#pace, shown.join(" · "));
   }
 

@@ -8,6 +8,8 @@ from schemas.subjects import REQUESTS_PREFIX
 
 __all__ = [
     "BUCKET",
+    "DEAD",
+    "REGISTRY_BUCKET",
     "REQUESTS",
     "ConsumerSpec",
     "StreamSpec",

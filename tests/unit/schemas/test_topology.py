@@ -1,0 +1,81 @@
+"""What must exist on the broker, as data."""
+
+import pytest
+
+from schemas.subjects import (
+    Address,
+    dead_subject,
+    live_filter,
+    log_filter,
+    request_filter,
+    request_subject,
+    token_subject,
+)
+from schemas.topology import DEAD, REQUESTS, Topology, billing_durable, producers_durable, token_stream
+
+
+def matches(pattern: str, subject: str) -> bool:
+    """Whether a NATS filter of whole tokens and ``*`` covers a subject."""
+    wanted, given = pattern.split("."), subject.split(".")
+    return len(wanted) == len(given) and all(w in ("*", g) for w, g in zip(wanted, given, strict=True))
+
+
+@pytest.mark.parametrize("partitions", [1, 4])
+def test_there_is_one_log_for_each_partition_and_one_work_queue(partitions: int) -> None:
+    streams = Topology(partitions=partitions).streams()
+    assert [s.name for s in streams] == [*(token_stream(p) for p in range(partitions)), REQUESTS, DEAD]
+    assert [s.name for s in streams if s.work_queue] == [REQUESTS]
+
+
+@pytest.mark.parametrize("session", [f"session-{n}" for n in range(8)])
+def test_each_generation_is_kept_by_its_partition_alone(session: str) -> None:
+    address = Address.of("acme", session, "gen_1", 4)
+    subject = token_subject(address)
+    keeping = [s.name for s in Topology(partitions=4).streams() if any(matches(f, subject) for f in s.subjects)]
+    assert keeping == [token_stream(address.partition)]
+    assert matches(log_filter(address.partition, "acme", session), subject)
+
+
+def test_stored_events_are_republished_under_the_same_names() -> None:
+    for partition, stream in enumerate(Topology(partitions=3).streams()[:3]):
+        assert stream.republish is not None
+        source, destination = stream.republish
+        assert (source,) == stream.subjects
+        names = ("acme", "chat", "gen_1")
+        for number, name in enumerate(names, 1):
+            destination = destination.replace(f"{{{{wildcard({number})}}}}", name)
+        assert destination == live_filter(partition, *names)
+
+
+def test_at_most_one_request_of_a_generation_can_wait() -> None:
+    requests = next(s for s in Topology().streams() if s.name == REQUESTS)
+    assert requests.one_per_subject
+    assert matches(requests.subjects[0], request_subject("default", "gen_1"))
+
+
+def test_a_buried_request_is_kept_apart_from_the_queue() -> None:
+    keeping = [
+        s.name for s in Topology().streams() if any(matches(f, dead_subject("default", "g")) for f in s.subjects)
+    ]
+    assert keeping == [DEAD]
+
+
+def test_the_pool_of_producers_shares_one_durable_consumer() -> None:
+    consumer = Topology(pool="gpu", ack_wait=7.0).consumers()[0]
+    assert (consumer.stream, consumer.durable, consumer.ack_wait) == (REQUESTS, producers_durable("gpu"), 7.0)
+    assert consumer.filter == request_filter("gpu")
+    assert matches(consumer.filter, request_subject("gpu", "gen_1"))
+    assert not matches(consumer.filter, request_subject("default", "gen_1"))
+
+
+def test_billing_reads_every_partition_with_a_durable_consumer() -> None:
+    topology = Topology(partitions=3)
+    billing = [c for c in topology.consumers() if c.durable.startswith("billing")]
+    assert [(c.stream, c.durable) for c in billing] == [(token_stream(p), billing_durable(p)) for p in range(3)]
+    assert [(c.filter,) for c in billing] == [s.subjects for s in topology.streams()[:3]]
+
+
+def test_bounds_and_replicas_reach_every_log() -> None:
+    topology = Topology(partitions=2, replicas=3, max_age=60.0, max_bytes=1_000)
+    for stream in topology.streams()[:2]:
+        assert (stream.replicas, stream.max_age, stream.max_bytes) == (3, 60.0, 1_000)

@@ -113,32 +113,43 @@ def sessions(api: Api, terminal: Terminal, limit: int, *, as_json: bool) -> int:
 
 
 def usage(terminal: Terminal, report: dict[str, Any], *, as_json: bool) -> int:
-    """Show a usage report: its list of rows as a table, and single values below."""
+    """Show a usage report: groups or generations as a table, and a session's sums below."""
     if as_json:
         terminal.show(_pretty(report))
         return EXIT_OK
-    lists = [value for value in report.values() if isinstance(value, list)]
-    rows = [_flat(row) for row in (lists[0] if lists else []) if isinstance(row, dict)]
-    if rows:
-        columns = columns_of(rows)
-        print_table(terminal, columns, [[row.get(name) for name in columns] for row in rows])
-    single = _flat({key: value for key, value in report.items() if not isinstance(value, list)})
-    for name, value in single.items():
-        if value is not None:
-            terminal.remark(f"{name}: {value}")
+    rows = [_group(row) for row in report.get("rows", [])] or [_generation(g) for g in report.get("generations", [])]
     if not rows:
         terminal.remark("nothing was used")
+        return EXIT_OK
+    columns = columns_of(rows)
+    print_table(terminal, columns, [[row.get(name) for name in columns] for row in rows])
+    if totals := report.get("totals"):
+        terminal.remark("in all: " + ", ".join(f"{_words(name)} {value:,}" for name, value in totals.items()))
+    if report.get("next"):
+        terminal.remark("there is more: narrow it down with --from and --to, or see --json")
     return EXIT_OK
 
 
-def _flat(record: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in record.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
+def _group(row: dict[str, Any]) -> dict[str, Any]:
+    return {_words(name): value for name, value in (row["key"] | row["totals"]).items()}
+
+
+def _generation(record: dict[str, Any]) -> dict[str, Any]:
+    counted, reported = record["counted"], record["reported"] or {}
+    return {
+        "generation": record["generation"],
+        "model": record["model"],
+        "state": record["state"],
+        "status": record["status"],
+        "counted input": counted["input"],
+        "counted output": counted["output"],
+        "input": reported.get("input"),
+        "output": reported.get("output"),
+    }
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _pretty(document: object) -> str:

@@ -33,8 +33,10 @@ def locked(folder: Path) -> Iterator[Callable[[str], None]]:
         except BlockingIOError:
             other = os.read(descriptor, 500).decode(errors="replace").strip()
             raise FolderInUse(str(folder), other) from None
-        yield lambda text: _rewrite(descriptor, text)
-        _rewrite(descriptor, "")
+        try:
+            yield lambda text: _rewrite(descriptor, text)
+        finally:
+            _rewrite(descriptor, "")
     finally:
         os.close(descriptor)
 

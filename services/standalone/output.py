@@ -14,6 +14,7 @@ MAX_LINE: Final = 64 * 1024
 FILE_BYTES: Final = 8 * 1024 * 1024
 FILES_KEPT: Final = 2
 _NATS: Final = re.compile(r"\[\d+\] \S+ \S+ \[(?P<level>[A-Z]{3})\] (?P<text>.*)")
+_CALM: Final = re.compile(r"(INFO|DEBUG)\b")
 _LOUD: Final = frozenset({"warning", "error", "critical", "exception"})
 _OMITTED: Final = frozenset({"event", "level", "timestamp", "service", "exception"})
 
@@ -48,7 +49,7 @@ def brief(line: str) -> str | None:
     try:
         record = json.loads(line)
     except ValueError:
-        return line.rstrip() or None
+        return None if _CALM.match(line) else line.rstrip() or None
     if not isinstance(record, dict):
         return line
     return _brief_record(record) if str(record.get("level", "")).lower() in _LOUD else None

@@ -65,7 +65,7 @@ class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True):
     ready: str
     start_phase: int
     stop_phase: int
-    grace: float = 15.0
+    grace: float = 30.0
 
 
 def console_models(env: Mapping[str, str], config: Mapping[str, Any]) -> list[str]:
@@ -136,7 +136,6 @@ def _child_env(options: Options, env: Mapping[str, str], config: Mapping[str, An
         ("delivery", "billing_url"): addresses.billing,
         ("delivery", "console_models"): ",".join(console_models(env, config)),
         ("billing", "cors_origins"): f"{addresses.page},http://localhost:{options.delivery_port}",
-        ("billing", "database_url"): f"sqlite+aiosqlite:///{options.data / 'billing.db'}",
     }
     for (service, field), value in defaults.items():
         table = config.get(service)
@@ -159,7 +158,7 @@ def summary(options: Options, nats_version: str, env: Mapping[str, str]) -> list
     addresses = Addresses.of(options)
     rows = [
         ("page", addresses.page),
-        ("API docs", f"{addresses.page}/schema"),
+        ("API docs", f"{addresses.page}/docs"),
         ("billing", f"{addresses.billing}/v1/usage"),
         ("metrics", "  ".join(f"{url}/metrics" for url in (addresses.page, addresses.billing, *addresses.producers))),
         ("NATS", f"{addresses.nats}  (nats-server {nats_version})"),

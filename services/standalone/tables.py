@@ -43,7 +43,10 @@ def print_table(terminal: Terminal, columns: Sequence[str], rows: Iterable[Seque
         table.add_column(name, justify="right" if numeric else "left", no_wrap=True, overflow="ellipsis")
     for row in rows:
         table.add_row(*(printable(_text(value)) for value in row))
-    console.print(table)
+    with console.capture() as capture:
+        console.print(table)
+    for line in capture.get().splitlines():
+        terminal.show(line.rstrip())
 
 
 def _text(value: object) -> str:

@@ -49,10 +49,10 @@ def test_variables_of_the_command_line_do_not_reach_the_services_and_unknown_one
 
 
 def test_a_setting_made_by_hand_wins_over_the_wiring(tmp_path: Path) -> None:
-    by_variable = planned(tmp_path, {"TAILRACE_BILLING_DATABASE_URL": "postgresql://db"})
-    assert by_variable["billing"]["TAILRACE_BILLING_DATABASE_URL"] == "postgresql://db"
-    by_file = planned(tmp_path, {}, {"billing": {"database_url": "postgresql://db"}})
-    assert "TAILRACE_BILLING_DATABASE_URL" not in by_file["billing"]
+    by_variable = planned(tmp_path, {"TAILRACE_DELIVERY_BILLING_URL": "https://b"})
+    assert by_variable["delivery"]["TAILRACE_DELIVERY_BILLING_URL"] == "https://b"
+    by_file = planned(tmp_path, {}, {"delivery": {"billing_url": "https://b"}})
+    assert "TAILRACE_DELIVERY_BILLING_URL" not in by_file["delivery"]
 
 
 def test_the_broker_starts_first_and_stops_last(tmp_path: Path) -> None:
@@ -155,6 +155,7 @@ def test_configuration_quotes_the_folder() -> None:
         ("[12] 2026/01/01 10:00:00.000000 [INF] Server is ready", None),
         ("[12] 2026/01/01 10:00:00.000000 [ERR] disk full", "disk full"),
         ("tailrace: settings are not usable", "tailrace: settings are not usable"),
+        ("INFO - 2026-01-01 10:00:00,259 - alembic - migrated", None),
         ("", None),
         ("[1, 2]", "[1, 2]"),
     ],

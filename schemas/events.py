@@ -135,7 +135,7 @@ class Completed(Event, tag="completed"):
     word); ``finish_reasons`` gives it for each choice where there are several.
     """
 
-    finish_reason: str = "stop"
+    finish_reason: str
     finish_reasons: list[str] = []
     counted: Counted = Counted()
 
@@ -153,14 +153,14 @@ class Failed(Event, tag="failed"):
 class Cancelled(Event, tag="cancelled"):
     """Terminal: stopped by wish (``reason``: ``requested`` or ``disconnected``)."""
 
-    reason: str = "requested"
+    reason: str
     counted: Counted = Counted()
 
 
 class Interrupted(Event, tag="interrupted"):
     """Terminal: its producer was lost and another one closed it."""
 
-    reason: str = "producer_lost"
+    reason: str
     counted: Counted = Counted()
 
 

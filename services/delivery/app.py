@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 import msgspec
-from litestar import Litestar, MediaType, Response, asgi, get
+from litestar import Litestar, MediaType, Request, Response, get
 from litestar.config.cors import CORSConfig
 from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import ScalarRenderPlugin
 from litestar.static_files import create_static_files_router
+from litestar.types import ASGIApp
 
 from schemas.requests import GenerationRecord
 from services.delivery.api import router
@@ -55,9 +56,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     lifetime: Positive = 3_600.0
     stall: Positive = 30.0
     drain: Positive = 10.0
-    cors_origins: list[str] = []
+    cors_origins: tuple[str, ...] = ()
     console: bool = True
-    console_models: list[str] = ["scripted/story"]
+    console_models: tuple[str, ...] = ("scripted/story",)
     billing_url: str | None = None
 
     def limits(self) -> Limits:
@@ -102,9 +103,9 @@ def build_app(hub: Hub, shared: Shared, settings: Settings) -> Any:
     intake = Intake(hub.broker, hub, lookups, hub.clock, shared.pool, shared.partitions)
     events = SessionEvents(hub, lookups, shared.tenant)
 
-    @asgi("/v1/sessions/{session:str}/events", copy_scope=False)
-    async def session_events(scope: Any, receive: Any, send: Any) -> None:
-        await events(scope, receive, send)
+    @get("/v1/sessions/{session:str}/events", include_in_schema=False)
+    async def session_events(request: Request[Any, Any, Any]) -> ASGIApp:
+        return await events.open(request.scope)
 
     async def connected() -> bool:
         return hub.broker.is_connected and not hub.draining
@@ -116,7 +117,7 @@ def build_app(hub: Hub, shared: Shared, settings: Settings) -> Any:
         route_handlers=handlers,
         exception_handlers=EXCEPTION_HANDLERS,
         request_max_body_size=settings.max_body,
-        cors_config=_cors(settings.cors_origins) if settings.cors_origins else None,
+        cors_config=_cors(list(settings.cors_origins)) if settings.cors_origins else None,
         openapi_config=OpenAPIConfig(
             title="Tailrace delivery",
             version="1",

@@ -1,10 +1,11 @@
-"""Server-sent events: a raw ASGI handler, written to by the feed and not by a task per event."""
+"""Server-sent events: a raw ASGI answer, written to by the feed and not by a task per event."""
 
 import asyncio
 from typing import Any, Final
 from urllib.parse import parse_qs
 
 import structlog
+from litestar.types import ASGIApp
 
 from schemas.names import InvalidName, check_name
 from services.delivery import metrics
@@ -63,11 +64,11 @@ class SessionEvents:
         self._lookups = lookups
         self._tenant = tenant
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Answer one request.
+    async def open(self, scope: Any) -> ASGIApp:
+        """Check one request and return the answer to it, which streams.
 
         Raises:
-            Problem: the wish cannot be met; nothing has been sent then.
+            Problem: the wish cannot be met.
         """
         wish = Wish(scope)
         if self._hub.draining:
@@ -78,14 +79,18 @@ class SessionEvents:
             raise _problem(error) from error
         except BrokerUnavailable as error:
             raise Problem(503, "the log cannot be reached", headers={"Retry-After": "1"}) from error
-        if seq is None:
-            await send({"type": "http.response.start", "status": 204, "headers": [(b"cache-control", b"no-store")]})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-            return
-        await send({"type": "http.response.start", "status": 200, "headers": sse.HEADERS})
-        subscriber = Subscriber(scope.get(RAW_SEND, send), sse.frame, wish.generation, seq)
-        subscriber.until = self._hub.lifetime()
-        await self._serve(feed, subscriber, receive)
+
+        async def answer(scope: Any, receive: Any, send: Any) -> None:
+            if seq is None:
+                await send({"type": "http.response.start", "status": 204, "headers": [(b"cache-control", b"no-store")]})
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+                return
+            await send({"type": "http.response.start", "status": 200, "headers": sse.HEADERS})
+            subscriber = Subscriber(scope.get(RAW_SEND, send), sse.frame, wish.generation, seq)
+            subscriber.until = self._hub.lifetime()
+            await self._serve(feed, subscriber, receive)
+
+        return answer
 
     async def _locate(self, wish: Wish) -> tuple[Feed, int | None]:
         """Return the feed and the stream sequence after which to read; ``None`` when all has been read already."""
@@ -160,7 +165,10 @@ class SessionEvents:
     async def _say_goodbye(self, feed: Feed, subscriber: Subscriber, reason: str) -> None:
         if reason in ("complete", "disconnected", "evicted"):
             return
-        if not await subscriber.through(LAST_WRITE_SECONDS) or reason == "terminal":
+        if reason == "terminal":
+            await subscriber.through(self._hub.limits.stall)
+            return
+        if not await subscriber.through(LAST_WRITE_SECONDS):
             return
         cursor = feed.issuer.issue(subscriber.seq)
         name = "gap" if reason == "gap" else "bye"

@@ -1,5 +1,6 @@
 """What each dialect asks of its provider."""
 
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -212,7 +213,5 @@ def test_cohere_refuses_several_answers() -> None:
 @pytest.mark.parametrize("params", [{"tools": 3}, {"tools": ["x"]}, {"stop": 3}, {"response_format": 3}])
 @pytest.mark.parametrize("name", ["openai", "anthropic", "cohere"])
 def test_parameters_of_the_wrong_type_are_sent_or_refused_but_never_crash(name: Any, params: dict[str, Any]) -> None:
-    try:
+    with suppress(UntranslatableCall):
         dialect_of(name).request(call(**params), "https://h", None, {})
-    except UntranslatableCall as error:
-        assert str(error)

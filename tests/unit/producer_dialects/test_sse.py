@@ -73,9 +73,9 @@ def test_agrees_with_another_decoder_under_every_chunking(lines: list[str], line
 def test_an_event_longer_than_the_limit_is_refused(size: int) -> None:
     wire = b"data: a\n\ndata: " + b"x" * 200 + b"\n\n"
     decoder = SseDecoder(limit=100)
+    chunks = (wire[at : at + size] for at in range(0, len(wire), size))
     with pytest.raises(OversizedEvent, match="longer than 100 bytes"):
-        for at in range(0, len(wire), size):
-            decoder.feed(wire[at : at + size])
+        list(map(decoder.feed, chunks))
 
 
 def test_many_small_events_in_one_read_are_not_oversized() -> None:

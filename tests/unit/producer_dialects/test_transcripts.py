@@ -1,5 +1,7 @@
 """Every recorded answer means the same however its bytes were cut."""
 
+from itertools import pairwise
+
 import msgspec
 import pytest
 from hypothesis import given, settings
@@ -73,7 +75,7 @@ def test_nothing_follows_the_end_or_a_failure(transcript: Transcript) -> None:
 @ALL
 def test_one_read_brings_no_neighbours_that_could_be_one(transcript: Transcript) -> None:
     parts = transcript.parser().feed(transcript.wire)
-    for before, after in zip(parts, parts[1:], strict=False):
+    for before, after in pairwise(parts):
         assert not (isinstance(before, Text) and isinstance(after, Text) and before.choice == after.choice)
 
 

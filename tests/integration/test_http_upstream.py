@@ -1,0 +1,263 @@
+"""The HTTP upstream against a real server."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from typing import Any
+
+import aiohttp
+import pytest
+
+from schemas.requests import Message
+from services.kit.clock import SystemClock
+from services.producer.adapters.http_upstream import upstream_session
+from services.producer.adapters.upstreams import build_upstream
+from services.producer.core.parts import End, Part, Text, UpstreamFailure
+from services.producer.core.registry import Provider, Secret
+from services.producer.ports import Call, Upstream, UpstreamRefused
+from tests.conftest import eventually
+from tests.providers import Replay, providing, unlistening_port
+from tests.transcripts import TRANSCRIPTS, Transcript, described
+
+KEY = "sk-test-0123456789abcdef"
+TEXT = Transcript("openai", "text")
+
+
+@pytest.fixture
+async def session() -> AsyncIterator[aiohttp.ClientSession]:
+    async with upstream_session() as opened:
+        yield opened
+
+
+def upstream(session: aiohttp.ClientSession, url: str, dialect: str = "openai", **settings: Any) -> Upstream:
+    provider = Provider(name="p", dialect=dialect, base_url=url, key=Secret(KEY), **settings)
+    return build_upstream(provider, session, SystemClock())
+
+
+def call(**settings: Any) -> Call:
+    return Call(model="m", messages=[Message("user", "hi")], **settings)
+
+
+async def all_parts(opened: Upstream, asked: Call | None = None) -> list[Part]:
+    parts: list[Part] = []
+    async with asyncio.timeout(20), opened.open(asked or call()) as stream:
+        while (read := await stream.read()) is not None:
+            parts += read
+    return parts
+
+
+async def refused(opened: Upstream, asked: Call | None = None) -> UpstreamRefused:
+    with pytest.raises(UpstreamRefused) as caught:
+        await all_parts(opened, asked)
+    return caught.value
+
+
+@pytest.mark.parametrize("size", [17, 100_000])
+@pytest.mark.parametrize("transcript", TRANSCRIPTS, ids=str)
+async def test_every_transcript_reads_the_same_over_http(
+    session: aiohttp.ClientSession, transcript: Transcript, size: int
+) -> None:
+    async with providing(Replay.of(transcript.wire, size, headers=transcript.headers)) as provider:
+        parts = await all_parts(upstream(session, provider.url, transcript.dialect))
+    assert described(parts) == transcript.expected
+
+
+async def test_a_read_returns_what_has_arrived_without_waiting_for_more(session: aiohttp.ClientSession) -> None:
+    go_on = asyncio.Event()
+    events = TEXT.wire.split(b"\n\n")
+    replay = Replay([b"\n\n".join(events[:3]) + b"\n\n", b"\n\n".join(events[3:])], gate=go_on.wait)
+    async with providing(replay) as provider, upstream(session, provider.url).open(call()) as stream:
+        async with asyncio.timeout(5):
+            first = await stream.read()
+        assert first is not None
+        assert [p.text for p in first if isinstance(p, Text)] == ["A tail"]
+        go_on.set()
+
+
+async def test_what_one_read_brings_is_one_part(session: aiohttp.ClientSession) -> None:
+    async with providing(Replay.of(TEXT.wire, 100_000)) as provider:
+        parts = await all_parts(upstream(session, provider.url))
+    assert len([p for p in parts if isinstance(p, Text)]) == 1
+
+
+async def test_the_generation_id_comes_from_the_header(session: aiohttp.ClientSession) -> None:
+    headers = {"content-type": "text/event-stream; charset=utf-8", "X-Generation-Id": "gen-other"}
+    async with providing(Replay.of(Transcript("openrouter", "text").wire, headers=headers)) as provider:
+        parts = await all_parts(upstream(session, provider.url, "openrouter"))
+    assert described(parts)[0]["upstream_id"] == "gen-other"
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "recoverable"),
+    [
+        (401, "upstream_unauthorized", False),
+        (404, "upstream_not_found", False),
+        (429, "upstream_rate_limited", True),
+        (500, "upstream_error", True),
+        (529, "upstream_overloaded", True),
+    ],
+)
+async def test_a_refusal_is_typed_and_never_shows_the_key(
+    session: aiohttp.ClientSession, status: int, code: str, recoverable: bool
+) -> None:
+    body = b'{"error": {"message": "no: Bearer %s, x-other o-secret-header"}}' % KEY.encode()
+    headers = {"content-type": "application/json", "retry-after": "3"}
+    async with providing(Replay([body], status=status, headers=headers)) as provider:
+        error = await refused(upstream(session, provider.url, headers={"X-Other": "o-secret-header"}))
+    assert (error.failure.code, error.failure.recoverable) == (code, recoverable)
+    assert error.failure.upstream_status == status
+    assert error.failure.retry_after == 3.0
+    assert KEY not in str(error)
+    assert "o-secret-header" not in str(error)
+    assert "no:" in str(error)
+
+
+async def test_a_failure_inside_the_stream_never_shows_the_key(session: aiohttp.ClientSession) -> None:
+    wire = b'data: {"error": {"message": "bad key %s"}}\n\n' % KEY.encode()
+    async with providing(Replay([wire])) as provider:
+        [failure] = await all_parts(upstream(session, provider.url))
+    assert isinstance(failure, UpstreamFailure)
+    assert failure.message == "bad key ***"
+
+
+async def test_an_error_body_is_read_up_to_a_bound(session: aiohttp.ClientSession) -> None:
+    body = b"x" * 10_000_000
+    async with providing(Replay.of(body, 100_000, status=500, headers={"content-type": "text/plain"})) as provider:
+        error = await refused(upstream(session, provider.url))
+    assert len(error.failure.message) <= 500
+
+
+@pytest.mark.parametrize(
+    ("content_type", "body", "code"),
+    [
+        ("application/json", b'{"error": {"message": "slow down", "code": 429}}', "upstream_rate_limited"),
+        ("application/json", b'{"choices": []}', "upstream_malformed"),
+        ("text/html", b"<html>please log in</html>", "upstream_malformed"),
+    ],
+)
+async def test_an_answer_that_is_no_event_stream_is_a_refusal(
+    session: aiohttp.ClientSession, content_type: str, body: bytes, code: str
+) -> None:
+    async with providing(Replay([body], headers={"content-type": content_type})) as provider:
+        error = await refused(upstream(session, provider.url))
+    assert error.failure.code == code
+
+
+async def test_redirects_are_not_followed(session: aiohttp.ClientSession) -> None:
+    async with providing(Replay(status=307, headers={"location": "/elsewhere"})) as provider:
+        error = await refused(upstream(session, provider.url))
+        assert len(provider.asked) == 1
+    assert error.failure.upstream_status == 307
+
+
+@pytest.mark.parametrize("dialect", ["openai", "openrouter", "anthropic", "cohere"])
+async def test_a_connection_reset_mid_stream_is_cut_off(session: aiohttp.ClientSession, dialect: str) -> None:
+    wire = Transcript(dialect, "text").wire
+    released = asyncio.Event()
+    replay = Replay([wire[: len(wire) // 2]], end="reset", gate=released.wait)
+    async with providing(replay) as provider, upstream(session, provider.url, dialect).open(call()) as stream:
+        parts: list[Part] = []
+        while not any(isinstance(p, Text) for p in parts):
+            parts += await stream.read() or []
+        released.set()
+        while (read := await stream.read()) is not None:
+            parts += read
+        assert await stream.read() is None
+    assert isinstance(parts[-1], UpstreamFailure)
+    assert (parts[-1].code, parts[-1].recoverable) == ("upstream_cut_off", True)
+
+
+async def test_a_stream_that_closes_without_end_marker_has_no_end_part(session: aiohttp.ClientSession) -> None:
+    async with providing(Replay.of(Transcript("openai", "cut-off").wire)) as provider:
+        parts = await all_parts(upstream(session, provider.url))
+    assert not any(isinstance(p, End | UpstreamFailure) for p in parts)
+
+
+async def test_nobody_listening_is_unreachable_and_keeps_the_cause(session: aiohttp.ClientSession) -> None:
+    async with unlistening_port() as port:
+        error = await refused(upstream(session, f"http://127.0.0.1:{port}"))
+    assert (error.failure.code, error.failure.recoverable) == ("upstream_unreachable", True)
+    assert isinstance(error.__cause__, aiohttp.ClientConnectorError)
+
+
+async def test_a_server_that_does_not_accept_is_unreachable_after_the_connect_timeout(
+    session: aiohttp.ClientSession,
+) -> None:
+    waiting: list[socket.socket] = []
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen(0)
+        for _ in range(4):  # fill the queue that nobody accepts from
+            waiting.append(socket.socket())
+            waiting[-1].setblocking(False)
+            waiting[-1].connect_ex(deaf.getsockname())
+        error = await refused(upstream(session, f"http://127.0.0.1:{deaf.getsockname()[1]}"), call(connect_timeout=0.3))
+        for each in waiting:
+            each.close()
+    assert error.failure.code == "upstream_unreachable"
+    assert "within 0.3 s" in error.failure.message
+
+
+async def test_waiting_for_headers_can_be_given_up_and_closes_the_connection(session: aiohttp.ClientSession) -> None:
+    async with providing(Replay.of(TEXT.wire, headers_after=asyncio.Event())) as provider:
+        waiting = asyncio.create_task(all_parts(upstream(session, provider.url)))
+        await eventually(lambda: provider.active == 1)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        await eventually(lambda: provider.active == 0)
+        assert provider.abandoned == 1
+
+
+async def test_leaving_closes_the_connection_at_once(session: aiohttp.ClientSession) -> None:
+    async with providing(Replay([TEXT.wire[:500]], end="hang")) as provider:
+        async with upstream(session, provider.url).open(call()) as stream:
+            await stream.read()
+            assert provider.active == 1
+        await eventually(lambda: provider.active == 0)
+        assert provider.abandoned == 1
+
+
+async def test_being_cancelled_while_reading_closes_the_connection(session: aiohttp.ClientSession) -> None:
+    async with providing(Replay([TEXT.wire[:500]], end="hang")) as provider:
+        reading = asyncio.create_task(all_parts(upstream(session, provider.url)))
+        await eventually(lambda: provider.active == 1)
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+        await eventually(lambda: provider.active == 0)
+        assert provider.abandoned == 1
+
+
+async def test_an_answer_read_to_its_end_leaves_the_connection_for_the_next(session: aiohttp.ClientSession) -> None:
+    async with providing(Replay.of(TEXT.wire)) as provider:
+        for _ in range(3):
+            await all_parts(upstream(session, provider.url))
+        assert len(provider.asked) == 3
+        assert session.connector is not None
+        assert sum(len(c) for c in session.connector._conns.values()) == 1
+
+
+async def test_the_request_is_what_the_dialect_asks(session: aiohttp.ClientSession) -> None:
+    async with providing(Replay.of(TEXT.wire)) as provider:
+        await all_parts(upstream(session, provider.url, headers={"X-Title": "t"}), call(params={"temperature": 0.5}))
+        [asked] = provider.asked
+    assert asked.path == "/chat/completions"
+    assert asked.headers["authorization"] == f"Bearer {KEY}"
+    assert asked.headers["x-title"] == "t"
+    assert asked.headers["accept-encoding"] == "identity"
+    assert asked.body == {
+        "temperature": 0.5,
+        "model": "m",
+        "messages": [{"role": "user", "content": "hi"}],
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+
+
+async def test_a_call_that_cannot_be_said_is_refused_without_asking(session: aiohttp.ClientSession) -> None:
+    async with providing() as provider:
+        error = await refused(upstream(session, provider.url, "anthropic"), call(params={"n": 2}))
+        assert provider.asked == []
+    assert error.failure.code == "upstream_bad_request"
+    assert not error.failure.recoverable

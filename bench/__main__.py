@@ -19,6 +19,7 @@ from bench.run import Run
 from bench.scenarios import SCENARIOS, Scenario, scenario_names
 from bench.stats import Outcome
 from bench.targets import Direct, Tailrace, Target
+from services.kit.telemetry import configure_logging
 
 EXIT_WRONG = 1
 EXIT_NOT_RUN = 2
@@ -76,6 +77,7 @@ def relay(  # noqa: D103, PLR0917  # the text and the names are those of the dec
     strict: bool,
 ) -> None:
     _prepare()
+    configure_logging("bench", "error", "console")
     changes = {"generations": generations, "tokens": tokens, "rate": rate, "subscribers": subscribers}
     given = {name: value for name, value in changes.items() if value is not None}
     chosen = [msgspec.structs.replace(SCENARIOS[name], **given) for name in scenario_names(scenarios or ("paced-200",))]
@@ -137,8 +139,8 @@ def _show_profile(console: Console, profile: Profile) -> None:
     console.print(
         f"\n[bold]{profile.name}[/]: where its time goes, percent in itself and with what it calls ({profile.path})"
     )
-    for name, own, total in top_costs(profile.path):
-        console.print(f"{own:6.1f} {total:6.1f}  {name}", markup=False, highlight=False)
+    for share in top_costs(profile.path):
+        console.print(f"{share.own:6.1f} {share.total:6.1f}  {share.name}", markup=False, highlight=False)
 
 
 def _exit(report: Report, strict: bool) -> NoReturn:

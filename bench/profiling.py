@@ -6,28 +6,29 @@ import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from bench.processes import Process
 
-__all__ = ["Profile", "ProfilerMissing", "top_costs"]
+__all__ = ["Profile", "ProfilerMissing", "Share", "top_costs"]
 
 SAMPLES_PER_SECOND: Final = 250
 LONGEST: Final = 600
-WAITING: Final = (
-    "epoll_",
-    "__futex",
-    "futex",
-    "pthread_cond",
-    "__pthread_cond",
-    "do_futex",
-    "syscall",
-    "clock_nanosleep",
-)
+PYTHON: Final = ".py:"
+WAITING: Final = ("epoll_", "futex", "__futex", "pthread_cond", "sem_", "syscall", "clock_nanosleep")
+LOCKING: Final = ("lock_PyThread_acquire_lock", "PyThread_acquire_lock", "take_gil")
 
 
 class ProfilerMissing(Exception):
     """py-spy is not installed."""
+
+
+class Share(NamedTuple):
+    """A function's percent of the time: in itself, and with all that it calls."""
+
+    name: str
+    own: float
+    total: float
 
 
 class Profile:
@@ -64,21 +65,29 @@ def _py_spy() -> str:
     return found
 
 
-def top_costs(path: Path, count: int = 25) -> list[tuple[str, float, float]]:
-    """Return the costliest functions of a profile: name, percent in itself, percent with all that it calls.
+def top_costs(path: Path, count: int = 25) -> list[Share]:
+    """Return where a profile's time went, the costliest first: functions of Python, then the C functions within.
 
-    Samples in which a thread waited are left out. Functions of C libraries are named like those of Python.
+    A Python function's own time includes the C functions that it calls. Samples in which a thread waited are left out.
     """
-    own: Counter[str] = Counter()
+    python: Counter[str] = Counter()
+    native: Counter[str] = Counter()
     total: Counter[str] = Counter()
     samples = 0
     for line in path.read_text().splitlines():
         stack, _, times = line.rpartition(" ")
         frames = stack.split(";")
-        if frames[-1].startswith(WAITING):
+        if _waits(frames):
             continue
         samples += int(times)
-        own[frames[-1]] += int(times)
+        python[next((f for f in reversed(frames) if PYTHON in f), frames[0])] += int(times)
+        if PYTHON not in frames[-1]:
+            native[frames[-1]] += int(times)
         for frame in set(frames):
             total[frame] += int(times)
-    return [(name, 100 * n / samples, 100 * total[name] / samples) for name, n in own.most_common(count)]
+    rows = [*python.most_common(count), *native.most_common(count // 2)]
+    return [Share(name, 100 * own / samples, 100 * total[name] / samples) for name, own in rows]
+
+
+def _waits(frames: list[str]) -> bool:
+    return frames[-1].startswith(WAITING) or any(frame.startswith(LOCKING) for frame in frames[-4:])

@@ -23,6 +23,7 @@ __all__ = ["Run"]
 SETUP_SECONDS: Final = 60.0
 SETTLE_SECONDS: Final = 30.0
 READY_SECONDS: Final = 15.0
+QUIET: Final = 0.5  # lets what opening the streams left behind end, so that streaming is measured alone
 
 
 class _Marks(msgspec.Struct, frozen=True):
@@ -88,6 +89,8 @@ class Run:
         plans = self._start_clients(processes, endpoint)
         self._wait_open(processes, plans)
         setup = time.monotonic() - began
+        self._wait_settled(processes)
+        time.sleep(QUIET)
         opened = processes.spent()
         if self.profile:
             self.profile.start(processes.all)

@@ -38,6 +38,8 @@ class Response:
         Raises:
             MalformedResponse: this is not HTTP.
         """
+        if self.ended:
+            return []  # what is left of the last chunk's end
         if self._rest:
             data, self._rest = self._rest + data, b""
         if self.status is None:

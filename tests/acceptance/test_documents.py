@@ -1,0 +1,201 @@
+"""The documents hold what they say: links lead somewhere, tables agree with the code, commands work.
+
+Shell blocks marked ``sh`` are run here, all of one document in one shell, against ``tailrace up``. Blocks marked
+``console`` hold commands that start or check whole deployments; another test or the CI script runs each of them.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import prometheus_client
+import pytest
+
+import services.billing.metrics
+import services.delivery.metrics
+import services.producer.metrics
+from schemas.events import AnyEvent
+from services.billing.app import Settings as BillingSettings
+from services.delivery.app import Settings as DeliverySettings
+from services.kit.settings import Shared
+from services.producer.app import Settings as ProducerSettings
+from services.producer.core.registry import Registry
+from tests.acceptance.processes import REPOSITORY, clean_environment, running
+from tests.conftest import free_port
+
+pytestmark = pytest.mark.acceptance
+
+EXCLUDED = {".venv", ".venv-model", "node_modules", ".tailrace", ".pytest_cache", "build"}
+DOCUMENTS = sorted(
+    path for path in REPOSITORY.rglob("*.md") if not EXCLUDED.intersection(path.relative_to(REPOSITORY).parts)
+)
+ELSEWHERE = {
+    "make up": "tests/acceptance/test_documents.py",
+    "make test": ".ci/run",
+    "make lint": ".ci/run",
+    "docker compose up --build --wait -d": "tests/acceptance/test_compose.py",
+    "docker compose down": "tests/acceptance/test_compose.py",
+}
+OTHERS = {"docs/benchmarks.md": "tests/acceptance/test_bench.py"}
+SETTINGS = {
+    "Shared": (Shared, "TAILRACE_"),
+    "Producer": (ProducerSettings, "TAILRACE_PRODUCER_"),
+    "Delivery": (DeliverySettings, "TAILRACE_DELIVERY_"),
+    "Billing": (BillingSettings, "TAILRACE_BILLING_"),
+}
+
+
+def name(path: Path) -> str:
+    return path.relative_to(REPOSITORY).as_posix()
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    """The fenced blocks of one language in a document."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(path: Path) -> set[str]:
+    """The anchors of a document's headings, as code forges make them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name)
+def test_every_internal_link_leads_to_a_file_and_a_heading(document: Path) -> None:
+    text = re.sub(r"```.*?```", "", document.read_text(), flags=re.DOTALL)
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        path = (document.parent / file).resolve() if file else document
+        if not path.exists() or (anchor and anchor not in anchors(path)):
+            broken.append(target)
+    assert not broken
+
+
+def test_every_decision_stands_in_the_index() -> None:
+    folder = REPOSITORY / "docs" / "adr"
+    index = (folder / "README.md").read_text()
+    pages = [path.name for path in folder.glob("[0-9]*.md")]
+    assert pages
+    assert [page for page in pages if f"({page})" not in index] == []
+
+
+def _documented_settings(heading: str) -> dict[str, str]:
+    text = (REPOSITORY / "docs" / "configuration.md").read_text()
+    section = re.search(rf"^## {heading}\n(.*?)(?=^## )", text, flags=re.MULTILINE | re.DOTALL)
+    assert section is not None
+    rows = re.findall(r"^\| `(TAILRACE_\w+)` \| (?:`([^`]*)`)? ?\| .+ \|$", section[1], flags=re.MULTILINE)
+    return dict(rows)
+
+
+def _shown(value: Any) -> str:
+    match value:
+        case None:
+            return ""
+        case bool():
+            return str(value).lower()
+        case list() | tuple():
+            return ",".join(value)
+        case _:
+            return str(value)
+
+
+@pytest.mark.parametrize("heading", SETTINGS)
+def test_the_table_of_settings_is_that_of_the_code(heading: str) -> None:
+    struct, prefix = SETTINGS[heading]
+    defaults = struct()
+    fields = [field.name for field in msgspec.structs.fields(struct)]
+    assert _documented_settings(heading) == {prefix + f.upper(): _shown(getattr(defaults, f)) for f in fields}
+
+
+def test_the_configuration_files_in_the_documents_are_accepted() -> None:
+    for text in blocks(REPOSITORY / "docs" / "configuration.md", "toml"):
+        config = tomllib.loads(text)
+        for table, (struct, _) in (("shared", SETTINGS["Shared"]), ("delivery", SETTINGS["Delivery"])):
+            msgspec.convert(config.get(table, {}), struct)
+        Registry.load(config, {"OPENAI_API_KEY": "test"})
+
+
+def test_every_metric_in_the_documents_exists() -> None:
+    assert services.producer.metrics
+    assert services.delivery.metrics
+    assert services.billing.metrics
+    families = {family.name: family.type for family in prometheus_client.REGISTRY.collect()}
+    known = {n + ("_total" if kind == "counter" else "") for n, kind in families.items()}
+    mentioned = {
+        n for d in DOCUMENTS for n in re.findall(r"`(tailrace_(?:producer|delivery|billing)_\w+)", d.read_text())
+    }
+    assert mentioned
+    assert mentioned - known == set()
+
+
+def test_every_event_type_stands_in_the_protocol() -> None:
+    text = (REPOSITORY / "docs" / "protocol.md").read_text()
+    for event in AnyEvent.__args__:
+        row = re.search(rf"^\| `{event.__struct_config__.tag}` \| (.*?) \|", text, flags=re.MULTILINE)
+        assert row is not None, event
+        own = set(event.__struct_fields__) - {"generation", "seq", "epoch", "at", "v"}
+        if event.__struct_config__.tag != "notice":
+            documented = set(re.findall(r"`(\w+)`", row[1]))
+            assert own == documented, event.__struct_config__.tag
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name)
+def test_commands_that_are_run_elsewhere_really_are(document: Path) -> None:
+    commands = [line for block in blocks(document, "console") for line in block.splitlines()]
+    assert [command for command in commands if command not in ELSEWHERE] == []
+    for command in commands:
+        runner = (REPOSITORY / ELSEWHERE[command]).read_text()
+        assert all(f'"{w}"' in runner for w in command.split()[2:]) or command in runner, command
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """``tailrace up`` on free ports; yields the default addresses and where they are now."""
+    folder = tmp_path_factory.mktemp("up")
+    ports = {flag: str(free_port()) for flag in ("--port", "--billing-port", "--producer-port", "--nats-port")}
+    argv = [sys.executable, "-m", "services.standalone.cli", "up", "--data", str(folder / "data")]
+    argv += [part for flag in ports.items() for part in flag]
+    ready = f"http://127.0.0.1:{ports['--port']}/readyz"
+    with running(argv, clean_environment(), folder / "up.log", ready):
+        yield {
+            "http://127.0.0.1:8080": f"http://127.0.0.1:{ports['--port']}",
+            "http://127.0.0.1:8081": f"http://127.0.0.1:{ports['--billing-port']}",
+        }
+
+
+@pytest.mark.parametrize("document", [d for d in DOCUMENTS if blocks(d, "sh") and name(d) not in OTHERS], ids=name)
+def test_the_commands_of_a_document_work(document: Path, everything: dict[str, str], tmp_path: Path) -> None:
+    script = "\n".join(blocks(document, "sh"))
+    for written, real in everything.items():
+        script = script.replace(written, real)
+    env = clean_environment(
+        PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        TAILRACE_URL=everything["http://127.0.0.1:8080"],
+        TAILRACE_BILLING_URL=everything["http://127.0.0.1:8081"],
+    )
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        check=False,
+        cwd=tmp_path,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    assert "urn:tailrace:problem" not in done.stdout
+
+
+def test_every_document_with_other_commands_has_its_own_test() -> None:
+    for document, test in OTHERS.items():
+        if (REPOSITORY / document).exists():
+            assert (REPOSITORY / test).exists()

@@ -183,7 +183,7 @@ def test_a_known_type_of_a_later_version_is_read_by_what_is_known_of_it() -> Non
             UsageReported(**HEAD, usage=Usage(input=3, output=2, cost="0.001")),
             '{"type":"usage","usage":{"input":3,"output":2,"cost":"0.001"},HEAD}',
         ),
-        (Completed(**HEAD), '{"type":"completed",HEAD}'),
+        (Completed(**HEAD, finish_reason="stop"), '{"type":"completed","finish_reason":"stop",HEAD}'),
         (Failed(**HEAD, code="upstream_error"), '{"type":"failed","code":"upstream_error",HEAD}'),
     ],
 )

@@ -156,10 +156,11 @@ def test_repeated_events_are_dropped_and_counted(browser: "Browser", server: Sta
     assert number(browser, "#duplicates") == 3
 
 
-def test_cancel_ends_the_answer(browser: "Browser", server: StandIn) -> None:
-    browser.open(server.url)
-    ask(browser, "scripted/held")
-    browser.until_text(TEXT, WORDS[0])
+def test_cancel_ends_the_answer(browser: "Browser", console_url: str) -> None:
+    browser.open(console_url)
+    browser.until(lambda: browser.text("#model"))
+    ask(browser, "scripted/held" if "scripted/held" in browser.text("#model") else "scripted/story")
+    browser.until(lambda: browser.text(TEXT))
     browser.click(".cancel")
     browser.until_text(STATE, "Cancelled")
     assert "Stopped by request" in browser.text(".outcome")

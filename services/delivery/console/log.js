@@ -125,17 +125,21 @@ export function merge(log, record) {
   return generation;
 }
 
-/** Return the conversation so far as messages: each question that has an answer, with its answer. */
-export function conversation(log) {
-  const turns = [...log.generations.values()].sort((a, b) => a.order - b.order);
-  return turns.flatMap((turn) => {
+/**
+ * Return the conversation so far as messages, oldest first: each question that has an answer, with its answer;
+ * the newest turns that fit into `limit` characters, as a request's body is bounded.
+ */
+export function conversation(log, limit = 200_000) {
+  const messages = [];
+  let left = limit;
+  for (const turn of [...log.generations.values()].sort((a, b) => b.order - a.order)) {
     const text = answerText(turn);
-    if (!turn.prompt || !text || !isEnded(turn)) return [];
-    return [
-      { role: "user", content: turn.prompt },
-      { role: "assistant", content: text },
-    ];
-  });
+    if (!turn.prompt || !text || !isEnded(turn)) continue;
+    left -= turn.prompt.length + text.length;
+    if (left < 0) break;
+    messages.unshift({ role: "user", content: turn.prompt }, { role: "assistant", content: text });
+  }
+  return messages;
 }
 
 /** Return the text of one of the alternative answers, joined. */

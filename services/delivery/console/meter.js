@@ -55,7 +55,9 @@ export class Meter {
   #showBilling(generation, usage) {
     const shown = isEnded(generation) && usage !== null;
     const word = usage === false ? "No answer" : (BILLING_WORDS[usage?.status] ?? usage?.status ?? "");
-    this.#show(this.#billing, shown && [word, driftWords(usage?.drift)].filter(Boolean).join(" "));
+    const drift = driftWords(usage?.drift);
+    this.#show(this.#billing, shown && (usage?.status === "drift" ? `${word} ${drift}` : word));
+    this.#billing.value.title = drift && `Reported minus counted: ${drift}`;
     this.#billing.value.dataset.status = (usage && usage.status) || "";
   }
 

@@ -131,4 +131,5 @@ test("only answered questions go along as earlier turns", () => {
     { role: "user", content: "Why?" },
     { role: "assistant", content: "Because." },
   ]);
+  assert.deepEqual(log.conversation(state, 5), []);
 });

@@ -1,0 +1,162 @@
+"""What parts of a provider's stream become in the log; decided without any I/O."""
+
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from schemas.events import Binary, Cancelled, Completed, Delta, Failed, ToolCall, UsageReported
+from schemas.usage import Usage
+from services.producer.core.counting import GenerationCounter
+from services.producer.core.deadlines import Deadlines, overdue
+from services.producer.core.generation import Generation
+from services.producer.core.parts import (
+    Alive,
+    BinaryPart,
+    End,
+    Finish,
+    Identity,
+    Part,
+    Reasoning,
+    Text,
+    ToolCallPart,
+    UpstreamFailure,
+    UsagePart,
+)
+from services.producer.core.registry import DeadlineOverrides
+from services.producer.core.takeover import Begun, decide
+
+
+def generation(next_seq: int = 0) -> Generation:
+    counter = GenerationCounter("o200k_base", True)
+    return Generation(
+        "g", epoch=1, next_seq=next_seq, counter=counter, counted_input=3, exact=True, encoding="o200k_base"
+    )
+
+
+def test_neighbours_of_one_kind_and_choice_become_one_delta() -> None:
+    run = generation()
+    parts: list[Part] = [Text("Hel"), Alive(), Text("lo"), Text("!", choice=1), Reasoning("hm"), Reasoning("m"), Text("x")]
+    deltas: list[Any] = run.absorb(parts, 1.0)
+    assert [(d.text, d.reasoning, d.choice) for d in deltas] == [
+        ("Hello", None, 0),
+        ("!", None, 1),
+        (None, "hmm", 0),
+        ("x", None, 0),
+    ]
+    assert [d.seq for d in deltas] == [0, 1, 2, 3]
+    assert [d.tokens for d in deltas] == sorted(d.tokens for d in deltas)
+
+
+def test_tool_calls_and_bytes_are_events_of_their_own() -> None:
+    call = ToolCall(index=0, id="c", name="f", arguments="{}")
+    parts: list[Part] = [ToolCallPart(call), BinaryPart(Binary(media_type="image/png", data=b"1"))]
+    deltas: list[Any] = generation().absorb(parts, 1.0)
+    assert deltas[0].tool_call == call
+    assert deltas[1].binary.data == b"1"
+
+
+def test_nothing_after_the_end_marker_is_taken() -> None:
+    run = generation()
+    events = run.absorb([Text("a"), End(), Text("b")], 1.0)
+    assert [e.text for e in events if isinstance(e, Delta)] == ["a"]
+    assert isinstance(run.end(2.0)[-1], Completed)
+
+
+def test_usage_stands_before_the_terminal_and_the_newest_one_holds() -> None:
+    run = generation()
+    run.absorb([Identity("id-1", "m-1"), UsagePart(Usage(output=1)), UsagePart(Usage(output=2)), Finish("length"), End()], 1.0)
+    usage, completed = run.end(2.0)
+    assert isinstance(usage, UsageReported)
+    assert (usage.usage.output, usage.upstream_id, usage.upstream_model, usage.seq) == (2, "id-1", "m-1", 0)
+    assert isinstance(completed, Completed)
+    assert (completed.finish_reason, completed.seq, completed.counted.input) == ("length", 1, 3)
+
+
+def test_finish_reasons_of_several_choices_are_all_told() -> None:
+    run = generation()
+    run.absorb([Finish("stop", 1), Finish("length", 0), End()], 1.0)
+    completed = run.end(1.0)[-1]
+    assert isinstance(completed, Completed)
+    assert (completed.finish_reason, completed.finish_reasons) == ("length", ["length", "stop"])
+
+
+def test_a_stream_without_its_end_marker_is_cut_off() -> None:
+    run = generation()
+    run.absorb([Text("a"), Finish("stop")], 1.0)
+    failed = run.end(1.0)[-1]
+    assert isinstance(failed, Failed)
+    assert (failed.code, failed.recoverable, failed.counted.output) == ("upstream_cut_off", True, 1)
+
+
+def test_a_failure_keeps_what_the_provider_said() -> None:
+    run = generation()
+    run.absorb([Text("a"), UpstreamFailure("upstream_overloaded", "busy", 529, True)], 1.0)
+    failed = run.end(1.0)[-1]
+    assert isinstance(failed, Failed)
+    assert (failed.code, failed.message, failed.upstream_status, failed.recoverable) == (
+        "upstream_overloaded",
+        "busy",
+        529,
+        True,
+    )
+
+
+def test_a_cancellation_reports_usage_that_has_come_already() -> None:
+    run = generation()
+    run.absorb([Text("a"), UsagePart(Usage(output=7))], 1.0)
+    usage, cancelled = run.cancel("requested", 2.0)
+    assert isinstance(usage, UsageReported)
+    assert isinstance(cancelled, Cancelled)
+    assert cancelled.reason == "requested"
+
+
+_parts = st.one_of(
+    st.builds(Text, st.text(max_size=20), st.integers(0, 2)),
+    st.builds(Reasoning, st.text(max_size=20)),
+    st.just(Alive()),
+    st.builds(Finish, st.just("stop")),
+    st.builds(ToolCallPart, st.builds(ToolCall, index=st.integers(0, 3), arguments=st.text(max_size=9))),
+)
+
+
+@given(st.lists(st.lists(_parts, max_size=6), max_size=8))
+def test_however_the_parts_are_cut_into_reads_the_text_is_the_same_and_seqs_have_no_gap(reads: list[list[Part]]) -> None:
+    run, whole = generation(), generation()
+    events = [event for read in reads for event in run.absorb(read, 1.0)] + run.end(2.0)
+    at_once = whole.absorb([part for read in reads for part in read], 1.0) + whole.end(2.0)
+    assert [event.seq for event in events] == list(range(len(events)))
+    for choice in range(3):
+        assert _text(events, choice) == _text(at_once, choice)
+    assert events[-1].counted == at_once[-1].counted  # type: ignore[union-attr]
+
+
+def _text(events: list[Any], choice: int) -> str:
+    return "".join(e.text or "" for e in events if isinstance(e, Delta) and e.choice == choice)
+
+
+def test_each_deadline_has_its_own_code() -> None:
+    limits = Deadlines(connect=1, first_token=2, between_tokens=3, total=10)
+    assert overdue(limits, "connecting", now=1.5, begun=0, called=0, token=0) == "deadline_connect"
+    assert overdue(limits, "waiting", now=1.5, begun=0, called=0, token=0) is None
+    assert overdue(limits, "waiting", now=2.5, begun=0, called=0, token=0) == "deadline_first_token"
+    assert overdue(limits, "streaming", now=2.5, begun=0, called=0, token=1) is None
+    assert overdue(limits, "streaming", now=4.5, begun=0, called=0, token=1) == "deadline_between_tokens"
+    assert overdue(limits, "streaming", now=10.5, begun=0, called=0, token=10) == "deadline_total"
+
+
+def test_a_model_may_have_deadlines_of_its_own() -> None:
+    own = Deadlines().overridden(DeadlineOverrides(total=5.0))
+    assert (own.total, own.connect) == (5.0, Deadlines().connect)
+
+
+def test_what_a_producer_does_depends_on_what_the_log_holds() -> None:
+    begun = Begun()
+    assert decide(begun, may_restart=False) == "run"
+    started = begun._replace(position=begun.position._replace(epoch=1, next_seq=1))
+    assert decide(started, may_restart=False) == "restart"
+    answered = started._replace(has_tokens=True)
+    assert decide(answered, may_restart=False) == "interrupt"
+    assert decide(answered, may_restart=True) == "restart"
+    ended = answered._replace(position=answered.position._replace(ended=True))
+    assert decide(ended, may_restart=True) == "done"

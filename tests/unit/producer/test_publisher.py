@@ -1,0 +1,200 @@
+"""The publisher against a log that loses, refuses, delays and repeats: what it sends is decided here, without a broker."""
+
+import asyncio
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from services.producer.adapters import publisher as module
+from services.producer.adapters.publisher import Lease, LogWriter, Publisher
+from services.producer.errors import Fenced, LogUnavailable
+
+
+class ForgetfulLog:
+    """Stands where the broker stands. Keeps what it stores; ``behave`` decides what happens to each message."""
+
+    def __init__(self) -> None:
+        self.is_connected = True
+        self.stored: list[bytes] = []
+        self.sent = 0
+        self.client = SimpleNamespace(new_inbox=lambda: "_INBOX.x")
+        self.receive: Any = None
+        self.behave = lambda: "store"
+
+    async def subscribe(self, _subject: str, callback: Any) -> None:
+        self.receive = callback
+
+    def on_reconnect(self, _callback: Any) -> None:
+        pass
+
+    async def publish(self, _subject: str, data: bytes, *, reply: str) -> None:
+        self.sent += 1
+        match self.behave():
+            case "store":
+                self.stored.append(data)
+                await self.answer(reply, b'{"stream":"TOKENS_0","seq":1}')
+            case "store silently":
+                self.stored.append(data)
+            case "refuse":
+                await self.answer(reply, b'{"error":{"code":503,"description":"insufficient resources"}}')
+            case "lose":
+                pass
+
+    async def answer(self, reply: str, data: bytes) -> None:
+        message = SimpleNamespace(subject=reply, data=data, headers=None)
+        asyncio.get_running_loop().call_soon(lambda: asyncio.ensure_future(self.receive(message)))
+
+
+async def started(log: ForgetfulLog, **options: float) -> Publisher:
+    publisher = Publisher(log, **options)  # type: ignore[arg-type]
+    await publisher.start()
+    return publisher
+
+
+def leased(publisher: Publisher, seconds: float = 60.0) -> LogWriter:
+    return publisher.writer("tokens.0.t.s.g", Lease(asyncio.get_running_loop().time() + seconds))
+
+
+def in_order(stored: list[bytes], count: int) -> bool:
+    """Whether a reader that takes only the next expected event gets all of them."""
+    expected = 0
+    for data in stored:
+        if int(data) == expected:
+            expected += 1
+    return expected == count
+
+
+async def test_everything_is_stored_once_when_nothing_goes_wrong() -> None:
+    log = ForgetfulLog()
+    publisher = await started(log)
+    writer = leased(publisher)
+    for number in range(2_000):
+        await writer.publish(str(number).encode())
+    await writer.drain()
+    assert [int(data) for data in log.stored] == list(range(2_000))
+    assert writer.unacknowledged == 0
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_loss_refusal_and_silence_leave_a_log_from_which_all_events_can_be_accepted(seed: int) -> None:
+    chance = random.Random(seed)
+    log = ForgetfulLog()
+    log.behave = lambda: chance.choice(["store"] * 6 + ["lose", "refuse", "store silently"])
+    publisher = await started(log, ack_timeout=0.02)
+    watch = asyncio.create_task(publisher.watch())
+    writer = leased(publisher)
+    async with asyncio.timeout(20):
+        for number in range(200):
+            await writer.publish(str(number).encode())
+        log.behave = lambda: "store"
+        await writer.drain()
+    watch.cancel()
+    assert in_order(log.stored, 200)
+
+
+async def test_a_full_window_makes_the_caller_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "WINDOW_EVENTS", 10)
+    log = ForgetfulLog()
+    log.behave = lambda: "store silently"
+    writer = leased(await started(log))
+    for number in range(10):
+        await writer.publish(str(number).encode())
+    waiting = asyncio.create_task(writer.publish(b"10"))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    assert len(log.stored) == 10
+    writer.acknowledge(0)
+    await waiting
+    assert len(log.stored) == 11
+
+
+async def test_a_window_is_bounded_in_bytes_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "WINDOW_BYTES", 100)
+    log = ForgetfulLog()
+    log.behave = lambda: "store silently"
+    writer = leased(await started(log))
+    await writer.publish(b"x" * 120)
+    waiting = asyncio.create_task(writer.publish(b"y"))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    waiting.cancel()
+
+
+async def test_acknowledgements_in_any_order_move_the_window_only_over_what_is_complete() -> None:
+    log = ForgetfulLog()
+    log.behave = lambda: "store silently"
+    writer = leased(await started(log))
+    for number in range(4):
+        await writer.publish(str(number).encode())
+    writer.acknowledge(2)
+    writer.acknowledge(1)
+    assert writer.unacknowledged == 4
+    writer.acknowledge(0)
+    assert writer.unacknowledged == 1
+    writer.acknowledge(0)
+    writer.acknowledge(99)
+    assert writer.unacknowledged == 1
+
+
+async def test_nothing_is_published_after_the_lease() -> None:
+    log = ForgetfulLog()
+    writer = leased(await started(log), seconds=-0.1)
+    with pytest.raises(Fenced):
+        await writer.publish(b"0")
+    assert log.sent == 0
+
+
+async def test_a_lease_that_runs_out_while_waiting_ends_the_wait() -> None:
+    log = ForgetfulLog()
+    log.behave = lambda: "lose"
+    publisher = await started(log, ack_timeout=0.02)
+    watch = asyncio.create_task(publisher.watch())
+    writer = leased(publisher, seconds=0.1)
+    await writer.publish(b"0")
+    with pytest.raises(Fenced):
+        async with asyncio.timeout(5):
+            await writer.drain()
+    watch.cancel()
+
+
+async def test_a_log_that_takes_nothing_is_given_up_after_its_time_with_its_reason() -> None:
+    log = ForgetfulLog()
+    log.behave = lambda: "refuse"
+    publisher = await started(log, ack_timeout=0.02, give_up=0.1)
+    watch = asyncio.create_task(publisher.watch())
+    writer = leased(publisher)
+    await writer.publish(b"0")
+    with pytest.raises(LogUnavailable, match="insufficient resources"):
+        async with asyncio.timeout(5):
+            await writer.drain()
+    watch.cancel()
+
+
+async def test_while_disconnected_nothing_is_sent_and_everything_is_after_it() -> None:
+    log = ForgetfulLog()
+    log.is_connected = False
+    publisher = await started(log, ack_timeout=0.02)
+    watch = asyncio.create_task(publisher.watch())
+    writer = leased(publisher)
+    for number in range(3):
+        await writer.publish(str(number).encode())
+    assert log.sent == 0
+    log.is_connected = True
+    async with asyncio.timeout(5):
+        await writer.drain()
+    watch.cancel()
+    assert in_order(log.stored, 3)
+
+
+async def test_acknowledgements_for_a_closed_writer_are_ignored() -> None:
+    log = ForgetfulLog()
+    log.behave = lambda: "store silently"
+    publisher = await started(log)
+    writer = leased(publisher)
+    await writer.publish(b"0")
+    writer.close()
+    await log.answer("_INBOX.x.1.0", b'{"seq":1}')
+    await asyncio.sleep(0.01)
+    assert writer.unacknowledged == 0

@@ -1,0 +1,155 @@
+"""Serving on a real port, probes, and the exit codes of a service."""
+
+import asyncio
+import signal
+import socket
+import subprocess
+import sys
+from typing import Any
+
+import httpx
+import pytest
+from litestar import Litestar
+
+from services.kit.http import PortTaken, probes, serving
+from tests.conftest import eventually, free_port
+
+
+async def passing() -> bool:
+    return True
+
+
+async def failing() -> bool:
+    return False
+
+
+async def raising() -> bool:
+    raise ConnectionError("no database")
+
+
+def app(**checks: Any) -> Litestar:
+    return Litestar([probes(checks)])
+
+
+async def test_an_application_answers_while_the_block_runs_and_the_port_is_free_after_it() -> None:
+    port = free_port()
+    async with serving(app(), "127.0.0.1", port), httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+        assert (await client.get("/healthz")).json() == {"status": "ok"}
+    with pytest.raises(ConnectionRefusedError):
+        await asyncio.open_connection("127.0.0.1", port)
+    async with serving(app(), "127.0.0.1", port):
+        pass
+
+
+async def test_a_taken_port_is_said_with_its_address() -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        with pytest.raises(PortTaken, match=f"cannot listen on 127.0.0.1:{port}: ") as caught:
+            async with serving(app(), "127.0.0.1", port):
+                pytest.fail("must not be reached")
+    assert (caught.value.host, caught.value.port) == ("127.0.0.1", port)
+
+
+async def test_two_services_cannot_share_a_port() -> None:
+    port = free_port()
+    async with serving(app(), "127.0.0.1", port):
+        with pytest.raises(PortTaken):
+            async with serving(app(), "127.0.0.1", port):
+                pytest.fail("must not be reached")
+
+
+async def test_an_error_in_the_block_ends_the_server() -> None:
+    port = free_port()
+    with pytest.raises(KeyError):
+        async with serving(app(), "127.0.0.1", port):
+            raise KeyError("x")
+    with pytest.raises(ConnectionRefusedError):
+        await asyncio.open_connection("127.0.0.1", port)
+
+
+@pytest.mark.parametrize(
+    ("checks", "status", "results"),
+    [
+        ({}, 200, {}),
+        ({"broker": passing}, 200, {"broker": True}),
+        ({"broker": passing, "database": failing}, 503, {"broker": True, "database": False}),
+        ({"database": raising}, 503, {"database": False}),
+    ],
+)
+async def test_ready_means_that_every_check_holds(checks: Any, status: int, results: dict[str, bool]) -> None:
+    port = free_port()
+    async with serving(app(**checks), "127.0.0.1", port), httpx.AsyncClient() as client:
+        response = await client.get(f"http://127.0.0.1:{port}/readyz")
+    assert response.status_code == status
+    assert response.json()["checks"] == results
+
+
+async def test_metrics_are_prometheus_text() -> None:
+    port = free_port()
+    async with serving(app(), "127.0.0.1", port), httpx.AsyncClient() as client:
+        response = await client.get(f"http://127.0.0.1:{port}/metrics")
+    assert response.headers["content-type"].startswith("text/plain")
+    assert "# TYPE process_cpu_seconds_total counter" in response.text
+
+
+async def test_cleartext_http2_is_answered_too() -> None:
+    port = free_port()
+    async with serving(app(), "127.0.0.1", port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00")
+        async with asyncio.timeout(10):
+            header = await reader.readexactly(9)
+        writer.close()
+    assert header[3] == 0x04, "a SETTINGS frame"
+
+
+SERVICE = """
+import asyncio
+from services.kit.broker import BrokerUnavailable
+from services.kit.http import PortTaken
+from services.kit.lifecycle import run_service
+from services.kit.settings import SettingsError
+
+async def main(stop):
+    {body}
+
+run_service(main)
+"""
+
+
+def start(body: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-c", SERVICE.format(body=body)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "said"),
+    [
+        ("pass", 0, ""),
+        ('raise SettingsError(["TAILRACE_X: no such setting"])', 2, "TAILRACE_X: no such setting"),
+        ('raise PortTaken("127.0.0.1", 80, "permission denied")', 2, "cannot listen on 127.0.0.1:80"),
+        ('raise BrokerUnavailable("no NATS server answers")', 3, "no NATS server answers"),
+        ('raise ExceptionGroup("x", [BrokerUnavailable("deep inside")])', 3, "deep inside"),
+    ],
+)
+def test_a_service_exits_with_the_code_of_what_went_wrong_and_says_it_in_a_line(
+    body: str, code: int, said: str
+) -> None:
+    _out, errors = (process := start(body)).communicate(timeout=60)
+    assert process.returncode == code
+    assert said in errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_lets_a_service_end_by_itself_with_code_0(signum: signal.Signals) -> None:
+    process = start('print("up", flush=True); await stop.wait(); print("down", flush=True)')
+    assert process.stdout is not None
+    assert await asyncio.to_thread(process.stdout.readline) == "up\n"
+    process.send_signal(signum)
+    await eventually(lambda: process.poll() is not None, timeout=30)
+    out, errors = process.communicate()
+    assert (process.returncode, out, errors) == (0, "down\n", "")

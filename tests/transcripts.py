@@ -26,7 +26,9 @@ class Transcript(NamedTuple):
 
     @property
     def expected(self) -> list[dict[str, Any]]:
-        return msgspec.json.decode((FOLDER / self.dialect / f"{self.case}.json").read_bytes())
+        return msgspec.json.decode(
+            (FOLDER / self.dialect / f"{self.case}.json").read_bytes(), type=list[dict[str, Any]]
+        )
 
     @property
     def headers(self) -> dict[str, str]:

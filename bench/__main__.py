@@ -83,7 +83,7 @@ def relay(  # noqa: D103, PLR0917  # the text and the names are those of the dec
     chosen = [msgspec.structs.replace(SCENARIOS[name], **given) for name in scenario_names(scenarios or ("paced-200",))]
     # A pipe has no width of its own.
     console = Console(width=None if sys.stdout.isatty() else 130)
-    report = Report(now(), machine(), True, [])
+    report = Report(now(), machine(), False, [])
     m = report.machine
     console.print(f"{m.cores} cores, {m.processor}, {m.memory_gb:g} GB, {m.system}, Python {m.python}", highlight=False)
     try:
@@ -99,14 +99,13 @@ def relay(  # noqa: D103, PLR0917  # the text and the names are those of the dec
                 show(console, report.scenarios[-1])
                 if profile:
                     _show_profile(console, profile)
+        report.good = all(o.good for s in report.scenarios for o in s.outcomes if o.target != peer)
     except (Died, TooLate, PeerNotInstalled, ProfilerMissing) as error:
         console.print(f"[red]not measured:[/] {error}", highlight=False)
-        report.good = False
         sys.exit(EXIT_NOT_RUN)
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
-        report.good = report.good and all(o.good for s in report.scenarios for o in s.outcomes if o.target != peer)
         if json_file:
             json_file.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
     _exit(report, strict)

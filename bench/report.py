@@ -39,7 +39,7 @@ class ScenarioReport(msgspec.Struct):
 
 
 class Report(msgspec.Struct):
-    """Everything that one command measured. ``good``: all was run, and every client got exactly what the provider sent."""
+    """What one command measured. ``good``: all was run, and every client got exactly what the provider sent."""
 
     at: str
     machine: Machine

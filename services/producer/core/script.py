@@ -15,8 +15,8 @@ import msgspec
 import toktok
 
 from schemas.events import ToolCall
-from schemas.requests import Message
 from schemas.usage import Usage
+from services.producer.core.counting import count_input
 from services.producer.core.parts import (
     End,
     Finish,
@@ -121,7 +121,7 @@ def play(call: Call) -> Iterator[Step]:
         yield pause * rng.uniform(0.5, 1.5), [part]
     ending: list[Part] = [Finish("tool_calls" if call.model == "tools" else "stop")]
     if call.model != "no-usage":
-        ending.append(UsagePart(_usage(call.messages, spoken)))
+        ending.append(UsagePart(_usage(call, spoken)))
     yield 0.0, [*ending, End()]
 
 
@@ -188,17 +188,15 @@ def _tool_calls(params: dict[str, Any], topic: str) -> list[Part]:
     return parts
 
 
-def _usage(messages: list[Message], spoken: list[Part]) -> Usage:
-    """Return the exact count of all texts; tool calls count their names and arguments."""
+def _usage(call: Call, spoken: list[Part]) -> Usage:
+    """Return the exact count of all texts; each tool call counts its name and arguments as one text."""
     text = "".join(p.text for p in spoken if isinstance(p, Text))
     reasoning = "".join(p.text for p in spoken if isinstance(p, Reasoning))
-    calls = [p.tool_call for p in spoken if isinstance(p, ToolCallPart)]
-    tools = "".join((call.name or "") + call.arguments for call in calls)
-    asked = [m.content if isinstance(m.content, str) else _joined(m.content) for m in messages]
-    text_tokens, reasoning_tokens, tool_tokens, *inputs = toktok.batch_count([text, reasoning, tools, *asked], ENCODING)
-    output = text_tokens + reasoning_tokens + tool_tokens
-    return Usage(input=sum(inputs), output=output, reasoning=reasoning_tokens)
-
-
-def _joined(content: list[dict[str, Any]] | None) -> str:
-    return "".join(str(part.get("text") or "") for part in content or ())
+    tools: dict[int, str] = {}
+    for part in spoken:
+        if isinstance(part, ToolCallPart):
+            fragment = part.tool_call
+            tools[fragment.index] = tools.get(fragment.index, "") + (fragment.name or "") + fragment.arguments
+    reasoning_tokens, *others = toktok.batch_count([reasoning, text, *tools.values()], ENCODING)
+    asked, _ = count_input(call.messages, call.params, ENCODING)
+    return Usage(input=asked, output=reasoning_tokens + sum(others), reasoning=reasoning_tokens)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from schemas.requests import Message
 from schemas.usage import Usage
+from services.producer.core.counting import count_input
 from services.producer.core.dialects.joined import join
 from services.producer.core.parts import End, Finish, Part, Reasoning, Text, ToolCallPart, UpstreamFailure, UsagePart
 from services.producer.core.prose import pieces
@@ -64,7 +65,14 @@ def test_an_answer_ends_with_its_end_marker(model: str) -> None:
 @pytest.mark.parametrize("model", ["story", "json", "megabyte"])
 def test_reported_usage_is_the_exact_count_of_the_text(model: str) -> None:
     parts = parts_of(call(model))
-    assert usage_of(parts) == Usage(input=counted("Why do rivers bend?"), output=counted(text_of(parts)))
+    asked, _ = count_input(QUESTION, {}, ENCODING)
+    assert usage_of(parts) == Usage(input=asked, output=counted(text_of(parts)))
+
+
+def test_each_tool_call_is_counted_by_itself() -> None:
+    parts = parts_of(call("tools"))
+    calls = [p.tool_call for p in join(parts) if isinstance(p, ToolCallPart)]
+    assert usage_of(parts).output == sum(counted((c.name or "") + c.arguments) for c in calls)
 
 
 def test_reasoning_is_counted_in_output_and_apart() -> None:

@@ -20,7 +20,9 @@ def story(*texts: str, end: Event | None = None) -> list[Event]:
     """A generation that emits these texts and then ends."""
     deltas = [Delta(generation=GENERATION, seq=n, text=text) for n, text in enumerate(texts, start=1)]
     started = Started(generation=GENERATION, seq=0, model="scripted/story", provider="scripted", upstream_model="story")
-    ending = end or Completed(generation=GENERATION, seq=0, counted=Counted(output=len(texts), exact=True))
+    ending = end or Completed(
+        generation=GENERATION, seq=0, finish_reason="stop", counted=Counted(output=len(texts), exact=True)
+    )
     ending.seq = len(texts) + 1
     return [started, *deltas, ending]
 
@@ -112,7 +114,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return
             if number == len(self.delivery.events) and self.delivery.until_cancelled:
                 self.delivery.cancelled.wait(20)
-                self._event(number, Cancelled(generation=GENERATION, seq=event.seq))
+                self._event(number, Cancelled(generation=GENERATION, seq=event.seq, reason="requested"))
                 return
             self._event(number, event)
             if bye:

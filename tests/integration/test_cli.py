@@ -8,27 +8,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from importlib import util
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
 from schemas.events import Completed, Delta, Failed, Interrupted, Notice, Restarted, Started, ToolCall
+from tests.integration.standalone_delivery import GENERATION, Delivery, serving, story
 
-
-def _load(name: str) -> ModuleType:
-    spec = util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-stand_in = _load("standalone_delivery")
-GENERATION = stand_in.GENERATION
 REPOSITORY = Path(__file__).parents[2]
 
 
@@ -67,18 +54,18 @@ def start(*argv: str) -> subprocess.Popen[str]:
 
 
 @pytest.fixture
-def delivery() -> Iterator[Any]:
-    with stand_in.serving(stand_in.Delivery(stand_in.story("Once ", "upon\u2028", "a tïme."))) as serving:
-        yield serving
+def delivery() -> Iterator[Delivery]:
+    with serving(Delivery(story("Once ", "upon\u2028", "a tïme."))) as served:
+        yield served
 
 
-def test_ask_prints_the_answer_and_nothing_else(delivery: Any) -> None:
+def test_ask_prints_the_answer_and_nothing_else(delivery: Delivery) -> None:
     result = tailrace("ask", "tell me", "--url", delivery.url)
     assert (result.returncode, result.stdout, result.stderr) == (0, "Once upon\u2028a tïme.\n", "")
     assert delivery.asked == [{"model": "scripted/story", "messages": [{"role": "user", "content": "tell me"}]}]
 
 
-def test_ask_sends_model_session_and_system_message(delivery: Any) -> None:
+def test_ask_sends_model_session_and_system_message(delivery: Delivery) -> None:
     argv = ["--model", "openai/gpt-4o-mini", "--session", "chat", "--system", "be brief", "--json"]
     result = tailrace("ask", "why?", *argv, TAILRACE_URL=delivery.url)
     assert result.returncode == 0
@@ -87,19 +74,19 @@ def test_ask_sends_model_session_and_system_message(delivery: Any) -> None:
 
 
 @pytest.mark.parametrize("argv", [["-"], []])
-def test_ask_reads_the_question_from_standard_input(delivery: Any, argv: list[str]) -> None:
+def test_ask_reads_the_question_from_standard_input(delivery: Delivery, argv: list[str]) -> None:
     assert tailrace("ask", *argv, "--url", delivery.url, stdin="from a pipe\n").returncode == 0
     assert delivery.asked[0]["messages"][0]["content"] == "from a pipe"
 
 
-def test_ask_without_any_question_is_wrong_usage(delivery: Any) -> None:
+def test_ask_without_any_question_is_wrong_usage(delivery: Delivery) -> None:
     result = tailrace("ask", "--url", delivery.url, stdin="")
     assert result.returncode == 2
     assert "holds no question" in result.stderr
     assert delivery.asked == []
 
 
-def test_tokens_appear_while_the_generation_still_runs(delivery: Any) -> None:
+def test_tokens_appear_while_the_generation_still_runs(delivery: Delivery) -> None:
     delivery.until_cancelled = True
     process = start("ask", "x", "--url", delivery.url)
     assert process.stdout is not None
@@ -108,25 +95,25 @@ def test_tokens_appear_while_the_generation_still_runs(delivery: Any) -> None:
     process.communicate(timeout=20)
 
 
-def test_answer_is_whole_after_lost_connections(delivery: Any) -> None:
+def test_answer_is_whole_after_lost_connections(delivery: Delivery) -> None:
     delivery.cuts = [2, 2, 3, 4]
     result = tailrace("ask", "x", "--url", delivery.url)
     assert (result.returncode, result.stdout) == (0, "Once upon\u2028a tïme.\n")
     assert delivery.resumed_from == ["c0", "c2", "c2", "c3", "c4"]
 
 
-def test_events_sent_twice_are_shown_once(delivery: Any) -> None:
+def test_events_sent_twice_are_shown_once(delivery: Delivery) -> None:
     delivery.cuts, delivery.repeat = [2, 3], True
     assert tailrace("ask", "x", "--url", delivery.url).stdout == "Once upon\u2028a tïme.\n"
 
 
-def test_service_that_drains_or_is_busy_is_resumed(delivery: Any) -> None:
+def test_service_that_drains_or_is_busy_is_resumed(delivery: Delivery) -> None:
     delivery.byes, delivery.busy = 2, 1
     result = tailrace("ask", "x", "--url", delivery.url)
     assert (result.returncode, result.stdout) == (0, "Once upon\u2028a tïme.\n")
 
 
-def test_json_prints_each_event_as_it_is_stored(delivery: Any) -> None:
+def test_json_prints_each_event_as_it_is_stored(delivery: Delivery) -> None:
     result = tailrace("ask", "x", "--json", "--url", delivery.url)
     events = [json.loads(line) for line in result.stdout.split("\n")[:-1]]
     assert [event["type"] for event in events] == ["started", "delta", "delta", "delta", "completed"]
@@ -137,17 +124,17 @@ def test_json_prints_each_event_as_it_is_stored(delivery: Any) -> None:
     ("terminal", "code", "said"),
     [
         (Failed(generation=GENERATION, seq=0, code="upstream_cut_off", message="no end marker"), 1, "upstream_cut_off"),
-        (Interrupted(generation=GENERATION, seq=0), 1, "interrupted"),
+        (Interrupted(generation=GENERATION, seq=0, reason="producer_lost"), 1, "interrupted"),
     ],
 )
-def test_exit_code_follows_the_terminal(delivery: Any, terminal: Any, code: int, said: str) -> None:
-    delivery.events = stand_in.story("some", end=terminal)
+def test_exit_code_follows_the_terminal(delivery: Delivery, terminal: Any, code: int, said: str) -> None:
+    delivery.events = story("some", end=terminal)
     result = tailrace("ask", "x", "--url", delivery.url)
     assert (result.returncode, result.stdout) == (code, "some\n")
     assert said in result.stderr
 
 
-def test_ctrl_c_cancels_the_generation_and_shows_its_end(delivery: Any) -> None:
+def test_ctrl_c_cancels_the_generation_and_shows_its_end(delivery: Delivery) -> None:
     delivery.until_cancelled = True
     process = start("ask", "x", "--url", delivery.url)
     assert process.stdout is not None
@@ -160,9 +147,9 @@ def test_ctrl_c_cancels_the_generation_and_shows_its_end(delivery: Any) -> None:
     assert "Traceback" not in err
 
 
-def test_second_ctrl_c_leaves_at_once(delivery: Any) -> None:
+def test_second_ctrl_c_leaves_at_once(delivery: Delivery) -> None:
     delivery.until_cancelled = True
-    delivery.events = stand_in.story("a")
+    delivery.events = story("a")
     delivery.cancelled = NeverSet()
     process = start("ask", "x", "--url", delivery.url)
     assert process.stdout is not None
@@ -198,13 +185,13 @@ def test_nothing_listening_is_said_with_exit_code_3() -> None:
         assert "Traceback" not in result.stderr
 
 
-def test_problem_of_the_service_is_shown_in_its_words(delivery: Any) -> None:
+def test_problem_of_the_service_is_shown_in_its_words(delivery: Delivery) -> None:
     delivery.problem = (422, {"type": "urn:tailrace:problem:unknown-model", "title": "T", "detail": "no model 'x'"})
     result = tailrace("ask", "x", "--url", delivery.url)
     assert (result.returncode, result.stderr) == (1, "error: T: no model 'x'\n")
 
 
-def test_server_that_is_not_tailrace_is_said(delivery: Any) -> None:
+def test_server_that_is_not_tailrace_is_said(delivery: Delivery) -> None:
     delivery.problem = (200, {})
     result = tailrace("ask", "x", "--url", delivery.url)
     assert result.returncode == 1
@@ -218,7 +205,7 @@ def test_unusable_address_and_name_are_wrong_usage() -> None:
     assert "Traceback" not in result.stderr
 
 
-def test_reasoning_notices_and_tool_calls_stay_out_of_the_piped_answer(delivery: Any) -> None:
+def test_reasoning_notices_and_tool_calls_stay_out_of_the_piped_answer(delivery: Delivery) -> None:
     events = [
         Started(generation=GENERATION, seq=0, model="m", provider="p", upstream_model="m"),
         Notice(generation=GENERATION, seq=1, code="retrying", message="asking again"),
@@ -234,14 +221,14 @@ def test_reasoning_notices_and_tool_calls_stay_out_of_the_piped_answer(delivery:
     assert result.stderr == 'asking again\nlet me see\n→ weather {"a":1}\n'
 
 
-def test_restart_is_said(delivery: Any) -> None:
+def test_restart_is_said(delivery: Delivery) -> None:
     delivery.events = [
         Started(generation=GENERATION, seq=0, model="m", provider="p", upstream_model="m"),
         Delta(generation=GENERATION, seq=1, text="old"),
         Restarted(generation=GENERATION, seq=2, epoch=2, reason="producer_lost"),
         Delta(generation=GENERATION, seq=3, text="zombie"),
         Delta(generation=GENERATION, seq=3, epoch=2, text="new"),
-        Completed(generation=GENERATION, seq=4, epoch=2),
+        Completed(generation=GENERATION, seq=4, epoch=2, finish_reason="stop"),
     ]
     result = tailrace("ask", "x", "--url", delivery.url)
     assert result.stdout == "old\nnew\n"
@@ -273,14 +260,14 @@ def on_a_terminal(*argv: str, **variables: str) -> tuple[int, str]:
     return process.wait(20), shown.decode().replace("\r\n", "\n")
 
 
-def test_terminal_gets_dim_reasoning_and_no_control_characters_of_the_answer(delivery: Any) -> None:
-    delivery.events = stand_in.story("x", "red \x1b[31m\x07")
+def test_terminal_gets_dim_reasoning_and_no_control_characters_of_the_answer(delivery: Delivery) -> None:
+    delivery.events = story("x", "red \x1b[31m\x07")
     delivery.events[1] = Delta(generation=GENERATION, seq=1, reasoning="hm")
     code, shown = on_a_terminal("ask", "x", "--url", delivery.url)
     assert (code, shown) == (0, "\x1b[2mhm\x1b[0m\x1b[2m\n\x1b[0mred �[31m�\n")
 
 
-def test_no_color_switches_escape_codes_off(delivery: Any) -> None:
+def test_no_color_switches_escape_codes_off(delivery: Delivery) -> None:
     delivery.events[1] = Delta(generation=GENERATION, seq=1, reasoning="hm")
     delivery.documents["/v1/sessions"] = SESSIONS
     assert "\x1b" not in on_a_terminal("ask", "x", "--url", delivery.url, NO_COLOR="1")[1]
@@ -296,7 +283,7 @@ SESSIONS = {
 }
 
 
-def test_sessions_are_a_table_without_cuts_or_colours_in_a_pipe(delivery: Any) -> None:
+def test_sessions_are_a_table_without_cuts_or_colours_in_a_pipe(delivery: Delivery) -> None:
     delivery.documents["/v1/sessions"] = SESSIONS
     result = tailrace("sessions", "--url", delivery.url, FORCE_COLOR="1")
     lines = result.stdout.splitlines()
@@ -307,7 +294,7 @@ def test_sessions_are_a_table_without_cuts_or_colours_in_a_pipe(delivery: Any) -
     assert json.loads(tailrace("sessions", "--json", "--url", delivery.url).stdout)["sessions"] == SESSIONS["sessions"]
 
 
-def test_cancel_without_a_generation_cancels_what_has_not_ended(delivery: Any) -> None:
+def test_cancel_without_a_generation_cancels_what_has_not_ended(delivery: Delivery) -> None:
     states = {"gen_1": "completed", "gen_2": "running", "gen_3": "queued"}
     generations = [{"generation": name, "state": state} for name, state in states.items()]
     delivery.documents["/v1/sessions/chat"] = {"session": "chat", "generations": generations}
@@ -317,12 +304,12 @@ def test_cancel_without_a_generation_cancels_what_has_not_ended(delivery: Any) -
     assert result.stdout == "gen_2  cancelling\ngen_3  cancelling\n"
 
 
-def test_cancel_of_an_unknown_session_fails(delivery: Any) -> None:
+def test_cancel_of_an_unknown_session_fails(delivery: Delivery) -> None:
     result = tailrace("cancel", "nobody", "--url", delivery.url)
     assert (result.returncode, result.stderr) == (1, "error: There is no such thing\n")
 
 
-def test_tail_follows_over_a_lost_connection_until_interrupted(delivery: Any) -> None:
+def test_tail_follows_over_a_lost_connection_until_interrupted(delivery: Delivery) -> None:
     delivery.cuts = [3]
     process = start("tail", "chat", "--json", "--from", "start", "--url", delivery.url)
     assert process.stdout is not None
@@ -334,7 +321,7 @@ def test_tail_follows_over_a_lost_connection_until_interrupted(delivery: Any) ->
     assert "Traceback" not in err
 
 
-def test_tail_after_a_cursor_begins_in_the_middle(delivery: Any) -> None:
+def test_tail_after_a_cursor_begins_in_the_middle(delivery: Delivery) -> None:
     process = start("tail", "chat", "--after", "c3", "--url", delivery.url)
     assert process.stdout is not None
     assert process.stdout.readline() == "a tïme.\n"
@@ -343,8 +330,35 @@ def test_tail_after_a_cursor_begins_in_the_middle(delivery: Any) -> None:
     assert delivery.resumed_from[0] == "c3"
 
 
-def test_output_closed_early_ends_quietly(delivery: Any) -> None:
-    delivery.events = stand_in.story(*["many words "] * 20_000)
+TOTALS = {"generations": 2, "output": 1500, "counted_output": 1500}
+USED = {
+    "generation": "gen_1",
+    "model": "m",
+    "state": "completed",
+    "status": "matched",
+    "counted": {"input": 8, "output": 300},
+    "reported": None,
+}
+
+
+def test_usage_is_summed_by_model_or_listed_for_a_session(delivery: Delivery) -> None:
+    rows = [{"key": {"model": "scripted/story"}, "totals": TOTALS}]
+    delivery.documents["/v1/usage"] = {"group_by": ["model"], "rows": rows, "next": None}
+    delivery.documents["/v1/usage/sessions/chat"] = {"totals": TOTALS, "generations": [USED], "next": None}
+    summed = tailrace("usage", TAILRACE_BILLING_URL=delivery.url)
+    assert [line.split() for line in summed.stdout.splitlines()] == [
+        ["model", "generations", "output", "counted", "output"],
+        ["scripted/story", "2", "1,500", "1,500"],
+    ]
+    listed = tailrace("usage", "chat", "--billing-url", delivery.url)
+    assert listed.stdout.splitlines()[1].split() == ["gen_1", "m", "completed", "matched", "8", "300"]
+    assert "in all: generations 2, output 1,500" in listed.stderr
+    as_json = tailrace("usage", "--json", "--billing-url", delivery.url)
+    assert json.loads(as_json.stdout) == delivery.documents["/v1/usage"]
+
+
+def test_output_closed_early_ends_quietly(delivery: Delivery) -> None:
+    delivery.events = story(*["many words "] * 20_000)
     process = start("ask", "x", "--url", delivery.url)
     assert process.stdout is not None
     assert process.stdout.read(5) == "many "
@@ -361,7 +375,7 @@ def test_completion_script_names_the_command(shell: str) -> None:
     assert "_TAILRACE_COMPLETE" in result.stdout
 
 
-def test_completion_offers_sessions(delivery: Any) -> None:
+def test_completion_offers_sessions(delivery: Delivery) -> None:
     delivery.documents["/v1/sessions"] = SESSIONS
     result = tailrace(
         _TAILRACE_COMPLETE="bash_complete",

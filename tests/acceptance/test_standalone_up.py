@@ -1,0 +1,170 @@
+"""`tailrace up` with the real services: asked, stopped, started again, killed."""
+
+import contextlib
+import os
+import pty
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.acceptance.processes import REPOSITORY, clean_environment
+
+pytestmark = pytest.mark.acceptance
+ANY_PORTS = ("--port", "0", "--billing-port", "0", "--producer-port", "0", "--nats-port", "0")
+
+
+def tailrace(*argv: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "services.standalone.cli", *argv]
+    return subprocess.run(
+        command,
+        cwd=REPOSITORY,
+        env=clean_environment(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+class Up:
+    """`tailrace up` on a terminal of its own; what it shows goes to a file."""
+
+    def __init__(self, folder: Path, *argv: str) -> None:
+        self.shown = folder / "shown"
+        self._ours, theirs = pty.openpty()
+        command = [sys.executable, "-m", "services.standalone.cli", "up", "--data", str(folder / "data"), *argv]
+        with self.shown.open("wb") as output:
+            self.process = subprocess.Popen(
+                command,
+                cwd=REPOSITORY,
+                env=clean_environment(),
+                stdin=theirs,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        os.close(theirs)
+        self._wait_for("Ctrl-C stops everything")
+        self.children = psutil.Process(self.process.pid).children(recursive=True)
+
+    def _wait_for(self, text: str) -> None:
+        deadline = time.monotonic() + 90
+        while text not in self.shown.read_text():
+            assert self.process.poll() is None, self.shown.read_text()
+            assert time.monotonic() < deadline, self.shown.read_text()
+            time.sleep(0.05)
+
+    def address(self, label: str) -> str:
+        match = re.search(rf"{label} +(http://[\d.:]+)", self.shown.read_text())
+        assert match is not None
+        return match[1]
+
+    def interrupt(self) -> int:
+        """Ctrl-C as a terminal sends it: to the whole foreground group."""
+        os.killpg(self.process.pid, signal.SIGINT)
+        return self.process.wait(60)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait(10)
+        os.close(self._ours)
+
+
+@contextlib.contextmanager
+def up(folder: Path, *argv: str) -> Iterator[Up]:
+    folder.mkdir(exist_ok=True)
+    running = Up(folder, *(argv or ANY_PORTS))
+    try:
+        yield running
+    finally:
+        running.close()
+
+
+def all_gone(processes: Sequence[psutil.Process]) -> bool:
+    _gone, alive = psutil.wait_procs(processes, timeout=10)
+    return not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_ask_stop_and_start_again_keeps_sessions_and_usage(tmp_path: Path) -> None:
+    with up(tmp_path, *ANY_PORTS, "--producers", "2") as first:
+        assert len(first.children) == 5
+        url = first.address("page")
+        asked = tailrace("ask", "tell me about rivers", "--session", "kept", "--url", url)
+        assert (asked.returncode, asked.stderr) == (0, "")
+        assert first.interrupt() == 0
+        assert all_gone(first.children)
+    assert "no API key set: the scripted provider answers" in first.shown.read_text()
+    assert first.shown.read_text().endswith("stopped\n")
+    with up(tmp_path) as second:
+        sessions = tailrace("sessions", "--url", second.address("page"))
+        assert "kept" in sessions.stdout
+        replay = tailrace("usage", "kept", "--billing-url", second.address("billing"))
+        assert "completed" in replay.stdout
+        assert second.interrupt() == 0
+        assert all_gone(second.children)
+
+
+def test_second_start_on_the_same_folder_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
+    with up(tmp_path) as first:
+        refused = tailrace("up", "--data", str(tmp_path / "data"), *ANY_PORTS)
+        assert refused.returncode == 2
+        assert (
+            f"in use by another `tailrace up` (process {first.process.pid}, {first.address('page')})" in refused.stderr
+        )
+        assert first.interrupt() == 0
+
+
+def test_taken_ports_are_all_named_and_nothing_starts(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as two:
+        page, nats = (str(s.getsockname()[1]) for s in (one, two))
+        refused = tailrace("up", "--data", str(tmp_path / "data"), *ANY_PORTS, "--port", page, "--nats-port", nats)
+    assert refused.returncode == 2
+    assert f"{page} for delivery: address already in use" in refused.stderr
+    assert f"{nats} for NATS: address already in use" in refused.stderr
+    assert list((tmp_path / "data" / "logs").iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")
+def test_nothing_outlives_a_killed_up_and_the_next_start_resumes(tmp_path: Path) -> None:
+    with up(tmp_path) as first:
+        assert tailrace("ask", "x", "--session", "kept", "--url", first.address("page")).returncode == 0
+        first.process.kill()
+        first.process.wait(10)
+        assert all_gone(first.children)
+    with up(tmp_path) as second:
+        assert "kept" in tailrace("sessions", "--url", second.address("page")).stdout
+        assert second.interrupt() == 0
+
+
+def test_answer_goes_on_when_delivery_is_killed(tmp_path: Path) -> None:
+    with up(tmp_path) as running:
+        url = running.address("page")
+        question = ("ask", "a long story", "--url", url)
+        undisturbed = tailrace(*question, "--session", "calm")
+        asking = subprocess.Popen(
+            [sys.executable, "-m", "services.standalone.cli", *question, "--session", "disturbed"],
+            cwd=REPOSITORY,
+            env=clean_environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert asking.stdout is not None
+        begun = asking.stdout.read(20)
+        (delivery,) = [p for p in running.children if "services.delivery" in p.cmdline()]
+        delivery.kill()
+        answer = begun + asking.stdout.read()
+        assert asking.wait(60) == 0
+        assert answer == undisturbed.stdout
+        assert "delivery was ended by SIGKILL; starting it again" in running.shown.read_text()
+        assert running.interrupt() == 0

@@ -51,6 +51,8 @@ class Member:
                 started = time.monotonic()
                 code = await self._run_once()
                 if self._stop.is_set():
+                    if code > 0:
+                        self._say(f"{self.spec.name} {_describe(code)} while stopping; its log is {self._output.path}")
                     return
                 if time.monotonic() - started > HEALTHY_AFTER:
                     self._crashes = 0

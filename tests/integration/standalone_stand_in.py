@@ -1,6 +1,6 @@
 """Stands in for a service: answers /readyz, says when it stops, and misbehaves when asked to.
 
-    python standalone_stand_in.py PORT JOURNAL NAME [stubborn | broken | slow]
+    python standalone_stand_in.py PORT JOURNAL NAME [stubborn | broken | clumsy]
 
 Appends "<NAME> start <pid>" and "<NAME> stop" to JOURNAL. GET /crash ends it with exit code 1.
 """
@@ -30,7 +30,7 @@ class Handler(BaseHTTPRequestHandler):
 def stop(_signum: int, _frame: object) -> None:
     if mode != "stubborn":
         note("stop")
-        os._exit(0)
+        os._exit(1 if mode == "clumsy" else 0)
 
 
 mode = sys.argv[4] if len(sys.argv) > 4 else ""

@@ -175,6 +175,13 @@ async def test_service_that_ignores_the_wish_to_end_is_killed_after_its_grace(tr
     assert tree.notes()[-1] == "billing stop"
 
 
+async def test_service_that_fails_while_it_stops_is_said(tree: Tree) -> None:
+    tree.add("delivery", mode="clumsy")
+    async with running(tree):
+        pass
+    assert any("delivery ended with exit code 1 while stopping; its log is" in line for line in tree.said)
+
+
 async def test_second_wish_to_stop_kills_at_once(tree: Tree) -> None:
     tree.add("delivery", mode="stubborn", grace=600)
     async with running(tree) as supervisor:

@@ -9,7 +9,7 @@ from litestar.config.cors import CORSConfig
 from litestar.datastructures import State
 from litestar.openapi import OpenAPIConfig, ResponseSpec
 from litestar.openapi.spec import Example
-from litestar.params import Parameter
+from litestar.params import PathParameter, QueryParameter
 
 from schemas.names import InvalidName, check_name
 from services.billing.adapters.reports import Reports, Totals
@@ -42,9 +42,11 @@ _PROBLEMS: Final = {
 _NOT_FOUND: Final = {
     404: ResponseSpec(ProblemDetails, description="Billing knows no such thing", media_type="application/problem+json")
 }
-Text = Annotated[str | None, Parameter(max_length=200, pattern=r"^[^\x00]*$")]
-Limit = Annotated[int, Parameter(ge=1, le=1_000, description="Most rows of one page", examples=[Example(value=100)])]
-Cursor = Annotated[str | None, Parameter(max_length=2_000, description="`next` of the page before")]
+Text = Annotated[str | None, QueryParameter(max_length=200, pattern=r"^[^\x00]*$")]
+Limit = Annotated[
+    int, QueryParameter(ge=1, le=1_000, description="Most rows of one page", examples=[Example(value=100)])
+]
+Cursor = Annotated[str | None, QueryParameter(max_length=2_000, description="`next` of the page before")]
 _MOMENTS: Final = [Example(summary="a day, UTC", value="2026-01-31"), Example(value="2026-01-31T12:00:00Z")]
 
 
@@ -58,7 +60,7 @@ _MOMENTS: Final = [Example(summary="a day, UTC", value="2026-01-31"), Example(va
 async def generation_usage(
     request: Request[Any, Any, Any],
     state: State,
-    generation: Annotated[str, Parameter(examples=[Example(value="gen_01JA2B3C4D5E6F7G8H")])],
+    generation: Annotated[str, PathParameter(examples=[Example(value="gen_01JA2B3C4D5E6F7G8H")])],
 ) -> GenerationUsage:
     """Counted and reported tokens, how they compare, and how the generation ended. Counts run while it streams."""
     _only(request, ())
@@ -78,7 +80,7 @@ async def generation_usage(
 async def session_usage(
     request: Request[Any, Any, Any],
     state: State,
-    session: Annotated[str, Parameter(examples=[Example(value="chat-42")])],
+    session: Annotated[str, PathParameter(examples=[Example(value="chat-42")])],
     limit: Limit = DEFAULT_LIMIT,
     cursor: Cursor = None,
 ) -> SessionUsage:
@@ -104,12 +106,14 @@ async def session_usage(
 
 @get("/", summary="Usage by group", operation_id="usage", tags=["usage"], responses=_PROBLEMS)
 async def usage(
+    *,
     request: Request[Any, Any, Any],
     state: State,
     from_: Annotated[
-        str | None, Parameter(query="from", description="Start, inclusive, of generations' start", examples=_MOMENTS)
+        str | None,
+        QueryParameter(name="from", description="Start, inclusive, of generations' start", examples=_MOMENTS),
     ] = None,
-    to: Annotated[str | None, Parameter(description="End, exclusive", examples=_MOMENTS)] = None,
+    to: Annotated[str | None, QueryParameter(description="End, exclusive", examples=_MOMENTS)] = None,
     tenant: Text = None,
     model: Text = None,
     provider: Text = None,
@@ -117,7 +121,7 @@ async def usage(
     session: Text = None,
     group_by: Annotated[
         list[str] | None,
-        Parameter(
+        QueryParameter(
             description="Dimensions, by commas or repeated: tenant, session, model, provider, status, day, hour (UTC)",
             examples=[Example(value=["model,day"])],
         ),
@@ -201,6 +205,7 @@ def _answer(problem: Problem) -> Response[bytes]:
 def build_api(reports: Reports, tenant: str, checks: Mapping[str, Check], cors_origins: Sequence[str] = ()) -> Litestar:
     """Return the ASGI application. Answers are those of ``tenant``; ``checks`` make up readiness."""
     return Litestar(
+        logging_config=None,  # logs are set up once, by the service
         route_handlers=[Router("/v1/usage", route_handlers=[generation_usage, session_usage, usage]), probes(checks)],
         state=State({"reports": reports, "tenant": tenant}),
         exception_handlers={**EXCEPTION_HANDLERS, BadQuestion: _refuse, LedgerUnavailable: _postpone},

@@ -38,8 +38,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     ``database_url``: ``sqlite:///…`` or ``postgresql://…``; without one a file ``billing.db`` in the data folder.
     ``tolerance_absolute`` and ``tolerance_relative``: counted and reported match when they differ by no more than the
-    larger of the two. ``grace``: how long a provider may take to report. ``batch``, ``interval``: a transaction holds at
-    most so many events and begins at most so long after the first of them. ``hold``: how long after a crash of the
+    larger of the two. ``grace``: how long a provider may take to report. ``batch``, ``interval``: a transaction holds
+    at most so many events and begins at most so long after the first of them. ``hold``: how long after a crash of the
     process that reads a partition another one takes over.
     """
 

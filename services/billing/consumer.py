@@ -67,7 +67,7 @@ class Consumer:
 
     async def _once(self) -> None:
         try:
-            held = await self._retrying(self._begin)
+            held: bool = await self._retrying(self._begin)
             if held:
                 await self._follow()
             else:

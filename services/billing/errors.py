@@ -15,7 +15,7 @@ class LedgerUnavailable(BillingError):
 
 
 class Fenced(BillingError):
-    """Another process has taken the partition or moved its position: forget what was computed and begin from its row."""
+    """Another process has taken the partition or moved its position: forget all and begin from its row."""
 
     def __init__(self, partition: int) -> None:
         self.partition = partition

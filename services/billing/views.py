@@ -71,8 +71,8 @@ class GenerationUsage(msgspec.Struct, kw_only=True):
     """What billing knows of one generation. Times in RFC 3339, UTC.
 
     ``state``: ``running``, or how it ended. ``status``: how counted and reported compare. ``counted`` runs while the
-    generation streams; ``reported`` is null until the provider has said what it used. ``settles_at``: when a report that
-    is waited for is given up.
+    generation streams; ``reported`` is null until the provider has said what it used. ``settles_at``: when a report
+    that is waited for is given up.
     """
 
     generation: str

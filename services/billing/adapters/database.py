@@ -67,7 +67,7 @@ async def open_engine(url: URL) -> AsyncIterator[AsyncEngine]:
 
 
 def _prepare_sqlite(engine: AsyncEngine) -> None:
-    """Let SQLAlchemy, not the driver, begin transactions: writers at once with the lock, so that two cannot deadlock."""
+    """Let SQLAlchemy, not the driver, begin transactions: writers with the lock, so that two never deadlock."""
 
     def connected(connection: Any, _record: Any) -> None:
         connection.isolation_level = None

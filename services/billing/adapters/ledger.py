@@ -1,8 +1,8 @@
 """The ledger: generations and positions in SQL.
 
-A batch is one transaction. It first moves the partition's position from where this process believes it to be, under this
-process's hold; when that matches no row, somebody else has moved it, and nothing is written. That is what makes two
-processes at once safe, whatever their clocks say. The time of the hold only saves them from working in vain.
+A batch is one transaction. It first moves the partition's position from where this process believes it to be, under
+this process's hold; when that matches no row, somebody else has moved it, and nothing is written. That is what makes
+two processes at once safe, whatever their clocks say. The time of the hold only saves them from working in vain.
 """
 
 from collections.abc import Collection, Sequence
@@ -34,7 +34,7 @@ _update_progress = (
 
 
 class Ledger:
-    """The database as the consumer needs it. ``holder`` names this process; ``hold`` is how long a hold lasts in seconds."""
+    """The database as the consumer needs it. ``holder`` names this process; ``hold``: its length in seconds."""
 
     def __init__(self, engine: AsyncEngine, holder: str, *, hold: float = 5.0) -> None:
         self.engine = engine

@@ -1,4 +1,4 @@
-"""A partition's log as billing reads it: pulled through its durable consumer, or read directly where that left holes."""
+"""A partition's log as billing reads it: pulled through its durable consumer, or read directly where that has holes."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -23,7 +23,8 @@ PULL_BYTES: Final = 16 * 1024 * 1024
 PATIENCE: Final = 1.5
 """Seconds that the end of a pull may be late before the pull is taken for lost."""
 _ENDED: Final = ("404", "408")
-_TOO_MUCH: Final = "Message Size Exceeds MaxBytes"
+_FULL: Final = ("Batch Completed", "Message Size Exceeds MaxBytes")
+"""Descriptions of status 409 that tell of nothing wrong."""
 
 
 class Pulled(msgspec.Struct):
@@ -137,7 +138,7 @@ class Tail:
             return  # of an earlier pull
         headers = msg.headers or {}
         status, description = headers.get("Status", ""), headers.get("Description", "")
-        if status not in _ENDED and description != _TOO_MUCH:
+        if status not in _ENDED and description not in _FULL:
             log.info("pull ended early", stream=self.spec.stream, status=status, description=description)
             self._pulled.doubtful = True
         self._done.set()

@@ -27,7 +27,7 @@ class Group(msgspec.Struct):
 
 
 class Batch(msgspec.Struct):
-    """What a batch changes: rows to write whole, rows of which only the running count moved, and how events were judged."""
+    """What a batch changes: rows to write whole, rows whose running count alone moved, and how events were judged."""
 
     whole: list[Generation] = []
     progress: list[Generation] = []

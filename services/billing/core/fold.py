@@ -40,7 +40,7 @@ _DROPPED: Final = {
 
 
 class Folded(NamedTuple):
-    """The generation after its records (``None`` while none was accepted), what changed, and how often each verdict fell."""
+    """The generation after its records (``None`` while none was accepted), what changed, and the verdicts."""
 
     generation: Generation | None
     change: Change

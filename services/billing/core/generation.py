@@ -21,7 +21,7 @@ class Key(NamedTuple):
 
 
 class Generation(msgspec.Struct, kw_only=True):
-    """One generation, folded from its events. Times in milliseconds since 1970, by the producer's clock; sizes in tokens.
+    """One generation, folded from its events. Times in milliseconds since 1970 (producer's clock); sizes in tokens.
 
     ``log_seq``: stream sequence of the last event that changed anything here. ``epoch``, ``next_seq``: how far the
     acceptance rule has come. ``headless``: its first events had expired before they were read; counts are still right,

@@ -35,7 +35,7 @@ class BadQuestion(ValueError):
 
 
 class Filters(msgspec.Struct, frozen=True, kw_only=True):
-    """What is asked about. ``start`` (inclusive) and ``end`` (exclusive) in milliseconds since 1970, by ``started_at``."""
+    """What is asked about. ``start`` (inclusive) and ``end`` (exclusive) bound ``started_at``, in its unit."""
 
     start: int | None = None
     end: int | None = None
@@ -100,7 +100,7 @@ def parse_status(text: str | None) -> str | None:
 
 
 def write_page(question: object, key: PageKey) -> str:
-    """Return the opaque cursor of the page after ``key`` in the answer to ``question`` (anything that prints stably)."""
+    """Return the opaque cursor of the page after ``key`` in the answer to ``question`` (any stable value)."""
     return base64.urlsafe_b64encode(msgspec.json.encode([_digest(question), *key])).decode().rstrip("=")
 
 

@@ -13,7 +13,7 @@ __all__ = ["Joined", "join"]
 
 
 class Joined(NamedTuple):
-    """What follows the position without a hole; how many came before it (repeats); and up to where the log must be read.
+    """What follows the position without a hole, how many came before it, and up to where the log must be read.
 
     ``read_up_to`` is set when something between the position and the last delivered event was not delivered: then
     ``ready`` is empty and all of it is read from the log.

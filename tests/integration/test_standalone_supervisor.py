@@ -69,11 +69,19 @@ class Tree:
         return Supervisor(self.specs, self.folder, self.said.append)
 
 
+def runs(pid: int) -> bool:
+    """An ended process whose new parent has not noticed yet does not run."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 @pytest.fixture
 def tree(tmp_path: Path) -> Iterator[Tree]:
     tree = Tree(tmp_path)
     yield tree
-    left = [pid for pid in tree.pids() if psutil.pid_exists(pid)]
+    left = [pid for pid in tree.pids() if runs(pid)]
     for pid in left:
         os.kill(pid, signal.SIGKILL)
     assert left == [], "processes were left running"
@@ -216,7 +224,7 @@ def start_runner(tree: Tree) -> subprocess.Popen[str]:
 
 def gone(pids: list[int]) -> bool:
     deadline = time.monotonic() + 10
-    while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids):
+    while any(runs(pid) for pid in pids):
         if time.monotonic() > deadline:
             return False
         time.sleep(0.02)

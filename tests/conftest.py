@@ -12,9 +12,13 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from schemas.topology import Topology
 from services.kit.broker import Broker
+
+settings.register_profile("tailrace", deadline=None)
+settings.load_profile("tailrace")
 
 
 def require(condition: object, reason: str) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 import msgspec
-from litestar import Litestar, MediaType, Request, Response, get
+from litestar import Litestar, MediaType, Request, Response, get, route
 from litestar.config.cors import CORSConfig
+from litestar.datastructures import CacheControlHeader
 from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import ScalarRenderPlugin
 from litestar.static_files import create_static_files_router
@@ -88,9 +89,10 @@ async def main(stop: asyncio.Event) -> None:
         clock = SystemClock()
         hub = Hub(broker, clock, shared.partitions, settings.limits())
         app = build_app(hub, shared, settings)
-        async with serving(
-            app, settings.host, settings.port, connections=settings.connections
-        ), asyncio.TaskGroup() as group:
+        async with (
+            serving(app, settings.host, settings.port, connections=settings.connections),
+            asyncio.TaskGroup() as group,
+        ):
             sweeper = group.create_task(hub.run())
             await stop.wait()
             await hub.drain(settings.drain)
@@ -155,7 +157,7 @@ def _console(settings: Settings) -> list[Any]:
         "Referrer-Policy": "no-referrer",
     }
 
-    @get("/", include_in_schema=False, sync_to_thread=False)
+    @route("/", http_method=["GET", "HEAD"], include_in_schema=False, sync_to_thread=False)
     def page() -> Response[bytes]:
         return Response((_CONSOLE / "index.html").read_bytes(), media_type=MediaType.HTML, headers=headers)
 
@@ -164,6 +166,6 @@ def _console(settings: Settings) -> list[Any]:
         return {"billing": settings.billing_url, "models": settings.console_models}
 
     files = create_static_files_router(
-        "/console", [_CONSOLE], include_in_schema=False
+        "/console", [_CONSOLE], include_in_schema=False, cache_control=CacheControlHeader(no_cache=True)
     )
     return [page, config, files]

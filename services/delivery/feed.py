@@ -8,7 +8,7 @@ import structlog
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
-from schemas.acceptance import BEGINNING, Position, Verdict, judge
+from schemas.acceptance import BEGINNING, Position, Verdict, joining, judge
 from schemas.codec import Header, MalformedEvent, decode_header
 from schemas.cursor import CursorIssuer
 from schemas.subjects import live_filter, log_filter
@@ -25,6 +25,7 @@ __all__ = ["Feed", "LogReader"]
 log = structlog.get_logger()
 WRITE_BYTES: Final = 1024 * 1024
 OPEN_TRIES: Final = 16
+_SEEN: Final = {verdict: metrics.EVENTS_IN.labels(verdict.value) for verdict in Verdict}
 BEHIND_MESSAGES: Final = 20_000
 
 
@@ -39,6 +40,7 @@ class LogReader:
         self.broker = broker
         self.stream = token_stream(partition)
         self.positions = Positions()
+        self.headless: set[str] = set()  # generations whose beginning the log no longer keeps; bounded by what it keeps
         self._partition = partition
         self._tenant = tenant
         self._session = session
@@ -62,13 +64,17 @@ class LogReader:
             log.warning("malformed event in the log", seq=stored.seq, detail=str(error))
             return None
         if not self.positions.knows(header.generation):
-            self.positions.begin(header.generation, await self.position_before(header.generation, stored.seq))
+            position = await self.position_before(header.generation, stored.seq)
+            if position is BEGINNING and header.seq > 0:
+                position = joining(header.epoch, header.seq)
+                self.headless.add(header.generation)
+            self.positions.begin(header.generation, position)
         return self.judge(header, stored)
 
     def judge(self, header: Header, stored: Stored) -> Entry | None:
         """Apply the rule to an event of a generation whose position is known."""
         verdict = self.positions.offer(header)
-        metrics.EVENTS_IN.labels(verdict.value).inc()
+        _SEEN[verdict].inc()
         if verdict is not Verdict.ACCEPTED:
             return None
         return Entry(stored.seq, header.generation, header.type, stored.data)
@@ -80,7 +86,12 @@ class LogReader:
             return position
         async for batch in self.broker.read(self.stream, self.subject(generation), up_to=seq - 1):
             for stored in batch:
-                header = decode_header(stored.data)
+                try:
+                    header = decode_header(stored.data)
+                except MalformedEvent:
+                    continue
+                if position is BEGINNING and header.seq > 0:
+                    position = joining(header.epoch, header.seq)
                 position, _ = judge(position, header.type, header.epoch, header.seq)
         return position
 
@@ -113,6 +124,7 @@ class Feed:
         self._reading = asyncio.Lock()
         self._flush_due = False
         self._newest_at = 0.0
+        self._loop = asyncio.get_running_loop()
 
     async def open(self) -> None:
         """Subscribe to the live subject, read back the running or latest answer, and join both.
@@ -152,6 +164,11 @@ class Feed:
         """Return the stream sequence *before* the running or latest answer."""
         start = replay_start(self.tail.spans)
         return self._last_seq if start is None else start - 1
+
+    def is_headless(self, generation: str | None) -> bool:
+        """Tell whether a replay from memory begins in the middle of an answer because the log keeps no more of it."""
+        headless = self._reader.headless
+        return bool(headless) if generation is None else generation in headless
 
     @property
     def last_seq(self) -> int:
@@ -274,7 +291,7 @@ class Feed:
             self._newest_at = header.at
             if not self._flush_due:
                 self._flush_due = True
-                asyncio.get_running_loop().call_soon(self._flush)
+                self._loop.call_soon(self._flush)
 
     async def _heal(self, stored: Stored) -> None:
         """Messages are missing before ``stored``: read them from the log."""

@@ -1,7 +1,9 @@
-"""All feeds of a process: opened on demand, shared by their subscribers, closed when nobody has listened for a while."""
+"""All feeds of a process: opened on demand, shared by their subscribers, closed when nobody listens any more."""
 
 import asyncio
+import contextlib
 import random
+from collections.abc import Iterator
 from typing import Any, Final
 
 import structlog
@@ -63,6 +65,9 @@ class Hub:
         self._feeds: dict[tuple[str, str], Feed] = {}  # bounded by limits.feeds
         self._opening: dict[tuple[str, str], asyncio.Task[Feed]] = {}
         self._states: dict[int, tuple[float, StreamState]] = {}
+        self._streams = 0
+        self._quiet = asyncio.Event()
+        self._quiet.set()
         self._catch_ups = asyncio.Semaphore(CATCH_UPS)
         self._tasks: set[asyncio.Task[None]] = set()
         broker.on_reconnect(self._reconnected)
@@ -130,6 +135,7 @@ class Hub:
     async def _send_stored(self, reader: LogReader, subscriber: Subscriber, prefix: bytes, floor: int) -> bool:
         generation = subscriber.generation
         filter_ = reader.subject(generation or "*")
+        told: set[str] = set()
         async for batch in self.broker.read(reader.stream, filter_, subscriber.seq + 1, up_to=floor):
             frames = []
             ends = False
@@ -137,21 +143,34 @@ class Hub:
                 entry = await reader.accept(stored)
                 if entry is None:
                     continue
+                if entry.generation in reader.headless - told:
+                    told.add(entry.generation)
+                    frames.append(sse.gap_frame("beginning_expired", entry.generation))
                 frames.append(subscriber.framing(entry, prefix))
                 if generation is not None and entry.terminal:
                     ends = True
                     break
             if frames:
                 metrics.EVENTS_OUT.inc(len(frames))
-                await subscriber.send(
-                    {"type": "http.response.body", "body": b"".join(frames), "more_body": not ends}
-                )
+                await subscriber.send({"type": "http.response.body", "body": b"".join(frames), "more_body": not ends})
             subscriber.seq = batch[-1].seq
             if ends:
                 return True
             if subscriber.done.done():
                 return False
         return False
+
+    @contextlib.contextmanager
+    def stream(self) -> Iterator[None]:
+        """Count a stream as open while the block runs; `drain` waits for all of them."""
+        self._streams += 1
+        self._quiet.clear()
+        try:
+            yield
+        finally:
+            self._streams -= 1
+            if self._streams == 0:
+                self._quiet.set()
 
     def lifetime(self) -> float:
         """Return when a stream that begins now is to end (monotonic seconds)."""
@@ -169,9 +188,9 @@ class Hub:
         subscribers = [s for feed in self._feeds.values() for s in feed.subscribers]
         for subscriber in subscribers:
             subscriber.finish("drain")
-        deadline = self.clock.monotonic() + seconds
-        while any(feed.subscribers for feed in self._feeds.values()) and self.clock.monotonic() < deadline:
-            await asyncio.sleep(0.05)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._quiet.wait()
         for feed in list(self._feeds.values()):
             await feed.close()
 

@@ -23,7 +23,8 @@ __all__ = ["GenerationWish", "Intake"]
 
 _MAX_METADATA: Final = 16
 CANCEL_TRIES: Final = 5
-Text = Annotated[str, msgspec.Meta(max_length=512)]
+Label = Annotated[str, msgspec.Meta(max_length=64)]
+Text = Annotated[str, msgspec.Meta(max_length=4_000)]
 
 
 class GenerationWish(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -36,7 +37,7 @@ class GenerationWish(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     model: Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
     messages: Annotated[list[Message], msgspec.Meta(min_length=1, max_length=10_000)]
     params: dict[str, Any] = {}
-    metadata: Annotated[dict[Annotated[str, msgspec.Meta(max_length=64)], Text], msgspec.Meta(max_length=_MAX_METADATA)] = {}
+    metadata: Annotated[dict[Label, Text], msgspec.Meta(max_length=_MAX_METADATA)] = {}
     on_disconnect: OnDisconnect = "continue"
     on_producer_loss: OnProducerLoss = "interrupt"
 

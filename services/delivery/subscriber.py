@@ -32,13 +32,14 @@ class _Rest:
 class Subscriber:
     """A client reading a session (``generation`` is None) or one generation.
 
-    ``index`` is the next entry of the feed's tail that it is to get; ``seq`` the stream sequence up to which it has been
-    served. ``done`` resolves with the reason when its stream ends. A write that has to wait becomes a task; meanwhile
-    the subscriber only falls behind and later gets everything that it missed in few writes.
+    ``index`` is the next entry of the feed's tail that it is to get; ``seq`` the stream sequence up to which it has
+    been served. ``done`` resolves with the reason when its stream ends. A write that has to wait becomes a task;
+    meanwhile the subscriber only falls behind and later gets everything that it missed in few writes.
     """
 
     __slots__ = (
         "_blocked",
+        "_loop",
         "_send",
         "_wake",
         "blocked_at",
@@ -47,13 +48,13 @@ class Subscriber:
         "generation",
         "index",
         "joined",
-        "seq",
         "sent_at",
+        "seq",
         "until",
     )
 
     def __init__(self, send: Send, framing: Framing, generation: str | None, seq: int) -> None:
-        loop = asyncio.get_running_loop()
+        self._loop = loop = asyncio.get_running_loop()
         self.framing = framing
         self.generation = generation
         self.index = 0
@@ -65,7 +66,7 @@ class Subscriber:
         self._send = send
         self.blocked_at: float | None = None
         self._blocked: asyncio.Task[None] | None = None
-        self._wake: Callable[["Subscriber"], None] | None = None
+        self._wake: Callable[[Subscriber], None] | None = None
 
     @property
     def ready(self) -> bool:
@@ -97,8 +98,8 @@ class Subscriber:
             self.finish("disconnected")
             return
         metrics.BLOCKED.inc()
-        self.blocked_at = asyncio.get_running_loop().time()
-        self._blocked = asyncio.create_task(self._wait(_Rest(steps, future)))
+        self.blocked_at = self._loop.time()
+        self._blocked = self._loop.create_task(self._wait(_Rest(steps, future)))
 
     async def send(self, message: dict[str, Any]) -> None:
         """Send an ASGI message and wait until it is through: for catching up, where waiting is wanted."""
@@ -112,7 +113,7 @@ class Subscriber:
     def rearm(self) -> None:
         """Make a subscriber that has fallen behind ready to be served again."""
         if self.done.done() and self.done.result() == "behind":
-            self.done = asyncio.get_running_loop().create_future()
+            self.done = self._loop.create_future()
 
     async def close(self) -> None:
         """Give up a write that still waits."""

@@ -74,6 +74,7 @@ class Broker:
     def __init__(self, client: Client) -> None:
         self.client = client
         self.js: JetStreamContext = client.jetstream(timeout=5.0)
+        self._closing = False
         self._reconnected: list[Callable[[], Awaitable[None]]] = []
         self._buckets: dict[str, KeyValue] = {}
 
@@ -94,7 +95,8 @@ class Broker:
                 await callback()
 
         async def disconnected() -> None:
-            log.warning("broker disconnected")
+            if not self._closing:
+                log.warning("broker disconnected")
 
         async def errored(error: Exception) -> None:
             log.debug("broker error", error=repr(error))
@@ -119,6 +121,7 @@ class Broker:
         try:
             yield self
         finally:
+            self._closing = True
             if not client.is_closed:
                 await client.close()
 
@@ -203,7 +206,7 @@ class Broker:
         return StreamState(info.created, info.state.first_seq, info.state.last_seq)
 
     async def last(self, stream: str, filter_: str) -> Stored | None:
-        """Return the newest stored message that matches ``filter_``, read from the stream's leader; ``None`` without one."""
+        """Return the newest stored message that matches ``filter_``, as the stream's leader has it, if there is any."""
         try:
             raw = await self.js.get_last_msg(stream, filter_)
         except js_errors.NotFoundError:

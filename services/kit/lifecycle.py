@@ -1,6 +1,7 @@
 """Running a service: event loop, signals, exit codes."""
 
 import asyncio
+import gc
 import signal
 import sys
 from collections.abc import Awaitable, Callable
@@ -46,4 +47,15 @@ async def _run(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, stop.set)
+    _settle_garbage_collection()
     await main(stop)
+
+
+def _settle_garbage_collection() -> None:
+    """Leave what the imports made out of every later collection, and collect the young less often.
+
+    Streams make few reference cycles; the collector's default pace cost about 5 % of a busy process.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)

@@ -1,8 +1,8 @@
 """Settings: frozen structs read once from the environment and, below it, from the TOML file.
 
-A field ``port`` of the struct for the service ``delivery`` is the variable ``TAILRACE_DELIVERY_PORT`` and the key ``port``
-of the table ``[delivery]`` in the file that ``TAILRACE_CONFIG`` names; fields of `Shared` are ``TAILRACE_<FIELD>`` and stand
-in ``[shared]``. The environment wins. All problems are reported together.
+A field ``port`` of the struct for the service ``delivery`` is the variable ``TAILRACE_DELIVERY_PORT`` and the key
+``port`` of the table ``[delivery]`` in the file that ``TAILRACE_CONFIG`` names; fields of `Shared` are
+``TAILRACE_<FIELD>`` and stand in ``[shared]``. The environment wins. All problems are reported together.
 """
 
 import tomllib
@@ -10,16 +10,18 @@ import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 import msgspec
 
+from schemas.names import NAME_PATTERN
 from schemas.topology import Topology
 
 __all__ = ["SERVICES", "SettingsError", "Shared", "load_settings", "read_config"]
 
 SERVICES: Final = ("producer", "delivery", "billing")
 T = TypeVar("T", bound=msgspec.Struct)
+Name = Annotated[str, msgspec.Meta(pattern=NAME_PATTERN)]
 
 
 class SettingsError(Exception):
@@ -37,15 +39,15 @@ class Shared(msgspec.Struct, frozen=True, kw_only=True):
     nats_port: int = 4222
     data: str = ".tailrace"
     config: str | None = None
-    tenant: str = "default"
-    partitions: int = 1
-    replicas: int = 1
-    retention: float = 86_400.0
+    tenant: Name = "default"
+    partitions: Annotated[int, msgspec.Meta(ge=1, le=256)] = 1
+    replicas: Annotated[int, msgspec.Meta(ge=1, le=5)] = 1
+    retention: Annotated[float, msgspec.Meta(gt=0)] = 86_400.0
     log_max_bytes: int = -1
-    pool: str = "default"
-    max_requests: int = 10_000
-    lease: float = 15.0
-    max_deliver: int = 5
+    pool: Name = "default"
+    max_requests: Annotated[int, msgspec.Meta(ge=1)] = 10_000
+    lease: Annotated[float, msgspec.Meta(ge=1)] = 15.0
+    max_deliver: Annotated[int, msgspec.Meta(ge=1)] = 5
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["auto", "json", "console"] = "auto"
 

@@ -12,9 +12,11 @@ __all__ = ["configure_logging", "scrub"]
 
 _SECRET_KEYS: Final = re.compile(r"(authorization|api[-_]?key|token|secret|password|ticket)$", re.IGNORECASE)
 _SECRET_TEXT: Final = re.compile(
-    r"(?i)(bearer\s+|api[-_]?key[\"']?\s*[:=]\s*[\"']?)[A-Za-z0-9._~+/=-]{6,}"
-    r"|\b(?:sk|pk|rk|xai|gsk|co)-[A-Za-z0-9_-]{8,}"
-    r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
+    r"(?i)((?:bearer|basic)\s+|(?:api[-_]?key|password|secret|token|ticket)[\"']?\s*[:=]\s*[\"']?)"
+    r"[A-Za-z0-9._~+/=-]{6,}"
+    r"|\b(?:sk|pk|rk|xai|gsk)-[A-Za-z0-9_-]{8,}|\bhf_[A-Za-z0-9]{8,}|\bAIza[A-Za-z0-9_-]{20,}"
+    r"|\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}(?:\.[A-Za-z0-9_-]+)?"
+    r"|(?<=://)[^/\s@]+(?=@)"
 )
 
 
@@ -24,12 +26,17 @@ def scrub(text: str) -> str:
 
 
 def _scrub_event(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-    for key, value in event.items():
-        if _SECRET_KEYS.search(key):
-            event[key] = "***"
-        elif isinstance(value, str):
-            event[key] = scrub(value)
-    return event
+    return {key: "***" if _SECRET_KEYS.search(key) else _scrub_value(value) for key, value in event.items()}
+
+
+def _scrub_value(value: Any) -> Any:
+    if isinstance(value, str):
+        return scrub(value)
+    if isinstance(value, dict):
+        return {k: "***" if _SECRET_KEYS.search(str(k)) else _scrub_value(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_scrub_value(v) for v in value]
+    return value
 
 
 def configure_logging(service: str, level: str, format_: Literal["auto", "json", "console"]) -> None:

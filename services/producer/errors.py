@@ -21,7 +21,8 @@ class LogUnavailable(TryAgain):
     def __init__(self, unacknowledged: int, seconds: float, reason: str) -> None:
         self.unacknowledged = unacknowledged
         super().__init__(
-            f"the log acknowledged nothing for {seconds:.1f} s with {unacknowledged} events under way: {reason or 'no answer'}"
+            f"the log acknowledged nothing for {seconds:.1f} s with {unacknowledged} events under way: "
+            f"{reason or 'no answer'}"
         )
 
 

@@ -15,11 +15,12 @@ READS: Final = Counter("tailrace_producer_upstream_reads", "Socket reads from pr
 TOKENS: Final = Counter("tailrace_producer_tokens_counted", "Output tokens counted when a generation ends")
 PUBLISH_WINDOW: Final = Gauge("tailrace_producer_publish_window_events", "Events sent and not yet acknowledged")
 PUBLISH_REPEATS: Final = Counter("tailrace_producer_publish_repeats", "Events sent again by go-back-N")
-QUEUE_WAIT: Final = Histogram(
-    "tailrace_producer_queue_wait_seconds", "From request to producer", buckets=_SECONDS
-)
+QUEUE_WAIT: Final = Histogram("tailrace_producer_queue_wait_seconds", "From request to producer", buckets=_SECONDS)
 FIRST_TOKEN: Final = Histogram(
-    "tailrace_producer_first_token_seconds", "From calling the provider to its first token", ["provider"], buckets=_SECONDS
+    "tailrace_producer_first_token_seconds",
+    "From calling the provider to its first token",
+    ["provider"],
+    buckets=_SECONDS,
 )
 TOKEN_GAP: Final = Histogram(
     "tailrace_producer_token_gap_seconds", "Between two reads that held tokens", buckets=_SECONDS

@@ -7,7 +7,7 @@ from typing import Literal
 import msgspec
 import structlog
 
-from schemas.codec import decode_header, encode_event
+from schemas.codec import encode_event
 from schemas.events import AnyEvent, Started, is_terminal, type_of
 from schemas.requests import GenerationRecord, Request
 from schemas.subjects import Address, token_subject
@@ -165,7 +165,7 @@ class Relay:
         begun = Begun()
         async for batch in broker.read(stream, subject):
             for stored in batch:
-                begun = fold(begun, decode_header(stored.data), stored.seq)
+                begun = fold(begun, stored.data, stored.seq)
         if begun.last_seq < last.seq:
             raise TryAgain(f"the log of {subject} ends at {begun.last_seq} and not at {last.seq} on this replica")
         return begun
@@ -174,8 +174,7 @@ class Relay:
         decision = decide(begun, may_restart=self.request.on_producer_loss == "restart")
         if decision == "done":
             return
-        conditional = self._attempt > 1 or begun.last_seq > 0
-        self._first_append = begun.last_seq if conditional else None
+        self._first_append = begun.last_seq
         epoch = max(self._attempt, begun.position.epoch + (decision != "run"))
         self._open(begun, epoch)
         assert self._writer is not None
@@ -403,5 +402,3 @@ class Relay:
 
 def _upstream(candidate: Candidate) -> dict[str, str]:
     return {"provider": candidate.provider.name, "upstream_model": candidate.upstream_model}
-
-

@@ -51,7 +51,11 @@ class Worker:
         subscription = await self._broker.subscribe(inbox, self._receive)
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._pull(inbox)), group.create_task(self._keep()), group.create_task(self._watch())]
+                tasks = [
+                    group.create_task(self._pull(inbox)),
+                    group.create_task(self._keep()),
+                    group.create_task(self._watch()),
+                ]
                 await stop.wait()
                 self._taking = False
                 tasks[0].cancel()

@@ -272,4 +272,3 @@ async def _restarted(broker: Broker, request) -> bool:  # type: ignore[no-untype
 async def _entry(bucket, key: str, state: str):  # type: ignore[no-untyped-def]
     entry = json.loads((await bucket.get(key)).value)
     return entry if entry["state"] == state else None
-

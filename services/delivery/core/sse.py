@@ -6,7 +6,7 @@ import msgspec
 
 from services.delivery.core.entries import Entry
 
-__all__ = ["HEADERS", "HEARTBEAT", "control_frame", "frame", "retry_frame"]
+__all__ = ["HEADERS", "HEARTBEAT", "control_frame", "frame", "gap_frame", "retry_frame"]
 
 HEARTBEAT: Final = b": hb\n\n"
 HEADERS: Final[list[tuple[bytes, bytes]]] = [
@@ -17,9 +17,9 @@ HEADERS: Final[list[tuple[bytes, bytes]]] = [
 
 
 def frame(entry: Entry, prefix: bytes) -> bytes:
-    """Return the frame of one event: its cursor (``prefix`` and stream sequence) as ``id``, the stored bytes as ``data``.
+    """Return the frame of one event: its cursor as ``id``, the stored bytes as ``data``.
 
-    Stored events are single-line JSON, so that no line needs splitting.
+    ``prefix`` is the cursor without its stream sequence. Stored events are single-line JSON: no line needs splitting.
     """
     return b"id: %b%012x\ndata: %b\n\n" % (prefix, entry.seq, entry.data)
 
@@ -27,6 +27,11 @@ def frame(entry: Entry, prefix: bytes) -> bytes:
 def control_frame(name: str, fields: dict[str, Any]) -> bytes:
     """Return a named event without ``id``: it moves no client's position."""
     return b"event: %b\ndata: %b\n\n" % (name.encode(), msgspec.json.encode(fields))
+
+
+def gap_frame(reason: str, generation: str | None = None) -> bytes:
+    """Return the frame that says out loud that something is missing, and of what."""
+    return control_frame("gap", {"reason": reason} | ({"generation": generation} if generation else {}))
 
 
 def retry_frame(milliseconds: int) -> bytes:

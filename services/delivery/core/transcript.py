@@ -22,7 +22,7 @@ class ToolCallText(msgspec.Struct, kw_only=True):
 
 
 class Transcript:
-    """Folds stored events by the acceptance rule; a restart begins it anew. Choice 0 is the one that is kept as text."""
+    """Folds stored events by the acceptance rule; a restart begins it anew."""
 
     def __init__(self) -> None:
         self.started: Started | None = None

@@ -88,7 +88,8 @@ class SessionEvents:
             await send({"type": "http.response.start", "status": 200, "headers": sse.HEADERS})
             subscriber = Subscriber(scope.get(RAW_SEND, send), sse.frame, wish.generation, seq)
             subscriber.until = self._hub.lifetime()
-            await self._serve(feed, subscriber, receive)
+            with self._hub.stream():
+                await self._serve(feed, subscriber, receive, fresh=wish.cursor is None)
 
         return answer
 
@@ -127,12 +128,15 @@ class SessionEvents:
             return feed.last_seq if first is None else first - 1
         return 0 if start.where == "start" else feed.latest_start()
 
-    async def _serve(self, feed: Feed, subscriber: Subscriber, receive: Any) -> None:
+    async def _serve(self, feed: Feed, subscriber: Subscriber, receive: Any, *, fresh: bool) -> None:
         metrics.SUBSCRIBERS.labels("sse").inc()
         watch = asyncio.create_task(_watch(receive, subscriber))
         reason = "failed"
         try:
-            await subscriber.send(_body(sse.retry_frame(RETRY_MS)))
+            opening = sse.retry_frame(RETRY_MS)
+            if fresh and subscriber.seq >= feed.tail.floor and feed.is_headless(subscriber.generation):
+                opening += sse.gap_frame("beginning_expired", subscriber.generation)
+            await subscriber.send(_body(opening))
             reason = await self._follow(feed, subscriber)
             await self._say_goodbye(feed, subscriber, reason)
         except BrokerUnavailable as error:
@@ -171,9 +175,10 @@ class SessionEvents:
         if not await subscriber.through(LAST_WRITE_SECONDS):
             return
         cursor = feed.issuer.issue(subscriber.seq)
-        name = "gap" if reason == "gap" else "bye"
-        fields = {"reason": "log_recreated"} if reason == "gap" else {"reason": reason, "cursor": cursor}
-        await subscriber.send(_body(sse.control_frame(name, fields), more=False))
+        frame = sse.control_frame("bye", {"reason": reason, "cursor": cursor})
+        if reason == "gap":
+            frame = sse.gap_frame("log_recreated")
+        await subscriber.send(_body(frame, more=False))
 
 
 async def _watch(receive: Any, subscriber: Subscriber) -> None:

@@ -1,9 +1,9 @@
 """Appending to the log: pipelined, bounded, go-back-N.
 
-One `Publisher` serves a connection: a single inbox takes all acknowledgements. Each generation has a `LogWriter` with a
-window of unacknowledged events. A full window makes `LogWriter.publish` wait, so backpressure reaches the provider. When
-an acknowledgement is refused or does not come, everything from the first unacknowledged event on is sent again; readers
-drop the repeats by the acceptance rule.
+One `Publisher` serves a connection: a single inbox takes all acknowledgements. Each generation has a `LogWriter` with
+a window of unacknowledged events. A full window makes `LogWriter.publish` wait, so backpressure reaches the provider.
+When an acknowledgement is refused or does not come, everything from the first unacknowledged event on is sent again;
+readers drop the repeats by the acceptance rule.
 """
 
 import asyncio
@@ -64,7 +64,7 @@ class Publisher:
 
     async def start(self) -> None:
         """Begin to listen for acknowledgements."""
-        self._subscription = await self.broker.subscribe(f"{self.inbox}.*.*", self._receive)
+        self._subscription = await self.broker.subscribe(f"{self.inbox}.*.*.*", self._receive)
         self.broker.on_reconnect(self._go_back_all)
 
     async def watch(self) -> None:
@@ -90,12 +90,12 @@ class Publisher:
         self._writers.pop(name, None)
 
     async def _receive(self, msg: Msg) -> None:
-        _, name, number = msg.subject.rsplit(".", 2)
+        _, name, run, number = msg.subject.rsplit(".", 3)
         writer = self._writers.get(name)
         if writer is None:
             return
         if msg.headers is None and b'"error"' not in msg.data:
-            writer.acknowledge(int(number))
+            writer.acknowledge(int(run), int(number))
         else:
             writer.refuse(_reason(msg))
 
@@ -127,7 +127,8 @@ class LogWriter:
         self._publisher = publisher
         self._broker = publisher.broker
         self._name = name
-        self._reply = f"{publisher.inbox}.{name}."
+        self._reply = f"{publisher.inbox}.{name}.0."
+        self._run = 0  # how often the writer has gone back
         self._subject = subject
         self._lease = lease
         self._window: deque[bytes] = deque()  # bounded by WINDOW_EVENTS and WINDOW_BYTES
@@ -197,9 +198,13 @@ class LogWriter:
         self._window.clear()
         self._publisher.forget(self._name)
 
-    def acknowledge(self, number: int) -> None:
-        """The log has stored event ``number``."""
-        if number < self._base or number >= self._base + len(self._window):
+    def acknowledge(self, run: int, number: int) -> None:
+        """The log has stored event ``number`` as sent in ``run``.
+
+        An acknowledgement from before the last going back does not count: it may speak of a copy that was stored behind
+        a missing event, which readers have dropped.
+        """
+        if run != self._run or number < self._base or number >= self._base + len(self._window):
             return
         self.progress_at = self._loop.time()
         self._stuck_since = None
@@ -233,6 +238,8 @@ class LogWriter:
             return
         PUBLISH_REPEATS.inc(len(self._window))
         self._acknowledged.clear()
+        self._run += 1
+        self._reply = f"{self._publisher.inbox}.{self._name}.{self._run}."
         for offset, data in enumerate(list(self._window)):
             await self._send(self._base + offset, data)
 

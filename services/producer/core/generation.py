@@ -32,9 +32,7 @@ from services.producer.core.parts import (
 
 __all__ = ["CUT_OFF", "Counter", "Generation"]
 
-CUT_OFF = UpstreamFailure(
-    "upstream_cut_off", "the provider's stream ended without its end marker", recoverable=True
-)
+CUT_OFF = UpstreamFailure("upstream_cut_off", "the provider's stream ended without its end marker", recoverable=True)
 
 
 class Counter(Protocol):

@@ -2,8 +2,8 @@
 
 from typing import Literal, NamedTuple
 
-from schemas.acceptance import BEGINNING, Position, Verdict, judge
-from schemas.codec import Header
+from schemas.acceptance import BEGINNING, Position, Verdict, joining, judge
+from schemas.codec import MalformedEvent, decode_header
 
 __all__ = ["Begun", "Decision", "decide", "fold"]
 
@@ -23,8 +23,17 @@ class Begun(NamedTuple):
     last_seq: int = 0
 
 
-def fold(begun: Begun, header: Header, stream_seq: int) -> Begun:
-    """Return ``begun`` after one more stored event."""
+def fold(begun: Begun, data: bytes, stream_seq: int) -> Begun:
+    """Return ``begun`` after one more stored message; one that is no event only counts as stored.
+
+    Where the log no longer keeps a generation's beginning, the oldest kept event stands for it.
+    """
+    try:
+        header = decode_header(data)
+    except MalformedEvent:
+        return begun._replace(last_seq=stream_seq)
+    if begun.position is BEGINNING and header.seq > 0:
+        begun = begun._replace(position=joining(header.epoch, header.seq))
     position, verdict = judge(begun.position, header.type, header.epoch, header.seq)
     if verdict is not Verdict.ACCEPTED:
         return begun._replace(last_seq=stream_seq)
@@ -36,7 +45,7 @@ def fold(begun: Begun, header: Header, stream_seq: int) -> Begun:
 
 
 def decide(begun: Begun, *, may_restart: bool) -> Decision:
-    """Return what to do: ``run`` from the beginning, ``restart`` in a new epoch, ``interrupt`` it, or nothing (``done``).
+    """Return what to do: ``run`` it, ``restart`` it in a new epoch, ``interrupt`` it, or nothing (``done``).
 
     A generation without tokens simply runs: nobody has seen anything that must be taken back.
     """

@@ -36,7 +36,15 @@ def generation(next_seq: int = 0) -> Generation:
 
 def test_neighbours_of_one_kind_and_choice_become_one_delta() -> None:
     run = generation()
-    parts: list[Part] = [Text("Hel"), Alive(), Text("lo"), Text("!", choice=1), Reasoning("hm"), Reasoning("m"), Text("x")]
+    parts: list[Part] = [
+        Text("Hel"),
+        Alive(),
+        Text("lo"),
+        Text("!", choice=1),
+        Reasoning("hm"),
+        Reasoning("m"),
+        Text("x"),
+    ]
     deltas: list[Any] = run.absorb(parts, 1.0)
     assert [(d.text, d.reasoning, d.choice) for d in deltas] == [
         ("Hello", None, 0),
@@ -65,7 +73,9 @@ def test_nothing_after_the_end_marker_is_taken() -> None:
 
 def test_usage_stands_before_the_terminal_and_the_newest_one_holds() -> None:
     run = generation()
-    run.absorb([Identity("id-1", "m-1"), UsagePart(Usage(output=1)), UsagePart(Usage(output=2)), Finish("length"), End()], 1.0)
+    run.absorb(
+        [Identity("id-1", "m-1"), UsagePart(Usage(output=1)), UsagePart(Usage(output=2)), Finish("length"), End()], 1.0
+    )
     usage, completed = run.end(2.0)
     assert isinstance(usage, UsageReported)
     assert (usage.usage.output, usage.upstream_id, usage.upstream_model, usage.seq) == (2, "id-1", "m-1", 0)
@@ -121,7 +131,9 @@ _parts = st.one_of(
 
 
 @given(st.lists(st.lists(_parts, max_size=6), max_size=8))
-def test_however_the_parts_are_cut_into_reads_the_text_is_the_same_and_seqs_have_no_gap(reads: list[list[Part]]) -> None:
+def test_however_the_parts_are_cut_into_reads_the_text_is_the_same_and_seqs_have_no_gap(
+    reads: list[list[Part]],
+) -> None:
     run, whole = generation(), generation()
     events = [event for read in reads for event in run.absorb(read, 1.0)] + run.end(2.0)
     at_once = whole.absorb([part for read in reads for part in read], 1.0) + whole.end(2.0)

@@ -1,4 +1,4 @@
-"""The publisher against a log that loses, refuses, delays and repeats: what it sends is decided here, without a broker."""
+"""The publisher against a log that loses, refuses, delays and repeats, without a broker."""
 
 import asyncio
 import random
@@ -105,7 +105,7 @@ async def test_a_full_window_makes_the_caller_wait(monkeypatch: pytest.MonkeyPat
     await asyncio.sleep(0)
     assert not waiting.done()
     assert len(log.stored) == 10
-    writer.acknowledge(0)
+    writer.acknowledge(0, 0)
     await waiting
     assert len(log.stored) == 11
 
@@ -128,14 +128,27 @@ async def test_acknowledgements_in_any_order_move_the_window_only_over_what_is_c
     writer = leased(await started(log))
     for number in range(4):
         await writer.publish(str(number).encode())
-    writer.acknowledge(2)
-    writer.acknowledge(1)
+    writer.acknowledge(0, 2)
+    writer.acknowledge(0, 1)
     assert writer.unacknowledged == 4
-    writer.acknowledge(0)
+    writer.acknowledge(0, 0)
     assert writer.unacknowledged == 1
-    writer.acknowledge(0)
-    writer.acknowledge(99)
+    writer.acknowledge(0, 0)
+    writer.acknowledge(0, 99)
     assert writer.unacknowledged == 1
+
+
+async def test_an_acknowledgement_from_before_going_back_does_not_count() -> None:
+    log = ForgetfulLog()
+    log.behave = lambda: "lose"
+    writer = leased(await started(log))
+    for number in range(3):
+        await writer.publish(str(number).encode())
+    await writer.go_back(asyncio.get_running_loop().time())
+    writer.acknowledge(0, 0)
+    assert writer.unacknowledged == 3
+    writer.acknowledge(1, 0)
+    assert writer.unacknowledged == 2
 
 
 async def test_nothing_is_published_after_the_lease() -> None:
@@ -195,6 +208,6 @@ async def test_acknowledgements_for_a_closed_writer_are_ignored() -> None:
     writer = leased(publisher)
     await writer.publish(b"0")
     writer.close()
-    await log.answer("_INBOX.x.1.0", b'{"seq":1}')
+    await log.answer("_INBOX.x.1.0.0", b'{"seq":1}')
     await asyncio.sleep(0.01)
     assert writer.unacknowledged == 0

@@ -13,7 +13,7 @@ import tenacity
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from services.billing import metrics
-from services.billing.adapters.database import database_url, migrate, open_engine
+from services.billing.adapters.database import create_folder, database_url, migrate, open_engine, sqlite_url
 from services.billing.adapters.ledger import Ledger
 from services.billing.adapters.reports import Reports
 from services.billing.adapters.tail import Tail
@@ -24,7 +24,7 @@ from services.billing.errors import LedgerUnavailable
 from services.kit.broker import Broker
 from services.kit.clock import SystemClock
 from services.kit.http import serving
-from services.kit.settings import Shared, load_settings
+from services.kit.settings import SettingsError, Shared, load_settings
 from services.kit.telemetry import configure_logging
 
 __all__ = ["Settings", "main"]
@@ -77,7 +77,11 @@ async def main(stop: asyncio.Event, env: Mapping[str, str] = os.environ) -> None
     """
     shared, settings = load_settings(Settings, "billing", env)
     configure_logging("billing", shared.log_level, shared.log_format)
-    url = database_url(settings.database_url or f"sqlite:///{shared.data}/billing.db")
+    url = database_url(settings.database_url) if settings.database_url else sqlite_url(f"{shared.data}/billing.db")
+    try:
+        create_folder(url)
+    except OSError as error:
+        raise SettingsError([f"the folder of {url.database} cannot be created: {error.strerror}"]) from error
     async with open_engine(url) as engine, Broker.connect(shared.nats_url, "billing") as broker:
         broker.on_reconnect(_count_reconnect)
         ledger = Ledger(engine, _holder(), hold=settings.hold)

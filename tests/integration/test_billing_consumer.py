@@ -201,8 +201,12 @@ async def test_a_database_locked_by_another_is_waited_for(broker: Broker, tmp_pa
         async with writing(run.ledger.engine) as connection:
             await connection.execute(sa.text("SELECT 1"))
             await write(broker, scenario.events[100:])
-            info = await consumer_info(broker)
-            assert info.num_pending + info.num_ack_pending > 0
+
+            async def waiting() -> bool:
+                info = await consumer_info(broker)
+                return bool(info.num_pending + info.num_ack_pending > 0)
+
+            await eventually(waiting)
         await eventually(lambda: scenario.settled(run.reports))
 
 

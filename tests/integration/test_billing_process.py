@@ -146,6 +146,7 @@ async def test_it_waits_for_a_database_that_is_not_there_yet(
     [
         ({"database_url": "mysql://h/d"}, b"TAILRACE_BILLING_DATABASE_URL: database 'mysql' is not supported"),
         ({"grace": "-1", "batch": "many"}, b"TAILRACE_BILLING_GRACE"),
+        ({"database_url": "sqlite:////proc/no/billing.db"}, b"/proc/no/billing.db cannot be created"),
         ({"colour": "blue"}, b"TAILRACE_BILLING_COLOUR: no such setting"),
     ],
 )

@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 
 from services.billing.errors import LedgerUnavailable
 
-__all__ = ["database_url", "migrate", "open_engine", "reading", "writing"]
+__all__ = ["create_folder", "database_url", "migrate", "open_engine", "reading", "sqlite_url", "writing"]
 
 _DRIVERS: Final = {
     "sqlite": "sqlite+aiosqlite",
@@ -47,13 +47,27 @@ def database_url(text: str) -> URL:
     return url.set(drivername=driver)
 
 
+def sqlite_url(path: str) -> URL:
+    """Return the URL of a SQLite file."""
+    return URL.create("sqlite+aiosqlite", database=path)
+
+
+def create_folder(url: URL) -> None:
+    """Create the folder of a SQLite file.
+
+    Raises:
+        OSError: it cannot be created.
+    """
+    if url.get_backend_name() == "sqlite" and url.database and url.database != ":memory:":
+        Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+
+
 @asynccontextmanager
 async def open_engine(url: URL) -> AsyncIterator[AsyncEngine]:
     """Yield an engine that connects when it is first used; a SQLite file's folder is created."""
     options: dict[str, Any] = {"pool_pre_ping": True, "pool_timeout": 5.0}
     if url.get_backend_name() == "sqlite":
-        if url.database and url.database != ":memory:":
-            Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+        create_folder(url)
         options["connect_args"] = {"timeout": _BUSY_SECONDS}
     else:
         options |= {"pool_size": 5, "max_overflow": 5, "connect_args": {"timeout": 5.0, "command_timeout": 30.0}}

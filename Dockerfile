@@ -5,6 +5,8 @@ WORKDIR /src
 RUN python -m venv --without-pip /opt/tailrace
 COPY requirements.lock ./
 RUN pip --python /opt/tailrace/bin/python install --require-hashes --only-binary :all: -r requirements.lock
+COPY deploy/greenlet deploy/cxx.lock deploy/
+RUN deploy/greenlet /opt/tailrace/bin/python requirements.lock deploy/cxx.lock
 COPY pyproject.toml README.md LICENSE ./
 COPY schemas schemas
 COPY services services

@@ -57,13 +57,17 @@ class StreamSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ConsumerSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """A durable pull consumer with explicit acknowledgement and unbounded redelivery. ``ack_wait`` in seconds."""
+    """A durable pull consumer with unbounded redelivery. ``ack_wait`` in seconds.
+
+    ``ack_all``: acknowledging one message acknowledges all before it, for a reader that takes the log in order.
+    """
 
     stream: str
     durable: str
     filter: str
     ack_wait: float
     max_ack_pending: int
+    ack_all: bool = False
 
 
 class Topology(msgspec.Struct, frozen=True, kw_only=True):
@@ -123,6 +127,7 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
                 filter=f"tokens.{p}.*.*.*",
                 ack_wait=30.0,
                 max_ack_pending=20_000,
+                ack_all=True,
             )
             for p in range(self.partitions)
         ]

@@ -119,6 +119,7 @@ def build_app(hub: Hub, shared: Shared, settings: Settings) -> Any:
         route_handlers=handlers,
         exception_handlers=EXCEPTION_HANDLERS,
         request_max_body_size=settings.max_body,
+        logging_config=None,
         cors_config=_cors(list(settings.cors_origins)) if settings.cors_origins else None,
         openapi_config=OpenAPIConfig(
             title="Tailrace delivery",

@@ -328,7 +328,7 @@ class Broker:
             api.ConsumerConfig(
                 durable_name=spec.durable,
                 filter_subject=spec.filter,
-                ack_policy=api.AckPolicy.EXPLICIT,
+                ack_policy=api.AckPolicy.ALL if spec.ack_all else api.AckPolicy.EXPLICIT,
                 deliver_policy=api.DeliverPolicy.ALL,
                 ack_wait=spec.ack_wait,
                 max_ack_pending=spec.max_ack_pending,

@@ -105,6 +105,7 @@ async def _work(shared: Shared, settings: Settings, outside: Outside, stop: asyn
     app = Litestar(
         route_handlers=[probes({"broker": connected})],
         exception_handlers=EXCEPTION_HANDLERS,
+        logging_config=None,
         openapi_config=OpenAPIConfig("Tailrace producer", "1"),
     )
     async with serving(app, settings.host, settings.port), asyncio.TaskGroup() as group:

@@ -6,6 +6,7 @@ Shell blocks marked ``sh`` are run here, all of one document in one shell, again
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -27,7 +28,7 @@ from services.kit.settings import Shared
 from services.producer.app import Settings as ProducerSettings
 from services.producer.core.registry import Registry
 from tests.acceptance.processes import REPOSITORY, clean_environment, running
-from tests.conftest import free_port
+from tests.conftest import free_port, require
 
 pytestmark = pytest.mark.acceptance
 
@@ -43,7 +44,7 @@ ELSEWHERE = {
     "docker compose down": "tests/acceptance/test_compose.py",
 }
 OTHERS = {"docs/benchmarks.md": "tests/acceptance/test_bench.py"}
-SETTINGS = {
+SETTINGS: dict[str, tuple[type[msgspec.Struct], str]] = {
     "Shared": (Shared, "TAILRACE_"),
     "Producer": (ProducerSettings, "TAILRACE_PRODUCER_"),
     "Delivery": (DeliverySettings, "TAILRACE_DELIVERY_"),
@@ -154,22 +155,25 @@ def test_commands_that_are_run_elsewhere_really_are(document: Path) -> None:
     assert [command for command in commands if command not in ELSEWHERE] == []
     for command in commands:
         runner = (REPOSITORY / ELSEWHERE[command]).read_text()
-        assert all(f'"{w}"' in runner for w in command.split()[2:]) or command in runner, command
+        assert all(f'"{w}"' in runner for w in command.split()[1:]) or command in runner, command
 
 
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """``tailrace up`` on free ports; yields the default addresses and where they are now."""
+    """``make up`` on free ports; yields the addresses as documents write them, and where they are now."""
+    require(shutil.which("make"), "make is not installed")
+    installed = subprocess.run(["make", "-q", ".venv/.requirements"], cwd=REPOSITORY, check=False, capture_output=True)
+    require(installed.returncode == 0, "what make installs is not up to date (run: make test)")
     folder = tmp_path_factory.mktemp("up")
-    ports = {flag: str(free_port()) for flag in ("--port", "--billing-port", "--producer-port", "--nats-port")}
-    argv = [sys.executable, "-m", "services.standalone.cli", "up", "--data", str(folder / "data")]
-    argv += [part for flag in ports.items() for part in flag]
-    ready = f"http://127.0.0.1:{ports['--port']}/readyz"
-    with running(argv, clean_environment(), folder / "up.log", ready):
-        yield {
-            "http://127.0.0.1:8080": f"http://127.0.0.1:{ports['--port']}",
-            "http://127.0.0.1:8081": f"http://127.0.0.1:{ports['--billing-port']}",
-        }
+    services = ("DELIVERY", "BILLING", "PRODUCER", "NATS")
+    ports = {f"TAILRACE_{service}_PORT": str(free_port()) for service in services}
+    addresses = {
+        "http://127.0.0.1:8080": f"http://127.0.0.1:{ports['TAILRACE_DELIVERY_PORT']}",
+        "http://127.0.0.1:8081": f"http://127.0.0.1:{ports['TAILRACE_BILLING_PORT']}",
+    }
+    env = clean_environment(TAILRACE_DATA=str(folder / "data"), **ports)
+    with running(["make", "up"], env, folder / "up.log", f"{addresses['http://127.0.0.1:8080']}/readyz"):
+        yield addresses
 
 
 @pytest.mark.parametrize("document", [d for d in DOCUMENTS if blocks(d, "sh") and name(d) not in OTHERS], ids=name)

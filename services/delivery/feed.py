@@ -5,26 +5,29 @@ from collections import deque
 from typing import Final
 
 import structlog
-from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
 from schemas.acceptance import BEGINNING, Position, Verdict, joining, judge
 from schemas.codec import Header, MalformedEvent, decode_header
 from schemas.cursor import CursorIssuer
+from schemas.events import TERMINAL_TYPES
 from schemas.subjects import live_filter, log_filter
 from schemas.topology import token_stream
 from services.delivery import metrics
 from services.delivery.core.entries import Entry, Positions, Tail, replay_start
 from services.delivery.core.frames import Chunk, Frames, Framing
 from services.delivery.subscriber import Subscriber
-from services.kit.broker import Broker, BrokerUnavailable, Stored
+from services.kit.broker import Broker, BrokerUnavailable, ReadFailed, Stored
 from services.kit.clock import Clock
+from services.kit.nats_client import header_number
 
 __all__ = ["Feed", "LogReader"]
 
 log = structlog.get_logger()
 WRITE_BYTES: Final = 1024 * 1024
 OPEN_TRIES: Final = 16
+_SEQUENCE: Final = b"Nats-Sequence: "
+_BEFORE: Final = b"Nats-Last-Sequence: "
 _SEEN: Final = {verdict: metrics.EVENTS_IN.labels(verdict.value) for verdict in Verdict}
 BEHIND_MESSAGES: Final = 20_000
 
@@ -110,6 +113,8 @@ class Feed:
         self.issuer = issuer
         self.tail = Tail(0, max_bytes)
         self.subscribers: set[Subscriber] = set()
+        self.readers: set[Subscriber] = set()  # those that are served from the log until they can be subscribers
+        self.closed = False
         self.idle_since: float | None = None
         self._broker = broker
         self._clock = clock
@@ -122,9 +127,11 @@ class Feed:
         self._behind: deque[Stored] | None = deque()  # live messages that wait for a read-back; None when in step
         self._overflowed = False
         self._reading = asyncio.Lock()
+        self._healing: asyncio.Task[None] | None = None
         self._flush_due = False
         self._newest_at = 0.0
         self._loop = asyncio.get_running_loop()
+        self._connection = self._reconnects()
 
     async def open(self) -> None:
         """Subscribe to the live subject, read back the running or latest answer, and join both.
@@ -133,7 +140,7 @@ class Feed:
             BrokerUnavailable: the broker does not answer.
         """
         subject = live_filter(self.issuer.partition, self.tenant, self.session)
-        self._subscription = await self._broker.subscribe(subject, self._live)
+        self._subscription = await self._broker.listen(subject, self._live)
         await self._broker.flush()
         async with self._reading:
             await self._read_latest()
@@ -141,11 +148,26 @@ class Feed:
 
     async def close(self) -> None:
         """Stop following; the subscribers must have been told before."""
-        if self._subscription is not None and not self._broker.client.is_closed:
-            await self._subscription.unsubscribe()
+        self.closed = True
+        if self._subscription is not None:
+            await self._broker.unlisten(self._subscription)
+        if self._healing is not None:
+            self._healing.cancel()
+
+    def everyone(self) -> list[Subscriber]:
+        """Return whoever is served from memory or from the log."""
+        return [*self.subscribers, *self.readers]
+
+    def hold(self, subscriber: Subscriber) -> None:
+        """Keep the feed open for a subscriber that reads from the log for now."""
+        self.subscribers.discard(subscriber)
+        self.readers.add(subscriber)
+        subscriber.joined = False
+        self.idle_since = None
 
     def add(self, subscriber: Subscriber) -> None:
         """Serve a subscriber from the tail; it must be at or above the tail's floor."""
+        self.readers.discard(subscriber)
         self.subscribers.add(subscriber)
         self.idle_since = None
         subscriber.index = self.tail.after(subscriber.seq)
@@ -156,8 +178,9 @@ class Feed:
     def remove(self, subscriber: Subscriber) -> None:
         """Forget a subscriber."""
         self.subscribers.discard(subscriber)
+        self.readers.discard(subscriber)
         subscriber.joined = False
-        if not self.subscribers:
+        if not self.subscribers and not self.readers:
             self.idle_since = self._clock.monotonic()
 
     def latest_start(self) -> int:
@@ -175,14 +198,18 @@ class Feed:
         """The stream sequence up to which the log has been seen."""
         return self._last_seq
 
-    async def reread(self) -> None:
-        """Read what was stored since the last message that arrived: after a reconnection, or on a gap."""
-        if self._behind is None:
-            self._behind = deque()
+    async def reread(self, start: int | None = None) -> None:
+        """Read what was stored since the last message that arrived (or from ``start`` on)."""
         async with self._reading:
-            await self._read_from(self._last_seq + 1)
+            if self._behind is None:
+                self._behind = deque()
+            self._connection = self._reconnects()
+            await self._read_from(self._last_seq + 1 if start is None else start)
             await self._join()
         self._flush()
+
+    def _reconnects(self) -> int:
+        return self._broker.client.stats["reconnects"]
 
     async def _read_latest(self) -> None:
         stream, reader = self._reader.stream, self._reader
@@ -190,6 +217,7 @@ class Feed:
         if last is None:
             return
         start = await reader.first_of(last.subject.rsplit(".", 1)[-1]) or last.seq
+        start = min([start, *await self._running()])
         for _ in range(OPEN_TRIES):
             self._reset(start - 1)
             await self._read_from(start)
@@ -197,6 +225,25 @@ class Feed:
             if not earlier:
                 return
             start = min(earlier)
+
+    async def _running(self) -> list[int]:
+        """Return where the generations begin that have not ended, however long they have been silent."""
+        reader, found = self._reader, []
+        try:
+            newest = await self._broker.lasts(reader.stream, reader.filter)
+        except ReadFailed as error:
+            log.warning("running generations not looked up", session=self.session, detail=str(error))
+            return []
+        for stored in newest:
+            generation = stored.subject.rsplit(".", 1)[-1]
+            try:
+                ended = decode_header(stored.data).type in TERMINAL_TYPES
+            except MalformedEvent:
+                ended = False
+            if not ended and not (await reader.position_before(generation, stored.seq + 1)).ended:
+                first = await reader.first_of(generation)
+                found += [] if first is None else [first]
+        return found
 
     async def _firsts(self) -> list[int]:
         firsts = [await self._reader.first_of(generation) for generation in list(self.tail.spans)[:OPEN_TRIES]]
@@ -230,36 +277,40 @@ class Feed:
         entry = await self._reader.accept(stored)
         self._note(stored)
         if entry is not None:
-            self.tail.append(entry)
+            # What was missed and read late comes behind what was delivered meanwhile: cursors never go back.
+            self.tail.append(entry._replace(seq=max(entry.seq, self._last_seq)))
 
     def _note(self, stored: Stored) -> None:
-        self._last_seq = stored.seq
+        self._last_seq = max(stored.seq, self._last_seq)
         self._on_subject[stored.subject.rsplit(".", 1)[-1]] = stored.seq
         if len(self._on_subject) > 2_000:
             for generation in list(self._on_subject)[:1_000]:
                 del self._on_subject[generation]
 
-    async def _live(self, msg: Msg) -> None:
-        headers = msg.headers or {}
-        try:
-            stored = Stored(int(headers["Nats-Sequence"]), msg.subject, msg.data)
-            before = int(headers["Nats-Last-Sequence"])
-        except (KeyError, ValueError):
+    def _live(self, subject: str, data: bytes, headers: bytes) -> None:
+        seq, before = header_number(headers, _SEQUENCE), header_number(headers, _BEFORE)
+        if seq is None or before is None:
             metrics.EVENTS_IN.labels("foreign").inc()
             return
+        stored = Stored(seq, subject, data)
+        if self._behind is None and self._connection != self._reconnects():
+            self._behind = deque()  # what was missed while the connection was away must come before this one
         if self._behind is not None:
             self._wait(stored)
             return
         if stored.seq <= self._last_seq:
             return
-        generation = msg.subject.rsplit(".", 1)[-1]
+        generation = subject.rsplit(".", 1)[-1]
         known = self._on_subject.get(generation)
-        if known is not None and known != before:
-            await self._heal(stored)
-            return
         if known is None and before == 0:
             self._reader.positions.begin(generation)
-        await self._take_live(stored)
+        elif known is None or not self._reader.positions.knows(generation):
+            self._heal(stored, self._last_seq)
+            return
+        elif known != before:
+            self._heal(stored, known)
+            return
+        self._take_live(stored)
 
     def _wait(self, stored: Stored) -> None:
         """Keep a live message until the read-back is through; too many are left to the log."""
@@ -270,21 +321,14 @@ class Feed:
         if not self._overflowed:
             self._behind.append(stored)
 
-    async def _take_live(self, stored: Stored) -> None:
+    def _take_live(self, stored: Stored) -> None:
         try:
             header = decode_header(stored.data)
         except MalformedEvent:
             metrics.EVENTS_IN.labels("malformed").inc()
             self._note(stored)
             return
-        if self._reader.positions.knows(header.generation):
-            entry = self._reader.judge(header, stored)
-        else:
-            try:
-                entry = await self._reader.accept(stored)
-            except BrokerUnavailable:
-                await self._heal(stored)
-                return
+        entry = self._reader.judge(header, stored)
         self._note(stored)
         if entry is not None:
             self.tail.append(entry)
@@ -293,11 +337,14 @@ class Feed:
                 self._flush_due = True
                 self._loop.call_soon(self._flush)
 
-    async def _heal(self, stored: Stored) -> None:
-        """Messages are missing before ``stored``: read them from the log."""
+    def _heal(self, stored: Stored, known: int) -> None:
+        """Messages are missing behind the stream sequence ``known``, or a generation is new here: read the log."""
         self._behind = deque([stored])
+        self._healing = self._loop.create_task(self._read_missing(known))
+
+    async def _read_missing(self, known: int) -> None:
         try:
-            await self.reread()
+            await self.reread(known + 1)
             metrics.GAPS.labels("yes").inc()
         except BrokerUnavailable as error:
             metrics.GAPS.labels("no").inc()
@@ -328,6 +375,8 @@ class Feed:
             subscriber.sent_at = now
             subscriber.deliver(chunk)
             writes += 1
+            if subscriber.index < end:
+                self._serve(subscriber)
         if writes:
             metrics.WRITES.inc(writes)
             if self._newest_at:

@@ -102,7 +102,11 @@ class Hub:
         key = (tenant, session)
         feed = self._feeds.get(key)
         if feed is not None:
-            return feed
+            if feed.idle_since is not None:
+                feed.idle_since = self.clock.monotonic()
+            if self._follows(feed, await self.state(feed.issuer.partition)):
+                return feed
+            await self._retire(feed)
         task = self._opening.get(key)
         if task is None:
             if len(self._feeds) + len(self._opening) >= self.limits.feeds:
@@ -122,13 +126,13 @@ class Hub:
         Returns whether the wanted generation has ended with what was sent.
         """
         metrics.REPLAYS.inc()
-        async with self._catch_ups:
-            reader = self.reader(feed.tenant, feed.session)
-            prefix = feed.issuer.prefix.encode()
-            while subscriber.seq < feed.tail.floor and not subscriber.done.done():
-                floor = feed.tail.floor
-                if await self._send_stored(reader, subscriber, prefix, floor):
-                    return True
+        reader = self.reader(feed.tenant, feed.session)
+        prefix = feed.issuer.prefix.encode()
+        while subscriber.seq < feed.tail.floor and not subscriber.done.done():
+            floor = feed.tail.floor
+            if await self._send_stored(reader, subscriber, prefix, floor):
+                return True
+            if not subscriber.done.done():
                 subscriber.seq = max(subscriber.seq, floor)
         return False
 
@@ -136,7 +140,12 @@ class Hub:
         generation = subscriber.generation
         filter_ = reader.subject(generation or "*")
         told: set[str] = set()
-        async for batch in self.broker.read(reader.stream, filter_, subscriber.seq + 1, up_to=floor):
+        batches = self.broker.read(reader.stream, filter_, subscriber.seq + 1, up_to=floor)
+        while True:
+            async with self._catch_ups:  # held while reading and never while a client takes its time
+                batch = await anext(batches, None)
+            if batch is None:
+                return False
             frames = []
             ends = False
             for stored in batch:
@@ -158,7 +167,6 @@ class Hub:
                 return True
             if subscriber.done.done():
                 return False
-        return False
 
     @contextlib.contextmanager
     def stream(self) -> Iterator[None]:
@@ -185,9 +193,9 @@ class Hub:
     async def drain(self, seconds: float) -> None:
         """End every stream with a resumable notice; wait so long for slow clients."""
         self.draining = True
-        subscribers = [s for feed in self._feeds.values() for s in feed.subscribers]
-        for subscriber in subscribers:
-            subscriber.finish("drain")
+        for feed in self._feeds.values():
+            for subscriber in feed.everyone():
+                subscriber.finish("drain")
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._quiet.wait()
@@ -212,14 +220,16 @@ class Hub:
         size = 0
         for key, feed in list(self._feeds.items()):
             size += feed.tail.bytes
-            if feed.idle_since is not None and now - feed.idle_since > self.limits.linger and not feed.subscribers:
+            if feed.idle_since is not None and now - feed.idle_since > self.limits.linger:
                 del self._feeds[key]
                 self._spawn(feed.close())
                 continue
             if not feed.in_step and self.broker.is_connected:
                 self._spawn(self._reread(feed))
-            for subscriber in tuple(feed.subscribers):
+            for subscriber in feed.everyone():
                 self._look_after(subscriber, now, heartbeat)
+        if self.broker.is_connected:
+            self._spawn(self._look_for_new_logs())
         metrics.FEEDS.set(len(self._feeds))
         metrics.FEED_BYTES.set(size)
 
@@ -241,17 +251,38 @@ class Hub:
     async def _reread(self, feed: Feed) -> None:
         """Look for what a feed has missed; a feed of a re-created log is closed, its subscribers are told."""
         try:
-            state = await self.state(feed.issuer.partition)
-            issuer = CursorIssuer(feed.issuer.partition, state.created, feed.tenant, feed.session)
-            if issuer.incarnation == feed.issuer.incarnation:
+            if self._follows(feed, await self.state(feed.issuer.partition)):
                 await feed.reread()
                 return
         except BrokerUnavailable as error:
             log.warning("read-back failed, will be tried again", session=feed.session, detail=str(error))
             return
+        await self._retire(feed)
+
+    async def _look_for_new_logs(self) -> None:
+        """Close the feeds of a stream that was deleted and created anew: nothing that arrives would tell them."""
+        for partition in {feed.issuer.partition for feed in self._feeds.values()}:
+            try:
+                state = await self.state(partition)
+            except BrokerUnavailable:
+                continue
+            for feed in list(self._feeds.values()):
+                if feed.issuer.partition == partition and not self._follows(feed, state):
+                    await self._retire(feed)
+
+    @staticmethod
+    def _follows(feed: Feed, state: StreamState) -> bool:
+        issuer = CursorIssuer(feed.issuer.partition, state.created, feed.tenant, feed.session)
+        return issuer.incarnation == feed.issuer.incarnation
+
+    async def _retire(self, feed: Feed) -> None:
+        """Close the feed of a log that was re-created; its subscribers are told."""
+        if feed.closed:
+            return
         log.error("the log was re-created", session=feed.session)
-        self._feeds.pop((feed.tenant, feed.session), None)
-        for subscriber in tuple(feed.subscribers):
+        if self._feeds.get((feed.tenant, feed.session)) is feed:
+            del self._feeds[feed.tenant, feed.session]
+        for subscriber in feed.everyone():
             subscriber.finish("gap")
         await feed.close()
 

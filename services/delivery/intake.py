@@ -10,8 +10,7 @@ from nats.js.errors import APIError
 
 from schemas.events import type_of
 from schemas.requests import GenerationRecord, Message, OnDisconnect, OnProducerLoss, Request
-from schemas.subjects import control_subject, partition_of, request_subject
-from schemas.topology import token_stream
+from schemas.subjects import control_subject, request_subject
 from services.delivery import metrics
 from services.delivery.hub import Hub
 from services.delivery.lookups import ENDED, Lookups
@@ -62,7 +61,7 @@ class Intake:
         """
         await self._check_model(wish.model)
         generation = _name(tenant, session, key)
-        cursor = await self._cursor(tenant, session)
+        cursor = await self._cursor(tenant, session, generation if key else None)
         body = msgspec.json.encode(wish)
         record = GenerationRecord(
             tenant=tenant,
@@ -122,11 +121,14 @@ class Intake:
                 title="The model is not known",
             )
 
-    async def _cursor(self, tenant: str, session: str) -> str:
+    async def _cursor(self, tenant: str, session: str, repeated: str | None) -> str:
+        """Return the cursor before a new generation, or before one that a repeated request may find begun or ended."""
         issuer = await self._hub.issuer(tenant, session)
-        partition = partition_of(tenant, session, self._partitions)
-        stream = token_stream(partition)
-        last = await self._broker.last(stream, self._hub.reader(tenant, session).filter)
+        reader = self._hub.reader(tenant, session)
+        last = await self._broker.last(reader.stream, reader.filter)
+        first = await reader.first_of(repeated) if last and repeated else None
+        if first is not None:
+            return issuer.issue(first - 1)
         return issuer.issue(last.seq if last else 0)
 
     async def _is_waiting_repeat(self, record: GenerationRecord) -> bool:

@@ -38,6 +38,7 @@ class Subscriber:
     """
 
     __slots__ = (
+        "_after",
         "_blocked",
         "_loop",
         "_send",
@@ -67,6 +68,7 @@ class Subscriber:
         self.blocked_at: float | None = None
         self._blocked: asyncio.Task[None] | None = None
         self._wake: Callable[[Subscriber], None] | None = None
+        self._after: str | None = None
 
     @property
     def ready(self) -> bool:
@@ -102,18 +104,25 @@ class Subscriber:
         self._blocked = self._loop.create_task(self._wait(_Rest(steps, future)))
 
     async def send(self, message: dict[str, Any]) -> None:
-        """Send an ASGI message and wait until it is through: for catching up, where waiting is wanted."""
-        await self._send(message)
+        """Send an ASGI message and wait until it is through or the stream is to end: for catching up."""
+        self.start(message)
+        if self._blocked is not None:
+            either: set[asyncio.Future[Any]] = {self._blocked, self.done}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
 
     def finish(self, reason: str) -> None:
-        """End the stream; the first reason holds."""
+        """End the stream; the first reason holds, except that having fallen behind is no end."""
         if not self.done.done():
             self.done.set_result(reason)
+        elif self.done.result() == "behind" and self._after is None:
+            self._after = reason
 
     def rearm(self) -> None:
-        """Make a subscriber that has fallen behind ready to be served again."""
+        """Make a subscriber that has fallen behind ready to be served again, unless it was to end meanwhile."""
         if self.done.done() and self.done.result() == "behind":
             self.done = self._loop.create_future()
+            if self._after is not None:
+                self.done.set_result(self._after)
 
     async def close(self) -> None:
         """Give up a write that still waits."""

@@ -6,7 +6,7 @@ Hot paths use callbacks, never iterators.
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Final, Self
+from typing import Any, Final, Self
 
 import msgspec
 import nats
@@ -215,6 +215,14 @@ class Broker:
             raise BrokerUnavailable(f"cannot read {stream}: {error!r}") from error
         return Stored(raw.seq or 0, raw.subject or "", raw.data or b"")
 
+    async def lasts(self, stream: str, filter_: str) -> list[Stored]:
+        """Return the newest stored message of each subject that matches ``filter_`` (at most 1,024 subjects).
+
+        Raises:
+            ReadFailed: the broker did not answer completely, or there are more subjects.
+        """
+        return (await self._get(stream, {"multi_last": [filter_], "batch": 1_024, "max_bytes": READ_BYTES}))[0]
+
     async def first(self, stream: str, filter_: str, from_seq: int = 1) -> Stored | None:
         """Return the first stored message at or after ``from_seq`` that matches ``filter_``; ``None`` without one."""
         async for batch in self.read(stream, filter_, from_seq, limit=1):
@@ -245,6 +253,11 @@ class Broker:
                 return
 
     async def _read_batch(self, stream: str, filter_: str, from_seq: int, size: int) -> tuple[list[Stored], int]:
+        query = {"seq": from_seq, "next_by_subj": filter_, "batch": size, "max_bytes": READ_BYTES}
+        return await self._get(stream, query)
+
+    async def _get(self, stream: str, query: dict[str, Any]) -> tuple[list[Stored], int]:
+        """Return what a batched Direct Get brings, and how much was left over."""
         got: list[Stored] = []
         done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
@@ -266,7 +279,6 @@ class Broker:
         try:
             subscription = await self.subscribe(inbox, receive)
             try:
-                query = {"seq": from_seq, "next_by_subj": filter_, "batch": size, "max_bytes": READ_BYTES}
                 await self.client.publish(f"$JS.API.DIRECT.GET.{stream}", msgspec.json.encode(query), reply=inbox)
                 async with asyncio.timeout(READ_TIMEOUT):
                     return got, await done
@@ -274,9 +286,9 @@ class Broker:
                 if not self.client.is_closed:
                     await subscription.unsubscribe()
         except TimeoutError as error:
-            raise ReadFailed(f"reading {stream} from {from_seq}: no answer in {READ_TIMEOUT} s") from error
+            raise ReadFailed(f"reading {stream} ({query}): no answer in {READ_TIMEOUT} s") from error
         except (nats.errors.Error, OSError) as error:
-            raise ReadFailed(f"reading {stream} from {from_seq}: {error!r}") from error
+            raise ReadFailed(f"reading {stream} ({query}): {error!r}") from error
 
     async def bucket(self, name: str = BUCKET) -> KeyValue:
         """Return a look-up bucket: that of generations, or the registry of models."""

@@ -100,10 +100,13 @@ class SessionEvents:
         feed = await self._hub.feed(self._tenant, wish.session)
         if wish.cursor is not None:
             seq = await self._check(wish.cursor, feed)
-            if wish.generation is not None and await self._ended(feed, wish.generation, seq):
-                return feed, None
-            return feed, seq
-        return feed, await self._beginning(feed, wish.generation, wish.start)
+        else:
+            seq = await self._beginning(feed, wish.generation, wish.start)
+            if wish.start.where != "live":
+                return feed, seq
+        if wish.generation is not None and await self._ended(feed, wish.generation, seq):
+            return feed, None
+        return feed, seq
 
     async def _check(self, cursor: str, feed: Feed) -> int:
         state = await self._hub.state(feed.issuer.partition)
@@ -124,12 +127,14 @@ class SessionEvents:
             span = feed.tail.spans.get(generation)
             if span is not None and span.first > feed.tail.floor:
                 return span.first - 1
+            seen = feed.last_seq  # before asking: what is stored meanwhile must not be skipped
             first = await self._hub.reader(feed.tenant, feed.session).first_of(generation)
-            return feed.last_seq if first is None else first - 1
+            return seen if first is None else first - 1
         return 0 if start.where == "start" else feed.latest_start()
 
     async def _serve(self, feed: Feed, subscriber: Subscriber, receive: Any, *, fresh: bool) -> None:
         metrics.SUBSCRIBERS.labels("sse").inc()
+        feed.hold(subscriber)
         watch = asyncio.create_task(_watch(receive, subscriber))
         reason = "failed"
         try:
@@ -152,6 +157,10 @@ class SessionEvents:
     async def _follow(self, feed: Feed, subscriber: Subscriber) -> str:
         """Serve from the log and from memory in turn until the stream is to end; return why."""
         while True:
+            if self._hub.draining:
+                subscriber.finish("drain")
+            if feed.closed:
+                subscriber.finish("lifetime")
             if subscriber.seq < feed.tail.floor:
                 if await self._hub.catch_up(feed, subscriber):
                     return "complete"
@@ -162,8 +171,9 @@ class SessionEvents:
             reason = await subscriber.done
             if reason != "behind":
                 return reason
-            feed.remove(subscriber)
-            await subscriber.through(self._hub.limits.stall)
+            feed.hold(subscriber)
+            if not await subscriber.through(self._hub.limits.stall):
+                return "evicted"
             subscriber.rearm()
 
     async def _say_goodbye(self, feed: Feed, subscriber: Subscriber, reason: str) -> None:
@@ -179,6 +189,7 @@ class SessionEvents:
         if reason == "gap":
             frame = sse.gap_frame("log_recreated")
         await subscriber.send(_body(frame, more=False))
+        await subscriber.through(LAST_WRITE_SECONDS)
 
 
 async def _watch(receive: Any, subscriber: Subscriber) -> None:

@@ -12,7 +12,6 @@ import msgspec
 import nats
 import nats.errors
 import structlog
-from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.js import JetStreamContext, api
@@ -20,6 +19,7 @@ from nats.js import errors as js_errors
 from nats.js.kv import KeyValue
 
 from schemas.topology import BUCKET, REGISTRY_BUCKET, ConsumerSpec, StreamSpec, Topology
+from services.kit.nats_client import Arrival, RelayClient
 
 __all__ = ["Broker", "BrokerUnavailable", "ReadFailed", "Stored", "StreamState"]
 
@@ -71,7 +71,7 @@ class Broker:
     ``on_reconnect`` callbacks run after every reconnection, so that readers look for what they missed.
     """
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: RelayClient) -> None:
         self.client = client
         self.js: JetStreamContext = client.jetstream(timeout=5.0)
         self._closing = False
@@ -86,7 +86,7 @@ class Broker:
         Raises:
             BrokerUnavailable: no server answered within ``wait`` seconds.
         """
-        client = Client()
+        client = RelayClient()
         self = cls(client)
 
         async def reconnected() -> None:
@@ -167,6 +167,25 @@ class Broker:
     ) -> Subscription:
         """Subscribe a callback to a core subject. The broker may not know it yet: see `flush`."""
         return await self.client.subscribe(subject, cb=callback, pending_bytes_limit=pending_bytes)
+
+    async def listen(self, subject: str, arrival: Arrival) -> Subscription:
+        """Subscribe a plain function to a core subject that carries tokens: see `services.kit.nats_client`."""
+        return await self.client.listen(subject, arrival)
+
+    async def unlisten(self, subscription: Subscription) -> None:
+        """End a subscription made by `listen`."""
+        await self.client.unlisten(subscription)
+
+    def send(self, subject: str, data: bytes, reply: str) -> None:
+        """Publish on a valid subject with the next flush, the acknowledgement to ``reply``; only while connected.
+
+        Raises:
+            BrokerUnavailable: the outgoing buffer is full.
+        """
+        try:
+            self.client.send(subject, reply, data)
+        except BufferError as error:
+            raise BrokerUnavailable(f"cannot publish: {error}") from error
 
     async def flush(self) -> None:
         """Return when the broker has seen all that was sent before, for instance a subscription.

@@ -12,8 +12,6 @@ from typing import Final
 
 import msgspec
 import structlog
-from nats.aio.msg import Msg
-from nats.aio.subscription import Subscription
 from nats.js.errors import APIError
 
 from services.kit.broker import Broker, BrokerUnavailable
@@ -59,12 +57,10 @@ class Publisher:
         self.inbox = broker.client.new_inbox()
         self._writers: dict[str, LogWriter] = {}
         self._next_writer = 0
-        self._subscription: Subscription | None = None
-        self._repeat_at = 0.0
 
     async def start(self) -> None:
         """Begin to listen for acknowledgements."""
-        self._subscription = await self.broker.subscribe(f"{self.inbox}.*.*.*", self._receive)
+        await self.broker.listen(f"{self.inbox}.*.*.*", self._receive)
         self.broker.on_reconnect(self._go_back_all)
 
     async def watch(self) -> None:
@@ -75,7 +71,7 @@ class Publisher:
             now = loop.time()
             for writer in list(self._writers.values()):
                 if writer.unacknowledged and now - writer.progress_at > self.ack_timeout:
-                    await writer.go_back(now)
+                    writer.go_back(now)
 
     def writer(self, subject: str, lease: Lease) -> "LogWriter":
         """Return a writer for one generation's subject; close it when done."""
@@ -89,30 +85,30 @@ class Publisher:
         """Drop a writer; later acknowledgements for it are ignored."""
         self._writers.pop(name, None)
 
-    async def _receive(self, msg: Msg) -> None:
-        _, name, run, number = msg.subject.rsplit(".", 3)
+    def _receive(self, subject: str, data: bytes, headers: bytes) -> None:
+        _, name, run, number = subject.rsplit(".", 3)
         writer = self._writers.get(name)
         if writer is None:
             return
-        if msg.headers is None and b'"error"' not in msg.data:
+        if not headers and b'"error"' not in data:
             writer.acknowledge(int(run), int(number))
         else:
-            writer.refuse(_reason(msg))
+            writer.refuse(_reason(data, headers))
 
     async def _go_back_all(self) -> None:
         now = asyncio.get_running_loop().time()
         for writer in list(self._writers.values()):
             if writer.unacknowledged:
-                await writer.go_back(now)
+                writer.go_back(now)
 
 
-def _reason(msg: Msg) -> str:
-    if msg.headers and msg.headers.get("Status") == "503":
+def _reason(data: bytes, headers: bytes) -> str:
+    if headers.startswith(b"NATS/1.0 503"):
         return "no stream answers"
     try:
-        refusal = msgspec.json.decode(msg.data, type=_Refusal)
+        refusal = msgspec.json.decode(data, type=_Refusal)
     except msgspec.DecodeError:
-        return f"unreadable acknowledgement {msg.data[:80]!r}"
+        return f"unreadable acknowledgement {data[:80]!r}"
     return refusal.error.description if refusal.error else "unknown"
 
 
@@ -164,7 +160,7 @@ class LogWriter:
         self._window_bytes += len(data)
         PUBLISH_WINDOW.inc()
         if self._broker.is_connected:
-            await self._send(number, data)
+            self._send(number, data)
 
     async def publish_first(self, data: bytes, last_seq: int) -> None:
         """Append ``data`` only if ``last_seq`` is still the last stream sequence on this subject (0: nothing there).
@@ -226,7 +222,7 @@ class LogWriter:
         """The log has not stored an event; `Publisher.watch` goes back soon."""
         self._reason = reason
 
-    async def go_back(self, now: float) -> None:
+    def go_back(self, now: float) -> None:
         """Send everything from the first unacknowledged event on again."""
         if self._stuck_since is None:
             self._stuck_since = self.progress_at
@@ -241,11 +237,11 @@ class LogWriter:
         self._run += 1
         self._reply = f"{self._publisher.inbox}.{self._name}.{self._run}."
         for offset, data in enumerate(list(self._window)):
-            await self._send(self._base + offset, data)
+            self._send(self._base + offset, data)
 
-    async def _send(self, number: int, data: bytes) -> None:
+    def _send(self, number: int, data: bytes) -> None:
         try:
-            await self._broker.publish(self._subject, data, reply=self._reply + str(number))
+            self._broker.send(self._subject, data, self._reply + str(number))
         except BrokerUnavailable as error:
             self._reason = str(error)
 

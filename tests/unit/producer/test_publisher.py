@@ -23,28 +23,27 @@ class ForgetfulLog:
         self.receive: Any = None
         self.behave = lambda: "store"
 
-    async def subscribe(self, _subject: str, callback: Any) -> None:
-        self.receive = callback
+    async def listen(self, _subject: str, arrival: Any) -> None:
+        self.receive = arrival
 
     def on_reconnect(self, _callback: Any) -> None:
         pass
 
-    async def publish(self, _subject: str, data: bytes, *, reply: str) -> None:
+    def send(self, _subject: str, data: bytes, reply: str) -> None:
         self.sent += 1
         match self.behave():
             case "store":
                 self.stored.append(data)
-                await self.answer(reply, b'{"stream":"TOKENS_0","seq":1}')
+                self.answer(reply, b'{"stream":"TOKENS_0","seq":1}')
             case "store silently":
                 self.stored.append(data)
             case "refuse":
-                await self.answer(reply, b'{"error":{"code":503,"description":"insufficient resources"}}')
+                self.answer(reply, b'{"error":{"code":503,"description":"insufficient resources"}}')
             case "lose":
                 pass
 
-    async def answer(self, reply: str, data: bytes) -> None:
-        message = SimpleNamespace(subject=reply, data=data, headers=None)
-        asyncio.get_running_loop().call_soon(lambda: asyncio.ensure_future(self.receive(message)))
+    def answer(self, reply: str, data: bytes) -> None:
+        asyncio.get_running_loop().call_soon(self.receive, reply, data, b"")
 
 
 async def started(log: ForgetfulLog, **options: float) -> Publisher:
@@ -144,7 +143,7 @@ async def test_an_acknowledgement_from_before_going_back_does_not_count() -> Non
     writer = leased(await started(log))
     for number in range(3):
         await writer.publish(str(number).encode())
-    await writer.go_back(asyncio.get_running_loop().time())
+    writer.go_back(asyncio.get_running_loop().time())
     writer.acknowledge(0, 0)
     assert writer.unacknowledged == 3
     writer.acknowledge(1, 0)
@@ -208,6 +207,6 @@ async def test_acknowledgements_for_a_closed_writer_are_ignored() -> None:
     writer = leased(publisher)
     await writer.publish(b"0")
     writer.close()
-    await log.answer("_INBOX.x.1.0.0", b'{"seq":1}')
+    log.answer("_INBOX.x.1.0.0", b'{"seq":1}')
     await asyncio.sleep(0.01)
     assert writer.unacknowledged == 0

@@ -1,0 +1,78 @@
+"""nats-py's client with a short way in and out for the few subjects that carry tokens.
+
+The library gives every subscription a queue and a task, parses all headers of each message into a dictionary, and
+validates the subject of each publish. On the relay path that is a third of a process's time. `RelayClient` hands the
+messages of chosen subscriptions straight from the parser to a plain function, and writes prepared publishes straight
+into the library's outgoing buffer. Everything else, reconnection above all, stays the library's. It leans on internals
+of nats-py, whose version is therefore pinned closely, and `tests/contracts/test_nats_client.py` holds it to them.
+"""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, Final
+
+from nats.aio.client import Client
+from nats.aio.subscription import Subscription
+
+__all__ = ["Arrival", "RelayClient", "header_number"]
+
+Arrival = Callable[[str, bytes, bytes], None]
+"""A function of subject, data, and raw headers (empty without any). It must return quickly and never raise."""
+
+_CRLF: Final = b"\r\n"
+
+
+def header_number(headers: bytes, name: bytes) -> int | None:
+    """Return the number that a raw header block gives for ``name`` (with its colon and space), if it does."""
+    start = headers.find(name)
+    if start < 0:
+        return None
+    start += len(name)
+    try:
+        return int(headers[start : headers.index(_CRLF, start)])
+    except ValueError:
+        return None
+
+
+class RelayClient(Client):
+    """A NATS client whose `listen` and `send` do no more than the relay path needs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._arrivals: dict[int, Arrival] = {}
+
+    async def listen(self, subject: str, arrival: Arrival) -> Subscription:
+        """Subscribe a function that is called from the parser for every message. End it with `unlisten`."""
+        # A subscription with a future gets neither queue nor task; `_process_msg` below never touches the future.
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        subscription = await self.subscribe(subject, future=future)
+        self._arrivals[subscription._id] = arrival
+        return subscription
+
+    async def unlisten(self, subscription: Subscription) -> None:
+        """End a subscription made by `listen`."""
+        self._arrivals.pop(subscription._id, None)
+        if not self.is_closed:
+            await subscription.unsubscribe()
+
+    def send(self, subject: str, reply: str, data: bytes) -> None:
+        """Publish on a valid subject, with the next flush; only while connected, and below the server's payload limit.
+
+        Raises:
+            BufferError: as much waits to be written as may.
+        """
+        if self._pending_data_size > self._max_pending_size:
+            raise BufferError(f"{self._pending_data_size} bytes wait to be sent")
+        command = b"PUB %b %b %d\r\n%b\r\n" % (subject.encode(), reply.encode(), len(data), data)
+        self._pending.append(command)
+        self._pending_data_size += len(command)
+        queue = self._flush_queue
+        if queue is not None and queue.empty():
+            queue.put_nowait(asyncio.get_running_loop().create_future())
+
+    async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes | None) -> None:
+        arrival = self._arrivals.get(sid)
+        if arrival is None:
+            await super()._process_msg(sid, subject, reply, data, headers)  # type: ignore[arg-type]  # None without any
+            return
+        arrival(subject.decode(), data, headers or b"")

@@ -1,0 +1,83 @@
+"""The short way in and out of the NATS client, held to the library version that it leans on."""
+
+import asyncio
+
+import pytest
+
+from schemas.subjects import live_filter
+from services.kit.broker import Broker, BrokerUnavailable
+from services.kit.nats_client import header_number
+from tests.conftest import NatsServer, eventually
+
+
+async def test_listen_hears_subject_data_and_raw_headers(broker: Broker) -> None:
+    heard: list[tuple[str, bytes, bytes]] = []
+    subscription = await broker.listen("t.*", lambda *message: heard.append(message))
+    await broker.publish("t.plain", b"one")
+    await broker.publish("t.headed", b"two", headers={"Nats-Sequence": "17"})
+    await eventually(lambda: len(heard) == 2)
+    assert heard[0] == ("t.plain", b"one", b"")
+    assert heard[1][:2] == ("t.headed", b"two")
+    assert header_number(heard[1][2], b"Nats-Sequence: ") == 17
+    assert header_number(heard[1][2], b"Nats-Last-Sequence: ") is None
+    await broker.unlisten(subscription)
+    await broker.publish("t.plain", b"three")
+    await broker.flush()
+    assert len(heard) == 2
+
+
+async def test_a_stored_message_is_republished_with_the_headers_that_readers_need(broker: Broker) -> None:
+    heard: list[bytes] = []
+    subscription = await broker.listen(live_filter(0, "t", "s"), lambda _s, _d, headers: heard.append(headers))
+    await broker.flush()
+    first = await broker.publish_stored("tokens.0.t.s.g", b"one")
+    second = await broker.publish_stored("tokens.0.t.s.g", b"two")
+    await eventually(lambda: len(heard) == 2)
+    assert [header_number(h, b"Nats-Sequence: ") for h in heard] == [first, second]
+    assert [header_number(h, b"Nats-Last-Sequence: ") for h in heard] == [0, first]
+    await broker.unlisten(subscription)
+
+
+async def test_send_is_ordered_with_publish_and_acknowledged_by_the_stream(broker: Broker) -> None:
+    heard: list[bytes] = []
+    acknowledged: list[bytes] = []
+    inbox = broker.client.new_inbox()
+    subscriptions = [
+        await broker.listen("tokens.0.t.s.g", lambda _s, data, _h: heard.append(data)),
+        await broker.listen(inbox, lambda _s, data, _h: acknowledged.append(data)),
+    ]
+    for number in range(0, 100, 2):
+        broker.send("tokens.0.t.s.g", str(number).encode(), inbox)
+        await broker.publish("tokens.0.t.s.g", str(number + 1).encode())
+    await eventually(lambda: len(heard) == 100 and len(acknowledged) == 50)
+    assert [int(data) for data in heard] == list(range(100))
+    assert all(b'"seq":' in data for data in acknowledged)
+    for subscription in subscriptions:
+        await broker.unlisten(subscription)
+
+
+async def test_listening_goes_on_after_a_reconnection(own_nats: NatsServer) -> None:
+    heard: list[bytes] = []
+    async with Broker.connect(own_nats.url, "test") as broker:
+        await broker.listen("t", lambda _s, data, _h: heard.append(data))
+        own_nats.kill()
+        await eventually(lambda: not broker.is_connected)
+        own_nats.start()
+        await eventually(lambda: broker.is_connected)
+        await broker.publish("t", b"again")
+        await eventually(lambda: heard == [b"again"])
+
+
+async def test_what_waits_to_be_sent_is_bounded(own_nats: NatsServer) -> None:
+    async with Broker.connect(own_nats.url, "test") as broker:
+        own_nats.stop()
+        await eventually(lambda: not broker.is_connected)
+        with pytest.raises(BrokerUnavailable):
+            for _ in range(200):
+                broker.send("t", b"x" * 100_000, "r")
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("headers", [b"", b"NATS/1.0\r\nNats-Sequence: x\r\n\r\n", b"NATS/1.0\r\nNats-Sequence: 1"])
+def test_a_header_without_a_number_is_none(headers: bytes) -> None:
+    assert header_number(headers, b"Nats-Sequence: ") is None

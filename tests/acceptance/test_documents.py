@@ -172,7 +172,7 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, s
         "http://127.0.0.1:8081": f"http://127.0.0.1:{ports['TAILRACE_BILLING_PORT']}",
     }
     env = clean_environment(TAILRACE_DATA=str(folder / "data"), **ports)
-    with running(["make", "up"], env, folder / "up.log", f"{addresses['http://127.0.0.1:8080']}/readyz"):
+    with running(["make", "up", "ARGS="], env, folder / "up.log", f"{addresses['http://127.0.0.1:8080']}/readyz"):
         yield addresses
 
 

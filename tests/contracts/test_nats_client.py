@@ -73,7 +73,7 @@ async def test_what_waits_to_be_sent_is_bounded(own_nats: NatsServer) -> None:
         own_nats.stop()
         await eventually(lambda: not broker.is_connected)
         with pytest.raises(BrokerUnavailable):
-            for _ in range(200):
+            for _ in range(2_000):
                 broker.send("t", b"x" * 100_000, "r")
         await asyncio.sleep(0)
 

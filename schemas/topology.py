@@ -15,7 +15,9 @@ __all__ = [
     "StreamSpec",
     "Topology",
     "billing_durable",
+    "bucket_stream",
     "producers_durable",
+    "token_partition",
     "token_stream",
 ]
 
@@ -30,6 +32,17 @@ def token_stream(partition: int) -> str:
     return f"TOKENS_{partition}"
 
 
+def token_partition(stream: str) -> int | None:
+    """Return the partition whose events a stream keeps; ``None`` for a stream of another kind."""
+    prefix, _, number = stream.partition("_")
+    return int(number) if prefix == "TOKENS" and number.isdecimal() else None
+
+
+def bucket_stream(bucket: str) -> str:
+    """Return the name of the stream behind a bucket."""
+    return f"KV_{bucket}"
+
+
 def producers_durable(pool: str) -> str:
     """Return the name of the durable consumer that a pool of producers shares."""
     return f"producers-{pool}"
@@ -41,11 +54,17 @@ def billing_durable(partition: int) -> str:
 
 
 class StreamSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """A JetStream stream. Ages in seconds, sizes in bytes; ``-1`` means no bound."""
+    """A JetStream stream. Ages in seconds, sizes in bytes; ``-1`` means no bound.
+
+    ``refuses``: a full stream refuses new messages; otherwise it drops its oldest ones. ``bucket``: it keeps the newest
+    message of each subject, as a key-value bucket does.
+    """
 
     name: str
     subjects: tuple[str, ...]
     work_queue: bool = False
+    refuses: bool = False
+    bucket: bool = False
     max_age: float = 0.0
     max_bytes: int = -1
     max_msgs: int = -1
@@ -71,9 +90,15 @@ class ConsumerSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Topology(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that must exist on the broker before a service can work."""
+    """Everything that must exist on the broker before a service can work.
+
+    ``kept``: partitions beyond the present count whose streams exist, from a time when there were more of them.
+    ``managed``: whether to create and change what is missing or different, or only to wait until all of it exists.
+    """
 
     partitions: int = 1
+    kept: tuple[int, ...] = ()
+    managed: bool = True
     replicas: int = 1
     max_age: float = 86_400.0
     max_bytes: int = -1
@@ -81,26 +106,36 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
     max_requests: int = 10_000
     ack_wait: float = 15.0
 
+    @property
+    def logs(self) -> tuple[int, ...]:
+        """The partitions that there are: those of the present count, and those kept."""
+        return (*range(self.partitions), *(p for p in self.kept if p >= self.partitions))
+
     def streams(self) -> list[StreamSpec]:
-        """Return the streams: one log per partition, and the work queue of requests."""
+        """Return the streams: one log per partition, the work queue of requests, dead requests, and the buckets.
+
+        A log that is bounded in bytes refuses events when it is full: it never drops those of a running answer.
+        """
         logs = [
             StreamSpec(
                 name=token_stream(p),
                 subjects=(f"tokens.{p}.*.*.*",),
                 max_age=self.max_age,
                 max_bytes=self.max_bytes,
+                refuses=self.max_bytes > 0,
                 replicas=self.replicas,
                 republish=(
                     f"tokens.{p}.*.*.*",
                     f"live.{p}.{{{{wildcard(1)}}}}.{{{{wildcard(2)}}}}.{{{{wildcard(3)}}}}",
                 ),
             )
-            for p in range(self.partitions)
+            for p in self.logs
         ]
         requests = StreamSpec(
             name=REQUESTS,
             subjects=(f"{REQUESTS_PREFIX}.*.*",),
             work_queue=True,
+            refuses=True,
             max_age=self.max_age,
             max_msgs=self.max_requests,
             replicas=self.replicas,
@@ -109,7 +144,17 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
         dead = StreamSpec(
             name=DEAD, subjects=("dead.*.*",), max_age=7 * 86_400.0, max_msgs=self.max_requests, replicas=self.replicas
         )
-        return [*logs, requests, dead]
+        return [*logs, requests, dead, self._bucket(BUCKET, self.max_age), self._bucket(REGISTRY_BUCKET, 0.0)]
+
+    def _bucket(self, name: str, max_age: float) -> StreamSpec:
+        return StreamSpec(
+            name=bucket_stream(name),
+            subjects=(f"$KV.{name}.>",),
+            bucket=True,
+            refuses=True,
+            max_age=max_age,
+            replicas=self.replicas,
+        )
 
     def consumers(self) -> list[ConsumerSpec]:
         """Return the durable consumers: the producers' work queue and billing's of each partition."""
@@ -120,15 +165,15 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
             ack_wait=self.ack_wait,
             max_ack_pending=10_000,
         )
-        billing = [
-            ConsumerSpec(
-                stream=token_stream(p),
-                durable=billing_durable(p),
-                filter=f"tokens.{p}.*.*.*",
-                ack_wait=30.0,
-                max_ack_pending=20_000,
-                ack_all=True,
-            )
-            for p in range(self.partitions)
-        ]
-        return [producers, *billing]
+        return [producers, *(self.billing(p) for p in self.logs)]
+
+    def billing(self, partition: int) -> ConsumerSpec:
+        """Return billing's durable consumer of a partition."""
+        return ConsumerSpec(
+            stream=token_stream(partition),
+            durable=billing_durable(partition),
+            filter=f"tokens.{partition}.*.*.*",
+            ack_wait=30.0,
+            max_ack_pending=20_000,
+            ack_all=True,
+        )

@@ -5,7 +5,7 @@ Hot paths use callbacks, never iterators.
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Final, Self
 
 import msgspec
@@ -14,12 +14,13 @@ import nats.errors
 import structlog
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
-from nats.js import JetStreamContext, api
+from nats.js import JetStreamContext
 from nats.js import errors as js_errors
 from nats.js.kv import KeyValue
 
-from schemas.topology import BUCKET, REGISTRY_BUCKET, ConsumerSpec, StreamSpec, Topology
+from schemas.topology import BUCKET, Topology
 from services.kit.nats_client import Arrival, RelayClient
+from services.kit.streams import APPLY_SECONDS, NotReady, Refused, apply_topology, token_partitions
 
 __all__ = ["Broker", "BrokerUnavailable", "ReadFailed", "Stored", "StreamState"]
 
@@ -123,7 +124,8 @@ class Broker:
         finally:
             self._closing = True
             if not client.is_closed:
-                await client.close()
+                with suppress(nats.errors.Error, OSError):  # a connection that is being lost cannot be written to
+                    await client.close()
 
     @property
     def is_connected(self) -> bool:
@@ -198,14 +200,16 @@ class Broker:
         except (nats.errors.Error, OSError) as error:
             raise BrokerUnavailable(f"the broker does not answer: {error!r}") from error
 
-    async def request(self, subject: str, data: bytes = b"", *, timeout: float = 2.0) -> bytes | None:
+    async def request(
+        self, subject: str, data: bytes = b"", *, timeout: float = 2.0, headers: dict[str, str] | None = None
+    ) -> bytes | None:
         """Return the answer of whoever listens on ``subject``; ``None`` when nobody does.
 
         Raises:
             BrokerUnavailable: somebody listens and no answer came in time, or the connection is down.
         """
         try:
-            return (await self.client.request(subject, data, timeout=timeout)).data
+            return (await self.client.request(subject, data, timeout=timeout, headers=headers)).data
         except nats.errors.NoRespondersError:
             return None
         except (nats.errors.Error, OSError, TimeoutError) as error:
@@ -315,65 +319,29 @@ class Broker:
             self._buckets[name] = await self.js.key_value(name)
         return self._buckets[name]
 
-    async def apply(self, topology: Topology) -> None:
-        """Create or update streams, consumers and the bucket; calling it again changes nothing.
+    async def apply(self, topology: Topology, *, wait: float = APPLY_SECONDS) -> Topology:
+        """Create or update streams, consumers and buckets; return the topology with the partitions kept from earlier.
+
+        Calling it again changes nothing. A cluster that has no leader yet is asked again for ``wait`` seconds.
 
         Raises:
             BrokerUnavailable: the broker refused or did not answer.
         """
         try:
-            for stream in topology.streams():
-                await self._apply_stream(stream)
-            for consumer in topology.consumers():
-                await self._apply_consumer(consumer)
-            await self._apply_bucket(topology)
-        except (nats.errors.Error, OSError, TimeoutError) as error:
-            raise BrokerUnavailable(f"cannot set up streams: {error!r}") from error
+            return await apply_topology(self, topology, BrokerUnavailable, wait)
+        except (NotReady, Refused) as error:
+            raise BrokerUnavailable(f"cannot set up streams: {error}") from error
 
-    async def _apply_stream(self, spec: StreamSpec) -> None:
-        config = api.StreamConfig(
-            name=spec.name,
-            subjects=list(spec.subjects),
-            retention=api.RetentionPolicy.WORK_QUEUE if spec.work_queue else api.RetentionPolicy.LIMITS,
-            discard=api.DiscardPolicy.NEW if spec.work_queue else api.DiscardPolicy.OLD,
-            discard_new_per_subject=spec.one_per_subject,
-            max_msgs_per_subject=1 if spec.one_per_subject else -1,
-            max_age=spec.max_age,
-            max_bytes=spec.max_bytes,
-            max_msgs=spec.max_msgs,
-            max_msg_size=spec.max_msg_size,
-            num_replicas=spec.replicas,
-            storage=api.StorageType.FILE,
-            allow_direct=True,
-            duplicate_window=min(spec.duplicate_window, spec.max_age or spec.duplicate_window),
-            republish=api.RePublish(src=spec.republish[0], dest=spec.republish[1]) if spec.republish else None,
-        )
+    async def partitions(self) -> list[int]:
+        """Return the partitions that have a stream, those beyond the present number included.
+
+        Raises:
+            BrokerUnavailable: the broker did not answer.
+        """
         try:
-            await self.js.add_stream(config)
-        except js_errors.BadRequestError:
-            await self.js.update_stream(config)
-
-    async def _apply_consumer(self, spec: ConsumerSpec) -> None:
-        await self.js.add_consumer(
-            spec.stream,
-            api.ConsumerConfig(
-                durable_name=spec.durable,
-                filter_subject=spec.filter,
-                ack_policy=api.AckPolicy.ALL if spec.ack_all else api.AckPolicy.EXPLICIT,
-                deliver_policy=api.DeliverPolicy.ALL,
-                ack_wait=spec.ack_wait,
-                max_ack_pending=spec.max_ack_pending,
-            ),
-        )
-
-    async def _apply_bucket(self, topology: Topology) -> None:
-        for name, ttl in ((BUCKET, topology.max_age), (REGISTRY_BUCKET, None)):
-            try:
-                await self.js.key_value(name)
-            except js_errors.NotFoundError:
-                await self.js.create_key_value(
-                    api.KeyValueConfig(bucket=name, ttl=ttl, history=1, replicas=topology.replicas, direct=True)
-                )
+            return await token_partitions(self)
+        except (NotReady, Refused) as error:
+            raise BrokerUnavailable(f"cannot list streams: {error}") from error
 
 
 def _hide(url: str) -> str:

@@ -11,7 +11,7 @@ from schemas.subjects import (
     request_subject,
     token_subject,
 )
-from schemas.topology import DEAD, REQUESTS, Topology, billing_durable, producers_durable, token_stream
+from schemas.topology import DEAD, REQUESTS, Topology, billing_durable, producers_durable, token_partition, token_stream
 
 
 def matches(pattern: str, subject: str) -> bool:
@@ -22,7 +22,7 @@ def matches(pattern: str, subject: str) -> bool:
 
 @pytest.mark.parametrize("partitions", [1, 4])
 def test_there_is_one_log_for_each_partition_and_one_work_queue(partitions: int) -> None:
-    streams = Topology(partitions=partitions).streams()
+    streams = [s for s in Topology(partitions=partitions).streams() if not s.bucket]
     assert [s.name for s in streams] == [*(token_stream(p) for p in range(partitions)), REQUESTS, DEAD]
     assert [s.name for s in streams if s.work_queue] == [REQUESTS]
 
@@ -79,3 +79,26 @@ def test_bounds_and_replicas_reach_every_log() -> None:
     topology = Topology(partitions=2, replicas=3, max_age=60.0, max_bytes=1_000)
     for stream in topology.streams()[:2]:
         assert (stream.replicas, stream.max_age, stream.max_bytes) == (3, 60.0, 1_000)
+
+
+def test_logs_of_earlier_partitions_are_kept_and_billed() -> None:
+    topology = Topology(partitions=2, kept=(1, 2, 5), replicas=3)
+    assert topology.logs == (0, 1, 2, 5)
+    assert {s.name: s.replicas for s in topology.streams() if s.name.startswith("TOKENS")} == {
+        token_stream(p): 3 for p in (0, 1, 2, 5)
+    }
+    assert [c.stream for c in topology.consumers()][1:] == [token_stream(p) for p in (0, 1, 2, 5)]
+
+
+def test_only_streams_of_tokens_name_a_partition() -> None:
+    assert [token_partition(name) for name in (token_stream(12), REQUESTS, "TOKENS_x", "KV_registry")] == [
+        12,
+        None,
+        None,
+        None,
+    ]
+
+
+def test_a_log_bounded_in_bytes_refuses_events_and_never_drops_those_of_a_running_answer() -> None:
+    assert not Topology().streams()[0].refuses
+    assert Topology(max_bytes=1_000).streams()[0].refuses

@@ -1,0 +1,234 @@
+"""Brings streams, consumers and buckets into being, on one server or on a cluster that is still finding its leaders.
+
+Each is looked at first and created or changed only where it differs, so starting again changes nothing, what an
+operator has set beyond these fields stays, and a service that may look but not touch waits for somebody else to do it.
+"""
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any, Final, Protocol
+
+import msgspec
+import structlog
+
+from schemas.partitions import HISTORY_SUBJECT, decode_history, encode_history, extended
+from schemas.topology import REGISTRY_BUCKET, ConsumerSpec, StreamSpec, Topology, bucket_stream, token_partition
+
+__all__ = ["Asking", "NotReady", "Refused", "apply_topology", "consumer_config", "stream_config", "token_partitions"]
+
+log = structlog.get_logger()
+APPLY_SECONDS: Final = 60.0
+"""How long to try. A cluster that starts has its leaders after 5 to 20 s."""
+ASK_SECONDS: Final = 5.0
+_FIRST_PAUSE: Final = 0.1
+_LONGEST_PAUSE: Final = 2.0
+_NO_PEERS: Final = 10005
+_NAME_TAKEN: Final = 10058
+_NOT_CLUSTERED: Final = 10074
+_WRONG_LAST_SEQUENCE: Final = 10071
+
+
+class NotReady(Exception):
+    """The broker cannot do it yet: no leader, too few servers, or somebody else is to create what is missing."""
+
+
+class Refused(Exception):
+    """The broker will not do it, whenever it is asked."""
+
+
+class Asking(Protocol):
+    """What of a connection is needed here."""
+
+    async def request(
+        self, subject: str, data: bytes = b"", *, timeout: float = 2.0, headers: dict[str, str] | None = None
+    ) -> bytes | None:
+        """Return the answer; ``None`` when nobody listens."""
+
+
+class _Error(msgspec.Struct):
+    code: int = 0
+    err_code: int = 0
+    description: str = ""
+
+
+class _Message(msgspec.Struct, frozen=True):
+    seq: int = 0
+    data: bytes = b""  # base64 in JSON
+
+
+class _Answer(msgspec.Struct):
+    error: _Error | None = None
+    config: dict[str, Any] = {}
+    streams: list[str] | None = None
+    total: int = 0
+    message: _Message = _Message()
+
+
+async def apply_topology(
+    broker: Asking, topology: Topology, unreachable: type[Exception], wait: float = APPLY_SECONDS
+) -> Topology:
+    """Create what is missing and change what differs; return the topology with the partitions kept from earlier.
+
+    ``unreachable`` is what ``broker`` raises when nothing answers; it is asked again for ``wait`` seconds. Calling this
+    again, or from several processes at once, changes nothing more. Streams beyond the present number of partitions
+    are kept.
+
+    Raises:
+        Refused: the broker refuses a setting.
+        NotReady: the cluster did not get ready in time.
+    """
+    give_up_at = asyncio.get_running_loop().time() + wait
+    pause = _FIRST_PAUSE
+    while True:
+        try:
+            return await _apply(broker, topology)
+        except (NotReady, unreachable) as error:
+            if asyncio.get_running_loop().time() > give_up_at:
+                raise NotReady(f"not ready within {wait:g} s: {error}") from error
+            log.debug("streams are not ready", detail=str(error))
+        await asyncio.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+async def _apply(broker: Asking, topology: Topology) -> Topology:
+    existing = await token_partitions(broker)
+    topology = msgspec.structs.replace(topology, kept=tuple(p for p in existing if p >= topology.partitions))
+    for stream in topology.streams():
+        await _apply_stream(broker, stream, managed=topology.managed)
+    for consumer in topology.consumers():
+        await _apply_consumer(broker, consumer, managed=topology.managed)
+    if topology.managed:
+        # Streams without a history come from before there was one: their number is the count of that time.
+        await _extend_history(broker, topology.partitions, (max(existing) + 1,) if existing else ())
+    return topology
+
+
+async def token_partitions(broker: Asking) -> list[int]:
+    """Return the partitions whose streams exist, whatever the present count, in ascending order.
+
+    Raises:
+        NotReady: the broker cannot say now.
+    """
+    names: list[str] = []
+    while True:
+        query = {"subject": "tokens.>", "offset": len(names)}
+        page = await _ask(broker, "$JS.API.STREAM.NAMES", query)
+        names += page.streams or []
+        if not page.streams or len(names) >= page.total:
+            return sorted(p for p in map(token_partition, names) if p is not None)
+
+
+async def _apply_stream(broker: Asking, spec: StreamSpec, *, managed: bool) -> None:
+    wanted = stream_config(spec)
+    found = await _ask(broker, f"$JS.API.STREAM.INFO.{spec.name}", missing_is_fine=True)
+    if found is None:
+        if not managed:
+            raise NotReady(f"stream {spec.name} does not exist, and this service is not to create it")
+        await _ask(broker, f"$JS.API.STREAM.CREATE.{spec.name}", wanted)
+        return
+    differing = _differing(found.config, wanted)
+    if differing and managed:
+        log.info("stream changed", stream=spec.name, fields=sorted(differing))
+        await _ask(broker, f"$JS.API.STREAM.UPDATE.{spec.name}", found.config | differing)
+
+
+async def _apply_consumer(broker: Asking, spec: ConsumerSpec, *, managed: bool) -> None:
+    wanted = consumer_config(spec)
+    found = await _ask(broker, f"$JS.API.CONSUMER.INFO.{spec.stream}.{spec.durable}", missing_is_fine=True)
+    if found is not None:
+        # How a consumer acknowledges cannot be changed; one that exists keeps its way, and so its position.
+        wanted = wanted | {"ack_policy": found.config.get("ack_policy")}
+        wanted = found.config | _differing(found.config, wanted)
+        if wanted == found.config:
+            return
+    if managed:
+        subject = f"$JS.API.CONSUMER.DURABLE.CREATE.{spec.stream}.{spec.durable}"
+        await _ask(broker, subject, {"stream_name": spec.stream, "config": wanted})
+    elif found is None:
+        raise NotReady(f"consumer {spec.durable} does not exist, and this service is not to create it")
+
+
+async def _extend_history(broker: Asking, count: int, before: tuple[int, ...]) -> None:
+    registry = bucket_stream(REGISTRY_BUCKET)
+    stored = await _ask(
+        broker, f"$JS.API.STREAM.MSG.GET.{registry}", {"last_by_subj": HISTORY_SUBJECT}, missing_is_fine=True
+    )
+    history, seq = before, 0
+    if stored is not None:
+        history = decode_history(stored.message.data)
+        seq = stored.message.seq
+        if history[-1] == count:
+            return
+    data = encode_history(extended(history, count))
+    headers = {"Nats-Expected-Last-Subject-Sequence": str(seq)}
+    _checked(await broker.request(HISTORY_SUBJECT, data, timeout=ASK_SECONDS, headers=headers), HISTORY_SUBJECT)
+    if history and history != (count,):
+        log.warning("the number of partitions has changed", history=history, now=count)
+
+
+def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the wanted fields that differ; the broker leaves out fields that are empty or false."""
+    return {name: value for name, value in wanted.items() if (found.get(name) or None) != (value or None)}
+
+
+def stream_config(spec: StreamSpec) -> dict[str, Any]:
+    """Return a stream's configuration as JetStream's API writes it (durations in nanoseconds)."""
+    config = {
+        "name": spec.name,
+        "subjects": list(spec.subjects),
+        "retention": "workqueue" if spec.work_queue else "limits",
+        "discard": "new" if spec.refuses else "old",
+        "discard_new_per_subject": spec.one_per_subject,
+        "max_msgs_per_subject": 1 if spec.one_per_subject or spec.bucket else -1,
+        "max_age": _nanoseconds(spec.max_age),
+        "max_bytes": spec.max_bytes,
+        "max_msgs": spec.max_msgs,
+        "max_msg_size": spec.max_msg_size,
+        "num_replicas": spec.replicas,
+        "storage": "file",
+        "allow_direct": True,
+        "duplicate_window": _nanoseconds(min(spec.duplicate_window, spec.max_age or spec.duplicate_window)),
+    }
+    if spec.republish is not None:
+        config["republish"] = {"src": spec.republish[0], "dest": spec.republish[1]}
+    if spec.bucket:
+        config |= {"allow_rollup_hdrs": True, "deny_delete": True}
+    return config
+
+
+def consumer_config(spec: ConsumerSpec) -> dict[str, Any]:
+    """Return a durable consumer's configuration as JetStream's API writes it (durations in nanoseconds)."""
+    return {
+        "durable_name": spec.durable,
+        "filter_subject": spec.filter,
+        "ack_policy": "all" if spec.ack_all else "explicit",
+        "deliver_policy": "all",
+        "ack_wait": _nanoseconds(spec.ack_wait),
+        "max_ack_pending": spec.max_ack_pending,
+    }
+
+
+def _nanoseconds(seconds: float) -> int:
+    return round(seconds * 1e9)
+
+
+async def _ask(broker: Asking, subject: str, query: Any = None, *, missing_is_fine: bool = False) -> Any:
+    data = b"" if query is None else msgspec.json.encode(query)
+    return _checked(await broker.request(subject, data, timeout=ASK_SECONDS), subject, missing_is_fine=missing_is_fine)
+
+
+def _checked(data: bytes | None, subject: str, *, missing_is_fine: bool = False) -> _Answer | None:
+    if data is None:
+        raise NotReady(f"{subject}: JetStream does not answer")
+    answer = msgspec.json.decode(data, type=_Answer)
+    error = answer.error
+    if error is None:
+        return answer
+    if error.code == 404 and missing_is_fine:
+        return None
+    text = f"{subject}: {error.description} ({error.err_code})"
+    if error.err_code == _NOT_CLUSTERED:
+        raise Refused(f"{text}: more than one replica needs a cluster of nats-servers (TAILRACE_REPLICAS)")
+    if error.code >= 500 or error.err_code in (_NO_PEERS, _NAME_TAKEN, _WRONG_LAST_SEQUENCE):
+        raise NotReady(text)
+    raise Refused(text)

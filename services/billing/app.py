@@ -82,7 +82,7 @@ async def main(stop: asyncio.Event, env: Mapping[str, str] = os.environ) -> None
         create_folder(url)
     except OSError as error:
         raise SettingsError([f"the folder of {url.database} cannot be created: {error.strerror}"]) from error
-    async with open_engine(url) as engine, Broker.connect(shared.nats_url, "billing") as broker:
+    async with open_engine(url) as engine, Broker.connect(shared.nats_url, "billing", tls=shared.tls()) as broker:
         broker.on_reconnect(_count_reconnect)
         ledger = Ledger(engine, _holder(), hold=settings.hold)
         migrated = asyncio.Event()

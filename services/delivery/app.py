@@ -84,7 +84,7 @@ async def main(stop: asyncio.Event) -> None:
     """
     shared, settings = load_settings(Settings, "delivery", os.environ)
     configure_logging("delivery", shared.log_level, shared.log_format)
-    async with Broker.connect(shared.nats_url, "tailrace-delivery") as broker:
+    async with Broker.connect(shared.nats_url, "delivery", tls=shared.tls()) as broker:
         await broker.apply(shared.topology())
         clock = SystemClock()
         hub = Hub(broker, clock, shared.partitions, settings.limits())

@@ -4,9 +4,11 @@ Hot paths use callbacks, never iterators.
 """
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any, Final, Self
+from urllib.parse import urlsplit
 
 import msgspec
 import nats
@@ -81,14 +83,21 @@ class Broker:
 
     @classmethod
     @asynccontextmanager
-    async def connect(cls, url: str, name: str, *, wait: float = 30.0) -> AsyncIterator[Self]:
+    async def connect(
+        cls, url: str, name: str, *, tls: ssl.SSLContext | None = None, wait: float = 30.0
+    ) -> AsyncIterator[Self]:
         """Connect (trying for ``wait`` seconds), yield, and close in the end. ``url`` may list servers by commas.
+
+        ``name``: the service; answers come below ``_INBOX.<name>``, so that no other service may read them. ``tls``:
+        demands it of every server.
 
         Raises:
             BrokerUnavailable: no server answered within ``wait`` seconds.
         """
         client = RelayClient()
         self = cls(client)
+        servers = [part.strip() for part in url.split(",")]
+        first = urlsplit(servers[0])
 
         async def reconnected() -> None:
             log.info("broker reconnected")
@@ -105,12 +114,17 @@ class Broker:
         try:
             async with asyncio.timeout(wait):
                 await client.connect(
-                    [part.strip() for part in url.split(",")],
-                    name=name,
+                    servers,
+                    # Servers of a cluster tell of each other without credentials: the first one's are good for all.
+                    user=first.username if first.password else None,
+                    password=first.password,
+                    name=f"tailrace-{name}",
+                    inbox_prefix=f"_INBOX.{name}",
+                    tls=tls,
                     max_reconnect_attempts=-1,
                     reconnect_time_wait=0.25,  # type: ignore[arg-type]  # seconds; fractions work
-                    connect_timeout=5,
-                    ping_interval=10,
+                    connect_timeout=2,
+                    ping_interval=2,  # a server that is frozen is left after about 5 s, well within the lease
                     max_outstanding_pings=2,
                     pending_size=PENDING_BYTES,
                     reconnected_cb=reconnected,

@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, Final
 
+import nats.errors
 from nats.aio.client import Client
 from nats.aio.subscription import Subscription
 
@@ -48,6 +49,12 @@ class RelayClient(Client):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._flush_due = False
         self._flushed_at = 0.0
+
+    async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
+        # The library would go on without TLS where a server does not offer it, and show it the password.
+        if initial_connection and self.options.get("tls") is not None and not info.get("tls_required"):
+            raise nats.errors.Error("this server offers no TLS, which is demanded")
+        await super()._process_info(info, initial_connection)
 
     async def listen(self, subject: str, arrival: Arrival) -> Subscription:
         """Subscribe a function that is called from the parser for every message. End it with `unlisten`."""

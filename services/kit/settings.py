@@ -5,6 +5,7 @@ A field ``port`` of the struct for the service ``delivery`` is the variable ``TA
 ``TAILRACE_<FIELD>`` and stand in ``[shared]``. The environment wins. All problems are reported together.
 """
 
+import ssl
 import tomllib
 import types
 import typing
@@ -16,6 +17,7 @@ import msgspec
 
 from schemas.names import NAME_PATTERN
 from schemas.topology import Topology
+from services.kit.tls import TlsUnusable, client_tls
 
 __all__ = ["SERVICES", "SettingsError", "Shared", "load_settings", "read_config"]
 
@@ -33,9 +35,16 @@ class SettingsError(Exception):
 
 
 class Shared(msgspec.Struct, frozen=True, kw_only=True):
-    """Settings that all services must agree on. Ages in seconds, sizes in bytes."""
+    """Settings that all services must agree on. Ages in seconds, sizes in bytes.
+
+    ``manage_streams``: whether a service creates and changes streams, or waits for them. ``nats_ca``, ``nats_cert``,
+    ``nats_key``: files for TLS towards the broker; any of them demands it.
+    """
 
     nats_url: str = "nats://127.0.0.1:4222"
+    nats_ca: str | None = None
+    nats_cert: str | None = None
+    nats_key: str | None = None
     nats_port: int = 4222
     data: str = ".tailrace"
     config: str | None = None
@@ -44,6 +53,7 @@ class Shared(msgspec.Struct, frozen=True, kw_only=True):
     replicas: Annotated[int, msgspec.Meta(ge=1, le=5)] = 1
     retention: Annotated[float, msgspec.Meta(gt=0)] = 86_400.0
     log_max_bytes: int = -1
+    manage_streams: bool = True
     pool: Name = "default"
     max_requests: Annotated[int, msgspec.Meta(ge=1)] = 10_000
     lease: Annotated[float, msgspec.Meta(ge=1)] = 15.0
@@ -51,10 +61,22 @@ class Shared(msgspec.Struct, frozen=True, kw_only=True):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["auto", "json", "console"] = "auto"
 
+    def tls(self) -> ssl.SSLContext | None:
+        """Return what the connection to the broker is secured with.
+
+        Raises:
+            SettingsError: a file cannot be used.
+        """
+        try:
+            return client_tls(self.nats_ca, self.nats_cert, self.nats_key)
+        except TlsUnusable as error:
+            raise SettingsError([str(error)]) from error
+
     def topology(self) -> Topology:
         """Return the streams and consumers that these settings ask for."""
         return Topology(
             partitions=self.partitions,
+            managed=self.manage_streams,
             replicas=self.replicas,
             max_age=self.retention,
             max_bytes=self.log_max_bytes,

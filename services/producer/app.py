@@ -72,7 +72,7 @@ async def main(stop: asyncio.Event) -> None:
         raise SettingsError(error.problems) from error
     clock = SystemClock()
     async with (
-        Broker.connect(shared.nats_url, "tailrace-producer") as broker,
+        Broker.connect(shared.nats_url, "producer", tls=shared.tls()) as broker,
         Upstreams.opened(registry, clock) as upstreams,
     ):
         await broker.apply(shared.topology())

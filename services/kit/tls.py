@@ -1,0 +1,34 @@
+"""TLS towards the broker, from files."""
+
+import ssl
+
+__all__ = ["TlsUnusable", "client_tls"]
+
+
+class TlsUnusable(ValueError):
+    """A certificate or key cannot be read, or one is given without the other."""
+
+
+def client_tls(ca: str | None, cert: str | None, key: str | None) -> ssl.SSLContext | None:
+    """Return what a client verifies the server with, and shows of itself; ``None`` when no file is named.
+
+    ``ca``: certificates to trust instead of the system's. ``cert`` and ``key``: the client's own, for servers that ask.
+
+    Raises:
+        TlsUnusable: a file cannot be used; the text names the setting.
+    """
+    if ca is None and cert is None and key is None:
+        return None
+    if (cert is None) != (key is None):
+        missing, present = ("NATS_KEY", "NATS_CERT") if key is None else ("NATS_CERT", "NATS_KEY")
+        raise TlsUnusable(f"TAILRACE_{missing}: must be set, because TAILRACE_{present} is")
+    try:
+        context = ssl.create_default_context(cafile=ca)
+    except (OSError, ssl.SSLError) as error:
+        raise TlsUnusable(f"TAILRACE_NATS_CA: cannot use {ca}: {error}") from error
+    if cert is not None:
+        try:
+            context.load_cert_chain(cert, key)
+        except (OSError, ssl.SSLError) as error:
+            raise TlsUnusable(f"TAILRACE_NATS_CERT, TAILRACE_NATS_KEY: cannot use {cert} and {key}: {error}") from error
+    return context

@@ -47,6 +47,8 @@ OnProducerLoss = Literal["interrupt", "restart"]
 class Request(msgspec.Struct, kw_only=True, omit_defaults=True):
     """What a producer needs to run a generation. ``created_at`` in seconds since 1970.
 
+    ``partition`` keeps the session, as delivery decided; producers never work it out themselves.
+
     ``on_producer_loss``: whether a begun answer whose producer died is closed, or asked for again from the beginning.
     ``params`` are sampling and tool parameters in the OpenAI chat form (``temperature``, ``max_tokens``, ``tools`` …).
     """
@@ -61,6 +63,7 @@ class Request(msgspec.Struct, kw_only=True, omit_defaults=True):
     on_disconnect: OnDisconnect = "continue"
     on_producer_loss: OnProducerLoss = "interrupt"
     created_at: float = 0.0
+    partition: Annotated[int, msgspec.Meta(ge=0, le=255)] | None = None
     v: int = VERSION
 
 

@@ -34,7 +34,7 @@ class InvalidSubject(ValueError):
 
 
 class Address(NamedTuple):
-    """Where a generation lives. ``partition`` follows from tenant and session (see `partition_of`)."""
+    """Where a generation lives. ``partition`` follows from tenant and session (see `schemas.partitions`)."""
 
     partition: int
     tenant: str
@@ -43,7 +43,16 @@ class Address(NamedTuple):
 
     @classmethod
     def of(cls, tenant: str, session: str, generation: str, partitions: int) -> "Address":
-        """Return the address of a generation, its names checked.
+        """Return the address of a generation where the number of partitions never changed, its names checked.
+
+        Raises:
+            InvalidName: a name cannot stand in a subject.
+        """
+        return cls.at(partition_of(tenant, session, partitions), tenant, session, generation)
+
+    @classmethod
+    def at(cls, partition: int, tenant: str, session: str, generation: str) -> "Address":
+        """Return the address of a generation in a known partition, its names checked.
 
         Raises:
             InvalidName: a name cannot stand in a subject.
@@ -51,7 +60,7 @@ class Address(NamedTuple):
         check_name("tenant", tenant)
         check_name("session", session)
         check_name("generation", generation)
-        return cls(partition_of(tenant, session, partitions), tenant, session, generation)
+        return cls(partition, tenant, session, generation)
 
 
 def partition_of(tenant: str, session: str, partitions: int) -> int:

@@ -70,7 +70,7 @@ class Relay:
 
     def __init__(self, request: Request, attempt: int, lease: Lease, outside: Outside) -> None:
         self.request = request
-        self.address = Address.of(request.tenant, request.session, request.generation, outside.partitions)
+        self.address = _address(request, outside.partitions)
         self._attempt = attempt
         self._lease = lease
         self._outside = outside
@@ -398,6 +398,12 @@ class Relay:
 
     def _now(self) -> float:
         return round(self._outside.clock.wall(), 6)
+
+
+def _address(request: Request, partitions: int) -> Address:
+    if request.partition is None:  # queued before requests named their partition
+        return Address.of(request.tenant, request.session, request.generation, partitions)
+    return Address.at(request.partition, request.tenant, request.session, request.generation)
 
 
 def _upstream(candidate: Candidate) -> dict[str, str]:

@@ -138,7 +138,7 @@ class Broker:
         finally:
             self._closing = True
             if not client.is_closed:
-                with suppress(nats.errors.Error, OSError):  # a connection that is being lost cannot be written to
+                with suppress(nats.errors.Error, OSError, RuntimeError):  # a connection being lost takes no write
                     await client.close()
 
     @property

@@ -101,8 +101,8 @@ async def main(stop: asyncio.Event) -> None:
 
 def build_app(hub: Hub, shared: Shared, settings: Settings) -> Any:
     """Return the ASGI application."""
-    lookups = Lookups(hub.broker, hub.clock, shared.partitions)
-    intake = Intake(hub.broker, hub, lookups, hub.clock, shared.pool, shared.partitions)
+    lookups = Lookups(hub.broker, hub.clock, hub.partition)
+    intake = Intake(hub.broker, hub, lookups, hub.clock, shared.pool)
     events = SessionEvents(hub, lookups, shared.tenant)
 
     @get("/v1/sessions/{session:str}/events", include_in_schema=False)

@@ -9,12 +9,12 @@ from typing import Any, Final
 import structlog
 
 from schemas.cursor import CursorIssuer
-from schemas.subjects import partition_of
 from schemas.topology import token_stream
 from services.delivery import metrics
 from services.delivery.core import sse
 from services.delivery.errors import TooBusy
 from services.delivery.feed import Feed, LogReader
+from services.delivery.partitions import Partitions
 from services.delivery.subscriber import Subscriber
 from services.kit.broker import Broker, BrokerUnavailable, StreamState
 from services.kit.clock import Clock
@@ -25,6 +25,7 @@ log = structlog.get_logger()
 SWEEP_SECONDS: Final = 1.0
 CATCH_UPS: Final = 64
 STATE_SECONDS: Final = 1.0
+SETTLE_SECONDS: Final = 60.0
 
 
 class Limits:
@@ -61,7 +62,9 @@ class Hub:
         self.clock = clock
         self.limits = limits
         self.draining = False
-        self._partitions = partitions
+        self._partitions = Partitions(broker, clock, partitions)
+        self._history: tuple[int, ...] = ()  # of partition counts, when feeds were last looked at
+        self._settled_at = 0.0
         self._feeds: dict[tuple[str, str], Feed] = {}  # bounded by limits.feeds
         self._opening: dict[tuple[str, str], asyncio.Task[Feed]] = {}
         self._states: dict[int, tuple[float, StreamState]] = {}
@@ -84,11 +87,21 @@ class Hub:
             return known[1]
         state = await self.broker.state(token_stream(partition))
         self._states[partition] = (now, state)
+        metrics.LOG_USED.labels(str(partition)).set(state.used)
         return state
+
+    async def partition(self, tenant: str, session: str) -> int:
+        """Return the partition that keeps a session.
+
+        Raises:
+            BrokerUnavailable: the broker does not answer.
+        """
+        feed = self._feeds.get((tenant, session))
+        return feed.issuer.partition if feed is not None else await self._partitions.of(tenant, session)
 
     async def issuer(self, tenant: str, session: str) -> CursorIssuer:
         """Return what issues and recognises the cursors of a session."""
-        partition = partition_of(tenant, session, self._partitions)
+        partition = await self.partition(tenant, session)
         state = await self.state(partition)
         return CursorIssuer(partition, state.created, tenant, session)
 
@@ -116,9 +129,9 @@ class Hub:
             task.add_done_callback(lambda _: self._opening.pop(key, None))
         return await asyncio.shield(task)
 
-    def reader(self, tenant: str, session: str) -> LogReader:
+    def reader(self, tenant: str, session: str, partition: int) -> LogReader:
         """Return a reader of a session's log for one subscriber."""
-        return LogReader(self.broker, partition_of(tenant, session, self._partitions), tenant, session)
+        return LogReader(self.broker, partition, tenant, session)
 
     async def catch_up(self, feed: Feed, subscriber: Subscriber) -> bool:
         """Serve a subscriber from the log until the feed's memory reaches back far enough for it.
@@ -126,7 +139,7 @@ class Hub:
         Returns whether the wanted generation has ended with what was sent.
         """
         metrics.REPLAYS.inc()
-        reader = self.reader(feed.tenant, feed.session)
+        reader = self.reader(feed.tenant, feed.session, feed.issuer.partition)
         prefix = feed.issuer.prefix.encode()
         while subscriber.seq < feed.tail.floor and not subscriber.done.done():
             floor = feed.tail.floor
@@ -230,6 +243,7 @@ class Hub:
                 self._look_after(subscriber, now, heartbeat)
         if self.broker.is_connected:
             self._spawn(self._look_for_new_logs())
+            self._spawn(self._look_for_moves(now))
         metrics.FEEDS.set(len(self._feeds))
         metrics.FEED_BYTES.set(size)
 
@@ -261,7 +275,8 @@ class Hub:
 
     async def _look_for_new_logs(self) -> None:
         """Close the feeds of a stream that was deleted and created anew: nothing that arrives would tell them."""
-        for partition in {feed.issuer.partition for feed in self._feeds.values()}:
+        bounded = {partition for partition, (_, state) in self._states.items() if state.used > 0}
+        for partition in bounded | {feed.issuer.partition for feed in self._feeds.values()}:
             try:
                 state = await self.state(partition)
             except BrokerUnavailable:
@@ -270,16 +285,37 @@ class Hub:
                 if feed.issuer.partition == partition and not self._follows(feed, state):
                     await self._retire(feed)
 
+    async def _look_for_moves(self, now: float) -> None:
+        """Close the feeds of sessions that another partition keeps from now on, as every replica will find.
+
+        That happens when the number of partitions changes while nothing of a session is stored, and when the last of
+        it has expired where an earlier number had put it.
+        """
+        try:
+            history = await self._partitions.history()
+            changed = history != self._history
+            if not changed and (len(history) == 1 or now - self._settled_at < SETTLE_SECONDS):
+                return
+            self._history, self._settled_at = history, now
+            for feed in list(self._feeds.values()):
+                at = feed.issuer.partition
+                if await self._partitions.is_settled(feed.tenant, feed.session, at):
+                    continue
+                if await self._partitions.of(feed.tenant, feed.session) != at:
+                    await self._retire(feed, "the session is kept by another partition now")
+        except BrokerUnavailable as error:
+            log.warning("partitions not looked at", detail=str(error))
+
     @staticmethod
     def _follows(feed: Feed, state: StreamState) -> bool:
         issuer = CursorIssuer(feed.issuer.partition, state.created, feed.tenant, feed.session)
         return issuer.incarnation == feed.issuer.incarnation
 
-    async def _retire(self, feed: Feed) -> None:
-        """Close the feed of a log that was re-created; its subscribers are told."""
+    async def _retire(self, feed: Feed, why: str = "the log was re-created") -> None:
+        """Close the feed of a log that is not the session's any more; its subscribers are told."""
         if feed.closed:
             return
-        log.error("the log was re-created", session=feed.session)
+        log.warning("feed closed", session=feed.session, why=why)
         if self._feeds.get((feed.tenant, feed.session)) is feed:
             del self._feeds[feed.tenant, feed.session]
         for subscriber in feed.everyone():

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Final
 import msgspec
 from nats.js.errors import APIError
 
+from schemas.cursor import CursorIssuer
 from schemas.events import type_of
 from schemas.requests import GenerationRecord, Message, OnDisconnect, OnProducerLoss, Request
 from schemas.subjects import control_subject, request_subject
@@ -22,6 +23,8 @@ __all__ = ["GenerationWish", "Intake"]
 
 _MAX_METADATA: Final = 16
 CANCEL_TRIES: Final = 5
+LOG_FULL: Final = 0.95
+LOG_FULL_RETRY_SECONDS: Final = 30
 Label = Annotated[str, msgspec.Meta(max_length=64)]
 Text = Annotated[str, msgspec.Meta(max_length=4_000)]
 
@@ -44,24 +47,24 @@ class GenerationWish(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 class Intake:
     """Puts requests into the work queue, once for each idempotency key, and cancels them."""
 
-    def __init__(self, broker: Broker, hub: Hub, lookups: Lookups, clock: Clock, pool: str, partitions: int) -> None:
+    def __init__(self, broker: Broker, hub: Hub, lookups: Lookups, clock: Clock, pool: str) -> None:
         self._broker = broker
         self._hub = hub
         self._lookups = lookups
         self._clock = clock
         self._pool = pool
-        self._partitions = partitions
 
     async def accept(self, tenant: str, session: str, wish: GenerationWish, key: str | None) -> tuple[str, str, bool]:
         """Queue a request; return the generation's name, the cursor before it, and whether it is a repeat.
 
         Raises:
-            Problem: unknown model, another request under the same key, queue full, or too large.
+            Problem: unknown model, another request under the same key, queue or log full, or too large.
             BrokerUnavailable: nothing was queued.
         """
         await self._check_model(wish.model)
         generation = _name(tenant, session, key)
-        cursor = await self._cursor(tenant, session, generation if key else None)
+        issuer = await self._hub.issuer(tenant, session)
+        cursor = await self._cursor(tenant, session, issuer, generation if key else None)
         body = msgspec.json.encode(wish)
         record = GenerationRecord(
             tenant=tenant,
@@ -73,10 +76,11 @@ class Intake:
             metadata=wish.metadata,
             request_hash=hashlib.sha256(body).hexdigest()[:32],
         )
+        await self._check_room(issuer.partition, record)
         created = await self._lookups.create(record)
         if not created and not await self._is_waiting_repeat(record):
             return generation, cursor, True
-        await self._enqueue(record, wish)
+        await self._enqueue(record, wish, issuer.partition)
         return generation, cursor, not created
 
     async def cancel(self, tenant: str, session: str, generation: str) -> str:
@@ -121,10 +125,23 @@ class Intake:
                 title="The model is not known",
             )
 
-    async def _cursor(self, tenant: str, session: str, repeated: str | None) -> str:
+    async def _check_room(self, partition: int, record: GenerationRecord) -> None:
+        """Refuse what is new before the log is quite full, so that what runs can still end."""
+        if (await self._hub.state(partition)).used < LOG_FULL:
+            return
+        if await self._lookups.get(record.tenant, record.session, record.generation) is None:
+            metrics.LOG_FULL.inc()
+            raise Problem(
+                503,
+                "the log is full: it takes requests again when older events have expired",
+                slug="log-full",
+                title="The log is full",
+                headers={"Retry-After": str(LOG_FULL_RETRY_SECONDS)},
+            )
+
+    async def _cursor(self, tenant: str, session: str, issuer: CursorIssuer, repeated: str | None) -> str:
         """Return the cursor before a new generation, or before one that a repeated request may find begun or ended."""
-        issuer = await self._hub.issuer(tenant, session)
-        reader = self._hub.reader(tenant, session)
+        reader = self._hub.reader(tenant, session, issuer.partition)
         last = await self._broker.last(reader.stream, reader.filter)
         first = await reader.first_of(repeated) if last and repeated else None
         if first is not None:
@@ -147,7 +164,7 @@ class Intake:
             )
         return found is not None and found[0].state == "queued"
 
-    async def _enqueue(self, record: GenerationRecord, wish: GenerationWish) -> None:
+    async def _enqueue(self, record: GenerationRecord, wish: GenerationWish, partition: int) -> None:
         request = Request(
             tenant=record.tenant,
             session=record.session,
@@ -159,6 +176,7 @@ class Intake:
             on_disconnect=wish.on_disconnect,
             on_producer_loss=wish.on_producer_loss,
             created_at=record.created_at,
+            partition=partition,
         )
         data = msgspec.json.encode(request)
         limit = self._broker.client.max_payload

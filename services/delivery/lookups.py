@@ -1,5 +1,6 @@
 """Look-ups of sessions and generations: the bucket for lists, the log for what was said."""
 
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 import msgspec
@@ -8,7 +9,7 @@ from nats.js import errors as js_errors
 
 from schemas.codec import MalformedEvent
 from schemas.requests import Announcement, GenerationRecord
-from schemas.subjects import generation_key, log_filter, partition_of
+from schemas.subjects import generation_key, log_filter
 from schemas.topology import BUCKET, REGISTRY_BUCKET, token_stream
 from services.delivery.core.transcript import Transcript
 from services.delivery.errors import Unknown
@@ -26,12 +27,15 @@ _AWAY = (nats.errors.Error, OSError, TimeoutError)
 
 
 class Lookups:
-    """Reads and writes generation records. A bucket that is away raises `BrokerUnavailable`."""
+    """Reads and writes generation records. A bucket that is away raises `BrokerUnavailable`.
 
-    def __init__(self, broker: Broker, clock: Clock, partitions: int) -> None:
+    ``partition_of`` tells which partition keeps the session of a tenant.
+    """
+
+    def __init__(self, broker: Broker, clock: Clock, partition_of: Callable[[str, str], Awaitable[int]]) -> None:
         self._broker = broker
         self._clock = clock
-        self._partitions = partitions
+        self._partition_of = partition_of
         self._announced: tuple[float, list[Announcement]] | None = None
 
     async def get(self, tenant: str, session: str, generation: str) -> tuple[GenerationRecord, int] | None:
@@ -89,7 +93,7 @@ class Lookups:
                 return
         except BrokerUnavailable:
             pass  # the log is the truth; the bucket only saves reading it
-        partition = partition_of(tenant, session, self._partitions)
+        partition = await self._partition_of(tenant, session)
         subject = log_filter(partition, tenant, session, generation)
         if await self._broker.first(token_stream(partition), subject) is None:
             raise Unknown(f"session {session!r} has no generation {generation!r}")
@@ -97,7 +101,7 @@ class Lookups:
     async def transcript(self, tenant: str, session: str, generation: str) -> Transcript:
         """Return what a generation has said, as far as the log keeps it."""
         transcript = Transcript()
-        partition = partition_of(tenant, session, self._partitions)
+        partition = await self._partition_of(tenant, session)
         subject = log_filter(partition, tenant, session, generation)
         async for batch in self._broker.read(token_stream(partition), subject):
             for stored in batch:

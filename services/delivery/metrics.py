@@ -14,6 +14,10 @@ BLOCKED: Final = Counter("tailrace_delivery_blocked_writes", "Writes that had to
 REPLAYS: Final = Counter("tailrace_delivery_replays", "Subscribers that read from the log and not from memory")
 GAPS: Final = Counter("tailrace_delivery_gaps", "Gaps, by whether they were read again", ["healed"])
 CLOSED: Final = Counter("tailrace_delivery_streams_closed", "Ended streams by reason", ["reason"])
+LOG_USED: Final = Gauge(
+    "tailrace_delivery_log_used_ratio", "Share of a log's bound in bytes that is taken", ["partition"]
+)
+LOG_FULL: Final = Counter("tailrace_delivery_log_full", "Requests refused because the log that would keep them is full")
 REQUESTS: Final = Counter("tailrace_delivery_requests_accepted", "Requests for generations put into the queue")
 ADDED_LATENCY: Final = Histogram(
     "tailrace_delivery_latency_seconds",

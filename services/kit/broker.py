@@ -52,20 +52,29 @@ class Stored(msgspec.Struct, frozen=True):
 
 
 class StreamState(msgspec.Struct, frozen=True):
-    """A stream now. ``created`` is its incarnation; ``first_seq`` and ``last_seq`` bound what it keeps."""
+    """A stream now. ``created`` is its incarnation; ``first_seq`` and ``last_seq`` bound what it keeps.
+
+    ``used``: how much of its bound in bytes is taken, from 0 to 1; 0 without a bound.
+    """
 
     created: str
     first_seq: int
     last_seq: int
+    used: float = 0.0
 
 
 class _Info(msgspec.Struct):
     class _State(msgspec.Struct):
         first_seq: int
         last_seq: int
+        bytes: int = 0
+
+    class _Config(msgspec.Struct):
+        max_bytes: int = -1
 
     created: str
     state: _State
+    config: _Config
 
 
 class Broker:
@@ -240,7 +249,9 @@ class Broker:
             info = msgspec.json.decode(data or b"", type=_Info)
         except msgspec.DecodeError as error:
             raise BrokerUnavailable(f"no stream {stream}: {(data or b'')[:200]!r}") from error
-        return StreamState(info.created, info.state.first_seq, info.state.last_seq)
+        bound = info.config.max_bytes
+        used = info.state.bytes / bound if bound > 0 else 0.0
+        return StreamState(info.created, info.state.first_seq, info.state.last_seq, used)
 
     async def last(self, stream: str, filter_: str) -> Stored | None:
         """Return the newest stored message that matches ``filter_``, as the stream's leader has it, if there is any."""

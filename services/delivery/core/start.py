@@ -42,14 +42,16 @@ def check_cursor(text: str, issuer: CursorIssuer, first_seq: int, last_seq: int)
 
     Raises:
         CursorForeign: it is no cursor at all, or one of another session.
-        CursorExpired: the log was re-created, or what follows is no longer kept.
+        CursorExpired: the log was re-created, the session has moved to another one, or what follows is no longer kept.
     """
     try:
         cursor = Cursor.parse(text)
     except InvalidCursor as error:
         raise CursorForeign(str(error)) from error
-    if cursor.session != issuer.session or cursor.partition != issuer.partition:
+    if cursor.session != issuer.session:
         raise CursorForeign(f"cursor {text!r} belongs to another session")
+    if cursor.partition != issuer.partition:
+        raise CursorExpired("the session has moved to another log since nothing of it was kept any more")
     if cursor.incarnation != issuer.incarnation:
         raise CursorExpired("the log was re-created since this cursor was issued")
     if cursor.seq > last_seq:

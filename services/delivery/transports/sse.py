@@ -117,7 +117,7 @@ class SessionEvents:
             return check_cursor(cursor, feed.issuer, state.first_seq, max(state.last_seq, feed.last_seq))
 
     async def _ended(self, feed: Feed, generation: str, seq: int) -> bool:
-        reader = self._hub.reader(feed.tenant, feed.session)
+        reader = self._hub.reader(feed.tenant, feed.session, feed.issuer.partition)
         return (await reader.position_before(generation, seq + 1)).ended
 
     async def _beginning(self, feed: Feed, generation: str | None, start: Start) -> int:
@@ -128,7 +128,7 @@ class SessionEvents:
             if span is not None and span.first > feed.tail.floor:
                 return span.first - 1
             seen = feed.last_seq  # before asking: what is stored meanwhile must not be skipped
-            first = await self._hub.reader(feed.tenant, feed.session).first_of(generation)
+            first = await self._hub.reader(feed.tenant, feed.session, feed.issuer.partition).first_of(generation)
             return seen if first is None else first - 1
         return 0 if start.where == "start" else feed.latest_start()
 

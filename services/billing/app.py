@@ -5,7 +5,8 @@ import os
 import secrets
 import socket
 from collections.abc import Mapping
-from typing import Annotated
+from contextlib import suppress
+from typing import Annotated, Final
 
 import msgspec
 import structlog
@@ -21,7 +22,7 @@ from services.billing.api import build_api
 from services.billing.consumer import Consumer
 from services.billing.core.reconciliation import Policy
 from services.billing.errors import LedgerUnavailable
-from services.kit.broker import Broker
+from services.kit.broker import Broker, BrokerUnavailable
 from services.kit.clock import SystemClock
 from services.kit.http import serving
 from services.kit.settings import SettingsError, Shared, load_settings
@@ -30,6 +31,7 @@ from services.kit.telemetry import configure_logging
 __all__ = ["Settings", "main"]
 
 log = structlog.get_logger()
+PARTITIONS_SECONDS: Final = 10.0
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 
 
@@ -106,12 +108,29 @@ async def main(stop: asyncio.Event, env: Mapping[str, str] = os.environ) -> None
 
 
 async def _consume(broker: Broker, ledger: Ledger, shared: Shared, settings: Settings, stop: asyncio.Event) -> None:
+    """Read every partition that there is: also those beyond the present number, and those that appear later."""
     topology = shared.topology()
+    wanted = {*range(topology.partitions), *await _existing(broker)}
+    read: set[int] = set()
     async with asyncio.TaskGroup() as group:
-        for partition in range(topology.partitions):
-            tail = Tail(broker, topology, partition, batch=settings.batch, interval=settings.interval)
-            consumer = Consumer(partition, tail, ledger, settings.policy(), SystemClock())
-            group.create_task(consumer.run(stop), name=f"billing:{partition}")
+        while not stop.is_set():
+            for partition in sorted(wanted - read):
+                tail = Tail(broker, topology, partition, batch=settings.batch, interval=settings.interval)
+                consumer = Consumer(partition, tail, ledger, settings.policy(), SystemClock())
+                group.create_task(consumer.run(stop), name=f"billing:{partition}")
+            read |= wanted
+            with suppress(TimeoutError):
+                async with asyncio.timeout(PARTITIONS_SECONDS):
+                    await stop.wait()
+            wanted = await _existing(broker)
+
+
+async def _existing(broker: Broker) -> set[int]:
+    try:
+        return set(await broker.partitions())
+    except BrokerUnavailable as error:
+        log.warning("partitions not looked at", error=str(error))
+        return set()
 
 
 async def _migrated(engine: AsyncEngine, stop: asyncio.Event) -> bool:

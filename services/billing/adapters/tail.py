@@ -12,7 +12,7 @@ from nats.aio.msg import Msg
 from nats.js import errors as js_errors
 from nats.js.api import AckPolicy
 
-from schemas.topology import ConsumerSpec, Topology, billing_durable
+from schemas.topology import ConsumerSpec, Topology
 from services.billing.core.intake import Record, read_record
 from services.kit.broker import Broker, BrokerUnavailable, Stored
 
@@ -56,7 +56,7 @@ class Tail:
         self.topology = topology
         self.batch = batch
         self.interval = interval
-        self.spec: ConsumerSpec = next(c for c in topology.consumers() if c.durable == billing_durable(partition))
+        self.spec: ConsumerSpec = topology.billing(partition)
         self._next = f"$JS.API.CONSUMER.MSG.NEXT.{self.spec.stream}.{self.spec.durable}"
         self._ack_all = False
         self._inbox = ""
@@ -87,7 +87,7 @@ class Tail:
         Raises:
             BrokerUnavailable: the broker does not answer.
         """
-        await self.broker.apply(self.topology)
+        await self.broker.apply(self.topology, wait=0)  # the caller asks again
         state = await self.broker.state(self.spec.stream)
         try:
             info = await self.broker.js.consumer_info(self.spec.stream, self.spec.durable)

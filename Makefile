@@ -14,10 +14,11 @@ DEV    := $(VENV)/.requirements-dev
 
 help: ## Show what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
+	@echo '  make up CLUSTER=3: three nats-servers that survive the loss of one'
 	@echo '  ARGS="…" is passed on: make up ARGS="--port 9000", make test ARGS="-k cursor"'
 
 up: $(RUN) ## Run everything here: broker, services and the page; Ctrl-C stops it
-	@exec $(BIN)/python -m services.standalone.cli up $(ARGS)
+	@exec $(BIN)/python -m services.standalone.cli up $(if $(CLUSTER),--cluster $(CLUSTER)) $(ARGS)
 
 test: $(DEV) ## Run the tests
 	$(BIN)/python -m pytest $(ARGS)

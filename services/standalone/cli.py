@@ -88,7 +88,15 @@ def cli() -> None:
     show_default=True,
     help="Producer processes; their ports follow one another.",
 )
-def up(data: Path | None, config: Path | None, producers: int, **ports: int | None) -> None:
+@click.option(
+    "--cluster",
+    type=click.Choice(["1", "3", "5"]),
+    envvar="TAILRACE_CLUSTER",
+    default="1",
+    show_default=True,
+    help="nats-servers that keep copies of everything; their ports follow one another, their data lies apart.",
+)
+def up(data: Path | None, config: Path | None, producers: int, cluster: str, **ports: int | None) -> None:
     """Run everything here: broker, producer, delivery, billing and the page.
 
     Ctrl-C stops all of it; the data stays in its folder, and the next start goes on with it. A port of 0 takes any
@@ -103,7 +111,11 @@ def up(data: Path | None, config: Path | None, producers: int, **ports: int | No
         "producer": ports["producer_port"],
         "nats": ports["nats_port"],
     }
-    run(Wishes(data=data, config=config, producers=producers, ports=wished), _version(), Terminal())
+    run(
+        Wishes(data=data, config=config, producers=producers, ports=wished, cluster=int(cluster)),
+        _version(),
+        Terminal(),
+    )
 
 
 @cli.command()

@@ -7,12 +7,13 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from services.standalone.errors import CannotStart
 
-__all__ = ["MINIMUM", "NatsBinary", "answers", "find_nats_server", "parse_version", "render_config"]
+__all__ = ["MINIMUM", "NatsBinary", "answers", "find_nats_server", "parse_version", "render_config", "render_node"]
 
 MINIMUM: Final = (2, 12)
 """Older servers lack what the log needs: republish, batched direct get and message expiry."""
@@ -77,6 +78,21 @@ def render_config(port: int, store: Path) -> str:
         'server_name: "tailrace"\n'
         f"max_payload: {MAX_PAYLOAD}\n"
         f"jetstream {{ store_dir: {json.dumps(str(store), ensure_ascii=False)} }}\n"
+    )
+
+
+def render_node(number: int, port: int, store: Path, routes: Sequence[int]) -> str:
+    """Return the configuration of the cluster's server ``number`` (from 1), whose route port is ``routes[number - 1]``.
+
+    A cluster knows its servers by name: the same number must find the same ``store`` again. Routes may change.
+    """
+    others = ", ".join(f'"nats-route://127.0.0.1:{route}"' for route in routes)
+    return (
+        f'listen: "127.0.0.1:{port}"\n'
+        f'server_name: "tailrace-{number}"\n'
+        f"max_payload: {MAX_PAYLOAD}\n"
+        f"jetstream {{ store_dir: {json.dumps(str(store), ensure_ascii=False)} }}\n"
+        f'cluster {{ name: tailrace, listen: "127.0.0.1:{routes[number - 1]}", routes: [{others}] }}\n'
     )
 
 

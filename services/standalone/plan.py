@@ -7,10 +7,10 @@ from typing import Any, Final
 
 import msgspec
 
-__all__ = ["Addresses", "Options", "ServiceSpec", "console_models", "plan_services", "summary"]
+__all__ = ["Addresses", "Options", "ServiceSpec", "console_models", "node_files", "plan_services", "summary"]
 
 NATS: Final = "nats-server"
-_OWN_VARIABLES: Final = frozenset({"TAILRACE_URL", "TAILRACE_BILLING_URL", "TAILRACE_PRODUCERS"})
+_OWN_VARIABLES: Final = frozenset({"TAILRACE_URL", "TAILRACE_BILLING_URL", "TAILRACE_PRODUCERS", "TAILRACE_CLUSTER"})
 """Variables of the command line itself, which the services would report as unknown."""
 _SCRIPTED: Final = ("scripted/story", "scripted/reasoning", "scripted/tools")
 _KEYED: Final = {
@@ -22,18 +22,23 @@ _KEYED: Final = {
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """What the person asked for. Ports of the further producers follow ``producer_ports[0]``; ``data`` is absolute."""
+    """What the person asked for. Ports of the further producers follow ``producer_ports[0]``; ``data`` is absolute.
+
+    ``node_ports``: client ports of a cluster's further nats-servers; ``route_ports``: where all of them meet.
+    """
 
     data: Path
     delivery_port: int
     billing_port: int
     producer_ports: tuple[int, ...]
     nats_port: int
+    node_ports: tuple[int, ...] = ()
+    route_ports: tuple[int, ...] = ()
     config: Path | None = None
 
 
 class Addresses(msgspec.Struct, frozen=True, kw_only=True):
-    """Where everything is, as URLs."""
+    """Where everything is, as URLs; ``nats`` lists all servers of a cluster by commas."""
 
     page: str
     billing: str
@@ -47,7 +52,7 @@ class Addresses(msgspec.Struct, frozen=True, kw_only=True):
             page=f"http://127.0.0.1:{options.delivery_port}",
             billing=f"http://127.0.0.1:{options.billing_port}",
             producers=tuple(f"http://127.0.0.1:{port}" for port in options.producer_ports),
-            nats=f"nats://127.0.0.1:{options.nats_port}",
+            nats=",".join(f"nats://127.0.0.1:{port}" for port in (options.nats_port, *options.node_ports)),
         )
 
 
@@ -91,14 +96,17 @@ def plan_services(
     """
     addresses = Addresses.of(options)
     child_env = _child_env(options, env, config)
-    broker = ServiceSpec(
-        name=NATS,
-        argv=(nats_server, "-c", str(options.data / "nats.conf")),
-        env=child_env,
-        ready=addresses.nats,
-        start_phase=0,
-        stop_phase=2,
-    )
+    brokers = [
+        ServiceSpec(
+            name=name,
+            argv=(nats_server, "-c", str(path)),
+            env=child_env,
+            ready=url,
+            start_phase=0,
+            stop_phase=2,
+        )
+        for (name, path), url in zip(node_files(options).items(), addresses.nats.split(","), strict=True)
+    ]
     billing = _python_service("billing", "billing", child_env, options.billing_port, start_phase=1, stop_phase=1)
     producers = [
         _python_service(
@@ -112,7 +120,14 @@ def plan_services(
         for number, port in enumerate(options.producer_ports, start=1)
     ]
     delivery = _python_service("delivery", "delivery", child_env, options.delivery_port, start_phase=2, stop_phase=0)
-    return [broker, *producers, billing, delivery]
+    return [*brokers, *producers, billing, delivery]
+
+
+def node_files(options: Options) -> dict[str, Path]:
+    """Return the configuration file of each nats-server by the server's name; its streams are beside it."""
+    if not options.node_ports:
+        return {NATS: options.data / "nats.conf"}
+    return {f"nats-{n}": options.data / f"nats-{n}.conf" for n in range(1, len(options.node_ports) + 2)}
 
 
 def _python_service(
@@ -137,10 +152,13 @@ def _child_env(options: Options, env: Mapping[str, str], config: Mapping[str, An
         ("delivery", "console_models"): ",".join(console_models(env, config)),
         ("billing", "cors_origins"): f"{addresses.page},http://localhost:{options.delivery_port}",
     }
+    if options.node_ports:
+        defaults["shared", "replicas"] = str(min(5, 1 + len(options.node_ports)))
     for (service, field), value in defaults.items():
         table = config.get(service)
         if not isinstance(table, dict) or field not in table:
-            child.setdefault(f"TAILRACE_{service.upper()}_{field.upper()}", value)
+            prefix = "" if service == "shared" else f"{service.upper()}_"
+            child.setdefault(f"TAILRACE_{prefix}{field.upper()}", value)
     child |= {
         "TAILRACE_NATS_URL": addresses.nats,
         "TAILRACE_NATS_PORT": str(options.nats_port),
@@ -161,7 +179,7 @@ def summary(options: Options, nats_version: str, env: Mapping[str, str]) -> list
         ("API docs", f"{addresses.page}/docs"),
         ("billing", f"{addresses.billing}/v1/usage"),
         ("metrics", "  ".join(f"{url}/metrics" for url in (addresses.page, addresses.billing, *addresses.producers))),
-        ("NATS", f"{addresses.nats}  (nats-server {nats_version})"),
+        ("NATS", f"{addresses.nats.replace(',', '  ')}  (nats-server {nats_version})"),
         ("data", f"{options.data}  (logs in {options.data / 'logs'})"),
     ]
     if options.config is None and not has_key(env):

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from services.kit.settings import SettingsError, read_config
-from services.standalone.embedded import find_nats_server, render_config
+from services.standalone.embedded import find_nats_server, render_config, render_node
 from services.standalone.errors import CannotStart
 from services.standalone.folder import locked
-from services.standalone.plan import Addresses, Options, ServiceSpec, plan_services, summary
+from services.standalone.plan import Addresses, Options, ServiceSpec, node_files, plan_services, summary
 from services.standalone.ports import PortWish, settle_ports
 from services.standalone.supervisor import Supervisor
 from services.standalone.terminal import Terminal
@@ -24,10 +24,19 @@ DEFAULT_PORTS: Final = {"delivery": 8080, "billing": 8081, "producer": 8082, "na
 class Wishes:
     """What flags and variables say; ``None`` where they say nothing and the file or the default decides."""
 
-    def __init__(self, *, data: Path | None, config: Path | None, producers: int, ports: dict[str, int | None]) -> None:
+    def __init__(
+        self,
+        *,
+        data: Path | None,
+        config: Path | None,
+        producers: int,
+        ports: dict[str, int | None],
+        cluster: int = 1,
+    ) -> None:
         self.data = data
         self.config = config.absolute() if config else None
         self.producers = producers
+        self.cluster = cluster
         self.ports = ports
 
 
@@ -48,12 +57,22 @@ def up(wishes: Wishes, version: str, terminal: Terminal) -> None:
     with locked(data) as describe:
         describe(f"process {os.getpid()}")
         options = _settle(wishes, data, config)
-        (data / "nats.conf").write_text(render_config(options.nats_port, data / "nats"), encoding="utf-8")
+        _write_node_files(options)
         describe(f"process {os.getpid()}, {Addresses.of(options).page}")
         specs = plan_services(options, env, config, str(binary.path))
         head = terminal.bold(f"Tailrace {version} is running")
         rows = summary(options, binary.version_text, env)
         asyncio.run(_run(specs, options.data, terminal, lambda: _announce(terminal, head, rows)))
+
+
+def _write_node_files(options: Options) -> None:
+    for number, path in enumerate(node_files(options).values(), start=1):
+        if options.node_ports:
+            port = (options.nats_port, *options.node_ports)[number - 1]
+            text = render_node(number, port, path.with_suffix(""), options.route_ports)
+        else:
+            text = render_config(options.nats_port, path.with_suffix(""))
+        path.write_text(text, encoding="utf-8")
 
 
 async def _run(specs: list[ServiceSpec], data: Path, terminal: Terminal, on_ready: Callable[[], None]) -> None:
@@ -86,16 +105,32 @@ def _settle(wishes: Wishes, data: Path, config: dict[str, Any]) -> Options:
             PortWish("billing", _port("billing", wishes, config), "--billing-port or TAILRACE_BILLING_PORT"),
             PortWish("NATS", _port("nats", wishes, config), "--nats-port or TAILRACE_NATS_PORT"),
             *producers,
+            *_node_wishes(wishes, config),
         ]
     )
+    nodes = ports[3 + wishes.producers :]
     return Options(
         data=data,
         config=wishes.config,
         delivery_port=ports[0],
         billing_port=ports[1],
         nats_port=ports[2],
-        producer_ports=tuple(ports[3:]),
+        producer_ports=tuple(ports[3 : 3 + wishes.producers]),
+        node_ports=tuple(nodes[: wishes.cluster - 1]),
+        route_ports=tuple(nodes[wishes.cluster - 1 :]),
     )
+
+
+def _node_wishes(wishes: Wishes, config: dict[str, Any]) -> list[PortWish]:
+    """The client ports of a cluster's further servers, and a route port for each server."""
+    if wishes.cluster == 1:
+        return []
+    first = _port("nats", wishes, config)
+    clients = [
+        PortWish(f"NATS {n + 1}", first + n if first else 0, "--nats-port or TAILRACE_NATS_PORT")
+        for n in range(1, wishes.cluster)
+    ]
+    return [*clients, *(PortWish(f"NATS route {n}", 0, "") for n in range(1, wishes.cluster + 1))]
 
 
 def _port(name: str, wishes: Wishes, config: dict[str, Any]) -> int:

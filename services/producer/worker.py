@@ -22,6 +22,8 @@ __all__ = ["Worker"]
 log = structlog.get_logger()
 PULL_EXPIRES: Final = 5.0
 WATCH_INTERVAL: Final = 0.1
+RENEW_SECONDS: Final = 2.0
+RENEW_PAUSE: Final = 0.25
 
 
 class Worker:
@@ -199,12 +201,19 @@ class Worker:
             await asyncio.gather(*(self._renew(reply, lease) for reply, (_, lease) in list(self.running.items())))
 
     async def _renew(self, reply: str, lease: Lease) -> None:
-        asked = asyncio.get_running_loop().time()
-        try:
-            if await self._broker.request(reply, b"+WPI", timeout=self.lease / 3) is not None:
-                lease.until = asked + self.lease * 0.9
-        except BrokerUnavailable as error:
-            log.warning("lease not renewed", detail=str(error))
+        """Ask until the queue has heard it: while it finds a new leader, nobody answers for up to 10 s."""
+        loop = asyncio.get_running_loop()
+        while reply in self.running:
+            asked = loop.time()
+            try:
+                if await self._broker.request(reply, b"+WPI", timeout=RENEW_SECONDS) is not None:
+                    lease.until = asked + self.lease * 0.9
+                    return
+            except BrokerUnavailable as error:
+                log.warning("lease not renewed", detail=str(error))
+            if loop.time() > lease.until:
+                return
+            await asyncio.sleep(RENEW_PAUSE)
 
     async def _watch(self) -> None:
         """Look at deadlines and leases; one look serves all generations."""

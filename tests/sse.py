@@ -19,8 +19,8 @@ def small_buffers() -> httpx.AsyncClient:
     """Return an HTTP client whose sockets take little, so that a reader that pauses is soon felt by the server."""
     import socket
 
-    options = [(socket.SOL_SOCKET, socket.SO_RCVBUF, 8_192)]
-    return httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(socket_options=options), timeout=60)
+    options = [(socket.SOL_SOCKET, socket.SO_RCVBUF, 262_144)]
+    return httpx.AsyncClient(transport=httpx.AsyncHTTPTransport(socket_options=options), timeout=20)
 
 
 class SseReader:

@@ -147,10 +147,11 @@ class Feed:
             await self._join()
 
     async def close(self) -> None:
-        """Stop following; the subscribers must have been told before."""
+        """Stop following; the subscribers must have been told before. Closing again does nothing."""
         self.closed = True
-        if self._subscription is not None:
-            await self._broker.unlisten(self._subscription)
+        subscription, self._subscription = self._subscription, None
+        if subscription is not None:
+            await self._broker.unlisten(subscription)
         if self._healing is not None:
             self._healing.cancel()
 

@@ -213,7 +213,7 @@ async def test_repeats_zombies_and_takeovers_reach_nobody(stage: Stage, log: Log
         replay = stage.events(generation="g1")
         await replay.read_all()
     assert keys(live.events) == keys(events) == keys(replay.events)
-    assert [e["epoch"] if "epoch" in e else 1 for e in live.events] == [e.epoch for e in events]
+    assert [e.get("epoch", 1) for e in live.events] == [e.epoch for e in events]
     assert live.ids == replay.ids
 
 

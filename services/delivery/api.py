@@ -3,7 +3,7 @@
 from typing import Annotated, Any, Final
 
 import msgspec
-from litestar import Response, Router, get, post
+from litestar import Request, Response, Router, get, post
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.openapi.spec import Example
 from litestar.params import Body, Parameter
@@ -16,7 +16,7 @@ from services.delivery.errors import Unknown
 from services.delivery.intake import GenerationWish, Intake
 from services.delivery.lookups import Lookups
 from services.kit.broker import BrokerUnavailable
-from services.kit.problem import Problem, ProblemDetails
+from services.kit.problem import Problem, ProblemDetails, problem_bytes
 
 __all__ = ["Accepted", "GenerationView", "SessionView", "router"]
 
@@ -120,6 +120,7 @@ def router(intake: Intake, lookups: Lookups, tenant: str) -> Router:
         summary="Ask a model",
         operation_id="createGeneration",
         responses=_PROBLEMS,
+        exception_handlers={UnicodeDecodeError: _unreadable, RecursionError: _unreadable},
         tags=["generations"],
     )
     async def create_generation(
@@ -192,6 +193,12 @@ def router(intake: Intake, lookups: Lookups, tenant: str) -> Router:
     return Router(
         "/v1", route_handlers=[create_generation, cancel_generation, list_sessions, get_session, get_generation]
     )
+
+
+def _unreadable(_request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
+    """Answer a body that is not UTF-8 or nested without end: the decoder raises no error of its own for those."""
+    problem = Problem(400, f"the body is not readable as JSON: {type(error).__name__}")
+    return Response(problem_bytes(problem), status_code=400, media_type="application/problem+json")
 
 
 def _named(role: str, value: str) -> None:

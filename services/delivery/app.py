@@ -20,6 +20,7 @@ from services.delivery.describe import describe_streams
 from services.delivery.hub import Hub, Limits
 from services.delivery.intake import Intake
 from services.delivery.lookups import Lookups
+from services.delivery.transports.bodies import reading_bodies
 from services.delivery.transports.sse import RAW_SEND, SessionEvents
 from services.kit.broker import Broker
 from services.kit.clock import SystemClock
@@ -136,7 +137,7 @@ def build_app(hub: Hub, shared: Shared, settings: Settings) -> Any:
         scope[RAW_SEND] = send  # streams write their body past the wrappers that every ordinary answer needs
         await litestar(scope, receive, send)
 
-    return app
+    return reading_bodies(app, settings.max_body)
 
 
 def _cors(origins: list[str]) -> CORSConfig:

@@ -9,11 +9,11 @@ from services.delivery.core.entries import Entry
 __all__ = ["HEADERS", "HEARTBEAT", "control_frame", "frame", "gap_frame", "retry_frame"]
 
 HEARTBEAT: Final = b": hb\n\n"
-HEADERS: Final[list[tuple[bytes, bytes]]] = [
+HEADERS: Final[tuple[tuple[bytes, bytes], ...]] = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),
     (b"x-accel-buffering", b"no"),
-]
+)
 
 
 def frame(entry: Entry, prefix: bytes) -> bytes:

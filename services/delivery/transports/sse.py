@@ -85,7 +85,7 @@ class SessionEvents:
                 await send({"type": "http.response.start", "status": 204, "headers": [(b"cache-control", b"no-store")]})
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
                 return
-            await send({"type": "http.response.start", "status": 200, "headers": sse.HEADERS})
+            await send({"type": "http.response.start", "status": 200, "headers": list(sse.HEADERS)})
             subscriber = Subscriber(scope.get(RAW_SEND, send), sse.frame, wish.generation, seq)
             subscriber.until = self._hub.lifetime()
             with self._hub.stream():

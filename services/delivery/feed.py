@@ -123,7 +123,8 @@ class Feed:
         self._frames: dict[Framing, Frames] = {}
         self._subscription: Subscription | None = None
         self._last_seq = 0
-        self._on_subject: dict[str, int] = {}  # last stream sequence seen of each generation
+        self._on_subject: dict[str, int] = {}  # last stream sequence seen of each generation …
+        self._since = 0  # … that has any above this one
         self._behind: deque[Stored] | None = deque()  # live messages that wait for a read-back; None when in step
         self._overflowed = False
         self._reading = asyncio.Lock()
@@ -255,7 +256,7 @@ class Feed:
         self._frames.clear()
         self._reader.positions = Positions()
         self._on_subject.clear()
-        self._last_seq = floor
+        self._last_seq = self._since = floor
 
     async def _read_from(self, start: int) -> None:
         async for batch in self._broker.read(self._reader.stream, self._reader.filter, start):
@@ -286,7 +287,7 @@ class Feed:
         self._on_subject[stored.subject.rsplit(".", 1)[-1]] = stored.seq
         if len(self._on_subject) > 2_000:
             for generation in list(self._on_subject)[:1_000]:
-                del self._on_subject[generation]
+                self._since = max(self._since, self._on_subject.pop(generation))
 
     def _live(self, subject: str, data: bytes, headers: bytes) -> None:
         seq, before = header_number(headers, _SEQUENCE), header_number(headers, _BEFORE)
@@ -305,7 +306,10 @@ class Feed:
         known = self._on_subject.get(generation)
         if known is None and before == 0:
             self._reader.positions.begin(generation)
-        elif known is None or not self._reader.positions.knows(generation):
+        elif known is None and before > self._since:
+            self._heal(stored, None)
+            return
+        elif known is None or (known == before and not self._reader.positions.knows(generation)):
             self._heal(stored, self._last_seq)
             return
         elif known != before:
@@ -338,13 +342,19 @@ class Feed:
                 self._flush_due = True
                 self._loop.call_soon(self._flush)
 
-    def _heal(self, stored: Stored, known: int) -> None:
-        """Messages are missing behind the stream sequence ``known``, or a generation is new here: read the log."""
-        self._behind = deque([stored])
-        self._healing = self._loop.create_task(self._read_missing(known))
+    def _heal(self, stored: Stored, known: int | None) -> None:
+        """Messages are missing behind the stream sequence ``known``, or a generation is new here: read the log.
 
-    async def _read_missing(self, known: int) -> None:
+        Without ``known`` the beginning of the generation itself is missing.
+        """
+        self._behind = deque([stored])
+        self._healing = self._loop.create_task(self._read_missing(stored, known))
+
+    async def _read_missing(self, stored: Stored, known: int | None) -> None:
         try:
+            if known is None:
+                first = await self._reader.first_of(stored.subject.rsplit(".", 1)[-1])
+                known = max(self._since, (first or stored.seq) - 1)
             await self.reread(known + 1)
             metrics.GAPS.labels("yes").inc()
         except BrokerUnavailable as error:

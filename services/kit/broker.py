@@ -32,6 +32,8 @@ Callback = Callable[[Msg], Awaitable[None]]
 READ_BATCH: Final = 1_000
 READ_BYTES: Final = 4 * 1024 * 1024
 READ_TIMEOUT: Final = 5.0
+LAG_PAUSE: Final = 0.05
+REPLICAS_SECONDS: Final = 30.0
 PENDING_BYTES: Final = 8 * 1024 * 1024
 
 
@@ -71,6 +73,7 @@ class _Info(msgspec.Struct):
 
     class _Config(msgspec.Struct):
         max_bytes: int = -1
+        num_replicas: int = 1
 
     created: str
     state: _State
@@ -89,6 +92,7 @@ class Broker:
         self._closing = False
         self._reconnected: list[Callable[[], Awaitable[None]]] = []
         self._buckets: dict[str, KeyValue] = {}
+        self._replicas: dict[str, tuple[float, int]] = {}  # of each stream, and when that was looked up
 
     @classmethod
     @asynccontextmanager
@@ -244,14 +248,17 @@ class Broker:
         Raises:
             BrokerUnavailable: no answer.
         """
-        data = await self.request(f"$JS.API.STREAM.INFO.{stream}")
-        try:
-            info = msgspec.json.decode(data or b"", type=_Info)
-        except msgspec.DecodeError as error:
-            raise BrokerUnavailable(f"no stream {stream}: {(data or b'')[:200]!r}") from error
+        info = await self._info(stream)
         bound = info.config.max_bytes
         used = info.state.bytes / bound if bound > 0 else 0.0
         return StreamState(info.created, info.state.first_seq, info.state.last_seq, used)
+
+    async def _info(self, stream: str) -> _Info:
+        data = await self.request(f"$JS.API.STREAM.INFO.{stream}")
+        try:
+            return msgspec.json.decode(data or b"", type=_Info)
+        except msgspec.DecodeError as error:
+            raise BrokerUnavailable(f"no stream {stream}: {(data or b'')[:200]!r}") from error
 
     async def last(self, stream: str, filter_: str) -> Stored | None:
         """Return the newest stored message that matches ``filter_``, as the stream's leader has it, if there is any."""
@@ -282,23 +289,50 @@ class Broker:
     ) -> AsyncIterator[list[Stored]]:
         """Yield what the log keeps of ``filter_`` from ``from_seq`` on, in order, in batches (batched Direct Get).
 
-        Ends at the last stored message, after ``up_to`` (a stream sequence), or after ``limit`` messages.
+        Ends at the last stored message, after ``up_to`` (a stream sequence), or after ``limit`` messages. In a cluster
+        any replica may answer, also one that lags: the end is the leader's, and a replica behind it is asked again.
 
         Raises:
             ReadFailed: the broker did not answer completely.
         """
         taken = 0
+        end: int | None = None  # what the leader called the last one when a replica had no more
+        patience_until = asyncio.get_running_loop().time() + READ_TIMEOUT
         while True:
             size = READ_BATCH if limit is None else min(READ_BATCH, limit - taken)
             batch, pending = await self._read_batch(stream, filter_, max(1, from_seq), size)
-            if up_to is not None and batch and batch[-1].seq > up_to:
+            cut = up_to is not None and bool(batch) and batch[-1].seq > up_to
+            if up_to is not None and cut:
                 batch, pending = [m for m in batch if m.seq <= up_to], 0
             if batch:
                 taken += len(batch)
                 from_seq = batch[-1].seq + 1
                 yield batch
-            if not batch or pending == 0 or (limit is not None and taken >= limit):
+            if cut or (limit is not None and taken >= limit) or (up_to is not None and from_seq > up_to):
                 return
+            if batch and pending > 0:
+                continue
+            ends_at = await self._leaders_end(stream, filter_)
+            end = ends_at if end is None else min(end, ends_at)
+            if from_seq > end:
+                return
+            if asyncio.get_running_loop().time() > patience_until:
+                raise ReadFailed(f"reading {stream}: a replica is at {from_seq - 1} and the leader at {end}")
+            await asyncio.sleep(LAG_PAUSE)
+
+    async def _leaders_end(self, stream: str, filter_: str) -> int:
+        """Return the sequence of the last stored message of ``filter_``; 0 where every answer is the leader's."""
+        if not await self._is_replicated(stream):
+            return 0
+        last = await self.last(stream, filter_)
+        return last.seq if last is not None else 0
+
+    async def _is_replicated(self, stream: str) -> bool:
+        now = asyncio.get_running_loop().time()
+        known = self._replicas.get(stream)
+        if known is None or now - known[0] > REPLICAS_SECONDS:
+            known = self._replicas[stream] = (now, (await self._info(stream)).config.num_replicas)
+        return known[1] > 1
 
     async def _read_batch(self, stream: str, filter_: str, from_seq: int, size: int) -> tuple[list[Stored], int]:
         query = {"seq": from_seq, "next_by_subj": filter_, "batch": size, "max_bytes": READ_BYTES}

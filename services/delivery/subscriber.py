@@ -22,7 +22,13 @@ class _Rest:
     def __await__(self) -> Generator[Any, Any, None]:
         future = self._future
         while True:
-            yield future
+            try:
+                yield future
+            except BaseException:  # given up: the write must not linger half done
+                close = getattr(self._steps, "close", None)
+                if close is not None:
+                    close()
+                raise
             try:
                 future = next(self._steps)
             except StopIteration:

@@ -1,0 +1,178 @@
+"""A subscriber: writes that are through at once need no task, one that blocks becomes one; nothing overtakes it."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from services.delivery.core.entries import Entry, Tail
+from services.delivery.core.frames import Chunk, Frames
+from services.delivery.subscriber import Subscriber
+
+
+class Client:
+    """A connection that takes what is sent, or waits while it is blocked, or has gone."""
+
+    def __init__(self) -> None:
+        self.taken: list[bytes] = []
+        self.under_way = 0
+        self.most_under_way = 0
+        self.gone: Exception | None = None
+        self._open = asyncio.Event()
+        self._open.set()
+
+    def block(self) -> None:
+        self._open.clear()
+
+    def unblock(self) -> None:
+        self._open.set()
+
+    async def send(self, message: dict[str, Any]) -> None:
+        self.under_way += 1
+        self.most_under_way = max(self.most_under_way, self.under_way)
+        try:
+            if not self._open.is_set():
+                await self._open.wait()
+            if self.gone is not None:
+                raise self.gone
+            self.taken.append(message["body"])
+        finally:
+            self.under_way -= 1
+
+
+def framing(entry: Entry, prefix: bytes) -> bytes:
+    return b"%d;" % entry.seq
+
+
+class Feed:
+    """The least of a feed: a tail, and serving whoever is ready."""
+
+    def __init__(self) -> None:
+        self.tail = Tail(0, 10_000)
+        self.frames = Frames(self.tail, framing, b"")
+
+    def say(self, subscriber: Subscriber, count: int = 1) -> None:
+        for _ in range(count):
+            self.tail.append(Entry(self.tail.end + 1, "g", "delta", b"x"))
+            self.serve(subscriber)
+
+    def serve(self, subscriber: Subscriber) -> None:
+        if subscriber.ready and subscriber.index < self.tail.end:
+            subscriber.deliver(self.frames.chunk(subscriber.index, None, 1_000_000))
+
+
+@pytest.fixture
+async def client() -> Client:
+    return Client()
+
+
+@pytest.fixture
+async def subscriber(client: Client) -> Subscriber:
+    return Subscriber(client.send, framing, None, 0)
+
+
+async def test_write_that_does_not_wait_is_through_at_once(client: Client, subscriber: Subscriber) -> None:
+    tasks = len(asyncio.all_tasks())
+    Feed().say(subscriber, 3)
+    assert client.taken == [b"1;", b"2;", b"3;"]
+    assert len(asyncio.all_tasks()) == tasks
+    assert (subscriber.index, subscriber.seq, subscriber.ready) == (3, 3, True)
+
+
+async def test_blocked_write_is_followed_by_one_write_of_all_that_was_missed(
+    client: Client, subscriber: Subscriber
+) -> None:
+    feed = Feed()
+    subscriber.on_ready(feed.serve)
+    client.block()
+    feed.say(subscriber, 50)
+    assert client.taken == []
+    assert not subscriber.ready
+    assert subscriber.blocked_at is not None
+    client.unblock()
+    assert await subscriber.through(5)
+    await asyncio.sleep(0)
+    assert client.taken == [b"1;", b"".join(b"%d;" % n for n in range(2, 51))]
+    assert client.most_under_way == 1
+    assert subscriber.blocked_at is None
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(), RuntimeError("closed")])
+async def test_connection_that_has_gone_ends_the_stream(
+    client: Client, subscriber: Subscriber, error: Exception
+) -> None:
+    client.gone = error
+    Feed().say(subscriber)
+    assert await subscriber.done == "disconnected"
+
+
+async def test_connection_that_goes_while_a_write_waits_ends_the_stream(client: Client, subscriber: Subscriber) -> None:
+    client.block()
+    Feed().say(subscriber)
+    client.gone = BrokenPipeError()
+    client.unblock()
+    assert await subscriber.done == "disconnected"
+    assert await subscriber.through(1)
+
+
+async def test_first_reason_to_end_holds(subscriber: Subscriber) -> None:
+    subscriber.finish("drain")
+    subscriber.finish("lifetime")
+    assert await subscriber.done == "drain"
+    assert not subscriber.ready
+
+
+async def test_terminal_ends_the_stream_with_its_write(client: Client, subscriber: Subscriber) -> None:
+    subscriber.deliver(Chunk(b"end", 1, 1, 1, ends=True))
+    assert client.taken == [b"end"]
+    assert await subscriber.done == "terminal"
+
+
+@pytest.mark.parametrize("reason", ["disconnected", "drain", "evicted"])
+async def test_end_that_meets_a_subscriber_which_has_fallen_behind_is_not_forgotten(
+    subscriber: Subscriber, reason: str
+) -> None:
+    subscriber.finish("behind")
+    subscriber.finish(reason)
+    subscriber.rearm()
+    assert await subscriber.done == reason
+
+
+async def test_subscriber_that_fell_behind_can_be_served_again(client: Client, subscriber: Subscriber) -> None:
+    subscriber.finish("behind")
+    assert not subscriber.ready
+    subscriber.rearm()
+    Feed().say(subscriber)
+    assert client.taken == [b"1;"]
+
+
+async def test_catching_up_waits_for_the_client_but_not_beyond_the_end_of_the_stream(
+    client: Client, subscriber: Subscriber
+) -> None:
+    client.block()
+    sending = asyncio.create_task(subscriber.send({"type": "http.response.body", "body": b"x", "more_body": True}))
+    await asyncio.sleep(0)
+    assert not sending.done()
+    assert subscriber.blocked_at is not None
+    subscriber.finish("evicted")
+    async with asyncio.timeout(5):
+        await sending
+    assert not await subscriber.through(0)
+    await subscriber.close()
+    assert client.under_way == 0
+    assert client.taken == []
+
+
+async def test_closing_gives_up_a_write_that_waits(client: Client, subscriber: Subscriber) -> None:
+    client.block()
+    Feed().say(subscriber)
+    await asyncio.sleep(0)
+    await subscriber.close()
+    assert await subscriber.through(0)
+    assert client.taken == []
+
+
+async def test_chunk_without_events_is_not_written(client: Client, subscriber: Subscriber) -> None:
+    subscriber.deliver(Chunk(b"", 0, 7, 9, ends=False))
+    assert client.taken == []
+    assert (subscriber.index, subscriber.seq) == (7, 9)

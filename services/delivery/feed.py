@@ -7,96 +7,29 @@ from typing import Final
 import structlog
 from nats.aio.subscription import Subscription
 
-from schemas.acceptance import BEGINNING, Position, Verdict, joining, judge
-from schemas.codec import Header, MalformedEvent, decode_header
+from schemas.codec import MalformedEvent, decode_header
 from schemas.cursor import CursorIssuer
 from schemas.events import TERMINAL_TYPES
-from schemas.subjects import live_filter, log_filter
-from schemas.topology import token_stream
+from schemas.subjects import live_filter
 from services.delivery import metrics
-from services.delivery.core.entries import Entry, Positions, Tail, replay_start
+from services.delivery.core.entries import Positions, Tail, replay_start
 from services.delivery.core.frames import Chunk, Frames, Framing
+from services.delivery.log_reader import LogReader
 from services.delivery.subscriber import Subscriber
 from services.kit.broker import Broker, BrokerUnavailable, ReadFailed, Stored
 from services.kit.clock import Clock
 from services.kit.nats_client import header_number
 
-__all__ = ["Feed", "LogReader"]
+__all__ = ["Feed"]
 
 log = structlog.get_logger()
 WRITE_BYTES: Final = 1024 * 1024
 OPEN_TRIES: Final = 16
 _SEQUENCE: Final = b"Nats-Sequence: "
 _BEFORE: Final = b"Nats-Last-Sequence: "
-_SEEN: Final = {verdict: metrics.EVENTS_IN.labels(verdict.value) for verdict in Verdict}
 BEHIND_MESSAGES: Final = 20_000
-
-
-class LogReader:
-    """Reads accepted events of one session, or of one generation of it, from the log.
-
-    Where reading begins in the middle of a generation, that generation's own log is folded up to there first, so that
-    repeats and zombies are told apart exactly.
-    """
-
-    def __init__(self, broker: Broker, partition: int, tenant: str, session: str) -> None:
-        self.broker = broker
-        self.stream = token_stream(partition)
-        self.positions = Positions()
-        self.headless: set[str] = set()  # generations whose beginning the log no longer keeps; bounded by what it keeps
-        self._partition = partition
-        self._tenant = tenant
-        self._session = session
-        self.filter = self.subject("*")
-
-    def subject(self, generation: str) -> str:
-        """Return the log's subject of one generation (``*``: of all)."""
-        return log_filter(self._partition, self._tenant, self._session, generation)
-
-    async def first_of(self, generation: str) -> int | None:
-        """Return the stream sequence of a generation's first stored message."""
-        stored = await self.broker.first(self.stream, self.subject(generation))
-        return stored.seq if stored else None
-
-    async def accept(self, stored: Stored) -> Entry | None:
-        """Return the entry for a stored message, or ``None`` when the acceptance rule drops it."""
-        try:
-            header = decode_header(stored.data)
-        except MalformedEvent as error:
-            metrics.EVENTS_IN.labels("malformed").inc()
-            log.warning("malformed event in the log", seq=stored.seq, detail=str(error))
-            return None
-        if not self.positions.knows(header.generation):
-            position = await self.position_before(header.generation, stored.seq)
-            if position is BEGINNING and header.seq > 0:
-                position = joining(header.epoch, header.seq)
-                self.headless.add(header.generation)
-            self.positions.begin(header.generation, position)
-        return self.judge(header, stored)
-
-    def judge(self, header: Header, stored: Stored) -> Entry | None:
-        """Apply the rule to an event of a generation whose position is known."""
-        verdict = self.positions.offer(header)
-        _SEEN[verdict].inc()
-        if verdict is not Verdict.ACCEPTED:
-            return None
-        return Entry(stored.seq, header.generation, header.type, stored.data)
-
-    async def position_before(self, generation: str, seq: int) -> Position:
-        """Return the position in a generation before the message with stream sequence ``seq``."""
-        position = BEGINNING
-        if seq <= 1:
-            return position
-        async for batch in self.broker.read(self.stream, self.subject(generation), up_to=seq - 1):
-            for stored in batch:
-                try:
-                    header = decode_header(stored.data)
-                except MalformedEvent:
-                    continue
-                if position is BEGINNING and header.seq > 0:
-                    position = joining(header.epoch, header.seq)
-                position, _ = judge(position, header.type, header.epoch, header.seq)
-        return position
+QUIET_RUNNING: Final = 3.0
+QUIET_IDLE: Final = 60.0
 
 
 class Feed:
@@ -131,6 +64,8 @@ class Feed:
         self._healing: asyncio.Task[None] | None = None
         self._flush_due = False
         self._newest_at = 0.0
+        self._heard = 0
+        self._quiet_since = clock.monotonic()
         self._loop = asyncio.get_running_loop()
         self._connection = self._reconnects()
 
@@ -209,6 +144,28 @@ class Feed:
             await self._read_from(self._last_seq + 1 if start is None else start)
             await self._join()
         self._flush()
+
+    def is_quiet(self, now: float) -> bool:
+        """Tell whether nothing has come for so long that the log should be asked; to be called about every second."""
+        if self._last_seq != self._heard:
+            self._heard, self._quiet_since = self._last_seq, now
+            return False
+        running = any(not span.ended for span in self.tail.spans.values())
+        if now - self._quiet_since < (QUIET_RUNNING if running else QUIET_IDLE):
+            return False
+        self._quiet_since = now
+        return True
+
+    async def check(self) -> None:
+        """Read on where the log holds more than was heard.
+
+        A live message that is lost between two brokers shows only with the next one, and after the last there is none.
+        """
+        last = await self._broker.last(self._reader.stream, self._reader.filter)
+        if last is not None and last.seq > self._last_seq and self.in_step:
+            log.warning("live messages were lost", session=self.session, heard=self._last_seq, stored=last.seq)
+            await self.reread()
+            metrics.GAPS.labels("yes").inc()
 
     def _reconnects(self) -> int:
         return self._broker.client.stats["reconnects"]

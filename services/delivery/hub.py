@@ -13,7 +13,8 @@ from schemas.topology import token_stream
 from services.delivery import metrics
 from services.delivery.core import sse
 from services.delivery.errors import TooBusy
-from services.delivery.feed import Feed, LogReader
+from services.delivery.feed import Feed
+from services.delivery.log_reader import LogReader
 from services.delivery.partitions import Partitions
 from services.delivery.subscriber import Subscriber
 from services.kit.broker import Broker, BrokerUnavailable, StreamState
@@ -239,6 +240,8 @@ class Hub:
                 continue
             if not feed.in_step and self.broker.is_connected:
                 self._spawn(self._reread(feed))
+            elif feed.is_quiet(now) and self.broker.is_connected:
+                self._spawn(self._check(feed))
             for subscriber in feed.everyone():
                 self._look_after(subscriber, now, heartbeat)
         if self.broker.is_connected:
@@ -272,6 +275,12 @@ class Hub:
             log.warning("read-back failed, will be tried again", session=feed.session, detail=str(error))
             return
         await self._retire(feed)
+
+    async def _check(self, feed: Feed) -> None:
+        try:
+            await feed.check()
+        except BrokerUnavailable as error:
+            log.warning("quiet feed not checked", session=feed.session, detail=str(error))
 
     async def _look_for_new_logs(self) -> None:
         """Close the feeds of a stream that was deleted and created anew: nothing that arrives would tell them."""

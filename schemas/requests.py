@@ -15,7 +15,9 @@ __all__ = [
     "Message",
     "OnDisconnect",
     "OnProducerLoss",
+    "Priority",
     "Request",
+    "RequestDeadlines",
 ]
 
 GenerationState = Literal["queued", "running", "cancelling", "completed", "failed", "cancelled", "interrupted"]
@@ -42,6 +44,20 @@ class CancelAfter(msgspec.Struct, forbid_unknown_fields=True):
 
 OnDisconnect = Literal["continue"] | CancelAfter
 OnProducerLoss = Literal["interrupt", "restart"]
+Priority = Literal["interactive", "batch"]
+
+
+class RequestDeadlines(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """A request's own deadlines in seconds, each within bounds; ``None`` keeps the model's.
+
+    ``connect``: until the provider's answer begins. ``first_token``: from the call to the first token.
+    ``between_tokens``: between two tokens. ``total``: of the whole generation, retries included.
+    """
+
+    connect: Annotated[float, msgspec.Meta(ge=1, le=30)] | None = None
+    first_token: Annotated[float, msgspec.Meta(ge=5, le=30)] | None = None
+    between_tokens: Annotated[float, msgspec.Meta(ge=10, le=60)] | None = None
+    total: Annotated[float, msgspec.Meta(ge=10, le=3_600)] | None = None
 
 
 class Request(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -49,7 +65,8 @@ class Request(msgspec.Struct, kw_only=True, omit_defaults=True):
 
     ``partition`` keeps the session, as delivery decided; producers never work it out themselves.
 
-    ``on_producer_loss``: whether a begun answer whose producer died is closed, or asked for again from the beginning.
+    ``on_producer_loss``: whether a begun answer whose producer or provider was lost is closed, or asked for again from
+    the beginning. ``priority``: who waits longer where something is scarce.
     ``params`` are sampling and tool parameters in the OpenAI chat form (``temperature``, ``max_tokens``, ``tools`` …).
     """
 
@@ -62,6 +79,8 @@ class Request(msgspec.Struct, kw_only=True, omit_defaults=True):
     metadata: dict[str, str] = {}
     on_disconnect: OnDisconnect = "continue"
     on_producer_loss: OnProducerLoss = "interrupt"
+    priority: Priority = "interactive"
+    deadlines: RequestDeadlines = RequestDeadlines()
     created_at: float = 0.0
     partition: Annotated[int, msgspec.Meta(ge=0, le=255)] | None = None
     v: int = VERSION

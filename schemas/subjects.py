@@ -13,6 +13,7 @@ __all__ = [
     "control_subject",
     "dead_subject",
     "generation_key",
+    "lane_of",
     "live_filter",
     "log_filter",
     "parse_address",
@@ -112,6 +113,11 @@ def parse_address(subject: str) -> Address:
         raise InvalidSubject(f"subject {subject!r} is not tokens|live.<partition>.<tenant>.<session>.<generation>")
     partition, tenant, session, generation = match.groups()
     return Address(int(partition), tenant, session, generation)
+
+
+def lane_of(pool: str, priority: str) -> str:
+    """Return the lane in which a pool's requests of a priority wait: the pool's own, or beside it that for batch."""
+    return pool if priority == "interactive" else f"{pool}-{priority}"
 
 
 def request_subject(pool: str, generation: str) -> str:

@@ -4,7 +4,7 @@ from typing import Final
 
 import msgspec
 
-from schemas.subjects import REQUESTS_PREFIX
+from schemas.subjects import REQUESTS_PREFIX, lane_of
 
 __all__ = [
     "BUCKET",
@@ -158,14 +158,17 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
 
     def consumers(self) -> list[ConsumerSpec]:
         """Return the durable consumers: the producers' work queue and billing's of each partition."""
-        producers = ConsumerSpec(
-            stream=REQUESTS,
-            durable=producers_durable(self.pool),
-            filter=f"{REQUESTS_PREFIX}.{self.pool}.*",
-            ack_wait=self.ack_wait,
-            max_ack_pending=10_000,
-        )
-        return [producers, *(self.billing(p) for p in self.logs)]
+        producers = [
+            ConsumerSpec(
+                stream=REQUESTS,
+                durable=producers_durable(lane),
+                filter=f"{REQUESTS_PREFIX}.{lane}.*",
+                ack_wait=self.ack_wait,
+                max_ack_pending=10_000,
+            )
+            for lane in (lane_of(self.pool, "interactive"), lane_of(self.pool, "batch"))
+        ]
+        return [*producers, *(self.billing(p) for p in self.logs)]
 
     def billing(self, partition: int) -> ConsumerSpec:
         """Return billing's durable consumer of a partition."""

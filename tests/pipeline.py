@@ -17,11 +17,15 @@ from schemas.subjects import Address, request_subject, token_subject
 from schemas.topology import token_stream
 from services.kit.broker import Broker
 from services.kit.clock import SystemClock
+from services.producer.adapters.circuits import Circuits
 from services.producer.adapters.publisher import Publisher
 from services.producer.adapters.records import Records
-from services.producer.adapters.upstreams import Upstreams
+from services.producer.adapters.upstreams import Upstreams as HttpUpstreams
+from services.producer.asking import Upstreams
 from services.producer.core.deadlines import Deadlines
 from services.producer.core.registry import Registry
+from services.producer.core.retry import RetryPolicy
+from services.producer.gate import Gates
 from services.producer.relay import Outside
 from services.producer.worker import Worker
 from tests.conftest import eventually
@@ -96,29 +100,33 @@ async def producing(
     lease: float = 15.0,
     max_deliver: int = 5,
     drain: float = 5.0,
+    append_timeout: float = 60.0,
     deadlines: Deadlines = Deadlines(),  # noqa: B008  # immutable
+    retry: RetryPolicy = RetryPolicy(max_attempts=1),  # noqa: B008  # immutable
+    circuit: tuple[int, float] = (1_000, 15.0),
 ) -> AsyncIterator[Worker]:
     """Run a producer while the block runs; leaving it is its SIGTERM."""
     registry = Registry.load(config or {}, os.environ if config else {})
     clock = SystemClock()
-    async with Upstreams.opened(registry, clock) as upstreams:
-        publisher = Publisher(broker, ack_timeout=0.5)
+    async with HttpUpstreams.opened(registry, clock) as upstreams:
+        publisher = Publisher(broker, ack_timeout=0.5, give_up=append_timeout)
         records = Records(broker)
+        circuits = Circuits(broker, circuit[0], circuit[1])
         await publisher.start()
         outside = Outside(
             broker=broker,
             publisher=publisher,
             records=records,
             registry=registry,
-            upstream=upstreams.of,
+            upstreams=Upstreams(upstreams.of, circuits, Gates(), retry, deadlines),
             clock=clock,
-            deadlines=deadlines,
             partitions=1,
         )
         worker = Worker(outside, "default", slots, lease, max_deliver)
         stop = asyncio.Event()
         async with asyncio.TaskGroup() as group:
-            background = [group.create_task(publisher.watch()), group.create_task(records.write())]
+            work = (publisher.watch(), records.write(), circuits.follow())
+            background = [group.create_task(each) for each in work]
             running = group.create_task(worker.run(stop, drain))
             try:
                 yield worker

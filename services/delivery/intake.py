@@ -10,8 +10,16 @@ from nats.js.errors import APIError
 
 from schemas.cursor import CursorIssuer
 from schemas.events import type_of
-from schemas.requests import GenerationRecord, Message, OnDisconnect, OnProducerLoss, Request
-from schemas.subjects import control_subject, request_subject
+from schemas.requests import (
+    GenerationRecord,
+    Message,
+    OnDisconnect,
+    OnProducerLoss,
+    Priority,
+    Request,
+    RequestDeadlines,
+)
+from schemas.subjects import control_subject, lane_of, request_subject
 from services.delivery import metrics
 from services.delivery.hub import Hub
 from services.delivery.lookups import ENDED, Lookups
@@ -42,6 +50,8 @@ class GenerationWish(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     metadata: Annotated[dict[Label, Text], msgspec.Meta(max_length=_MAX_METADATA)] = {}
     on_disconnect: OnDisconnect = "continue"
     on_producer_loss: OnProducerLoss = "interrupt"
+    priority: Priority = "interactive"
+    deadlines: RequestDeadlines = RequestDeadlines()
 
 
 class Intake:
@@ -175,6 +185,8 @@ class Intake:
             metadata=wish.metadata,
             on_disconnect=wish.on_disconnect,
             on_producer_loss=wish.on_producer_loss,
+            priority=wish.priority,
+            deadlines=wish.deadlines,
             created_at=record.created_at,
             partition=partition,
         )
@@ -184,7 +196,9 @@ class Intake:
             await self._lookups.forget(record.tenant, record.session, record.generation)
             raise Problem(413, f"the request has {len(data)} bytes, the broker takes {limit}")
         try:
-            await self._broker.publish_stored(request_subject(self._pool, record.generation), data)
+            await self._broker.publish_stored(
+                request_subject(lane_of(self._pool, wish.priority), record.generation), data
+            )
         except APIError as error:
             if "per subject" in (error.description or ""):
                 return  # it waits there already

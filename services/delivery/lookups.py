@@ -126,7 +126,7 @@ class Lookups:
         if self._announced is not None and now - self._announced[0] < REGISTRY_SECONDS:
             return self._announced[1]
         found: list[Announcement] = []
-        prefix = f"$KV.{REGISTRY_BUCKET}."
+        prefix = f"$KV.{REGISTRY_BUCKET}.pool."
         async for batch in self._broker.read(f"KV_{REGISTRY_BUCKET}", prefix + "*"):
             found += [msgspec.json.decode(stored.data, type=Announcement) for stored in batch if stored.data]
         self._announced = (now, found)

@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from litestar import Litestar
@@ -15,11 +15,15 @@ from services.kit.http import probes, serving
 from services.kit.problem import EXCEPTION_HANDLERS
 from services.kit.settings import SettingsError, Shared, load_settings, read_config
 from services.kit.telemetry import configure_logging
+from services.producer.adapters.circuits import Circuits
 from services.producer.adapters.publisher import Publisher
 from services.producer.adapters.records import Records
-from services.producer.adapters.upstreams import Upstreams
+from services.producer.adapters.upstreams import Upstreams as HttpUpstreams
+from services.producer.asking import Upstreams
 from services.producer.core.deadlines import Deadlines
 from services.producer.core.registry import Registry, RegistryError
+from services.producer.core.retry import RetryPolicy
+from services.producer.gate import Gates
 from services.producer.relay import Outside
 from services.producer.worker import Worker
 
@@ -45,6 +49,18 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     total: Positive = 900.0
     ack_timeout: Positive = 2.0
     append_timeout: Positive = 60.0
+    retry_attempts: Annotated[int, msgspec.Meta(ge=1, le=20)] = 3
+    retry_wait: Literal["exponential", "linear"] = "exponential"
+    retry_base: Positive = 0.5
+    retry_maximum: Positive = 20.0
+    circuit_failures: Annotated[int, msgspec.Meta(ge=1)] = 5
+    circuit_seconds: Positive = 15.0
+
+    def retry(self) -> RetryPolicy:
+        """Return how often and after which pauses a call is made again."""
+        return RetryPolicy(
+            max_attempts=self.retry_attempts, wait=self.retry_wait, base=self.retry_base, maximum=self.retry_maximum
+        )
 
     def deadlines(self) -> Deadlines:
         """Return the deadlines that hold where a model has none of its own."""
@@ -73,20 +89,20 @@ async def main(stop: asyncio.Event) -> None:
     clock = SystemClock()
     async with (
         Broker.connect(shared.nats_url, "producer", tls=shared.tls()) as broker,
-        Upstreams.opened(registry, clock) as upstreams,
+        HttpUpstreams.opened(registry, clock) as upstreams,
     ):
         await broker.apply(shared.topology())
         publisher = Publisher(broker, ack_timeout=settings.ack_timeout, give_up=settings.append_timeout)
         records = Records(broker)
+        circuits = Circuits(broker, settings.circuit_failures, settings.circuit_seconds)
         await publisher.start()
         outside = Outside(
             broker=broker,
             publisher=publisher,
             records=records,
             registry=registry,
-            upstream=upstreams.of,
+            upstreams=Upstreams(upstreams.of, circuits, Gates(), settings.retry(), settings.deadlines()),
             clock=clock,
-            deadlines=settings.deadlines(),
             partitions=shared.partitions,
         )
         await _work(shared, settings, outside, stop)
@@ -109,7 +125,10 @@ async def _work(shared: Shared, settings: Settings, outside: Outside, stop: asyn
         openapi_config=OpenAPIConfig("Tailrace producer", "1"),
     )
     async with serving(app, settings.host, settings.port), asyncio.TaskGroup() as group:
-        background = [group.create_task(outside.publisher.watch()), group.create_task(outside.records.write())]
+        circuits = outside.upstreams.circuits
+        background = [
+            group.create_task(work) for work in (outside.publisher.watch(), outside.records.write(), circuits.follow())
+        ]
         await worker.run(stop, settings.drain)
         for task in background:
             task.cancel()

@@ -15,6 +15,7 @@ READS: Final = Counter("tailrace_producer_upstream_reads", "Socket reads from pr
 TOKENS: Final = Counter("tailrace_producer_tokens_counted", "Output tokens counted when a generation ends")
 PUBLISH_WINDOW: Final = Gauge("tailrace_producer_publish_window_events", "Events sent and not yet acknowledged")
 PUBLISH_REPEATS: Final = Counter("tailrace_producer_publish_repeats", "Events sent again by go-back-N")
+LOG_REFUSALS: Final = Counter("tailrace_producer_log_refusals", "Appends that the log refused: full, or no leader")
 QUEUE_WAIT: Final = Histogram("tailrace_producer_queue_wait_seconds", "From request to producer", buckets=_SECONDS)
 FIRST_TOKEN: Final = Histogram(
     "tailrace_producer_first_token_seconds",
@@ -29,3 +30,8 @@ UPSTREAM_ERRORS: Final = Counter("tailrace_producer_upstream_errors", "Refusals 
 STALLS: Final = Counter("tailrace_producer_stalls", "Silences of more than a second in the middle of an answer")
 LEASES_LOST: Final = Counter("tailrace_producer_leases_lost", "Generations given up because the lease ran out")
 TAKEOVERS: Final = Counter("tailrace_producer_takeovers", "Begun generations taken over from another producer", ["how"])
+RETRIES: Final = Counter("tailrace_producer_retries", "Calls made again", ["provider", "code"])
+FAILOVERS: Final = Counter("tailrace_producer_failovers", "Turns to another candidate", ["provider"])
+CIRCUIT: Final = Gauge("tailrace_producer_circuit_state", "0 closed, 1 half open, 2 open", ["provider"])
+GATE_WAITING: Final = Gauge("tailrace_producer_gate_waiting", "Requests that wait for an upstream", ["provider"])
+LATE_USAGE: Final = Counter("tailrace_producer_late_usage", "Look-ups of usage after the end", ["provider", "outcome"])

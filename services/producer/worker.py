@@ -9,25 +9,26 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
 from schemas.requests import Request
-from schemas.subjects import control_subject, dead_subject
-from schemas.topology import REQUESTS, producers_durable
+from schemas.subjects import control_subject, dead_subject, lane_of
 from services.kit.broker import BrokerUnavailable
 from services.producer import metrics
 from services.producer.adapters.publisher import Lease
 from services.producer.errors import GiveUp, TryAgain
+from services.producer.lane import Lane
+from services.producer.presence import Presence
 from services.producer.relay import HandBack, Interruption, Outside, Relay
 
 __all__ = ["Worker"]
 
 log = structlog.get_logger()
-PULL_EXPIRES: Final = 5.0
+HAND_OVER_SECONDS: Final = 5.0
 WATCH_INTERVAL: Final = 0.1
 RENEW_SECONDS: Final = 2.0
 RENEW_PAUSE: Final = 0.25
 
 
 class Worker:
-    """Runs up to ``slots`` generations at once.
+    """Runs up to ``slots`` generations at once; of these, batch leaves a tenth free for who waits interactively.
 
     The queue's redelivery is the lease: ``lease`` seconds after the last heartbeat another producer gets the request.
     """
@@ -38,32 +39,30 @@ class Worker:
         self.slots = slots
         self.lease = lease
         self.max_deliver = max_deliver
-        self.running: dict[str, tuple[Relay, Lease]] = {}  # by acknowledgement subject; bounded by slots
+        self.running: dict[str, Relay] = {}  # by acknowledgement subject; bounded by slots
+        self._leases: dict[str, Lease] = {}  # also of requests that wait for a slot; bounded by twice the slots
         self._broker = outside.broker
+        self._slot = asyncio.Semaphore(slots)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._asked = 0  # requests that the present pull may still bring
-        self._asked_until = 0.0
-        self._wake = asyncio.Event()
-        self._taking = True
+        self._lanes = [
+            Lane(self._broker, lane_of(pool, "interactive"), self._room, self._take, patient=True),
+            Lane(self._broker, lane_of(pool, "batch"), self._batch_room, self._take, patient=False),
+        ]
+        self._presence = Presence(self._broker, outside.clock, lambda: list(self.running.values()))
         metrics.SLOTS.set(slots)
 
     async def run(self, stop: asyncio.Event, drain: float) -> None:
         """Work until ``stop``; then take nothing new, give what runs ``drain`` seconds, and hand the rest over."""
-        inbox = self._broker.client.new_inbox()
-        subscription = await self._broker.subscribe(inbox, self._receive)
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [
-                    group.create_task(self._pull(inbox)),
-                    group.create_task(self._keep()),
-                    group.create_task(self._watch()),
-                ]
+                lanes = [group.create_task(lane.run()) for lane in self._lanes]
+                watches = [group.create_task(w) for w in (self._keep(), self._watch(), self._presence.watch())]
                 await stop.wait()
-                self._taking = False
-                tasks[0].cancel()
-                await self._unsubscribe(subscription)
+                for task in lanes:
+                    task.cancel()
+                await asyncio.wait(lanes)
                 await self._drain(drain)
-                for task in tasks[1:]:
+                for task in watches:
                     task.cancel()
         finally:
             for task in self._tasks:
@@ -73,62 +72,34 @@ class Worker:
     async def _drain(self, seconds: float) -> None:
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=seconds)
-        for relay, _lease in list(self.running.values()):
+        for relay in list(self.running.values()):
             relay.interrupt(Interruption("drain", "drain"))
         if self._tasks:
-            await asyncio.wait(self._tasks, timeout=5.0)
+            await asyncio.wait(self._tasks, timeout=HAND_OVER_SECONDS)
 
-    async def _unsubscribe(self, subscription: Subscription) -> None:
-        if not self._broker.client.is_closed:
-            await subscription.unsubscribe()
+    def _room(self) -> int:
+        return self.slots - len(self._tasks)
 
-    async def _pull(self, inbox: str) -> None:
-        loop = asyncio.get_running_loop()
-        subject = f"$JS.API.CONSUMER.MSG.NEXT.{REQUESTS}.{producers_durable(self.pool)}"
-        while True:
-            free = self.slots - len(self._tasks)
-            now = loop.time()
-            if free > 0 and self._broker.is_connected and (self._asked <= 0 or now > self._asked_until):
-                query = {"batch": free, "expires": int(PULL_EXPIRES * 1e9)}
-                self._asked, self._asked_until = free, now + PULL_EXPIRES + 1.0
-                await self._publish(subject, msgspec.json.encode(query), inbox)
-            self._wake.clear()
-            wait = max(0.05, self._asked_until - now) if self._broker.is_connected else 0.1
-            try:
-                async with asyncio.timeout(min(wait, 1.0)):
-                    await self._wake.wait()
-            except TimeoutError:
-                continue
+    def _batch_room(self) -> int:
+        return self._room() - self.slots // 10
 
-    async def _receive(self, msg: Msg) -> None:
-        if not msg.reply:  # a status: the pull has ended or cannot be served now
-            self._asked = 0
-            status = (msg.headers or {}).get("Status")
-            if status not in ("404", "408"):
-                log.warning("pull ended", status=status, detail=(msg.headers or {}).get("Description"))
-                await asyncio.sleep(0.1)
-            self._wake.set()
-            return
-        self._asked -= 1
-        if not self._taking or len(self._tasks) >= self.slots:
-            await self._publish(msg.reply, b"-NAK")
-            return
+    def _take(self, msg: Msg) -> None:
         task = asyncio.create_task(self._handle(msg))
         self._tasks.add(task)
         task.add_done_callback(self._done)
-        self._wake.set()
+        self._lanes[0].wake()
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        metrics.ACTIVE.set(len(self._tasks))
-        self._wake.set()
+        metrics.ACTIVE.set(len(self.running))
+        for lane in self._lanes:
+            lane.wake()
         if not task.cancelled() and task.exception() is not None:
             log.error("request handler failed", exc_info=task.exception())
 
     async def _handle(self, msg: Msg) -> None:
         attempt = _attempt(msg.reply)
         metrics.TAKEN.inc()
-        metrics.ACTIVE.set(len(self._tasks))
         try:
             request = msgspec.json.decode(msg.data, type=Request)
             lease = Lease(asyncio.get_running_loop().time() + self.lease * 0.9)
@@ -138,11 +109,15 @@ class Worker:
             await self._bury(msg, str(error))
             return
         metrics.QUEUE_WAIT.observe(max(0.0, self.outside.clock.wall() - request.created_at))
-        self.running[msg.reply] = (relay, lease)
+        self._leases[msg.reply] = lease
         try:
-            answer = await self._run(relay, attempt, msg)
+            async with self._slot:
+                self.running[msg.reply] = relay
+                metrics.ACTIVE.set(len(self.running))
+                answer = await self._run(relay, attempt, msg)
         finally:
-            del self.running[msg.reply]
+            self.running.pop(msg.reply, None)
+            del self._leases[msg.reply]
         if answer is not None:
             await self._publish(msg.reply, answer)
 
@@ -198,12 +173,12 @@ class Worker:
         """Renew the leases."""
         while True:
             await asyncio.sleep(self.lease / 3)
-            await asyncio.gather(*(self._renew(reply, lease) for reply, (_, lease) in list(self.running.items())))
+            await asyncio.gather(*(self._renew(reply, lease) for reply, lease in list(self._leases.items())))
 
     async def _renew(self, reply: str, lease: Lease) -> None:
         """Ask until the queue has heard it: while it finds a new leader, nobody answers for up to 10 s."""
         loop = asyncio.get_running_loop()
-        while reply in self.running:
+        while reply in self._leases:
             asked = loop.time()
             try:
                 if await self._broker.request(reply, b"+WPI", timeout=RENEW_SECONDS) is not None:
@@ -220,7 +195,7 @@ class Worker:
         while True:
             await asyncio.sleep(WATCH_INTERVAL)
             now = self.outside.clock.monotonic()
-            for relay, _lease in list(self.running.values()):
+            for relay in list(self.running.values()):
                 relay.check(now)
 
     async def _publish(self, subject: str, data: bytes, reply: str = "") -> None:

@@ -181,7 +181,7 @@ async def test_unknown_model_is_told_once_producers_have_announced_theirs(
 ) -> None:
     bucket = await broker.bucket(REGISTRY_BUCKET)
     announced = Announcement(aliases=["fast"], providers=["scripted"])
-    await bucket.put("default", msgspec.json.encode(announced))
+    await bucket.put("pool.default", msgspec.json.encode(announced))
     async with delivering(nats_server.url) as stage:
         problem = assert_problem(await ask(stage, BODY | {"model": "nobody/knows"}), 422)
         assert problem["type"] == "urn:tailrace:problem:unknown-model"

@@ -16,7 +16,7 @@ from nats.js.errors import APIError
 
 from services.kit.broker import Broker, BrokerUnavailable
 from services.producer.errors import Fenced, LogRefused, LogUnavailable
-from services.producer.metrics import PUBLISH_REPEATS, PUBLISH_WINDOW
+from services.producer.metrics import LOG_REFUSALS, PUBLISH_REPEATS, PUBLISH_WINDOW
 
 __all__ = ["Lease", "LogWriter", "Publisher"]
 
@@ -142,7 +142,35 @@ class LogWriter:
         return len(self._window)
 
     async def publish(self, data: bytes) -> None:
-        """Append ``data`` without waiting for its acknowledgement; wait only while the window is full.
+        """Append one event: `enqueue` and `room` in one call."""
+        self.enqueue([data])
+        await self.room()
+
+    def enqueue(self, batch: list[bytes]) -> None:
+        """Put events into the window and send them; all or, if the lease has run out, none of them.
+
+        The window may exceed its bound by one batch: who appends calls `room` before the next one.
+
+        Raises:
+            Fenced: the lease has run out.
+        """
+        now = self._loop.time()
+        if now > self._lease.until:
+            raise Fenced(f"lease ran out {now - self._lease.until:.1f} s ago")
+        if not self._window:
+            self.progress_at = now
+        connected = self._broker.is_connected
+        number = self._base + len(self._window)
+        for data in batch:
+            self._window.append(data)
+            self._window_bytes += len(data)
+            if connected:
+                self._send(number, data)
+            number += 1
+        PUBLISH_WINDOW.inc(len(batch))
+
+    async def room(self) -> None:
+        """Wait while the window is full.
 
         Raises:
             Fenced: the lease has run out.
@@ -150,34 +178,36 @@ class LogWriter:
         """
         while len(self._window) >= WINDOW_EVENTS or self._window_bytes >= WINDOW_BYTES:
             await self._progress()
-        now = self._loop.time()
-        if now > self._lease.until:
-            raise Fenced(f"lease ran out {now - self._lease.until:.1f} s ago")
-        if not self._window:
-            self.progress_at = now
-        number = self._base + len(self._window)
-        self._window.append(data)
-        self._window_bytes += len(data)
-        PUBLISH_WINDOW.inc()
-        if self._broker.is_connected:
-            self._send(number, data)
 
     async def publish_first(self, data: bytes, last_seq: int) -> None:
         """Append ``data`` only if ``last_seq`` is still the last stream sequence on this subject (0: nothing there).
 
+        A log that is full or has no leader is asked again. Where only the acknowledgement was lost, the repetition is
+        refused, and who reads the log then finds its own event.
+
         Raises:
             LogRefused: somebody else has written in between.
-            LogUnavailable: no acknowledgement came.
+            Fenced: the lease has run out.
+            LogUnavailable: the log has not taken it for too long.
         """
         headers = {"Nats-Expected-Last-Subject-Sequence": str(last_seq)}
-        try:
-            await self._broker.publish_stored(self._subject, data, headers=headers)
-        except APIError as error:
-            if error.err_code == _WRONG_LAST_SEQUENCE:
-                raise LogRefused(f"{self._subject} has grown beyond {last_seq}") from error
-            raise LogUnavailable(1, 0.0, error.description or "") from error
-        except BrokerUnavailable as error:
-            raise LogUnavailable(1, 0.0, str(error)) from error
+        began = self._loop.time()
+        while True:
+            try:
+                await self._broker.publish_stored(self._subject, data, headers=headers)
+                return
+            except APIError as error:
+                if error.err_code == _WRONG_LAST_SEQUENCE:
+                    raise LogRefused(f"{self._subject} has grown beyond {last_seq}") from error
+                self.refuse(error.description or "")
+            except BrokerUnavailable as error:
+                self.refuse(str(error))
+            now = self._loop.time()
+            if now > self._lease.until:
+                raise Fenced(f"lease ran out {now - self._lease.until:.1f} s ago")
+            if now - began > self._publisher.give_up:
+                raise LogUnavailable(1, now - began, self._reason)
+            await asyncio.sleep(self._publisher.ack_timeout / 4)
 
     async def drain(self) -> None:
         """Return when all events are acknowledged.
@@ -221,6 +251,7 @@ class LogWriter:
     def refuse(self, reason: str) -> None:
         """The log has not stored an event; `Publisher.watch` goes back soon."""
         self._reason = reason
+        LOG_REFUSALS.inc()
 
     def go_back(self, now: float) -> None:
         """Send everything from the first unacknowledged event on again."""

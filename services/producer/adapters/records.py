@@ -54,7 +54,7 @@ class Records:
     async def announce(self, pool: str, announcement: Announcement) -> None:
         """Tell delivery which models this pool can call."""
         bucket = await self._broker.bucket(REGISTRY_BUCKET)
-        await bucket.put(pool, msgspec.json.encode(announcement))
+        await bucket.put(f"pool.{pool}", msgspec.json.encode(announcement))
 
     async def write(self) -> None:
         """Store what is noted; runs until cancelled."""

@@ -4,11 +4,12 @@ from typing import Literal
 
 import msgspec
 
+from schemas.requests import RequestDeadlines
 from services.producer.core.registry import DeadlineOverrides
 
 __all__ = ["Deadlines", "Phase", "overdue"]
 
-Phase = Literal["connecting", "waiting", "streaming"]
+Phase = Literal["queued", "connecting", "waiting", "streaming"]
 
 
 class Deadlines(msgspec.Struct, frozen=True, kw_only=True):
@@ -19,8 +20,8 @@ class Deadlines(msgspec.Struct, frozen=True, kw_only=True):
     between_tokens: float = 30.0
     total: float = 900.0
 
-    def overridden(self, own: DeadlineOverrides) -> "Deadlines":
-        """Return these deadlines with a model's own in their place."""
+    def overridden(self, own: DeadlineOverrides | RequestDeadlines) -> "Deadlines":
+        """Return these deadlines with a model's or a request's own in their place."""
         changes = {f: getattr(own, f) for f in own.__struct_fields__ if getattr(own, f) is not None}
         return msgspec.structs.replace(self, **changes)
 
@@ -33,6 +34,8 @@ def overdue(deadlines: Deadlines, phase: Phase, *, now: float, begun: float, cal
     """
     if now - begun > deadlines.total:
         return "deadline_total"
+    if phase == "queued":
+        return None
     if phase == "connecting" and now - called > deadlines.connect:
         return "deadline_connect"
     if phase != "streaming" and now - called > deadlines.first_token:

@@ -1,5 +1,6 @@
 """A generation while it runs: what a provider's parts become in the log. Decides only; publishes nothing."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 from schemas.events import (
@@ -54,7 +55,15 @@ class Generation:
     """
 
     def __init__(
-        self, name: str, *, epoch: int, next_seq: int, counter: Counter, counted_input: int, exact: bool, encoding: str
+        self,
+        name: str,
+        *,
+        epoch: int,
+        next_seq: int,
+        counter: Callable[[], Counter],
+        counted_input: int,
+        exact: bool,
+        encoding: str,
     ) -> None:
         self.name = name
         self.epoch = epoch
@@ -65,7 +74,8 @@ class Generation:
         self.usage: Usage | None = None
         self.ending: End | UpstreamFailure | None = None
         self.has_tokens = False
-        self._counter = counter
+        self._new_counter = counter
+        self._counter = counter()
         self._counted_input = counted_input
         self._exact = exact
         self._encoding = encoding
@@ -104,6 +114,16 @@ class Generation:
             provider=provider,
             upstream_model=upstream_model,
         )
+
+    def begin_anew(self, reason: str, at: float) -> Restarted:
+        """Return the event that takes back what was said so far; the same producer asks again in a new epoch."""
+        self.epoch += 1
+        self.has_tokens = False
+        self.usage = None
+        self.ending = None
+        self._finish.clear()
+        self._counter = self._new_counter()
+        return self.restart(reason, self.provider, self.upstream_model, at)
 
     def notice(
         self, code: str, message: str, at: float, *, attempt: int | None = None, delay: float | None = None

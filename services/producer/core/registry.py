@@ -6,7 +6,7 @@ stand in the configuration file; without providers there, the conventional varia
 
 import re
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Annotated, Any, Final, Literal
 from urllib.parse import urlsplit
 
 import msgspec
@@ -25,6 +25,7 @@ __all__ = [
     "UnknownModel",
 ]
 
+AfterCancel = Literal["estimate", "drain", "lookup"]
 SCRIPTED: Final = "scripted"
 ENCODINGS: Final = ("cl100k_base", "o200k_base", "o200k_harmony", "qwen3.5")
 _NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
@@ -93,7 +94,12 @@ class DeadlineOverrides(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Provider(msgspec.Struct, frozen=True, kw_only=True):
-    """Where and how to ask. ``headers`` may hold secrets as well, so they are not shown either."""
+    """Where and how to ask. ``headers`` may hold secrets as well, so they are not shown either.
+
+    ``max_streams`` and ``requests_per_minute`` bound what one producer process asks of it. ``after_cancel``: how usage
+    is found when an answer is cancelled: by our own count (``estimate``), by reading on for up to ``drain_seconds``
+    until the provider's usage comes (``drain``), or by asking the provider afterwards (``lookup``).
+    """
 
     name: str
     dialect: str
@@ -101,18 +107,26 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
     key: Secret | None = None
     headers: Mapping[str, str] = {}
     include_usage: bool = True
+    max_streams: int | None = None
+    requests_per_minute: int | None = None
+    after_cancel: AfterCancel = "estimate"
+    drain_seconds: float = 5.0
 
     def __repr__(self) -> str:
         return f"Provider({self.name!r}, dialect={self.dialect!r}, base_url={self.base_url!r})"
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
-    """One way to answer. ``encoding`` names the exact tokenizer where the configuration knows it."""
+    """One way to answer. ``encoding`` names the exact tokenizer where the configuration knows it.
+
+    ``failover``: whether it may stand in for a candidate before it that has failed.
+    """
 
     provider: Provider
     upstream_model: str
     encoding: str | None = None
     deadlines: DeadlineOverrides = DeadlineOverrides()
+    failover: bool = True
 
 
 class _ProviderTable(msgspec.Struct, kw_only=True):
@@ -122,10 +136,19 @@ class _ProviderTable(msgspec.Struct, kw_only=True):
     headers: dict[str, str] = {}
     include_usage: bool = True
     enabled: bool = True
+    max_streams: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    requests_per_minute: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    after_cancel: AfterCancel | None = None
+    drain_seconds: Annotated[float, msgspec.Meta(gt=0, le=60)] = 5.0
+
+
+class _CandidateTable(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    model: str
+    failover: bool = True
 
 
 class _ModelTable(msgspec.Struct, kw_only=True):
-    candidates: list[str]
+    candidates: list[str | _CandidateTable]
     encoding: str | None = None
     connect: float | None = None
     first_token: float | None = None
@@ -205,7 +228,12 @@ def _conventional(name: str, convention: _Convention, env: Mapping[str, str], pr
     base_url = address or convention.base_url
     if fault := _fault_of(base_url):
         problems.append(f"{convention.base_url_env}: {fault}")
-    return Provider(name=name, dialect=name, base_url=base_url, key=Secret(key) if key else None)
+    secret = Secret(key) if key else None
+    return Provider(name=name, dialect=name, base_url=base_url, key=secret, after_cancel=_after_cancel(name))
+
+
+def _after_cancel(dialect: str) -> AfterCancel:
+    return "lookup" if dialect == "openrouter" else "estimate"
 
 
 def _tables(config: Mapping[str, Any], section: str, problems: list[str]) -> dict[str, Any]:
@@ -268,6 +296,10 @@ def _provider(name: str, table: Any, env: Mapping[str, str], problems: list[str]
         key=Secret(key) if key else None,
         headers=described.headers,
         include_usage=described.include_usage,
+        max_streams=described.max_streams,
+        requests_per_minute=described.requests_per_minute,
+        after_cancel=described.after_cancel or _after_cancel(described.dialect),
+        drain_seconds=described.drain_seconds,
     )
 
 
@@ -303,7 +335,9 @@ def _candidates(
     ]
     before = len(problems)
     candidates = []
-    for address in described.candidates:
+    for listed in described.candidates:
+        wanted = _CandidateTable(model=listed) if isinstance(listed, str) else listed
+        address = wanted.model
         name, _, upstream_model = address.partition("/")
         if not upstream_model:
             problems.append(f"{place} candidates: {address!r} is not of the form provider/model")
@@ -313,7 +347,9 @@ def _candidates(
             direct = _direct(providers[name], upstream_model)
             encoding = described.encoding or direct.encoding
             overrides = DeadlineOverrides(**deadlines)
-            candidates.append(msgspec.structs.replace(direct, encoding=encoding, deadlines=overrides))
+            candidates.append(
+                msgspec.structs.replace(direct, encoding=encoding, deadlines=overrides, failover=wanted.failover)
+            )
     if described.candidates and not candidates and len(problems) == before:
         problems.append(f"{place} candidates: none of their providers is usable")
     return candidates

@@ -28,9 +28,14 @@ from services.producer.core.takeover import Begun, decide
 
 
 def generation(next_seq: int = 0) -> Generation:
-    counter = GenerationCounter("o200k_base", True)
     return Generation(
-        "g", epoch=1, next_seq=next_seq, counter=counter, counted_input=3, exact=True, encoding="o200k_base"
+        "g",
+        epoch=1,
+        next_seq=next_seq,
+        counter=lambda: GenerationCounter("o200k_base", True),
+        counted_input=3,
+        exact=True,
+        encoding="o200k_base",
     )
 
 

@@ -98,15 +98,29 @@ async def test_a_full_window_makes_the_caller_wait(monkeypatch: pytest.MonkeyPat
     log = ForgetfulLog()
     log.behave = lambda: "store silently"
     writer = leased(await started(log))
-    for number in range(10):
+    for number in range(9):
         await writer.publish(str(number).encode())
-    waiting = asyncio.create_task(writer.publish(b"10"))
+    waiting = asyncio.create_task(writer.publish(b"9"))
     await asyncio.sleep(0)
     assert not waiting.done()
     assert len(log.stored) == 10
     writer.acknowledge(0, 0)
     await waiting
-    assert len(log.stored) == 11
+
+
+async def test_a_batch_enters_the_window_whole_even_when_it_fills_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "WINDOW_EVENTS", 3)
+    log = ForgetfulLog()
+    log.behave = lambda: "store silently"
+    writer = leased(await started(log))
+    writer.enqueue([str(number).encode() for number in range(5)])
+    assert [int(data) for data in log.stored] == list(range(5))
+    waiting = asyncio.create_task(writer.room())
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    for number in range(3):
+        writer.acknowledge(0, number)
+    await waiting
 
 
 async def test_a_window_is_bounded_in_bytes_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,8 +128,7 @@ async def test_a_window_is_bounded_in_bytes_too(monkeypatch: pytest.MonkeyPatch)
     log = ForgetfulLog()
     log.behave = lambda: "store silently"
     writer = leased(await started(log))
-    await writer.publish(b"x" * 120)
-    waiting = asyncio.create_task(writer.publish(b"y"))
+    waiting = asyncio.create_task(writer.publish(b"x" * 120))
     await asyncio.sleep(0)
     assert not waiting.done()
     waiting.cancel()

@@ -1,0 +1,311 @@
+"""Asking providers: candidates in turn, calls made again, and one answer relayed to the journal."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import structlog
+import tenacity
+
+from schemas.events import AnyEvent
+from schemas.requests import Request
+from services.kit.clock import Clock
+from services.producer import metrics
+from services.producer.adapters.circuits import Circuits
+from services.producer.core.deadlines import Deadlines, Phase, overdue
+from services.producer.core.generation import CUT_OFF
+from services.producer.core.parts import Part, UpstreamFailure, UsagePart
+from services.producer.core.registry import Candidate, Provider
+from services.producer.core.retry import CallFailed, RetryPolicy
+from services.producer.gate import Gates
+from services.producer.journal import Journal
+from services.producer.ports import Call, Upstream, UpstreamRefused, UpstreamStream
+
+__all__ = ["Asking", "Interruption", "Upstreams"]
+
+log = structlog.get_logger()
+STALL_SECONDS = 1.0
+_OPEN = UpstreamFailure(
+    "upstream_circuit_open", "the upstream is taken to be down; it is not asked now", recoverable=True
+)
+
+
+class Upstreams:
+    """The providers as a process reaches them, and what holds for calling them."""
+
+    def __init__(
+        self,
+        of: Callable[[Provider], Upstream],
+        circuits: Circuits,
+        gates: Gates,
+        retry: RetryPolicy,
+        deadlines: Deadlines,
+    ) -> None:
+        self.of = of
+        self.circuits = circuits
+        self.gates = gates
+        self.retry = retry
+        self.deadlines = deadlines
+
+
+class Interruption(Exception):
+    """Why what runs is to stop.
+
+    ``kind``: ``cancelled``, ``overdue`` (a deadline of the whole), ``attempt`` (a deadline of one call), ``lease``, or
+    ``drain`` (this process goes away).
+    """
+
+    def __init__(self, kind: str, code: str) -> None:
+        self.kind = kind
+        self.code = code
+        super().__init__(f"{kind}: {code}")
+
+
+class Asking:
+    """Brings one answer. `check` and `interrupt` are called from outside, on the same event loop."""
+
+    def __init__(self, request: Request, journal: Journal, upstreams: Upstreams, clock: Clock) -> None:
+        self._request = request
+        self._journal = journal
+        self._generation = journal.generation
+        self._upstreams = upstreams
+        self._clock = clock
+        self._deadlines = upstreams.deadlines
+        self._phase: Phase = "queued"
+        self._begun_at = self._called_at = self._token_at = clock.monotonic()
+        self._stalled = False
+        self._task: asyncio.Task[object] | None = None
+        self._interruption: Interruption | None = None
+        self._attempts = 0
+
+    def interrupt(self, interruption: Interruption) -> None:
+        """Stop the call that runs; the first interruption holds until it is dealt with."""
+        if self._interruption is None:
+            self._interruption = interruption
+            if self._task is not None:
+                self._task.cancel()
+
+    def check(self, now: float) -> None:
+        """Stop what takes too long at ``now`` (monotonic seconds); say when an answer stalls."""
+        code = overdue(
+            self._deadlines,
+            self._phase,
+            now=now,
+            begun=self._begun_at,
+            called=self._called_at,
+            token=self._token_at,
+        )
+        if code is not None:
+            kind = "attempt" if code in ("deadline_connect", "deadline_first_token") else "overdue"
+            self.interrupt(Interruption(kind, code))
+        elif self._phase == "streaming" and not self._stalled and now - self._token_at > STALL_SECONDS:
+            self._stalled = True
+            metrics.STALLS.inc()
+            silence = now - self._token_at
+            notice = self._generation.notice(
+                "stalled", "no token for a while", self._journal.now(), delay=round(silence, 3)
+            )
+            self._journal.append_aside([notice])
+
+    async def run(self, candidates: list[Candidate]) -> list[AnyEvent]:
+        """Ask the candidates in order until one answers; return the closing events.
+
+        Raises:
+            Interruption: `interrupt` was called, for another reason than the deadline of one call.
+        """
+        self._task = asyncio.current_task()
+        failure: UpstreamFailure | None = None
+        try:
+            if self._interruption is not None:
+                raise self._interruption
+            for number, candidate in enumerate(candidates):
+                if failure is not None and not candidate.failover:
+                    continue
+                if number and failure is not None:
+                    await self._turn_to(candidate, failure)
+                failure = await self._candidate(candidate)
+                if failure is None or self._generation.has_tokens or not failure.recoverable:
+                    break
+        finally:
+            self._task = None
+        if failure is not None:
+            return self._generation.fail(failure, self._journal.now())
+        return self._generation.end(self._journal.now())
+
+    async def _turn_to(self, candidate: Candidate, failure: UpstreamFailure) -> None:
+        self._generation.provider = candidate.provider.name
+        self._generation.upstream_model = candidate.upstream_model
+        metrics.FAILOVERS.labels(candidate.provider.name).inc()
+        at = self._journal.now()
+        await self._append([self._generation.notice("failover", failure.message, at, attempt=self._attempts + 1)])
+
+    async def _candidate(self, candidate: Candidate) -> UpstreamFailure | None:
+        """Call one candidate as often as the policy allows; return why it failed, or ``None``."""
+        policy = self._upstreams.retry
+
+        def again(error: BaseException) -> bool:
+            return isinstance(error, CallFailed) and policy.retries(error.failure) and self._may_ask_again()
+
+        async def announce(state: tenacity.RetryCallState) -> None:
+            error = state.outcome.exception() if state.outcome else None
+            if isinstance(error, CallFailed) and state.next_action is not None:
+                await self._announce_retry(candidate, error.failure, state.next_action.sleep)
+
+        retrying = tenacity.AsyncRetrying(
+            stop=tenacity.stop_after_attempt(policy.max_attempts),
+            wait=policy.pause,
+            retry=tenacity.retry_if_exception(again),
+            before_sleep=announce,
+            sleep=self._pause,
+            reraise=True,
+        )
+        try:
+            await retrying(self._call, candidate)
+        except CallFailed as error:
+            return error.failure
+        return None
+
+    def _may_ask_again(self) -> bool:
+        """Before the first token always; after it only where the request allows the answer to begin anew."""
+        return not self._generation.has_tokens or self._request.on_producer_loss == "restart"
+
+    async def _announce_retry(self, candidate: Candidate, failure: UpstreamFailure, pause: float) -> None:
+        metrics.RETRIES.labels(candidate.provider.name, failure.code).inc()
+        at = self._journal.now()
+        if self._generation.has_tokens:
+            event: AnyEvent = self._generation.begin_anew("upstream_failed", at)
+        else:
+            event = self._generation.notice(
+                "retrying", failure.message, at, attempt=self._attempts + 1, delay=round(pause, 3)
+            )
+        await self._append([event])
+
+    async def _pause(self, seconds: float) -> None:
+        self._phase = "queued"
+        await self._interruptible(asyncio.sleep(seconds))
+
+    async def _append(self, events: list[AnyEvent]) -> None:
+        self._phase = "queued"
+        await self._interruptible(self._journal.append(events))
+
+    async def _interruptible(self, what: Awaitable[None]) -> None:
+        """Await something between two calls, where `interrupt` means the whole generation."""
+        try:
+            await what
+        except asyncio.CancelledError:
+            raise self._dealt_with() from None
+
+    async def _call(self, candidate: Candidate) -> None:
+        """Relay one candidate's answer.
+
+        Raises:
+            CallFailed: it brought no complete answer.
+        """
+        provider = candidate.provider
+        self._deadlines = self._upstreams.deadlines.overridden(candidate.deadlines).overridden(self._request.deadlines)
+        gate = self._upstreams.gates.of(provider.name, provider.max_streams, provider.requests_per_minute)
+        self._phase = "queued"
+        try:
+            async with gate.passing(self._request.priority, self._request.created_at):
+                await self._admitted(candidate)
+        except asyncio.CancelledError:
+            self._upstreams.circuits.abandoned(provider.name)
+            interruption = self._dealt_with()
+            if interruption.kind != "attempt":
+                raise interruption from None
+            failure = UpstreamFailure(interruption.code, _said(interruption.code), recoverable=True)
+            raise self._failed(provider, failure) from None
+        finally:
+            self._phase = "queued"
+
+    def _dealt_with(self) -> Interruption:
+        """Return the interruption behind a cancellation of this task, which ends with it; others go on."""
+        interruption = self._interruption
+        if interruption is None or self._task is None:
+            raise asyncio.CancelledError
+        self._task.uncancel()
+        self._interruption = None
+        return interruption
+
+    async def _admitted(self, candidate: Candidate) -> None:
+        provider = candidate.provider
+        self._attempts += 1
+        if not self._upstreams.circuits.admits(provider.name):
+            raise self._failed(provider, _OPEN)
+        self._called_at = self._clock.monotonic()
+        self._phase = "connecting"
+        call = Call(
+            model=candidate.upstream_model,
+            messages=self._request.messages,
+            params=self._request.params,
+            connect_timeout=self._deadlines.connect,
+        )
+        try:
+            async with self._upstreams.of(provider).open(call) as stream:
+                self._phase = "waiting"
+                await self._stream(stream, provider)
+        except UpstreamRefused as error:
+            raise self._failed(provider, error.failure) from error
+        ending = self._generation.ending
+        if ending is None or isinstance(ending, UpstreamFailure):
+            self._generation.ending = None
+            raise self._failed(provider, ending or CUT_OFF)
+        self._upstreams.circuits.succeeded(provider.name)
+
+    def _failed(self, provider: Provider, failure: UpstreamFailure) -> CallFailed:
+        metrics.UPSTREAM_ERRORS.labels(provider.name, failure.code).inc()
+        if failure is not _OPEN:
+            self._upstreams.circuits.failed(provider.name, failure)
+        return CallFailed(failure)
+
+    async def _stream(self, stream: UpstreamStream, provider: Provider) -> None:
+        try:
+            while True:
+                parts = await stream.read()
+                if parts is None:
+                    return
+                if parts:
+                    await self._relay(parts, provider)
+                    if self._generation.ending is not None:
+                        return
+        except asyncio.CancelledError:
+            wanted = self._interruption is not None and self._interruption.kind == "cancelled"
+            if wanted and provider.after_cancel == "drain" and self._task is not None:
+                self._task.uncancel()
+                await self._drain(stream, provider.drain_seconds)
+                self._task.cancel()
+                await asyncio.sleep(0)
+            raise
+
+    async def _drain(self, stream: UpstreamStream, seconds: float) -> None:
+        """Read on without relaying until the provider tells its usage, at most so long."""
+        self._phase = "queued"
+        try:
+            async with asyncio.timeout(seconds):
+                while self._generation.usage is None:
+                    parts = await stream.read()
+                    if parts is None:
+                        return
+                    usage = [part for part in parts if isinstance(part, UsagePart)]
+                    self._generation.absorb(list(usage), self._journal.now())
+        except TimeoutError:
+            return
+
+    async def _relay(self, parts: list[Part], provider: Provider) -> None:
+        events = self._generation.absorb(parts, self._journal.now())
+        if not events:
+            return
+        now = self._clock.monotonic()
+        if self._phase == "streaming":
+            metrics.TOKEN_GAP.observe(now - self._token_at)
+        else:
+            self._phase = "streaming"
+            metrics.FIRST_TOKEN.labels(provider.name).observe(now - self._called_at)
+            self._upstreams.circuits.succeeded(provider.name)
+        self._token_at = now
+        self._stalled = False
+        metrics.READS.inc()
+        await self._journal.append(events)
+
+
+def _said(code: str) -> str:
+    return f"{code.removeprefix('deadline_').replace('_', ' ')} deadline passed"

@@ -1,0 +1,59 @@
+"""When a failed call is made again, and after which pause. tenacity runs it; here is what it asks."""
+
+from typing import Final, Literal
+
+import msgspec
+from tenacity import RetryCallState, wait_incrementing, wait_random, wait_random_exponential
+
+from services.producer.core.parts import UpstreamFailure
+
+__all__ = ["CallFailed", "RetryPolicy"]
+
+_DEFAULT_ON: Final = (
+    "upstream_rate_limited",
+    "upstream_overloaded",
+    "upstream_error",
+    "upstream_unreachable",
+    "upstream_cut_off",
+    "deadline_connect",
+    "deadline_first_token",
+)
+
+
+class CallFailed(Exception):
+    """One call of one candidate failed; ``failure`` says how."""
+
+    def __init__(self, failure: UpstreamFailure) -> None:
+        self.failure = failure
+        super().__init__(f"{failure.code}: {failure.message}")
+
+
+class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True):
+    """How often a candidate is called before the next one's turn, and how long to wait in between.
+
+    ``wait``: ``exponential`` draws each pause at random below a bound that doubles from ``base`` (full jitter);
+    ``linear`` lets pauses grow by ``base`` each, half of it at random. ``maximum`` bounds a pause; a provider that asks
+    for a longer one (``Retry-After``) is not called again. ``on``: codes of failures that are worth another call.
+    """
+
+    max_attempts: int = 3
+    wait: Literal["exponential", "linear"] = "exponential"
+    base: float = 0.5
+    maximum: float = 20.0
+    on: tuple[str, ...] = _DEFAULT_ON
+
+    def retries(self, failure: UpstreamFailure) -> bool:
+        """Tell whether this kind of failure is worth another call of the same candidate."""
+        patient = failure.retry_after is None or failure.retry_after <= self.maximum
+        return failure.recoverable and failure.code in self.on and patient
+
+    def pause(self, state: RetryCallState) -> float:
+        """Return seconds until the next call: tenacity's own strategies, and at least what the provider asked for."""
+        if self.wait == "linear":
+            steady = wait_incrementing(start=self.base / 2, increment=self.base, max=self.maximum)
+            drawn = float((steady + wait_random(0, self.base / 2))(state))
+        else:
+            drawn = float(wait_random_exponential(multiplier=self.base, max=self.maximum)(state))
+        error = state.outcome.exception() if state.outcome is not None else None
+        asked = error.failure.retry_after if isinstance(error, CallFailed) else None
+        return min(max(drawn, asked or 0.0), max(self.maximum, asked or 0.0))

@@ -1,0 +1,127 @@
+"""A generation's side towards the log: its events in order, the look-up record beside them, and their metrics."""
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+import msgspec
+import structlog
+
+from schemas.codec import encode_event
+from schemas.events import AnyEvent, is_terminal, type_of
+from schemas.requests import GenerationRecord
+from services.kit.clock import Clock
+from services.producer import metrics
+from services.producer.adapters.publisher import LogWriter
+from services.producer.adapters.records import Records
+from services.producer.core.generation import Generation
+
+__all__ = ["Journal"]
+
+log = structlog.get_logger()
+
+
+class Journal:
+    """Appends what a `Generation` decides. The first append is conditional on ``last_seq``, and acknowledged.
+
+    Events enter the writer's window before anything can interrupt the caller, so that no seq is ever left out.
+    """
+
+    def __init__(
+        self,
+        generation: Generation,
+        writer: LogWriter,
+        records: Records,
+        record: GenerationRecord,
+        clock: Clock,
+        last_seq: int,
+    ) -> None:
+        self.generation = generation
+        self.record = record
+        self._writer = writer
+        self._records = records
+        self._clock = clock
+        self._last_seq: int | None = last_seq
+
+    def now(self) -> float:
+        """Return the time to stamp events with, in seconds since 1970."""
+        return round(self._clock.wall(), 6)
+
+    async def append(self, events: list[AnyEvent]) -> None:
+        """Append events; wait only for the first append of all, and while the window is full.
+
+        Raises:
+            LogRefused: somebody else has written since the log was read.
+            LogUnavailable: the log takes nothing.
+            Fenced: the lease has run out.
+        """
+        if not events:
+            return
+        if self._last_seq is not None:
+            last_seq, self._last_seq = self._last_seq, None
+            first, *events = events
+            try:
+                await _uninterrupted(self._writer.publish_first(encode_event(first), last_seq))
+            except asyncio.CancelledError:
+                self._enqueue(events)
+                raise
+            self._appended(first)
+        self._enqueue(events)
+        await self._writer.room()
+
+    def append_aside(self, events: list[AnyEvent]) -> None:
+        """Append from outside the generation's own task, which must be waiting for its provider."""
+        if self._last_seq is None:
+            self._enqueue(events)
+
+    def note(self, **changes: object) -> None:
+        """Change the look-up record and have it stored soon."""
+        self.record = msgspec.structs.replace(self.record, **changes)
+        self._records.put(self.record)
+
+    def _enqueue(self, events: list[AnyEvent]) -> None:
+        if events:
+            self._writer.enqueue([encode_event(event) for event in events])
+        for event in events:
+            self._appended(event)
+
+    def _appended(self, event: AnyEvent) -> None:
+        metrics.EVENTS.inc()
+        if is_terminal(event):
+            self._end(event)
+
+    def _end(self, event: AnyEvent) -> None:
+        kind, code = type_of(event), getattr(event, "code", None)
+        counted = getattr(event, "counted", None)
+        tokens = counted.output if counted else 0
+        metrics.ENDED.labels(kind, code or "").inc()
+        metrics.TOKENS.inc(tokens)
+        self.note(
+            state=kind,
+            ended_at=event.at,
+            code=code,
+            finish_reason=getattr(event, "finish_reason", None),
+            counted=counted,
+            usage=self.generation.usage,
+            upstream_model=self.generation.upstream_model or self.record.upstream_model,
+        )
+        log.info(
+            "generation ended",
+            session=self.record.session,
+            generation=self.record.generation,
+            terminal=kind,
+            code=code,
+            tokens=tokens,
+        )
+
+
+async def _uninterrupted(append: Coroutine[Any, Any, None]) -> None:
+    """Finish an append whose outcome must be known even when its caller is cancelled meanwhile."""
+    task = asyncio.create_task(append)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        if not task.cancelled():
+            task.result()
+        raise

@@ -1,0 +1,89 @@
+"""One lane of the work queue: pulls requests as there is room for them."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import msgspec
+import structlog
+from nats.aio.msg import Msg
+
+from schemas.topology import REQUESTS, producers_durable
+from services.kit.broker import Broker, BrokerUnavailable
+
+__all__ = ["Lane"]
+
+log = structlog.get_logger()
+PULL_EXPIRES: Final = 5.0
+LOOK_INTERVAL: Final = 0.25
+_QUIET: Final = ("404", "408")
+
+
+class Lane:
+    """Asks the queue for requests of one pool and priority.
+
+    ``room`` tells how many may be taken now; ``take`` gets each request. A patient lane leaves a pull waiting for what
+    comes; another one only looks now and then, so that it never holds room that it does not need.
+    """
+
+    def __init__(
+        self, broker: Broker, lane: str, room: Callable[[], int], take: Callable[[Msg], None], *, patient: bool
+    ) -> None:
+        self._broker = broker
+        self._subject = f"$JS.API.CONSUMER.MSG.NEXT.{REQUESTS}.{producers_durable(lane)}"
+        self._room = room
+        self._take = take
+        self._patient = patient
+        self._asked = 0  # requests that the present pull may still bring
+        self._asked_until = 0.0
+        self._wake = asyncio.Event()
+
+    def wake(self) -> None:
+        """There may be more room now."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Pull until cancelled; what has been pulled already still arrives afterwards for a moment."""
+        inbox = self._broker.client.new_inbox()
+        subscription = await self._broker.subscribe(inbox, self._receive)
+        try:
+            while True:
+                await self._ask(inbox)
+                self._wake.clear()
+                await _at_most(self._wake.wait(), 1.0 if self._patient else LOOK_INTERVAL)
+        finally:
+            if not self._broker.client.is_closed:
+                await subscription.unsubscribe()
+
+    async def _ask(self, inbox: str) -> None:
+        room, now = self._room(), asyncio.get_running_loop().time()
+        if room <= 0 or not self._broker.is_connected or (self._asked > 0 and now < self._asked_until):
+            return
+        query: dict[str, object] = {"batch": room}
+        query |= {"expires": round(PULL_EXPIRES * 1e9)} if self._patient else {"no_wait": True}
+        self._asked, self._asked_until = room, now + PULL_EXPIRES + 1.0
+        try:
+            await self._broker.publish(self._subject, msgspec.json.encode(query), reply=inbox)
+        except BrokerUnavailable as error:
+            log.warning("cannot ask for requests", detail=str(error))
+
+    async def _receive(self, msg: Msg) -> None:
+        if msg.reply:
+            self._asked -= 1
+            self._take(msg)
+            return
+        self._asked = 0  # a status: the pull has ended, or cannot be served now
+        status = (msg.headers or {}).get("Status")
+        if status not in _QUIET:
+            log.warning("pull ended", status=status, detail=(msg.headers or {}).get("Description"))
+            await asyncio.sleep(LOOK_INTERVAL)
+        if self._patient:
+            self._wake.set()
+
+
+async def _at_most(what: Awaitable[object], seconds: float) -> None:
+    try:
+        async with asyncio.timeout(seconds):
+            await what
+    except TimeoutError:
+        return

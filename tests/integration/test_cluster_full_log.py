@@ -21,8 +21,12 @@ async def filled(broker: Broker) -> None:
     """Fill the log up to the last bytes with another session's events."""
     for size in (8_000, 200, 1):
         with pytest.raises(APIError, match="maximum bytes exceeded"):
-            while True:
-                await broker.publish_stored("tokens.0.default.filler.g", b"x" * size)
+            await _publish_for_ever(broker, b"x" * size)
+
+
+async def _publish_for_ever(broker: Broker, data: bytes) -> None:
+    while True:
+        await broker.publish_stored("tokens.0.default.filler.g", data)
 
 
 async def waiting(broker: Broker) -> int:

@@ -58,7 +58,8 @@ class Feed:
         self._last_seq = 0
         self._on_subject: dict[str, int] = {}  # last stream sequence seen of each generation …
         self._since = 0  # … that has any above this one
-        self._behind: deque[Stored] | None = deque()  # live messages that wait for a read-back; None when in step
+        # Live messages, each with the sequence before it on its subject, that wait for a read-back; None when in step.
+        self._behind: deque[tuple[Stored, int]] | None = deque()
         self._overflowed = False
         self._reading = asyncio.Lock()
         self._healing: asyncio.Task[None] | None = None
@@ -227,7 +228,11 @@ class Feed:
                 self._overflowed = False
                 await self._read_from(self._last_seq + 1)
                 continue
-            stored = self._behind.popleft()  # type: ignore[union-attr]  # only `reread` and this method replace it
+            stored, before = self._behind.popleft()  # type: ignore[union-attr]  # only `reread` and this replace it
+            generation = stored.subject.rsplit(".", 1)[-1]
+            known = self._on_subject.get(generation)
+            if before > (self._since if known is None else known):
+                await self._read_from(1 + await self._before_missing(generation, known))
             if stored.seq > self._last_seq:
                 await self._take(stored)
         self._behind = None
@@ -255,7 +260,7 @@ class Feed:
         if self._behind is None and self._connection != self._reconnects():
             self._behind = deque()  # what was missed while the connection was away must come before this one
         if self._behind is not None:
-            self._wait(stored)
+            self._wait(stored, before)
             return
         if stored.seq <= self._last_seq:
             return
@@ -264,24 +269,24 @@ class Feed:
         if known is None and before == 0:
             self._reader.positions.begin(generation)
         elif known is None and before > self._since:
-            self._heal(stored, None)
+            self._heal(stored, before, None)
             return
         elif known is None or (known == before and not self._reader.positions.knows(generation)):
-            self._heal(stored, self._last_seq)
+            self._heal(stored, before, self._last_seq)
             return
         elif known != before:
-            self._heal(stored, known)
+            self._heal(stored, before, known)
             return
         self._take_live(stored)
 
-    def _wait(self, stored: Stored) -> None:
+    def _wait(self, stored: Stored, before: int) -> None:
         """Keep a live message until the read-back is through; too many are left to the log."""
         assert self._behind is not None
         if len(self._behind) >= BEHIND_MESSAGES:
             self._behind.clear()
             self._overflowed = True
         if not self._overflowed:
-            self._behind.append(stored)
+            self._behind.append((stored, before))
 
     def _take_live(self, stored: Stored) -> None:
         try:
@@ -299,20 +304,25 @@ class Feed:
                 self._flush_due = True
                 self._loop.call_soon(self._flush)
 
-    def _heal(self, stored: Stored, known: int | None) -> None:
+    def _heal(self, stored: Stored, before: int, known: int | None) -> None:
         """Messages are missing behind the stream sequence ``known``, or a generation is new here: read the log.
 
         Without ``known`` the beginning of the generation itself is missing.
         """
-        self._behind = deque([stored])
-        self._healing = self._loop.create_task(self._read_missing(stored, known))
+        self._behind = deque([(stored, before)])
+        generation = stored.subject.rsplit(".", 1)[-1]
+        self._healing = self._loop.create_task(self._read_missing(generation, known))
 
-    async def _read_missing(self, stored: Stored, known: int | None) -> None:
+    async def _before_missing(self, generation: str, known: int | None) -> int:
+        """Return the stream sequence behind which messages of a generation are missing."""
+        if known is not None:
+            return known
+        first = await self._reader.first_of(generation)
+        return max(self._since, (first or self._last_seq + 1) - 1)
+
+    async def _read_missing(self, generation: str, known: int | None) -> None:
         try:
-            if known is None:
-                first = await self._reader.first_of(stored.subject.rsplit(".", 1)[-1])
-                known = max(self._since, (first or stored.seq) - 1)
-            await self.reread(known + 1)
+            await self.reread(1 + await self._before_missing(generation, known))
             metrics.GAPS.labels("yes").inc()
         except BrokerUnavailable as error:
             metrics.GAPS.labels("no").inc()

@@ -212,6 +212,30 @@ def usage(*, session: str | None, by: str, from_: str | None, to: str | None, as
     return commands.usage(Terminal(), report, as_json=as_json)
 
 
+@cli.group()
+def topology() -> None:
+    """Streams on the broker, and its users.
+
+    The shared settings (TAILRACE_NATS_URL, TAILRACE_PARTITIONS, …) say which.
+    """
+
+
+@topology.command()
+def apply() -> None:
+    """Create or change what the services need, as a user who may."""
+    from services.standalone.setup import apply_topology
+
+    Terminal().show(apply_topology())
+
+
+@topology.command()
+def users() -> None:
+    """Print nats-server configuration: one user a service, with exactly the subjects it needs."""
+    from services.standalone.setup import users as render
+
+    click.echo(render(), nl=False)
+
+
 @cli.command()
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:

@@ -7,7 +7,16 @@ from typing import Any, Final
 
 import msgspec
 
-__all__ = ["Addresses", "Options", "ServiceSpec", "console_models", "node_files", "plan_services", "summary"]
+__all__ = [
+    "Addresses",
+    "Options",
+    "ServiceSpec",
+    "console_models",
+    "node_files",
+    "plan_services",
+    "summary",
+    "without_own_variables",
+]
 
 NATS: Final = "nats-server"
 _OWN_VARIABLES: Final = frozenset({"TAILRACE_URL", "TAILRACE_BILLING_URL", "TAILRACE_PRODUCERS", "TAILRACE_CLUSTER"})
@@ -71,6 +80,11 @@ class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True):
     start_phase: int
     stop_phase: int
     grace: float = 30.0
+
+
+def without_own_variables(env: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment without the command line's own variables, which services do not know."""
+    return {name: value for name, value in env.items() if name not in _OWN_VARIABLES}
 
 
 def console_models(env: Mapping[str, str], config: Mapping[str, Any]) -> list[str]:
@@ -145,7 +159,7 @@ def _python_service(
 
 def _child_env(options: Options, env: Mapping[str, str], config: Mapping[str, Any]) -> dict[str, str]:
     """The caller's environment without the command line's own variables, with the wiring; settings made by hand win."""
-    child = {name: value for name, value in env.items() if name not in _OWN_VARIABLES}
+    child = without_own_variables(env)
     addresses = Addresses.of(options)
     defaults = {
         ("delivery", "billing_url"): addresses.billing,

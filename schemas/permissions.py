@@ -1,0 +1,175 @@
+"""What each service may publish and hear on NATS, as data: exactly the subjects it needs. Pure.
+
+`users_config` writes them as the `authorization` block of a nats-server configuration. The services themselves neither
+create nor change streams: the user ``setup`` does (``tailrace topology apply``).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import msgspec
+
+from schemas.partitions import HISTORY_SUBJECT
+from schemas.subjects import REQUESTS_PREFIX, lane_of
+from schemas.topology import (
+    BUCKET,
+    REGISTRY_BUCKET,
+    REQUESTS,
+    Topology,
+    billing_durable,
+    bucket_stream,
+    producers_durable,
+    token_stream,
+)
+
+__all__ = ["USERS", "Permissions", "permissions", "users_config"]
+
+USERS: Final = ("producer", "delivery", "billing", "setup")
+_PASSWORDS: Final = {user: f"NATS_{user.upper()}_PASSWORD" for user in USERS}
+
+
+class Permissions(msgspec.Struct, frozen=True):
+    """Subjects that a user may publish to and subscribe to.
+
+    ``replies``: whether it may answer a request that it hears, under whatever subject that asks for.
+    """
+
+    publish: tuple[str, ...]
+    subscribe: tuple[str, ...]
+    replies: bool = False
+
+
+def permissions(topology: Topology) -> Mapping[str, Permissions]:
+    """Return the permissions of each of `USERS`."""
+    return {
+        "producer": _producer(topology),
+        "delivery": _delivery(topology),
+        "billing": _billing(topology),
+        "setup": Permissions(
+            publish=(
+                "$JS.API.INFO",
+                "$JS.API.STREAM.>",
+                "$JS.API.CONSUMER.>",
+                "$JS.API.DIRECT.GET.>",
+                HISTORY_SUBJECT,
+                f"{REQUESTS_PREFIX}.>",  # dead requests that are sent again
+            ),
+            subscribe=(_inbox("setup"),),
+        ),
+    }
+
+
+def _producer(topology: Topology) -> Permissions:
+    lanes = _lanes(topology)
+    return Permissions(
+        publish=(
+            "tokens.>",
+            "presence.*.*.*",
+            *(f"dead.{lane}.*" for lane in lanes),
+            *_written(BUCKET, ">"),
+            *_written(REGISTRY_BUCKET, "pool.*", "circuit.*"),
+            *_topology_read(topology),
+            *_logs_read(topology),
+            *_bucket_read(BUCKET),
+            *_bucket_watched(REGISTRY_BUCKET),
+            *(f"$JS.API.CONSUMER.MSG.NEXT.{REQUESTS}.{producers_durable(lane)}" for lane in lanes),
+            *(f"$JS.ACK.{REQUESTS}.{producers_durable(lane)}.>" for lane in lanes),
+        ),
+        subscribe=(_inbox("producer"), "control.*.*.*"),
+        replies=True,
+    )
+
+
+def _delivery(topology: Topology) -> Permissions:
+    return Permissions(
+        publish=(
+            *(f"{REQUESTS_PREFIX}.{lane}.*" for lane in _lanes(topology)),
+            "control.*.*.*",
+            *_written(BUCKET, ">"),
+            *_topology_read(topology),
+            *_logs_read(topology),
+            *_bucket_read(BUCKET),
+            *_bucket_read(REGISTRY_BUCKET),
+        ),
+        subscribe=(_inbox("delivery"), "live.>", "presence.>"),
+        replies=True,
+    )
+
+
+def _billing(topology: Topology) -> Permissions:
+    consumers = [(token_stream(p), billing_durable(p)) for p in topology.logs]
+    return Permissions(
+        publish=(
+            *_topology_read(topology),
+            *_logs_read(topology),
+            *(f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{durable}" for stream, durable in consumers),
+            *(f"$JS.ACK.{stream}.{durable}.>" for stream, durable in consumers),
+        ),
+        subscribe=(_inbox("billing"),),
+    )
+
+
+def _lanes(topology: Topology) -> tuple[str, str]:
+    return lane_of(topology.pool, "interactive"), lane_of(topology.pool, "batch")
+
+
+def _inbox(user: str) -> str:
+    return f"_INBOX.{user}.>"
+
+
+def _topology_read(topology: Topology) -> list[str]:
+    """See that everything exists, and how full it is."""
+    return [
+        "$JS.API.STREAM.NAMES",
+        *(f"$JS.API.STREAM.INFO.{stream.name}" for stream in topology.streams()),
+        *(f"$JS.API.CONSUMER.INFO.{c.stream}.{c.durable}" for c in topology.consumers()),
+    ]
+
+
+def _logs_read(topology: Topology) -> list[str]:
+    streams = [token_stream(p) for p in topology.logs]
+    return [f"$JS.API.{verb}.{stream}" for stream in streams for verb in ("DIRECT.GET", "STREAM.MSG.GET")]
+
+
+def _bucket_read(bucket: str) -> list[str]:
+    stream = bucket_stream(bucket)
+    return [
+        f"$JS.API.DIRECT.GET.{stream}",
+        f"$JS.API.DIRECT.GET.{stream}.>",
+        f"$JS.API.STREAM.MSG.GET.{stream}",
+    ]
+
+
+def _bucket_watched(bucket: str) -> list[str]:
+    """Follow a bucket: through an ephemeral consumer that the client makes, asks about and deletes."""
+    stream = bucket_stream(bucket)
+    verbs = ("CREATE", "INFO", "DELETE")
+    return [
+        *(f"$JS.API.CONSUMER.{verb}.{stream}.>" for verb in verbs),
+        f"$JS.API.CONSUMER.CREATE.{stream}",
+        f"$JS.FC.{stream}.>",
+    ]
+
+
+def _written(bucket: str, *keys: str) -> list[str]:
+    return [f"$KV.{bucket}.{key}" for key in keys]
+
+
+def users_config(topology: Topology, passwords: Mapping[str, str] = _PASSWORDS) -> str:
+    """Return the `authorization` block for nats-server; ``passwords`` names the variable with each user's password."""
+    blocks = [_user(user, passwords[user], allowed) for user, allowed in permissions(topology).items()]
+    return "authorization {\n  users = [\n" + "".join(blocks) + "  ]\n}\n"
+
+
+def _user(user: str, password: str, allowed: Permissions) -> str:
+    replies = "        allow_responses: true\n" if allowed.replies else ""
+    return (
+        f"    {{\n      user: {user}\n      password: ${password}\n      permissions: {{\n"
+        f"        publish: {{ allow: [\n{_lines(allowed.publish)}        ] }}\n"
+        f"        subscribe: {{ allow: [\n{_lines(allowed.subscribe)}        ] }}\n"
+        f"{replies}      }}\n    }}\n"
+    )
+
+
+def _lines(subjects: Sequence[str]) -> str:
+    return "".join(f'          "{subject}"\n' for subject in dict.fromkeys(subjects))

@@ -1,0 +1,57 @@
+"""``tailrace topology``: what must exist on the broker, made by a user who may, and the users who may not."""
+
+import asyncio
+import os
+
+import msgspec
+
+from schemas.permissions import users_config
+from services.kit.broker import Broker, BrokerUnavailable
+from services.kit.settings import SettingsError, Shared, load_settings
+from services.standalone.errors import CannotStart, Unreachable
+from services.standalone.plan import without_own_variables
+
+__all__ = ["apply_topology", "users"]
+
+
+class _Nothing(msgspec.Struct):
+    """The setup has no settings of its own."""
+
+
+def apply_topology() -> str:
+    """Create or change streams, consumers and buckets as the shared settings say; return what there is now.
+
+    Raises:
+        CannotStart: settings are wrong.
+        Unreachable: the broker does not answer, or refuses.
+    """
+    shared = _shared()
+    try:
+        return asyncio.run(_apply(shared))
+    except SettingsError as error:
+        raise CannotStart(str(error)) from error
+    except BrokerUnavailable as error:
+        raise Unreachable(str(error)) from error
+
+
+async def _apply(shared: Shared) -> str:
+    async with Broker.connect(shared.nats_url, "setup", tls=shared.tls()) as broker:
+        topology = await broker.apply(msgspec.structs.replace(shared.topology(), managed=True))
+    streams = ", ".join(stream.name for stream in topology.streams())
+    return f"{streams} ({topology.replicas} replica{'s' if topology.replicas > 1 else ''})"
+
+
+def users() -> str:
+    """Return the users of the broker with their permissions, for a nats-server configuration.
+
+    Raises:
+        CannotStart: settings are wrong.
+    """
+    return users_config(_shared().topology())
+
+
+def _shared() -> Shared:
+    try:
+        return load_settings(_Nothing, "setup", without_own_variables(os.environ))[0]
+    except SettingsError as error:
+        raise CannotStart(str(error)) from error

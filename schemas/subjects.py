@@ -18,6 +18,7 @@ __all__ = [
     "log_filter",
     "parse_address",
     "partition_of",
+    "presence_filter",
     "presence_subject",
     "request_filter",
     "request_subject",
@@ -151,6 +152,17 @@ def presence_subject(tenant: str, session: str, generation: str) -> str:
         InvalidName: a name cannot stand in a subject.
     """
     return f"presence.{_one_generation(tenant, session, generation)}"
+
+
+def presence_filter(tenant: str, session: str, generation: str = "*") -> str:
+    """Return the presence subject of a generation, or of all generations of a session.
+
+    Raises:
+        InvalidName: a name cannot stand in a subject.
+    """
+    if generation != "*":
+        return presence_subject(tenant, session, generation)
+    return f"presence.{check_name('tenant', tenant)}.{check_name('session', session)}.*"
 
 
 def generation_key(tenant: str, session: str, generation: str) -> str:

@@ -26,6 +26,7 @@ from services.producer.core.deadlines import Deadlines
 from services.producer.core.registry import Registry
 from services.producer.core.retry import RetryPolicy
 from services.producer.gate import Gates
+from services.producer.late_usage import LateUsage
 from services.producer.relay import Outside
 from services.producer.worker import Worker
 from tests.conftest import eventually
@@ -111,6 +112,7 @@ async def producing(
     async with HttpUpstreams.opened(registry, clock) as upstreams:
         publisher = Publisher(broker, ack_timeout=0.5, give_up=append_timeout)
         records = Records(broker)
+        late_usage = LateUsage(broker, publisher, clock)
         circuits = Circuits(broker, circuit[0], circuit[1])
         await publisher.start()
         outside = Outside(
@@ -118,6 +120,7 @@ async def producing(
             publisher=publisher,
             records=records,
             registry=registry,
+            late_usage=late_usage,
             upstreams=Upstreams(upstreams.of, circuits, Gates(), retry, deadlines),
             clock=clock,
             partitions=1,
@@ -135,4 +138,5 @@ async def producing(
                 await asyncio.wait({running})
                 for task in background:
                     task.cancel()
+                await late_usage.close()
                 await records.flush()

@@ -16,6 +16,7 @@ from services.delivery.errors import TooBusy
 from services.delivery.feed import Feed
 from services.delivery.log_reader import LogReader
 from services.delivery.partitions import Partitions
+from services.delivery.presence import Presence
 from services.delivery.subscriber import Subscriber
 from services.kit.broker import Broker, BrokerUnavailable, StreamState
 from services.kit.clock import Clock
@@ -69,6 +70,7 @@ class Hub:
         self._feeds: dict[tuple[str, str], Feed] = {}  # bounded by limits.feeds
         self._opening: dict[tuple[str, str], asyncio.Task[Feed]] = {}
         self._states: dict[int, tuple[float, StreamState]] = {}
+        self.presence = Presence(broker)
         self._streams = 0
         self._quiet = asyncio.Event()
         self._quiet.set()

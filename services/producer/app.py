@@ -24,6 +24,7 @@ from services.producer.core.deadlines import Deadlines
 from services.producer.core.registry import Registry, RegistryError
 from services.producer.core.retry import RetryPolicy
 from services.producer.gate import Gates
+from services.producer.late_usage import LateUsage
 from services.producer.relay import Outside
 from services.producer.worker import Worker
 
@@ -101,6 +102,7 @@ async def main(stop: asyncio.Event) -> None:
             publisher=publisher,
             records=records,
             registry=registry,
+            late_usage=LateUsage(broker, publisher, clock),
             upstreams=Upstreams(upstreams.of, circuits, Gates(), settings.retry(), settings.deadlines()),
             clock=clock,
             partitions=shared.partitions,
@@ -132,4 +134,5 @@ async def _work(shared: Shared, settings: Settings, outside: Outside, stop: asyn
         await worker.run(stop, settings.drain)
         for task in background:
             task.cancel()
+        await outside.late_usage.close()
         await outside.records.flush()

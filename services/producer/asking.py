@@ -76,6 +76,7 @@ class Asking:
         self._task: asyncio.Task[object] | None = None
         self._interruption: Interruption | None = None
         self._attempts = 0
+        self.provider: Provider | None = None  # the last one that was asked
 
     def interrupt(self, interruption: Interruption) -> None:
         """Stop the call that runs; the first interruption holds until it is dealt with."""
@@ -229,6 +230,7 @@ class Asking:
     async def _admitted(self, candidate: Candidate) -> None:
         provider = candidate.provider
         self._attempts += 1
+        self.provider = provider
         if not self._upstreams.circuits.admits(provider.name):
             raise self._failed(provider, _OPEN)
         self._called_at = self._clock.monotonic()

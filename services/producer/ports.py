@@ -1,14 +1,15 @@
 """What the relay needs from the outside."""
 
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import msgspec
 
 from schemas.requests import Message
+from schemas.usage import Usage
 from services.producer.core.parts import Part, UpstreamFailure
 
-__all__ = ["Call", "Upstream", "UpstreamRefused", "UpstreamStream"]
+__all__ = ["Call", "Upstream", "UpstreamRefused", "UpstreamStream", "UsageSource"]
 
 
 class Call(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,6 +37,15 @@ class UpstreamStream(Protocol):
 
         A connection that breaks is returned as an ``UpstreamFailure`` part, not raised.
         """
+        ...
+
+
+@runtime_checkable
+class UsageSource(Protocol):
+    """A provider that can be asked afterwards what an answer used."""
+
+    async def usage_of(self, upstream_id: str) -> Usage | None:
+        """Return the usage of an answer by the provider's own name of it; ``None`` while it is not known."""
         ...
 
 

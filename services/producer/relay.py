@@ -19,10 +19,12 @@ from services.producer.asking import Asking, Interruption, Upstreams
 from services.producer.core.counting import GenerationCounter, count_input, encoding_of
 from services.producer.core.generation import Generation
 from services.producer.core.parts import UpstreamFailure
-from services.producer.core.registry import Candidate, Registry, UnknownModel
+from services.producer.core.registry import Candidate, Provider, Registry, UnknownModel
 from services.producer.core.takeover import Begun, decide, fold
 from services.producer.errors import GiveUp, LogRefused, TryAgain
 from services.producer.journal import Journal
+from services.producer.late_usage import LateUsage
+from services.producer.ports import UsageSource
 
 __all__ = ["HandBack", "Interruption", "LeaseLost", "Outside", "Relay"]
 
@@ -39,6 +41,7 @@ class Outside(msgspec.Struct):
     records: Records
     registry: Registry
     upstreams: Upstreams
+    late_usage: LateUsage
     clock: Clock
     partitions: int
 
@@ -65,6 +68,7 @@ class Relay:
         self._lease = lease
         self._outside = outside
         self._asking: Asking | None = None
+        self._asked: Provider | None = None
         self._interruption: Interruption | None = None
 
     def interrupt(self, interruption: Interruption) -> None:
@@ -159,6 +163,16 @@ class Relay:
             await writer.drain()
         finally:
             writer.close()
+        self._look_up_usage()
+
+    def _look_up_usage(self) -> None:
+        """Ask afterwards what an answer used that did not come to its end, where its provider offers that."""
+        asked, journal = self._asked, self.journal
+        if asked is None or journal is None or asked.after_cancel != "lookup" or journal.record.state == "completed":
+            return
+        source = self._outside.upstreams.of(asked)
+        if isinstance(source, UsageSource):
+            self._outside.late_usage.look_up(self.address, journal.generation, asked, source)
 
     def _journal(self, begun: Begun, epoch: int, writer: LogWriter) -> tuple[Journal, list[Candidate] | UnknownModel]:
         request, outside = self.request, self._outside
@@ -225,6 +239,7 @@ class Relay:
         except Interruption as interruption:
             return self._closing(journal, interruption)
         finally:
+            self._asked = asking.provider
             self._asking = None
 
     def _closing(self, journal: Journal, interruption: Interruption) -> list[AnyEvent]:

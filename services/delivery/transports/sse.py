@@ -88,8 +88,10 @@ class SessionEvents:
             await send({"type": "http.response.start", "status": 200, "headers": list(sse.HEADERS)})
             subscriber = Subscriber(scope.get(RAW_SEND, send), sse.frame, wish.generation, seq)
             subscriber.until = self._hub.lifetime()
+            presence = self._hub.presence.listening(feed.tenant, feed.session, wish.generation)
             with self._hub.stream():
-                await self._serve(feed, subscriber, receive, fresh=wish.cursor is None)
+                async with presence:
+                    await self._serve(feed, subscriber, receive, fresh=wish.cursor is None)
 
         return answer
 

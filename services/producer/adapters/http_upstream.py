@@ -8,9 +8,11 @@ from typing import Final
 import aiohttp
 import msgspec
 
+from schemas.usage import Usage
 from services.kit.clock import Clock
 from services.kit.telemetry import scrub
 from services.producer.core.dialects import Dialect, HttpCall, Parser, UntranslatableCall
+from services.producer.core.dialects.openrouter import late_usage
 from services.producer.core.parts import Part, UpstreamFailure
 from services.producer.core.registry import Provider
 from services.producer.ports import Call, UpstreamRefused
@@ -18,6 +20,7 @@ from services.producer.ports import Call, UpstreamRefused
 __all__ = ["HttpStream", "HttpUpstream", "upstream_session"]
 
 _ERROR_BODY_LIMIT: Final = 64 * 1024
+_LOOK_UP_SECONDS: Final = 10.0
 _READ_BUFFER: Final = 128 * 1024
 # Some servers label their stream carelessly; what can only be something else is refused.
 _STREAM_TYPES: Final = ("text/event-stream", "text/plain", "application/octet-stream", "")
@@ -84,6 +87,20 @@ class HttpUpstream:
             yield HttpStream(response, self._dialect.parser(response.headers), self.scrubbed)
         finally:
             response.close()
+
+    async def usage_of(self, upstream_id: str) -> Usage | None:
+        """Ask OpenRouter what an answer used; ``None`` while it does not say."""
+        key = self._provider.key
+        headers = {"Authorization": f"Bearer {key.reveal()}"} if key is not None else {}
+        timeout = aiohttp.ClientTimeout(total=_LOOK_UP_SECONDS)
+        url = self._provider.base_url.rstrip("/") + "/generation"
+        try:
+            async with self._session.get(
+                url, params={"id": upstream_id}, headers=headers, timeout=timeout, allow_redirects=False
+            ) as response:
+                return late_usage(await response.content.read(_ERROR_BODY_LIMIT)) if response.status == 200 else None
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            return None
 
     def scrubbed(self, failure: UpstreamFailure) -> UpstreamFailure:
         """Return ``failure`` without anything secret in its message: providers like to quote the key they were sent."""

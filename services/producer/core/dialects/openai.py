@@ -22,7 +22,7 @@ from services.producer.core.parts import (
 )
 from services.producer.ports import Call
 
-__all__ = ["OpenAI", "OpenAIParser", "chat_body"]
+__all__ = ["OpenAI", "OpenAIParser", "chat_body", "exact_cost"]
 
 _RESERVED: Final = frozenset({"model", "messages", "stream", "stream_options"})
 _FINISH: Final = {"function_call": "tool_calls"}
@@ -178,7 +178,7 @@ class OpenAIParser(EventParser):
     def _usage(self, usage: _Usage, payload: bytes) -> Usage:
         inputs = usage.prompt_tokens_details or _InputDetails()
         outputs = usage.completion_tokens_details or _OutputDetails()
-        cost = _exact(usage.cost) if self._currency else None
+        cost = exact_cost(usage.cost) if self._currency else None
         return Usage(
             input=usage.prompt_tokens or 0,
             output=usage.completion_tokens or 0,
@@ -191,7 +191,8 @@ class OpenAIParser(EventParser):
         )
 
 
-def _exact(cost: Decimal | None) -> str | None:
+def exact_cost(cost: Decimal | None) -> str | None:
+    """Return a cost as exact decimal text; ``None`` for what is none."""
     # An absurd exponent would be written out in full, so it is no cost.
     if cost is None or not cost.is_finite() or abs(cost.adjusted()) > 30:
         return None

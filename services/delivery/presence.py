@@ -1,0 +1,66 @@
+"""Tells producers that somebody listens: a subscription on a generation's presence subject, as long as there is one."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import structlog
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
+
+from schemas.subjects import presence_filter
+from services.kit.broker import Broker, BrokerUnavailable
+
+__all__ = ["Presence"]
+
+log = structlog.get_logger()
+
+
+class Presence:
+    """Counts this replica's subscribers of each session and generation.
+
+    The first one subscribes to the presence subject, the last one ends that. Who reads a whole session listens to all
+    of its generations. A producer that asks and hears nothing from any replica knows that nobody listens.
+    """
+
+    def __init__(self, broker: Broker) -> None:
+        self._broker = broker
+        self._held: dict[str, tuple[int, Subscription | None]] = {}  # bounded by the subscribers
+
+    @asynccontextmanager
+    async def listening(self, tenant: str, session: str, generation: str | None) -> AsyncIterator[None]:
+        """Be present while the block runs. A broker that is away only makes presence unknown."""
+        subject = presence_filter(tenant, session, generation or "*")
+        await self._enter(subject)
+        try:
+            yield
+        finally:
+            await self._leave(subject)
+
+    async def _enter(self, subject: str) -> None:
+        count, subscription = self._held.get(subject, (0, None))
+        self._held[subject] = (count + 1, subscription)
+        if count == 0:
+            try:
+                made = await self._broker.subscribe(subject, self._answer)
+            except BrokerUnavailable as error:
+                log.debug("presence not told", detail=str(error))
+                return
+            if subject in self._held:
+                self._held[subject] = (self._held[subject][0], made)
+            elif not self._broker.client.is_closed:
+                await made.unsubscribe()
+
+    async def _leave(self, subject: str) -> None:
+        count, subscription = self._held[subject]
+        if count > 1:
+            self._held[subject] = (count - 1, subscription)
+            return
+        del self._held[subject]
+        if subscription is not None and not self._broker.client.is_closed:
+            await subscription.unsubscribe()
+
+    async def _answer(self, msg: Msg) -> None:
+        try:
+            await self._broker.publish(msg.reply, b"here")
+        except BrokerUnavailable as error:
+            log.debug("presence not told", detail=str(error))

@@ -121,7 +121,11 @@ class Broker:
             if not self._closing:
                 log.warning("broker disconnected")
 
+        reason: Exception | None = None
+
         async def errored(error: Exception) -> None:
+            nonlocal reason
+            reason = error
             log.debug("broker error", error=repr(error))
 
         try:
@@ -145,7 +149,7 @@ class Broker:
                     error_cb=errored,
                 )
         except (TimeoutError, OSError, nats.errors.Error) as error:
-            raise BrokerUnavailable(f"no NATS server answers at {_hide(url)}: {error!r}") from error
+            raise BrokerUnavailable(f"no NATS server answers at {_hide(url)}: {reason or error!r}") from error
         try:
             yield self
         finally:

@@ -16,7 +16,7 @@ from schemas.requests import Message, Request
 from schemas.subjects import Address, request_subject, token_subject
 from schemas.topology import token_stream
 from services.kit.broker import Broker
-from services.kit.clock import SystemClock
+from services.kit.clock import Clock, SystemClock
 from services.producer.adapters.circuits import Circuits
 from services.producer.adapters.publisher import Publisher
 from services.producer.adapters.records import Records
@@ -105,10 +105,10 @@ async def producing(
     deadlines: Deadlines = Deadlines(),  # noqa: B008  # immutable
     retry: RetryPolicy = RetryPolicy(max_attempts=1),  # noqa: B008  # immutable
     circuit: tuple[int, float] = (1_000, 15.0),
+    clock: Clock = SystemClock(),  # noqa: B008  # immutable
 ) -> AsyncIterator[Worker]:
     """Run a producer while the block runs; leaving it is its SIGTERM."""
     registry = Registry.load(config or {}, os.environ if config else {})
-    clock = SystemClock()
     async with HttpUpstreams.opened(registry, clock) as upstreams:
         publisher = Publisher(broker, ack_timeout=0.5, give_up=append_timeout)
         records = Records(broker)

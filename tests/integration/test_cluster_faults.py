@@ -1,6 +1,8 @@
 """Running answers ride through what happens to the brokers: identical text, nothing lost or doubled, one terminal."""
 
 import asyncio
+import itertools
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -145,6 +147,35 @@ def check(client: SseClient, generation: str, expected: str) -> None:
     assert [event["type"] for event in client.events if event["type"] in TERMINALS] == ["completed"]
     assert text_of(client.events) == expected
     assert client.ids == sorted(set(client.ids))
+
+
+class Stepping:
+    """A machine whose wall clock is set a day back or forth with every look at it."""
+
+    monotonic = staticmethod(time.monotonic)
+
+    def __init__(self) -> None:
+        self._steps = itertools.cycle((0.0, 86_400.0, -86_400.0))
+
+    def wall(self) -> float:
+        return time.time() + next(self._steps)
+
+
+async def test_clock_steps_change_neither_order_nor_cursors_nor_what_is_kept(broker: Broker, nats_url: str) -> None:
+    async with delivering(nats_url) as stage, producing(broker, clock=Stepping()):
+        first = await asked(stage, "s", tokens=60)
+        client = stage.events("s", **{"from": "start"})
+        async with asyncio.timeout(RIDE):
+            await client.follow(whole)
+        second = await asked(stage, "s", tokens=60)
+        async with asyncio.timeout(RIDE):
+            await client.follow(lambda c: c.events[-1]["type"] in TERMINALS and c.events[-1]["generation"] == second)
+    seen = [(event["generation"], event["seq"]) for event in client.events]
+    each = len(seen) // 2
+    assert seen == [(name, seq) for name in (first, second) for seq in range(each)]
+    assert client.ids == sorted(set(client.ids))
+    stamps = [event["at"] for event in client.events]
+    assert max(stamps) - min(stamps) > 86_400  # the clock was really wrong
 
 
 async def test_live_messages_lost_between_brokers_are_read_from_the_log(broker: Broker, nats_url: str) -> None:

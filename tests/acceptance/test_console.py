@@ -1,13 +1,18 @@
 """The console page in a real browser."""
 
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import httpx
 import pytest
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
 
+from tests.conftest import free_port
 from tests.delivery_stand_in import STORY, WORDS, StandIn, stand_in
 
 if TYPE_CHECKING:
@@ -28,13 +33,41 @@ def server() -> Iterator[StandIn]:
 
 @pytest.fixture(params=["stand-in", "real"])
 def console_url(request: pytest.FixtureRequest) -> str:
-    """Where the page is: the stand-in, and the service that ``TAILRACE_CONSOLE_URL`` names when it does."""
+    """Where the page is: on the stand-in, and on the running service."""
     if request.param == "stand-in":
         return str(request.getfixturevalue("server").url)
-    url = os.environ.get("TAILRACE_CONSOLE_URL")
-    if not url:
-        pytest.skip("TAILRACE_CONSOLE_URL names no running service")
-    return url.rstrip("/")
+    return str(request.getfixturevalue("running"))
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The real thing on free ports, started and stopped here; or what ``TAILRACE_CONSOLE_URL`` names."""
+    named = os.environ.get("TAILRACE_CONSOLE_URL")
+    if named:
+        yield named.rstrip("/")
+        return
+    port = free_port()
+    flags = ["--port", str(port), "--billing-port", "0", "--producer-port", "0", "--nats-port", "0"]
+    data = tmp_path_factory.mktemp("console")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "services.standalone.cli", "up", *flags, "--data", str(data)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                if httpx.get(f"{url}/readyz", timeout=2).status_code == 200:
+                    break
+            except httpx.HTTPError:
+                assert time.monotonic() < deadline, "the service did not start"
+                time.sleep(0.1)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(60)
 
 
 def ask(browser: "Browser", model: str, question: str = "Tell me a story.") -> None:

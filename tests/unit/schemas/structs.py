@@ -37,7 +37,7 @@ def of(hint: Any) -> st.SearchStrategy[Any]:
     if origin is Annotated:
         meta = args[1]
         bounds = {"min_value": meta.ge, "max_value": meta.le}
-        return st.integers(**bounds) if args[0] is int else st.floats(0, 1e9)
+        return st.integers(**bounds) if args[0] is int else st.floats(**bounds, allow_nan=False, allow_infinity=False)
     if origin is Literal:
         return st.sampled_from(args)
     if origin in (Union, types.UnionType):

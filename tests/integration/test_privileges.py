@@ -291,3 +291,23 @@ async def test_a_service_that_may_not_make_streams_waits_for_them(nats_url: str,
 def test_unusable_tls_files_are_named(settings: Shared, named: str) -> None:
     with pytest.raises(SettingsError, match=named):
         settings.tls()
+
+
+@pytest.mark.parametrize("name", ["tailrace.conf", "cluster.conf", "private.conf"])
+def test_the_deployed_configurations_are_ones_that_nats_server_takes(name: str, guarded: Guarded) -> None:
+    shutil.copy(REPOSITORY / "deploy" / "nats" / name, guarded.folder / name)
+    env = os.environ | {"NATS_NAME": "nats-1", "NATS_PASSWORD": "secret"}
+    env |= {f"NATS_{user.upper()}_PASSWORD": word for user, word in PASSWORDS.items()}
+    env |= {
+        "NATS_TLS_CERT": str(guarded.folder / "127.0.0.1.pem"),
+        "NATS_TLS_KEY": str(guarded.folder / "127.0.0.1.key"),
+    }
+    env["NATS_TLS_CA"] = str(guarded.folder / "ca.pem")
+    checked = subprocess.run(
+        [nats_server_path(), "-t", "-c", str(guarded.folder / name)],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert checked.returncode == 0, checked.stderr

@@ -257,8 +257,8 @@ def test_an_expired_cursor_is_said_and_the_start_is_offered(browser: "Browser", 
     assert "410" in browser.text("#problem-code")
     server.refusal = None
     browser.click("#problem-action")
+    browser.until(lambda: browser.text(TEXT).strip() == STORY, "the story did not come again")
     browser.until_text(STATE, "Completed")
-    assert browser.text(TEXT).strip() == STORY
 
 
 def test_an_answer_whose_beginning_has_expired_is_shown_from_where_it_is_kept(

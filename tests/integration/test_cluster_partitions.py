@@ -1,6 +1,7 @@
 """The number of partitions changes: sessions stay readable and writable, and billing reads every log there is."""
 
 import asyncio
+from pathlib import Path
 
 from schemas.partitions import candidates
 from schemas.topology import Topology, token_stream
@@ -8,7 +9,8 @@ from services.delivery.partitions import Partitions
 from services.kit.broker import Broker
 from services.kit.clock import SystemClock
 from services.kit.settings import Shared
-from tests.conftest import eventually
+from tests.acceptance.processes import clean_environment, service
+from tests.conftest import eventually, free_port
 from tests.delivery_stage import Stage, delivering
 from tests.pipeline import producing
 from tests.sse import SseClient
@@ -94,7 +96,8 @@ async def test_the_history_of_counts_is_kept_whoever_starts(broker: Broker) -> N
     topology = await broker.apply(Topology(partitions=2))
     assert topology.logs == (0, 1, 2, 3)  # none is ever deleted
     assert await broker.partitions() == [0, 1, 2, 3]
-    assert [c.durable for c in topology.consumers() if c.durable.startswith("billing")] == ["billing-0", "billing-1", "billing-2", "billing-3"]
+    billing = [c.durable for c in topology.consumers() if c.durable.startswith("billing")]
+    assert billing == ["billing-0", "billing-1", "billing-2", "billing-3"]
 
 
 async def test_streams_from_before_there_was_a_history_are_its_beginning(broker: Broker) -> None:
@@ -102,6 +105,26 @@ async def test_streams_from_before_there_was_a_history_are_its_beginning(broker:
     await broker.js.purge_stream("KV_registry")
     await broker.apply(Topology(partitions=5))
     assert await Partitions(broker, SystemClock(), 7).history() == (3, 5)
+
+
+async def test_billing_reads_partitions_beyond_the_present_number_and_those_that_appear_later(
+    broker: Broker, nats_url: str, tmp_path: Path
+) -> None:
+    first, later = moving(1, 4), moving(4, 9) + "later"
+    env = clean_environment(TAILRACE_NATS_URL=nats_url, TAILRACE_DATA=str(tmp_path), TAILRACE_PARTITIONS="1")
+    async with producing(broker):
+        async with delivering(nats_url, shared=Shared(nats_url=nats_url, partitions=4)) as stage:
+            one = await answered(stage, first, 1)
+        with service("billing", free_port(), env, tmp_path) as billing:
+            async with delivering(nats_url, shared=Shared(nats_url=nats_url, partitions=9)) as stage:
+                two = await answered(stage, later, 1)
+                for client in (one, two):
+                    usage = f"{billing}/v1/usage/generations/{_newest(client)}"
+                    await eventually(lambda u=usage: _is_there(stage, u), timeout=30, interval=0.2)
+
+
+async def _is_there(stage: Stage, url: str) -> bool:
+    return (await stage.http.get(url)).status_code == 200
 
 
 def _newest(client: SseClient) -> str:

@@ -23,7 +23,7 @@ from services.kit.nats_client import header_number
 __all__ = ["Feed"]
 
 log = structlog.get_logger()
-WRITE_BYTES: Final = 1024 * 1024
+WRITE_BYTES: Final = 128 * 1024  # the HTTP server takes several writes ahead of a slow client
 OPEN_TRIES: Final = 16
 _SEQUENCE: Final = b"Nats-Sequence: "
 _BEFORE: Final = b"Nats-Last-Sequence: "

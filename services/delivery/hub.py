@@ -25,7 +25,7 @@ __all__ = ["Hub", "Limits"]
 
 log = structlog.get_logger()
 SWEEP_SECONDS: Final = 1.0
-CATCH_UPS: Final = 64
+PIECE_BYTES: Final = 65_536  # the HTTP server takes several pieces ahead of a slow client
 STATE_SECONDS: Final = 1.0
 SETTLE_SECONDS: Final = 60.0
 
@@ -74,7 +74,6 @@ class Hub:
         self._streams = 0
         self._quiet = asyncio.Event()
         self._quiet.set()
-        self._catch_ups = asyncio.Semaphore(CATCH_UPS)
         self._tasks: set[asyncio.Task[None]] = set()
         broker.on_reconnect(self._reconnected)
 
@@ -156,33 +155,31 @@ class Hub:
         generation = subscriber.generation
         filter_ = reader.subject(generation or "*")
         told: set[str] = set()
-        batches = self.broker.read(reader.stream, filter_, subscriber.seq + 1, up_to=floor)
-        while True:
-            async with self._catch_ups:  # held while reading and never while a client takes its time
-                batch = await anext(batches, None)
-            if batch is None:
-                return False
-            frames = []
-            ends = False
+        frames: list[bytes] = []
+        size = 0
+        async for batch in self.broker.read(reader.stream, filter_, subscriber.seq + 1, up_to=floor):
             for stored in batch:
                 entry = await reader.accept(stored)
-                if entry is None:
-                    continue
-                if entry.generation in reader.headless - told:
-                    told.add(entry.generation)
-                    frames.append(sse.gap_frame("beginning_expired", entry.generation))
-                frames.append(subscriber.framing(entry, prefix))
-                if generation is not None and entry.terminal:
-                    ends = True
-                    break
-            if frames:
-                metrics.EVENTS_OUT.inc(len(frames))
-                await subscriber.send({"type": "http.response.body", "body": b"".join(frames), "more_body": not ends})
-            subscriber.seq = batch[-1].seq
-            if ends:
-                return True
-            if subscriber.done.done():
-                return False
+                if entry is not None:
+                    if entry.generation in reader.headless - told:
+                        told.add(entry.generation)
+                        frames.append(sse.gap_frame("beginning_expired", entry.generation))
+                    frames.append(subscriber.framing(entry, prefix))
+                    size += len(frames[-1])
+                    metrics.EVENTS_OUT.inc()
+                ends = entry is not None and generation is not None and entry.terminal
+                if ends or stored is batch[-1] or size >= PIECE_BYTES:
+                    await self._send_piece(subscriber, frames, stored.seq, ends=ends)
+                    frames, size = [], 0
+                    if ends or subscriber.done.done():
+                        return ends
+        return False
+
+    @staticmethod
+    async def _send_piece(subscriber: Subscriber, frames: list[bytes], seq: int, *, ends: bool) -> None:
+        if frames:
+            await subscriber.send({"type": "http.response.body", "body": b"".join(frames), "more_body": not ends})
+        subscriber.seq = seq
 
     @contextlib.contextmanager
     def stream(self) -> Iterator[None]:

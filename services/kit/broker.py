@@ -30,7 +30,8 @@ log = structlog.get_logger()
 
 Callback = Callable[[Msg], Awaitable[None]]
 READ_BATCH: Final = 1_000
-READ_BYTES: Final = 4 * 1024 * 1024
+READ_BYTES: Final = 512 * 1024
+READS: Final = 16  # at once: what the server sends ahead must stay far below its limit for a connection (64 MB)
 READ_TIMEOUT: Final = 5.0
 LAG_PAUSE: Final = 0.05
 REPLICAS_SECONDS: Final = 30.0
@@ -90,6 +91,7 @@ class Broker:
         self.client = client
         self.js: JetStreamContext = client.jetstream(timeout=5.0)
         self._closing = False
+        self._reads = asyncio.Semaphore(READS)
         self._reconnected: list[Callable[[], Awaitable[None]]] = []
         self._buckets: dict[str, KeyValue] = {}
         self._replicas: dict[str, tuple[float, int]] = {}  # of each stream, and when that was looked up
@@ -363,14 +365,15 @@ class Broker:
 
         inbox = self.client.new_inbox()
         try:
-            subscription = await self.subscribe(inbox, receive)
-            try:
-                await self.client.publish(f"$JS.API.DIRECT.GET.{stream}", msgspec.json.encode(query), reply=inbox)
-                async with asyncio.timeout(READ_TIMEOUT):
-                    return got, await done
-            finally:
-                if not self.client.is_closed:
-                    await subscription.unsubscribe()
+            async with self._reads:
+                subscription = await self.subscribe(inbox, receive)
+                try:
+                    await self.client.publish(f"$JS.API.DIRECT.GET.{stream}", msgspec.json.encode(query), reply=inbox)
+                    async with asyncio.timeout(READ_TIMEOUT):
+                        return got, await done
+                finally:
+                    if not self.client.is_closed:
+                        await subscription.unsubscribe()
         except TimeoutError as error:
             raise ReadFailed(f"reading {stream} ({query}): no answer in {READ_TIMEOUT} s") from error
         except (nats.errors.Error, OSError) as error:

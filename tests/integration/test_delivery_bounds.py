@@ -4,6 +4,7 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from schemas.cursor import Cursor
@@ -83,13 +84,34 @@ async def test_clients_that_never_read_do_not_keep_others_from_replaying(
     events = story("g1", 150, size=BIG)
     await Log(broker).append(*events)
     async with delivering(nats_server.url, feed_bytes=65_536) as stage:
-        async with never_reading(stage, "?from=start", connections=80):
-            await eventually(lambda: subscribers() == 80, timeout=20)
+        async with never_reading(stage, "?from=start", connections=40):
+            await eventually(lambda: subscribers() == 40, timeout=20)
             reader = stage.events(generation="g1")
             async with asyncio.timeout(20):
                 await reader.read_all()
             assert keys(reader.events) == keys(events)
+            assert stage.broker.client.stats["reconnects"] == 0  # nor do they overrun the connection to the broker
         await stage.settled()
+
+
+async def test_client_that_never_reads_is_read_ahead_for_by_little_more_than_its_sockets_hold(
+    broker: Broker, nats_server: NatsServer
+) -> None:
+    await Log(broker).append(*story("g1", 300, size=BIG))
+    async with delivering(nats_server.url, feed_bytes=65_536) as stage:
+        delivered = metric("tailrace_delivery_events_delivered_total")
+        blocked = metric("tailrace_delivery_blocked_writes_total")
+        async with never_reading(stage, "?from=start"):
+            await eventually(lambda: metric("tailrace_delivery_blocked_writes_total") > blocked)
+            await sweeps_passed(stage, 2)
+            taken = (metric("tailrace_delivery_events_delivered_total") - delivered) * BIG
+            assert taken < kernel_buffer() + 2 * 1024 * 1024
+        await stage.settled()
+
+
+def kernel_buffer() -> int:
+    """How much the kernel keeps of what one connection sends, at most."""
+    return int(Path("/proc/sys/net/ipv4/tcp_wmem").read_text().split()[2])
 
 
 async def test_slow_replay_outlives_the_linger_of_its_feed(broker: Broker, nats_server: NatsServer) -> None:

@@ -38,6 +38,7 @@ DOCUMENTS = sorted(
 )
 ELSEWHERE = {
     "make up": "tests/acceptance/test_documents.py",
+    "make up CLUSTER=3": "tests/integration/test_cluster_up.py",
     "make test": ".ci/run",
     "make lint": ".ci/run",
     "docker compose up --build --wait -d": "tests/acceptance/test_compose.py",

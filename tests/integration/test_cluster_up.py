@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from services.standalone.plan import Options, ServiceSpec, plan_services
 from tests.acceptance.processes import REPOSITORY, clean_environment
 from tests.acceptance.test_standalone_up import ANY_PORTS, Up
 
@@ -49,6 +50,13 @@ def events(url: str, session: str, generation: str) -> list[dict[str, object]]:
     return found
 
 
+def test_make_passes_the_number_of_brokers_on() -> None:
+    shown = subprocess.run(
+        ["make", "-n", "up", "CLUSTER=3"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    assert "services.standalone.cli up --cluster 3" in shown.stdout
+
+
 def test_a_killed_node_of_the_embedded_cluster_interrupts_no_answer(tmp_path: Path) -> None:
     started = Up(tmp_path, "--cluster", "3", *ANY_PORTS)
     try:
@@ -65,3 +73,25 @@ def test_a_killed_node_of_the_embedded_cluster_interrupts_no_answer(tmp_path: Pa
         assert started.interrupt() == 0
     finally:
         started.close()
+
+
+def test_without_a_number_there_is_one_broker_as_ever(tmp_path: Path) -> None:
+    specs = planned(tmp_path, ())
+    assert [s.name for s in specs if s.name.startswith("nats")] == ["nats-server"]
+    assert "TAILRACE_REPLICAS" not in specs[-1].env
+
+
+def test_a_cluster_is_planned_with_folders_ports_and_replicas_of_its_own(tmp_path: Path) -> None:
+    specs = planned(tmp_path, (4223, 4224))
+    assert [s.name for s in specs if s.name.startswith("nats")] == ["nats-1", "nats-2", "nats-3"]
+    assert [s.ready for s in specs[:3]] == [f"nats://127.0.0.1:{port}" for port in (4222, 4223, 4224)]
+    assert specs[-1].env["TAILRACE_NATS_URL"] == ",".join(s.ready for s in specs[:3])
+    assert {s.env["TAILRACE_REPLICAS"] for s in specs} == {"3"}
+    assert planned(tmp_path, (4223, 4224), TAILRACE_REPLICAS="1")[-1].env["TAILRACE_REPLICAS"] == "1"
+
+
+def planned(folder: Path, nodes: tuple[int, ...], **env: str) -> list[ServiceSpec]:
+    options = Options(
+        data=folder, delivery_port=1, billing_port=2, producer_ports=(3,), nats_port=4222, node_ports=nodes
+    )
+    return plan_services(options, env, {}, "/nats-server")

@@ -11,6 +11,7 @@ import click
 import msgspec
 from rich.console import Console
 
+from bench.chaos.command import chaos
 from bench.peers import LiteLLM, PeerNotInstalled
 from bench.processes import Died, TooLate
 from bench.profiling import Profile, ProfilerMissing, top_costs
@@ -34,6 +35,9 @@ LIST = (
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 def main() -> None:
     """Measure Tailrace on this machine. Everything runs on loopback ports that are free, in a temporary folder."""
+
+
+main.add_command(chaos)
 
 
 @main.command(

@@ -1,0 +1,124 @@
+"""A history, sorted by what it speaks of. Pure."""
+
+from collections.abc import Iterable
+
+import msgspec
+
+from bench.chaos.history import (
+    AnyRecord,
+    Billed,
+    CancelAsked,
+    Connected,
+    Exited,
+    Got,
+    Healed,
+    Hit,
+    Left,
+    Logged,
+    Memory,
+    Opened,
+    Posted,
+    Quiet,
+    Said,
+    Sent,
+    SentEnd,
+)
+from bench.chaos.told import Told, tell
+
+__all__ = ["Call", "Evidence"]
+
+
+class Call(msgspec.Struct):
+    """One call at the provider: what it sent, and how it ended (``open`` while it had not)."""
+
+    text: str = ""
+    how: str = "open"
+
+
+class Evidence(msgspec.Struct):
+    """All that is known of a run."""
+
+    opened: Opened
+    calls: dict[str, dict[int, Call]] = {}
+    posted: dict[str, Posted] = {}
+    cancels: list[CancelAsked] = []
+    connected: list[Connected] = []
+    got: dict[int, list[Got]] = {}
+    said: list[Said] = []
+    left: list[Left] = []
+    faults: list[tuple[Hit, float | None]] = []
+    quiet: float | None = None
+    exited: list[Exited] = []
+    memory: list[Memory] = []
+    told: dict[str, Told] = {}
+    billed: list[Billed] = []
+
+    @classmethod
+    def of(cls, records: Iterable[AnyRecord]) -> "Evidence":
+        """Sort the records of one run.
+
+        Raises:
+            ValueError: the first record does not open a run.
+        """
+        every = list(records)
+        if not every or not isinstance(every[0], Opened):
+            raise ValueError("this is not the history of a run: its first record must open it")
+        found = cls(every[0])
+        logged: list[Logged] = []
+        for record in every[1:]:
+            if isinstance(record, Logged):
+                logged.append(record)
+            else:
+                found.take(record)
+        found.told = tell(logged)
+        return found
+
+    def take(self, record: AnyRecord) -> None:
+        """Put one record to its place."""
+        match record:
+            case Sent():
+                self._call(record.key, record.call).text += record.text
+            case SentEnd():
+                self._call(record.key, record.call).how = record.how
+            case Posted():
+                self.posted[record.generation] = record
+            case CancelAsked():
+                self.cancels.append(record)
+            case Connected():
+                self.connected.append(record)
+            case Got():
+                self.got.setdefault(record.watch, []).append(record)
+            case Said():
+                self.said.append(record)
+            case Left():
+                self.left.append(record)
+            case Hit():
+                self.faults.append((record, None))
+            case Healed():
+                self.faults = [
+                    (hit, record.t if hit.fault.number == record.number else healed) for hit, healed in self.faults
+                ]
+            case Quiet():
+                self.quiet = record.t
+            case Exited():
+                self.exited.append(record)
+            case Memory():
+                self.memory.append(record)
+            case Billed():
+                self.billed.append(record)
+            case _:
+                pass
+
+    def _call(self, key: str, number: int) -> Call:
+        return self.calls.setdefault(key, {}).setdefault(number, Call())
+
+    def undisturbed(self, begin: float, end: float, rest: float) -> float:
+        """Return how many seconds from ``begin`` to ``end`` no fault was there, nor healed less than ``rest`` ago."""
+        quiet, reached = 0.0, begin
+        spans = sorted((hit.t, (end if healed is None else healed) + rest) for hit, healed in self.faults)
+        for start, stop in spans:
+            if start > end:
+                break
+            quiet += max(0.0, start - reached)
+            reached = max(reached, stop)
+        return quiet + max(0.0, end - reached)

@@ -1,0 +1,212 @@
+"""The history of a run: one record a line, as JSON. Times ``t`` in seconds since the start of the run."""
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from bench.chaos.schedule import Fault, Schedule
+
+__all__ = [
+    "AnyRecord",
+    "Billed",
+    "CancelAsked",
+    "Connected",
+    "Exited",
+    "Got",
+    "Healed",
+    "Hit",
+    "History",
+    "Left",
+    "Logged",
+    "Memory",
+    "Opened",
+    "Posted",
+    "Quiet",
+    "Said",
+    "Sent",
+    "SentEnd",
+    "read_history",
+]
+
+
+class Record(msgspec.Struct, tag_field="kind", kw_only=True, omit_defaults=True):
+    """What all records have."""
+
+    t: float = 0.0
+
+
+class Opened(Record, tag="opened"):
+    """The run begins; ``wall``: when, in seconds since 1970. ``lease`` and the checker's ``bounds`` follow."""
+
+    schedule: Schedule
+    wall: float
+    lease: float
+    memory: dict[str, int] = {}
+    planted: str = ""
+
+
+class Sent(Record, tag="sent"):
+    """The provider sent this piece of text in its call number ``call`` (from 1) for ``key``."""
+
+    key: str
+    call: int
+    text: str
+
+
+class SentEnd(Record, tag="sent_end"):
+    """A call at the provider is over. ``how``: ``end`` (with its end marker), ``cut``, ``error``, ``refused``, or
+    ``left`` when the producer closed it.
+    """
+
+    key: str
+    call: int
+    how: str
+
+
+class Posted(Record, tag="posted"):
+    """A request was accepted (202) at ``t``; ``seconds``: how long the provider needs for it."""
+
+    ask: int
+    key: str
+    session: str
+    generation: str
+    cursor: str
+    seconds: float
+    tries: int = 1
+
+
+class CancelAsked(Record, tag="cancel"):
+    """A cancellation was asked for (recorded before it is sent); ``status`` of the answer in a second record."""
+
+    generation: str
+    status: int = 0
+
+
+class Connected(Record, tag="connected"):
+    """A subscriber has connected with its last id; ``status`` of the answer, 0 when there was none."""
+
+    watch: int
+    replica: int
+    cursor: str | None
+    status: int
+
+
+class Got(Record, tag="got"):
+    """A subscriber received an event: its id and its data as they stood on the wire."""
+
+    watch: int
+    cursor: str
+    data: str
+
+
+class Said(Record, tag="said"):
+    """A subscriber received a control event, or an answer that is none (``event``: ``status``)."""
+
+    watch: int
+    event: str
+    data: str
+
+
+class Left(Record, tag="left"):
+    """A subscriber is done. ``complete``: it had everything that it came for, as far as it could tell."""
+
+    watch: int
+    session: str
+    generation: str | None
+    start: int
+    complete: bool
+
+
+class Hit(Record, tag="fault"):
+    """A fault begins."""
+
+    fault: Fault
+
+
+class Healed(Record, tag="healed"):
+    """A fault is over: processes are started again, connections work."""
+
+    number: int
+
+
+class Quiet(Record, tag="quiet"):
+    """The schedule is over; nothing is broken from here on."""
+
+
+class Exited(Record, tag="exited"):
+    """A process ended. ``asked``: by SIGTERM, after ``seconds``; otherwise by itself. ``age``: how long it had run."""
+
+    process: str
+    code: int
+    asked: bool
+    seconds: float = 0.0
+    age: float = 0.0
+    output: str = ""
+
+
+class Memory(Record, tag="memory"):
+    """The highest resident memory of one process, in bytes."""
+
+    process: str
+    peak: int
+
+
+class Logged(Record, tag="logged"):
+    """A message as the log keeps it in the end."""
+
+    partition: int
+    seq: int
+    subject: str
+    data: str
+
+
+class Billed(Record, tag="billed"):
+    """A row of billing's table in the end."""
+
+    row: dict[str, Any]
+
+
+AnyRecord = (
+    Opened
+    | Sent
+    | SentEnd
+    | Posted
+    | CancelAsked
+    | Connected
+    | Got
+    | Said
+    | Left
+    | Hit
+    | Healed
+    | Quiet
+    | Exited
+    | Memory
+    | Logged
+    | Billed
+)
+_encoder = msgspec.json.Encoder()
+_decoder: msgspec.json.Decoder[AnyRecord] = msgspec.json.Decoder(AnyRecord)
+
+
+class History:
+    """Records in memory and, as they come, in a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.records: list[AnyRecord] = []
+        self._file = path.open("wb")
+
+    def add(self, record: AnyRecord) -> None:
+        """Append a record."""
+        self.records.append(record)
+        self._file.write(_encoder.encode(record) + b"\n")
+
+    def close(self) -> None:
+        """Write what is left; nothing can be added any more."""
+        self._file.close()
+
+
+def read_history(path: Path) -> list[AnyRecord]:
+    """Return the records of a file; a last line that is cut off is left out."""
+    return [_decoder.decode(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]

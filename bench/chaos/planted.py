@@ -1,0 +1,73 @@
+"""Starts a service with a bug planted in it, to show that the checker finds it.
+
+``python -m bench.chaos.planted BUG services.producer``. The product itself has no switch for any of this.
+"""
+
+import runpy
+import sys
+from collections.abc import Callable
+from typing import Any, Final
+
+import schemas.acceptance
+from schemas.acceptance import Position, Verdict
+from schemas.events import TERMINAL_TYPES
+
+__all__ = ["BUGS", "main"]
+
+
+def _acceptance() -> None:
+    """Readers accept whatever the log holds."""
+
+    def judge(position: Position, type_: str, epoch: int, seq: int) -> tuple[Position, Verdict]:
+        ended = position.ended or type_ in TERMINAL_TYPES
+        return Position(max(epoch, position.epoch), max(seq + 1, position.next_seq), ended), Verdict.ACCEPTED
+
+    schemas.acceptance.judge = judge
+
+
+def _go_back_n() -> None:
+    """A publisher takes what was not acknowledged in time for stored, and never sends anything again."""
+    from services.producer.adapters.publisher import LogWriter
+
+    def go_back(self: Any, now: float) -> None:
+        while self._window:
+            self.acknowledge(self._run, self._base)
+        self.progress_at = now
+
+    LogWriter.go_back = go_back  # type: ignore[method-assign]  # the bug
+
+
+def _takeover() -> None:
+    """A producer that takes a generation over appends unconditionally, in the epoch that is there already."""
+    from services.producer import relay
+    from services.producer.adapters.publisher import LogWriter
+
+    journal = relay.Relay._journal
+
+    def same_epoch(self: Any, begun: Any, _epoch: int, writer: LogWriter) -> Any:
+        return journal(self, begun, max(1, begun.position.epoch), writer)
+
+    async def publish_first(self: Any, data: bytes, last_seq: int) -> None:
+        await self._broker.publish_stored(self._subject, data)
+
+    relay.Relay._journal = same_epoch  # type: ignore[assignment, method-assign]  # the bug
+    LogWriter.publish_first = publish_first  # type: ignore[method-assign]  # the bug
+
+
+BUGS: Final[dict[str, Callable[[], None]]] = {
+    "acceptance": _acceptance,
+    "go_back_n": _go_back_n,
+    "takeover": _takeover,
+}
+
+
+def main() -> None:
+    """Plant the bug and run the module in its place."""
+    bug, module = sys.argv[1:3]
+    BUGS[bug]()
+    sys.argv = [module]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

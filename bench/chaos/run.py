@@ -1,0 +1,253 @@
+"""Runs a schedule against real processes and writes its history."""
+
+import asyncio
+import sqlite3
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, Final
+
+import aiohttp
+import msgspec
+
+from bench.chaos.clients import Accepted, Client, Subscriber
+from bench.chaos.history import (
+    AnyRecord,
+    Billed,
+    Healed,
+    History,
+    Hit,
+    Logged,
+    Opened,
+    Quiet,
+    read_history,
+)
+from bench.chaos.schedule import DELIVERIES, LEASE, SERVICES, Ask, Cancel, Fault, Schedule, Watch
+from bench.chaos.stage import MEMORY_BOUND, PARTITIONS, Stage
+from bench.chaos.told import tell
+from schemas.topology import REQUESTS, token_stream
+from services.kit.broker import Broker, BrokerUnavailable
+
+__all__ = ["Run"]
+
+END_SECONDS: Final = 45.0
+READERS_SECONDS: Final = 20.0
+BILLING_SECONDS: Final = 25.0
+SLOW_SECONDS: Final = 0.15
+
+
+class Run:
+    """One run of a schedule in a folder of its own; ``planted`` names a bug to start the services with."""
+
+    def __init__(self, schedule: Schedule, folder: Path, planted: str = "") -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.schedule = schedule
+        self.history = History(folder / "history.jsonl")
+        self.stage = Stage(folder, schedule.nodes, planted)
+        self._planted = planted
+        self._begun = time.monotonic()
+        self._accepted: dict[int, asyncio.Future[Accepted | None]] = {}
+        self._subscribers: list[Subscriber] = []
+        self._reading: list[asyncio.Task[None]] = []
+
+    def _add(self, record: AnyRecord) -> None:
+        record.t = round(time.monotonic() - self._begun, 4)
+        self.history.add(record)
+
+    async def execute(self) -> list[AnyRecord]:
+        """Run it and return the history.
+
+        Raises:
+            Died: the processes do not get ready.
+        """
+        try:
+            async with self.stage, Broker.connect(self.stage.nats_url, "chaos") as broker:
+                self._begun = time.monotonic()
+                self._add(
+                    Opened(
+                        schedule=self.schedule,
+                        wall=time.time(),
+                        lease=LEASE,
+                        memory=MEMORY_BOUND,
+                        planted=self._planted,
+                    )
+                )
+                watch = asyncio.create_task(self.stage.watch(self._add))
+                try:
+                    await self._play()
+                    self._add(Quiet())
+                    await self._settle(broker)
+                finally:
+                    watch.cancel()
+                    await asyncio.gather(watch, *self._reading, return_exceptions=True)
+                for record in await self.stage.stop():
+                    self._add(record)
+            if self.stage.sent.exists():
+                for record in read_history(self.stage.sent):
+                    self.history.add(record)
+            return self.history.records
+        finally:
+            self.history.close()
+
+    async def _play(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._accepted = {index: loop.create_future() for index in range(len(self.schedule.asks))}
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=3)
+        http = aiohttp.ClientSession(
+            timeout=timeout, connector=aiohttp.TCPConnector(limit=0), read_bufsize=1 << 20, trust_env=False
+        )
+        self._http = http
+        client = Client(http, [f"http://127.0.0.1:{self.stage.ports[name]}" for name in DELIVERIES], self._add)
+        async with asyncio.TaskGroup() as group:
+            for index, ask in enumerate(self.schedule.asks):
+                group.create_task(self._at(ask.at, self._ask, client, index, ask))
+            for number, watch in enumerate(self.schedule.watches):
+                group.create_task(self._at(watch.at, self._watch, client, number, watch))
+            for cancel in self.schedule.cancels:
+                group.create_task(self._at(cancel.at, self._cancel, client, cancel))
+            for fault in self.schedule.faults:
+                group.create_task(self._at(fault.at, self._break, fault))
+            group.create_task(asyncio.sleep(self.schedule.seconds))
+
+    async def _at(self, at: float, act: Callable[..., Coroutine[Any, Any, None]], *arguments: Any) -> None:
+        await asyncio.sleep(max(0.0, at - (time.monotonic() - self._begun)))
+        await act(*arguments)
+
+    async def _ask(self, client: Client, index: int, ask: Ask) -> None:
+        self._accepted[index].set_result(await client.ask(index, ask))
+
+    async def _watch(self, client: Client, number: int, watch: Watch) -> None:
+        accepted = await self._accepted[watch.ask]
+        if accepted is not None:
+            subscriber = Subscriber(number, watch, accepted, client)
+            self._subscribers.append(subscriber)
+            self._reading.append(asyncio.create_task(subscriber.run()))
+
+    async def _cancel(self, client: Client, cancel: Cancel) -> None:
+        accepted = await self._accepted[cancel.ask]
+        if accepted is not None:
+            await client.cancel(cancel, accepted.session, accepted.generation)
+
+    async def _break(self, fault: Fault) -> None:
+        self._add(Hit(fault=fault))
+        until = time.monotonic() + fault.seconds
+        members = self.stage.targets(fault.target)
+        links = self.stage.links.get(fault.target, [])
+        links = links if fault.node is None else [links[fault.node]]
+        match fault.kind:
+            case "kill" | "outage":
+                for member in members:
+                    member.kill()
+            case "pause":
+                members[0].pause()
+            case "drain":
+                if (exited := await members[0].stop()) is not None and fault.target in SERVICES:
+                    self._add(exited)
+            case "cut":
+                for link in links:
+                    link.cut()
+            case "hold":
+                for link in links:
+                    link.hold()
+            case "slow":
+                for link in links:
+                    link.slow(SLOW_SECONDS)
+        await asyncio.sleep(max(0.0, until - time.monotonic()))
+        for link in links:
+            link.heal()
+        for member in members:
+            member.resume()
+            if not member.wanted:
+                member.start()
+        self._add(Healed(number=fault.number))
+
+    async def _settle(self, broker: Broker) -> None:
+        """Wait until all has ended, been read and been booked, each with a bound, and record what there is then."""
+        try:
+            logged = await self._ended(broker)
+            sessions: dict[str, int] = {}
+            for told in tell(logged).values():
+                for entry in told.accepted:
+                    sessions[told.session] = max(sessions.get(told.session, 0), entry.seq)
+            for subscriber in self._subscribers:
+                subscriber.finish(sessions.get(subscriber.session, 0))
+            if self._reading:
+                await asyncio.wait(self._reading, timeout=READERS_SECONDS)
+            for task in self._reading:
+                task.cancel()
+            await asyncio.gather(*self._reading, return_exceptions=True)
+        finally:
+            await self._http.close()
+        for record in await self._booked(broker):
+            self._add(record)
+
+    async def _ended(self, broker: Broker) -> list[Logged]:
+        """Return the log once every request is gone from the queue and every generation has ended."""
+        deadline = time.monotonic() + END_SECONDS
+        logged: list[Logged] = []
+        while time.monotonic() < deadline:
+            try:
+                waiting = await _waiting(broker)
+                logged = await _read_log(broker)
+            except BrokerUnavailable:
+                await asyncio.sleep(0.5)
+                continue
+            told = tell(logged)
+            posted = [f.result() for f in self._accepted.values() if f.done()]
+            known = all(a is None or a.generation in told for a in posted)
+            if waiting == 0 and known and all(t.terminals for t in told.values()):
+                return logged
+            await asyncio.sleep(0.5)
+        return logged
+
+    async def _booked(self, broker: Broker) -> list[AnyRecord]:
+        """Return the log and billing's rows once these hold all of it, and no more."""
+        deadline = time.monotonic() + BILLING_SECONDS
+        while True:
+            logged = await _read_log(broker)
+            applied, rows = await asyncio.to_thread(_read_database, self.stage.database)
+            last = {m.partition: m.seq for m in logged}
+            if all(applied.get(p, 0) == seq for p, seq in last.items()) or time.monotonic() > deadline:
+                return [*logged, *(Billed(row=row) for row in rows)]
+            await asyncio.sleep(0.3)
+
+
+class _Info(msgspec.Struct):
+    class _State(msgspec.Struct):
+        messages: int
+
+    state: _State
+
+
+async def _waiting(broker: Broker) -> int:
+    """Return how many requests are in the work queue, running ones included."""
+    data = await broker.request(f"$JS.API.STREAM.INFO.{REQUESTS}")
+    try:
+        return msgspec.json.decode(data or b"", type=_Info).state.messages
+    except msgspec.DecodeError as error:
+        raise BrokerUnavailable(str(error)) from error
+
+
+async def _read_log(broker: Broker) -> list[Logged]:
+    found: list[Logged] = []
+    for partition in range(PARTITIONS):
+        state = await broker.state(token_stream(partition))
+        reached = 0
+        async for batch in broker.read(token_stream(partition), f"tokens.{partition}.*.*.*"):
+            found += [Logged(partition=partition, seq=m.seq, subject=m.subject, data=m.data.decode()) for m in batch]
+            reached = batch[-1].seq
+        if reached < state.last_seq:
+            raise BrokerUnavailable(f"the replica that answered has {reached} of {state.last_seq}")
+    return found
+
+
+def _read_database(path: Path) -> tuple[dict[int, int], list[dict[str, Any]]]:
+    connection = sqlite3.connect(path, timeout=10)
+    try:
+        connection.row_factory = sqlite3.Row
+        applied = {row["partition"]: row["applied"] for row in connection.execute("SELECT * FROM partitions")}
+        return applied, [dict(row) for row in connection.execute("SELECT * FROM generations")]
+    except sqlite3.OperationalError:
+        return {}, []
+    finally:
+        connection.close()

@@ -1,0 +1,240 @@
+"""What happens in a run and when, drawn from a seed. Pure."""
+
+import random
+from typing import Final, Literal
+
+import msgspec
+
+__all__ = [
+    "DELIVERIES",
+    "LEASE",
+    "PRODUCERS",
+    "SERVICES",
+    "Ask",
+    "Cancel",
+    "Ending",
+    "Fault",
+    "FaultKind",
+    "Schedule",
+    "Shape",
+    "Watch",
+    "draw",
+]
+
+LEASE: Final = 3.0
+"""Seconds after which the queue gives a silent producer's request to another one, in these runs."""
+PRODUCERS: Final = ("producer-0", "producer-1")
+DELIVERIES: Final = ("delivery-0", "delivery-1")
+BILLINGS: Final = ("billing-0", "billing-1")
+SERVICES: Final = (*PRODUCERS, *DELIVERIES, *BILLINGS)
+NODES: Final = "nodes"
+
+Ending = Literal["end", "cut", "error"]
+FaultKind = Literal["kill", "pause", "drain", "cut", "hold", "slow", "outage"]
+
+KINDS: Final[dict[FaultKind, float]] = {
+    "kill": 3.0,
+    "pause": 3.0,
+    "drain": 1.5,
+    "cut": 2.0,
+    "hold": 2.5,
+    "slow": 1.5,
+    "outage": 0.4,
+}
+"""How often each kind is drawn, beside the others."""
+
+
+class Ask(msgspec.Struct, frozen=True, kw_only=True):
+    """A generation is asked for ``at`` seconds from the start.
+
+    ``key`` recognises it at the provider, and is the idempotency key. ``rate``: tokens a second, ``None`` for all at
+    once. ``ending``: how the provider's stream ends. ``refusals``: how many calls the provider refuses before that.
+    ``restart``: whether it is asked for again when its producer is lost. ``grace``: it is cancelled when nobody has
+    listened for so many seconds.
+    """
+
+    at: float
+    key: str
+    session: str
+    tokens: int
+    rate: float | None = None
+    ending: Ending = "end"
+    refusals: int = 0
+    restart: bool = False
+    grace: float | None = None
+    replica: int = 0
+
+    @property
+    def seconds(self) -> float:
+        """How long the provider streams."""
+        return self.tokens / self.rate if self.rate else 0.5
+
+
+class Watch(msgspec.Struct, frozen=True, kw_only=True):
+    """A subscriber comes ``at`` seconds from the start, or once the request it watches is accepted, if that is later.
+
+    ``ask``: index of that request. ``scope``: its generation alone, its session from that request's cursor on, or its
+    session from the beginning. ``stays``: how long each connection is kept before it is dropped; the last one is not.
+    """
+
+    at: float
+    ask: int
+    scope: Literal["generation", "session", "start"]
+    stays: tuple[float, ...] = ()
+    replicas: tuple[int, ...] = (0,)
+
+
+class Cancel(msgspec.Struct, frozen=True, kw_only=True):
+    """The generation of request ``ask`` is cancelled."""
+
+    at: float
+    ask: int
+    replica: int = 0
+
+
+class Fault(msgspec.Struct, frozen=True, kw_only=True):
+    """Something goes wrong ``at`` seconds from the start and is healed ``seconds`` later.
+
+    ``kill``: SIGKILL. ``pause``: SIGSTOP. ``drain``: SIGTERM. ``cut``: connections break and none can be made.
+    ``hold``: what is sent arrives when it is over. ``slow``: every read is late. ``outage``: SIGKILL of all nodes.
+    ``node``: the index of the one node that a service loses; ``None`` for all.
+    """
+
+    number: int
+    at: float
+    seconds: float
+    kind: FaultKind
+    target: str
+    node: int | None = None
+
+
+class Shape(msgspec.Struct, frozen=True, kw_only=True):
+    """How dense a run is. ``asks`` and ``faults`` a second; ``nodes`` of the broker; ``kinds`` of fault, with weights;
+    ``targets``: names that faults are limited to.
+    """
+
+    nodes: int = 3
+    asks: float = 1.2
+    faults: float = 0.8
+    sessions: int = 5
+    restarts: float = 0.5
+    kinds: dict[FaultKind, float] = msgspec.field(default_factory=lambda: dict(KINDS))
+    targets: tuple[str, ...] = ()
+
+
+class Schedule(msgspec.Struct, frozen=True, kw_only=True):
+    """All of a run."""
+
+    seed: int
+    seconds: float
+    nodes: int
+    asks: tuple[Ask, ...]
+    watches: tuple[Watch, ...]
+    cancels: tuple[Cancel, ...]
+    faults: tuple[Fault, ...]
+
+
+def draw(seed: int, seconds: float, shape: Shape | None = None) -> Schedule:
+    """Return the schedule of a seed. All faults are healed 2 s before ``seconds``."""
+    rng, shape = random.Random(seed), shape or Shape()
+    asks = _asks(rng, seconds, shape)
+    return Schedule(
+        seed=seed,
+        seconds=seconds,
+        nodes=shape.nodes,
+        asks=asks,
+        watches=tuple(watch for index, ask in enumerate(asks) for watch in _watches(rng, index, ask)),
+        cancels=tuple(
+            Cancel(at=_round(ask.at + rng.uniform(0, 1.2 * ask.seconds)), ask=index, replica=rng.randrange(2))
+            for index, ask in enumerate(asks)
+            if rng.random() < 0.15
+        ),
+        faults=_faults(rng, seconds, shape),
+    )
+
+
+def _asks(rng: random.Random, seconds: float, shape: Shape) -> tuple[Ask, ...]:
+    count = max(3, round(seconds * shape.asks))
+    times = sorted(rng.uniform(0, 0.85 * seconds) for _ in range(count))
+    return tuple(
+        Ask(
+            at=_round(at),
+            key=f"k{index}",
+            session=f"s{rng.randrange(shape.sessions)}",
+            tokens=rng.randint(20, 400),
+            rate=rng.choice((None, 20.0, 40.0, 60.0, 100.0)),
+            ending=rng.choices(("end", "cut", "error"), (14, 1, 1))[0],
+            refusals=rng.choices((0, 1, 2), (14, 1, 1))[0],
+            restart=rng.random() < shape.restarts,
+            grace=rng.choice((None, None, None, None, 2.0)),
+            replica=rng.randrange(2),
+        )
+        for index, at in enumerate(times)
+    )
+
+
+def _watches(rng: random.Random, index: int, ask: Ask) -> list[Watch]:
+    found: list[Watch] = []
+    for _ in range(rng.choices((1, 2, 3), (4, 3, 1))[0]):
+        drops = rng.choice((0, 1, 2, 4, 8))
+        found.append(
+            Watch(
+                at=_round(ask.at + rng.choice((0.0, rng.uniform(0, 1.5 * ask.seconds)))),
+                ask=index,
+                scope=rng.choices(("generation", "session", "start"), (6, 3, 1))[0],
+                stays=tuple(_round(rng.choice((0.05, rng.uniform(0.2, 4.0)))) for _ in range(drops)),
+                replicas=tuple(rng.randrange(2) for _ in range(drops + 1)),
+            )
+        )
+    return found
+
+
+def _faults(rng: random.Random, seconds: float, shape: Shape) -> tuple[Fault, ...]:
+    healed = seconds - 2.0
+    free: dict[str, float] = {}  # until when a target, or all nodes as one, must be left alone
+    found: list[Fault] = []
+    at = rng.uniform(1.0, 2.0)
+    while at < healed - 1.0:
+        fault = _fault(rng, len(found), _round(at), shape, healed)
+        key = NODES if fault.target.startswith("node") else fault.target
+        if free.get(key, 0.0) <= at:
+            found.append(fault)
+            free[key] = fault.at + fault.seconds + _rest(fault)
+            at += rng.expovariate(shape.faults)
+        else:
+            at += 0.25
+    return tuple(found)
+
+
+def _fault(rng: random.Random, number: int, at: float, shape: Shape, healed: float) -> Fault:
+    kind = rng.choices(list(shape.kinds), list(shape.kinds.values()))[0]
+    seconds = min(_lasting(rng, kind), healed - at)
+    if kind == "outage":
+        return Fault(number=number, at=at, seconds=_round(seconds), kind=kind, target=NODES)
+    names = shape.targets or (*PRODUCERS, *PRODUCERS, *SERVICES, *(f"node-{n}" for n in range(shape.nodes)))
+    nodes_too = kind in ("kill", "pause", "drain")
+    target = rng.choice([name for name in names if nodes_too or not name.startswith("node-")])
+    node = None if nodes_too or rng.random() < 0.6 else rng.randrange(shape.nodes)
+    return Fault(number=number, at=at, seconds=_round(seconds), kind=kind, target=target, node=node)
+
+
+def _lasting(rng: random.Random, kind: FaultKind) -> float:
+    """Return how long a fault lasts; pauses and held connections often outlast the lease."""
+    match kind:
+        case "pause" | "hold":
+            return rng.choice((rng.uniform(0.3, 2.0), rng.uniform(LEASE + 0.3, LEASE + 3.0)))
+        case "kill" | "drain" | "outage":
+            return rng.uniform(0.1, 3.0)
+        case _:
+            return rng.uniform(0.5, 5.0)
+
+
+def _rest(fault: Fault) -> float:
+    """Return how long a target needs before it can be hit again without merely being absent."""
+    if fault.target.startswith("node"):
+        return 6.0
+    return 3.0 if fault.kind in ("kill", "drain") else 1.0
+
+
+def _round(value: float) -> float:
+    return round(value, 3)

@@ -1,0 +1,239 @@
+"""The processes of a run: a broker of one or three nodes, two of each service, the provider, and links between them."""
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Final, Self
+
+from bench.chaos.history import AnyRecord, Exited, Memory
+from bench.chaos.proxy import Link
+from bench.chaos.schedule import LEASE, NODES, SERVICES
+from bench.processes import Died, Process, fetch, python
+from services.standalone.embedded import find_nats_server, render_config, render_node
+
+__all__ = ["MEMORY_BOUND", "Member", "Stage"]
+
+MEMORY_BOUND: Final = {"node": 400 << 20, "producer": 250 << 20, "delivery": 250 << 20, "billing": 300 << 20}
+READY_SECONDS: Final = 60.0
+PARTITIONS: Final = 2
+_SETTINGS: Final = {
+    "TAILRACE_LEASE": f"{LEASE:g}",
+    "TAILRACE_PARTITIONS": str(PARTITIONS),
+    "TAILRACE_MAX_DELIVER": "10",
+    "TAILRACE_LOG_LEVEL": "info",
+    "TAILRACE_LOG_FORMAT": "json",
+    "TAILRACE_PRODUCER_ACK_TIMEOUT": "1",
+    "TAILRACE_PRODUCER_APPEND_TIMEOUT": "15",
+    "TAILRACE_PRODUCER_DRAIN": "1.5",
+    "TAILRACE_DELIVERY_FEED_BYTES": "65536",
+    "TAILRACE_DELIVERY_LINGER": "1",
+    "TAILRACE_DELIVERY_HEARTBEAT": "1",
+    "TAILRACE_DELIVERY_LIFETIME": "10",
+    "TAILRACE_DELIVERY_DRAIN": "2",
+    "TAILRACE_BILLING_INTERVAL": "0.3",
+    "TAILRACE_BILLING_HOLD": "2",
+}
+
+
+class Member:
+    """One process of the system. While ``wanted``, it is started again when it ends by itself."""
+
+    def __init__(self, name: str, command: list[str], env: Mapping[str, str], folder: Path) -> None:
+        self.name = name
+        self.process: Process | None = None
+        self.wanted = True
+        self.paused = False
+        self.peak = 0
+        self._command = command
+        self._env = dict(env)
+        self._folder = folder
+        self._started = 0.0
+
+    def start(self) -> None:
+        """Start it; its output goes on in the same file."""
+        self.wanted = True
+        self._started = time.monotonic()
+        self.process = Process(self.name, self._command, self._folder, self._env)
+
+    def pause(self) -> None:
+        """SIGSTOP."""
+        if self.process is not None and self.process.code is None:
+            self.paused = True
+            os.kill(self.process.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """SIGCONT, if it was paused."""
+        if self.paused and self.process is not None:
+            self.paused = False
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.process.pid, signal.SIGCONT)
+
+    def kill(self) -> None:
+        """SIGKILL; it stays away until `start`."""
+        self.wanted = self.paused = False
+        if self.process is not None:
+            self.look()
+            self.process.stop(signal.SIGKILL)
+
+    async def stop(self) -> Exited | None:
+        """SIGTERM; return how it ended, or ``None`` when it had ended before."""
+        self.wanted = False
+        process = self.process
+        if process is None or process.code is not None:
+            return None
+        self.resume()
+        self.look()
+        begun = time.monotonic()
+        await asyncio.to_thread(process.stop)
+        took = time.monotonic() - begun
+        return Exited(process=self.name, code=process.code or 0, asked=True, seconds=took, age=begun - self._started)
+
+    def look(self) -> None:
+        """Remember its memory."""
+        if self.process is not None and self.process.code is None:
+            with contextlib.suppress(Exception):  # it may end at any moment
+                self.peak = max(self.peak, self.process.spent().peak)
+
+
+class Stage:
+    """Everything that runs. Used as a context, it stops all of it in the end.
+
+    ``planted``: the name of a bug that the services are started with.
+    """
+
+    def __init__(self, folder: Path, nodes: int, planted: str = "") -> None:
+        self.folder = folder
+        ports = _free_ports(2 * nodes + 1 + len(SERVICES) * (nodes + 1))
+        self.node_ports = [ports.pop() for _ in range(nodes)]
+        self.routes = [ports.pop() for _ in range(nodes)]
+        self.provider_port = ports.pop()
+        self.database = folder / "billing.db"
+        self.sent = folder / "sent.jsonl"
+        self.links = {name: [Link(ports.pop(), upstream) for upstream in self.node_ports] for name in SERVICES}
+        self.ports = {name: ports.pop() for name in SERVICES}
+        self.members = {m.name: m for m in [*self._nodes(), *(self._service(name, planted) for name in SERVICES)]}
+        command = python("bench.chaos.provider", "--port", str(self.provider_port), "--record", str(self.sent))
+        self.provider = Member("provider", command, _clean_environment(), folder)
+
+    @property
+    def nats_url(self) -> str:
+        """The nodes themselves, past the links."""
+        return ",".join(f"nats://127.0.0.1:{port}" for port in self.node_ports)
+
+    @property
+    def nodes(self) -> list[Member]:
+        """The broker's processes."""
+        return [m for m in self.members.values() if m.name.startswith("node-")]
+
+    def _nodes(self) -> list[Member]:
+        binary = str(find_nats_server().path)
+        found = []
+        for index, port in enumerate(self.node_ports):
+            name, store = f"node-{index}", self.folder / f"node-{index}"
+            config = self.folder / f"{name}.conf"
+            alone = len(self.node_ports) == 1
+            config.write_text(render_config(port, store) if alone else render_node(index + 1, port, store, self.routes))
+            # Nodes do not tell of each other: services would go past the links.
+            command = [binary, "-c", str(config), *([] if alone else ["--no_advertise=true"])]
+            found.append(Member(name, command, _clean_environment(), self.folder))
+        return found
+
+    def _service(self, name: str, planted: str) -> Member:
+        module = f"services.{name.partition('-')[0]}"
+        config = self.folder / "tailrace.toml"
+        base = f"http://127.0.0.1:{self.provider_port}/v1"
+        config.write_text(f'[providers.chaos]\ndialect = "openai"\nbase_url = "{base}"\n')
+        env = _SETTINGS | {
+            "TAILRACE_NATS_URL": ",".join(f"nats://127.0.0.1:{link.port}" for link in self.links[name]),
+            "TAILRACE_REPLICAS": str(len(self.node_ports)),
+            "TAILRACE_CONFIG": str(config),
+            "TAILRACE_BILLING_DATABASE_URL": f"sqlite:///{self.database}",
+            f"TAILRACE_{name.partition('-')[0].upper()}_PORT": str(self.ports[name]),
+        }
+        command = python("bench.chaos.planted", planted, module) if planted else python(module)
+        return Member(name, command, _clean_environment() | env, self.folder)
+
+    async def __aenter__(self) -> Self:
+        self.provider.start()
+        for node in self.nodes:
+            node.start()
+        for links in self.links.values():
+            for link in links:
+                await link.open()
+        for name in SERVICES:
+            self.members[name].start()
+        try:
+            await self._until_ready()
+        except BaseException:
+            await self.__aexit__()
+            raise
+        return self
+
+    async def _until_ready(self) -> None:
+        deadline = time.monotonic() + READY_SECONDS
+        for name in SERVICES:
+            while not await self.is_ready(name):
+                process = self.members[name].process
+                if time.monotonic() > deadline or (process is not None and process.code is not None):
+                    raise Died(f"{name} does not get ready: {process.ending() if process else ''}")
+                await asyncio.sleep(0.1)
+
+    async def is_ready(self, name: str) -> bool:
+        """Tell whether a service says that it is ready."""
+        return await asyncio.to_thread(fetch, f"http://127.0.0.1:{self.ports[name]}/readyz", timeout=2) is not None
+
+    async def __aexit__(self, *_: object) -> None:
+        for member in [self.provider, *self.members.values()]:
+            member.kill()
+        for links in self.links.values():
+            for link in links:
+                await link.close()
+
+    async def watch(self, add: Callable[[AnyRecord], None]) -> None:
+        """Start again what ends by itself, as a supervisor does, and look at memory; runs until cancelled."""
+        while True:
+            await asyncio.sleep(0.5)
+            for member in self.members.values():
+                member.look()
+                process = member.process
+                if member.wanted and process is not None and process.code is not None:
+                    add(Exited(process=member.name, code=process.code, asked=False, output=process.ending(5)))
+                    member.start()
+
+    async def stop(self) -> list[AnyRecord]:
+        """Stop services, then nodes, by SIGTERM; return how they ended and what memory all had needed."""
+        services = await asyncio.gather(*(self.members[name].stop() for name in SERVICES))
+        await asyncio.gather(*(node.stop() for node in self.nodes))
+        peaks = [Memory(process=m.name, peak=m.peak) for m in self.members.values()]
+        return [*(e for e in services if e is not None), *peaks]
+
+    def targets(self, name: str) -> list[Member]:
+        """Return the processes that a fault's target names."""
+        return self.nodes if name == NODES else [self.members[name]]
+
+
+def _clean_environment() -> dict[str, str]:
+    drop = ("TAILRACE_", "OPENAI_", "ANTHROPIC_", "CO_API", "OPENROUTER_")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(drop)}
+    return kept | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+
+
+def _free_ports(count: int) -> list[int]:
+    """Return ports that nothing uses now, below those from which the kernel takes the ends of outgoing connections:
+    a service that is away for a while must find its own port again.
+    """
+    found: list[int] = []
+    for port in random.sample(range(15_000, 32_000), 4_000):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            found.append(port)
+            if len(found) == count:
+                return found
+    raise Died("no free loopback ports")

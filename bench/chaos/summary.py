@@ -1,0 +1,94 @@
+"""What runs amounted to, as numbers. Pure."""
+
+from collections import Counter
+
+import msgspec
+
+from bench.chaos.check import end_times
+from bench.chaos.evidence import Evidence
+from bench.chaos.violation import Violation
+
+__all__ = ["Found", "Summary", "summary_of"]
+
+
+class Found(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """The violations of one seed; ``smallest``: the schedule's faults that still showed the first of them."""
+
+    seed: int
+    violations: list[Violation]
+    history: str
+    smallest: list[str] = []
+    runs: int = 0
+
+
+class Summary(msgspec.Struct, kw_only=True):
+    """Sums over runs; ``slowest_end`` and ``peak_mb`` are the largest of all.
+
+    ``events``: accepted ones in the log. ``received``: events that subscribers got. ``resumes``: connections with a
+    last id. ``slowest_end``: seconds in which nothing was broken, from a request's acceptance to its terminal.
+    """
+
+    runs: int = 0
+    seconds: float = 0.0
+    requests: int = 0
+    subscribers: int = 0
+    events: int = 0
+    received: int = 0
+    faults: Counter[str] = msgspec.field(default_factory=Counter)
+    resumes: int = 0
+    takeovers: int = 0
+    terminals: Counter[str] = msgspec.field(default_factory=Counter)
+    dropped: Counter[str] = msgspec.field(default_factory=Counter)
+    slowest_end: float = 0.0
+    peak_mb: dict[str, int] = {}
+    violations: int = 0
+    found: list[Found] = []
+
+    def add(self, other: "Summary") -> None:
+        """Add another summary to this one."""
+        for name in ("runs", "seconds", "requests", "subscribers", "events", "received", "resumes", "takeovers"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.faults += other.faults
+        self.terminals += other.terminals
+        self.dropped += other.dropped
+        self.slowest_end = max(self.slowest_end, other.slowest_end)
+        self.peak_mb = {
+            name: max(self.peak_mb.get(name, 0), other.peak_mb.get(name, 0))
+            for name in sorted(self.peak_mb.keys() | other.peak_mb.keys())
+        }
+        self.violations += other.violations
+        self.found += other.found
+
+
+def summary_of(evidence: Evidence, violations: list[Violation]) -> Summary:
+    """Return the summary of one run."""
+    peaks: dict[str, int] = {}
+    for record in evidence.memory:
+        kind = record.process.partition("-")[0]
+        peaks[kind] = max(peaks.get(kind, 0), record.peak >> 20)
+    return Summary(
+        runs=1,
+        seconds=evidence.opened.schedule.seconds,
+        requests=len(evidence.posted),
+        subscribers=len(evidence.left),
+        events=sum(len(told.accepted) for told in evidence.told.values()),
+        received=sum(map(len, evidence.got.values())),
+        faults=Counter(f"{hit.fault.kind} {hit.fault.target.partition('-')[0]}" for hit, _ in evidence.faults),
+        resumes=_resumes(evidence),
+        takeovers=sum(told.takeovers for told in evidence.told.values()),
+        terminals=Counter(e.type for told in evidence.told.values() for e in told.terminals),
+        dropped=sum((told.dropped for told in evidence.told.values()), Counter()),
+        slowest_end=round(max(end_times(evidence).values(), default=0.0), 1),
+        peak_mb=peaks,
+        violations=len(violations),
+    )
+
+
+def _resumes(evidence: Evidence) -> int:
+    """Return how many connections went on from an event: a last id beyond the one that the subscriber began with."""
+    seen: set[int] = set()
+    count = 0
+    for record in evidence.connected:
+        count += record.watch in seen and record.status in (200, 204)
+        seen.add(record.watch)
+    return count

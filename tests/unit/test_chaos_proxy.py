@@ -1,0 +1,113 @@
+"""A link passes bytes on, and can be cut, held and slowed."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+
+from bench.chaos.proxy import Link
+from tests.conftest import eventually, free_port
+
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+class Echo:
+    """A server that remembers what it got, and says it again."""
+
+    def __init__(self) -> None:
+        self.port = free_port()
+        self.received = b""
+        self.connections = 0
+        self._server: asyncio.Server | None = None
+
+    async def open(self) -> None:
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+
+    async def close(self) -> None:
+        assert self._server is not None
+        self._server.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        while data := await reader.read(65_536):
+            self.received += data
+            writer.write(data)
+            await writer.drain()
+        writer.close()
+
+
+@pytest.fixture
+async def echo() -> AsyncIterator[Echo]:
+    server = Echo()
+    await server.open()
+    yield server
+    await server.close()
+
+
+@pytest.fixture
+async def link(echo: Echo) -> AsyncIterator[Link]:
+    between = Link(free_port(), echo.port)
+    await between.open()
+    yield between
+    await between.close()
+
+
+async def say(link: Link, data: bytes) -> Streams:
+    reader, writer = await asyncio.open_connection("127.0.0.1", link.port)
+    writer.write(data)
+    await writer.drain()
+    return reader, writer
+
+
+async def test_bytes_pass_in_both_directions(link: Link) -> None:
+    data = bytes(range(256)) * 4_000
+    reader, writer = await say(link, data)
+    async with asyncio.timeout(10):
+        assert await reader.readexactly(len(data)) == data
+    writer.close()
+
+
+async def test_a_cut_breaks_connections_and_refuses_new_ones_until_it_is_healed(link: Link, echo: Echo) -> None:
+    reader, _ = await say(link, b"a")
+    async with asyncio.timeout(10):
+        assert await reader.readexactly(1) == b"a"
+        link.cut()
+        assert await closed(reader)
+        refused, _ = await say(link, b"b")
+        assert await closed(refused)
+        link.heal()
+        again, writer = await say(link, b"c")
+        assert await again.readexactly(1) == b"c"
+    writer.close()
+    assert echo.connections == 2
+    assert echo.received == b"ac"
+
+
+async def test_what_was_held_arrives_even_after_its_sender_has_left(link: Link, echo: Echo) -> None:
+    reader, writer = await say(link, b"a")
+    async with asyncio.timeout(10):
+        assert await reader.readexactly(1) == b"a"
+        link.hold()
+        writer.write(b"held")
+        await writer.drain()
+        writer.transport.abort()
+        link.heal()
+    await eventually(lambda: echo.received == b"aheld")
+
+
+async def test_a_slow_link_delays_what_it_passes(link: Link) -> None:
+    link.slow(0.05)
+    loop = asyncio.get_running_loop()
+    begun = loop.time()
+    reader, writer = await say(link, b"a")
+    async with asyncio.timeout(10):
+        assert await reader.readexactly(1) == b"a"
+    assert loop.time() - begun >= 0.1  # there and back; it may be more
+    writer.close()
+
+
+async def closed(reader: asyncio.StreamReader) -> bool:
+    try:
+        return await reader.read(1) == b""
+    except ConnectionResetError:
+        return True

@@ -1,0 +1,200 @@
+"""The connection to NATS: one thin port over nats-py, so that the rest knows nothing of the client library.
+
+Hot paths use callbacks, never iterators.
+"""
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Final, Self
+from urllib.parse import urlsplit
+
+import nats.errors
+import structlog
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
+from nats.js import JetStreamContext
+from nats.js import errors as js_errors
+
+from services.kit.nats_client import Arrival, RelayClient
+
+__all__ = ["BrokerUnavailable", "Connection"]
+
+log = structlog.get_logger()
+
+Callback = Callable[[Msg], Awaitable[None]]
+PENDING_BYTES: Final = 8 * 1024 * 1024
+
+
+class BrokerUnavailable(Exception):
+    """The broker cannot be reached or does not answer; asking again later may help."""
+
+
+class Connection:
+    """A connection to NATS: publishing, subscribing and asking.
+
+    ``on_reconnect`` callbacks run after every reconnection, so that readers look for what they missed.
+    """
+
+    def __init__(self, client: RelayClient) -> None:
+        self.client = client
+        self.js: JetStreamContext = client.jetstream(timeout=5.0)
+        self._closing = False
+        self._reconnected: list[Callable[[], Awaitable[None]]] = []
+
+    @classmethod
+    @asynccontextmanager
+    async def connect(
+        cls, url: str, name: str, *, tls: ssl.SSLContext | None = None, wait: float = 30.0
+    ) -> AsyncIterator[Self]:
+        """Connect (trying for ``wait`` seconds), yield, and close in the end. ``url`` may list servers by commas.
+
+        ``name``: the service; answers come below ``_INBOX.<name>``, so that no other service may read them. ``tls``:
+        demands it of every server.
+
+        Raises:
+            BrokerUnavailable: no server answered within ``wait`` seconds.
+        """
+        client = RelayClient()
+        self = cls(client)
+        servers = [part.strip() for part in url.split(",")]
+        first = urlsplit(servers[0])
+
+        async def reconnected() -> None:
+            log.info("broker reconnected")
+            for callback in self._reconnected:
+                await callback()
+
+        async def disconnected() -> None:
+            if not self._closing:
+                log.warning("broker disconnected")
+
+        reason: Exception | None = None
+
+        async def errored(error: Exception) -> None:
+            nonlocal reason
+            reason = error
+            log.debug("broker error", error=repr(error))
+
+        try:
+            async with asyncio.timeout(wait):
+                await client.connect(
+                    servers,
+                    # Servers of a cluster tell of each other without credentials: the first one's are good for all.
+                    user=first.username if first.password else None,
+                    password=first.password,
+                    name=f"tailrace-{name}",
+                    inbox_prefix=f"_INBOX.{name}",
+                    tls=tls,
+                    max_reconnect_attempts=-1,
+                    reconnect_time_wait=0.25,  # type: ignore[arg-type]  # seconds; fractions work
+                    connect_timeout=2,
+                    ping_interval=2,  # a server that is frozen is left after about 5 s, well within the lease
+                    max_outstanding_pings=2,
+                    pending_size=PENDING_BYTES,
+                    reconnected_cb=reconnected,
+                    disconnected_cb=disconnected,
+                    error_cb=errored,
+                )
+        except (TimeoutError, OSError, nats.errors.Error) as error:
+            raise BrokerUnavailable(f"no NATS server answers at {_hide(url)}: {reason or error!r}") from error
+        try:
+            yield self
+        finally:
+            self._closing = True
+            if not client.is_closed:
+                with suppress(nats.errors.Error, OSError, RuntimeError):  # a connection being lost takes no write
+                    await client.close()
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether the connection is up now."""
+        return bool(self.client.is_connected)
+
+    def on_reconnect(self, callback: Callable[[], Awaitable[None]]) -> None:
+        """Call ``callback`` after every reconnection."""
+        self._reconnected.append(callback)
+
+    async def publish(
+        self, subject: str, data: bytes, *, reply: str = "", headers: dict[str, str] | None = None
+    ) -> None:
+        """Publish on a core subject; with ``reply`` the stream's acknowledgement comes there.
+
+        Raises:
+            BrokerUnavailable: the outgoing buffer is full or the connection is closed.
+        """
+        try:
+            await self.client.publish(subject, data, reply=reply, headers=headers)
+        except (nats.errors.Error, OSError) as error:
+            raise BrokerUnavailable(f"cannot publish: {error!r}") from error
+
+    async def publish_stored(self, subject: str, data: bytes, *, headers: dict[str, str] | None = None) -> int:
+        """Publish to a stream and wait for the acknowledgement; return the stream sequence.
+
+        Raises:
+            BrokerUnavailable: no acknowledgement came.
+            nats.js.errors.APIError: the stream refused it.
+        """
+        try:
+            ack = await self.js.publish(subject, data, headers=headers)
+        except js_errors.APIError:
+            raise
+        except (nats.errors.Error, OSError) as error:
+            raise BrokerUnavailable(f"no acknowledgement: {error!r}") from error
+        return ack.seq
+
+    async def subscribe(
+        self, subject: str, callback: Callback, *, pending_bytes: int = 64 * 1024 * 1024
+    ) -> Subscription:
+        """Subscribe a callback to a core subject. The broker may not know it yet: see `flush`."""
+        return await self.client.subscribe(subject, cb=callback, pending_bytes_limit=pending_bytes)
+
+    async def listen(self, subject: str, arrival: Arrival) -> Subscription:
+        """Subscribe a plain function to a core subject that carries tokens: see `services.kit.nats_client`."""
+        return await self.client.listen(subject, arrival)
+
+    async def unlisten(self, subscription: Subscription) -> None:
+        """End a subscription made by `listen`."""
+        await self.client.unlisten(subscription)
+
+    def send(self, subject: str, data: bytes, reply: str) -> None:
+        """Publish on a valid subject with the next flush, the acknowledgement to ``reply``; only while connected.
+
+        Raises:
+            BrokerUnavailable: the outgoing buffer is full.
+        """
+        try:
+            self.client.send(subject, reply, data)
+        except BufferError as error:
+            raise BrokerUnavailable(f"cannot publish: {error}") from error
+
+    async def flush(self) -> None:
+        """Return when the broker has seen all that was sent before, for instance a subscription.
+
+        Raises:
+            BrokerUnavailable: it did not answer.
+        """
+        try:
+            await self.client.flush(timeout=5)
+        except (nats.errors.Error, OSError) as error:
+            raise BrokerUnavailable(f"the broker does not answer: {error!r}") from error
+
+    async def request(
+        self, subject: str, data: bytes = b"", *, timeout: float = 2.0, headers: dict[str, str] | None = None
+    ) -> bytes | None:
+        """Return the answer of whoever listens on ``subject``; ``None`` when nobody does.
+
+        Raises:
+            BrokerUnavailable: somebody listens and no answer came in time, or the connection is down.
+        """
+        try:
+            return (await self.client.request(subject, data, timeout=timeout, headers=headers)).data
+        except nats.errors.NoRespondersError:
+            return None
+        except (nats.errors.Error, OSError, TimeoutError) as error:
+            raise BrokerUnavailable(f"no answer on {subject}: {error!r}") from error
+
+
+def _hide(url: str) -> str:
+    return ",".join(part.rsplit("@", 1)[-1] for part in url.split(","))

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from typing import Final
 
 from aiolimiter import AsyncLimiter
@@ -51,20 +51,22 @@ class Gate:
         except asyncio.CancelledError:
             if place.done() and not place.cancelled():  # admitted and cancelled at once
                 self._running -= 1
+            else:
+                self._waiting = [who for who in self._waiting if who[3] is not place]
+                heapify(self._waiting)
             self._admit()
             raise
 
     def _admit(self) -> None:
         while self._waiting and (self._max_streams is None or self._running < self._max_streams):
             place = self._waiting[0][3]
-            if place.done():
-                heappop(self._waiting)
-                continue
-            if self._limiter is not None and not self._take():
+            gone = place.done()  # cancelled, and its task has not run yet
+            if not gone and self._limiter is not None and not self._take():
                 break
             heappop(self._waiting)
-            self._running += 1
-            place.set_result(None)
+            if not gone:
+                self._running += 1
+                place.set_result(None)
         self._gauge.set(len(self._waiting))
 
     def _take(self) -> bool:

@@ -5,6 +5,7 @@ there, so that a fleet does not learn the same outage one by one.
 """
 
 import asyncio
+import time
 from typing import Any, Final, Literal
 
 import msgspec
@@ -59,6 +60,11 @@ class Circuits:
         self._trying: set[str] = set()  # half-open, with a call under way
         self._tasks: set[asyncio.Task[None]] = set()
 
+    def is_open(self, provider: str) -> bool:
+        """Tell whether no call may be made now, without asking for one."""
+        context = self._context(provider)
+        return context.state == "opened" and time.time() <= (context.opened_at or 0.0) + self._ttl
+
     def admits(self, provider: str) -> bool:
         """Tell whether a call may be made now; in the half-open state one at a time."""
         context = self._context(provider)
@@ -102,7 +108,7 @@ class Circuits:
             await asyncio.sleep(_REOPEN_WATCH)
 
     async def _watch(self, bucket: KeyValue) -> None:
-        watcher: Any = await bucket.watch(_PREFIX + "*", include_history=False)
+        watcher: Any = await bucket.watch(_PREFIX + ">", include_history=False)
         try:
             while True:
                 entry = await watcher.updates(timeout=3_600)

@@ -35,12 +35,16 @@ class Lane:
         self._take = take
         self._patient = patient
         self._asked = 0  # requests that the present pull may still bring
-        self._asked_until = 0.0
+        self._asked_at = 0.0
         self._wake = asyncio.Event()
 
     def wake(self) -> None:
         """There may be more room now."""
         self._wake.set()
+
+    def is_idle(self) -> bool:
+        """Whether its requests are all taken: a pull that still waits after a moment has found nothing more."""
+        return self._asked > 0 and asyncio.get_running_loop().time() - self._asked_at >= LOOK_INTERVAL
 
     async def run(self) -> None:
         """Pull until cancelled; what has been pulled already still arrives afterwards for a moment."""
@@ -57,11 +61,15 @@ class Lane:
 
     async def _ask(self, inbox: str) -> None:
         room, now = self._room(), asyncio.get_running_loop().time()
-        if room <= 0 or not self._broker.is_connected or (self._asked > 0 and now < self._asked_until):
+        if (
+            room <= 0
+            or not self._broker.is_connected
+            or (self._asked > 0 and now < self._asked_at + PULL_EXPIRES + 1.0)
+        ):
             return
         query: dict[str, object] = {"batch": room}
         query |= {"expires": round(PULL_EXPIRES * 1e9)} if self._patient else {"no_wait": True}
-        self._asked, self._asked_until = room, now + PULL_EXPIRES + 1.0
+        self._asked, self._asked_at = room, now
         try:
             await self._broker.publish(self._subject, msgspec.json.encode(query), reply=inbox)
         except BrokerUnavailable as error:

@@ -81,7 +81,7 @@ class Worker:
         return self.slots - len(self._tasks)
 
     def _batch_room(self) -> int:
-        return self._room() - self.slots // 10
+        return self._room() - self.slots // 10 if self._lanes[0].is_idle() else 0
 
     def _take(self, msg: Msg) -> None:
         task = asyncio.create_task(self._handle(msg))

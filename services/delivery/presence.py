@@ -30,8 +30,8 @@ class Presence:
     async def listening(self, tenant: str, session: str, generation: str | None) -> AsyncIterator[None]:
         """Be present while the block runs. A broker that is away only makes presence unknown."""
         subject = presence_filter(tenant, session, generation or "*")
-        await self._enter(subject)
         try:
+            await self._enter(subject)
             yield
         finally:
             await self._leave(subject)

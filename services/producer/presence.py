@@ -17,6 +17,7 @@ __all__ = ["Presence"]
 log = structlog.get_logger()
 ASK_INTERVAL: Final = 0.5
 ANSWER_SECONDS: Final = 1.0
+SETTLE_SECONDS: Final = 5.0
 
 
 class Presence:
@@ -27,6 +28,13 @@ class Presence:
         self._clock = clock
         self._running = running
         self._absent: dict[str, float] = {}  # since when nobody listens; bounded by what runs
+        self._settled_at = 0.0
+        broker.on_reconnect(self._reconnected)
+
+    async def _reconnected(self) -> None:
+        """Begin anew: delivery replicas lost their connections too, and are back only a little later."""
+        self._absent.clear()
+        self._settled_at = self._clock.monotonic() + SETTLE_SECONDS
 
     async def watch(self) -> None:
         """Ask twice a second for every generation that may be cancelled so; runs until cancelled."""
@@ -45,8 +53,9 @@ class Presence:
             subject = presence_subject(request.tenant, request.session, request.generation)
             answer = await self._broker.request(subject, timeout=ANSWER_SECONDS)
         except BrokerUnavailable:
-            return  # somebody may listen: nothing is known, so nothing is done
-        if answer is not None:
+            self._absent.pop(request.generation, None)  # somebody may listen: nothing is known, so nothing is done
+            return
+        if answer is not None or now < self._settled_at:
             self._absent.pop(request.generation, None)
             return
         since = self._absent.setdefault(request.generation, now)

@@ -13,9 +13,10 @@ from services.producer import metrics
 from services.producer.adapters.circuits import Circuits
 from services.producer.core.deadlines import Deadlines, Phase, overdue
 from services.producer.core.generation import CUT_OFF
-from services.producer.core.parts import Part, UpstreamFailure, UsagePart
+from services.producer.core.parts import End, Part, UpstreamFailure, UsagePart
 from services.producer.core.registry import Candidate, Provider
 from services.producer.core.retry import CallFailed, RetryPolicy
+from services.producer.errors import Fenced
 from services.producer.gate import Gates
 from services.producer.journal import Journal
 from services.producer.ports import Call, Upstream, UpstreamRefused, UpstreamStream
@@ -79,10 +80,11 @@ class Asking:
         self.provider: Provider | None = None  # the last one that was asked
 
     def interrupt(self, interruption: Interruption) -> None:
-        """Stop the call that runs; the first interruption holds until it is dealt with."""
-        if self._interruption is None:
+        """Stop the call that runs; the first interruption holds until it is dealt with, unless it was of one call."""
+        held = self._interruption
+        if held is None or held.kind == "attempt":
             self._interruption = interruption
-            if self._task is not None:
+            if held is None and self._task is not None:
                 self._task.cancel()
 
     def check(self, now: float) -> None:
@@ -105,7 +107,10 @@ class Asking:
             notice = self._generation.notice(
                 "stalled", "no token for a while", self._journal.now(), delay=round(silence, 3)
             )
-            self._journal.append_aside([notice])
+            try:
+                self._journal.append_aside([notice])
+            except Fenced:
+                self.interrupt(Interruption("lease", "lease_lost"))
 
     async def run(self, candidates: list[Candidate]) -> list[AnyEvent]:
         """Ask the candidates in order until one answers; return the closing events.
@@ -171,10 +176,12 @@ class Asking:
 
     async def _announce_retry(self, candidate: Candidate, failure: UpstreamFailure, pause: float) -> None:
         metrics.RETRIES.labels(candidate.provider.name, failure.code).inc()
-        at = self._journal.now()
         if self._generation.has_tokens:
-            event: AnyEvent = self._generation.begin_anew("upstream_failed", at)
+            self._phase = "queued"
+            await self._interruptible(self._journal.settle())
+            event: AnyEvent = self._generation.begin_anew("upstream_failed", self._journal.now())
         else:
+            at = self._journal.now()
             event = self._generation.notice(
                 "retrying", failure.message, at, attempt=self._attempts + 1, delay=round(pause, 3)
             )
@@ -205,11 +212,12 @@ class Asking:
         self._deadlines = self._upstreams.deadlines.overridden(candidate.deadlines).overridden(self._request.deadlines)
         gate = self._upstreams.gates.of(provider.name, provider.max_streams, provider.requests_per_minute)
         self._phase = "queued"
+        if self._upstreams.circuits.is_open(provider.name):
+            raise self._failed(provider, _OPEN)
         try:
             async with gate.passing(self._request.priority, self._request.created_at):
                 await self._admitted(candidate)
         except asyncio.CancelledError:
-            self._upstreams.circuits.abandoned(provider.name)
             interruption = self._dealt_with()
             if interruption.kind != "attempt":
                 raise interruption from None
@@ -229,10 +237,11 @@ class Asking:
 
     async def _admitted(self, candidate: Candidate) -> None:
         provider = candidate.provider
-        self._attempts += 1
-        self.provider = provider
         if not self._upstreams.circuits.admits(provider.name):
             raise self._failed(provider, _OPEN)
+        self._attempts += 1
+        self.provider = provider
+        self._generation.forget_call()
         self._called_at = self._clock.monotonic()
         self._phase = "connecting"
         call = Call(
@@ -247,6 +256,9 @@ class Asking:
                 await self._stream(stream, provider)
         except UpstreamRefused as error:
             raise self._failed(provider, error.failure) from error
+        except BaseException:
+            self._upstreams.circuits.abandoned(provider.name)
+            raise
         ending = self._generation.ending
         if ending is None or isinstance(ending, UpstreamFailure):
             self._generation.ending = None
@@ -289,6 +301,8 @@ class Asking:
                         return
                     usage = [part for part in parts if isinstance(part, UsagePart)]
                     self._generation.absorb(list(usage), self._journal.now())
+                    if any(isinstance(part, End | UpstreamFailure) for part in parts):
+                        return
         except TimeoutError:
             return
 
@@ -300,13 +314,14 @@ class Asking:
         if self._phase == "streaming":
             metrics.TOKEN_GAP.observe(now - self._token_at)
         else:
-            self._phase = "streaming"
             metrics.FIRST_TOKEN.labels(provider.name).observe(now - self._called_at)
             self._upstreams.circuits.succeeded(provider.name)
-        self._token_at = now
         self._stalled = False
         metrics.READS.inc()
+        self._phase = "queued"  # a full log is no silence of the provider
         await self._journal.append(events)
+        self._phase = "streaming"
+        self._token_at = self._clock.monotonic()
 
 
 def _said(code: str) -> str:

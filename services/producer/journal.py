@@ -1,12 +1,13 @@
 """A generation's side towards the log: its events in order, the look-up record beside them, and their metrics."""
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 import msgspec
 import structlog
 
+from schemas.acceptance import Position
 from schemas.codec import encode_event
 from schemas.events import AnyEvent, is_terminal, type_of
 from schemas.requests import GenerationRecord
@@ -15,6 +16,8 @@ from services.producer import metrics
 from services.producer.adapters.publisher import LogWriter
 from services.producer.adapters.records import Records
 from services.producer.core.generation import Generation
+from services.producer.core.takeover import Begun
+from services.producer.errors import LogRefused
 
 __all__ = ["Journal"]
 
@@ -23,6 +26,8 @@ log = structlog.get_logger()
 
 class Journal:
     """Appends what a `Generation` decides. The first append is conditional on ``last_seq``, and acknowledged.
+
+    ``read`` folds what the log holds of the generation.
 
     Events enter the writer's window before anything can interrupt the caller, so that no seq is ever left out.
     """
@@ -35,6 +40,7 @@ class Journal:
         record: GenerationRecord,
         clock: Clock,
         last_seq: int,
+        read: Callable[[], Awaitable[Begun]],
     ) -> None:
         self.generation = generation
         self.record = record
@@ -42,6 +48,7 @@ class Journal:
         self._records = records
         self._clock = clock
         self._last_seq: int | None = last_seq
+        self._read = read
 
     def now(self) -> float:
         """Return the time to stamp events with, in seconds since 1970."""
@@ -68,6 +75,21 @@ class Journal:
             self._appended(first)
         self._enqueue(events)
         await self._writer.room()
+
+    async def settle(self) -> None:
+        """Wait until all is stored, and make the next append conditional on that being the end: so a new epoch begins.
+
+        Raises:
+            LogRefused: somebody else has written since.
+            TryAgain: the log takes nothing, or cannot be read.
+            BrokerUnavailable: the log cannot be read.
+            Fenced: the lease has run out.
+        """
+        await self._writer.drain()
+        begun = await self._read()
+        if begun.position != Position(self.generation.epoch, self.generation.next_seq):
+            raise LogRefused(f"generation {self.generation.name} stands at {begun.position}, written by somebody else")
+        self._last_seq = begun.last_seq
 
     def append_aside(self, events: list[AnyEvent]) -> None:
         """Append from outside the generation's own task, which must be waiting for its provider."""

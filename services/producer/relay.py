@@ -197,7 +197,8 @@ class Relay:
             created_at=request.created_at,
             metadata=request.metadata,
         )
-        return Journal(generation, writer, outside.records, record, outside.clock, begun.last_seq), candidates
+        journal = Journal(generation, writer, outside.records, record, outside.clock, begun.last_seq, self._read_log)
+        return journal, candidates
 
     def _candidates(self) -> list[Candidate] | UnknownModel:
         try:

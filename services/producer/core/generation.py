@@ -119,11 +119,18 @@ class Generation:
         """Return the event that takes back what was said so far; the same producer asks again in a new epoch."""
         self.epoch += 1
         self.has_tokens = False
+        self.forget_call()
+        self._counter = self._new_counter()
+        return self.restart(reason, self.provider, self.upstream_model, at)
+
+    def forget_call(self) -> None:
+        """Forget what an earlier call that brought no tokens has told of itself."""
+        if self.has_tokens:
+            return
+        self.upstream_id = None
         self.usage = None
         self.ending = None
         self._finish.clear()
-        self._counter = self._new_counter()
-        return self.restart(reason, self.provider, self.upstream_model, at)
 
     def notice(
         self, code: str, message: str, at: float, *, attempt: int | None = None, delay: float | None = None

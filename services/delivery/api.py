@@ -4,21 +4,21 @@ from typing import Annotated, Any, Final
 
 import msgspec
 from litestar import Request, Response, Router, get, post
-from litestar.openapi.datastructures import ResponseSpec
+from litestar.handlers import HTTPRouteHandler
 from litestar.openapi.spec import Example
-from litestar.params import Body, Parameter
+from litestar.params import Body, FromPath, FromQuery, HeaderParameter, QueryParameter
 
 from schemas.events import type_of
-from schemas.names import InvalidName, check_name
 from schemas.requests import GenerationRecord
+from services.delivery.answers import PROBLEMS, Accepted, accepted, named, reach
 from services.delivery.core.transcript import ToolCallText
 from services.delivery.errors import Unknown
 from services.delivery.intake import GenerationWish, Intake
 from services.delivery.lookups import Lookups
 from services.kit.broker import BrokerUnavailable
-from services.kit.problem import Problem, ProblemDetails, problem_bytes
+from services.kit.problem import Problem, problem_bytes
 
-__all__ = ["Accepted", "GenerationView", "SessionView", "router"]
+__all__ = ["GenerationView", "SessionView", "router"]
 
 _KEY_LIMIT: Final = 200
 _EXAMPLE: Final = {
@@ -26,25 +26,6 @@ _EXAMPLE: Final = {
     "messages": [{"role": "user", "content": "Tell me about rivers"}],
     "metadata": {"user": "u-17"},
 }
-
-
-class Links(msgspec.Struct):
-    """Where to go from here, as paths."""
-
-    events: str
-    session: str
-    generation: str
-    cancel: str
-
-
-class Accepted(msgspec.Struct):
-    """A request has been queued. ``cursor``: read the session after it to see this generation and nothing earlier."""
-
-    session: str
-    generation: str
-    cursor: str
-    state: str
-    links: Links
 
 
 class SessionSummary(msgspec.Struct):
@@ -104,75 +85,66 @@ class CancelState(msgspec.Struct):
     state: str
 
 
-_PROBLEMS: Final = {
-    400: ResponseSpec(ProblemDetails, description="Not valid", media_type="application/problem+json"),
-    404: ResponseSpec(ProblemDetails, description="No such thing", media_type="application/problem+json"),
-    503: ResponseSpec(ProblemDetails, description="The broker is away", media_type="application/problem+json"),
-}
-
-
 def router(intake: Intake, lookups: Lookups, tenant: str) -> Router:
     """Return the routes under ``/v1``, for one tenant."""
+    return Router("/v1", route_handlers=[*_requests(intake, tenant), *_views(lookups, tenant)])
 
+
+def _requests(intake: Intake, tenant: str) -> list[HTTPRouteHandler]:
     @post(
         "/sessions/{session:str}/generations",
         status_code=202,
         summary="Ask a model",
         operation_id="createGeneration",
-        responses=_PROBLEMS,
+        responses=PROBLEMS,
         exception_handlers={UnicodeDecodeError: _unreadable, RecursionError: _unreadable},
         tags=["generations"],
     )
     async def create_generation(
-        session: str,
+        session: FromPath[str],
         data: Annotated[GenerationWish, Body(examples=[Example(summary="A question", value=_EXAMPLE)])],
-        idempotency_key: Annotated[str | None, Parameter(header="Idempotency-Key", required=False)] = None,
+        idempotency_key: Annotated[str | None, HeaderParameter(name="Idempotency-Key", required=False)] = None,
     ) -> Response[Accepted]:
-        _named("session", session)
+        named("session", session)
         if idempotency_key is not None and not 0 < len(idempotency_key) <= _KEY_LIMIT:
             raise Problem(400, f"Idempotency-Key must have 1 to {_KEY_LIMIT} characters")
-        generation, cursor, repeated = await _reach(intake.accept(tenant, session, data, idempotency_key))
-        path = f"/v1/sessions/{session}"
-        links = Links(
-            events=f"{path}/events?generation={generation}",
-            session=path,
-            generation=f"{path}/generations/{generation}",
-            cancel=f"{path}/generations/{generation}/cancel",
-        )
-        headers = {"Location": links.generation} | ({"Idempotency-Replayed": "true"} if repeated else {})
-        return Response(Accepted(session, generation, cursor, "queued", links), headers=headers)
+        return accepted(session, *await reach(intake.accept(tenant, session, data, idempotency_key)))
 
     @post(
         "/sessions/{session:str}/generations/{generation:str}/cancel",
         status_code=202,
         summary="Cancel a generation",
         operation_id="cancelGeneration",
-        responses=_PROBLEMS,
+        responses=PROBLEMS,
         tags=["generations"],
     )
-    async def cancel_generation(session: str, generation: str) -> Response[CancelState]:
-        _named("session", session)
-        _named("generation", generation)
-        state = await _reach(intake.cancel(tenant, session, generation))
+    async def cancel_generation(session: FromPath[str], generation: FromPath[str]) -> Response[CancelState]:
+        named("session", session)
+        named("generation", generation)
+        state = await reach(intake.cancel(tenant, session, generation))
         return Response(CancelState(generation, state), status_code=202 if state == "cancelling" else 200)
 
-    @get("/sessions", summary="List sessions", operation_id="listSessions", responses=_PROBLEMS, tags=["sessions"])
+    return [create_generation, cancel_generation]
+
+
+def _views(lookups: Lookups, tenant: str) -> list[HTTPRouteHandler]:
+    @get("/sessions", summary="List sessions", operation_id="listSessions", responses=PROBLEMS, tags=["sessions"])
     async def list_sessions(
-        limit: Annotated[int, Parameter(ge=1, le=1_000)] = 100, after: str | None = None
+        limit: Annotated[int, QueryParameter(ge=1, le=1_000)] = 100, after: FromQuery[str | None] = None
     ) -> SessionList:
-        records = await _reach(lookups.recent(tenant))
+        records = await reach(lookups.recent(tenant))
         return _page(_summaries(records), limit, after)
 
     @get(
         "/sessions/{session:str}",
         summary="A session and its generations",
         operation_id="getSession",
-        responses=_PROBLEMS,
+        responses=PROBLEMS,
         tags=["sessions"],
     )
-    async def get_session(session: str) -> SessionView:
-        _named("session", session)
-        records = await _reach(lookups.of_session(tenant, session))
+    async def get_session(session: FromPath[str]) -> SessionView:
+        named("session", session)
+        records = await reach(lookups.of_session(tenant, session))
         if not records:
             raise Problem(404, f"there is no session {session!r}")
         return SessionView(session, sorted(records, key=lambda r: r.created_at))
@@ -181,41 +153,22 @@ def router(intake: Intake, lookups: Lookups, tenant: str) -> Router:
         "/sessions/{session:str}/generations/{generation:str}",
         summary="A generation: state, text so far, usage",
         operation_id="getGeneration",
-        responses=_PROBLEMS,
+        responses=PROBLEMS,
         tags=["generations"],
     )
-    async def get_generation(session: str, generation: str) -> GenerationView:
-        _named("session", session)
-        _named("generation", generation)
-        view: GenerationView = await _reach(_view(lookups, tenant, session, generation))
+    async def get_generation(session: FromPath[str], generation: FromPath[str]) -> GenerationView:
+        named("session", session)
+        named("generation", generation)
+        view: GenerationView = await reach(_view(lookups, tenant, session, generation))
         return view
 
-    return Router(
-        "/v1", route_handlers=[create_generation, cancel_generation, list_sessions, get_session, get_generation]
-    )
+    return [list_sessions, get_session, get_generation]
 
 
 def _unreadable(_request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
     """Answer a body that is not UTF-8 or nested without end: the decoder raises no error of its own for those."""
     problem = Problem(400, f"the body is not readable as JSON: {type(error).__name__}")
     return Response(problem_bytes(problem), status_code=400, media_type="application/problem+json")
-
-
-def _named(role: str, value: str) -> None:
-    try:
-        check_name(role, value)
-    except InvalidName as error:
-        raise Problem(400, str(error)) from error
-
-
-async def _reach(call: Any) -> Any:
-    """Await what needs the broker, its absence as an answer."""
-    try:
-        return await call
-    except BrokerUnavailable as error:
-        raise Problem(503, "the broker cannot be reached", headers={"Retry-After": "1"}) from error
-    except Unknown as error:
-        raise Problem(404, str(error)) from error
 
 
 async def _view(lookups: Lookups, tenant: str, session: str, generation: str) -> GenerationView:

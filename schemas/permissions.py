@@ -13,6 +13,7 @@ from schemas.partitions import HISTORY_SUBJECT
 from schemas.subjects import REQUESTS_PREFIX, lane_of
 from schemas.topology import (
     BUCKET,
+    DEAD,
     REGISTRY_BUCKET,
     REQUESTS,
     Topology,
@@ -52,7 +53,6 @@ def permissions(topology: Topology) -> Mapping[str, Permissions]:
                 "$JS.API.CONSUMER.>",
                 "$JS.API.DIRECT.GET.>",
                 HISTORY_SUBJECT,
-                f"{REQUESTS_PREFIX}.>",  # dead requests that are sent again
             ),
             subscribe=(_inbox("setup"),),
         ),
@@ -90,6 +90,7 @@ def _delivery(topology: Topology) -> Permissions:
             *_logs_read(topology),
             *_bucket_read(BUCKET),
             *_bucket_read(REGISTRY_BUCKET),
+            *(f"$JS.API.{verb}.{DEAD}" for verb in ("DIRECT.GET", "STREAM.MSG.GET", "STREAM.PURGE")),
         ),
         subscribe=(_inbox("delivery"), "live.>", "presence.>"),
         replies=True,

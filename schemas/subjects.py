@@ -11,6 +11,7 @@ __all__ = [
     "InvalidSubject",
     "REQUESTS_PREFIX",
     "control_subject",
+    "dead_filter",
     "dead_subject",
     "generation_key",
     "lane_of",
@@ -129,6 +130,11 @@ def request_subject(pool: str, generation: str) -> str:
 def dead_subject(pool: str, generation: str) -> str:
     """Return the subject under which a request rests that no producer could run."""
     return f"dead.{check_name('pool', pool)}.{check_name('generation', generation)}"
+
+
+def dead_filter(pool: str) -> str:
+    """Return the filter of a pool's requests that no producer could run."""
+    return f"dead.{check_name('pool', pool)}.*"
 
 
 def request_filter(pool: str) -> str:

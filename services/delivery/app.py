@@ -16,6 +16,8 @@ from litestar.types import ASGIApp
 
 from schemas.requests import GenerationRecord
 from services.delivery.api import router
+from services.delivery.dead import DeadRequests
+from services.delivery.dead_api import dead_router
 from services.delivery.describe import describe_streams
 from services.delivery.hub import Hub, Limits
 from services.delivery.intake import Intake
@@ -113,7 +115,13 @@ def build_app(hub: Hub, shared: Shared, settings: Settings) -> Any:
     async def connected() -> bool:
         return hub.broker.is_connected and not hub.draining
 
-    handlers: list[Any] = [router(intake, lookups, shared.tenant), session_events, probes({"broker": connected})]
+    dead = DeadRequests(hub.broker, shared.tenant, shared.pool)
+    handlers: list[Any] = [
+        router(intake, lookups, shared.tenant),
+        dead_router(intake, dead, shared.tenant),
+        session_events,
+        probes({"broker": connected}),
+    ]
     if settings.console:
         handlers += _console(settings)
     litestar = Litestar(

@@ -1,0 +1,131 @@
+"""Requests that no producer could run, as they rest in their stream."""
+
+from typing import Final
+
+import msgspec
+import nats.errors
+from nats.js import errors as js_errors
+from nats.js.api import RawStreamMsg
+
+from schemas.names import InvalidName, check_name
+from schemas.requests import Request
+from schemas.subjects import dead_filter, dead_subject
+from schemas.topology import DEAD
+from services.delivery.errors import Unknown
+from services.kit.broker import Broker, BrokerUnavailable
+
+__all__ = ["REASON", "Dead", "DeadRequests"]
+
+REASON: Final = "Tailrace-Reason"
+_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+_AWAY = (nats.errors.Error, OSError, TimeoutError)
+
+
+class _Owned(msgspec.Struct):
+    """What even a request that cannot be read as a whole may tell."""
+
+    tenant: str
+
+
+class Dead(msgspec.Struct, frozen=True, kw_only=True):
+    """One dead request. ``died_at``: when it was put aside, in seconds since 1970.
+
+    ``request`` is ``None`` when the request cannot be read; ``tenant`` when not even its owner can be told.
+    """
+
+    seq: int
+    generation: str
+    reason: str
+    died_at: float
+    data: bytes
+    tenant: str | None
+    request: Request | None
+
+
+class DeadRequests:
+    """The dead requests of a tenant in a pool, and those of which nobody can tell whose they are.
+
+    Every method raises `BrokerUnavailable` when the broker does not answer.
+    """
+
+    def __init__(self, broker: Broker, tenant: str, pool: str) -> None:
+        self._broker = broker
+        self._tenant = tenant
+        self._pool = pool
+
+    async def page(self, limit: int, after: int) -> tuple[list[Dead], int | None]:
+        """Return up to ``limit`` requests behind the stream sequence ``after``, oldest first.
+
+        The number beside them is what to pass as ``after`` for the next page; ``None`` at the end.
+        """
+        found: list[Dead] = []
+        async for batch in self._broker.read(DEAD, dead_filter(self._pool), after + 1):
+            for stored in batch:
+                if self._is_foreign(_owner(stored.data)):
+                    continue
+                dead = await self._last(stored.subject)
+                if dead is None or dead.seq != stored.seq:
+                    continue  # removed meanwhile, or put aside twice: the later one counts
+                if len(found) == limit:
+                    return found, found[-1].seq
+                found.append(dead)
+        return found, None
+
+    async def get(self, generation: str) -> Dead:
+        """Return the dead request of a generation.
+
+        Raises:
+            Unknown: there is none, or it is another tenant's.
+        """
+        dead = await self._last(dead_subject(self._pool, generation))
+        if dead is None or self._is_foreign(dead.tenant):
+            raise Unknown(f"there is no dead request of a generation {generation!r}")
+        return dead
+
+    async def drop(self, generation: str) -> None:
+        """Remove the dead request of a generation for good. Without one nothing happens."""
+        try:
+            await self._broker.js.purge_stream(DEAD, subject=dead_subject(self._pool, generation))
+        except _AWAY as error:
+            raise BrokerUnavailable(f"cannot remove a dead request: {error!r}") from error
+
+    def _is_foreign(self, tenant: str | None) -> bool:
+        return tenant not in (None, self._tenant)
+
+    async def _last(self, subject: str) -> Dead | None:
+        try:
+            return _dead(await self._broker.js.get_last_msg(DEAD, subject))
+        except js_errors.NotFoundError:
+            return None
+        except _AWAY as error:
+            raise BrokerUnavailable(f"dead requests cannot be read: {error!r}") from error
+
+
+def _dead(stored: RawStreamMsg) -> Dead:
+    data = stored.data or b""
+    return Dead(
+        seq=stored.seq or 0,
+        generation=(stored.subject or "").rsplit(".", 1)[-1],
+        reason=str((stored.headers or {}).get(REASON, "")),
+        died_at=stored.time.timestamp() if stored.time else 0.0,
+        data=data,
+        tenant=_owner(data),
+        request=_readable(data),
+    )
+
+
+def _owner(data: bytes) -> str | None:
+    try:
+        return msgspec.json.decode(data, type=_Owned).tenant
+    except _UNREADABLE:
+        return None
+
+
+def _readable(data: bytes) -> Request | None:
+    try:
+        request = msgspec.json.decode(data, type=Request)
+        for role, name in (("session", request.session), ("generation", request.generation)):
+            check_name(role, name)
+    except (*_UNREADABLE, InvalidName):
+        return None
+    return request

@@ -154,11 +154,9 @@ class LogWriter:
         Raises:
             Fenced: the lease has run out.
         """
-        now = self._loop.time()
-        if now > self._lease.until:
-            raise Fenced(f"lease ran out {now - self._lease.until:.1f} s ago")
+        self._check_lease()
         if not self._window:
-            self.progress_at = now
+            self.progress_at = self._loop.time()
         connected = self._broker.is_connected
         number = self._base + len(self._window)
         for data in batch:
@@ -193,6 +191,8 @@ class LogWriter:
         headers = {"Nats-Expected-Last-Subject-Sequence": str(last_seq)}
         began = self._loop.time()
         while True:
+            # Whose lease has run out may have read what its successor wrote: the condition alone would let it in.
+            self._check_lease()
             try:
                 await self._broker.publish_stored(self._subject, data, headers=headers)
                 return
@@ -203,11 +203,14 @@ class LogWriter:
             except BrokerUnavailable as error:
                 self.refuse(str(error))
             now = self._loop.time()
-            if now > self._lease.until:
-                raise Fenced(f"lease ran out {now - self._lease.until:.1f} s ago")
             if now - began > self._publisher.give_up:
                 raise LogUnavailable(1, now - began, self._reason)
             await asyncio.sleep(self._publisher.ack_timeout / 4)
+
+    def _check_lease(self) -> None:
+        now = self._loop.time()
+        if now > self._lease.until:
+            raise Fenced(f"lease ran out {now - self._lease.until:.1f} s ago")
 
     async def drain(self) -> None:
         """Return when all events are acknowledged.
@@ -280,8 +283,7 @@ class LogWriter:
         now = self._loop.time()
         if self._stuck_since is not None and now - self._stuck_since > self._publisher.give_up:
             raise LogUnavailable(len(self._window), now - self._stuck_since, self._reason)
-        if now > self._lease.until:
-            raise Fenced(f"lease ran out {now - self._lease.until:.1f} s ago")
+        self._check_lease()
         self._room = self._loop.create_future()
         try:
             await self._room

@@ -39,15 +39,17 @@ class Lookups:
         self._announced: tuple[float, list[Announcement]] | None = None
 
     async def get(self, tenant: str, session: str, generation: str) -> tuple[GenerationRecord, int] | None:
-        """Return a generation's record and its revision; ``None`` when there is none."""
-        try:
-            bucket = await self._broker.bucket()
-            entry = await bucket.get(generation_key(tenant, session, generation))
-            return msgspec.json.decode(entry.value or b"", type=GenerationRecord), entry.revision or 0
-        except (js_errors.KeyNotFoundError, msgspec.DecodeError):
+        """Return a generation's record and its revision; ``None`` when there is none.
+
+        The bucket's leader is asked: another replica may lag, and would not know what was accepted a moment ago.
+        """
+        stored = await self._broker.last(_STREAM, _PREFIX + generation_key(tenant, session, generation))
+        if stored is None or not stored.data:  # a deletion marker is empty
             return None
-        except _AWAY as error:
-            raise BrokerUnavailable(f"look-ups are away: {error!r}") from error
+        try:
+            return msgspec.json.decode(stored.data, type=GenerationRecord), stored.seq
+        except msgspec.DecodeError:
+            return None
 
     async def create(self, record: GenerationRecord) -> bool:
         """Store a new record; tell whether there was none before."""
@@ -88,14 +90,17 @@ class Lookups:
             Unknown: it does not.
             BrokerUnavailable: neither answers.
         """
+        away: BrokerUnavailable | None = None
         try:
             if await self.get(tenant, session, generation) is not None:
                 return
-        except BrokerUnavailable:
-            pass  # the log is the truth; the bucket only saves reading it
+        except BrokerUnavailable as error:
+            away = error  # the log is the truth; the bucket only saves reading it
         partition = await self._partition_of(tenant, session)
         subject = log_filter(partition, tenant, session, generation)
         if await self._broker.first(token_stream(partition), subject) is None:
+            if away is not None:  # it may be queued: only the bucket knows of that
+                raise away
             raise Unknown(f"session {session!r} has no generation {generation!r}")
 
     async def transcript(self, tenant: str, session: str, generation: str) -> Transcript:

@@ -2,10 +2,12 @@
 
 import asyncio
 import shutil
+import signal
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import click
 import msgspec
@@ -75,6 +77,7 @@ def chaos(  # noqa: D103  # the text is that of the decorator
     shrink_runs: int,
     history: Path | None,
 ) -> None:
+    _stop_in_order()
     configure_logging("bench", "error", "console")
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, markup=False)
     total = Summary()
@@ -174,6 +177,15 @@ def _tell(
         console.print(f"  {violation}")
     if len(violations) > SHOWN:
         console.print(f"  … and {len(violations) - SHOWN} more")
+
+
+def _stop_in_order() -> None:
+    """Let SIGTERM stop all that was started, as Ctrl-C does."""
+
+    def interrupt(_signum: int, _frame: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
 
 
 def _forget_stores(folder: Path) -> None:

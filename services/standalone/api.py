@@ -2,7 +2,7 @@
 
 import uuid
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 import httpx
 import msgspec
@@ -12,6 +12,7 @@ from services.standalone.errors import CommandFailed, Refused, Unreachable
 __all__ = ["Accepted", "Api", "refusal"]
 
 T = TypeVar("T")
+_DEAD: Final = "/v1/requests/dead"
 _TIMEOUT = httpx.Timeout(15.0, connect=5.0)
 
 
@@ -64,15 +65,25 @@ class Api:
 
     def sessions(self, limit: int) -> list[dict[str, Any]]:
         """Return at most ``limit`` sessions, page by page."""
-        found: list[dict[str, Any]] = []
-        after: str | None = None
-        while True:
-            query = {"limit": str(min(limit - len(found), 100))} | ({"after": after} if after else {})
-            page = self._object("GET", "/v1/sessions", params=query)
-            found += page.get("sessions", [])
-            after = page.get("next")
-            if not after or len(found) >= limit:
-                return found[:limit]
+        return self._pages("/v1/sessions", "sessions", limit)
+
+    def dead(self, limit: int) -> list[dict[str, Any]]:
+        """Return at most ``limit`` requests that no producer could run, oldest first, page by page."""
+        return self._pages(_DEAD, "requests", limit)
+
+    def dead_request(self, generation: str) -> dict[str, Any]:
+        """Return a dead request as a whole."""
+        return self._object("GET", f"{_DEAD}/{generation}")
+
+    def resend(self, generation: str) -> dict[str, Any]:
+        """Send a dead request again; return its ``session`` and new ``generation``."""
+        return self._object("POST", f"{_DEAD}/{generation}/resend")
+
+    def drop(self, generation: str) -> None:
+        """Remove a dead request for good."""
+        answer = self._send("DELETE", f"{_DEAD}/{generation}")
+        if answer.is_error:
+            raise refusal(answer)
 
     def usage(self, query: dict[str, str]) -> dict[str, Any]:
         """Return billing's usage report."""
@@ -82,9 +93,23 @@ class Api:
         """Return billing's report of one session."""
         return self._object("GET", f"/v1/usage/sessions/{session}")
 
+    def _pages(self, path: str, name: str, limit: int) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+        after: str | None = None
+        while True:
+            query = {"limit": str(min(limit - len(found), 100))} | ({"after": after} if after else {})
+            page = self._object("GET", path, params=query)
+            found += page.get(name, [])
+            after = page.get("next")
+            if not after or len(found) >= limit:
+                return found[:limit]
+
     def _object(self, method: str, path: str, **kwargs: Any) -> dict[str, Any]:
+        return _content(self._send(method, path, **kwargs), dict[str, Any])
+
+    def _send(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
         try:
-            return _content(self.client.request(method, path, **kwargs), dict[str, Any])
+            return self.client.request(method, path, **kwargs)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise unreachable(self.url, error) from error
 

@@ -9,7 +9,7 @@ import click
 from click.shell_completion import CompletionItem, get_completion_class
 
 from schemas.names import InvalidName, check_name
-from services.standalone import commands
+from services.standalone import commands, dead
 from services.standalone.api import Api
 from services.standalone.errors import EXIT_CANCELLED, EXIT_OK, CommandFailed
 from services.standalone.terminal import Terminal
@@ -210,6 +210,52 @@ def usage(*, session: str | None, by: str, from_: str | None, to: str | None, as
     with Api(billing_url) as api:
         report = api.session_usage(session) if session else api.usage(query)
     return commands.usage(Terminal(), report, as_json=as_json)
+
+
+@cli.group()
+def requests() -> None:
+    """Requests that no producer could run: look at them, send them again, remove them."""
+
+
+_dead_one = click.argument("generation", callback=_checked("generation"))
+
+
+@requests.command("dead")
+@click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True, help="At most so many.")
+@_json
+@_url
+def dead_(limit: int, as_json: bool, url: str) -> int:
+    """List them, oldest first, each with the reason."""
+    with Api(url) as api:
+        return dead.dead(api, Terminal(), limit, as_json=as_json)
+
+
+@requests.command()
+@_dead_one
+@_url
+def show(generation: str, url: str) -> int:
+    """Show the whole request of GENERATION as JSON."""
+    with Api(url) as api:
+        return dead.show(api, Terminal(), generation)
+
+
+@requests.command()
+@_dead_one
+@_json
+@_url
+def resend(generation: str, as_json: bool, url: str) -> int:
+    """Send the request of GENERATION again, as a new generation of its session."""
+    with Api(url) as api:
+        return dead.resend(api, Terminal(), generation, as_json=as_json)
+
+
+@requests.command()
+@_dead_one
+@_url
+def drop(generation: str, url: str) -> int:
+    """Remove the request of GENERATION for good."""
+    with Api(url) as api:
+        return dead.drop(api, Terminal(), generation)
 
 
 @cli.group()

@@ -16,7 +16,7 @@ from services.standalone.errors import EXIT_CANCELLED, EXIT_FAILED, EXIT_OK, Com
 from services.standalone.follow import Start, follow
 from services.standalone.screen import Screen, exit_code
 from services.standalone.tables import columns_of, moment, print_table
-from services.standalone.terminal import Terminal
+from services.standalone.terminal import Terminal, pretty
 
 __all__ = ["ask", "cancel", "sessions", "tail", "usage"]
 
@@ -100,7 +100,7 @@ def sessions(api: Api, terminal: Terminal, limit: int, *, as_json: bool) -> int:
     """List sessions."""
     rows = api.sessions(limit)
     if as_json:
-        terminal.show(_pretty({"sessions": rows}))
+        terminal.show(pretty({"sessions": rows}))
     elif not rows:
         terminal.remark("no sessions yet")
     else:
@@ -115,7 +115,7 @@ def sessions(api: Api, terminal: Terminal, limit: int, *, as_json: bool) -> int:
 def usage(terminal: Terminal, report: dict[str, Any], *, as_json: bool) -> int:
     """Show a usage report: groups or generations as a table, and a session's sums below."""
     if as_json:
-        terminal.show(_pretty(report))
+        terminal.show(pretty(report))
         return EXIT_OK
     rows = [_group(row) for row in report.get("rows", [])] or [_generation(g) for g in report.get("generations", [])]
     if not rows:
@@ -150,7 +150,3 @@ def _generation(record: dict[str, Any]) -> dict[str, Any]:
 
 def _words(name: str) -> str:
     return name.replace("_", " ")
-
-
-def _pretty(document: object) -> str:
-    return msgspec.json.format(msgspec.json.encode(document), indent=2).decode()

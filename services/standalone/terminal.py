@@ -5,8 +5,9 @@ import sys
 from typing import Final, TextIO
 
 import click
+import msgspec
 
-__all__ = ["Terminal", "printable"]
+__all__ = ["Terminal", "pretty", "printable"]
 
 _CONTROLS: Final = {code: "�" for code in (*range(0x20), 0x7F, *range(0x80, 0xA0)) if chr(code) not in "\n\t"}
 
@@ -14,6 +15,11 @@ _CONTROLS: Final = {code: "�" for code in (*range(0x20), 0x7F, *range(0x80, 0x
 def printable(text: str) -> str:
     """Return ``text`` without control characters, so that no answer can steer the terminal it is shown on."""
     return text.translate(_CONTROLS)
+
+
+def pretty(document: object) -> str:
+    """Return a document as indented JSON."""
+    return msgspec.json.format(msgspec.json.encode(document), indent=2).decode()
 
 
 class Terminal:

@@ -1,6 +1,7 @@
 """Least privilege on NATS, over TLS: the services work with their own users, and each is refused all else."""
 
 import asyncio
+import json
 import os
 import shutil
 import ssl
@@ -147,7 +148,22 @@ async def test_the_services_work_from_end_to_end_with_their_own_users(guarded: G
         await eventually(lambda: http.get(usage).status_code == 200, timeout=20)
         await eventually(lambda: http.get(usage).json()["status"] == "matched", timeout=20)
         assert http.get(f"{urls['delivery']}/v1/sessions").json()["sessions"]
+        await _a_dead_request_runs_at_last(guarded, http, urls["delivery"])
     assert guarded.violations() == []
+
+
+async def _a_dead_request_runs_at_last(guarded: Guarded, http: httpx.Client, delivery: str) -> None:
+    request = {"tenant": "default", "session": "s", "generation": "dead", "created_at": 1.0} | question()
+    async with Broker.connect(guarded.url("producer"), "producer", tls=guarded.tls) as broker:
+        for name in ("dead", "unwanted"):
+            await broker.publish_stored(f"dead.default.{name}", json.dumps(request).encode())
+    listed = http.get(f"{delivery}/v1/requests/dead").json()["requests"]
+    assert [each["generation"] for each in listed] == ["dead", "unwanted"]
+    resent = http.post(f"{delivery}/v1/requests/dead/dead/resend").json()
+    generation = delivery + resent["links"]["generation"]
+    await eventually(lambda: http.get(generation).json()["state"] == "completed", timeout=20)
+    assert http.delete(f"{delivery}/v1/requests/dead/unwanted").status_code == 204
+    assert http.get(f"{delivery}/v1/requests/dead").json()["requests"] == []
 
 
 FORBIDDEN_TO_PUBLISH = {
@@ -161,6 +177,8 @@ FORBIDDEN_TO_PUBLISH = {
         "$JS.API.STREAM.CREATE.X",
         "$JS.API.STREAM.MSG.DELETE.TOKENS_0",
         "$JS.API.DIRECT.GET.REQUESTS",
+        "$JS.API.STREAM.MSG.GET.REQUESTS_DEAD",
+        "$JS.API.STREAM.PURGE.REQUESTS_DEAD",
         "$JS.API.CONSUMER.CREATE.TOKENS_0.x",
         "$JS.API.CONSUMER.DELETE.TOKENS_0.billing-0",
         "$JS.API.CONSUMER.MSG.NEXT.TOKENS_0.billing-0",
@@ -174,6 +192,7 @@ FORBIDDEN_TO_PUBLISH = {
         "dead.default.g",
         "$JS.API.STREAM.DELETE.REQUESTS",
         "$JS.API.STREAM.PURGE.REQUESTS",
+        "$JS.API.STREAM.DELETE.REQUESTS_DEAD",
         "$JS.API.CONSUMER.MSG.NEXT.REQUESTS.producers-default",
         "$JS.API.CONSUMER.CREATE.TOKENS_0.x",
         "$JS.API.DIRECT.GET.REQUESTS",
@@ -192,7 +211,7 @@ FORBIDDEN_TO_PUBLISH = {
         "$KV.generations.default.s.g",
         "$KV.registry.pool.default",
     ],
-    "setup": ["tokens.0.default.s.g", "control.default.s.g", "$KV.generations.default.s.g"],
+    "setup": ["tokens.0.default.s.g", "requests.default.g", "control.default.s.g", "$KV.generations.default.s.g"],
 }
 FORBIDDEN_TO_HEAR = {
     "producer": [">", "requests.>", "live.>", "tokens.>", "$KV.>", "_INBOX.>", "_INBOX.delivery.>", "presence.>"],

@@ -54,6 +54,7 @@ _OPERATIONS: Final = {
     "queueRequest": ("send", "requests", "A generation is asked for."),
     "takeRequest": ("receive", "requests", "A producer takes a request; redelivery is its lease."),
     "buryRequest": ("send", "dead", "A producer puts a request aside that cannot run."),
+    "inspectRequest": ("receive", "dead", "What could not run is looked at, sent again as a new request, or removed."),
     "cancel": ("send", "control", "A running generation is to stop."),
     "askForListeners": ("send", "presence", "A producer asks whether anybody listens."),
 }

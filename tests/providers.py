@@ -49,11 +49,13 @@ class Asked:
 class Provider:
     """The running server. ``replay`` may be set anew at any time; ``asked`` lists requests, newest last.
 
+    ``turns`` are answered first, one to each request.
     ``active`` counts answers under way; ``abandoned`` those whose client went away before their end.
     """
 
     def __init__(self, replay: Replay) -> None:
         self.replay = replay
+        self.turns: list[Replay] = []
         self.asked: list[Asked] = []
         self.active = 0
         self.abandoned = 0
@@ -67,7 +69,7 @@ class Provider:
         self.asked.append(Asked(request.path, headers, msgspec.json.decode(raw) if raw else None))
         self.active += 1
         try:
-            return await self._play(request, self.replay)
+            return await self._play(request, self.turns.pop(0) if self.turns else self.replay)
         except (ConnectionError, asyncio.CancelledError):
             self.abandoned += 1
             raise

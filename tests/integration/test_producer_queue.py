@@ -1,0 +1,263 @@
+"""The work queue: slots, lanes of priority, hand-over, lost leases and the zombies they leave."""
+
+import asyncio
+from collections.abc import Iterable
+
+import msgspec
+import pytest
+from prometheus_client import REGISTRY
+
+from schemas.codec import encode_event
+from schemas.events import Completed, Delta, Interrupted, is_terminal, type_of
+from schemas.requests import Request
+from schemas.subjects import Address, lane_of, request_subject, token_subject
+from schemas.topology import REQUESTS, Topology
+from services.kit.broker import Broker
+from services.producer import worker as module
+from services.producer.core.retry import RetryPolicy
+from services.producer.worker import Worker
+from tests.answers import assert_sound, cancel, chunk, config, deltas, kinds, saying
+from tests.conftest import eventually
+from tests.pipeline import accepted_log, ask, ended_log, enqueue, producing, raw_log, text_of
+from tests.providers import Replay, providing
+
+QUICK = {"tokens": 3, "tokens_per_second": 200}
+ENDLESS = {"tokens": 20, "stall_after": 2, "tokens_per_second": 1_000}
+SHORT_LEASE = Topology(ack_wait=1.5)
+
+
+def subject_of(request: Request) -> str:
+    return token_subject(Address.of(request.tenant, request.session, request.generation, 1))
+
+
+def batch(generation: str, model: str = "scripted/story", **fields: object) -> Request:
+    return ask(generation, model, priority="batch", **fields)
+
+
+async def put(broker: Broker, requests: Iterable[Request]) -> None:
+    for request in requests:
+        subject = request_subject(lane_of("default", request.priority), request.generation)
+        await broker.publish_stored(subject, msgspec.json.encode(request))
+
+
+async def beginnings(broker: Broker, requests: Iterable[Request]) -> dict[str, int]:
+    """Return where in the log each generation begins, after all have ended."""
+    found = {}
+    for request in requests:
+        await ended_log(broker, request)
+        first = await broker.first("TOKENS_0", subject_of(request))
+        assert first is not None
+        found[request.generation] = first.seq
+    return found
+
+
+async def queue_is_empty(broker: Broker) -> bool:
+    return (await broker.js.stream_info(REQUESTS)).state.messages == 0
+
+
+@pytest.mark.parametrize("slots", [1, 2, 10])
+async def test_batch_requests_wait_behind_interactive_ones(broker: Broker, slots: int) -> None:
+    later = [batch(f"b{n}", params=QUICK) for n in range(6)]
+    first = [ask(f"i{n}", params=QUICK) for n in range(3 * slots + 3)]
+    await put(broker, [*later, *first])
+    async with producing(broker, slots=slots):
+        begun = await beginnings(broker, [*first, *later])
+    assert max(begun[r.generation] for r in first) < min(begun[r.generation] for r in later)
+
+
+@pytest.mark.parametrize("slots", [1, 3, 20])
+async def test_batch_alone_is_served(broker: Broker, slots: int) -> None:
+    requests = [batch(f"b{n}", params=QUICK) for n in range(8)]
+    async with producing(broker, slots=slots):
+        await put(broker, requests)
+        await beginnings(broker, requests)
+        await eventually(lambda: queue_is_empty(broker))
+
+
+async def test_batch_is_served_beside_interactive_requests_that_leave_room(broker: Broker) -> None:
+    async with producing(broker, slots=20) as producer:
+        busy = [ask(f"i{n}", "scripted/stall", params=ENDLESS) for n in range(5)]
+        await put(broker, busy)
+        await eventually(lambda: len(producer.running) == 5)
+        requests = [batch(f"b{n}", params=QUICK) for n in range(5)]
+        await put(broker, requests)
+        await beginnings(broker, requests)
+        for request in busy:
+            await cancel(broker, request)
+
+
+async def test_a_flood_of_batch_leaves_room_for_who_waits(broker: Broker) -> None:
+    flood = [batch(f"b{n}", "scripted/stall", params=ENDLESS) for n in range(15)]
+    async with producing(broker, slots=10, drain=0.0) as producer:
+        await put(broker, flood)
+        await eventually(lambda: len(producer.running) == 9)
+        request = ask("i1", params=QUICK)
+        await put(broker, [request])
+        assert isinstance((await ended_log(broker, request))[-1], Completed)
+        assert len(producer.running) == 9
+
+
+async def test_slots_are_never_exceeded_by_both_lanes_and_cancels(broker: Broker) -> None:
+    requests = [
+        (ask if n % 2 else batch)(f"g{n}", "scripted/story", params={"tokens": 15, "tokens_per_second": 100})
+        for n in range(30)
+    ]
+    most = 0
+    async with producing(broker, slots=4) as producer:
+        await put(broker, requests)
+        while not await queue_is_empty(broker):
+            most = max(most, len(producer.running))
+            for relay in list(producer.running.values())[::3]:
+                await cancel(broker, relay.request)
+        for request in requests:
+            await ended_log(broker, request)
+            await assert_sound(broker, request)
+    assert most == 4
+
+
+async def test_who_is_told_to_stop_finishes_what_runs_and_takes_nothing_new(broker: Broker) -> None:
+    running = ask("g1", params={"tokens": 40, "tokens_per_second": 60})
+    later = ask("g2", params=QUICK)
+    async with producing(broker, drain=10.0) as producer:
+        await enqueue(broker, running)
+        await deltas(broker, running)
+        leaving = asyncio.create_task(_enqueue_while_stopping(broker, producer, later))
+    await leaving
+    assert type_of((await assert_sound(broker, running))[-1]) == "completed"
+    assert await accepted_log(broker, later) == []
+    async with producing(broker):
+        assert isinstance((await ended_log(broker, later))[-1], Completed)
+
+
+async def _enqueue_while_stopping(broker: Broker, producer: Worker, request: Request) -> None:
+    await eventually(lambda: not producer.running)  # the block has been left, and what ran has ended
+    await enqueue(broker, request)
+
+
+async def test_what_outlives_the_drain_is_with_another_producer_long_before_the_lease(
+    broker: Broker, nats_url: str
+) -> None:
+    restarts = ask("g1", params={"tokens": 60, "tokens_per_second": 60}, on_producer_loss="restart")
+    interrupts = ask("g2", params={"tokens": 5_000, "tokens_per_second": 60})
+    async with Broker.connect(nats_url, "test-other") as other_broker:
+        async with producing(broker, drain=0.0, lease=600.0):
+            await enqueue(broker, restarts)
+            await enqueue(broker, interrupts)
+            await deltas(broker, restarts)
+            await deltas(broker, interrupts)
+        async with producing(other_broker, lease=600.0):
+            await ended_log(broker, restarts)
+            await ended_log(broker, interrupts)
+            await eventually(lambda: queue_is_empty(broker))
+    assert [kind for kind in kinds(await assert_sound(broker, restarts)) if kind != "delta"] == [
+        "started",
+        "restarted",
+        "usage",
+        "completed",
+    ]
+    assert kinds(await assert_sound(broker, interrupts)) == ["started", "delta", "interrupted"]
+
+
+async def _no_heartbeat(_reply: str, _lease: object) -> None:
+    """What a producer does that is cut off from its queue."""
+
+
+async def test_a_lost_lease_stops_a_producer_and_another_one_closes_the_generation(
+    broker: Broker, nats_url: str
+) -> None:
+    request = ask("g1", params={"tokens": 5_000, "tokens_per_second": 50})
+    await broker.apply(SHORT_LEASE)
+    lost = REGISTRY.get_sample_value("tailrace_producer_leases_lost_total") or 0
+    async with Broker.connect(nats_url, "test-other") as other_broker, producing(broker, lease=1.5) as one:
+        one._renew = _no_heartbeat  # type: ignore[method-assign]  # the fault
+        await enqueue(broker, request)
+        await deltas(broker, request, 5)
+        async with producing(other_broker, lease=1.5):
+            await eventually(lambda: not one.running)
+            left = await raw_log(broker, request)
+            assert not any(map(is_terminal, left)), "who lost its lease writes no terminal"
+            events = await ended_log(broker, request)
+            await eventually(lambda: queue_is_empty(broker))
+        assert await raw_log(broker, request) == [*left, events[-1]]
+    await assert_sound(broker, request)
+    assert isinstance(events[-1], Interrupted)
+    assert events[-1].epoch == 2
+    assert events[-1].counted.output == [e.tokens for e in events if isinstance(e, Delta)][-1]
+    assert REGISTRY.get_sample_value("tailrace_producer_leases_lost_total") == lost + 1
+
+
+async def test_a_lost_lease_of_a_silent_answer_that_is_just_told_to_stall_ends_nothing_else(
+    broker: Broker,
+) -> None:
+    """The look that finds a stall may come when the lease runs out in that very moment."""
+    request, other = ask("g1", "scripted/stall", params=ENDLESS), ask("g2", "scripted/stall", params=ENDLESS)
+    async with producing(broker) as producer:
+        for one in (request, other):
+            await enqueue(broker, one)
+            await deltas(broker, one)
+        relay = next(r for r in producer.running.values() if r.request.generation == "g1")
+        assert relay._asking is not None
+        relay._lease.until = 0.0
+        now = asyncio.get_running_loop().time()
+        relay._asking.check(now + 2)  # finds the silence, cannot tell it
+        await eventually(lambda: len(producer.running) == 1)
+        await cancel(broker, other)
+        assert type_of((await ended_log(broker, other))[-1]) == "cancelled"
+    assert not any(map(is_terminal, await accepted_log(broker, request)))
+
+
+async def test_a_zombie_that_still_believes_in_its_lease_is_not_accepted(broker: Broker, nats_url: str) -> None:
+    request = ask("g1", params={"tokens": 200, "tokens_per_second": 60})
+    await broker.apply(SHORT_LEASE)
+    async with Broker.connect(nats_url, "test-other") as other_broker, producing(broker, lease=1.5) as zombie:
+        zombie._renew = _no_heartbeat  # type: ignore[method-assign]  # the fault
+        zombie.lease = 600.0  # and it does not even know
+        await enqueue(broker, request)
+        await deltas(broker, request, 5)
+        async with producing(other_broker, lease=1.5):
+            await ended_log(broker, request)
+            await eventually(lambda: not zombie.running)
+    stored, events = await raw_log(broker, request), await accepted_log(broker, request)
+    assert isinstance(events[-1], Interrupted)
+    assert [event.seq for event in events] == list(range(len(events)))
+    late = stored[stored.index(events[-1]) + 1 :]
+    assert any(isinstance(event, Delta) for event in late), "the zombie went on"
+    assert sum(map(is_terminal, late)) == 1, "and even ended it"
+    assert sum(map(is_terminal, events)) == 1
+
+
+async def test_an_epoch_that_another_producer_has_begun_is_not_begun_again(broker: Broker) -> None:
+    """The upstream breaks, and before the answer begins anew another producer has taken over."""
+    request = ask("g1", "m", on_producer_loss="restart")
+    go_on = asyncio.Event()
+    async with providing(saying("mine")) as provider:
+        provider.turns = [Replay([chunk("half")], gate=go_on.wait)]
+        policy = RetryPolicy(max_attempts=3, base=0.01)
+        async with producing(broker, config=config(provider.url), retry=policy):
+            await enqueue(broker, request)
+            await deltas(broker, request)
+            taken_over = Interrupted(generation="g1", seq=2, epoch=2, reason="producer_lost")
+            await broker.publish_stored(subject_of(request), encode_event(taken_over))
+            go_on.set()
+            await eventually(lambda: queue_is_empty(broker))
+        assert await raw_log(broker, request) == await accepted_log(broker, request)
+    assert kinds(await accepted_log(broker, request)) == ["started", "delta", "interrupted"]
+    assert text_of(await accepted_log(broker, request)) == "half"
+
+
+async def test_a_request_that_kills_every_producer_ends_as_failed_and_can_be_inspected(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = ask("g1")
+
+    async def broken(*_: object) -> None:
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(module.Relay, "run", broken)
+    async with producing(broker, max_deliver=1):
+        await enqueue(broker, request)
+        failed = (await ended_log(broker, request))[-1]
+        assert type_of(failed) == "failed"
+        assert failed.code == "poison"
+        dead = await eventually(lambda: broker.last("REQUESTS_DEAD", "dead.default.g1"))
+    assert dead.data == msgspec.json.encode(request)

@@ -7,6 +7,7 @@ from typing import Final
 import msgspec
 import structlog
 from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
 
 from schemas.topology import REQUESTS, producers_durable
 from services.kit.broker import Broker, BrokerUnavailable
@@ -15,6 +16,7 @@ __all__ = ["Lane"]
 
 log = structlog.get_logger()
 PULL_EXPIRES: Final = 5.0
+SHORTEST_PULL: Final = 0.5
 LOOK_INTERVAL: Final = 0.25
 _QUIET: Final = ("404", "408")
 
@@ -22,12 +24,21 @@ _QUIET: Final = ("404", "408")
 class Lane:
     """Asks the queue for requests of one pool and priority.
 
-    ``room`` tells how many may be taken now; ``take`` gets each request. A patient lane leaves a pull waiting for what
-    comes; another one only looks now and then, so that it never holds room that it does not need.
+    ``room`` tells how many may be taken now; ``take`` gets each request, and when it was asked for: the queue cannot
+    have given it earlier, however late it arrives. A patient lane leaves a pull waiting for what comes, but no longer
+    than a quarter of the ``lease``; another one only looks now and then, so that it never holds room that it does not
+    need.
     """
 
     def __init__(
-        self, broker: Broker, lane: str, room: Callable[[], int], take: Callable[[Msg], None], *, patient: bool
+        self,
+        broker: Broker,
+        lane: str,
+        room: Callable[[], int],
+        take: Callable[[Msg, float], None],
+        *,
+        lease: float,
+        patient: bool,
     ) -> None:
         self._broker = broker
         self._subject = f"$JS.API.CONSUMER.MSG.NEXT.{REQUESTS}.{producers_durable(lane)}"
@@ -36,6 +47,8 @@ class Lane:
         self._patient = patient
         self._asked = 0  # requests that the present pull may still bring
         self._asked_at = 0.0
+        self._expires = min(PULL_EXPIRES, max(SHORTEST_PULL, lease / 4))
+        self._subscription: Subscription | None = None
         self._wake = asyncio.Event()
 
     def wake(self) -> None:
@@ -48,37 +61,49 @@ class Lane:
 
     async def run(self) -> None:
         """Pull until cancelled; what has been pulled already still arrives afterwards for a moment."""
-        inbox = self._broker.client.new_inbox()
-        subscription = await self._broker.subscribe(inbox, self._receive)
         try:
             while True:
-                await self._ask(inbox)
+                await self._ask()
                 self._wake.clear()
                 await _at_most(self._wake.wait(), 1.0 if self._patient else LOOK_INTERVAL)
         finally:
-            if not self._broker.client.is_closed:
-                await subscription.unsubscribe()
+            await self._forget()
 
-    async def _ask(self, inbox: str) -> None:
+    async def _forget(self) -> None:
+        subscription, self._subscription = self._subscription, None
+        if subscription is not None and not self._broker.client.is_closed:
+            await subscription.unsubscribe()
+
+    async def _ask(self) -> None:
         room, now = self._room(), asyncio.get_running_loop().time()
         if (
             room <= 0
             or not self._broker.is_connected
-            or (self._asked > 0 and now < self._asked_at + PULL_EXPIRES + 1.0)
+            or (self._asked > 0 and now < self._asked_at + self._expires + 1.0)
         ):
             return
+        await self._forget()
         query: dict[str, object] = {"batch": room}
-        query |= {"expires": round(PULL_EXPIRES * 1e9)} if self._patient else {"no_wait": True}
+        query |= {"expires": round(self._expires * 1e9)} if self._patient else {"no_wait": True}
         self._asked, self._asked_at = room, now
+
+        async def receive(msg: Msg) -> None:
+            await self._receive(msg, now)
+
+        # An inbox of its own tells which pull a request answers.
+        inbox = self._broker.client.new_inbox()
+        self._subscription = await self._broker.subscribe(inbox, receive)
         try:
             await self._broker.publish(self._subject, msgspec.json.encode(query), reply=inbox)
         except BrokerUnavailable as error:
             log.warning("cannot ask for requests", detail=str(error))
 
-    async def _receive(self, msg: Msg) -> None:
+    async def _receive(self, msg: Msg, asked_at: float) -> None:
         if msg.reply:
-            self._asked -= 1
-            self._take(msg)
+            self._asked -= asked_at == self._asked_at
+            self._take(msg, asked_at)
+            return
+        if asked_at != self._asked_at:
             return
         self._asked = 0  # a status: the pull has ended, or cannot be served now
         status = (msg.headers or {}).get("Status")

@@ -31,6 +31,7 @@ class Worker:
     """Runs up to ``slots`` generations at once; of these, batch leaves a tenth free for who waits interactively.
 
     The queue's redelivery is the lease: ``lease`` seconds after the last heartbeat another producer gets the request.
+    It is counted from when the request was asked for, which is never later than when the queue gave it.
     """
 
     def __init__(self, outside: Outside, pool: str, slots: int, lease: float, max_deliver: int) -> None:
@@ -45,8 +46,8 @@ class Worker:
         self._slot = asyncio.Semaphore(slots)
         self._tasks: set[asyncio.Task[None]] = set()
         self._lanes = [
-            Lane(self._broker, lane_of(pool, "interactive"), self._room, self._take, patient=True),
-            Lane(self._broker, lane_of(pool, "batch"), self._batch_room, self._take, patient=False),
+            Lane(self._broker, lane_of(pool, "interactive"), self._room, self._take, lease=lease, patient=True),
+            Lane(self._broker, lane_of(pool, "batch"), self._batch_room, self._take, lease=lease, patient=False),
         ]
         self._presence = Presence(self._broker, outside.clock, lambda: list(self.running.values()))
         metrics.SLOTS.set(slots)
@@ -83,8 +84,8 @@ class Worker:
     def _batch_room(self) -> int:
         return self._room() - self.slots // 10 if self._lanes[0].is_idle() else 0
 
-    def _take(self, msg: Msg) -> None:
-        task = asyncio.create_task(self._handle(msg))
+    def _take(self, msg: Msg, asked_at: float) -> None:
+        task = asyncio.create_task(self._handle(msg, Lease(asked_at + self.lease * 0.9)))
         self._tasks.add(task)
         task.add_done_callback(self._done)
         self._lanes[0].wake()
@@ -97,12 +98,15 @@ class Worker:
         if not task.cancelled() and task.exception() is not None:
             log.error("request handler failed", exc_info=task.exception())
 
-    async def _handle(self, msg: Msg) -> None:
+    async def _handle(self, msg: Msg, lease: Lease) -> None:
+        if lease.is_over():  # it was long on its way, or this process was frozen: it may run elsewhere already
+            metrics.LEASES_LOST.inc()
+            log.warning("request came too late", subject=msg.subject)
+            return
         attempt = _attempt(msg.reply)
         metrics.TAKEN.inc()
         try:
             request = msgspec.json.decode(msg.data, type=Request)
-            lease = Lease(asyncio.get_running_loop().time() + self.lease * 0.9)
             relay = Relay(request, attempt, lease, self.outside)
         except (msgspec.DecodeError, ValueError) as error:
             log.error("request is not readable", subject=msg.subject, detail=str(error))
@@ -118,7 +122,8 @@ class Worker:
         finally:
             self.running.pop(msg.reply, None)
             del self._leases[msg.reply]
-        if answer is not None:
+        # Whose lease has run out has no say any more: any answer would count for the producer that runs it now.
+        if answer is not None and not lease.is_over():
             await self._publish(msg.reply, answer)
 
     async def _run(self, relay: Relay, attempt: int, msg: Msg) -> bytes | None:
@@ -180,14 +185,14 @@ class Worker:
         loop = asyncio.get_running_loop()
         while reply in self._leases:
             asked = loop.time()
+            if asked > lease.until:
+                return
             try:
                 if await self._broker.request(reply, b"+WPI", timeout=RENEW_SECONDS) is not None:
                     lease.until = asked + self.lease * 0.9
                     return
             except BrokerUnavailable as error:
                 log.warning("lease not renewed", detail=str(error))
-            if loop.time() > lease.until:
-                return
             await asyncio.sleep(RENEW_PAUSE)
 
     async def _watch(self) -> None:

@@ -42,6 +42,10 @@ class Lease:
     def __init__(self, until: float) -> None:
         self.until = until
 
+    def is_over(self) -> bool:
+        """Tell whether it has run out."""
+        return asyncio.get_running_loop().time() > self.until
+
 
 class Publisher:
     """Routes acknowledgements to the writers of one connection and watches for those that do not come.
@@ -213,13 +217,15 @@ class LogWriter:
             raise Fenced(f"lease ran out {now - self._lease.until:.1f} s ago")
 
     async def drain(self) -> None:
-        """Return when all events are acknowledged.
+        """Return when all events are acknowledged, while the lease still holds: nobody else has written before them.
 
         Raises:
+            Fenced: the lease has run out.
             LogUnavailable: the log has taken nothing for too long.
         """
         while self._window:
             await self._progress()
+        self._check_lease()
 
     def close(self) -> None:
         """Forget whatever is under way."""

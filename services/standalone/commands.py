@@ -1,10 +1,12 @@
 """What the commands do, once their arguments are understood. Each returns the exit code."""
 
+import os
 import secrets
 import signal
+import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -69,13 +71,31 @@ def _cancelling(url: str, session: str, generation: str, terminal: Terminal) -> 
 def tail(api: Api, terminal: Terminal, session: str, from_: str | None, after: str | None, *, as_json: bool) -> int:
     """Show a session until Ctrl-C."""
     screen = Screen(terminal, json=as_json, headings=True)
-    try:
+    with _leaving(screen):
         for received in follow(api, Start(session, after=after, from_=from_), terminal.remark):
             screen.show(received)
-    except KeyboardInterrupt:
-        screen.close()
-        return EXIT_CANCELLED
     return EXIT_OK
+
+
+@contextmanager
+def _leaving(screen: Screen) -> Iterator[None]:
+    """Let Ctrl-C end the process at once.
+
+    An exception raised by a signal may fall into a library's destructor, where it is lost, or into its handling of a
+    broken connection, where it is taken for one: a reader that has nothing to tidy up needs no exception.
+    """
+
+    def on_interrupt(_signum: int, _frame: FrameType | None) -> None:
+        with suppress(RuntimeError):  # it came in the middle of a write: that one is flushed, or not, as it stands
+            screen.close()
+            sys.stdout.flush()
+        os._exit(EXIT_CANCELLED)
+
+    before = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def cancel(api: Api, terminal: Terminal, session: str, generation: str | None, *, as_json: bool) -> int:

@@ -7,13 +7,14 @@ import msgspec
 import structlog
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
+from nats.js.errors import APIError
 
 from schemas.requests import Request
 from schemas.subjects import control_subject, dead_subject, lane_of
 from services.kit.broker import BrokerUnavailable
 from services.producer import metrics
 from services.producer.adapters.publisher import Lease
-from services.producer.errors import GiveUp, TryAgain
+from services.producer.errors import GiveUp, ProducerError, TryAgain
 from services.producer.lane import Lane
 from services.producer.presence import Presence
 from services.producer.relay import HandBack, Interruption, Outside, Relay
@@ -25,6 +26,18 @@ HAND_OVER_SECONDS: Final = 5.0
 WATCH_INTERVAL: Final = 0.1
 RENEW_SECONDS: Final = 2.0
 RENEW_PAUSE: Final = 0.25
+
+
+_LATER: Final = b'-NAK {"delay": 2000000000}'
+
+
+class _Place(msgspec.Struct):
+    """Where a request belongs, read from one that is otherwise unreadable."""
+
+    tenant: str
+    session: str
+    generation: str
+    partition: int | None = None
 
 
 class Worker:
@@ -108,9 +121,9 @@ class Worker:
         try:
             request = msgspec.json.decode(msg.data, type=Request)
             relay = Relay(request, attempt, lease, self.outside)
-        except (msgspec.DecodeError, ValueError) as error:
+        except (msgspec.DecodeError, ValueError, RecursionError) as error:
             log.error("request is not readable", subject=msg.subject, detail=str(error))
-            await self._bury(msg, str(error))
+            await self._reject(msg, attempt, lease, str(error))
             return
         metrics.QUEUE_WAIT.observe(max(0.0, self.outside.clock.wall() - request.created_at))
         self._leases[msg.reply] = lease
@@ -144,10 +157,10 @@ class Worker:
             return None
         except (TryAgain, BrokerUnavailable) as error:
             bound.warning("request handed back", detail=str(error))
-            return b'-NAK {"delay": 2000000000}'
+            return _LATER
         except Exception as error:  # a fault of ours: others may have more luck, up to max_deliver
             bound.error("request failed", exc_info=error)
-            return b'-NAK {"delay": 1000000000}'
+            return _LATER
         finally:
             if not self._broker.client.is_closed:
                 await subscription.unsubscribe()
@@ -164,13 +177,36 @@ class Worker:
         subject = control_subject(request.tenant, request.session, request.generation)
         return await self._broker.subscribe(subject, control)
 
+    async def _reject(self, msg: Msg, attempt: int, lease: Lease, reason: str) -> None:
+        """End a request that cannot be read; whoever waits for its generation hears of it where its place is known."""
+        try:
+            place = msgspec.json.decode(msg.data, type=_Place)
+            request = Request(
+                tenant=place.tenant,
+                session=place.session,
+                generation=place.generation,
+                partition=place.partition,
+                model="",
+                messages=[],
+            )
+            await Relay(request, attempt, lease, self.outside).give_up(f"the request is not readable: {reason}")
+        except (msgspec.DecodeError, ValueError, RecursionError):
+            log.warning("an unreadable request does not say where it belongs", subject=msg.subject)
+        except (ProducerError, BrokerUnavailable) as error:
+            log.warning("request handed back", subject=msg.subject, detail=str(error))
+            await self._publish(msg.reply, _LATER)
+            return
+        await self._bury(msg, reason)
+
     async def _bury(self, msg: Msg, reason: str) -> None:
         """Move a request that cannot run to where it can be inspected."""
         subject = dead_subject(self.pool, msg.subject.rsplit(".", 1)[-1])
         try:
-            await self._broker.publish_stored(subject, msg.data, headers={"Tailrace-Reason": reason[:200]})
-        except BrokerUnavailable as error:
+            headers = {"Tailrace-Reason": reason[:200], "Nats-Msg-Id": msg.subject}
+            await self._broker.publish_stored(subject, msg.data, headers=headers)
+        except (BrokerUnavailable, APIError) as error:
             log.warning("dead request not kept", detail=str(error))
+            await self._publish(msg.reply, _LATER)
             return
         await self._publish(msg.reply, b"+TERM")
 

@@ -272,3 +272,23 @@ async def _restarted(broker: Broker, request) -> bool:  # type: ignore[no-untype
 async def _entry(bucket, key: str, state: str):  # type: ignore[no-untyped-def]
     entry = json.loads((await bucket.get(key)).value)
     return entry if entry["state"] == state else None
+
+
+async def test_a_request_that_cannot_be_read_ends_its_generation_where_its_place_is_known(broker: Broker) -> None:
+    request = ask("g1")
+    broken = {"tenant": "default", "session": "s", "generation": "g1", "model": 5, "messages": "?"}
+    async with producing(broker):
+        await broker.publish_stored(request_subject("default", "g1"), msgspec.json.encode(broken))
+        events = await ended_log(broker, request)
+        await eventually(lambda: queue_is_empty(broker))
+    failed = events[-1]
+    assert isinstance(failed, Failed)
+    assert (len(events), failed.code) == (1, "poison")
+    assert await broker.last(DEAD, "dead.default.g1") is not None
+
+
+async def test_a_request_nested_without_end_is_buried_and_not_taken_again(broker: Broker) -> None:
+    async with producing(broker):
+        await broker.publish_stored(request_subject("default", "deep"), b"[" * 100_000)
+        await eventually(lambda: queue_is_empty(broker))
+    assert await broker.last(DEAD, "dead.default.deep") is not None

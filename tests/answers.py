@@ -67,6 +67,11 @@ def notices(events: Iterable[AnyEvent], code: str) -> list[Notice]:
     return [event for event in events if isinstance(event, Notice) and event.code == code]
 
 
+def code_of(events: list[AnyEvent]) -> str | None:
+    """Return the code of the last event, where it has one."""
+    return getattr(events[-1], "code", None)
+
+
 async def deltas(broker: Broker, request: Request, count: int = 1) -> None:
     """Wait until so many deltas are accepted."""
 

@@ -251,6 +251,7 @@ async def test_whenever_a_cancel_comes_the_log_is_gapless_with_one_terminal(
     monkeypatch.setattr(publisher, "WINDOW_EVENTS", rng.choice([1, 2, 8, 512]))
     monkeypatch.setattr(asking, "STALL_SECONDS", 0.005)
     monkeypatch.setattr(worker, "WATCH_INTERVAL", 0.003)
+    monkeypatch.setattr(Broker, "publish_stored", _slow(Broker.publish_stored, rng))
     monkeypatch.setattr(publisher.Publisher, "_receive", _late(publisher.Publisher._receive, rng))
     requests = [_random_request(rng, number) for number in range(60)]
     policy = RetryPolicy(max_attempts=3, base=0.02, maximum=0.05)
@@ -291,6 +292,20 @@ def _late(receive: Any, rng: random.Random) -> Any:
         asyncio.get_running_loop().call_later(rng.random() * 0.02, receive, self, subject, data, headers)
 
     return receive_late
+
+
+def _slow(publish: Any, rng: random.Random) -> Any:
+    """Let appends that are waited for take their time, before and after they are stored."""
+
+    async def publish_slowly(self: Broker, subject: str, data: bytes, **options: Any) -> int:
+        if not subject.startswith("tokens."):
+            return int(await publish(self, subject, data, **options))
+        await asyncio.sleep(rng.random() * 0.01)
+        seq = await publish(self, subject, data, **options)
+        await asyncio.sleep(rng.random() * 0.01)
+        return int(seq)
+
+    return publish_slowly
 
 
 async def _interrupt_at_random(producer: Worker, rng: random.Random) -> None:

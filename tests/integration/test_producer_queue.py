@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterable
+from typing import Any
 
 import msgspec
 import pytest
@@ -13,10 +14,10 @@ from schemas.requests import Request
 from schemas.subjects import Address, lane_of, request_subject, token_subject
 from schemas.topology import REQUESTS, Topology
 from services.kit.broker import Broker
-from services.producer import worker as module
 from services.producer.core.retry import RetryPolicy
+from services.producer.relay import Relay
 from services.producer.worker import Worker
-from tests.answers import assert_sound, cancel, chunk, config, deltas, kinds, saying
+from tests.answers import assert_sound, cancel, chunk, code_of, config, deltas, kinds, saying
 from tests.conftest import eventually
 from tests.pipeline import accepted_log, ask, ended_log, enqueue, producing, raw_log, text_of
 from tests.providers import Replay, providing
@@ -30,7 +31,7 @@ def subject_of(request: Request) -> str:
     return token_subject(Address.of(request.tenant, request.session, request.generation, 1))
 
 
-def batch(generation: str, model: str = "scripted/story", **fields: object) -> Request:
+def batch(generation: str, model: str = "scripted/story", **fields: Any) -> Request:
     return ask(generation, model, priority="batch", **fields)
 
 
@@ -169,7 +170,7 @@ async def test_a_lost_lease_stops_a_producer_and_another_one_closes_the_generati
     await broker.apply(SHORT_LEASE)
     lost = REGISTRY.get_sample_value("tailrace_producer_leases_lost_total") or 0
     async with Broker.connect(nats_url, "test-other") as other_broker, producing(broker, lease=1.5) as one:
-        one._renew = _no_heartbeat  # type: ignore[method-assign]  # the fault
+        one._renew = _no_heartbeat  # type: ignore[method-assign, assignment]  # the fault
         await enqueue(broker, request)
         await deltas(broker, request, 5)
         async with producing(other_broker, lease=1.5):
@@ -210,7 +211,7 @@ async def test_a_zombie_that_still_believes_in_its_lease_is_not_accepted(broker:
     request = ask("g1", params={"tokens": 200, "tokens_per_second": 60})
     await broker.apply(SHORT_LEASE)
     async with Broker.connect(nats_url, "test-other") as other_broker, producing(broker, lease=1.5) as zombie:
-        zombie._renew = _no_heartbeat  # type: ignore[method-assign]  # the fault
+        zombie._renew = _no_heartbeat  # type: ignore[method-assign, assignment]  # the fault
         zombie.lease = 600.0  # and it does not even know
         await enqueue(broker, request)
         await deltas(broker, request, 5)
@@ -253,11 +254,11 @@ async def test_a_request_that_kills_every_producer_ends_as_failed_and_can_be_ins
     async def broken(*_: object) -> None:
         raise RuntimeError("a fault of ours")
 
-    monkeypatch.setattr(module.Relay, "run", broken)
+    monkeypatch.setattr(Relay, "run", broken)
     async with producing(broker, max_deliver=1):
         await enqueue(broker, request)
-        failed = (await ended_log(broker, request))[-1]
-        assert type_of(failed) == "failed"
-        assert failed.code == "poison"
+        events = await ended_log(broker, request)
+        assert type_of(events[-1]) == "failed"
+        assert code_of(events) == "poison"
         dead = await eventually(lambda: broker.last("REQUESTS_DEAD", "dead.default.g1"))
     assert dead.data == msgspec.json.encode(request)

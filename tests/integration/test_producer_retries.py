@@ -9,10 +9,12 @@ import pytest
 from aiohttp import web
 from prometheus_client import REGISTRY
 
-from schemas.events import AnyEvent, Completed, Failed, Restarted, Started, type_of
+from schemas.events import AnyEvent, Completed, Delta, Failed, Restarted, Started, UsageReported, type_of
 from schemas.requests import Request, RequestDeadlines
 from schemas.topology import DEAD
 from services.kit.broker import Broker
+from services.producer import asking
+from services.producer.adapters import publisher
 from services.producer.core.deadlines import Deadlines
 from services.producer.core.retry import RetryPolicy
 from tests.answers import (
@@ -20,6 +22,7 @@ from tests.answers import (
     assert_sound,
     cancel,
     chunk,
+    code_of,
     config,
     deltas,
     ending,
@@ -163,6 +166,7 @@ async def test_failover_goes_along_the_candidates(broker: Broker) -> None:
     assert [len(p.asked) for p in (one, two, three)] == [2, 2, 1]
     assert isinstance(events[0], Started)
     assert events[0].provider == "p0"
+    assert isinstance(events[-2], UsageReported)
     assert events[-2].provider == "p2"
     assert text_of(events) == "third"
 
@@ -228,7 +232,7 @@ async def test_where_it_may_restart_the_answer_begins_anew_in_the_next_epoch(bro
     assert [event.epoch for event in events if isinstance(event, Restarted)] == [2, 3]
     assert text_of(events) == "whole answer"
     assert isinstance(events[-1], Completed)
-    assert events[-1].counted.output == [e.tokens for e in events if type_of(e) == "delta"][-1] < 5
+    assert events[-1].counted.output == [e.tokens for e in events if isinstance(e, Delta)][-1] < 5
 
 
 async def test_what_an_earlier_call_told_of_itself_is_not_taken_for_the_answers(broker: Broker) -> None:
@@ -246,7 +250,7 @@ async def test_a_circuit_opens_is_skipped_and_closes_again(broker: Broker) -> No
         producing(broker, config=config(provider.url), retry=ONCE, circuit=(2, 0.5)),
     ):
         for number in range(2):
-            assert (await answered(broker, ask(f"g{number}", "m")))[-1].code == "upstream_error"
+            assert code_of(await answered(broker, ask(f"g{number}", "m"))) == "upstream_error"
         skipped = (await answered(broker, ask("g2", "m")))[-1]
         assert isinstance(skipped, Failed)
         assert (skipped.code, skipped.recoverable) == ("upstream_circuit_open", True)
@@ -282,11 +286,28 @@ async def test_half_open_only_one_call_reaches_the_provider(broker: Broker) -> N
         await eventually(trying, interval=0.1)
         others = [ask(f"other{n}", "m") for n in range(5)]
         for other in others:
-            assert (await answered(broker, other))[-1].code == "upstream_circuit_open"
+            assert code_of(await answered(broker, other)) == "upstream_circuit_open"
         assert provider.active == 1
         release.set()
         await eventually(lambda: provider.active == 0)
         assert isinstance((await answered(broker, ask("g9", "m")))[-1], Completed)
+
+
+async def test_a_trial_that_is_cancelled_leaves_room_for_the_next(broker: Broker) -> None:
+    async with (
+        providing(refusing(500)) as provider,
+        producing(broker, config=config(provider.url), retry=ONCE, circuit=(1, 0.3)) as producer,
+    ):
+        await answered(broker, ask("g0", "m"))
+        provider.replay = saying("never", headers_after=asyncio.Event())
+        await eventually(lambda: not producer.outside.upstreams.circuits.is_open("p0"))
+        trial = ask("g1", "m")
+        await enqueue(broker, trial)
+        await eventually(lambda: provider.active == 1)
+        await cancel(broker, trial)
+        await ended_log(broker, trial)
+        provider.replay = saying("back")
+        assert text_of(await answered(broker, ask("g2", "m"))) == "back"
 
 
 async def test_an_open_circuit_is_skipped_without_waiting_for_a_place(broker: Broker) -> None:
@@ -308,7 +329,7 @@ async def test_another_producer_does_not_ask_an_upstream_that_one_has_found_down
         assert len(down.asked) == 2
         async with producing(other_broker, config=config(down.url), circuit=circuit) as other:
             await eventually(lambda: other.outside.upstreams.circuits.is_open("p0"))
-            assert (await answered(broker, ask("g9", "m")))[-1].code == "upstream_circuit_open"
+            assert code_of(await answered(broker, ask("g9", "m"))) == "upstream_circuit_open"
         assert len(down.asked) == 2
 
 
@@ -353,6 +374,35 @@ async def test_a_deadline_of_the_answer_ends_it(broker: Broker, deadlines: Deadl
     assert not other.asked
 
 
+async def test_a_log_that_is_slow_is_no_silence_of_the_provider(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher, "WINDOW_EVENTS", 1)
+    monkeypatch.setattr(asking, "STALL_SECONDS", 0.2)
+    receive, lost = publisher.Publisher._receive, asyncio.Event()
+
+    def forgetful(self: publisher.Publisher, subject: str, data: bytes, headers: bytes) -> None:
+        if lost.is_set():
+            receive(self, subject, data, headers)
+
+    monkeypatch.setattr(publisher.Publisher, "_receive", forgetful)
+    deadlines = Deadlines(between_tokens=0.4)
+    async with (
+        providing(saying("one", " two", " three", gate=lambda: asyncio.sleep(0.02))) as provider,
+        producing(broker, config=config(provider.url), deadlines=deadlines) as producer,
+    ):
+        request = ask("g1", "m")
+        await enqueue(broker, request)
+        await deltas(broker, request)
+        await asyncio.sleep(1.0)  # more than twice the deadline
+        assert len(producer.running) == 1
+        lost.set()
+        events = await ended_log(broker, request)
+    assert isinstance(events[-1], Completed)
+    assert text_of(events) == "one two three"
+    assert not notices(events, "stalled")
+
+
 async def test_the_total_deadline_holds_over_retries_too(broker: Broker) -> None:
     policy = RetryPolicy(max_attempts=20, wait="linear", base=0.2, maximum=0.2)
     async with (
@@ -386,11 +436,11 @@ async def test_a_models_deadline_beats_the_producers_and_a_requests_beats_both(b
     async with providing(silent()) as provider:
         setup = config(provider.url, alias={"first_token": 0.2})
         async with producing(broker, config=setup, deadlines=Deadlines(first_token=60)):
-            assert (await answered(broker, ask("g1", "m")))[-1].code == "deadline_first_token"
+            assert code_of(await answered(broker, ask("g1", "m"))) == "deadline_first_token"
             patient = ask("g2", "m", deadlines=RequestDeadlines(first_token=5))
             await enqueue(broker, patient)
             await eventually(lambda: provider.active == 1)
-            assert (await answered(broker, ask("g3", "m")))[-1].code == "deadline_first_token"
+            assert code_of(await answered(broker, ask("g3", "m"))) == "deadline_first_token"
             assert provider.active == 1, "the patient one still waits"
             await cancel(broker, patient)
             assert type_of((await ended_log(broker, patient))[-1]) == "cancelled"

@@ -64,7 +64,7 @@ Exit code: 0 all texts identical and complete, 1 not so, 2 it could not be run, 
 @click.option("--subscribers", type=click.IntRange(1), help="Of each generation, instead of the scenario's own.")
 @click.option("--keep", type=click.Path(path_type=Path, exists=False), help="Leave logs and data in this new folder.")
 @click.option("--strict", is_flag=True, help="Exit with 3 when a target is missed.")
-def relay(  # noqa: D103, PLR0917  # the text and the names are those of the decorators
+def relay(  # noqa: D103  # the text and the names are those of the decorators
     scenarios: tuple[str, ...],
     json_file: Path | None,
     clients: int,

@@ -72,7 +72,7 @@ class Journal:
             except asyncio.CancelledError:
                 self._enqueue(events)
                 raise
-            self._appended(first)
+            self._appended([first])
         self._enqueue(events)
         await self._writer.room()
 
@@ -104,13 +104,12 @@ class Journal:
     def _enqueue(self, events: list[AnyEvent]) -> None:
         if events:
             self._writer.enqueue([encode_event(event) for event in events])
-        for event in events:
-            self._appended(event)
+            self._appended(events)
 
-    def _appended(self, event: AnyEvent) -> None:
-        metrics.EVENTS.inc()
-        if is_terminal(event):
-            self._end(event)
+    def _appended(self, events: list[AnyEvent]) -> None:
+        metrics.EVENTS.inc(len(events))
+        if is_terminal(events[-1]):  # a terminal is always the last one of what is appended together
+            self._end(events[-1])
 
     def _end(self, event: AnyEvent) -> None:
         kind, code = type_of(event), getattr(event, "code", None)

@@ -64,6 +64,7 @@ class Publisher:
 
     async def start(self) -> None:
         """Begin to listen for acknowledgements."""
+        PUBLISH_WINDOW.set_function(lambda: sum(writer.unacknowledged for writer in self._writers.values()))
         await self.broker.listen(f"{self.inbox}.*.*.*", self._receive)
         self.broker.on_reconnect(self._go_back_all)
 
@@ -169,7 +170,6 @@ class LogWriter:
             if connected:
                 self._send(number, data)
             number += 1
-        PUBLISH_WINDOW.inc(len(batch))
 
     async def room(self) -> None:
         """Wait while the window is full.
@@ -229,7 +229,6 @@ class LogWriter:
 
     def close(self) -> None:
         """Forget whatever is under way."""
-        PUBLISH_WINDOW.dec(len(self._window))
         self._window.clear()
         self._publisher.forget(self._name)
 
@@ -246,15 +245,12 @@ class LogWriter:
         if number != self._base:
             self._acknowledged.add(number)
             return
-        done = 0
         while True:
             self._window_bytes -= len(self._window.popleft())
             self._base += 1
-            done += 1
             if self._base not in self._acknowledged:
                 break
             self._acknowledged.discard(self._base)
-        PUBLISH_WINDOW.dec(done)
         self._wake()
 
     def refuse(self, reason: str) -> None:

@@ -146,6 +146,17 @@ class Feed:
             await self._join()
         self._flush()
 
+    async def reach(self, seq: int) -> None:
+        """Read on if the log has not been seen up to the stream sequence ``seq``.
+
+        Who comes from another replica may have more than this one, and would get it again once it is read here.
+
+        Raises:
+            BrokerUnavailable: the broker does not answer.
+        """
+        if seq > self._last_seq:
+            await self.reread()
+
     def is_quiet(self, now: float) -> bool:
         """Tell whether nothing has come for so long that the log should be asked; to be called about every second."""
         if self._last_seq != self._heard:

@@ -102,6 +102,7 @@ class SessionEvents:
         feed = await self._hub.feed(self._tenant, wish.session)
         if wish.cursor is not None:
             seq = await self._check(wish.cursor, feed)
+            await feed.reach(seq)
         else:
             seq = await self._beginning(feed, wish.generation, wish.start)
             if wish.start.where != "live":

@@ -94,19 +94,20 @@ def chaos(  # noqa: D103  # the text is that of the decorator
     trial = Trial(console, keep or Path(tempfile.mkdtemp(prefix="tailrace-chaos-")), planted or "", shrink_runs)
     try:
         for seed in numbers:
-            total.add(trial.seed(draw(seed, seconds, Shape(nodes=int(nodes)))))
+            try:
+                total.add(trial.seed(draw(seed, seconds, Shape(nodes=int(nodes)))))
+            except (Died, TimeoutError) as error:
+                total.not_run += 1
+                console.print(f"seed {seed}: not run: {error!r}")
             if json_file:
                 json_file.write_bytes(msgspec.json.format(msgspec.json.encode(total), indent=2) + b"\n")
-    except Died as error:
-        console.print(f"not run: {error}")
-        sys.exit(EXIT_NOT_RUN)
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
-        if keep is None and not total.violations:
+        if keep is None and not total.violations and not total.not_run:
             shutil.rmtree(trial.folder, ignore_errors=True)
     console.print(f"\n{msgspec.json.format(msgspec.json.encode(total), indent=2).decode()}")
-    sys.exit(EXIT_WRONG if total.violations else 0)
+    sys.exit(EXIT_WRONG if total.violations else EXIT_NOT_RUN if total.not_run else 0)
 
 
 class Trial:

@@ -25,6 +25,7 @@ from bench.chaos.history import (
 from bench.chaos.schedule import DELIVERIES, LEASE, SERVICES, Ask, Cancel, Fault, Schedule, Watch
 from bench.chaos.stage import MEMORY_BOUND, PARTITIONS, Stage
 from bench.chaos.told import tell
+from bench.processes import Died
 from schemas.topology import REQUESTS, token_stream
 from services.kit.broker import Broker, BrokerUnavailable
 
@@ -37,14 +38,18 @@ SLOW_SECONDS: Final = 0.15
 
 
 class Run:
-    """One run of a schedule in a folder of its own; ``planted`` names a bug to start the services with."""
+    """One run of a schedule in a folder of its own.
 
-    def __init__(self, schedule: Schedule, folder: Path, planted: str = "") -> None:
+    ``planted``: a bug to start the services with. ``patience``: seconds after the last fault until all must have ended.
+    """
+
+    def __init__(self, schedule: Schedule, folder: Path, planted: str = "", patience: float = END_SECONDS) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.schedule = schedule
         self.history = History(folder / "history.jsonl")
         self.stage = Stage(folder, schedule.nodes, planted)
         self._planted = planted
+        self._patience = patience
         self._begun = time.monotonic()
         self._accepted: dict[int, asyncio.Future[Accepted | None]] = {}
         self._subscribers: list[Subscriber] = []
@@ -172,7 +177,7 @@ class Run:
             for subscriber in self._subscribers:
                 subscriber.finish(sessions.get(subscriber.session, 0))
             if self._reading:
-                await asyncio.wait(self._reading, timeout=READERS_SECONDS)
+                await asyncio.wait(self._reading, timeout=min(READERS_SECONDS, self._patience))
             for task in self._reading:
                 task.cancel()
             await asyncio.gather(*self._reading, return_exceptions=True)
@@ -183,7 +188,7 @@ class Run:
 
     async def _ended(self, broker: Broker) -> list[Logged]:
         """Return the log once every request is gone from the queue and every generation has ended."""
-        deadline = time.monotonic() + END_SECONDS
+        deadline = time.monotonic() + self._patience
         logged: list[Logged] = []
         while time.monotonic() < deadline:
             try:
@@ -201,14 +206,23 @@ class Run:
         return logged
 
     async def _booked(self, broker: Broker) -> list[AnyRecord]:
-        """Return the log and billing's rows once these hold all of it, and no more."""
+        """Return the log and billing's rows once these hold all of it, and no more.
+
+        Raises:
+            Died: the log cannot be read.
+        """
         deadline = time.monotonic() + BILLING_SECONDS
         while True:
-            logged = await _read_log(broker)
-            applied, rows = await asyncio.to_thread(_read_database, self.stage.database)
-            last = {m.partition: m.seq for m in logged}
-            if all(applied.get(p, 0) == seq for p, seq in last.items()) or time.monotonic() > deadline:
-                return [*logged, *(Billed(row=row) for row in rows)]
+            late = time.monotonic() > deadline
+            try:
+                logged = await _read_log(broker)
+                applied, rows = await asyncio.to_thread(_read_database, self.stage.database)
+                last = {m.partition: m.seq for m in logged}
+                if late or all(applied.get(p, 0) == seq for p, seq in last.items()):
+                    return [*logged, *(Billed(row=row) for row in rows)]
+            except BrokerUnavailable as error:
+                if late:
+                    raise Died(f"the log cannot be read in the end: {error}") from error
             await asyncio.sleep(0.3)
 
 

@@ -34,23 +34,33 @@ class Summary(msgspec.Struct, kw_only=True):
     subscribers: int = 0
     events: int = 0
     received: int = 0
-    faults: Counter[str] = msgspec.field(default_factory=Counter)
+    faults: dict[str, int] = {}
     resumes: int = 0
     takeovers: int = 0
-    terminals: Counter[str] = msgspec.field(default_factory=Counter)
-    dropped: Counter[str] = msgspec.field(default_factory=Counter)
+    terminals: dict[str, int] = {}
+    dropped: dict[str, int] = {}
     slowest_end: float = 0.0
     peak_mb: dict[str, int] = {}
     violations: int = 0
+    not_run: int = 0
     found: list[Found] = []
 
     def add(self, other: "Summary") -> None:
         """Add another summary to this one."""
-        for name in ("runs", "seconds", "requests", "subscribers", "events", "received", "resumes", "takeovers"):
+        for name in (
+            "runs",
+            "seconds",
+            "requests",
+            "subscribers",
+            "events",
+            "received",
+            "resumes",
+            "takeovers",
+            "not_run",
+        ):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.faults += other.faults
-        self.terminals += other.terminals
-        self.dropped += other.dropped
+        for name in ("faults", "terminals", "dropped"):
+            setattr(self, name, dict(Counter(getattr(self, name)) + Counter(getattr(other, name))))
         self.slowest_end = max(self.slowest_end, other.slowest_end)
         self.peak_mb = {
             name: max(self.peak_mb.get(name, 0), other.peak_mb.get(name, 0))

@@ -44,7 +44,10 @@ ELSEWHERE = {
     "docker compose up --build --wait -d": "tests/acceptance/test_compose.py",
     "docker compose down": "tests/acceptance/test_compose.py",
 }
-OTHERS = {"docs/benchmarks.md": "tests/acceptance/test_bench.py"}
+OTHERS = {
+    "docs/benchmarks.md": "tests/acceptance/test_bench.py",
+    "docs/chaos.md": "tests/acceptance/test_chaos.py",
+}
 SETTINGS: dict[str, tuple[type[msgspec.Struct], str]] = {
     "Shared": (Shared, "TAILRACE_"),
     "Producer": (ProducerSettings, "TAILRACE_PRODUCER_"),

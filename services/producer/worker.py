@@ -1,7 +1,7 @@
 """Takes requests from the work queue, a bounded number at a time, and keeps their leases."""
 
 import asyncio
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 import structlog
@@ -10,7 +10,7 @@ from nats.aio.subscription import Subscription
 from nats.js.errors import APIError
 
 from schemas.requests import Request
-from schemas.subjects import control_subject, dead_subject, lane_of
+from schemas.subjects import Address, control_subject, dead_subject, lane_of
 from services.kit.broker import BrokerUnavailable
 from services.producer import metrics
 from services.producer.adapters.publisher import Lease
@@ -55,6 +55,7 @@ class Worker:
         self.max_deliver = max_deliver
         self.running: dict[str, Relay] = {}  # by acknowledgement subject; bounded by slots
         self._leases: dict[str, Lease] = {}  # also of requests that wait for a slot; bounded by twice the slots
+        self._held: dict[Address, Lease] = {}  # the same, by generation
         self._broker = outside.broker
         self._slot = asyncio.Semaphore(slots)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -125,16 +126,22 @@ class Worker:
             log.error("request is not readable", subject=msg.subject, detail=str(error))
             await self._reject(msg, attempt, lease, str(error))
             return
+        held = self._held.get(relay.address)
+        if held is not None and not held.is_over():
+            # A queue that was killed may not know what it gave; our renewals and our answer count for this copy too.
+            log.info("request came again while it is held here", generation=request.generation)
+            return
         metrics.QUEUE_WAIT.observe(max(0.0, self.outside.clock.wall() - request.created_at))
-        self._leases[msg.reply] = lease
+        self._leases[msg.reply] = self._held[relay.address] = lease
         try:
             async with self._slot:
                 self.running[msg.reply] = relay
                 metrics.ACTIVE.set(len(self.running))
                 answer = await self._run(relay, attempt, msg)
         finally:
-            self.running.pop(msg.reply, None)
-            del self._leases[msg.reply]
+            _drop(self.running, msg.reply, relay)
+            _drop(self._leases, msg.reply, lease)
+            _drop(self._held, relay.address, lease)
         # Whose lease has run out has no say any more: any answer would count for the producer that runs it now.
         if answer is not None and not lease.is_over():
             await self._publish(msg.reply, answer)
@@ -244,6 +251,12 @@ class Worker:
             await self._broker.publish(subject, data, reply=reply)
         except BrokerUnavailable as error:
             log.warning("cannot publish", subject=subject, detail=str(error))
+
+
+def _drop(owners: dict[Any, Any], key: object, own: object) -> None:
+    """Remove what is one's own; a successor's stays."""
+    if owners.get(key) is own:
+        del owners[key]
 
 
 def _attempt(reply: str) -> int:

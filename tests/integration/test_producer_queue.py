@@ -6,6 +6,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from nats.aio.msg import Msg
 from prometheus_client import REGISTRY
 
 from schemas.codec import encode_event
@@ -210,7 +211,7 @@ async def test_a_lost_lease_of_a_silent_answer_that_is_just_told_to_stall_ends_n
 async def test_a_zombie_that_still_believes_in_its_lease_is_not_accepted(broker: Broker, nats_url: str) -> None:
     request = ask("g1", params={"tokens": 200, "tokens_per_second": 60})
     await broker.apply(SHORT_LEASE)
-    async with Broker.connect(nats_url, "test-other") as other_broker, producing(broker, lease=1.5) as zombie:
+    async with Broker.connect(nats_url, "test-other") as other_broker, producing(broker, slots=1, lease=1.5) as zombie:
         zombie._renew = _no_heartbeat  # type: ignore[method-assign, assignment]  # the fault
         zombie.lease = 600.0  # and it does not even know
         await enqueue(broker, request)
@@ -225,6 +226,26 @@ async def test_a_zombie_that_still_believes_in_its_lease_is_not_accepted(broker:
     assert any(isinstance(event, Delta) for event in late), "the zombie went on"
     assert sum(map(is_terminal, late)) == 1, "and even ended it"
     assert sum(map(is_terminal, events)) == 1
+
+
+@pytest.mark.parametrize("deliveries", ["1", "2"])
+async def test_a_request_that_comes_again_while_it_runs_here_disturbs_nothing(broker: Broker, deliveries: str) -> None:
+    """So does a queue that was killed before it had stored what it had given."""
+    request = ask("g1", params={"tokens": 100, "tokens_per_second": 100})
+    async with producing(broker) as producer:
+        await enqueue(broker, request)
+        await deltas(broker, request, 3)
+        (reply,) = producer.running
+        again = reply.split(".")
+        again[4] = deliveries
+        subject = request_subject("default", "g1")
+        msg = Msg(broker.client, subject, ".".join(again), msgspec.json.encode(request))
+        producer._take(msg, asyncio.get_running_loop().time())
+        await ended_log(broker, request)
+        await eventually(lambda: queue_is_empty(broker))
+        await eventually(lambda: not producer._tasks)
+        assert (producer.running, producer._leases, producer._held) == ({}, {}, {})
+    assert kinds(await assert_sound(broker, request)) == ["started", "delta", "usage", "completed"]
 
 
 async def test_an_epoch_that_another_producer_has_begun_is_not_begun_again(broker: Broker) -> None:

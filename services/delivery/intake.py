@@ -111,8 +111,9 @@ class Intake:
             record, revision = found
             if record.state in ENDED:
                 return record.state
+            # Also for a running one: its producer may be lost, and the next one is to find the wish.
             wanted = msgspec.structs.replace(record, state="cancelling")
-            if record.state != "queued" or await self._lookups.update(wanted, revision):
+            if record.state == "cancelling" or await self._lookups.update(wanted, revision):
                 break
         answer = await self._broker.request(control_subject(tenant, session, generation), b"cancel")
         if answer is None:

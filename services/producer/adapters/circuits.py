@@ -25,6 +25,7 @@ log = structlog.get_logger()
 _PREFIX: Final = "circuit."
 _STATES: Final = {"closed": 0, "half-opened": 1, "opened": 2}
 _REOPEN_WATCH: Final = 1.0
+WATCH_SECONDS: Final = 60.0  # a watch that has died without a word is noticed after so long
 COUNTED: Final = frozenset(
     {
         "upstream_overloaded",
@@ -111,7 +112,7 @@ class Circuits:
         watcher: Any = await bucket.watch(_PREFIX + ">", include_history=False)
         try:
             while True:
-                entry = await watcher.updates(timeout=3_600)
+                entry = await watcher.updates(timeout=WATCH_SECONDS)
                 if entry is not None and entry.value:
                     self._take_over(entry.key.removeprefix(_PREFIX), entry.value)
         finally:

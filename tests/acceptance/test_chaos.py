@@ -16,8 +16,10 @@ from bench.chaos.summary import Summary
 
 pytestmark = pytest.mark.acceptance
 ROOT = Path(__file__).parents[2]
+ATTEMPTS = 4
 
 
+@pytest.mark.timeout(400)
 def test_a_short_run_on_three_brokers_keeps_every_promise(tmp_path: Path) -> None:
     summary, kept = tmp_path / "chaos.json", tmp_path / "kept"
     command = ["chaos", "--seeds", "6", "--seconds", "8", "--shrink", "0", "--json", str(summary), "--keep", str(kept)]
@@ -73,11 +75,18 @@ PLANTED = {
 }
 
 
+@pytest.mark.timeout(400)
 async def test_planted_bugs_are_caught(tmp_path: Path) -> None:
-    async def rules(bug: str) -> set[str]:
-        run = Run(PLANTED[bug][0], tmp_path / bug, bug, patience=5.0)
+    async def rules(bug: str, attempt: int) -> set[str]:
+        run = Run(PLANTED[bug][0], tmp_path / f"{bug}-{attempt}", bug, patience=5.0)
         return {violation.rule for violation in check(Evidence.of(await run.execute()))}
 
-    found = dict(zip(PLANTED, await asyncio.gather(*map(rules, PLANTED)), strict=True))
-    for bug, (_, telling) in PLANTED.items():
-        assert found[bug] & telling, f"{bug}: {found}"
+    # Whether a fault meets the bug depends on when processes get their turn: one of a few runs has to show it.
+    hidden, found = dict(PLANTED), {}
+    for attempt in range(ATTEMPTS):
+        for bug, seen in zip(hidden, await asyncio.gather(*(rules(bug, attempt) for bug in hidden)), strict=True):
+            found[bug, attempt] = seen
+        hidden = {bug: plan for bug, plan in hidden.items() if not found[bug, attempt] & plan[1]}
+        if not hidden:
+            return
+    assert not hidden, f"not caught: {sorted(hidden)}; seen: {found}"

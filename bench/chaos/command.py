@@ -19,7 +19,7 @@ from bench.chaos.evidence import Evidence
 from bench.chaos.history import read_history
 from bench.chaos.planted import BUGS
 from bench.chaos.run import Run
-from bench.chaos.schedule import Fault, Schedule, Shape, draw
+from bench.chaos.schedule import KINDS, Fault, FaultKind, Schedule, draw, shape_of
 from bench.chaos.shrink import shrink
 from bench.chaos.summary import Found, Summary, summary_of
 from bench.chaos.violation import Violation
@@ -44,6 +44,8 @@ def parse_seeds(text: str) -> list[int]:
     seeds: list[int] = []
     for part in text.split(","):
         first, dash, last = part.partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ValueError(f"seeds {text!r}: use numbers and ranges like 1-5,9")
         seeds += range(int(first), int(last if dash else first) + 1)
     if not seeds:
         raise ValueError(f"{text!r} names no seed")
@@ -62,6 +64,8 @@ Exit code: 0 no violation, 1 violations, 2 it could not be run.
 @click.option("--seeds", default="1", show_default=True, help="Which schedules: 1-100, or 3,7.")
 @click.option("--seconds", default=60.0, show_default=True, type=click.FloatRange(5), help="How long faults go on.")
 @click.option("--nodes", default="3", show_default=True, type=click.Choice(["1", "3"]), help="Nodes of the broker.")
+@click.option("--fault", "faults", multiple=True, type=click.Choice(list(KINDS)), help="Only faults of this kind.")
+@click.option("--on", "targets", multiple=True, help="Only faults of these: producer, delivery-0, node …")
 @click.option("--planted", type=click.Choice(list(BUGS)), help="Start the services with this bug.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the summary as JSON.")
 @click.option("--keep", type=click.Path(path_type=Path), help="Keep histories and logs of all runs in this folder.")
@@ -71,6 +75,8 @@ def chaos(  # noqa: D103  # the text is that of the decorator
     seeds: str,
     seconds: float,
     nodes: str,
+    faults: tuple[FaultKind, ...],
+    targets: tuple[str, ...],
     planted: str | None,
     json_file: Path | None,
     keep: Path | None,
@@ -89,13 +95,14 @@ def chaos(  # noqa: D103  # the text is that of the decorator
         sys.exit(EXIT_WRONG if violations else 0)
     try:
         numbers = parse_seeds(seeds)
+        shape = shape_of(int(nodes), faults, targets)
     except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="--seeds") from error
+        raise click.UsageError(str(error)) from error
     trial = Trial(console, keep or Path(tempfile.mkdtemp(prefix="tailrace-chaos-")), planted or "", shrink_runs)
     try:
         for seed in numbers:
             try:
-                total.add(trial.seed(draw(seed, seconds, Shape(nodes=int(nodes)))))
+                total.add(trial.seed(draw(seed, seconds, shape)))
             except (Died, TimeoutError) as error:
                 total.not_run += 1
                 console.print(f"seed {seed}: not run: {error!r}")

@@ -41,10 +41,16 @@ class Run:
     """One run of a schedule in a folder of its own.
 
     ``planted``: a bug to start the services with. ``patience``: seconds after the last fault until all must have ended.
+
+    Raises:
+        Died: the folder exists, or there are no ports.
     """
 
     def __init__(self, schedule: Schedule, folder: Path, planted: str = "", patience: float = END_SECONDS) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError as error:
+            raise Died(f"{folder} is there already: a run needs a folder of its own") from error
         self.schedule = schedule
         self.history = History(folder / "history.jsonl")
         self.stage = Stage(folder, schedule.nodes, planted)

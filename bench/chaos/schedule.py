@@ -1,12 +1,14 @@
 """What happens in a run and when, drawn from a seed. Pure."""
 
 import random
+from collections.abc import Sequence
 from typing import Final, Literal
 
 import msgspec
 
 __all__ = [
     "DELIVERIES",
+    "KINDS",
     "LEASE",
     "PRODUCERS",
     "SERVICES",
@@ -19,6 +21,7 @@ __all__ = [
     "Shape",
     "Watch",
     "draw",
+    "shape_of",
 ]
 
 LEASE: Final = 3.0
@@ -120,6 +123,31 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
     restarts: float = 0.5
     kinds: dict[FaultKind, float] = msgspec.field(default_factory=lambda: dict(KINDS))
     targets: tuple[str, ...] = ()
+
+
+def shape_of(nodes: int, kinds: Sequence[FaultKind] = (), targets: Sequence[str] = ()) -> Shape:
+    """Return the shape with only these kinds of fault, of these targets, which may be beginnings of names.
+
+    Raises:
+        ValueError: nothing is called so, or none of these faults can befall any of these targets.
+    """
+    known = (*SERVICES, *(f"node-{n}" for n in range(nodes)))
+    for target in targets:
+        if not any(name.startswith(target) for name in known):
+            raise ValueError(f"nothing is called {target!r}: use one of {', '.join(known)}")
+    names = tuple(name for name in known if name.startswith(tuple(targets))) if targets else ()
+    weights = {kind: weight for kind, weight in KINDS.items() if kind in (kinds or KINDS) and _befalls(kind, names)}
+    if not weights:
+        raise ValueError(f"no fault of {', '.join(kinds)} can befall {', '.join(names)}")
+    return Shape(nodes=nodes, kinds=weights, targets=names)
+
+
+def _befalls(kind: FaultKind, names: Sequence[str]) -> bool:
+    """Tell whether a kind of fault can befall any of the targets; links are those of services."""
+    if not names:
+        return True
+    nodes = [name.startswith("node-") for name in names]
+    return any(nodes) if kind == "outage" else kind not in ("cut", "hold", "slow") or not all(nodes)
 
 
 class Schedule(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,10 +1,11 @@
 """Schedules are the seed's, heal in time and leave targets room; fewer faults are found in few runs."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from bench.chaos.command import parse_seeds
-from bench.chaos.schedule import Shape, draw
+from bench.chaos.schedule import Shape, draw, shape_of
 from bench.chaos.shrink import shrink
 
 SEEDS = st.integers(0, 10_000)
@@ -46,6 +47,29 @@ def test_subscribers_and_cancellations_belong_to_requests(seed: int) -> None:
 def test_faults_can_be_limited_to_kinds_and_targets() -> None:
     faults = draw(3, 60.0, Shape(kinds={"hold": 1.0}, targets=("producer-0",))).faults
     assert {(fault.kind, fault.target) for fault in faults} == {("hold", "producer-0")}
+
+
+def test_targets_may_be_named_by_their_beginning() -> None:
+    shape = shape_of(3, ("cut", "hold"), ("producer", "node-2"))
+    assert set(shape.kinds) == {"cut", "hold"}
+    assert shape.targets == ("producer-0", "producer-1", "node-2")
+    assert shape_of(1) == Shape(nodes=1)
+    with pytest.raises(ValueError, match="nothing is called 'producers'"):
+        shape_of(3, (), ("producers",))
+    with pytest.raises(ValueError, match="no fault of cut can befall node-0"):
+        shape_of(1, ("cut",), ("node",))
+
+
+@given(SEEDS, st.lists(st.sampled_from(("node", "producer-1", "delivery"))))
+def test_limited_faults_befall_nothing_else(seed: int, targets: list[str]) -> None:
+    faults = draw(seed, 20.0, shape_of(3, (), targets)).faults
+    assert not targets or all(fault.target.startswith(tuple(targets)) for fault in faults)
+
+
+@pytest.mark.parametrize("text", ["", "a", "1-", "-3", "1,,2"])
+def test_what_names_no_seed_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="use numbers and ranges"):
+        parse_seeds(text)
 
 
 def test_seeds_are_ranges_and_numbers() -> None:

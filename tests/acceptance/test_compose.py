@@ -15,7 +15,8 @@ import pytest
 from tests.acceptance.processes import REPOSITORY, Subscriber, log_events, text_of
 from tests.conftest import eventually, free_port, require
 
-pytestmark = [pytest.mark.compose, pytest.mark.acceptance]
+# Building the image and starting everything takes minutes on a small machine.
+pytestmark = [pytest.mark.compose, pytest.mark.acceptance, pytest.mark.timeout(1_500)]
 
 REQUEST = {"model": "scripted/story", "messages": [{"role": "user", "content": "Tell me a story."}]}
 

@@ -22,8 +22,10 @@ from services.delivery.describe import describe_streams
 from services.delivery.hub import Hub, Limits
 from services.delivery.intake import Intake
 from services.delivery.lookups import Lookups
+from services.delivery.streams import Streams
 from services.delivery.transports.bodies import reading_bodies
 from services.delivery.transports.sse import RAW_SEND, SessionEvents
+from services.kit.auth.principal import PRINCIPAL, Principal
 from services.kit.broker import Broker
 from services.kit.clock import SystemClock
 from services.kit.http import probes, serving
@@ -106,7 +108,7 @@ def build_app(hub: Hub, shared: Shared, settings: Settings) -> Any:
     """Return the ASGI application."""
     lookups = Lookups(hub.broker, hub.clock, hub.partition)
     intake = Intake(hub.broker, hub, lookups, hub.clock, shared.pool)
-    events = SessionEvents(hub, lookups, shared.tenant)
+    events = SessionEvents(Streams(hub, lookups))
 
     @get("/v1/sessions/{session:str}/events", include_in_schema=False)
     async def session_events(request: Request[Any, Any, Any]) -> ASGIApp:
@@ -141,7 +143,10 @@ def build_app(hub: Hub, shared: Shared, settings: Settings) -> Any:
     )
     describe_streams(litestar.openapi_schema)
 
+    principal = Principal(tenant=shared.tenant)
+
     async def app(scope: Any, receive: Any, send: Any) -> None:
+        scope[PRINCIPAL] = principal
         scope[RAW_SEND] = send  # streams write their body past the wrappers that every ordinary answer needs
         await litestar(scope, receive, send)
 

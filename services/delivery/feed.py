@@ -13,7 +13,8 @@ from schemas.events import TERMINAL_TYPES
 from schemas.subjects import live_filter
 from services.delivery import metrics
 from services.delivery.core.entries import Positions, Tail, replay_start
-from services.delivery.core.frames import Chunk, Frames, Framing
+from services.delivery.core.formats import Address, Format
+from services.delivery.core.frames import Chunk, Frames
 from services.delivery.log_reader import LogReader
 from services.delivery.subscriber import Subscriber
 from services.kit.broker import Broker, BrokerUnavailable, ReadFailed, Stored
@@ -44,6 +45,7 @@ class Feed:
         self.tenant = tenant
         self.session = session
         self.issuer = issuer
+        self.address = Address(session, issuer.prefix.encode())
         self.tail = Tail(0, max_bytes)
         self.subscribers: set[Subscriber] = set()
         self.readers: set[Subscriber] = set()  # those that are served from the log until they can be subscribers
@@ -53,7 +55,7 @@ class Feed:
         self._clock = clock
         self._max_bytes = max_bytes
         self._reader = LogReader(broker, issuer.partition, tenant, session)
-        self._frames: dict[Framing, Frames] = {}
+        self._frames: dict[Format, Frames] = {}
         self._subscription: Subscription | None = None
         self._last_seq = 0
         self._on_subject: dict[str, int] = {}  # last stream sequence seen of each generation …
@@ -348,7 +350,7 @@ class Feed:
         """Write to every subscriber that is ready: one chunk for all that stand at the same index."""
         self._flush_due = False
         end = self.tail.end
-        chunks: dict[tuple[Framing, str | None, int], Chunk] = {}
+        chunks: dict[tuple[Format, str | None, int], Chunk] = {}
         writes = 0
         now = self._clock.monotonic()
         for subscriber in tuple(self.subscribers):
@@ -357,10 +359,12 @@ class Feed:
             if subscriber.index < self.tail.base:
                 subscriber.finish("behind")
                 continue
-            key = (subscriber.framing, subscriber.generation, subscriber.index)
+            key = (subscriber.format, subscriber.generation, subscriber.index)
             chunk = chunks.get(key)
             if chunk is None:
                 chunk = chunks[key] = self._chunk(subscriber)
+            if chunk.count > subscriber.room or chunk.size > subscriber.space:
+                chunk = self._granted(subscriber)
             subscriber.sent_at = now
             subscriber.deliver(chunk)
             writes += 1
@@ -377,11 +381,18 @@ class Feed:
             if subscriber.index < self.tail.base:
                 subscriber.finish("behind")
                 return
-            subscriber.deliver(self._chunk(subscriber))
+            subscriber.deliver(self._granted(subscriber))
 
     def _chunk(self, subscriber: Subscriber) -> Chunk:
-        frames = self._frames.get(subscriber.framing)
+        return self._framed(subscriber).chunk(subscriber.index, subscriber.generation, WRITE_BYTES)
+
+    def _granted(self, subscriber: Subscriber) -> Chunk:
+        """Return what a subscriber may be sent of what it is to get."""
+        size = min(WRITE_BYTES, subscriber.space)
+        return self._framed(subscriber).chunk(subscriber.index, subscriber.generation, size, subscriber.room)
+
+    def _framed(self, subscriber: Subscriber) -> Frames:
+        frames = self._frames.get(subscriber.format)
         if frames is None:
-            frames = Frames(self.tail, subscriber.framing, self.issuer.prefix.encode())
-            self._frames[subscriber.framing] = frames
-        return frames.chunk(subscriber.index, subscriber.generation, WRITE_BYTES)
+            frames = self._frames[subscriber.format] = Frames(self.tail, subscriber.format, self.address)
+        return frames

@@ -11,7 +11,7 @@ import structlog
 from schemas.cursor import CursorIssuer
 from schemas.topology import token_stream
 from services.delivery import metrics
-from services.delivery.core import sse
+from services.delivery.core.formats import Address
 from services.delivery.errors import TooBusy
 from services.delivery.feed import Feed
 from services.delivery.log_reader import LogReader
@@ -54,6 +54,37 @@ class Limits:
         self.heartbeat = heartbeat
         self.lifetime = lifetime
         self.stall = stall
+
+
+class _Piece:
+    """What is gathered from the log for one write to a subscriber."""
+
+    def __init__(self, subscriber: Subscriber) -> None:
+        self.frames: list[bytes] = []
+        self._subscriber = subscriber
+        self._events = 0
+        self._size = 0
+
+    def add(self, frame: bytes) -> None:
+        self.frames.append(frame)
+        self._events += 1
+        self._size += len(frame)
+
+    @property
+    def is_full(self) -> bool:
+        subscriber = self._subscriber
+        return self._size >= min(PIECE_BYTES, subscriber.space) or self._events >= subscriber.room
+
+    async def send(self, seq: int, *, ends: bool) -> None:
+        """Send it, and wait until there is room for another: who reads is then served up to ``seq``."""
+        subscriber = self._subscriber
+        if self.frames:
+            await subscriber.send(subscriber.format.message(self.frames, ends=ends))
+            subscriber.count(self._events, self._size)
+        subscriber.seq = seq
+        self.frames, self._events, self._size = [], 0, 0
+        if not ends:
+            await subscriber.has_room()
 
 
 class Hub:
@@ -142,44 +173,33 @@ class Hub:
         """
         metrics.REPLAYS.inc()
         reader = self.reader(feed.tenant, feed.session, feed.issuer.partition)
-        prefix = feed.issuer.prefix.encode()
         while subscriber.seq < feed.tail.floor and not subscriber.done.done():
             floor = feed.tail.floor
-            if await self._send_stored(reader, subscriber, prefix, floor):
+            if await self._send_stored(reader, subscriber, feed.address, floor):
                 return True
             if not subscriber.done.done():
                 subscriber.seq = max(subscriber.seq, floor)
         return False
 
-    async def _send_stored(self, reader: LogReader, subscriber: Subscriber, prefix: bytes, floor: int) -> bool:
-        generation = subscriber.generation
+    async def _send_stored(self, reader: LogReader, subscriber: Subscriber, at: Address, floor: int) -> bool:
+        generation, format_ = subscriber.generation, subscriber.format
         filter_ = reader.subject(generation or "*")
         told: set[str] = set()
-        frames: list[bytes] = []
-        size = 0
+        piece = _Piece(subscriber)
         async for batch in self.broker.read(reader.stream, filter_, subscriber.seq + 1, up_to=floor):
             for stored in batch:
                 entry = await reader.accept(stored)
                 if entry is not None:
                     if entry.generation in reader.headless - told:
                         told.add(entry.generation)
-                        frames.append(sse.gap_frame("beginning_expired", entry.generation))
-                    frames.append(subscriber.framing(entry, prefix))
-                    size += len(frames[-1])
-                    metrics.EVENTS_OUT.inc()
+                        piece.frames.append(format_.gap("beginning_expired", entry.generation, at))
+                    piece.add(format_.frame(entry, at))
                 ends = entry is not None and generation is not None and entry.terminal
-                if ends or stored is batch[-1] or size >= PIECE_BYTES:
-                    await self._send_piece(subscriber, frames, stored.seq, ends=ends)
-                    frames, size = [], 0
+                if ends or stored is batch[-1] or piece.is_full:
+                    await piece.send(stored.seq, ends=ends)
                     if ends or subscriber.done.done():
                         return ends
         return False
-
-    @staticmethod
-    async def _send_piece(subscriber: Subscriber, frames: list[bytes], seq: int, *, ends: bool) -> None:
-        if frames:
-            await subscriber.send({"type": "http.response.body", "body": b"".join(frames), "more_body": not ends})
-        subscriber.seq = seq
 
     @contextlib.contextmanager
     def stream(self) -> Iterator[None]:
@@ -193,9 +213,12 @@ class Hub:
             if self._streams == 0:
                 self._quiet.set()
 
-    def lifetime(self) -> float:
-        """Return when a stream that begins now is to end (monotonic seconds)."""
-        return self.clock.monotonic() + self.limits.lifetime * random.uniform(0.8, 1.0)
+    def set_end(self, subscriber: Subscriber, expires_at: float | None) -> None:
+        """Set when a stream that begins now is to end; ``expires_at``: of its credentials, in seconds since 1970."""
+        now = self.clock.monotonic()
+        subscriber.until = now + self.limits.lifetime * random.uniform(0.8, 1.0)
+        if expires_at is not None and now + expires_at - self.clock.wall() < subscriber.until:
+            subscriber.until, subscriber.until_reason = now + expires_at - self.clock.wall(), "expired"
 
     async def run(self) -> None:
         """Keep streams alive and close what is idle; runs until cancelled."""
@@ -229,7 +252,6 @@ class Hub:
         return feed
 
     def _sweep(self, now: float) -> None:
-        heartbeat: dict[str, Any] = {"type": "http.response.body", "body": sse.HEARTBEAT, "more_body": True}
         size = 0
         for key, feed in list(self._feeds.items()):
             size += feed.tail.bytes
@@ -242,22 +264,24 @@ class Hub:
             elif feed.is_quiet(now) and self.broker.is_connected:
                 self._spawn(self._check(feed))
             for subscriber in feed.everyone():
-                self._look_after(subscriber, now, heartbeat)
+                self._look_after(subscriber, now)
         if self.broker.is_connected:
             self._spawn(self._look_for_new_logs())
             self._spawn(self._look_for_moves(now))
         metrics.FEEDS.set(len(self._feeds))
         metrics.FEED_BYTES.set(size)
 
-    def _look_after(self, subscriber: Subscriber, now: float, heartbeat: dict[str, Any]) -> None:
+    def _look_after(self, subscriber: Subscriber, now: float) -> None:
         if subscriber.blocked_at is not None:
             if now - subscriber.blocked_at > self.limits.stall:
                 subscriber.finish("evicted")
         elif now > subscriber.until:
-            subscriber.finish("lifetime")
-        elif now - subscriber.sent_at > self.limits.heartbeat and subscriber.ready:
+            subscriber.finish(subscriber.until_reason)
+        elif now - subscriber.sent_at > self.limits.heartbeat and not subscriber.done.done():
             subscriber.sent_at = now
-            subscriber.start(heartbeat)
+            heartbeat = subscriber.format.heartbeat()
+            if heartbeat is not None:
+                subscriber.start(heartbeat)
 
     async def _reconnected(self) -> None:
         self._states.clear()

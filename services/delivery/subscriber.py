@@ -5,11 +5,12 @@ from collections.abc import Awaitable, Callable, Generator, Iterator
 from typing import Any
 
 from services.delivery import metrics
-from services.delivery.core.frames import Chunk, Framing
+from services.delivery.core.formats import Format
+from services.delivery.core.frames import UNLIMITED, Chunk
 
 __all__ = ["Send", "Subscriber"]
 
-Send = Callable[[dict[str, Any]], Awaitable[None]]
+Send = Callable[[Any], Awaitable[None]]
 
 
 class _Rest:
@@ -39,30 +40,39 @@ class Subscriber:
     """A client reading a session (``generation`` is None) or one generation.
 
     ``index`` is the next entry of the feed's tail that it is to get; ``seq`` the stream sequence up to which it has
-    been served. ``done`` resolves with the reason when its stream ends. A write that has to wait becomes a task;
-    meanwhile the subscriber only falls behind and later gets everything that it missed in few writes.
+    been served. ``done`` resolves with the reason when its stream ends; ``until`` and ``until_reason`` say when it ends
+    at the latest (monotonic seconds), and why. A write that has to wait becomes a task; meanwhile the subscriber only
+    falls behind and later gets everything that it missed in few writes.
+
+    ``room`` and ``space``: how many events and bytes it may be sent, where the client grants them; the last event may
+    go beyond ``space``.
     """
 
     __slots__ = (
         "_after",
         "_blocked",
         "_loop",
+        "_roomy",
         "_send",
         "_wake",
         "blocked_at",
+        "delivered",
         "done",
-        "framing",
+        "format",
         "generation",
         "index",
         "joined",
+        "room",
         "sent_at",
         "seq",
+        "space",
         "until",
+        "until_reason",
     )
 
-    def __init__(self, send: Send, framing: Framing, generation: str | None, seq: int) -> None:
+    def __init__(self, send: Send, format_: Format, generation: str | None, seq: int) -> None:
         self._loop = loop = asyncio.get_running_loop()
-        self.framing = framing
+        self.format = format_
         self.generation = generation
         self.index = 0
         self.seq = seq
@@ -70,16 +80,21 @@ class Subscriber:
         self.done: asyncio.Future[str] = loop.create_future()
         self.sent_at = loop.time()
         self.until = float("inf")
+        self.until_reason = "lifetime"
+        self.room = UNLIMITED
+        self.space = UNLIMITED
+        self.delivered = 0
         self._send = send
         self.blocked_at: float | None = None
         self._blocked: asyncio.Task[None] | None = None
         self._wake: Callable[[Subscriber], None] | None = None
+        self._roomy: asyncio.Event | None = None
         self._after: str | None = None
 
     @property
     def ready(self) -> bool:
         """Whether a write can be started now."""
-        return self._blocked is None and not self.done.done()
+        return self._blocked is None and self.room > 0 and self.space > 0 and not self.done.done()
 
     def on_ready(self, wake: Callable[["Subscriber"], None]) -> None:
         """Call ``wake`` whenever a write that had to wait is through."""
@@ -90,13 +105,42 @@ class Subscriber:
         self.index = chunk.stop
         self.seq = chunk.last_seq or self.seq
         if chunk.count:
-            metrics.EVENTS_OUT.inc(chunk.count)
+            self.count(chunk.count, chunk.size)
             self.start(chunk.message)
         if chunk.ends:
             self.finish("terminal")
 
-    def start(self, message: dict[str, Any]) -> None:
-        """Start to send an ASGI message. Must not be called while another one waits."""
+    def count(self, events: int, size: int) -> None:
+        """Note what was sent: it takes from what the client has granted."""
+        metrics.EVENTS_OUT.inc(events)
+        self.delivered += events
+        if self.room != UNLIMITED:
+            self.room -= events
+        if self.space != UNLIMITED:
+            self.space -= size
+
+    def limit(self, room: int, space: int) -> None:
+        """Set what may be sent from now on, in events and bytes; serve it if it waited for that."""
+        self.room, self.space = room, space
+        if self._roomy is not None:
+            self._roomy.set()
+        if self.ready and self.joined and self._wake is not None:
+            self._wake(self)
+
+    async def has_room(self) -> None:
+        """Wait until something may be sent, or the stream is to end."""
+        self._roomy = self._roomy or asyncio.Event()
+        while not (self.room > 0 and self.space > 0) and not self.done.done():
+            self._roomy.clear()
+            waiting = asyncio.ensure_future(self._roomy.wait())
+            try:
+                either: set[asyncio.Future[Any]] = {waiting, self.done}
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                waiting.cancel()
+
+    def start(self, message: Any) -> None:
+        """Start to send a message. Must not be called while another one waits."""
         try:
             steps = iter(self._send(message).__await__())
             future = next(steps)
@@ -109,8 +153,8 @@ class Subscriber:
         self.blocked_at = self._loop.time()
         self._blocked = self._loop.create_task(self._wait(_Rest(steps, future)))
 
-    async def send(self, message: dict[str, Any]) -> None:
-        """Send an ASGI message and wait until it is through or the stream is to end: for catching up."""
+    async def send(self, message: Any) -> None:
+        """Send a message and wait until it is through or the stream is to end: for catching up."""
         self.start(message)
         if self._blocked is not None:
             either: set[asyncio.Future[Any]] = {self._blocked, self.done}

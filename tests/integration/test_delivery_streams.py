@@ -392,17 +392,16 @@ async def test_answer_whose_beginning_has_expired_is_told_and_goes_on(stage: Sta
 
 
 async def test_many_subscribers_share_one_feed_and_one_framing(stage: Stage, log: Log, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    from services.delivery.core import sse
-    from services.delivery.transports import sse as transport
+    from services.delivery.core.sse import ServerSentEvents
 
     framed: list[int] = []
-    original = sse.frame
+    original = ServerSentEvents.frame
 
-    def counting(entry, prefix):  # type: ignore[no-untyped-def]
+    def counting(self, entry, at):  # type: ignore[no-untyped-def]
         framed.append(entry.seq)
-        return original(entry, prefix)
+        return original(self, entry, at)
 
-    monkeypatch.setattr(transport.sse, "frame", counting)
+    monkeypatch.setattr(ServerSentEvents, "frame", counting)
     events = story("g1", 50)
     readers = [stage.events() for _ in range(50)]
 

@@ -1,42 +1,48 @@
-"""Frames of a feed: each event is encoded once for a dialect, whatever the number of subscribers."""
+"""Frames of a feed: each event is encoded once for a format, whatever the number of subscribers."""
 
-from collections.abc import Callable
+import sys
+from typing import Final
 
-from services.delivery.core.entries import Entry, Tail
+from services.delivery.core.entries import Tail
+from services.delivery.core.formats import Address, Format
 
-__all__ = ["Chunk", "Frames", "Framing"]
+__all__ = ["UNLIMITED", "Chunk", "Frames"]
 
-Framing = Callable[[Entry, bytes], bytes]
+UNLIMITED: Final = sys.maxsize
 
 
 class Chunk:
-    """What one write brings: frames joined, the index after them, and whether the wanted generation ends with them."""
+    """What one write brings: its message, the index after it, and whether the wanted generation ends with it.
 
-    __slots__ = ("count", "data", "ends", "last_seq", "message", "stop")
+    ``count`` events of ``size`` bytes; ``last_seq``: the stream sequence up to which the subscriber is served with it.
+    """
 
-    def __init__(self, data: bytes, count: int, stop: int, last_seq: int, ends: bool) -> None:
-        self.data = data
+    __slots__ = ("count", "ends", "last_seq", "message", "size", "stop")
+
+    def __init__(self, message: object, count: int, size: int, stop: int, last_seq: int, ends: bool) -> None:
+        self.message = message
         self.count = count
+        self.size = size
         self.stop = stop
         self.last_seq = last_seq
         self.ends = ends
-        self.message = {"type": "http.response.body", "body": data, "more_body": not ends}
 
 
 class Frames:
-    """The frames of a tail in one dialect, made when first wanted."""
+    """The frames of a tail in one format, made when first wanted."""
 
-    def __init__(self, tail: Tail, framing: Framing, prefix: bytes) -> None:
+    def __init__(self, tail: Tail, format_: Format, at: Address) -> None:
         self._tail = tail
-        self._framing = framing
-        self._prefix = prefix
+        self._format = format_
+        self._at = at
         self._frames: list[bytes] = []
         self._base = tail.base
 
-    def chunk(self, start: int, generation: str | None, max_bytes: int) -> Chunk:
+    def chunk(self, start: int, generation: str | None, max_bytes: int, max_events: int = UNLIMITED) -> Chunk:
         """Return what a subscriber at index ``start`` is to get next, of one generation or of all.
 
-        The chunk ends behind ``max_bytes`` (of stored data) or with the terminal of the wanted generation.
+        The chunk ends behind ``max_bytes``, with the last of ``max_events`` (at least 1), or with the terminal of the
+        wanted generation.
         """
         self._follow()
         entries = self._tail.slice(start, self._tail.end)
@@ -44,6 +50,8 @@ class Frames:
         size = 0
         stop, last, ends = start, 0, False
         for offset, entry in enumerate(entries, start):
+            if len(parts) >= max_events:
+                break
             stop, last = offset + 1, entry.seq
             if generation is not None and entry.generation != generation:
                 continue
@@ -55,8 +63,8 @@ class Frames:
                 break
             if size >= max_bytes:
                 break
-        data = parts[0] if len(parts) == 1 else b"".join(parts)
-        return Chunk(data, len(parts), stop, last, ends)
+        message = self._format.message(parts, ends=ends) if parts else None
+        return Chunk(message, len(parts), size, stop, last, ends)
 
     def _follow(self) -> None:
         tail = self._tail
@@ -65,5 +73,5 @@ class Frames:
             self._base = tail.base
         known = self._base + len(self._frames)
         if known < tail.end:
-            framing, prefix = self._framing, self._prefix
-            self._frames += [framing(entry, prefix) for entry in tail.slice(known, tail.end)]
+            frame, at = self._format.frame, self._at
+            self._frames += [frame(entry, at) for entry in tail.slice(known, tail.end)]

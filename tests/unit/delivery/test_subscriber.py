@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 
 from services.delivery.core.entries import Entry, Tail
+from services.delivery.core.formats import Address
 from services.delivery.core.frames import Chunk, Frames
+from services.delivery.core.sse import ServerSentEvents
 from services.delivery.subscriber import Subscriber
 
 
@@ -40,8 +42,14 @@ class Client:
             self.under_way -= 1
 
 
-def framing(entry: Entry, prefix: bytes) -> bytes:
-    return b"%d;" % entry.seq
+class Plain(ServerSentEvents):
+    """Frames that are easy to read in a test."""
+
+    def frame(self, entry: Entry, at: Address) -> bytes:
+        return b"%d;" % entry.seq
+
+
+PLAIN = Plain()
 
 
 class Feed:
@@ -49,7 +57,7 @@ class Feed:
 
     def __init__(self) -> None:
         self.tail = Tail(0, 10_000)
-        self.frames = Frames(self.tail, framing, b"")
+        self.frames = Frames(self.tail, PLAIN, Address("s", b""))
 
     def say(self, subscriber: Subscriber, count: int = 1) -> None:
         for _ in range(count):
@@ -68,7 +76,7 @@ async def client() -> Client:
 
 @pytest.fixture
 async def subscriber(client: Client) -> Subscriber:
-    return Subscriber(client.send, framing, None, 0)
+    return Subscriber(client.send, PLAIN, None, 0)
 
 
 async def test_write_that_does_not_wait_is_through_at_once(client: Client, subscriber: Subscriber) -> None:
@@ -123,7 +131,7 @@ async def test_first_reason_to_end_holds(subscriber: Subscriber) -> None:
 
 
 async def test_terminal_ends_the_stream_with_its_write(client: Client, subscriber: Subscriber) -> None:
-    subscriber.deliver(Chunk(b"end", 1, 1, 1, ends=True))
+    subscriber.deliver(Chunk({"body": b"end"}, 1, 3, 1, 1, ends=True))
     assert client.taken == [b"end"]
     assert await subscriber.done == "terminal"
 
@@ -173,6 +181,35 @@ async def test_closing_gives_up_a_write_that_waits(client: Client, subscriber: S
 
 
 async def test_chunk_without_events_is_not_written(client: Client, subscriber: Subscriber) -> None:
-    subscriber.deliver(Chunk(b"", 0, 7, 9, ends=False))
+    subscriber.deliver(Chunk(None, 0, 0, 7, 9, ends=False))
     assert client.taken == []
     assert (subscriber.index, subscriber.seq) == (7, 9)
+
+
+async def test_client_gets_what_it_has_granted_and_the_rest_when_it_grants_more(
+    client: Client, subscriber: Subscriber
+) -> None:
+    feed = Feed()
+    subscriber.on_ready(feed.serve)
+    subscriber.joined = True
+    subscriber.limit(1, 1_000)
+    feed.say(subscriber, 3)
+    assert client.taken == [b"1;"]
+    assert not subscriber.ready
+    subscriber.limit(1, 1_000)
+    assert client.taken == [b"1;", b"2;3;"]
+    assert (subscriber.room, subscriber.space) == (-1, 996)
+
+
+async def test_waiting_for_room_ends_with_a_grant_or_with_the_stream(subscriber: Subscriber) -> None:
+    subscriber.limit(0, 1_000)
+    waiting = asyncio.create_task(subscriber.has_room())
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    subscriber.limit(1, 1_000)
+    await asyncio.wait_for(waiting, 5)
+    subscriber.limit(1, 0)
+    waiting = asyncio.create_task(subscriber.has_room())
+    await asyncio.sleep(0)
+    subscriber.finish("drain")
+    await asyncio.wait_for(waiting, 5)

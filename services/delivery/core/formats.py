@@ -1,0 +1,53 @@
+"""What a protocol must say about events so that a feed can be shown over it."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+from services.delivery.core.entries import Entry
+
+__all__ = ["Address", "Format"]
+
+
+class Address(NamedTuple):
+    """Whose events these are: the session's name, and its cursors without their stream sequence."""
+
+    session: str
+    prefix: bytes
+
+    def cursor(self, seq: int) -> bytes:
+        """Return the cursor after the event with this stream sequence."""
+        return b"%b%012x" % (self.prefix, seq)
+
+
+class Format(Protocol):
+    """How one protocol shows a session; without state, so that one object serves all its subscribers.
+
+    `frame` is called once for an event, `message` once for all subscribers that stand at the same place. A message is
+    whatever the subscriber's ``send`` takes.
+    """
+
+    protocol: str
+
+    def frame(self, entry: Entry, at: Address) -> bytes:
+        """Return one event."""
+        ...
+
+    def message(self, frames: Sequence[bytes], *, ends: bool) -> Any:
+        """Return what is sent for several frames at once; ``ends``: nothing follows."""
+        ...
+
+    def opening(self, at: Address) -> bytes:
+        """Return what stands before everything else, or nothing."""
+        ...
+
+    def gap(self, reason: str, generation: str | None, at: Address) -> bytes:
+        """Return what says out loud that something is missing, and of what."""
+        ...
+
+    def bye(self, reason: str, seq: int, at: Address) -> bytes:
+        """Return what ends a stream that can be resumed after the stream sequence ``seq``."""
+        ...
+
+    def heartbeat(self) -> Any | None:
+        """Return the message that keeps a silent connection open, or nothing where the protocol does that itself."""
+        ...

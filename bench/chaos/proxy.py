@@ -84,7 +84,7 @@ class Link:
             from_node.close()
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, RuntimeError):  # uvloop refuses a write to what `cut` has aborted
             while data := await reader.read(READ):
                 if self.latency:
                     await asyncio.sleep(self.latency)

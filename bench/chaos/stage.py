@@ -55,6 +55,7 @@ class Member:
         self._env = dict(env)
         self._folder = folder
         self._started = 0.0
+        self._stopping = False
 
     def start(self) -> None:
         """Start it; its output goes on in the same file."""
@@ -77,23 +78,27 @@ class Member:
 
     def kill(self) -> None:
         """SIGKILL; it stays away until `start`."""
-        self.wanted = self.paused = False
+        self.wanted = self.paused = self._stopping = False
         if self.process is not None:
             self.look()
             self.process.stop(signal.SIGKILL)
 
     async def stop(self) -> Exited | None:
-        """SIGTERM; return how it ended, or ``None`` when it had ended before."""
+        """SIGTERM; return how it ended, or ``None`` when that does not tell: it had ended, or was killed meanwhile."""
         self.wanted = False
         process = self.process
-        if process is None or process.code is not None:
+        if process is None or process.code is not None or self._stopping:
             return None
+        self._stopping = True
         self.resume()
         self.look()
-        begun = time.monotonic()
+        begun, age = time.monotonic(), time.monotonic() - self._started
         await asyncio.to_thread(process.stop)
         took = time.monotonic() - begun
-        return Exited(process=self.name, code=process.code or 0, asked=True, seconds=took, age=begun - self._started)
+        if not self._stopping:
+            return None
+        self._stopping = False
+        return Exited(process=self.name, code=process.code or 0, asked=True, seconds=took, age=age)
 
     def look(self) -> None:
         """Remember its memory."""

@@ -5,7 +5,7 @@ import gc
 import signal
 import sys
 from collections.abc import Awaitable, Callable
-from typing import Final
+from typing import Final, Literal
 
 import structlog
 import uvloop
@@ -23,6 +23,8 @@ EXIT_UNAVAILABLE: Final = 3
 
 def run_service(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
     """Run ``main(stop)`` to its end and exit; SIGTERM and SIGINT set ``stop``, and ``main`` then ends by itself.
+
+    While ``main`` still starts, and so does not wait for ``stop`` yet, it is cancelled instead.
 
     Exit codes: 0 stopped by wish, 2 wrong settings or a taken port, 3 a part that it needs does not answer.
     """
@@ -42,13 +44,34 @@ def _say(group: BaseExceptionGroup[Exception], code: int) -> int:
     return code
 
 
+class _Stop(asyncio.Event):
+    """The wish to stop. ``heeded``: somebody has come to wait for it, and ends the service in order."""
+
+    heeded = False
+
+    async def wait(self) -> Literal[True]:
+        self.heeded = True
+        return await super().wait()
+
+
 async def _run(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
-    stop = asyncio.Event()
+    stop = _Stop()
+    task = asyncio.ensure_future(main(stop))
+
+    def ask() -> None:
+        stop.set()
+        if not stop.heeded:
+            task.cancel()  # a broker that does not answer would be waited for, up to half a minute
+
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(signum, stop.set)
+        loop.add_signal_handler(signum, ask)
     _settle_garbage_collection()
-    await main(stop)
+    try:
+        await task
+    except asyncio.CancelledError:
+        if not stop.is_set():
+            raise
 
 
 def _settle_garbage_collection() -> None:

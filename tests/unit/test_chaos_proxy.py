@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
+import uvloop
 
 from bench.chaos.proxy import Link
 from tests.conftest import eventually, free_port
@@ -111,3 +112,31 @@ async def closed(reader: asyncio.StreamReader) -> bool:
         return await reader.read(1) == b""
     except ConnectionResetError:
         return True
+
+
+def test_bytes_that_were_held_when_their_connection_was_cut_are_dropped_in_silence() -> None:
+    """uvloop, which the runs use, refuses writes to an aborted connection, and asyncio would report that."""
+    reported: list[str] = []
+
+    async def cut_while_held() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _loop, context: reported.append(context["message"]))
+        server = Echo()
+        await server.open()
+        link = Link(free_port(), server.port)
+        await link.open()
+        reader, writer = await say(link, b"a")
+        assert await reader.readexactly(1) == b"a"
+        link.hold()
+        writer.write(b"held")
+        await writer.drain()
+        await asyncio.sleep(0.05)  # most often the bytes are in the link by now; the test holds where they are not
+        link.cut()
+        await asyncio.sleep(0)
+        link.heal()
+        assert await closed(reader)
+        await asyncio.sleep(0.05)
+        await link.close()
+        await server.close()
+
+    uvloop.run(cut_while_held())
+    assert reported == []

@@ -153,3 +153,21 @@ async def test_a_signal_lets_a_service_end_by_itself_with_code_0(signum: signal.
     await eventually(lambda: process.poll() is not None, timeout=30)
     out, errors = process.communicate()
     assert (process.returncode, out, errors) == (0, "down\n", "")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_ends_a_service_that_still_starts(signum: signal.Signals) -> None:
+    body = """
+    try:
+        print("starts", flush=True)
+        await asyncio.sleep(600)
+    finally:
+        print("tidies up", flush=True)
+    await stop.wait()"""
+    process = start(body)
+    assert process.stdout is not None
+    assert await asyncio.to_thread(process.stdout.readline) == "starts\n"
+    process.send_signal(signum)
+    await eventually(lambda: process.poll() is not None, timeout=30)
+    out, errors = process.communicate()
+    assert (process.returncode, out, errors) == (0, "tidies up\n", "")

@@ -1,0 +1,41 @@
+"""How a process of a chaos run ends, and what that tells."""
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+
+from bench.chaos.stage import Member
+from tests.conftest import eventually
+
+STUBBORN = "import signal, sys, time; signal.signal(15, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
+WILLING = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(0)); print('up', flush=True); time.sleep(60)"
+
+
+async def started(folder: Path, program: str) -> Member:
+    member = Member("one", [sys.executable, "-c", program], os.environ, folder)
+    member.start()
+    await eventually(lambda: "up" in (folder / "one.log").read_text(), timeout=30)
+    return member
+
+
+async def test_an_end_by_wish_is_told_with_its_code(tmp_path: Path) -> None:
+    member = await started(tmp_path, WILLING)
+    exited = await member.stop()
+    assert exited is not None
+    assert (exited.code, exited.asked) == (0, True)
+
+
+async def test_who_is_killed_while_it_drains_is_not_blamed_for_its_code(tmp_path: Path) -> None:
+    member = await started(tmp_path, STUBBORN)
+    stopping = asyncio.create_task(member.stop())
+    await asyncio.sleep(0)
+    member.kill()
+    assert await stopping is None
+
+
+async def test_who_is_asked_again_while_it_drains_is_told_of_once(tmp_path: Path) -> None:
+    member = await started(tmp_path, WILLING)
+    first, second = await asyncio.gather(member.stop(), member.stop())
+    assert first is not None
+    assert second is None

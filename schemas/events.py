@@ -54,7 +54,7 @@ class Started(Event, tag="started"):
     """A producer has taken the request.
 
     ``model`` is what was asked for; ``provider`` and ``upstream_model`` who answers. ``counted`` holds the input count.
-    ``metadata`` is the request's own, unchanged.
+    ``metadata`` is the request's own, unchanged; ``key`` names the credential that asked.
     """
 
     model: str
@@ -62,6 +62,7 @@ class Started(Event, tag="started"):
     upstream_model: str
     counted: Counted = Counted()
     metadata: dict[str, str] = {}
+    key: str = ""
 
 
 class ToolCall(msgspec.Struct, kw_only=True, omit_defaults=True, frozen=True):

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Final
 import msgspec
 from nats.js.errors import APIError
 
+from schemas.control import CANCEL
 from schemas.cursor import CursorIssuer
 from schemas.events import type_of
 from schemas.requests import (
@@ -115,7 +116,7 @@ class Intake:
             wanted = msgspec.structs.replace(record, state="cancelling")
             if record.state == "cancelling" or await self._lookups.update(wanted, revision):
                 break
-        answer = await self._broker.request(control_subject(tenant, session, generation), b"cancel")
+        answer = await self._broker.request(control_subject(tenant, session, generation), CANCEL)
         if answer is None:
             return await self._state_without_producer(tenant, session, generation)
         return "cancelling"

@@ -51,7 +51,7 @@ class Upstreams:
 class Interruption(Exception):
     """Why what runs is to stop.
 
-    ``kind``: ``cancelled``, ``overdue`` (a deadline of the whole), ``attempt`` (a deadline of one call), ``lease``, or
+    ``kind``: ``cancelled``, ``over_budget``, ``overdue`` (a deadline of the whole), ``attempt`` (a deadline of one call), ``lease``, or
     ``drain`` (this process goes away).
     """
 
@@ -59,6 +59,11 @@ class Interruption(Exception):
         self.kind = kind
         self.code = code
         super().__init__(f"{kind}: {code}")
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether somebody has decided so, and nothing went wrong: the provider may still tell its usage."""
+        return self.kind in ("cancelled", "over_budget")
 
 
 class Asking:
@@ -282,8 +287,7 @@ class Asking:
                     if self._generation.ending is not None:
                         return
         except asyncio.CancelledError:
-            wanted = self._interruption is not None and self._interruption.kind == "cancelled"
-            if wanted and provider.after_cancel == "drain" and self._task is not None:
+            if self._interruption is not None and self._interruption.is_wanted and provider.after_cancel == "drain" and self._task is not None:
                 self._task.uncancel()
                 await self._drain(stream, provider.drain_seconds)
                 self._task.cancel()

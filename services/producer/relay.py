@@ -220,7 +220,7 @@ class Relay:
             metrics.TAKEOVERS.labels("restarted").inc()
             event: AnyEvent = generation.restart("producer_lost", *who, at)
         else:
-            event = generation.start(request.model, *who, request.metadata, at)
+            event = generation.start(request, *who, at)
         await journal.append([event])
         stored = await self._outside.records.get(request.tenant, request.session, request.generation)
         if stored is not None:
@@ -248,6 +248,9 @@ class Relay:
         match interruption.kind:
             case "cancelled":
                 return generation.cancel(interruption.code, at)
+            case "over_budget":
+                message = "a hard limit of the budget that pays for this was reached"
+                return generation.fail(UpstreamFailure(interruption.code, message), at)
             case "overdue":
                 message = f"{interruption.code.removeprefix('deadline_').replace('_', ' ')} deadline passed"
                 return generation.fail(UpstreamFailure(interruption.code, message, recoverable=True), at)

@@ -10,6 +10,7 @@ from nats.aio.subscription import Subscription
 from nats.js.errors import APIError
 
 from schemas.requests import Request
+from schemas.control import CANCEL, HEARD, OVER_BUDGET
 from schemas.subjects import Address, control_subject, dead_subject, lane_of
 from services.kit.broker import BrokerUnavailable
 from services.producer import metrics
@@ -177,9 +178,11 @@ class Worker:
         request = relay.request
 
         async def control(msg: Msg) -> None:
-            if msg.data == b"cancel":
+            if msg.data == CANCEL:
                 relay.interrupt(Interruption("cancelled", "requested"))
-            await self._publish(msg.reply, b"ok")
+            elif msg.data == OVER_BUDGET:
+                relay.interrupt(Interruption("over_budget", "budget_exceeded"))
+            await self._publish(msg.reply, HEARD)
 
         subject = control_subject(request.tenant, request.session, request.generation)
         return await self._broker.subscribe(subject, control)

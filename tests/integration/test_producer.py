@@ -7,6 +7,7 @@ import msgspec
 import pytest
 
 from schemas.codec import encode_event
+from schemas.control import HEARD, OVER_BUDGET
 from schemas.events import Completed, Delta, Failed, Started, UsageReported, type_of
 from schemas.requests import GenerationRecord
 from schemas.subjects import Address, control_subject, request_subject, token_subject
@@ -135,6 +136,22 @@ async def test_a_running_generation_is_cancelled_at_once(broker: Broker) -> None
         assert await broker.request(control_subject("default", "s", "g1"), b"cancel") is None
     assert answer == b"ok"
     assert type_of(events[-1]) == "cancelled"
+    assert 5 <= events[-1].counted.output < 100
+
+
+async def test_a_generation_beyond_its_budget_fails_with_what_it_used(broker: Broker) -> None:
+    request = ask("g1", params={"tokens": 500, "tokens_per_second": 50})
+    request.key = "k-7"
+    async with producing(broker):
+        await enqueue(broker, request)
+        await eventually(lambda: _has_deltas(broker, request, 5))
+        assert await broker.request(control_subject("default", "s", "g1"), OVER_BUDGET) == HEARD
+        events = await ended_log(broker, request)
+        await eventually(lambda: queue_is_empty(broker))
+    assert isinstance(events[0], Started)
+    assert events[0].key == "k-7"
+    assert isinstance(events[-1], Failed)
+    assert (events[-1].code, events[-1].recoverable) == ("budget_exceeded", False)
     assert 5 <= events[-1].counted.output < 100
 
 

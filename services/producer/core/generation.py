@@ -16,6 +16,7 @@ from schemas.events import (
     Started,
     UsageReported,
 )
+from schemas.requests import Request
 from schemas.usage import Counted, Usage
 from services.producer.core.parts import (
     Alive,
@@ -87,7 +88,7 @@ class Generation:
             input=self._counted_input, output=self._counter.total(), exact=self._exact, encoding=self._encoding
         )
 
-    def start(self, model: str, provider: str, upstream_model: str, metadata: dict[str, str], at: float) -> Started:
+    def start(self, request: Request, provider: str, upstream_model: str, at: float) -> Started:
         """Return the first event."""
         self.provider, self.upstream_model = provider, upstream_model
         return Started(
@@ -95,11 +96,12 @@ class Generation:
             seq=self._take(),
             epoch=self.epoch,
             at=at,
-            model=model,
+            model=request.model,
             provider=provider,
             upstream_model=upstream_model,
             counted=Counted(input=self._counted_input, exact=self._exact, encoding=self._encoding),
-            metadata=metadata,
+            metadata=request.metadata,
+            key=request.key,
         )
 
     def restart(self, reason: str, provider: str, upstream_model: str, at: float) -> Restarted:

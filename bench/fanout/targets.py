@@ -1,0 +1,202 @@
+"""What is measured: delivery in front of a real log, or Nchan. Each starts its processes and says where to ask."""
+
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Final, Literal, Protocol
+
+import msgspec
+
+from bench.fanout.scenarios import Scenario
+from bench.peers import PeerNotInstalled
+from bench.processes import Processes, fetch, free_port, python
+
+__all__ = ["BrokerLoad", "Nchan", "Place", "Tailrace", "Target"]
+
+READY_SECONDS: Final = 40.0
+NCHAN_MODULE: Final = Path("/usr/lib/nginx/modules/ngx_nchan_module.so")
+
+
+class Place(msgspec.Struct, frozen=True):
+    """Where it is published (``kind`` says how) and subscribed, and with which protocols."""
+
+    kind: Literal["log", "nchan"]
+    publish_port: int
+    port: int
+    protocols: dict[str, str]
+
+
+class BrokerLoad(msgspec.Struct, frozen=True):
+    """What delivery's connection to the broker carried: messages to the broker (above all reads), and from it."""
+
+    requests: int
+    messages: int
+    bytes: int
+
+
+class Target(Protocol):
+    """Something to measure; ``part`` is the process whose cost is compared."""
+
+    @property
+    def name(self) -> str:
+        """What the report calls it."""
+        ...
+
+    @property
+    def part(self) -> str:
+        """The process that serves the subscribers."""
+        ...
+
+    def start(self, processes: Processes, scenario: Scenario) -> Place:
+        """Start what is needed and return where to ask once it is ready."""
+        ...
+
+    def load(self) -> BrokerLoad | None:
+        """Return what the broker has done for it so far; ``None`` where there is none."""
+        ...
+
+    def counts(self) -> dict[str, float]:
+        """Return its own counters."""
+        ...
+
+
+class _Connection(msgspec.Struct):
+    name: str = ""
+    in_msgs: int = 0
+    out_msgs: int = 0
+    out_bytes: int = 0
+
+
+class _Connections(msgspec.Struct):
+    connections: list[_Connection]
+
+
+class Tailrace:
+    """A nats-server with file storage, and delivery with its defaults."""
+
+    name: Final = "tailrace"
+    part: Final = "delivery"
+
+    def __init__(self) -> None:
+        self._monitor = self._port = 0
+
+    def start(self, processes: Processes, scenario: Scenario) -> Place:
+        """Start the broker and delivery."""
+        nats, self._monitor, self._port = free_port(), free_port(), free_port()
+        beside = Path(sys.executable).with_name("nats-server")
+        server = str(beside) if beside.exists() else "nats-server"
+        command = [server, "-a", "127.0.0.1", "-p", str(nats), "-m", str(self._monitor)]
+        processes.start("nats-server", [*command, "-js", "-sd", str(processes.folder / "nats")])
+        health = f"http://127.0.0.1:{self._monitor}/healthz"
+        processes.wait(lambda: fetch(health) is not None, READY_SECONDS, "nats-server ready")
+        env = {
+            "TAILRACE_NATS_URL": f"nats://127.0.0.1:{nats}",
+            "TAILRACE_LOG_LEVEL": "warning",
+            "TAILRACE_DELIVERY_PORT": str(self._port),
+        }
+        if scenario.feed_bytes:
+            env["TAILRACE_DELIVERY_FEED_BYTES"] = str(scenario.feed_bytes)
+        processes.start("delivery", python("services.delivery"), env)
+        ready = f"http://127.0.0.1:{self._port}/readyz"
+        processes.wait(lambda: fetch(ready) is not None, READY_SECONDS, "delivery ready")
+        return Place("log", nats, self._port, {"sse": "sse"})
+
+    def load(self) -> BrokerLoad | None:
+        """Return what the broker says of delivery's connection."""
+        answer = fetch(f"http://127.0.0.1:{self._monitor}/connz")
+        if answer is None:
+            return None
+        for connection in msgspec.json.decode(answer, type=_Connections).connections:
+            if connection.name.endswith("delivery"):
+                return BrokerLoad(connection.in_msgs, connection.out_msgs, connection.out_bytes)
+        return None
+
+    def counts(self) -> dict[str, float]:
+        """Return delivery's counters that have no labels, and the streams closed by reason."""
+        text = (fetch(f"http://127.0.0.1:{self._port}/metrics") or b"").decode()
+        wanted = r"^tailrace_delivery_(\w+?)_total(?:\{reason=\"(\w+)\"\})? ([0-9.e+]+)$"
+        found = re.findall(wanted, text, flags=re.MULTILINE)
+        return {f"{name}:{reason}" if reason else name: float(value) for name, reason, value in found}
+
+
+class Nchan:
+    """nginx with one worker and the Nchan module, its channels in memory; posted to over HTTP."""
+
+    name: Final = "nchan"
+    part: Final = "nginx"
+
+    def install(self) -> None:
+        """Make sure that it is there.
+
+        Raises:
+            PeerNotInstalled: it is not.
+        """
+        if shutil.which("nginx") is None or not NCHAN_MODULE.exists():
+            raise PeerNotInstalled(
+                "nginx with Nchan is not installed: apt-get install nginx-light libnginx-mod-nchan (Debian, Ubuntu); "
+                "the nginx that they start is not needed"
+            )
+
+    def start(self, processes: Processes, scenario: Scenario) -> Place:
+        """Start nginx in the run's folder."""
+        port, folder = free_port(), processes.folder
+        config = folder / "nginx.conf"
+        config.write_text(
+            _NCHAN.format(
+                user="user root;" if os.geteuid() == 0 else "",  # the folder is closed to everybody else
+                module=NCHAN_MODULE,
+                folder=folder,
+                port=port,
+                kept=max(1_000, scenario.events),
+            )
+        )
+        processes.start("nginx", ["nginx", "-e", "stderr", "-c", str(config)])
+        ready = f"http://127.0.0.1:{port}/ready"
+        processes.wait(lambda: fetch(ready) is not None, READY_SECONDS, "nginx ready")
+        return Place("nchan", port, port, {"sse": "nchan-sse"})
+
+    def load(self) -> BrokerLoad | None:
+        """There is no broker."""
+        return None
+
+    def counts(self) -> dict[str, float]:
+        """It counts nothing that is wanted here."""
+        return {}
+
+
+_NCHAN: Final = """\
+daemon off;
+{user}
+load_module {module};
+worker_processes 1;
+pid {folder}/nginx.pid;
+error_log stderr warn;
+worker_rlimit_nofile 20000;
+events {{ worker_connections 19000; }}
+http {{
+  access_log off;
+  client_body_temp_path {folder}/body;
+  proxy_temp_path {folder}/proxy;
+  fastcgi_temp_path {folder}/fastcgi;
+  uwsgi_temp_path {folder}/uwsgi;
+  scgi_temp_path {folder}/scgi;
+  nchan_shared_memory_size 512m;
+  keepalive_requests 1000000000;
+  server {{
+    listen 127.0.0.1:{port} backlog=4096;
+    location = /ready {{ return 200; }}
+    location = /publish {{
+      nchan_publisher;
+      nchan_channel_id $arg_id;
+      nchan_message_buffer_length {kept};
+      nchan_message_timeout 1h;
+    }}
+    location = /subscribe {{
+      nchan_subscriber eventsource;
+      nchan_channel_id $arg_id;
+    }}
+  }}
+}}
+"""

@@ -1,4 +1,4 @@
-"""``python -m bench relay``: measures the relay end to end."""
+"""``python -m bench``: measures the relay end to end, fan-out, and what holds under faults."""
 
 import resource
 import signal
@@ -12,6 +12,7 @@ import msgspec
 from rich.console import Console
 
 from bench.chaos.command import chaos
+from bench.fanout.command import fanout
 from bench.peers import LiteLLM, PeerNotInstalled
 from bench.processes import Died, TooLate
 from bench.profiling import Profile, ProfilerMissing, top_costs
@@ -38,6 +39,7 @@ def main() -> None:
 
 
 main.add_command(chaos)
+main.add_command(fanout)
 
 
 @main.command(

@@ -51,8 +51,8 @@ class Upstreams:
 class Interruption(Exception):
     """Why what runs is to stop.
 
-    ``kind``: ``cancelled``, ``over_budget``, ``overdue`` (a deadline of the whole), ``attempt`` (a deadline of one call), ``lease``, or
-    ``drain`` (this process goes away).
+    ``kind``: ``cancelled``, ``over_budget``, ``overdue`` (a deadline of the whole), ``attempt`` (a deadline of one
+    call), ``lease``, or ``drain`` (this process goes away).
     """
 
     def __init__(self, kind: str, code: str) -> None:
@@ -287,7 +287,8 @@ class Asking:
                     if self._generation.ending is not None:
                         return
         except asyncio.CancelledError:
-            if self._interruption is not None and self._interruption.is_wanted and provider.after_cancel == "drain" and self._task is not None:
+            wanted = self._interruption is not None and self._interruption.is_wanted
+            if wanted and provider.after_cancel == "drain" and self._task is not None:
                 self._task.uncancel()
                 await self._drain(stream, provider.drain_seconds)
                 self._task.cancel()

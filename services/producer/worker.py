@@ -9,8 +9,8 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.js.errors import APIError
 
-from schemas.requests import Request
 from schemas.control import CANCEL, HEARD, OVER_BUDGET
+from schemas.requests import Request
 from schemas.subjects import Address, control_subject, dead_subject, lane_of
 from services.kit.broker import BrokerUnavailable
 from services.producer import metrics

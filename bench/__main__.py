@@ -16,11 +16,11 @@ from bench.fanout.command import fanout
 from bench.peers import LiteLLM, PeerNotInstalled
 from bench.processes import Died, TooLate
 from bench.profiling import Profile, ProfilerMissing, top_costs
-from bench.report import Report, ScenarioReport, added, checks, machine, now, show
+from bench.report import Report, ScenarioReport, added, checks, machine, now, show, stored
 from bench.run import Run
 from bench.scenarios import SCENARIOS, Scenario, scenario_names
 from bench.stats import Outcome
-from bench.targets import Direct, Tailrace, Target
+from bench.targets import Direct, Producer, Tailrace, Target
 from services.kit.telemetry import configure_logging
 
 EXIT_WRONG = 1
@@ -55,7 +55,9 @@ Exit code: 0 all texts identical and complete, 1 not so, 2 it could not be run, 
 @click.argument("scenarios", nargs=-1, type=click.Choice(CHOICES), metavar="[SCENARIO]...")
 @click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the result as JSON.")
 @click.option("--clients", default=1, show_default=True, type=click.IntRange(1, 16), help="Client processes.")
-@click.option("--target", "only", multiple=True, type=click.Choice(["direct", "tailrace"]), help="Measure only this.")
+@click.option(
+    "--target", "only", multiple=True, type=click.Choice(["direct", "tailrace", "producer"]), help="Measure only this."
+)
 @click.option("--peer", type=click.Choice(["litellm"]), help="Measure this relay too; installed on request.")
 @click.option("--peer-venv", type=click.Path(path_type=Path), help="Where the peer is, or is to be, installed. Kept.")
 @click.option("--profile", "profiled", type=click.Choice(["producer", "delivery", "billing"]), help="Profile it.")
@@ -94,7 +96,8 @@ def relay(  # noqa: D103  # the text and the names are those of the decorators
     console.print(f"{m.cores} cores, {m.processor}, {m.memory_gb:g} GB, {m.system}, Python {m.python}", highlight=False)
     try:
         with tempfile.TemporaryDirectory(prefix="tailrace-peer-") as temporary:
-            targets: list[Target] = [t for t in (Direct(), Tailrace()) if not only or t.name in only]
+            every: tuple[Target, ...] = (Direct(), Tailrace(), Producer())
+            targets = [t for t in every if t.name in (only or ("direct", "tailrace"))]
             if peer:
                 proxy = LiteLLM(peer_venv or Path(temporary))
                 proxy.install()
@@ -132,9 +135,11 @@ def _measure(
                 raise
             failed[target.name] = str(error)
     direct = outcomes.get("direct")
-    more = {name: added(o, direct) for name, o in outcomes.items() if direct and name != "direct"}
+    more = {name: added(o, direct) for name, o in outcomes.items() if direct and name not in ("direct", "producer")}
     own = outcomes.get("tailrace")
     met = checks(scenario, own, more.get("tailrace")) if own else {}
+    if alone := outcomes.get("producer"):
+        met |= stored(scenario, alone)
     return ScenarioReport(scenario, list(outcomes.values()), more, met, failed)
 
 

@@ -8,6 +8,7 @@ import asyncio
 import gc
 import signal
 import sys
+from array import array
 from pathlib import Path
 from typing import Final
 
@@ -20,7 +21,7 @@ from bench.stamps import Stamps
 from bench.stats import ClientResult
 from bench.wire import MalformedResponse, Response, request
 
-__all__ = ["main"]
+__all__ = ["finish", "main", "read_plan"]
 
 OPENING: Final = 32
 LINGER: Final = 120
@@ -130,9 +131,25 @@ class Client:
         )
 
 
+def read_plan() -> Plan:
+    """Return the plan whose file is this process's argument."""
+    return msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=Plan)
+
+
+def finish(plan: Plan, result: ClientResult, latencies: "array[int]") -> None:
+    """Write what was measured, and wait to be stopped: processor time and memory are read from outside before."""
+    with Path(plan.latencies).open("wb") as file:
+        latencies.tofile(file)
+    unfinished = Path(plan.result + ".part")
+    unfinished.write_bytes(msgspec.json.encode(result))
+    unfinished.rename(plan.result)
+    signal.alarm(LINGER)
+    signal.pause()
+
+
 def main() -> None:
     """Read the plan, run, write the result."""
-    plan = msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=Plan)
+    plan = read_plan()
 
     async def run() -> Client:
         client = Client(plan)
@@ -140,13 +157,7 @@ def main() -> None:
         return client
 
     client = uvloop.run(run())
-    with Path(plan.latencies).open("wb") as file:
-        client.harvest.latencies.tofile(file)
-    unfinished = Path(plan.result + ".part")
-    unfinished.write_bytes(msgspec.json.encode(client.result()))
-    unfinished.rename(plan.result)
-    signal.alarm(LINGER)
-    signal.pause()  # our processor time and memory are read from outside before we are stopped
+    finish(plan, client.result(), client.harvest.latencies)
 
 
 if __name__ == "__main__":

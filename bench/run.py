@@ -95,12 +95,13 @@ class Run:
         if self.profile:
             self.profile.start(processes.all)
         fetch(self._control, method="POST")
-        self._wait_results(processes, plans)
+        self._wait_ended(processes, plans)
         state = self._state()
         settled = self._wait_settled(processes)
         ended = processes.spent()
         if self.profile:
             self.profile.stop()
+        self._wait_results(processes, plans)
         marks = _Marks(round(setup, 3), None if settled is None else round(settled, 3), before, opened, ended)
         return self._outcome(folder, plans, marks, state)
 
@@ -127,11 +128,13 @@ class Run:
                 stamps=str(folder / "stamps"),
                 latencies=str(folder / f"client-{number}.latencies"),
                 ready=str(folder / f"client-{number}.ready"),
+                ended=str(folder / f"client-{number}.ended"),
                 result=str(folder / f"client-{number}.json"),
             )
             path = folder / f"client-{number}.plan"
             path.write_bytes(msgspec.json.encode(plan))
-            processes.start(f"client-{number}", python("bench.client", str(path)))
+            module = "bench.log_client" if endpoint.kind == "log" else "bench.client"
+            processes.start(f"client-{number}", python(module, str(path)))
             plans.append(plan)
             first += count
         return plans
@@ -153,6 +156,12 @@ class Run:
         except TooLate as error:
             waiting = self._state().waiting
             raise TooLate(f"{error} ({waiting} of {self.scenario.generations} streams reached the provider)") from error
+
+    def _wait_ended(self, processes: Processes, plans: list[Plan]) -> None:
+        def ended() -> bool:
+            return all(Path(plan.ended).exists() or Path(plan.result).exists() for plan in plans)
+
+        processes.wait(ended, SETUP_SECONDS + self.seconds + 10.0, "streams ended", poll=0.1)
 
     def _wait_results(self, processes: Processes, plans: list[Plan]) -> None:
         def finished() -> bool:

@@ -8,12 +8,17 @@ __all__ = ["SCENARIOS", "Plan", "Scenario", "StreamOrder", "Targets", "scenario_
 
 
 class Targets(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What the pipeline is expected to reach on two cores. Latencies in milliseconds, added to connecting directly."""
+    """What is expected on two cores. Latencies in milliseconds, added to connecting directly.
+
+    ``stored_…``: of the target ``producer``, which has neither readers nor billing; the rest is of the whole pipeline.
+    """
 
     added_p50_ms: float | None = None
     added_p99_ms: float | None = None
     cpu_ms_per_1000: float | None = None
     tokens_per_s: float | None = None
+    stored_tokens_per_s: float | None = None
+    stored_events_per_s: float | None = None
 
 
 class Scenario(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,7 +54,11 @@ class StreamOrder(msgspec.Struct, frozen=True):
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """What one client process does. ``deadline`` in seconds from its start; ``first`` is its first stream's number."""
+    """What one client process does. ``deadline`` in seconds from its start; ``first`` is its first stream's number.
+
+    It makes the files ``ready`` when all its streams are open, ``ended`` when the last one has ended, if it has more to
+    do then, and ``result``.
+    """
 
     kind: str
     host: str
@@ -67,6 +76,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     stamps: str
     latencies: str
     ready: str
+    ended: str
     result: str
 
     def orders(self) -> list[StreamOrder]:
@@ -110,7 +120,31 @@ SCENARIOS: Final = {
             generations=20,
             tokens=20_000,
             rate=None,
-            targets=Targets(tokens_per_s=100_000.0),
+            targets=Targets(tokens_per_s=100_000.0, stored_tokens_per_s=200_000.0),
+        ),
+        Scenario(
+            name="flat-200",
+            about="200 streams as fast as the provider sends",
+            generations=200,
+            tokens=4_000,
+            rate=None,
+            targets=Targets(stored_tokens_per_s=200_000.0),
+        ),
+        Scenario(
+            name="events-20",
+            about="20 streams so fast and yet so even that nearly every token is an event of its own",
+            generations=20,
+            tokens=10_000,
+            rate=1_000.0,
+            targets=Targets(stored_events_per_s=15_000.0),
+        ),
+        Scenario(
+            name="events-200",
+            about="the same tokens per second, of 200 streams",
+            generations=200,
+            tokens=1_000,
+            rate=100.0,
+            targets=Targets(stored_events_per_s=15_000.0),
         ),
     )
 }

@@ -11,13 +11,17 @@ from bench.processes import Died, Processes, fetch, free_port, python
 from schemas.topology import billing_durable, token_stream
 from services.kit.broker import Broker, BrokerUnavailable
 
-__all__ = ["Direct", "Endpoint", "Tailrace", "Target"]
+__all__ = ["Direct", "Endpoint", "Producer", "Tailrace", "Target"]
 
 READY_SECONDS: Final = 40.0
 
 
 class Endpoint(msgspec.Struct, frozen=True):
-    """Where the clients ask. ``kind``: ``openai`` (the answer is the stream) or ``tailrace`` (ask, then subscribe)."""
+    """Where the clients ask.
+
+    ``kind``: ``openai`` (the answer is the stream), ``tailrace`` (ask, then subscribe), or ``log`` (ask through the
+    work queue, and read the log in the end).
+    """
 
     kind: str
     port: int
@@ -73,25 +77,8 @@ class Tailrace:
 
     def start(self, processes: Processes, provider: int) -> Endpoint:
         """Start the broker and the three services."""
-        folder = processes.folder
-        ports = {name: free_port() for name in self.parts}
+        ports = start_services(processes, provider, self.parts)
         self._nats = f"nats://127.0.0.1:{ports['nats-server']}"
-        start_nats(processes, ports["nats-server"])
-        config = folder / "tailrace.toml"
-        config.write_text(f'[providers.bench]\ndialect = "openai"\nbase_url = "http://127.0.0.1:{provider}/v1"\n')
-        env = {
-            "TAILRACE_NATS_URL": self._nats,
-            "TAILRACE_CONFIG": str(config),
-            "TAILRACE_LOG_LEVEL": "warning",
-            "TAILRACE_PRODUCER_FIRST_TOKEN": "300",  # the provider holds the streams until all are open
-            "TAILRACE_BILLING_DATABASE_URL": f"sqlite+aiosqlite:///{folder / 'billing.db'}",
-            **{f"TAILRACE_{name.upper()}_PORT": str(ports[name]) for name in self.parts[1:]},
-        }
-        for name in self.parts[1:]:
-            processes.start(name, python(f"services.{name}"), env)
-        for name in self.parts[1:]:
-            url = f"http://127.0.0.1:{ports[name]}/readyz"
-            processes.wait(lambda url=url: fetch(url) is not None, READY_SECONDS, f"{name} ready")  # type: ignore[misc]
         return Endpoint("tailrace", ports["delivery"], "bench/bench")
 
     def settled(self) -> bool | None:
@@ -100,6 +87,45 @@ class Tailrace:
             return asyncio.run(_pending(self._nats)) == 0
         except BrokerUnavailable as error:
             raise Died(str(error)) from error
+
+
+class Producer:
+    """One producer and a nats-server with file storage, and nothing that reads while it writes."""
+
+    name: Final = "producer"
+    parts: Final[tuple[str, ...]] = ("nats-server", "producer")
+
+    def start(self, processes: Processes, provider: int) -> Endpoint:
+        """Start broker and producer; the clients ask the broker."""
+        ports = start_services(processes, provider, self.parts)
+        return Endpoint("log", ports["nats-server"], "bench/bench")
+
+    def settled(self) -> bool | None:
+        """The clients wait until all is stored."""
+        return None
+
+
+def start_services(processes: Processes, provider: int, parts: tuple[str, ...]) -> dict[str, int]:
+    """Start the broker, which is the first of the parts, and the services; return their ports once all are ready."""
+    folder = processes.folder
+    ports = {name: free_port() for name in parts}
+    start_nats(processes, ports["nats-server"])
+    config = folder / "tailrace.toml"
+    config.write_text(f'[providers.bench]\ndialect = "openai"\nbase_url = "http://127.0.0.1:{provider}/v1"\n')
+    env = {
+        "TAILRACE_NATS_URL": f"nats://127.0.0.1:{ports['nats-server']}",
+        "TAILRACE_CONFIG": str(config),
+        "TAILRACE_LOG_LEVEL": "warning",
+        "TAILRACE_PRODUCER_FIRST_TOKEN": "300",  # the provider holds the streams until all are open
+        "TAILRACE_BILLING_DATABASE_URL": f"sqlite+aiosqlite:///{folder / 'billing.db'}",
+        **{f"TAILRACE_{name.upper()}_PORT": str(ports[name]) for name in parts[1:]},
+    }
+    for name in parts[1:]:
+        processes.start(name, python(f"services.{name}"), env)
+    for name in parts[1:]:
+        url = f"http://127.0.0.1:{ports[name]}/readyz"
+        processes.wait(lambda url=url: fetch(url) is not None, READY_SECONDS, f"{name} ready")  # type: ignore[misc]
+    return ports
 
 
 def start_nats(processes: Processes, port: int) -> None:

@@ -89,9 +89,9 @@ class Request(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 
 class Announcement(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """What the producers of a pool can call: model aliases, and providers addressed as ``provider/model``."""
+    """What the producers of a pool can call: providers addressed as ``provider/model``, and aliases of such models."""
 
-    aliases: list[str] = []
+    aliases: dict[str, list[str]] = {}
     providers: list[str] = []
     v: int = VERSION
 
@@ -99,6 +99,10 @@ class Announcement(msgspec.Struct, kw_only=True, omit_defaults=True):
         """Tell whether ``model`` can be resolved; whether the provider has it, only the provider knows."""
         provider, slash, rest = model.partition("/")
         return model in self.aliases or (bool(slash and rest) and provider in self.providers)
+
+    def candidates(self, model: str) -> list[str]:
+        """Return who may answer to a model's name, as ``provider/model``."""
+        return self.aliases.get(model) or ([model] if self.knows(model) else [])
 
 
 class GenerationRecord(msgspec.Struct, kw_only=True, omit_defaults=True):

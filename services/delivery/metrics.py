@@ -19,6 +19,7 @@ LOG_USED: Final = Gauge(
 )
 LOG_FULL: Final = Counter("tailrace_delivery_log_full", "Requests refused because the log that would keep them is full")
 REQUESTS: Final = Counter("tailrace_delivery_requests_accepted", "Requests for generations put into the queue")
+BUDGETS: Final = Counter("tailrace_delivery_budget_decisions", "Requests of tenants with budgets", ["decision"])
 ADDED_LATENCY: Final = Histogram(
     "tailrace_delivery_latency_seconds",
     "From the producer's stamp to the hand-over to subscribers, one sample a batch",

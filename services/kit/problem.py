@@ -17,6 +17,7 @@ _TYPE_BASE: Final = "urn:tailrace:problem:"
 _TITLES: Final = {
     400: ("bad-request", "The request is not valid"),
     401: ("unauthenticated", "Credentials are missing or not valid"),
+    402: ("payment-required", "What pays for this is used up"),
     403: ("forbidden", "The credentials do not allow this"),
     404: ("not-found", "There is no such thing"),
     405: ("method-not-allowed", "This method is not allowed here"),

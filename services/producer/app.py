@@ -8,7 +8,6 @@ import msgspec
 from litestar import Litestar
 from litestar.openapi import OpenAPIConfig
 
-from schemas.requests import Announcement
 from services.kit.broker import Broker
 from services.kit.clock import SystemClock
 from services.kit.http import probes, serving
@@ -113,9 +112,7 @@ async def main(stop: asyncio.Event) -> None:
 async def _work(shared: Shared, settings: Settings, outside: Outside, stop: asyncio.Event) -> None:
     worker = Worker(outside, shared.pool, settings.slots, shared.lease, shared.max_deliver)
     registry = outside.registry
-    await outside.records.announce(
-        shared.pool, Announcement(aliases=sorted(registry.aliases), providers=sorted(registry.providers))
-    )
+    await outside.records.announce(shared.pool, registry.announcement())
 
     async def connected() -> bool:
         return outside.broker.is_connected

@@ -180,7 +180,7 @@ async def test_unknown_model_is_told_once_producers_have_announced_theirs(
     broker: Broker, nats_server: NatsServer
 ) -> None:
     bucket = await broker.bucket(REGISTRY_BUCKET)
-    announced = Announcement(aliases=["fast"], providers=["scripted"])
+    announced = Announcement(aliases={"fast": ["scripted/story"]}, providers=["scripted"])
     await bucket.put("pool.default", msgspec.json.encode(announced))
     async with delivering(nats_server.url) as stage:
         problem = assert_problem(await ask(stage, BODY | {"model": "nobody/knows"}), 422)

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from schemas.requests import Announcement
 from services.producer.core.dialects import DIALECTS
 
 __all__ = [
@@ -189,6 +190,14 @@ class Registry:
         if problems:
             raise RegistryError(problems)
         return cls(providers, aliases)
+
+    def announcement(self) -> Announcement:
+        """Return what delivery is to know of it."""
+        aliases = {
+            name: [f"{c.provider.name}/{c.upstream_model}" for c in candidates]
+            for name, candidates in sorted(self.aliases.items())
+        }
+        return Announcement(aliases=aliases, providers=sorted(self.providers))
 
     def resolve(self, model: str) -> list[Candidate]:
         """Return the candidates for a model's name, the first to be tried first; an alias wins over ``provider/model``.

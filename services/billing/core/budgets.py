@@ -1,0 +1,142 @@
+"""Budgets: what a tenant or a credential may use in a day or a month, and whether one more generation fits in."""
+
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import Annotated, Final, Literal, NamedTuple
+
+import msgspec
+
+from schemas.budgets import Reserve
+from schemas.names import NAME_PATTERN
+from services.billing.core.money import ZERO, AmountTooLarge, times
+from services.billing.core.prices import Price, PriceBook, TokenClass
+
+__all__ = ["TOKENS", "Budget", "Need", "Period", "Standing", "Verdict", "admit", "need_of", "period_at"]
+
+TOKENS: Final = "tokens"
+Period = Literal["day", "month"]
+Name = Annotated[str, msgspec.Meta(pattern=NAME_PATTERN)]
+Unit = Annotated[str, msgspec.Meta(pattern="^(tokens|[A-Z]{3})$")]
+
+
+class Budget(msgspec.Struct, frozen=True, kw_only=True):
+    """A bound on what may be used in each ``period`` (UTC).
+
+    ``key``: of one credential; empty: of the whole tenant. ``unit``: ``tokens``, or a currency such as ``USD``. Past
+    ``soft`` everybody is told, ``hard`` is not passed; at least one of them is set.
+    """
+
+    tenant: str
+    name: Name
+    period: Period
+    unit: Unit
+    soft: Decimal | None = None
+    hard: Decimal | None = None
+    key: str = ""
+
+    def __post_init__(self) -> None:
+        limits = [limit for limit in (self.soft, self.hard) if limit is not None]
+        if not limits:
+            raise ValueError("a budget has a soft or a hard limit, or both")
+        if any(not limit.is_finite() or limit < 0 for limit in limits):
+            raise ValueError("a limit is not negative")
+        if self.soft is not None and self.hard is not None and self.soft > self.hard:
+            raise ValueError(f"the soft limit {self.soft} is above the hard limit {self.hard}")
+
+    def covers(self, key: str) -> bool:
+        """Tell whether it bounds what this credential uses."""
+        return self.key in ("", key)
+
+
+class Need(NamedTuple):
+    """The most that a generation may use: tokens, and money by currency where its models have prices."""
+
+    tokens: int
+    money: dict[str, Decimal]
+
+    def of(self, unit: str) -> Decimal:
+        """Return it in the unit of a budget."""
+        return Decimal(self.tokens) if unit == TOKENS else self.money.get(unit, ZERO)
+
+
+class Standing(NamedTuple):
+    """Where a budget stands in its period: settled, and reserved by what has not ended."""
+
+    budget: Budget
+    spent: Decimal
+    reserved: Decimal
+
+    @property
+    def used(self) -> Decimal:
+        """What is gone or may go."""
+        return self.spent + self.reserved
+
+
+class Verdict(NamedTuple):
+    """``refused``: the budget that has no room. ``passed``: one whose soft limit is passed with this generation."""
+
+    refused: Standing | None
+    passed: Standing | None
+
+
+def period_at(period: Period, at: int) -> tuple[int, int]:
+    """Return first and one past the last millisecond (since 1970) of the day or month of ``at``, in UTC."""
+    day = datetime.fromtimestamp(at / 1_000, UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+    if period == "day":
+        first, after = day, day + timedelta(days=1)
+    else:
+        first = day.replace(day=1)
+        after = (first + timedelta(days=32)).replace(day=1)
+    return round(first.timestamp() * 1_000), round(after.timestamp() * 1_000)
+
+
+def need_of(reserve: Reserve, book: PriceBook, at: int) -> Need:
+    """Return the most that a generation may use: of the models that may answer, the dearest one counts.
+
+    A model without a price needs no money: its generation is ``unpriced`` in the end, too.
+    """
+    money: dict[str, Decimal] = {}
+    for name in reserve.models:
+        provider, _, model = name.partition("/")
+        for currency, amount in _cost(reserve, provider, model, book, at).items():
+            money[currency] = max(money.get(currency, ZERO), amount)
+    return Need(reserve.input + reserve.output, money)
+
+
+_DEAREST: Final[tuple[tuple[TokenClass, ...], ...]] = (
+    ("input", "cache_write"),
+    ("output", "reasoning"),
+    ("per_request",),
+)
+"""Classes that the same token may turn out to be of."""
+
+
+def _cost(reserve: Reserve, provider: str, model: str, book: PriceBook, at: int) -> dict[str, Decimal]:
+    cost: dict[str, Decimal] = {}
+    for classes, count in zip(_DEAREST, (reserve.input, reserve.output, 1), strict=True):
+        prices = [p for p in (book.price(provider, model, c, at) for c in classes) if p is not None]
+        if prices:
+            price = max(prices, key=lambda p: p.amount)
+            cost[price.currency] = cost.get(price.currency, ZERO) + _amount(count, price)
+    return cost
+
+
+def _amount(count: int, price: Price) -> Decimal:
+    each = price.token_class == "per_request"  # noqa: S105  # not that kind of token
+    try:
+        return times(count, price.amount, per_million=not each)
+    except AmountTooLarge as error:
+        return error.amount
+
+
+def admit(standings: list[Standing], need: Need) -> Verdict:
+    """Return whether one more generation fits into all of the budgets that cover it."""
+    passed: Standing | None = None
+    for standing in standings:
+        budget = standing.budget
+        after = standing.used + need.of(budget.unit)
+        if budget.hard is not None and (after > budget.hard or standing.used >= budget.hard):
+            return Verdict(standing, None)
+        if budget.soft is not None and after > budget.soft and passed is None:
+            passed = standing
+    return Verdict(None, passed)

@@ -1,0 +1,138 @@
+"""Asks billing whether a tenant's budgets have room for one more generation, before it is queued."""
+
+import math
+from datetime import UTC, datetime
+from typing import Any, Final, Literal
+
+import msgspec
+import structlog
+
+from schemas.budgets import RELEASE_SUBJECT, RESERVE_SUBJECT, Decision, Release, Reserve, budgets_key
+from schemas.requests import GenerationRecord
+from schemas.topology import REGISTRY_BUCKET, bucket_stream
+from services.delivery import metrics
+from services.kit.broker import Broker, BrokerUnavailable
+from services.kit.clock import Clock
+from services.kit.problem import Problem
+
+__all__ = ["Admission", "worst_case"]
+
+log = structlog.get_logger()
+KNOWN_SECONDS: Final = 2.0
+KNOWN_TENANTS: Final = 10_000
+RETRY_SECONDS: Final = 2
+BYTES_PER_TOKEN: Final = 3
+_OUTPUT_PARAMS: Final = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+Fallback = Literal["refuse", "allow"]
+
+
+class Admission:
+    """Reserves what a generation may use at most; a tenant without budgets costs one look-up in two seconds.
+
+    ``output``: output tokens to expect of a request that does not bound them. ``fallback``: whether requests of tenants
+    with budgets are refused or allowed while billing does not answer.
+    """
+
+    def __init__(self, broker: Broker, clock: Clock, *, output: int, fallback: Fallback) -> None:
+        self._broker = broker
+        self._clock = clock
+        self._output = output
+        self._fallback = fallback
+        self._known: dict[str, tuple[float, bool]] = {}  # bounded by KNOWN_TENANTS
+
+    async def reserve(self, record: GenerationRecord, key: str, models: list[str], request: Any) -> str | None:
+        """Reserve for a generation that is to begin; return a warning when a soft limit is passed.
+
+        ``request`` has its ``messages`` and ``params``; ``models``: who may answer, as ``provider/model``.
+
+        Raises:
+            Problem: 402, a budget has no room; 503, billing does not answer and nothing is allowed without it.
+            BrokerUnavailable: the broker does not answer.
+        """
+        if not await self._has_budgets(record.tenant):
+            return None
+        inputs, outputs = worst_case(request.messages, request.params, self._output)
+        wish = Reserve(
+            tenant=record.tenant,
+            session=record.session,
+            generation=record.generation,
+            key=key,
+            models=models,
+            input=inputs,
+            output=outputs,
+            at=record.created_at,
+        )
+        decision = await self._ask(wish)
+        if decision is None:
+            self._go_without_billing(record.tenant)
+            return None
+        if not decision.admitted:
+            metrics.BUDGETS.labels("refused").inc()
+            raise _refusal(decision, self._clock.wall())
+        metrics.BUDGETS.labels("admitted").inc()
+        return decision.detail or None
+
+    async def release(self, record: GenerationRecord) -> None:
+        """Give back what was reserved for a generation that could not be queued; otherwise it lapses by itself."""
+        if not self._known.get(record.tenant, (0.0, False))[1]:
+            return
+        release = Release(tenant=record.tenant, session=record.session, generation=record.generation)
+        try:
+            await self._broker.request(RELEASE_SUBJECT, msgspec.json.encode(release))
+        except BrokerUnavailable as error:
+            log.warning("reservation not released yet", generation=record.generation, detail=str(error))
+
+    async def _ask(self, wish: Reserve) -> Decision | None:
+        answer = await self._broker.request(RESERVE_SUBJECT, msgspec.json.encode(wish))
+        try:
+            return None if answer is None else msgspec.json.decode(answer, type=Decision)
+        except msgspec.DecodeError:
+            log.error("billing's decision is not readable", generation=wish.generation)
+            return None
+
+    def _go_without_billing(self, tenant: str) -> None:
+        metrics.BUDGETS.labels("unanswered").inc()
+        if self._fallback == "allow":
+            log.warning("billing does not answer: admitted without its budgets", tenant=tenant)
+            return
+        raise Problem(
+            503,
+            "billing does not answer, and this tenant's budgets allow nothing without it",
+            slug="budget-unknown",
+            headers={"Retry-After": str(RETRY_SECONDS)},
+        )
+
+    async def _has_budgets(self, tenant: str) -> bool:
+        now = self._clock.monotonic()
+        known = self._known.get(tenant)
+        if known is not None and now - known[0] < KNOWN_SECONDS:
+            return known[1]
+        subject = f"$KV.{REGISTRY_BUCKET}.{budgets_key(tenant)}"
+        stored = await self._broker.last(bucket_stream(REGISTRY_BUCKET), subject)
+        if len(self._known) >= KNOWN_TENANTS:
+            self._known.clear()
+        found = stored is not None and bool(stored.data)
+        self._known[tenant] = (now, found)
+        return found
+
+
+def worst_case(messages: Any, params: dict[str, Any], output: int) -> tuple[int, int]:
+    """Return input and output tokens that a request may use at most: input by its size, output by what it allows.
+
+    ``output`` holds where a request does not bound it.
+    """
+    size = len(msgspec.json.encode([messages, params.get("tools"), params.get("response_format")]))
+    allowed = [v for v in (params.get(name) for name in _OUTPUT_PARAMS) if type(v) is int and v > 0]
+    choices = params.get("n")
+    times = choices if type(choices) is int and choices > 0 else 1
+    return math.ceil(size / BYTES_PER_TOKEN), (max(allowed) if allowed else output) * times
+
+
+def _refusal(decision: Decision, now: float) -> Problem:
+    detail = decision.detail or f"budget {decision.budget!r} has no room for this"
+    headers = {}
+    if decision.until is not None:
+        ends = datetime.fromtimestamp(decision.until, UTC)
+        detail += f"; its period ends at {ends:%Y-%m-%dT%H:%M:%SZ}"
+        headers["Retry-After"] = str(max(1, math.ceil(decision.until - now)))
+    return Problem(402, detail, slug="budget-exceeded", title="The budget is used up", headers=headers)

@@ -6,7 +6,8 @@ import secrets
 import socket
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Annotated, Final
+from pathlib import Path
+from typing import Annotated, Final, cast, get_args
 
 import msgspec
 import structlog
@@ -16,12 +17,16 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from services.billing import metrics
 from services.billing.adapters.database import create_folder, database_url, migrate, open_engine, sqlite_url
 from services.billing.adapters.ledger import Ledger
+from services.billing.adapters.prices import Prices
 from services.billing.adapters.reports import Reports
 from services.billing.adapters.tail import Tail
 from services.billing.api import build_api
 from services.billing.consumer import Consumer
-from services.billing.core.reconciliation import Policy
+from services.billing.core.charging import Basis, Charging
+from services.billing.core.reconciliation import Policy, Tolerance
 from services.billing.errors import LedgerUnavailable
+from services.billing.price_loading import load_price_file
+from services.billing.terms import CurrentTerms
 from services.kit.broker import Broker, BrokerUnavailable
 from services.kit.clock import SystemClock
 from services.kit.http import serving
@@ -31,6 +36,7 @@ from services.kit.telemetry import configure_logging
 __all__ = ["Settings", "main"]
 
 log = structlog.get_logger()
+BASES: Final[tuple[str, ...]] = get_args(Basis)
 PARTITIONS_SECONDS: Final = 10.0
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 
@@ -43,6 +49,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     larger of the two. ``grace``: how long a provider may take to report. ``batch``, ``interval``: a transaction holds
     at most so many events and begins at most so long after the first of them. ``hold``: how long after a crash of the
     process that reads a partition another one takes over.
+
+    ``prices``: a price file (TOML or CSV) that becomes the price book when its content is a new one. ``partial``: by
+    which numbers generations are charged that failed, were cancelled or interrupted; ``tenant_partial``: the same for
+    single tenants, as ``tenant=policy``. ``missing``: the same for completed ones whose provider never reported.
+    ``tolerances``: other tolerances for some models, as ``provider/model=absolute/relative`` with ``*`` and ``?``.
     """
 
     host: str = "127.0.0.1"
@@ -51,6 +62,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     tolerance_absolute: Annotated[int, msgspec.Meta(ge=0)] = 8
     tolerance_relative: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.02
     grace: Annotated[float, msgspec.Meta(ge=0)] = 300.0
+    tolerances: list[str] = []
+    prices: str | None = None
+    partial: Basis = "counted"
+    tenant_partial: list[str] = []
+    missing: Basis = "counted"
     batch: Annotated[int, msgspec.Meta(ge=1, le=20_000)] = 10_000
     interval: Annotated[float, msgspec.Meta(gt=0, le=10)] = 0.5
     hold: Annotated[float, msgspec.Meta(ge=1)] = 5.0
@@ -63,10 +79,48 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                 database_url(self.database_url)
             except ValueError as error:
                 raise ValueError(f"TAILRACE_BILLING_DATABASE_URL: {error}") from error
+        self.policy()
+        self.charging()
 
     def policy(self) -> Policy:
-        """Return what reconciliation goes by."""
-        return Policy(absolute=self.tolerance_absolute, relative=self.tolerance_relative, grace=self.grace)
+        """Return what reconciliation goes by.
+
+        Raises:
+            ValueError: a tolerance is not one.
+        """
+        return Policy(
+            absolute=self.tolerance_absolute,
+            relative=self.tolerance_relative,
+            grace=self.grace,
+            models=tuple(_tolerance(text) for text in self.tolerances),
+        )
+
+    def charging(self) -> Charging:
+        """Return by whose numbers is charged.
+
+        Raises:
+            ValueError: a tenant's policy is not one.
+        """
+        pairs = [text.partition("=") for text in self.tenant_partial]
+        wrong = [text for text, (_, _, basis) in zip(self.tenant_partial, pairs, strict=True) if basis not in BASES]
+        if wrong:
+            raise ValueError(f"TAILRACE_BILLING_TENANT_PARTIAL: {wrong[0]!r} is not tenant={'|'.join(BASES)}")
+        tenants = {tenant: cast(Basis, basis) for tenant, _, basis in pairs}
+        return Charging(partial=self.partial, missing=self.missing, tenants=tenants)
+
+
+def _tolerance(text: str) -> Tolerance:
+    model, _, numbers = text.rpartition("=")
+    absolute, _, relative = numbers.partition("/")
+    try:
+        made = Tolerance(model=model, absolute=int(absolute), relative=float(relative))
+        if not model or made.absolute < 0 or not 0 <= made.relative <= 1:
+            raise ValueError("out of range")
+    except ValueError as error:
+        raise ValueError(
+            f"TAILRACE_BILLING_TOLERANCES: {text!r} is not provider/model=tokens/share such as openai/gpt-*=8/0.02"
+        ) from error
+    return made
 
 
 async def main(stop: asyncio.Event, env: Mapping[str, str] = os.environ) -> None:
@@ -102,12 +156,18 @@ async def main(stop: asyncio.Event, env: Mapping[str, str] = os.environ) -> None
             log.info("billing listens", host=settings.host, port=settings.port, database=url.get_backend_name())
             if not await _migrated(engine, stop):
                 return
+            prices = Prices(engine)
+            if settings.prices is not None:
+                await load_price_file(prices, Path(settings.prices), SystemClock())
             migrated.set()
-            await _consume(broker, ledger, shared, settings, stop)
+            terms = CurrentTerms(prices, settings.policy(), settings.charging())
+            await _consume(broker, ledger, shared, settings, terms, stop)
     log.info("billing has stopped")
 
 
-async def _consume(broker: Broker, ledger: Ledger, shared: Shared, settings: Settings, stop: asyncio.Event) -> None:
+async def _consume(
+    broker: Broker, ledger: Ledger, shared: Shared, settings: Settings, terms: CurrentTerms, stop: asyncio.Event
+) -> None:
     """Read every partition that there is: also those beyond the present number, and those that appear later."""
     topology = shared.topology()
     wanted = {*range(topology.partitions), *await _existing(broker)}
@@ -116,7 +176,7 @@ async def _consume(broker: Broker, ledger: Ledger, shared: Shared, settings: Set
         while not stop.is_set():
             for partition in sorted(wanted - read):
                 tail = Tail(broker, topology, partition, batch=settings.batch, interval=settings.interval)
-                consumer = Consumer(partition, tail, ledger, settings.policy(), SystemClock())
+                consumer = Consumer(partition, tail, ledger, terms, SystemClock())
                 group.create_task(consumer.run(stop), name=f"billing:{partition}")
             read |= wanted
             with suppress(TimeoutError):

@@ -17,12 +17,14 @@ import tenacity
 from services.billing import metrics
 from services.billing.adapters.ledger import Ledger
 from services.billing.adapters.tail import Pulled, Tail
-from services.billing.core.batch import Group, fold_batch, group
+from services.billing.adapters.worklist import Money
+from services.billing.core.batch import Batch, Group, fold_batch, group
 from services.billing.core.generation import Generation, Key
 from services.billing.core.intake import Record
-from services.billing.core.reconciliation import Policy, reconcile
 from services.billing.core.sequence import join
-from services.billing.errors import Fenced, LedgerUnavailable
+from services.billing.errors import Fenced, LedgerUnavailable, StalePrices
+from services.billing.sweep import Sweep, tell
+from services.billing.terms import CurrentTerms
 from services.kit.broker import BrokerUnavailable
 from services.kit.clock import Clock
 
@@ -39,11 +41,12 @@ _PAUSE: Final = 0.5
 class Consumer:
     """Follows one partition while this process holds it; otherwise waits to take over."""
 
-    def __init__(self, partition: int, tail: Tail, ledger: Ledger, policy: Policy, clock: Clock) -> None:
+    def __init__(self, partition: int, tail: Tail, ledger: Ledger, terms: CurrentTerms, clock: Clock) -> None:
         self.partition = partition
         self.tail = tail
         self.ledger = ledger
-        self.policy = policy
+        self.terms = terms
+        self.sweep = Sweep(partition, ledger, terms)
         self.clock = clock
         self.applied = -1
         self.incarnation = ""
@@ -104,6 +107,7 @@ class Consumer:
     async def _begin(self) -> bool:
         """Take the partition at the position that the database holds; ``False`` while another process has it."""
         state = await self.tail.verify()
+        await self.terms.refresh()
         applied = await self.ledger.acquire(self.partition, state.incarnation, self._now())
         if applied is None:
             return False
@@ -172,20 +176,32 @@ class Consumer:
         now = self._now()
         groups, strays = group(records)
         known = await self._known(groups)
-        batch = fold_batch(groups, known, now, self.policy)
+        batch = await self._commit(groups, known, now, up_to)
         batch.verdicts["malformed"] += strays
-        await self.ledger.commit(self.partition, (self.applied, up_to), now, batch.whole, batch.progress)
         self.applied = up_to
         self._renewed = self.clock.monotonic()
         self._remember(batch.whole)
         self._remember(batch.progress)
-        _tell(batch.whole, known)
+        tell(batch.whole, known, batch.entries)
         for verdict, count in batch.verdicts.items():
             metrics.EVENTS.labels(verdict).inc(count)
         metrics.ROWS.labels("whole").inc(len(batch.whole))
         metrics.ROWS.labels("progress").inc(len(batch.progress))
         metrics.BATCH_SECONDS.observe(self.clock.monotonic() - started)
         self._position.set(up_to)
+
+    async def _commit(self, groups: Sequence[Group], known: Mapping[Key, Generation], now: int, up_to: int) -> Batch:
+        """Fold, settle and write; by new prices again when they have changed meanwhile."""
+        terms = self.terms.now
+        while True:
+            batch = fold_batch(groups, known, now, terms)
+            ended = any(g.ended for g in batch.whole)
+            money = Money(revision=terms.book.revision, entries=batch.entries) if ended else None
+            try:
+                await self.ledger.commit(self.partition, (self.applied, up_to), now, batch.whole, batch.progress, money)
+                return batch
+            except StalePrices:
+                terms = await self.terms.refresh()
 
     async def _known(self, groups: Iterable[Group]) -> dict[Key, Generation]:
         known: dict[Key, Generation] = {}
@@ -219,31 +235,12 @@ class Consumer:
         self._renewed = self.clock.monotonic()
 
     async def _sweep(self) -> None:
-        """Settle generations whose provider had its grace."""
+        """Settle what waits for something else than events."""
         if self.clock.monotonic() - self._swept < SWEEP_SECONDS:
             return
         self._swept = self.clock.monotonic()
-        now = self._now()
-        if due := await self.ledger.due(self.partition, now):
-            settled = [reconcile(g, now, self.policy) for g in due]
-            await self.ledger.commit(self.partition, (self.applied, self.applied), now, settled)
-            _tell(settled, {g.key: g for g in due})
+        await self.sweep.run(self.applied, self._now())
         metrics.RUNNING.set(await self.ledger.running())
 
     def _now(self) -> int:
         return round(self.clock.wall() * 1_000)
-
-
-def _tell(generations: Iterable[Generation], before: Mapping[Key, Generation]) -> None:
-    """Count changes of status; say in the log how a generation settled."""
-    for g in generations:
-        old = before.get(g.key)
-        if g.headless and old is None:
-            metrics.HEADLESS.inc()
-        if old is not None and old.status == g.status:
-            continue
-        metrics.SETTLED.labels(g.status).inc()
-        if g.status in ("matched", "drift") and g.output is not None:
-            metrics.DRIFT.observe(abs(g.output - g.counted_output) / max(1, g.output))
-        if g.ended:
-            log.debug("settled", session=g.session, generation=g.generation, status=g.status, state=g.state)

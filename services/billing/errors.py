@@ -1,6 +1,6 @@
 """What can go wrong in billing, grouped by what the caller must do."""
 
-__all__ = ["BillingError", "Fenced", "LedgerUnavailable"]
+__all__ = ["BillingError", "Fenced", "LedgerUnavailable", "StalePrices"]
 
 
 class BillingError(Exception):
@@ -20,3 +20,11 @@ class Fenced(BillingError):
     def __init__(self, partition: int) -> None:
         self.partition = partition
         super().__init__(f"partition {partition} has been taken over or moved on")
+
+
+class StalePrices(BillingError):
+    """The price book has changed since a batch was reckoned: read it again and reckon the batch anew."""
+
+    def __init__(self, revision: int) -> None:
+        self.revision = revision
+        super().__init__(f"revision {revision} of the price book is no longer the present one")

@@ -6,8 +6,13 @@ from prometheus_client import Counter, Gauge, Histogram
 
 __all__ = [
     "BATCH_SECONDS",
+    "CHARGED",
+    "CREDITED",
+    "DELIVERY_REPORTS",
     "DRIFT",
+    "ENTRIES",
     "EVENTS",
+    "GAP",
     "HEADLESS",
     "LAG",
     "POSITION",
@@ -17,6 +22,7 @@ __all__ = [
     "RUNNING",
     "SETTLED",
     "STALLS",
+    "UNPRICED",
 ]
 
 LAG: Final = Gauge("tailrace_billing_consumer_lag_events", "Events not yet delivered to billing", ["partition"])
@@ -39,3 +45,13 @@ DRIFT: Final = Histogram(
 )
 RECONNECTS: Final = Counter("tailrace_billing_reconnects_total", "Reconnections to the broker")
 STALLS: Final = Counter("tailrace_billing_stalls_total", "Failures that made a partition wait, by part", ["part"])
+ENTRIES: Final = Counter(
+    "tailrace_billing_ledger_entries_total", "Entries written to the ledger, by kind", ["kind", "currency"]
+)
+CHARGED: Final = Counter("tailrace_billing_charged_total", "Amounts charged and corrected upwards", ["currency"])
+CREDITED: Final = Counter("tailrace_billing_credited_total", "Amounts reversed and corrected downwards", ["currency"])
+UNPRICED: Final = Counter("tailrace_billing_unpriced_total", "Generations that found no price when they settled")
+GAP: Final = Counter("tailrace_billing_gap_events_total", "Stream sequences that had expired unread", ["partition"])
+DELIVERY_REPORTS: Final = Counter(
+    "tailrace_billing_delivery_reports_total", "Reports of what subscribers were sent, by outcome", ["outcome"]
+)

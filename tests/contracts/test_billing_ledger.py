@@ -14,6 +14,7 @@ from services.billing.adapters.database import database_url, migrate, open_engin
 from services.billing.adapters.ledger import Ledger
 from services.billing.adapters.reports import Reports
 from services.billing.adapters.tables import metadata
+from services.billing.adapters.worklist import Worklist
 from services.billing.core.fold import fold
 from services.billing.core.generation import Generation, Key
 from services.billing.core.question import Filters
@@ -132,9 +133,10 @@ async def test_generations_are_due_when_their_grace_has_passed(ledger: Ledger) -
     waiting = generation("waits")
     assert waiting.settle_at is not None
     await ledger.commit(0, (0, 5), NOW, [waiting, generation("ok", reported=Usage(input=7, output=30))])
-    assert await ledger.due(0, waiting.settle_at - 1) == []
-    assert await ledger.due(0, waiting.settle_at) == [waiting]
-    assert await ledger.due(1, waiting.settle_at) == []
+    worklist = Worklist(ledger.engine)
+    assert await worklist.due(0, waiting.settle_at - 1) == []
+    assert await worklist.due(0, waiting.settle_at) == [waiting]
+    assert await worklist.due(1, waiting.settle_at) == []
 
 
 @pytest.mark.parametrize("url", ["sqlite:////proc/no/such/file.db", "postgresql://postgres@127.0.0.1:{port}/nothing"])

@@ -18,10 +18,13 @@ from schemas.topology import Topology
 from schemas.usage import Usage
 from services.billing.adapters.database import database_url, migrate, open_engine
 from services.billing.adapters.ledger import Ledger
+from services.billing.adapters.prices import Prices
 from services.billing.adapters.reports import Reports
 from services.billing.adapters.tail import Tail
 from services.billing.consumer import Consumer
+from services.billing.core.charging import Charging
 from services.billing.core.reconciliation import Policy
+from services.billing.terms import CurrentTerms
 from services.kit.broker import Broker
 from services.kit.clock import SystemClock
 from tests.billing_histories import history
@@ -41,7 +44,13 @@ class Run:
 
 @asynccontextmanager
 async def running(
-    broker: Broker, url: str, *, holder: str = "test", batch: int = 100, policy: Policy | None = None
+    broker: Broker,
+    url: str,
+    *,
+    holder: str = "test",
+    batch: int = 100,
+    policy: Policy | None = None,
+    charging: Charging | None = None,
 ) -> AsyncIterator[Run]:
     """Run one consumer in this process until the block ends."""
     stop = asyncio.Event()
@@ -49,7 +58,7 @@ async def running(
         await migrate(engine)
         ledger = Ledger(engine, holder, hold=1.0)
         tail = Tail(broker, Topology(), 0, batch=batch, interval=INTERVAL)
-        consumer = Consumer(0, tail, ledger, policy or Policy(), SystemClock())
+        consumer = Consumer(0, tail, ledger, CurrentTerms(Prices(engine), policy, charging), SystemClock())
         task = asyncio.create_task(consumer.run(stop))
         try:
             yield Run(consumer, ledger, Reports(engine))

@@ -15,9 +15,11 @@ from services.billing.core.generation import Generation, Key
 from services.billing.core.intake import Record, read_record
 from services.billing.core.reconciliation import Policy, reconcile
 from services.billing.core.sequence import join
+from services.billing.core.settlement import Terms
 from tests.billing_histories import START, address, history, records
 
 POLICY = Policy()
+TERMS = Terms(policy=POLICY)
 LATER = round((START + 10_000) * 1_000)
 SOON = round((START + 10) * 1_000)
 USAGE = Usage(input=7, output=30)
@@ -203,7 +205,7 @@ def logs(draw: st.DrawFn) -> list[Record]:
 
 def apply(known: dict[Key, Generation], batch: list[Record]) -> dict[Key, Generation]:
     groups, _strays = group(batch)
-    made = fold_batch(groups, known, SOON, POLICY)
+    made = fold_batch(groups, known, SOON, TERMS)
     return known | {g.key: g for g in [*made.whole, *made.progress]}
 
 

@@ -6,31 +6,26 @@ two processes at once safe, whatever their clocks say. The time of the hold only
 """
 
 from collections.abc import Collection, Sequence
-from typing import Any, Final
+from typing import Final
 
-import msgspec
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from services.billing.adapters.bulk import BulkWriter
 from services.billing.adapters.database import reading, writing
 from services.billing.adapters.tables import GENERATIONS as G
 from services.billing.adapters.tables import PARTITIONS as P
+from services.billing.adapters.tables import STATE
+from services.billing.adapters.worklist import Money, finish
 from services.billing.core.generation import Generation, Key
-from services.billing.errors import Fenced
+from services.billing.errors import Fenced, StalePrices
 
 __all__ = ["Ledger"]
 
 _KEY: Final = ("tenant", "session", "generation")
-_PROGRESS: Final = ("log_seq", "epoch", "next_seq", "counted_output")
 _LOAD_AT_ONCE: Final = 500
 """Keys per query: three variables each, and SQLite takes 32,766."""
-
-_update_progress = (
-    sa.update(G)
-    .where(*(G.c[name] == sa.bindparam(f"key_{name}") for name in _KEY))
-    .values({G.c[name]: sa.bindparam(name) for name in _PROGRESS})
-)
 
 
 class Ledger:
@@ -41,10 +36,7 @@ class Ledger:
         self.holder = holder
         self.hold = hold
         insert = postgresql.insert if engine.dialect.name == "postgresql" else sqlite.insert
-        statement = insert(G)
-        self._upsert = statement.on_conflict_do_update(
-            index_elements=list(_KEY), set_={c.name: statement.excluded[c.name] for c in G.c if c.name not in _KEY}
-        )
+        self._bulk = BulkWriter(engine.dialect.name)
         self._insert_partition = insert(P).on_conflict_do_nothing(index_elements=["partition"])
 
     async def acquire(self, partition: int, incarnation: str, now: int) -> int | None:
@@ -94,6 +86,7 @@ class Ledger:
         now: int,
         whole: Collection[Generation] = (),
         progress: Collection[Generation] = (),
+        money: Money | None = None,
     ) -> None:
         """Move the position from the first to the second of ``applied`` and write generations: all of it or nothing.
 
@@ -101,6 +94,7 @@ class Ledger:
 
         Raises:
             Fenced: position or hold are not what this process believes; nothing is written.
+            StalePrices: the price book has another revision than ``money`` was reckoned by; nothing is written.
             LedgerUnavailable: the database did not answer. It may be written nevertheless.
         """
         before, after = applied
@@ -112,10 +106,19 @@ class Ledger:
             )
             if moved.rowcount != 1:
                 raise Fenced(partition)
-            if whole:
-                await connection.execute(self._upsert, [msgspec.structs.asdict(g) for g in whole])
-            if progress:
-                await connection.execute(_update_progress, [_progress_row(g) for g in progress])
+            if money is not None:
+                await self._check(connection, money.revision)
+                await self._bulk.entries(connection, money.entries)
+                await finish(connection, money, now)
+            await self._bulk.generations(connection, whole)
+            await self._bulk.progress(connection, progress)
+
+    @staticmethod
+    async def _check(connection: AsyncConnection, revision: int) -> None:
+        """See that the price book is the one reckoned by, and keep it from changing until the transaction ends."""
+        query = sa.select(STATE.c.value).where(STATE.c.name == "prices").with_for_update(read=True)
+        if (await connection.execute(query)).scalar_one() != revision:
+            raise StalePrices(revision)
 
     def _until(self, now: int) -> int:
         return now + round(self.hold * 1_000)
@@ -132,24 +135,9 @@ class Ledger:
                 some = [tuple(key) for key in keys[start : start + _LOAD_AT_ONCE]]
                 rows = await connection.execute(sa.select(G).where(sa.tuple_(*(G.c[n] for n in _KEY)).in_(some)))
                 for row in rows.mappings():
-                    g = _generation(row)
+                    g = Generation(**row)
                     found[g.key] = g
         return found
-
-    async def due(self, partition: int, now: int, limit: int = 1_000) -> list[Generation]:
-        """Return generations of a partition whose next decision is due at ``now`` (milliseconds since 1970).
-
-        Raises:
-            LedgerUnavailable: the database did not answer.
-        """
-        async with reading(self.engine) as connection:
-            rows = await connection.execute(
-                sa.select(G)
-                .where(G.c.partition == partition, G.c.settle_at <= now)
-                .order_by(G.c.settle_at)
-                .limit(limit)
-            )
-            return [_generation(row) for row in rows.mappings()]
 
     async def running(self) -> int:
         """Return how many generations run, as far as the ledger knows.
@@ -170,12 +158,3 @@ class Ledger:
         async with reading(self.engine) as connection:
             await connection.execute(sa.select(sa.literal(1)))
             return True
-
-
-def _progress_row(g: Generation) -> dict[str, Any]:
-    row = {name: getattr(g, name) for name in _PROGRESS}
-    return row | {"key_tenant": g.tenant, "key_session": g.session, "key_generation": g.generation}
-
-
-def _generation(row: sa.RowMapping) -> Generation:
-    return Generation(**row)

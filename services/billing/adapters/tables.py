@@ -2,9 +2,24 @@
 
 from typing import Final
 
-from sqlalchemy import BigInteger, Boolean, Column, Index, Integer, MetaData, String, Table, Text
+from sqlalchemy import BigInteger, Boolean, Column, Index, Integer, MetaData, String, Table, Text, text
 
-__all__ = ["GENERATIONS", "PARTITIONS", "metadata"]
+from services.billing.adapters.columns import Money
+
+__all__ = [
+    "DELIVERIES",
+    "GAPS",
+    "GENERATIONS",
+    "LEDGER",
+    "PARTITIONS",
+    "PRICES",
+    "PRICE_REVISIONS",
+    "PRICE_WITHDRAWALS",
+    "PROVIDER_USAGE",
+    "RESETTLEMENTS",
+    "STATE",
+    "metadata",
+]
 
 metadata: Final = MetaData()
 _NAME: Final = String(64)
@@ -54,11 +69,32 @@ GENERATIONS: Final = Table(
     _reported("drift_input"),
     _reported("drift_output"),
     *(_count(name) for name in ("duplicates", "gaps", "zombies", "late", "unknown", "malformed")),
+    Column("reasons", _TEXT, nullable=False, server_default=""),
+    Column("upstream_id", _TEXT, nullable=False, server_default=""),
+    Column("metadata", Text, nullable=False, server_default=""),
+    Column("pricing", String(16), nullable=False, server_default="pending"),
+    Column("amount", Money, nullable=False, server_default="0"),
+    Column("currency", String(3), nullable=False, server_default=""),
+    Column("entries", Integer, nullable=False, server_default="0"),
+    *(_reported(name) for name in ("subscribers", "delivered_events", "delivered_tokens", "delivered_bytes")),
     Index("generations_by_name", "tenant", "generation"),
     Index("generations_by_start", "tenant", "started_at"),
     Index("generations_by_session", "tenant", "session", "started_at", "generation"),
     Index("generations_by_status", "status"),
     Index("generations_due", "partition", "settle_at"),
+    Index(
+        "generations_by_upstream",
+        "upstream_id",
+        postgresql_where=text("upstream_id <> ''"),
+        sqlite_where=text("upstream_id <> ''"),
+    ),
+    Index(
+        "generations_unpriced",
+        "tenant",
+        "started_at",
+        postgresql_where=text("pricing = 'unpriced'"),
+        sqlite_where=text("pricing = 'unpriced'"),
+    ),
 )
 
 PARTITIONS: Final = Table(
@@ -70,3 +106,113 @@ PARTITIONS: Final = Table(
     Column("holder", _NAME, nullable=True),
     _count("held_until"),
 )
+
+LEDGER: Final = Table(
+    "ledger",
+    metadata,
+    Column("tenant", _NAME, primary_key=True),
+    Column("session", _NAME, primary_key=True),
+    Column("generation", _NAME, primary_key=True),
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("kind", String(16), nullable=False),
+    Column("amount", Money, nullable=False),
+    Column("currency", String(3), nullable=False),
+    Column("source", String(24), nullable=False),
+    Column("rule", _TEXT, nullable=False),
+    Column("lines", Text, nullable=False),
+    _count("revision"),
+    _count("created_at"),
+    Index("ledger_by_time", "tenant", "created_at"),
+)
+
+STATE: Final = Table(
+    "state",
+    metadata,
+    Column("name", _NAME, primary_key=True),
+    _count("value"),
+)
+"""``prices``: the price book's revision. Batches read it under a lock: none is priced by a book just replaced."""
+
+PRICE_REVISIONS: Final = Table(
+    "price_revisions",
+    metadata,
+    Column("revision", BigInteger, primary_key=True, autoincrement=False),
+    Column("source", _TEXT, nullable=False),
+    Column("digest", _NAME, nullable=False),
+    _count("created_at"),
+)
+
+PRICES: Final = Table(
+    "prices",
+    metadata,
+    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
+    _count("revision"),
+    Column("provider", _TEXT, nullable=False),
+    Column("model", _TEXT, nullable=False),
+    Column("token_class", String(16), nullable=False),
+    Column("currency", String(3), nullable=False),
+    Column("amount", Money, nullable=False),
+    _count("valid_from"),
+    _reported("valid_until"),
+)
+
+PRICE_WITHDRAWALS: Final = Table(
+    "price_withdrawals",
+    metadata,
+    Column("price", BigInteger, primary_key=True, autoincrement=False),
+    _count("revision"),
+)
+"""Rows of the price book that hold no more; the rows themselves are never changed."""
+
+RESETTLEMENTS: Final = Table(
+    "resettlements",
+    metadata,
+    Column("tenant", _NAME, primary_key=True),
+    Column("session", _NAME, primary_key=True),
+    Column("generation", _NAME, primary_key=True),
+    Column("partition", Integer, nullable=False),
+    Index("resettlements_by_partition", "partition"),
+)
+"""Generations to settle anew, because the price book has changed; done by whoever holds their partition."""
+
+PROVIDER_USAGE: Final = Table(
+    "provider_usage",
+    metadata,
+    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
+    Column("tenant", _NAME, nullable=False),
+    Column("digest", _NAME, nullable=False),
+    Column("provider", _TEXT, nullable=False),
+    Column("generation", _NAME, nullable=False),
+    Column("upstream_id", _TEXT, nullable=False),
+    Column("usage", Text, nullable=False),
+    Column("source", _TEXT, nullable=False),
+    _count("created_at"),
+    _reported("applied_at"),
+    Column("outcome", String(16), nullable=False, server_default=""),
+    Index("provider_usage_by_content", "tenant", "digest", unique=True),
+    Index("provider_usage_waiting", "applied_at"),
+)
+
+DELIVERIES: Final = Table(
+    "deliveries",
+    metadata,
+    Column("tenant", _NAME, primary_key=True),
+    Column("session", _NAME, primary_key=True),
+    Column("generation", _NAME, primary_key=True),
+    Column("replica", _NAME, primary_key=True),
+    *(_count(name) for name in ("number", "subscribers", "events", "tokens", "bytes", "sent_tokens", "reported_at")),
+    Column("placed", Boolean, nullable=False),
+    Index("deliveries_waiting", "placed", postgresql_where=text("NOT placed"), sqlite_where=text("NOT placed")),
+)
+"""What each delivery replica sent of a generation, cumulative; ``placed`` once the generation's row holds the sums."""
+
+GAPS: Final = Table(
+    "gaps",
+    metadata,
+    Column("partition", Integer, primary_key=True, autoincrement=False),
+    Column("incarnation", _NAME, primary_key=True),
+    Column("first", BigInteger, primary_key=True, autoincrement=False),
+    _count("last"),
+    _count("noticed_at"),
+)
+"""Stream sequences that the log no longer kept when billing came to them."""

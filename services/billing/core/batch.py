@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping
 import msgspec
 
 from schemas.subjects import Address, InvalidSubject, parse_address
+from services.billing.core.charging import Entry
 from services.billing.core.fold import fold
 from services.billing.core.generation import Generation, Key
 from services.billing.core.intake import Record
-from services.billing.core.reconciliation import Policy, reconcile
+from services.billing.core.settlement import Terms, settle
 
 __all__ = ["Batch", "Group", "fold_batch", "group"]
 
@@ -27,10 +28,13 @@ class Group(msgspec.Struct):
 
 
 class Batch(msgspec.Struct):
-    """What a batch changes: rows to write whole, rows whose running count alone moved, and how events were judged."""
+    """What a batch changes: rows to write whole, rows whose running count alone moved, new entries of the ledger, and
+    how events were judged.
+    """
 
     whole: list[Generation] = []
     progress: list[Generation] = []
+    entries: list[Entry] = []
     verdicts: Counter[str] = msgspec.field(default_factory=Counter)
 
 
@@ -58,7 +62,7 @@ def _found(subject: str) -> Group | None:
         return None
 
 
-def fold_batch(groups: Iterable[Group], known: Mapping[Key, Generation], now: int, policy: Policy) -> Batch:
+def fold_batch(groups: Iterable[Group], known: Mapping[Key, Generation], now: int, terms: Terms) -> Batch:
     """Return what ``groups`` make of the ``known`` generations. ``now`` in milliseconds since 1970."""
     batch = Batch()
     for one in groups:
@@ -69,5 +73,7 @@ def fold_batch(groups: Iterable[Group], known: Mapping[Key, Generation], now: in
         if folded.change == "progress":
             batch.progress.append(folded.generation)
         elif folded.change == "whole":
-            batch.whole.append(reconcile(folded.generation, now, policy))
+            settled, entries = settle(folded.generation, now, terms)
+            batch.whole.append(settled)
+            batch.entries += entries
     return batch

@@ -22,11 +22,14 @@ from schemas.events import (
     UsageReported,
 )
 from schemas.subjects import Address
-from schemas.usage import Counted
-from services.billing.core.generation import Generation
+from schemas.usage import Counted, Usage
+from services.billing.core.generation import EXPORT, Generation
 from services.billing.core.intake import Record, clip, milliseconds
 
-__all__ = ["Change", "Folded", "fold"]
+__all__ = ["Change", "Folded", "fold", "take_usage"]
+
+LABELS_LIMIT: Final = 4_000
+"""Characters of a generation's labels that are kept, as JSON; more than that and none are."""
 
 Change = Literal["nothing", "progress", "whole"]
 """What must be written: nothing, the position and the running count, or the whole row."""
@@ -121,11 +124,11 @@ def _take(g: Generation, event: Event, at: int) -> None:
             g.model = clip(event.model)
             _name_upstream(g, event.provider, event.upstream_model)
             _take_count(g, event.counted)
+            g.metadata = _labels(event.metadata)
         case Restarted():
             _name_upstream(g, event.provider, event.upstream_model)
         case UsageReported():
-            g.reported_at = at
-            _take_usage(g, event)
+            _take_usage(g, event, at)
         case Completed():
             g.code = clip(event.finish_reason)
             _take_count(g, event.counted)
@@ -151,10 +154,25 @@ def _take_count(g: Generation, counted: Counted) -> None:
     g.encoding = clip(counted.encoding) or g.encoding
 
 
-def _take_usage(g: Generation, event: UsageReported) -> None:
+def _take_usage(g: Generation, event: UsageReported, at: int) -> None:
     usage = event.usage
     _name_upstream(g, event.provider, event.upstream_model)
+    g.upstream_id = clip(event.upstream_id or "") or g.upstream_id
+    if g.usage_source == EXPORT:
+        return
+    g.reported_at = at
+    take_usage(g, usage, clip(event.source))
+
+
+def take_usage(g: Generation, usage: Usage, source: str) -> None:
+    """Set what the provider reported, and who told so."""
     g.input, g.output = usage.input, usage.output
     g.cached_input, g.cache_write, g.reasoning = usage.cached_input, usage.cache_write, usage.reasoning
     g.usage = msgspec.json.encode(usage).decode()
-    g.usage_source = clip(event.source)
+    g.usage_source = source
+
+
+def _labels(metadata: dict[str, str]) -> str:
+    """Return labels as JSON that any database takes; none that are too many or too long."""
+    text = msgspec.json.encode({clip(k): clip(v) for k, v in metadata.items()}, order="sorted").decode()
+    return "" if not metadata or len(text) > LABELS_LIMIT else text

@@ -1,15 +1,24 @@
 """What billing knows of one generation. Field names are the columns of the table ``generations``."""
 
+from decimal import Decimal
 from typing import Final, Literal, NamedTuple
 
 import msgspec
 
 from schemas.acceptance import Position
+from services.billing.core.money import ZERO
 
-__all__ = ["STATUSES", "Generation", "Key", "Status"]
+__all__ = ["DELIVERED", "EXPORT", "PRICINGS", "STATUSES", "Generation", "Key", "Pricing", "Status"]
 
 Status = Literal["running", "matched", "drift", "awaiting_provider", "provider_missing", "partial"]
 STATUSES: Final = ("running", "matched", "drift", "awaiting_provider", "provider_missing", "partial")
+
+Pricing = Literal["pending", "charged", "unpriced", "waived"]
+PRICINGS: Final = ("pending", "charged", "unpriced", "waived")
+EXPORT: Final = "provider_export"
+"""Source of usage that a provider's export tells: it outweighs whatever the log says, whichever comes first."""
+DELIVERED: Final = ("subscribers", "delivered_events", "delivered_tokens", "delivered_bytes")
+"""Fields that delivery's reports fill, beside the fold: the fold neither writes nor needs them."""
 
 
 class Key(NamedTuple):
@@ -28,7 +37,11 @@ class Generation(msgspec.Struct, kw_only=True):
     because events carry running totals. ``state``: ``running`` or the type of its terminal; ``status``: the outcome of
     reconciliation. ``code``: finish reason, failure code or reason of the end. ``counted_…``: Tailrace's own count.
     ``input`` … ``reasoning``: what the provider reported, ``None`` without a report; ``usage`` is that report as JSON.
-    ``drift_…``: reported minus counted. ``settle_at``: when ``awaiting_provider`` ends. The rest counts dropped events.
+    ``drift_…``: reported minus counted; ``reasons``: why, as far as that can be known, by commas. ``settle_at``: when
+    the next decision is due. ``upstream_id``: the provider's name for it. ``metadata``: the request's labels as JSON.
+    ``pricing``: whether money has been asked for it: not decided yet, charged, no price known, or waived by policy.
+    ``amount`` in ``currency`` is the sum of its ``entries`` entries in the ledger. ``subscribers`` and ``delivered_…``:
+    what subscribers were sent, ``None`` before the first report. The rest counts dropped events.
     """
 
     tenant: str
@@ -62,6 +75,17 @@ class Generation(msgspec.Struct, kw_only=True):
     usage_source: str = ""
     drift_input: int | None = None
     drift_output: int | None = None
+    reasons: str = ""
+    upstream_id: str = ""
+    metadata: str = ""
+    pricing: Pricing = "pending"
+    amount: Decimal = ZERO
+    currency: str = ""
+    entries: int = 0
+    subscribers: int | None = None
+    delivered_events: int | None = None
+    delivered_tokens: int | None = None
+    delivered_bytes: int | None = None
     duplicates: int = 0
     gaps: int = 0
     zombies: int = 0

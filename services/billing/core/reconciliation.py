@@ -3,24 +3,40 @@
 import msgspec
 
 from services.billing.core.generation import Generation, Status
+from services.billing.core.prices import glob
 
-__all__ = ["Policy", "reconcile"]
+__all__ = ["Policy", "Tolerance", "reconcile"]
 
 
-class Policy(msgspec.Struct, frozen=True, kw_only=True):
-    """When two numbers agree, and how long a provider may take.
-
-    Counted and reported agree when they differ by no more than ``absolute`` tokens or ``relative`` of the reported
-    number, whichever is more. ``grace`` in seconds.
+class Tolerance(msgspec.Struct, frozen=True, kw_only=True):
+    """When two numbers agree: when they differ by no more than ``absolute`` tokens or ``relative`` of the reported
+    number, whichever is more. ``model`` is a pattern for ``provider/model`` with ``*`` and ``?``.
     """
 
+    model: str = "*"
     absolute: int = 8
     relative: float = 0.02
-    grace: float = 300.0
 
     def agree(self, counted: int, reported: int) -> bool:
         """Tell whether the two numbers are as close as they need to be."""
         return abs(reported - counted) <= max(self.absolute, self.relative * reported)
+
+
+class Policy(Tolerance, frozen=True, kw_only=True):
+    """The tolerance of all models, those of some (the first that matches holds), and how long a provider may take.
+
+    ``grace`` in seconds.
+    """
+
+    grace: float = 300.0
+    models: tuple[Tolerance, ...] = ()
+
+    def tolerance(self, g: Generation) -> Tolerance:
+        """Return the tolerance for a generation's model."""
+        if not self.models:
+            return self
+        name = f"{g.provider}/{g.upstream_model or g.model}"
+        return next((t for t in self.models if glob(t.model).fullmatch(name)), self)
 
 
 def reconcile(g: Generation, now: int, policy: Policy) -> Generation:
@@ -42,8 +58,9 @@ def reconcile(g: Generation, now: int, policy: Policy) -> Generation:
         status = "awaiting_provider" if now < settle_at else "provider_missing"
         settle_at = settle_at if status == "awaiting_provider" else None
     else:
-        agreed = policy.agree(g.counted_output, g.output) and (
-            not g.counted_input or policy.agree(g.counted_input, g.input)
+        tolerance = policy.tolerance(g)
+        agreed = tolerance.agree(g.counted_output, g.output) and (
+            not g.counted_input or tolerance.agree(g.counted_input, g.input)
         )
         status = "matched" if agreed else "drift"
     return msgspec.structs.replace(

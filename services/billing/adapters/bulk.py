@@ -1,0 +1,95 @@
+"""Many rows in one statement: as arrays to PostgreSQL, as a prepared statement run over them on SQLite.
+
+PostgreSQL takes a statement with one array a column several times faster than the same rows one by one.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Final
+
+import msgspec
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from services.billing.adapters.tables import GENERATIONS as G
+from services.billing.adapters.tables import LEDGER
+from services.billing.core.charging import Entry
+from services.billing.core.generation import DELIVERED, Generation
+
+__all__ = ["BulkWriter"]
+
+_KEY: Final = ("tenant", "session", "generation")
+_PROGRESS: Final = ("log_seq", "epoch", "next_seq", "counted_output")
+_WHOLE: Final = tuple(name for name in Generation.__struct_fields__ if name not in DELIVERED)
+
+
+class BulkWriter:
+    """Writes generations and entries on a connection, within its transaction; rows in the order of their keys."""
+
+    def __init__(self, dialect: str) -> None:
+        self._arrays = dialect == "postgresql"
+        self._upsert = self._statement_upsert()
+        self._progress = self._statement_progress()
+        self._entries = self._insert(LEDGER, Entry.__struct_fields__)
+
+    async def generations(self, connection: AsyncConnection, rows: Collection[Generation]) -> None:
+        """Write whole rows, new or known; what delivery reports fill stays as it is."""
+        await self._run(connection, self._upsert, _WHOLE, _sorted(rows))
+
+    async def progress(self, connection: AsyncConnection, rows: Collection[Generation]) -> None:
+        """Write position and running count of known rows."""
+        await self._run(connection, self._progress, (*_KEY, *_PROGRESS), _sorted(rows))
+
+    async def entries(self, connection: AsyncConnection, entries: Collection[Entry]) -> None:
+        """Append to the ledger; an entry whose number exists is an error."""
+        await self._run(connection, self._entries, Entry.__struct_fields__, list(entries))
+
+    async def _run(
+        self,
+        connection: AsyncConnection,
+        statement: sa.Executable,
+        names: Sequence[str],
+        rows: Sequence[msgspec.Struct],
+    ) -> None:
+        if not rows:
+            return
+        if self._arrays:
+            columns = {_parameter(name): [getattr(row, name) for row in rows] for name in names}
+            await connection.execute(statement, columns)
+        else:
+            await connection.execute(statement, [{_parameter(n): getattr(row, n) for n in names} for row in rows])
+
+    def _insert(self, table: sa.Table, names: Sequence[str]) -> Any:
+        if not self._arrays:
+            return sqlite.insert(table).values({name: sa.bindparam(_parameter(name)) for name in names})
+        source = _unnested(table, names)
+        return postgresql.insert(table).from_select(list(names), sa.select(*(source.c[n] for n in names)))
+
+    def _statement_upsert(self) -> sa.Executable:
+        statement = self._insert(G, _WHOLE)
+        changed: Mapping[str, Any] = {n: statement.excluded[n] for n in _WHOLE if n not in _KEY}
+        upsert: sa.Executable = statement.on_conflict_do_update(index_elements=list(_KEY), set_=changed)
+        return upsert
+
+    def _statement_progress(self) -> sa.Executable:
+        if not self._arrays:
+            keys = (G.c[name] == sa.bindparam(_parameter(name)) for name in _KEY)
+            return sa.update(G).where(*keys).values({G.c[n]: sa.bindparam(_parameter(n)) for n in _PROGRESS})
+        source = _unnested(G, (*_KEY, *_PROGRESS))
+        keys = (G.c[name] == source.c[name] for name in _KEY)
+        return sa.update(G).where(*keys).values({G.c[n]: source.c[n] for n in _PROGRESS})
+
+
+def _parameter(name: str) -> str:
+    return f"p_{name}"  # a column's own name is taken in an UPDATE
+
+
+def _unnested(table: sa.Table, names: Sequence[str]) -> Any:
+    arrays = [sa.bindparam(_parameter(name), type_=postgresql.ARRAY(table.c[name].type)) for name in names]
+    columns = [sa.column(name, table.c[name].type) for name in names]
+    return sa.func.unnest(*arrays).table_valued(*columns, name="given").render_derived()
+
+
+def _sorted(rows: Collection[Generation]) -> list[Generation]:
+    """Return rows in an order that all writers share, so that no two wait for each other."""
+    return sorted(rows, key=lambda g: g.key)

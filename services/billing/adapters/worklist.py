@@ -1,0 +1,105 @@
+"""What waits to be settled besides new events: grace that has ended, prices that changed, exports of providers.
+
+Whoever asks for a settlement only leaves a row here; the process that holds a generation's partition does it. So each
+generation has one writer, and money never depends on who was faster.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+import msgspec
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from schemas.usage import Usage
+from services.billing.adapters.database import reading
+from services.billing.adapters.tables import GENERATIONS as G
+from services.billing.adapters.tables import PROVIDER_USAGE as U
+from services.billing.adapters.tables import RESETTLEMENTS as R
+from services.billing.core.charging import Entry
+from services.billing.core.generation import Generation, Key
+
+__all__ = ["Export", "Money", "Worklist", "finish"]
+
+AT_ONCE: Final = 1_000
+_KEY: Final = ("tenant", "session", "generation")
+
+
+class Money(msgspec.Struct, frozen=True, kw_only=True):
+    """What a batch means in money: entries, the price book's revision behind them, and the asked-for settlements done.
+
+    ``exports``: rows of providers' exports, by number, with their outcome.
+    """
+
+    revision: int
+    entries: Sequence[Entry] = ()
+    resettled: Sequence[Key] = ()
+    exports: Sequence[tuple[int, str]] = ()
+
+
+class Export(msgspec.Struct, frozen=True):
+    """A row of a provider's export that concerns a generation."""
+
+    id: int
+    generation: Generation
+    usage: Usage
+    created_at: int
+
+
+async def finish(connection: AsyncConnection, money: Money, now: int) -> None:
+    """Take done settlements off the list."""
+    if money.resettled:
+        gone = sa.delete(R).where(*(R.c[name] == sa.bindparam(f"key_{name}") for name in _KEY))
+        await connection.execute(gone, [{f"key_{n}": v for n, v in key._asdict().items()} for key in money.resettled])
+    if money.exports:
+        applied = sa.update(U).where(U.c.id == sa.bindparam("row")).values(applied_at=now, outcome=sa.bindparam("how"))
+        await connection.execute(applied, [{"row": row, "how": how} for row, how in money.exports])
+
+
+class Worklist:
+    """The waiting settlements of a partition. Every method raises ``LedgerUnavailable`` without an answer."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self.engine = engine
+
+    async def due(self, partition: int, now: int, limit: int = AT_ONCE) -> list[Generation]:
+        """Return generations whose next decision is due at ``now`` (milliseconds since 1970)."""
+        query = sa.select(G).where(G.c.partition == partition, G.c.settle_at <= now).order_by(G.c.settle_at)
+        return await self._generations(query.limit(limit))
+
+    async def resettling(self, partition: int, limit: int = AT_ONCE) -> list[Generation]:
+        """Return generations to settle anew because the price book has changed."""
+        same = [R.c[name] == G.c[name] for name in _KEY]
+        query = sa.select(G).join(R, sa.and_(*same)).where(R.c.partition == partition)
+        return await self._generations(query.limit(limit))
+
+    async def exports(self, partition: int, limit: int = AT_ONCE) -> list[Export]:
+        """Return waiting rows of providers' exports whose generation has ended, the oldest first."""
+        found: dict[int, Export] = {}
+        by_name = sa.and_(U.c.tenant == G.c.tenant, U.c.generation == G.c.generation)
+        by_upstream = sa.and_(U.c.tenant == G.c.tenant, U.c.upstream_id == G.c.upstream_id, G.c.upstream_id != "")
+        for condition, needed in ((by_name, U.c.generation != ""), (by_upstream, U.c.generation == "")):
+            query = (
+                sa.select(G, U.c.id.label("row"), U.c.usage.label("told"), U.c.created_at.label("told_at"))
+                .join(U, condition)
+                .where(U.c.applied_at.is_(None), needed, G.c.partition == partition, G.c.state != "running")
+                .order_by(U.c.id, G.c.started_at.desc())
+                .limit(limit)
+            )
+            async with reading(self.engine) as connection:
+                rows = (await connection.execute(query)).mappings().all()
+            for row in rows:
+                export = Export(
+                    row["row"], _generation(row), msgspec.json.decode(row["told"], type=Usage), row["told_at"]
+                )
+                found.setdefault(export.id, export)  # of several generations with one name the latest
+        return [found[id_] for id_ in sorted(found)]
+
+    async def _generations(self, query: sa.Select[tuple[object, ...]]) -> list[Generation]:
+        async with reading(self.engine) as connection:
+            rows: Iterable[sa.RowMapping] = (await connection.execute(query)).mappings().all()
+        return [_generation(row) for row in rows]
+
+
+def _generation(row: sa.RowMapping) -> Generation:
+    return Generation(**{name: row[name] for name in Generation.__struct_fields__})

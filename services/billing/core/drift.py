@@ -1,0 +1,69 @@
+"""Why numbers differ, as far as what is known of a generation tells."""
+
+from collections.abc import Iterator
+from typing import Final
+
+import msgspec
+
+from schemas.usage import Usage
+from services.billing.core.generation import Generation
+from services.billing.core.reconciliation import Policy, Tolerance
+
+__all__ = ["REASONS", "explain"]
+
+REASONS: Final = (
+    "cut_off",
+    "estimate",
+    "hidden_reasoning",
+    "cached_tokens",
+    "tool_calls",
+    "billed_units",
+    "attempts",
+    "headless",
+)
+_CUT_OFF: Final = "upstream_cut_off"
+
+
+def explain(g: Generation, policy: Policy) -> str:
+    """Return the reasons found for what ``g`` is short of being matched, by commas, in the order of `REASONS`."""
+    if g.status in ("running", "awaiting_provider", "matched"):
+        return ""
+    return ",".join(_reasons(g, policy.tolerance(g)))
+
+
+def _reasons(g: Generation, tolerance: Tolerance) -> Iterator[str]:
+    usage = msgspec.json.decode(g.usage, type=Usage) if g.usage else None
+    if g.state == "interrupted" or g.code == _CUT_OFF:
+        yield "cut_off"
+    if not g.counted_exact:
+        yield "estimate"
+    if usage is not None:
+        if _hidden(g, usage, tolerance):
+            yield "hidden_reasoning"
+        if _cached(g, usage, tolerance):
+            yield "cached_tokens"
+        if g.code == "tool_calls" and not tolerance.agree(g.counted_output, usage.output):
+            yield "tool_calls"
+        if usage.billed_output not in (None, usage.output) or usage.billed_input not in (None, usage.input):
+            yield "billed_units"
+    if g.epoch > 1:
+        yield "attempts"
+    if g.headless:
+        yield "headless"
+
+
+def _hidden(g: Generation, usage: Usage, tolerance: Tolerance) -> bool:
+    """Tell whether the output agrees once reasoning that was never streamed is left out."""
+    if not usage.reasoning or tolerance.agree(g.counted_output, usage.output):
+        return False
+    return g.counted_output < usage.output and tolerance.agree(
+        g.counted_output, max(g.counted_output, usage.output - usage.reasoning)
+    )
+
+
+def _cached(g: Generation, usage: Usage, tolerance: Tolerance) -> bool:
+    """Tell whether the input agrees once cached tokens are left out, or put in."""
+    cached = usage.cached_input + usage.cache_write
+    if not cached or not g.counted_input or tolerance.agree(g.counted_input, usage.input):
+        return False
+    return any(tolerance.agree(g.counted_input, max(0, n)) for n in (usage.input - cached, usage.input + cached))

@@ -1,0 +1,30 @@
+"""Settlement: reconciliation, the reasons for a drift, and the charge, in one step that can be repeated."""
+
+import msgspec
+
+from services.billing.core.charging import Charging, Entry, charge
+from services.billing.core.drift import explain
+from services.billing.core.generation import Generation
+from services.billing.core.prices import PriceBook
+from services.billing.core.reconciliation import Policy, reconcile
+
+__all__ = ["Terms", "settle"]
+
+
+class Terms(msgspec.Struct, frozen=True, kw_only=True):
+    """What settlement goes by: tolerances and grace, whose numbers are charged, and the prices."""
+
+    policy: Policy = Policy()
+    charging: Charging = Charging()
+    book: PriceBook = PriceBook()
+
+
+def settle(g: Generation, now: int, terms: Terms) -> tuple[Generation, list[Entry]]:
+    """Return ``g`` settled as of ``now`` (milliseconds since 1970), and the ledger entries that this takes.
+
+    Settling what is settled, by the same terms, changes nothing and gives no entry.
+    """
+    reconciled = reconcile(g, now, terms.policy)
+    if reconciled.status not in ("running", "matched", "awaiting_provider") or reconciled.reasons:
+        reconciled = msgspec.structs.replace(reconciled, reasons=explain(reconciled, terms.policy))
+    return charge(reconciled, now, terms.charging, terms.book)

@@ -1,0 +1,104 @@
+"""Settling what waits for something else than events: a grace that ends, new prices, a provider's export."""
+
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+import msgspec
+import structlog
+
+from services.billing import metrics
+from services.billing.adapters.ledger import Ledger
+from services.billing.adapters.worklist import AT_ONCE, Export, Money, Worklist
+from services.billing.core.charging import Entry
+from services.billing.core.fold import take_usage
+from services.billing.core.generation import EXPORT, Generation, Key
+from services.billing.core.settlement import settle
+from services.billing.errors import StalePrices
+from services.billing.terms import CurrentTerms
+
+__all__ = ["Sweep", "tell"]
+
+log = structlog.get_logger()
+ROUNDS: Final = 20
+"""How often a sweep goes on while it finds its list full, before events have their turn again."""
+
+
+class Sweep:
+    """The settlements of one partition, done by the process that holds it."""
+
+    def __init__(self, partition: int, ledger: Ledger, terms: CurrentTerms) -> None:
+        self.partition = partition
+        self.ledger = ledger
+        self.terms = terms
+        self.worklist = Worklist(ledger.engine)
+
+    async def run(self, applied: int, now: int) -> None:
+        """Settle what waits at ``now`` (milliseconds since 1970); ``applied`` is the partition's position.
+
+        Raises:
+            Fenced: another process has the partition.
+            LedgerUnavailable: the database did not answer.
+        """
+        for _round in range(ROUNDS):
+            try:
+                if not await self._round(applied, now):
+                    return
+            except StalePrices:
+                await self.terms.refresh()
+
+    async def _round(self, applied: int, now: int) -> bool:
+        due = await self.worklist.due(self.partition, now)
+        resettling = await self.worklist.resettling(self.partition)
+        exports = await self.worklist.exports(self.partition)
+        if not due and not resettling and not exports:
+            return False
+        before = {g.key: g for g in (*due, *resettling, *(e.generation for e in exports))}
+        waiting = _told(before, exports)
+        terms = self.terms.now
+        changed: list[Generation] = []
+        entries: list[Entry] = []
+        for g in waiting.values():
+            settled, more = settle(g, now, terms)
+            entries += more
+            if settled != before[g.key]:
+                changed.append(settled)
+        money = Money(
+            revision=terms.book.revision,
+            entries=entries,
+            resettled=[g.key for g in resettling],
+            exports=[(e.id, "applied") for e in exports],
+        )
+        await self.ledger.commit(self.partition, (applied, applied), now, changed, (), money)
+        tell(changed, before, entries)
+        return max(len(due), len(resettling), len(exports)) >= AT_ONCE
+
+
+def _told(before: Mapping[Key, Generation], exports: Iterable[Export]) -> dict[Key, Generation]:
+    """Return the generations with what exports say of them, the newest last."""
+    found = dict(before)
+    for export in exports:
+        g = msgspec.structs.replace(found[export.generation.key], reported_at=export.created_at)
+        take_usage(g, export.usage, EXPORT)
+        found[g.key] = g
+    return found
+
+
+def tell(generations: Iterable[Generation], before: Mapping[Key, Generation], entries: Iterable[Entry] = ()) -> None:
+    """Count changes of status and money; say in the log how a generation settled."""
+    for entry in entries:
+        metrics.ENTRIES.labels(entry.kind, entry.currency).inc()
+        metrics.CHARGED.labels(entry.currency).inc(max(0.0, float(entry.amount)))
+        metrics.CREDITED.labels(entry.currency).inc(max(0.0, -float(entry.amount)))
+    for g in generations:
+        old = before.get(g.key)
+        if g.headless and old is None:
+            metrics.HEADLESS.inc()
+        if g.pricing == "unpriced" and (old is None or old.pricing != "unpriced"):
+            metrics.UNPRICED.inc()
+        if old is not None and old.status == g.status:
+            continue
+        metrics.SETTLED.labels(g.status).inc()
+        if g.status in ("matched", "drift") and g.output is not None:
+            metrics.DRIFT.observe(abs(g.output - g.counted_output) / max(1, g.output))
+        if g.ended:
+            log.debug("settled", session=g.session, generation=g.generation, status=g.status, state=g.state)

@@ -1,0 +1,27 @@
+"""The terms by which a running service settles: its settings, and the price book as the database has it."""
+
+from services.billing.adapters.prices import Prices
+from services.billing.core.charging import Charging
+from services.billing.core.reconciliation import Policy
+from services.billing.core.settlement import Terms
+
+__all__ = ["CurrentTerms"]
+
+
+class CurrentTerms:
+    """Terms that all partitions of a process share; ``now`` holds until `refresh` finds a newer price book."""
+
+    def __init__(self, prices: Prices, policy: Policy | None = None, charging: Charging | None = None) -> None:
+        self._prices = prices
+        self.now = Terms(policy=policy or Policy(), charging=charging or Charging())
+
+    async def refresh(self) -> Terms:
+        """Read the price book again.
+
+        Raises:
+            LedgerUnavailable: the database did not answer.
+        """
+        book = await self._prices.book()
+        if book.revision != self.now.book.revision:
+            self.now = Terms(policy=self.now.policy, charging=self.now.charging, book=book)
+        return self.now

@@ -1,0 +1,1 @@
+"""Packages of the protocol, as protoc lays them out."""

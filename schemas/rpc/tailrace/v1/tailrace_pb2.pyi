@@ -1,0 +1,451 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Begin(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    BEGIN_UNSPECIFIED: _ClassVar[Begin]
+    BEGIN_START: _ClassVar[Begin]
+    BEGIN_LIVE: _ClassVar[Begin]
+BEGIN_UNSPECIFIED: Begin
+BEGIN_START: Begin
+BEGIN_LIVE: Begin
+
+class ReadRequest(_message.Message):
+    __slots__ = ("session", "generation", "after", "begin")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    BEGIN_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    generation: str
+    after: str
+    begin: Begin
+    def __init__(self, session: _Optional[str] = ..., generation: _Optional[str] = ..., after: _Optional[str] = ..., begin: _Optional[_Union[Begin, str]] = ...) -> None: ...
+
+class ReadResponse(_message.Message):
+    __slots__ = ("frames",)
+    FRAMES_FIELD_NUMBER: _ClassVar[int]
+    frames: _containers.RepeatedCompositeFieldContainer[Frame]
+    def __init__(self, frames: _Optional[_Iterable[_Union[Frame, _Mapping]]] = ...) -> None: ...
+
+class Frame(_message.Message):
+    __slots__ = ("event", "gap", "bye")
+    EVENT_FIELD_NUMBER: _ClassVar[int]
+    GAP_FIELD_NUMBER: _ClassVar[int]
+    BYE_FIELD_NUMBER: _ClassVar[int]
+    event: Event
+    gap: Gap
+    bye: Bye
+    def __init__(self, event: _Optional[_Union[Event, _Mapping]] = ..., gap: _Optional[_Union[Gap, _Mapping]] = ..., bye: _Optional[_Union[Bye, _Mapping]] = ...) -> None: ...
+
+class Gap(_message.Message):
+    __slots__ = ("reason", "generation")
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    generation: str
+    def __init__(self, reason: _Optional[str] = ..., generation: _Optional[str] = ...) -> None: ...
+
+class Bye(_message.Message):
+    __slots__ = ("reason", "cursor")
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    CURSOR_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    cursor: str
+    def __init__(self, reason: _Optional[str] = ..., cursor: _Optional[str] = ...) -> None: ...
+
+class Event(_message.Message):
+    __slots__ = ("generation", "seq", "epoch", "at", "type", "cursor", "started", "delta", "notice", "restarted", "usage", "completed", "failed", "cancelled", "interrupted", "json")
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    SEQ_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    AT_FIELD_NUMBER: _ClassVar[int]
+    TYPE_FIELD_NUMBER: _ClassVar[int]
+    CURSOR_FIELD_NUMBER: _ClassVar[int]
+    STARTED_FIELD_NUMBER: _ClassVar[int]
+    DELTA_FIELD_NUMBER: _ClassVar[int]
+    NOTICE_FIELD_NUMBER: _ClassVar[int]
+    RESTARTED_FIELD_NUMBER: _ClassVar[int]
+    USAGE_FIELD_NUMBER: _ClassVar[int]
+    COMPLETED_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
+    CANCELLED_FIELD_NUMBER: _ClassVar[int]
+    INTERRUPTED_FIELD_NUMBER: _ClassVar[int]
+    JSON_FIELD_NUMBER: _ClassVar[int]
+    generation: str
+    seq: int
+    epoch: int
+    at: float
+    type: str
+    cursor: str
+    started: Started
+    delta: Delta
+    notice: Notice
+    restarted: Restarted
+    usage: UsageReported
+    completed: Completed
+    failed: Failed
+    cancelled: Cancelled
+    interrupted: Interrupted
+    json: bytes
+    def __init__(self, generation: _Optional[str] = ..., seq: _Optional[int] = ..., epoch: _Optional[int] = ..., at: _Optional[float] = ..., type: _Optional[str] = ..., cursor: _Optional[str] = ..., started: _Optional[_Union[Started, _Mapping]] = ..., delta: _Optional[_Union[Delta, _Mapping]] = ..., notice: _Optional[_Union[Notice, _Mapping]] = ..., restarted: _Optional[_Union[Restarted, _Mapping]] = ..., usage: _Optional[_Union[UsageReported, _Mapping]] = ..., completed: _Optional[_Union[Completed, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., cancelled: _Optional[_Union[Cancelled, _Mapping]] = ..., interrupted: _Optional[_Union[Interrupted, _Mapping]] = ..., json: _Optional[bytes] = ...) -> None: ...
+
+class Counted(_message.Message):
+    __slots__ = ("input", "output", "exact", "encoding")
+    INPUT_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_FIELD_NUMBER: _ClassVar[int]
+    EXACT_FIELD_NUMBER: _ClassVar[int]
+    ENCODING_FIELD_NUMBER: _ClassVar[int]
+    input: int
+    output: int
+    exact: bool
+    encoding: str
+    def __init__(self, input: _Optional[int] = ..., output: _Optional[int] = ..., exact: _Optional[bool] = ..., encoding: _Optional[str] = ...) -> None: ...
+
+class Started(_message.Message):
+    __slots__ = ("model", "provider", "upstream_model", "counted", "metadata")
+    class MetadataEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    PROVIDER_FIELD_NUMBER: _ClassVar[int]
+    UPSTREAM_MODEL_FIELD_NUMBER: _ClassVar[int]
+    COUNTED_FIELD_NUMBER: _ClassVar[int]
+    METADATA_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    provider: str
+    upstream_model: str
+    counted: Counted
+    metadata: _containers.ScalarMap[str, str]
+    def __init__(self, model: _Optional[str] = ..., provider: _Optional[str] = ..., upstream_model: _Optional[str] = ..., counted: _Optional[_Union[Counted, _Mapping]] = ..., metadata: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class Delta(_message.Message):
+    __slots__ = ("text", "reasoning", "tool_call", "binary", "choice", "tokens", "provider_at")
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    REASONING_FIELD_NUMBER: _ClassVar[int]
+    TOOL_CALL_FIELD_NUMBER: _ClassVar[int]
+    BINARY_FIELD_NUMBER: _ClassVar[int]
+    CHOICE_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PROVIDER_AT_FIELD_NUMBER: _ClassVar[int]
+    text: str
+    reasoning: str
+    tool_call: ToolCall
+    binary: Binary
+    choice: int
+    tokens: int
+    provider_at: float
+    def __init__(self, text: _Optional[str] = ..., reasoning: _Optional[str] = ..., tool_call: _Optional[_Union[ToolCall, _Mapping]] = ..., binary: _Optional[_Union[Binary, _Mapping]] = ..., choice: _Optional[int] = ..., tokens: _Optional[int] = ..., provider_at: _Optional[float] = ...) -> None: ...
+
+class ToolCall(_message.Message):
+    __slots__ = ("index", "id", "name", "arguments")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    ID_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ARGUMENTS_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    id: str
+    name: str
+    arguments: str
+    def __init__(self, index: _Optional[int] = ..., id: _Optional[str] = ..., name: _Optional[str] = ..., arguments: _Optional[str] = ...) -> None: ...
+
+class Binary(_message.Message):
+    __slots__ = ("media_type", "data")
+    MEDIA_TYPE_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    media_type: str
+    data: bytes
+    def __init__(self, media_type: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class Notice(_message.Message):
+    __slots__ = ("code", "message", "attempt", "provider", "upstream_model", "delay")
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    PROVIDER_FIELD_NUMBER: _ClassVar[int]
+    UPSTREAM_MODEL_FIELD_NUMBER: _ClassVar[int]
+    DELAY_FIELD_NUMBER: _ClassVar[int]
+    code: str
+    message: str
+    attempt: int
+    provider: str
+    upstream_model: str
+    delay: float
+    def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ..., attempt: _Optional[int] = ..., provider: _Optional[str] = ..., upstream_model: _Optional[str] = ..., delay: _Optional[float] = ...) -> None: ...
+
+class Restarted(_message.Message):
+    __slots__ = ("reason", "provider", "upstream_model")
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    PROVIDER_FIELD_NUMBER: _ClassVar[int]
+    UPSTREAM_MODEL_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    provider: str
+    upstream_model: str
+    def __init__(self, reason: _Optional[str] = ..., provider: _Optional[str] = ..., upstream_model: _Optional[str] = ...) -> None: ...
+
+class UsageReported(_message.Message):
+    __slots__ = ("usage", "provider", "upstream_model", "upstream_id", "source")
+    USAGE_FIELD_NUMBER: _ClassVar[int]
+    PROVIDER_FIELD_NUMBER: _ClassVar[int]
+    UPSTREAM_MODEL_FIELD_NUMBER: _ClassVar[int]
+    UPSTREAM_ID_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    usage: Usage
+    provider: str
+    upstream_model: str
+    upstream_id: str
+    source: str
+    def __init__(self, usage: _Optional[_Union[Usage, _Mapping]] = ..., provider: _Optional[str] = ..., upstream_model: _Optional[str] = ..., upstream_id: _Optional[str] = ..., source: _Optional[str] = ...) -> None: ...
+
+class Usage(_message.Message):
+    __slots__ = ("input", "output", "cached_input", "cache_write", "reasoning", "billed_input", "billed_output", "cost", "currency", "raw")
+    INPUT_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_FIELD_NUMBER: _ClassVar[int]
+    CACHED_INPUT_FIELD_NUMBER: _ClassVar[int]
+    CACHE_WRITE_FIELD_NUMBER: _ClassVar[int]
+    REASONING_FIELD_NUMBER: _ClassVar[int]
+    BILLED_INPUT_FIELD_NUMBER: _ClassVar[int]
+    BILLED_OUTPUT_FIELD_NUMBER: _ClassVar[int]
+    COST_FIELD_NUMBER: _ClassVar[int]
+    CURRENCY_FIELD_NUMBER: _ClassVar[int]
+    RAW_FIELD_NUMBER: _ClassVar[int]
+    input: int
+    output: int
+    cached_input: int
+    cache_write: int
+    reasoning: int
+    billed_input: int
+    billed_output: int
+    cost: str
+    currency: str
+    raw: bytes
+    def __init__(self, input: _Optional[int] = ..., output: _Optional[int] = ..., cached_input: _Optional[int] = ..., cache_write: _Optional[int] = ..., reasoning: _Optional[int] = ..., billed_input: _Optional[int] = ..., billed_output: _Optional[int] = ..., cost: _Optional[str] = ..., currency: _Optional[str] = ..., raw: _Optional[bytes] = ...) -> None: ...
+
+class Completed(_message.Message):
+    __slots__ = ("finish_reason", "finish_reasons", "counted")
+    FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
+    FINISH_REASONS_FIELD_NUMBER: _ClassVar[int]
+    COUNTED_FIELD_NUMBER: _ClassVar[int]
+    finish_reason: str
+    finish_reasons: _containers.RepeatedScalarFieldContainer[str]
+    counted: Counted
+    def __init__(self, finish_reason: _Optional[str] = ..., finish_reasons: _Optional[_Iterable[str]] = ..., counted: _Optional[_Union[Counted, _Mapping]] = ...) -> None: ...
+
+class Failed(_message.Message):
+    __slots__ = ("code", "message", "upstream_status", "recoverable", "counted")
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    UPSTREAM_STATUS_FIELD_NUMBER: _ClassVar[int]
+    RECOVERABLE_FIELD_NUMBER: _ClassVar[int]
+    COUNTED_FIELD_NUMBER: _ClassVar[int]
+    code: str
+    message: str
+    upstream_status: int
+    recoverable: bool
+    counted: Counted
+    def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ..., upstream_status: _Optional[int] = ..., recoverable: _Optional[bool] = ..., counted: _Optional[_Union[Counted, _Mapping]] = ...) -> None: ...
+
+class Cancelled(_message.Message):
+    __slots__ = ("reason", "counted")
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    COUNTED_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    counted: Counted
+    def __init__(self, reason: _Optional[str] = ..., counted: _Optional[_Union[Counted, _Mapping]] = ...) -> None: ...
+
+class Interrupted(_message.Message):
+    __slots__ = ("reason", "counted")
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    COUNTED_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    counted: Counted
+    def __init__(self, reason: _Optional[str] = ..., counted: _Optional[_Union[Counted, _Mapping]] = ...) -> None: ...
+
+class AttachRequest(_message.Message):
+    __slots__ = ("id", "subscribe", "credit", "ack", "unsubscribe", "start", "cancel")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    SUBSCRIBE_FIELD_NUMBER: _ClassVar[int]
+    CREDIT_FIELD_NUMBER: _ClassVar[int]
+    ACK_FIELD_NUMBER: _ClassVar[int]
+    UNSUBSCRIBE_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    CANCEL_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    subscribe: Subscribe
+    credit: Credit
+    ack: Ack
+    unsubscribe: Unsubscribe
+    start: StartRequest
+    cancel: CancelRequest
+    def __init__(self, id: _Optional[str] = ..., subscribe: _Optional[_Union[Subscribe, _Mapping]] = ..., credit: _Optional[_Union[Credit, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., unsubscribe: _Optional[_Union[Unsubscribe, _Mapping]] = ..., start: _Optional[_Union[StartRequest, _Mapping]] = ..., cancel: _Optional[_Union[CancelRequest, _Mapping]] = ...) -> None: ...
+
+class Subscribe(_message.Message):
+    __slots__ = ("read", "window")
+    READ_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_FIELD_NUMBER: _ClassVar[int]
+    read: ReadRequest
+    window: Credit
+    def __init__(self, read: _Optional[_Union[ReadRequest, _Mapping]] = ..., window: _Optional[_Union[Credit, _Mapping]] = ...) -> None: ...
+
+class Credit(_message.Message):
+    __slots__ = ("events", "bytes")
+    EVENTS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    events: int
+    bytes: int
+    def __init__(self, events: _Optional[int] = ..., bytes: _Optional[int] = ...) -> None: ...
+
+class Ack(_message.Message):
+    __slots__ = ("cursor",)
+    CURSOR_FIELD_NUMBER: _ClassVar[int]
+    cursor: str
+    def __init__(self, cursor: _Optional[str] = ...) -> None: ...
+
+class Unsubscribe(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class AttachResponse(_message.Message):
+    __slots__ = ("items",)
+    ITEMS_FIELD_NUMBER: _ClassVar[int]
+    items: _containers.RepeatedCompositeFieldContainer[Item]
+    def __init__(self, items: _Optional[_Iterable[_Union[Item, _Mapping]]] = ...) -> None: ...
+
+class Item(_message.Message):
+    __slots__ = ("id", "read", "subscribed", "ended", "start", "cancel", "problem")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    READ_FIELD_NUMBER: _ClassVar[int]
+    SUBSCRIBED_FIELD_NUMBER: _ClassVar[int]
+    ENDED_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    CANCEL_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    read: ReadResponse
+    subscribed: Subscribed
+    ended: Ended
+    start: StartResponse
+    cancel: CancelResponse
+    problem: Problem
+    def __init__(self, id: _Optional[str] = ..., read: _Optional[_Union[ReadResponse, _Mapping]] = ..., subscribed: _Optional[_Union[Subscribed, _Mapping]] = ..., ended: _Optional[_Union[Ended, _Mapping]] = ..., start: _Optional[_Union[StartResponse, _Mapping]] = ..., cancel: _Optional[_Union[CancelResponse, _Mapping]] = ..., problem: _Optional[_Union[Problem, _Mapping]] = ...) -> None: ...
+
+class Subscribed(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Ended(_message.Message):
+    __slots__ = ("reason",)
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    def __init__(self, reason: _Optional[str] = ...) -> None: ...
+
+class Problem(_message.Message):
+    __slots__ = ("status", "type", "detail", "retry_after")
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    TYPE_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    RETRY_AFTER_FIELD_NUMBER: _ClassVar[int]
+    status: int
+    type: str
+    detail: str
+    retry_after: int
+    def __init__(self, status: _Optional[int] = ..., type: _Optional[str] = ..., detail: _Optional[str] = ..., retry_after: _Optional[int] = ...) -> None: ...
+
+class StartRequest(_message.Message):
+    __slots__ = ("session", "idempotency_key", "model", "messages", "metadata", "options")
+    class MetadataEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    IDEMPOTENCY_KEY_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    MESSAGES_FIELD_NUMBER: _ClassVar[int]
+    METADATA_FIELD_NUMBER: _ClassVar[int]
+    OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    idempotency_key: str
+    model: str
+    messages: _containers.RepeatedCompositeFieldContainer[Message]
+    metadata: _containers.ScalarMap[str, str]
+    options: bytes
+    def __init__(self, session: _Optional[str] = ..., idempotency_key: _Optional[str] = ..., model: _Optional[str] = ..., messages: _Optional[_Iterable[_Union[Message, _Mapping]]] = ..., metadata: _Optional[_Mapping[str, str]] = ..., options: _Optional[bytes] = ...) -> None: ...
+
+class Message(_message.Message):
+    __slots__ = ("role", "content", "json")
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    CONTENT_FIELD_NUMBER: _ClassVar[int]
+    JSON_FIELD_NUMBER: _ClassVar[int]
+    role: str
+    content: str
+    json: bytes
+    def __init__(self, role: _Optional[str] = ..., content: _Optional[str] = ..., json: _Optional[bytes] = ...) -> None: ...
+
+class StartResponse(_message.Message):
+    __slots__ = ("session", "generation", "cursor", "state", "repeated")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    CURSOR_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    REPEATED_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    generation: str
+    cursor: str
+    state: str
+    repeated: bool
+    def __init__(self, session: _Optional[str] = ..., generation: _Optional[str] = ..., cursor: _Optional[str] = ..., state: _Optional[str] = ..., repeated: _Optional[bool] = ...) -> None: ...
+
+class CancelRequest(_message.Message):
+    __slots__ = ("session", "generation")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    generation: str
+    def __init__(self, session: _Optional[str] = ..., generation: _Optional[str] = ...) -> None: ...
+
+class CancelResponse(_message.Message):
+    __slots__ = ("generation", "state")
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    generation: str
+    state: str
+    def __init__(self, generation: _Optional[str] = ..., state: _Optional[str] = ...) -> None: ...
+
+class GetGenerationRequest(_message.Message):
+    __slots__ = ("session", "generation")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    generation: str
+    def __init__(self, session: _Optional[str] = ..., generation: _Optional[str] = ...) -> None: ...
+
+class Generation(_message.Message):
+    __slots__ = ("session", "generation", "state", "text", "reasoning", "finish_reason", "json")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    REASONING_FIELD_NUMBER: _ClassVar[int]
+    FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
+    JSON_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    generation: str
+    state: str
+    text: str
+    reasoning: str
+    finish_reason: str
+    json: bytes
+    def __init__(self, session: _Optional[str] = ..., generation: _Optional[str] = ..., state: _Optional[str] = ..., text: _Optional[str] = ..., reasoning: _Optional[str] = ..., finish_reason: _Optional[str] = ..., json: _Optional[bytes] = ...) -> None: ...

@@ -1,0 +1,232 @@
+"""Framing for gRPC: each event is encoded once, and what is sent is made by joining.
+
+A repeated field of a protobuf message is the concatenation of its elements, and so is the message that holds nothing
+else. So `ReadResponse` and `AttachResponse` are made of finished pieces, for all subscribers at once.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+import msgspec
+
+from schemas.codec import MalformedEvent, UnknownEvent, decode_event, decode_header
+from schemas.events import (
+    AnyEvent,
+    Cancelled,
+    Completed,
+    Delta,
+    Event,
+    Failed,
+    Interrupted,
+    Notice,
+    Restarted,
+    Started,
+    UsageReported,
+)
+from schemas.rpc.tailrace.v1 import tailrace_pb2 as pb
+from schemas.usage import Counted, Usage
+from services.delivery.core.entries import Entry
+from services.delivery.core.formats import Address
+
+__all__ = ["PROTOBUF", "Batch", "ProtobufFrames", "item", "item_read"]
+
+_FRAMES: Final = b"\x0a"  # field 1, with a length: ReadResponse.frames, AttachResponse.items, Frame.event
+_CURSOR: Final = b"\x52"  # Event.cursor: field 10, with a length
+_CURSOR_BYTES: Final = 32
+_ID: Final = b"\x0a"  # Item.id: field 1
+_READ: Final = b"\x12"  # Item.read: field 2
+
+
+class Batch(NamedTuple):
+    """What is sent at once: a finished `ReadResponse` with so many events.
+
+    ``cursor`` is the position after its last event, or empty without one. ``size``: bytes of the events' frames.
+    """
+
+    data: bytes
+    events: int
+    size: int
+    cursor: bytes
+
+
+class ProtobufFrames:
+    """Each event as an element of `ReadResponse.frames`, its cursor last."""
+
+    protocol = "grpc"
+
+    def frame(self, entry: Entry, at: Address) -> bytes:
+        """Return one event; what cannot be put into typed fields is carried as the stored JSON."""
+        event = _typed(entry.data).SerializeToString()
+        cursor = at.cursor(entry.seq)
+        return _piece(_FRAMES, _piece(_FRAMES, event + _piece(_CURSOR, cursor)))
+
+    def message(self, frames: Sequence[bytes], *, ends: bool) -> Batch:
+        """Return a batch of these frames."""
+        events = [frame for frame in frames if _is_event(frame)]
+        cursor = events[-1][-_CURSOR_BYTES:] if events else b""
+        return Batch(b"".join(frames), len(events), sum(map(len, events)), cursor)
+
+    def opening(self, at: Address) -> bytes:
+        """Return nothing: the call's initial metadata says that it is open."""
+        return b""
+
+    def gap(self, reason: str, generation: str | None, at: Address) -> bytes:
+        """Return a frame with a `Gap`."""
+        frame = pb.Frame(gap=pb.Gap(reason=reason, generation=generation or ""))
+        return _piece(_FRAMES, frame.SerializeToString())
+
+    def bye(self, reason: str, seq: int, at: Address) -> bytes:
+        """Return a frame with a `Bye`."""
+        frame = pb.Frame(bye=pb.Bye(reason=reason, cursor=at.cursor(seq).decode()))
+        return _piece(_FRAMES, frame.SerializeToString())
+
+    def heartbeat(self) -> None:
+        """Return nothing: HTTP/2 has pings of its own."""
+
+
+PROTOBUF: Final = ProtobufFrames()
+
+
+def item_read(id_: str, response: bytes) -> bytes:
+    """Return an `AttachResponse` with one item: a finished `ReadResponse` of the subscription ``id_``."""
+    return _piece(_FRAMES, _piece(_ID, id_.encode()) + _piece(_READ, response))
+
+
+def item(id_: str, **kind: Any) -> bytes:
+    """Return an `AttachResponse` with one item of another kind than `read`."""
+    return pb.AttachResponse(items=[pb.Item(id=id_, **kind)]).SerializeToString()
+
+
+def _piece(tag: bytes, data: bytes) -> bytes:
+    """Return a field with a length."""
+    size = len(data)
+    if size < 128:
+        return tag + bytes((size,)) + data
+    length = bytearray()
+    while size >= 128:
+        length.append(size & 127 | 128)
+        size >>= 7
+    length.append(size)
+    return tag + length + data
+
+
+def _is_event(frame: bytes) -> bool:
+    # Only an event ends with a cursor's field: its tag and length are "R ", and no name or reason has a space.
+    return frame[-_CURSOR_BYTES - 2 : -_CURSOR_BYTES] == b"R "
+
+
+def _typed(data: bytes) -> pb.Event:
+    try:
+        event: Any = decode_event(data)
+        message = _event(event)
+    except (UnknownEvent, MalformedEvent, ValueError):  # ValueError: a number or text that protobuf does not carry
+        header = decode_header(data)
+        return pb.Event(
+            generation=header.generation,
+            seq=header.seq,
+            epoch=header.epoch,
+            at=header.at,
+            type=header.type,
+            json=data,
+        )
+    return message
+
+
+def _event(event: AnyEvent) -> pb.Event:
+    match event:
+        case Delta():
+            return _head(event, "delta", delta=_delta(event))
+        case Started():
+            started = pb.Started(
+                model=event.model,
+                provider=event.provider,
+                upstream_model=event.upstream_model,
+                counted=_counted(event.counted),
+                metadata=event.metadata,
+            )
+            return _head(event, "started", started=started)
+        case UsageReported():
+            usage = pb.UsageReported(
+                usage=_usage(event.usage),
+                provider=event.provider,
+                upstream_model=event.upstream_model,
+                upstream_id=event.upstream_id,
+                source=event.source,
+            )
+            return _head(event, "usage", usage=usage)
+        case Notice():
+            notice = pb.Notice(
+                code=event.code,
+                message=event.message,
+                attempt=event.attempt,
+                provider=event.provider,
+                upstream_model=event.upstream_model,
+                delay=event.delay,
+            )
+            return _head(event, "notice", notice=notice)
+        case Restarted():
+            restarted = pb.Restarted(reason=event.reason, provider=event.provider, upstream_model=event.upstream_model)
+            return _head(event, "restarted", restarted=restarted)
+        case _:
+            return _terminal(event)
+
+
+def _terminal(event: Completed | Failed | Cancelled | Interrupted) -> pb.Event:
+    counted = _counted(event.counted)
+    match event:
+        case Completed():
+            completed = pb.Completed(
+                finish_reason=event.finish_reason, finish_reasons=event.finish_reasons, counted=counted
+            )
+            return _head(event, "completed", completed=completed)
+        case Failed():
+            failed = pb.Failed(
+                code=event.code,
+                message=event.message,
+                upstream_status=event.upstream_status,
+                recoverable=event.recoverable,
+                counted=counted,
+            )
+            return _head(event, "failed", failed=failed)
+        case Cancelled():
+            return _head(event, "cancelled", cancelled=pb.Cancelled(reason=event.reason, counted=counted))
+        case Interrupted():
+            return _head(event, "interrupted", interrupted=pb.Interrupted(reason=event.reason, counted=counted))
+
+
+def _head(event: Event, type_: str, **kind: Any) -> pb.Event:
+    return pb.Event(generation=event.generation, seq=event.seq, epoch=event.epoch, at=event.at, type=type_, **kind)
+
+
+def _delta(event: Delta) -> pb.Delta:
+    call, binary = event.tool_call, event.binary
+    return pb.Delta(
+        text=event.text,
+        reasoning=event.reasoning,
+        tool_call=pb.ToolCall(index=call.index, id=call.id, name=call.name, arguments=call.arguments) if call else None,
+        binary=pb.Binary(media_type=binary.media_type, data=binary.data) if binary else None,
+        choice=event.choice,
+        tokens=event.tokens,
+        provider_at=event.provider_at,
+    )
+
+
+def _usage(usage: Usage) -> pb.Usage:
+    return pb.Usage(
+        input=usage.input,
+        output=usage.output,
+        cached_input=usage.cached_input,
+        cache_write=usage.cache_write,
+        reasoning=usage.reasoning,
+        billed_input=usage.billed_input,
+        billed_output=usage.billed_output,
+        cost=usage.cost,
+        currency=usage.currency,
+        raw=msgspec.json.encode(usage.raw) if usage.raw is not None else b"",
+    )
+
+
+def _counted(counted: Counted) -> pb.Counted | None:
+    if counted == Counted():
+        return None
+    return pb.Counted(input=counted.input, output=counted.output, exact=counted.exact, encoding=counted.encoding)

@@ -1,0 +1,133 @@
+"""Budgets: the worst case of a generation, and whether it fits."""
+
+from datetime import UTC, datetime
+from decimal import Decimal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from schemas.budgets import Reserve
+from services.billing.core.budgets import Budget, Need, Standing, admit, need_of, period_at
+from services.billing.core.prices import Price, PriceBook
+from services.delivery.admission import worst_case
+
+
+def price(token_class: str, amount: str, model: str = "m", currency: str = "USD") -> Price:
+    return Price(
+        provider="p",
+        model=model,
+        token_class=token_class,  # type: ignore[arg-type]
+        currency=currency,
+        amount=Decimal(amount),
+        valid_from=0,
+    )
+
+
+def budget(hard: str | None = "10", soft: str | None = None, unit: str = "USD", key: str = "") -> Budget:
+    return Budget(
+        tenant="t",
+        name="b",
+        period="day",
+        unit=unit,
+        hard=None if hard is None else Decimal(hard),
+        soft=None if soft is None else Decimal(soft),
+        key=key,
+    )
+
+
+def reserve(*models: str, input: int = 1_000, output: int = 2_000) -> Reserve:
+    return Reserve(tenant="t", session="s", generation="g", models=list(models), input=input, output=output)
+
+
+def test_the_worst_case_is_the_dearest_candidate_and_the_dearest_class() -> None:
+    book = PriceBook(
+        1,
+        [
+            price("input", "1"),
+            price("cache_write", "4"),
+            price("output", "10"),
+            price("reasoning", "5"),
+            price("per_request", "0.5"),
+            price("input", "100", "dear"),
+        ],
+    )
+    need = need_of(reserve("p/m"), book, 0)
+    assert need.tokens == 3_000
+    assert need.money == {"USD": Decimal("0.004") + Decimal("0.02") + Decimal("0.5")}
+    assert need_of(reserve("p/m", "p/dear"), book, 0).money == need.money
+    assert need_of(reserve("p/m", "p/dear", input=1_000_000), book, 0).money == {"USD": Decimal(100)}
+    assert need_of(reserve("p/unknown"), book, 0).money == {}
+
+
+def test_a_generation_that_fits_exactly_is_admitted_and_one_token_more_is_not() -> None:
+    standing = Standing(budget("100", unit="tokens"), Decimal(60), Decimal(30))
+    assert admit([standing], Need(10, {})).refused is None
+    assert admit([standing], Need(11, {})).refused == standing
+
+
+def test_a_budget_that_is_used_up_admits_nothing_even_if_it_costs_nothing() -> None:
+    assert admit([Standing(budget("5"), Decimal(5), Decimal(0))], Need(10, {})).refused is not None
+    assert admit([Standing(budget("0"), Decimal(0), Decimal(0))], Need(10, {})).refused is not None
+
+
+def test_a_soft_limit_admits_and_is_told() -> None:
+    standing = Standing(budget("10", "5"), Decimal(4), Decimal(0))
+    assert admit([standing], Need(1, {"USD": Decimal(1)})) == (None, None)
+    assert admit([standing], Need(1, {"USD": Decimal("1.01")})) == (None, standing)
+
+
+def test_every_budget_must_have_room() -> None:
+    wide, narrow = Standing(budget("100"), Decimal(0), Decimal(0)), Standing(budget("1"), Decimal(0), Decimal(0))
+    assert admit([wide, narrow], Need(1, {"USD": Decimal(2)})).refused == narrow
+
+
+@given(st.lists(st.integers(1, 50), max_size=60), st.integers(0, 500))
+def test_what_is_admitted_never_passes_the_hard_limit(needs: list[int], hard: int) -> None:
+    reserved = 0
+    for need in needs:
+        standing = Standing(budget(str(hard), unit="tokens"), Decimal(0), Decimal(reserved))
+        if admit([standing], Need(need, {})).refused is None:
+            reserved += need
+    assert reserved <= hard
+
+
+@pytest.mark.parametrize(
+    ("period", "at", "first", "after"),
+    [
+        ("day", "2026-02-28T23:59:59", "2026-02-28", "2026-03-01"),
+        ("month", "2024-02-29T12:00:00", "2024-02-01", "2024-03-01"),
+        ("month", "2026-12-31T23:59:59", "2026-12-01", "2027-01-01"),
+        ("month", "2026-01-31T00:00:00", "2026-01-01", "2026-02-01"),
+    ],
+)
+def test_periods_are_those_of_the_calendar_in_utc(period: str, at: str, first: str, after: str) -> None:
+    def ms(text: str) -> int:
+        return round(datetime.fromisoformat(text).replace(tzinfo=UTC).timestamp() * 1_000)
+
+    assert period_at(period, ms(at)) == (ms(first), ms(after))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "limits", [{"hard": None}, {"hard": "-1"}, {"hard": "NaN"}, {"hard": "1", "soft": "2"}, {"hard": "Infinity"}]
+)
+def test_limits_that_make_no_sense_are_refused(limits: dict[str, str | None]) -> None:
+    with pytest.raises(ValueError, match="limit"):
+        budget(**limits)
+
+
+def test_a_budget_of_a_credential_covers_only_that_one() -> None:
+    assert budget(key="k1").covers("k1")
+    assert not budget(key="k1").covers("k2")
+    assert budget().covers("k2")
+
+
+def test_a_request_that_bounds_nothing_is_expected_to_use_the_default() -> None:
+    messages = [{"role": "user", "content": "x" * 300}]
+    inputs, outputs = worst_case(messages, {}, 4_096)
+    assert inputs >= 100
+    assert outputs == 4_096
+    assert worst_case(messages, {"max_tokens": 50, "n": 3}, 4_096)[1] == 150
+    assert worst_case(messages, {"max_completion_tokens": 70, "max_tokens": 50}, 4_096)[1] == 70
+    assert worst_case(messages, {"max_tokens": True, "n": "4"}, 9)[1] == 9
+    assert worst_case(messages, {"tools": [{"x": "y" * 600}]}, 9)[0] > inputs

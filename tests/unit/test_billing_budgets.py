@@ -36,8 +36,8 @@ def budget(hard: str | None = "10", soft: str | None = None, unit: str = "USD", 
     )
 
 
-def reserve(*models: str, input: int = 1_000, output: int = 2_000) -> Reserve:
-    return Reserve(tenant="t", session="s", generation="g", models=list(models), input=input, output=output)
+def reserve(*models: str, inputs: int = 1_000, outputs: int = 2_000) -> Reserve:
+    return Reserve(tenant="t", session="s", generation="g", models=list(models), input=inputs, output=outputs)
 
 
 def test_the_worst_case_is_the_dearest_candidate_and_the_dearest_class() -> None:
@@ -56,7 +56,7 @@ def test_the_worst_case_is_the_dearest_candidate_and_the_dearest_class() -> None
     assert need.tokens == 3_000
     assert need.money == {"USD": Decimal("0.004") + Decimal("0.02") + Decimal("0.5")}
     assert need_of(reserve("p/m", "p/dear"), book, 0).money == need.money
-    assert need_of(reserve("p/m", "p/dear", input=1_000_000), book, 0).money == {"USD": Decimal(100)}
+    assert need_of(reserve("p/m", "p/dear", inputs=1_000_000), book, 0).money == {"USD": Decimal(100)}
     assert need_of(reserve("p/unknown"), book, 0).money == {}
 
 

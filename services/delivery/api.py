@@ -18,7 +18,7 @@ from services.delivery.lookups import Lookups
 from services.kit.broker import BrokerUnavailable
 from services.kit.problem import Problem, problem_bytes
 
-__all__ = ["GenerationView", "SessionView", "router"]
+__all__ = ["GenerationView", "SessionView", "router", "view_of"]
 
 _KEY_LIMIT: Final = 200
 _EXAMPLE: Final = {
@@ -159,7 +159,7 @@ def _views(lookups: Lookups, tenant: str) -> list[HTTPRouteHandler]:
     async def get_generation(session: FromPath[str], generation: FromPath[str]) -> GenerationView:
         named("session", session)
         named("generation", generation)
-        view: GenerationView = await reach(_view(lookups, tenant, session, generation))
+        view: GenerationView = await reach(view_of(lookups, tenant, session, generation))
         return view
 
     return [list_sessions, get_session, get_generation]
@@ -171,7 +171,13 @@ def _unreadable(_request: Request[Any, Any, Any], error: Exception) -> Response[
     return Response(problem_bytes(problem), status_code=400, media_type="application/problem+json")
 
 
-async def _view(lookups: Lookups, tenant: str, session: str, generation: str) -> GenerationView:
+async def view_of(lookups: Lookups, tenant: str, session: str, generation: str) -> GenerationView:
+    """Return a generation as look-ups show it.
+
+    Raises:
+        Unknown: there is none.
+        BrokerUnavailable: the log cannot be read.
+    """
     try:
         found = await lookups.get(tenant, session, generation)
     except BrokerUnavailable:

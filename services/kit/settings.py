@@ -38,7 +38,11 @@ class Shared(msgspec.Struct, frozen=True, kw_only=True):
     """Settings that all services must agree on. Ages in seconds, sizes in bytes.
 
     ``manage_streams``: whether a service creates and changes streams, or waits for them. ``nats_ca``, ``nats_cert``,
-    ``nats_key``: files for TLS towards the broker; any of them demands it.
+    ``nats_key``: files for TLS towards the broker; any of them demands it. ``auth``: whether callers must show
+    credentials: ``auto`` asks for them when any are set up, and refuses to start without wherever others can reach the
+    service. ``published``: the address under which others reach the services, where an edge stands before them.
+    ``admin_key_hash``: ``<id>.<hash>`` of the operator's key. ``jwt_secret_file``, ``jwt_public_keys`` (PEM files),
+    ``jwt_jwks_url``: what tokens are checked with.
     """
 
     nats_url: str = "nats://127.0.0.1:4222"
@@ -58,6 +62,16 @@ class Shared(msgspec.Struct, frozen=True, kw_only=True):
     max_requests: Annotated[int, msgspec.Meta(ge=1)] = 10_000
     lease: Annotated[float, msgspec.Meta(ge=1)] = 15.0
     max_deliver: Annotated[int, msgspec.Meta(ge=1)] = 5
+    auth: Literal["auto", "required", "insecure"] = "auto"
+    published: str | None = None
+    admin_key_hash: str | None = None
+    jwt_secret_file: str | None = None
+    jwt_public_keys: tuple[str, ...] = ()
+    jwt_jwks_url: str | None = None
+    jwt_issuer: str | None = None
+    jwt_audience: Annotated[str, msgspec.Meta(min_length=1)] = "tailrace"
+    jwt_tenant_claim: Annotated[str, msgspec.Meta(min_length=1)] = "tenant"
+    jwt_leeway: Annotated[float, msgspec.Meta(ge=0, le=300)] = 10.0
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["auto", "json", "console"] = "auto"
 

@@ -179,18 +179,20 @@ def stream_config(spec: StreamSpec) -> dict[str, Any]:
         "retention": "workqueue" if spec.work_queue else "limits",
         "discard": "new" if spec.refuses else "old",
         "discard_new_per_subject": spec.one_per_subject,
-        "max_msgs_per_subject": 1 if spec.one_per_subject or spec.bucket else -1,
+        "max_msgs_per_subject": 1 if spec.one_per_subject or spec.bucket or spec.counter else -1,
         "max_age": _nanoseconds(spec.max_age),
         "max_bytes": spec.max_bytes,
         "max_msgs": spec.max_msgs,
         "max_msg_size": spec.max_msg_size,
         "num_replicas": spec.replicas,
-        "storage": "file",
+        "storage": "memory" if spec.counter else "file",
         "allow_direct": True,
         "duplicate_window": _nanoseconds(min(spec.duplicate_window, spec.max_age or spec.duplicate_window)),
     }
     if spec.republish is not None:
         config["republish"] = {"src": spec.republish[0], "dest": spec.republish[1]}
+    if spec.counter:
+        config["allow_msg_counter"] = True
     if spec.bucket:
         config |= {"allow_rollup_hdrs": True, "deny_delete": True}
     return config

@@ -11,7 +11,18 @@ from schemas.subjects import (
     request_subject,
     token_subject,
 )
-from schemas.topology import DEAD, REQUESTS, Topology, billing_durable, producers_durable, token_partition, token_stream
+from schemas.topology import (
+    CONSUMERS,
+    DEAD,
+    REQUESTS,
+    Topology,
+    billing_durable,
+    producers_durable,
+    service_durable,
+    service_of,
+    token_partition,
+    token_stream,
+)
 
 
 def matches(pattern: str, subject: str) -> bool:
@@ -23,8 +34,8 @@ def matches(pattern: str, subject: str) -> bool:
 @pytest.mark.parametrize("partitions", [1, 4])
 def test_there_is_one_log_for_each_partition_and_one_work_queue(partitions: int) -> None:
     streams = [s for s in Topology(partitions=partitions).streams() if not s.bucket]
-    assert [s.name for s in streams] == [*(token_stream(p) for p in range(partitions)), REQUESTS, DEAD]
-    assert [s.name for s in streams if s.work_queue] == [REQUESTS]
+    assert [s.name for s in streams] == [*(token_stream(p) for p in range(partitions)), REQUESTS, DEAD, CONSUMERS]
+    assert [s.name for s in streams if s.work_queue] == [REQUESTS, CONSUMERS]
 
 
 @pytest.mark.parametrize("session", [f"session-{n}" for n in range(8)])
@@ -104,3 +115,20 @@ def test_only_streams_of_tokens_name_a_partition() -> None:
 def test_a_log_bounded_in_bytes_refuses_events_and_never_drops_those_of_a_running_answer() -> None:
     assert not Topology().streams()[0].refuses
     assert Topology(max_bytes=1_000).streams()[0].refuses
+
+
+@pytest.mark.parametrize(("tenant", "name"), [("a", "b-c"), ("a-b", "c"), ("a", "b"), ("1-a", "b"), ("svc-1", "-")])
+def test_the_name_of_a_services_consumer_tells_tenant_and_name_apart(tenant: str, name: str) -> None:
+    assert service_of(service_durable(tenant, name)) == (tenant, name)
+
+
+def test_no_two_services_share_a_consumer() -> None:
+    pairs = [("a", "b-c"), ("a-b", "c"), ("a-b-c", "d"), ("a", "b-c-d")]
+    assert len({service_durable(*pair) for pair in pairs}) == len(pairs)
+
+
+@pytest.mark.parametrize(
+    "durable", ["billing-0", "producers-default", "svc-x-a-b", "svc-1-ab", "svc-9-a-b", "svc-1-a-"]
+)
+def test_consumers_of_another_kind_are_no_services(durable: str) -> None:
+    assert service_of(durable) is None

@@ -1,0 +1,113 @@
+"""The ASGI entrance of a service: finds out who calls, and what every answer says about its own safety.
+
+Who calls stands in the scope, under `PRINCIPAL`, before any body is read; so does what is wrong with the credentials,
+for `principal_of` to raise where errors become answers that pages of other origins can read too.
+"""
+
+from collections.abc import Iterable
+from typing import Any, Final
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+from services.kit.auth.authenticator import Authenticator
+from services.kit.auth.principal import CHALLENGE, PRINCIPAL
+from services.kit.loopback import is_loopback
+from services.kit.problem import Problem
+
+__all__ = ["entering", "is_public"]
+
+_PUBLIC: Final = frozenset({"/", "/healthz", "/readyz", "/metrics"})
+_PUBLIC_BELOW: Final = ("/console/", "/docs", "/schema")
+_TICKET: Final = "ticket"
+_STREAMS: Final = "/events"  # how the paths end that may be opened with a ticket
+_HEADERS: Final = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+)
+_API_HEADERS: Final = (
+    *_HEADERS,
+    (b"cache-control", b"no-store"),
+    (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'"),
+)
+
+
+def is_public(path: str) -> bool:
+    """Tell whether a path is open to everybody: the probes, the page and its parts, and the API's description."""
+    return path in _PUBLIC or path.startswith(_PUBLIC_BELOW)
+
+
+def entering(app: Any, authenticator: Authenticator, origins: Iterable[str] = (), *, local: bool = False) -> Any:
+    """Return ``app`` (ASGI) behind its entrance.
+
+    ``local``: nobody is asked for credentials, for only this machine reaches the service. Then requests that a browser
+    sends on behalf of a page from elsewhere are refused, unless its origin is one of ``origins``; for those of a page
+    cannot be told from those of the person before it.
+    """
+    allowed = frozenset(origins)
+
+    async def entrance(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            await app(scope, receive, send)
+            return
+        public = is_public(scope["path"])
+        ticket = _take_ticket(scope)
+        if not public:
+            try:
+                if local:
+                    _check_is_local(scope, allowed)
+                scope[PRINCIPAL] = await authenticator.authenticate(_authorization(scope), ticket)
+            except Problem as problem:
+                scope[PRINCIPAL] = problem
+        await app(scope, receive, _with_headers(send, _HEADERS if public else _API_HEADERS))
+
+    return entrance
+
+
+def _authorization(scope: Any) -> str | None:
+    found = [value for name, value in scope["headers"] if name == b"authorization"]
+    if len(found) > 1:
+        raise Problem(401, "there is more than one Authorization header", headers={"WWW-Authenticate": CHALLENGE})
+    return found[0].decode("latin-1") if found else None
+
+
+def _take_ticket(scope: Any) -> str | None:
+    """Return the ticket of an address, and take it out of the scope, so that nothing later sees or logs it.
+
+    Only streams and WebSockets may be opened with one.
+    """
+    query: bytes = scope.get("query_string", b"")
+    if _TICKET.encode() not in query:
+        return None
+    pairs = parse_qsl(query.decode("latin-1"), keep_blank_values=True)
+    tickets = [value for name, value in pairs if name == _TICKET]
+    if tickets:
+        scope["query_string"] = urlencode([pair for pair in pairs if pair[0] != _TICKET]).encode()
+    is_stream = scope["type"] == "websocket" or (scope["method"] == "GET" and scope["path"].endswith(_STREAMS))
+    return tickets[0] if len(tickets) == 1 and is_stream else None
+
+
+def _check_is_local(scope: Any, allowed: frozenset[str]) -> None:
+    """Refuse what a page from elsewhere makes a browser send here, by its origin or by a name that it had changed.
+
+    Raises:
+        Problem: 403.
+    """
+    headers = dict(scope["headers"])
+    origin = headers.get(b"origin", b"").decode("latin-1")
+    if origin and origin not in allowed and not is_loopback(urlsplit(origin).hostname or ""):
+        raise Problem(403, "this origin may not call a service without credentials: see TAILRACE_…_CORS_ORIGINS")
+    host = headers.get(b"host", b"").decode("latin-1")
+    if host and not is_loopback(urlsplit(f"//{host}").hostname or ""):
+        raise Problem(403, "a service without credentials is called by the name localhost or a loopback address")
+
+
+def _with_headers(send: Any, wanted: tuple[tuple[bytes, bytes], ...]) -> Any:
+    async def sending(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            headers = list(message.get("headers", ()))
+            present = {bytes(name).lower() for name, _ in headers}
+            message = {**message, "headers": headers + [pair for pair in wanted if pair[0] not in present]}
+        await send(message)
+
+    return sending

@@ -1,0 +1,189 @@
+"""The API keys of a deployment: kept in a bucket on the broker, known to every replica, revoked everywhere.
+
+A replica keeps all records in memory and looks for changes twice a second: one question about the bucket's last
+sequence, and a read of what came after it. So a check costs no round trip, and a dead subscription cannot hide a
+revocation.
+"""
+
+import asyncio
+import base64
+import secrets
+from collections.abc import Callable, Collection
+from typing import Final
+
+import msgspec
+import nats.errors
+import structlog
+from nats.js import errors as js_errors
+
+from schemas.topology import CREDENTIALS_BUCKET, bucket_stream
+from services.kit.auth import metrics
+from services.kit.auth.api_keys import KeyRecord
+from services.kit.broker import Broker, BrokerUnavailable
+from services.kit.clock import Clock
+
+__all__ = ["KeyTable", "TooManyKeys"]
+
+log = structlog.get_logger()
+KEYS: Final = 10_000
+POLL_SECONDS: Final = 0.5
+UNKNOWN_SECONDS: Final = 0.2  # at least so long between two looks for keys that are not known
+_STREAM: Final = bucket_stream(CREDENTIALS_BUCKET)
+_PREFIX: Final = f"$KV.{CREDENTIALS_BUCKET}."
+_KEY: Final = "key."
+_TICKET_SECRET: Final = "ticket-secret"  # noqa: S105  # the name of the entry
+_AWAY = (nats.errors.Error, OSError, TimeoutError)
+
+
+class TooManyKeys(Exception):
+    """There are as many keys as may be; remove one first."""
+
+
+class KeyTable:
+    """All keys that there are now, and ``fixed`` ones from the settings, which cannot be revoked here.
+
+    Methods that ask the broker raise `BrokerUnavailable` when it does not answer.
+    """
+
+    def __init__(self, broker: Broker, clock: Clock, fixed: Collection[KeyRecord] = ()) -> None:
+        self._broker = broker
+        self._clock = clock
+        self._fixed = {record.id: record for record in fixed}
+        self._entries: dict[str, bytes] = {}  # of the bucket; bounded by KEYS where they are made
+        self._records: dict[str, KeyRecord] = {}
+        self._ticket_secret: bytes | None = None
+        self._incarnation = ""
+        self._seq = 0
+        self._looked_at: float | None = None
+        self._tried_at: float | None = None
+        self._looking = asyncio.Lock()
+        self._revoked: list[Callable[[frozenset[str]], None]] = []
+
+    def on_revoked(self, callback: Callable[[frozenset[str]], None]) -> None:
+        """Call ``callback`` with the ids of keys that are gone, within a second of their end."""
+        self._revoked.append(callback)
+
+    def get(self, id_: str) -> KeyRecord | None:
+        """Return a key as it is known here."""
+        return self._fixed.get(id_) or self._records.get(id_)
+
+    async def find(self, id_: str) -> KeyRecord | None:
+        """Return a key, after a look at the broker when it is not known; many unknown ones share one look."""
+        record = self.get(id_)
+        if record is None:
+            await self._look_again()
+            record = self.get(id_)
+        return record
+
+    async def everything(self) -> list[KeyRecord]:
+        """Return all keys as the broker has them now, by age."""
+        await self.look()
+        return sorted(self._records.values(), key=lambda record: (record.created_at, record.id))
+
+    async def create(self, record: KeyRecord) -> None:
+        """Store a new key.
+
+        Raises:
+            TooManyKeys: there are as many as may be.
+        """
+        await self.look()
+        if len(self._records) >= KEYS:
+            raise TooManyKeys(f"there are {KEYS} API keys: revoke one first")
+        await self._store(_KEY + record.id, msgspec.json.encode(record))
+        await self.look()
+
+    async def revoke(self, id_: str) -> None:
+        """Remove a key for good. Without one nothing happens."""
+        try:
+            await (await self._broker.bucket(CREDENTIALS_BUCKET)).delete(_KEY + id_)
+        except _AWAY as error:
+            raise BrokerUnavailable(f"the key cannot be revoked: {error!r}") from error
+        await self.look()
+
+    async def ticket_secret(self, *, again: bool = False) -> bytes:
+        """Return the secret that all replicas sign tickets with; made by the first who needs it.
+
+        ``again``: look for a newer one first, unless somebody has just looked.
+        """
+        if again or self._ticket_secret is None:
+            await self._look_again()
+        if self._ticket_secret is None:
+            try:
+                await self._store(_TICKET_SECRET, base64.b64encode(secrets.token_bytes(32)))
+            except js_errors.KeyWrongLastSequenceError:
+                log.debug("another replica made the secret of tickets")
+            await self.look()
+        if self._ticket_secret is None:
+            raise BrokerUnavailable("the secret of tickets cannot be read")
+        return self._ticket_secret
+
+    async def run(self) -> None:
+        """Look for changes until cancelled. A broker that is away leaves everything as it was."""
+        while True:
+            try:
+                await self.look()
+            except BrokerUnavailable as error:
+                log.warning("API keys not compared", detail=str(error))
+            if self._looked_at is not None:
+                metrics.KEYS_STALE.set(self._clock.monotonic() - self._looked_at)
+            await asyncio.sleep(POLL_SECONDS)
+
+    async def look(self) -> None:
+        """Take over what has changed on the broker."""
+        async with self._looking:
+            await self._look()
+
+    async def _look_again(self) -> None:
+        async with self._looking:
+            if self._tried_at is None or self._clock.monotonic() - self._tried_at > UNKNOWN_SECONDS:
+                await self._look()
+            elif self._looked_at is None or self._looked_at < self._tried_at:
+                raise BrokerUnavailable("the API keys cannot be read")
+
+    async def _look(self) -> None:
+        self._tried_at = self._clock.monotonic()
+        state = await self._broker.state(_STREAM)
+        is_same = state.created == self._incarnation and state.last_seq >= self._seq
+        entries = dict(self._entries) if is_same else {}
+        seq = self._seq if is_same else 0
+        if state.last_seq > seq:
+            async for batch in self._broker.read(_STREAM, _PREFIX + ">", seq + 1):
+                entries |= {stored.subject.removeprefix(_PREFIX): stored.data for stored in batch}
+                seq = batch[-1].seq
+        self._incarnation, self._seq = state.created, max(seq, state.last_seq)
+        self._looked_at = self._clock.monotonic()
+        if entries != self._entries:
+            self._take({name: data for name, data in entries.items() if data})  # an empty one marks a deletion
+
+    def _take(self, entries: dict[str, bytes]) -> None:
+        known = self._records
+        found = {name.removeprefix(_KEY): _record(data) for name, data in entries.items() if name.startswith(_KEY)}
+        self._entries = entries
+        self._records = {id_: record for id_, record in found.items() if record is not None}
+        self._ticket_secret = base64.b64decode(entries.get(_TICKET_SECRET, b"")) or None
+        self._tell(known)
+
+    def _tell(self, known: dict[str, KeyRecord]) -> None:
+        metrics.KEYS.set(len(self._records) + len(self._fixed))
+        gone = frozenset(id_ for id_ in known if id_ not in self._records)
+        if gone:
+            metrics.REVOKED.inc(len(gone))
+            log.info("API keys revoked", keys=sorted(gone))
+            for callback in self._revoked:
+                callback(gone)
+
+    async def _store(self, name: str, data: bytes) -> None:
+        try:
+            await (await self._broker.bucket(CREDENTIALS_BUCKET)).create(name, data)
+        except js_errors.KeyWrongLastSequenceError:
+            raise
+        except _AWAY as error:
+            raise BrokerUnavailable(f"credentials cannot be stored: {error!r}") from error
+
+
+def _record(data: bytes) -> KeyRecord | None:
+    try:
+        return msgspec.json.decode(data, type=KeyRecord)
+    except msgspec.DecodeError:
+        log.warning("an API key is not readable and lets nobody in")
+        return None

@@ -1,0 +1,63 @@
+"""What an operation of the HTTP API asks of its caller: checked before its body is read, and shown in OpenAPI."""
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from litestar.config.cors import CORSConfig
+from litestar.connection import ASGIConnection
+from litestar.handlers import BaseRouteHandler
+from litestar.openapi.datastructures import ResponseSpec
+from litestar.openapi.spec import Components, SecurityScheme
+
+from services.kit.auth.principal import Principal, Scope, authorize, principal_of
+from services.kit.problem import ProblemDetails
+
+__all__ = ["REFUSALS", "SECURITY", "caller", "cors", "needs"]
+
+_CREDENTIALS: Final = "credentials"
+SECURITY: Final = Components(
+    security_schemes={
+        _CREDENTIALS: SecurityScheme(
+            type="http", scheme="bearer", description="An API key or a JSON web token; the scopes stand at each operation."
+        )
+    }
+)
+REFUSALS: Final = {
+    401: ResponseSpec(ProblemDetails, description="Who calls?", media_type="application/problem+json"),
+    403: ResponseSpec(ProblemDetails, description="Not allowed", media_type="application/problem+json"),
+}
+
+
+def needs(scope: Scope) -> dict[str, Any]:
+    """Return the arguments of a route handler whose caller must have a scope; ``caller`` is its principal."""
+
+    def guard(connection: ASGIConnection[Any, Any, Any, Any], _handler: BaseRouteHandler) -> None:
+        authorize(principal_of(connection.scope), scope)
+
+    return {"guards": [guard], "security": [{_CREDENTIALS: [scope]}]}
+
+
+def caller(connection: ASGIConnection[Any, Any, Any, Any]) -> Principal:
+    """Return who calls.
+
+    Raises:
+        Problem: 401.
+    """
+    return principal_of(connection.scope)
+
+
+def cors(origins: Sequence[str], methods: Sequence[str]) -> CORSConfig | None:
+    """Return what pages of these origins may do; ``None`` when there are none.
+
+    ``*`` allows every origin, and then without cookies and the like.
+    """
+    if not origins:
+        return None
+    return CORSConfig(
+        allow_origins=list(origins),
+        allow_methods=list(methods),  # type: ignore[arg-type]  # names of methods
+        allow_headers=["Accept", "Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID"],
+        allow_credentials="*" not in origins,
+        expose_headers=["Location", "Idempotency-Replayed", "Retry-After", "WWW-Authenticate"],
+        max_age=600,
+    )

@@ -8,15 +8,20 @@ from contextlib import asynccontextmanager
 from typing import Any, Final
 
 import prometheus_client
-from granian.constants import Interfaces
+from granian.constants import Interfaces, SSLProtocols
 from granian.http import HTTP1Settings, HTTP2Settings
 from granian.server.embed import Server
 from litestar import MediaType, Response, Router, get
 
-__all__ = ["PortTaken", "probes", "serving"]
+from services.kit.tls import ServerTls
+
+__all__ = ["PortTaken", "check_port", "probes", "serving"]
 
 Check = Callable[[], Awaitable[bool]]
 _STARTUP_TIMEOUT: Final = 10.0
+STREAMS_OF_A_CONNECTION: Final = 1_024
+HEADER_BYTES: Final = 65_536
+HEADER_MS: Final = 10_000
 
 
 class PortTaken(Exception):
@@ -28,15 +33,15 @@ class PortTaken(Exception):
         super().__init__(f"cannot listen on {host}:{port}: {reason}")
 
 
-def check_port(host: str, port: int) -> None:
-    """Find out whether an address is free.
+def check_port(host: str, port: int, *, shared: bool = False) -> None:
+    """Find out whether an address is free; ``shared``: or had by processes that share it.
 
     Raises:
         PortTaken: it is not.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT if shared else socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
@@ -45,17 +50,26 @@ def check_port(host: str, port: int) -> None:
 
 @asynccontextmanager
 async def serving(
-    app: Any, host: str, port: int, *, connections: int = 4_096, grace: float = 10.0
+    app: Any,
+    host: str,
+    port: int,
+    *,
+    connections: int = 4_096,
+    grace: float = 10.0,
+    tls: ServerTls | None = None,
+    shared: bool = False,
 ) -> AsyncIterator[None]:
-    """Serve ``app`` (ASGI, HTTP/1.1 and cleartext HTTP/2) while the block runs.
+    """Serve ``app`` (ASGI) over HTTP/1.1 and HTTP/2 while the block runs.
 
-    On leaving, no new connection is accepted and open answers may end within ``grace`` seconds: the application must
-    have told its streams to end before. ``connections`` bounds concurrent requests.
+    HTTP/2 is chosen by ALPN with ``tls``, and by prior knowledge without. ``shared``: other processes have the port
+    too, and the kernel spreads connections over them. On leaving, no new connection is accepted and open answers may
+    end within ``grace`` seconds: the application must have told its streams to end before. ``connections`` bounds
+    concurrent requests.
 
     Raises:
         PortTaken: the address is in use.
     """
-    check_port(host, port)
+    check_port(host, port, shared=shared)
     logging.getLogger("_granian").setLevel(logging.ERROR)
     server = Server(
         app,
@@ -65,8 +79,11 @@ async def serving(
         backlog=max(1_024, min(connections, 65_535)),
         backpressure=connections,
         log_enabled=False,
-        http1_settings=HTTP1Settings(header_read_timeout=10_000),
-        http2_settings=HTTP2Settings(max_concurrent_streams=1_024),
+        http1_settings=HTTP1Settings(header_read_timeout=HEADER_MS),
+        http2_settings=HTTP2Settings(max_concurrent_streams=STREAMS_OF_A_CONNECTION, max_headers_size=HEADER_BYTES),
+        ssl_cert=tls.certificate if tls else None,
+        ssl_key=tls.key if tls else None,
+        ssl_protocol_min=SSLProtocols.tls12,
     )
     task = asyncio.create_task(server.serve(), name=f"http:{port}")
     try:

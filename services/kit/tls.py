@@ -1,8 +1,10 @@
-"""TLS towards the broker, from files."""
+"""TLS from files: towards the broker, and of our own ports."""
 
 import ssl
+from pathlib import Path
+from typing import NamedTuple
 
-__all__ = ["TlsUnusable", "client_tls"]
+__all__ = ["ServerTls", "TlsUnusable", "client_tls", "server_tls"]
 
 
 class TlsUnusable(ValueError):
@@ -32,3 +34,32 @@ def client_tls(ca: str | None, cert: str | None, key: str | None) -> ssl.SSLCont
         except (OSError, ssl.SSLError) as error:
             raise TlsUnusable(f"TAILRACE_NATS_CERT, TAILRACE_NATS_KEY: cannot use {cert} and {key}: {error}") from error
     return context
+
+
+class ServerTls(NamedTuple):
+    """The certificate (with its chain) and key of a server, as files."""
+
+    certificate: Path
+    key: Path
+
+    def read(self) -> tuple[bytes, bytes]:
+        """Return the content of both files."""
+        return self.certificate.read_bytes(), self.key.read_bytes()
+
+
+def server_tls(cert: str | None, key: str | None) -> ServerTls | None:
+    """Return what a server shows of itself; ``None`` when no file is named. They are read once, at start.
+
+    Raises:
+        TlsUnusable: one is missing, or they cannot be used.
+    """
+    if cert is None and key is None:
+        return None
+    if cert is None or key is None:
+        missing, present = ("tls_key", "tls_cert") if key is None else ("tls_cert", "tls_key")
+        raise TlsUnusable(f"{missing}: must be set, because {present} is")
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key)
+    except (OSError, ssl.SSLError) as error:
+        raise TlsUnusable(f"tls_cert, tls_key: cannot use {cert} and {key}: {error}") from error
+    return ServerTls(Path(cert).resolve(), Path(key).resolve())

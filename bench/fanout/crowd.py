@@ -63,6 +63,7 @@ class Checker:
         self.differs = ""
         self.cursor = b""
         self.ended = False
+        self.cursors: list[bytes] | None = None  # of all events, where somebody wants them
         cells = number % plan.sessions * plan.events
         self._stamps = stamps[cells : cells + plan.events]
         self._events = plan.events
@@ -80,16 +81,16 @@ class Checker:
         """Tell whether an event has been published after the signal."""
         return bool(self._stamps[index])
 
-    def take(self, data: bytes, now: int, stop: int | None = None) -> int:
-        """Take what one read gave and return how many new events it brought; those from ``stop`` on are left alone."""
+    def take(self, data: bytes, now: int) -> int:
+        """Take what one read gave and return how many new events it brought."""
         before = self.seen
         for cursor, event in self.stream.feed(data):
-            if stop is not None and self.seen >= stop:
-                break
             self.cursor = cursor or self.cursor
             made = _decode(event)
             if made.type == "delta":
                 self._judge(made, now)
+                if self.cursors is not None:
+                    self.cursors.append(cursor)
             else:
                 self.ended = self.ended or made.type == "completed"
         return self.seen - before

@@ -5,6 +5,7 @@ Run as ``python -m bench.fanout.publisher ORDER`` with a `bench.fanout.scenarios
 
 import asyncio
 import gc
+import signal
 import sys
 import time
 from pathlib import Path
@@ -24,6 +25,7 @@ from services.kit.broker import Broker
 __all__ = ["Published", "main"]
 
 WINDOW: Final = 1_024
+LINGER: Final = 300
 LEAD_NS: Final = 50_000_000
 TICK: Final = 0.001
 BATCH: Final = 64
@@ -212,6 +214,8 @@ def main() -> None:
     unfinished = Path(order.result + ".part")
     unfinished.write_bytes(msgspec.json.encode(published))
     unfinished.rename(order.result)
+    signal.alarm(LINGER)
+    signal.pause()  # our processor time is read from outside before we are stopped
 
 
 if __name__ == "__main__":

@@ -74,12 +74,20 @@ def _name(o: FanoutOutcome) -> str:
 
 
 def _delivered(outcomes: Sequence[FanoutOutcome]) -> Table:
-    table = _table("ms", "p50", "p95", "p99", "max", "events/s", "events", "complete", "missing", "twice", "differ")
+    table = _table(
+        "ms", "p50", "p95", "p99", "max", "events/s", "events", "a read", "complete", "missing", "twice", "differ"
+    )
     for o in outcomes:
         times = (f"{v:,.1f}" for v in (o.latency_ms.p50, o.latency_ms.p95, o.latency_ms.p99, o.latency_ms.max))
         counts = (f"{n:,}" for n in (o.missing, o.surplus, o.mismatches))
         table.add_row(
-            _name(o), *times, f"{o.events_per_s:,.0f}", f"{o.events:,}", f"{o.complete:,}/{o.streams:,}", *counts
+            _name(o),
+            *times,
+            f"{o.events_per_s:,.0f}",
+            f"{o.events:,}",
+            f"{o.events / max(o.reads, 1):.1f}",
+            f"{o.complete:,}/{o.streams:,}",
+            *counts,
         )
     return table
 

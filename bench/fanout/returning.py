@@ -26,14 +26,13 @@ LEAD: Final = 2.0
 class Visit:
     """A connection of a checker. ``goal``: with how many events it is level with what was published when it came."""
 
-    __slots__ = ("began", "checker", "goal", "socket", "stop")
+    __slots__ = ("began", "checker", "goal", "socket")
 
-    def __init__(self, checker: Checker, connection: socket.socket, goal: int, stop: int | None) -> None:
+    def __init__(self, checker: Checker, connection: socket.socket, goal: int) -> None:
         self.checker = checker
         self.socket = connection
         self.began = time.monotonic_ns()
         self.goal: int | None = goal
-        self.stop = stop
 
 
 class Returning:
@@ -56,17 +55,24 @@ class Returning:
         """How many connections are open."""
         return len(self._visits)
 
-    def visit(self, checker: Checker, *, stop: int | None = None) -> None:
-        """Connect and go on behind the last event; leave at event ``stop``."""
+    def visit(self, checker: Checker) -> None:
+        """Connect and go on behind the last event."""
         connection = connected(self.plan.port)
         goal = checker.seen
         while goal < self.plan.events and checker.stamped(goal):
             goal += 1
-        self._visits[connection.fileno()] = Visit(checker, connection, max(goal, self.plan.history), stop)
+        self._visits[connection.fileno()] = Visit(checker, connection, max(goal, self.plan.history))
         self._of[checker] = connection.fileno()
         connection.sendall(checker.call())
         connection.setblocking(False)
         self._poll.register(connection, select.EPOLLIN)
+
+    def scout(self, number: int) -> Checker:
+        """Send out a checker that is none of the clients and keeps every cursor of a session."""
+        scout = Checker(self.plan, number - self.plan.base, self._cells, array("q"))
+        scout.cursors = []
+        self.visit(scout)
+        return scout
 
     def leave(self, checker: Checker) -> None:
         """Drop a checker's connection, if it has one."""
@@ -100,7 +106,7 @@ class Returning:
         checker, now = visit.checker, time.monotonic_ns()
         self.reads += 1
         self.bytes += len(data)
-        if checker.take(data, now, visit.stop):
+        if checker.take(data, now):
             self.last_ns = now
         if visit.goal is not None and checker.seen >= visit.goal and checker.stream.status is not None:
             self.resumed_ms.append((now - visit.began) / 1e6)
@@ -184,22 +190,19 @@ def _moves(clients: Returning, begin: float, draw: random.Random) -> list[tuple[
 
 
 def _scatter(clients: Returning, draw: random.Random) -> None:
-    """Let each client read a different part of the history, and leave."""
-    reading: dict[Checker, int] = {}
+    """Read the history once, and give each client a different place in it from which to go on."""
+    plan = clients.plan
+    places: dict[int, list[bytes]] = {}
+    for number in range(plan.base, plan.base + plan.sessions):
+        scout = clients.scout(number)
+        while scout.seen < plan.history and clients.open:
+            for _ in clients.step(0.2):
+                pass
+        clients.leave(scout)
+        places[number] = scout.cursors or []
     for checker in clients.checkers:
-        reading[checker] = stop = draw.randint(1, clients.plan.history)
-        clients.visit(checker, stop=stop)
-        while len(reading) >= clients.plan.at_once:
-            _leave_at(clients, reading)
-    while reading and clients.open:
-        _leave_at(clients, reading)
-
-
-def _leave_at(clients: Returning, reading: dict[Checker, int]) -> None:
-    for checker in clients.step(0.2):
-        if checker in reading and checker.seen >= reading[checker]:
-            clients.leave(checker)
-            del reading[checker]
+        checker.seen = draw.randint(1, plan.history)
+        checker.cursor = places[checker.number][checker.seen - 1]
 
 
 def replay(clients: Returning, deadline: float, ready: Callable[[], None]) -> None:

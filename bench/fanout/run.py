@@ -25,6 +25,8 @@ __all__ = ["Run"]
 
 OPEN_SECONDS: Final = 120.0
 SAMPLED: Final = 200
+SAMPLED_EVENTS: Final = 100_000
+"""Of a stream, at most so many subscribers, or subscribers times events, are read in full by the clients."""
 AT_ONCE: Final = 64
 REPLAYS_AT_ONCE: Final = 100
 QUIET: Final = 1.5
@@ -177,7 +179,7 @@ class Run:
             events=scenario.events,
             history=scenario.history,
             live=scenario.kind == "stuck" and kind == "live",
-            samples=max(1, scenario.streams // SAMPLED),
+            samples=max(1, scenario.streams // min(SAMPLED, max(10, SAMPLED_EVENTS // scenario.events))),
             within=scenario.within,
             at_once=max(1, (REPLAYS_AT_ONCE if kind == "replay" else AT_ONCE) // self.clients),
             deadline=scenario.seconds + OPEN_SECONDS,

@@ -13,6 +13,9 @@ from schemas.partitions import HISTORY_SUBJECT
 from schemas.subjects import REQUESTS_PREFIX, lane_of
 from schemas.topology import (
     BUCKET,
+    CONSUMERS,
+    COUNTERS,
+    CREDENTIALS_BUCKET,
     DEAD,
     REGISTRY_BUCKET,
     REQUESTS,
@@ -26,17 +29,20 @@ from schemas.topology import (
 __all__ = ["USERS", "Permissions", "permissions", "users_config"]
 
 USERS: Final = ("producer", "delivery", "billing", "setup")
+_KEPT: Final = ("DIRECT.GET", "STREAM.MSG.GET", "STREAM.PURGE")
 _PASSWORDS: Final = {user: f"NATS_{user.upper()}_PASSWORD" for user in USERS}
 
 
 class Permissions(msgspec.Struct, frozen=True):
     """Subjects that a user may publish to and subscribe to.
 
-    ``replies``: whether it may answer a request that it hears, under whatever subject that asks for.
+    ``denied``: what it may not publish to, although ``publish`` covers it. ``replies``: whether it may answer a request
+    that it hears, under whatever subject that asks for.
     """
 
     publish: tuple[str, ...]
     subscribe: tuple[str, ...]
+    denied: tuple[str, ...] = ()
     replies: bool = False
 
 
@@ -90,8 +96,15 @@ def _delivery(topology: Topology) -> Permissions:
             *_logs_read(topology),
             *_bucket_read(BUCKET),
             *_bucket_read(REGISTRY_BUCKET),
-            *(f"$JS.API.{verb}.{DEAD}" for verb in ("DIRECT.GET", "STREAM.MSG.GET", "STREAM.PURGE")),
+            *_bucket_read(CREDENTIALS_BUCKET),
+            *_written(CREDENTIALS_BUCKET, "key.*", "ticket-secret"),
+            "counters.*.*",
+            f"$JS.API.DIRECT.GET.{COUNTERS}.>",
+            *(f"$JS.API.{verb}.{each}" for each in (DEAD, CONSUMERS) for verb in _KEPT),
+            "consumers.*.*.*.*",
+            *_consumers_kept([*(token_stream(p) for p in topology.logs), CONSUMERS]),
         ),
+        denied=_foreign_consumers(topology),
         subscribe=(_inbox("delivery"), "live.>", "presence.>"),
         replies=True,
     )
@@ -103,10 +116,35 @@ def _billing(topology: Topology) -> Permissions:
         publish=(
             *_topology_read(topology),
             *_logs_read(topology),
+            *_bucket_read(CREDENTIALS_BUCKET),
             *(f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{durable}" for stream, durable in consumers),
             *(f"$JS.ACK.{stream}.{durable}.>" for stream, durable in consumers),
         ),
         subscribe=(_inbox("billing"),),
+    )
+
+
+def _consumers_kept(streams: Sequence[str]) -> list[str]:
+    """Make, look at, pause, read and remove durable consumers of these streams."""
+    return [
+        subject
+        for stream in streams
+        for subject in (
+            f"$JS.API.CONSUMER.LIST.{stream}",
+            *(f"$JS.API.CONSUMER.{verb}.{stream}.*" for verb in ("CREATE", "INFO", "DELETE", "PAUSE", "MSG.NEXT")),
+            f"$JS.ACK.{stream}.*.>",
+        )
+    ]
+
+
+def _foreign_consumers(topology: Topology) -> tuple[str, ...]:
+    """Return what touches billing's consumers: a permission cannot name consumers by how their names begin."""
+    consumers = [f"{token_stream(p)}.{billing_durable(p)}" for p in topology.logs]
+    verbs = ("CREATE", "DELETE", "PAUSE", "MSG.NEXT")
+    return tuple(
+        subject
+        for consumer in consumers
+        for subject in (*(f"$JS.API.CONSUMER.{verb}.{consumer}" for verb in verbs), f"$JS.ACK.{consumer}.>")
     )
 
 
@@ -164,9 +202,10 @@ def users_config(topology: Topology, passwords: Mapping[str, str] = _PASSWORDS) 
 
 def _user(user: str, password: str, allowed: Permissions) -> str:
     replies = "        allow_responses: true\n" if allowed.replies else ""
+    denied = f"          deny: [\n{_lines(allowed.denied)}        ]\n" if allowed.denied else ""
     return (
         f"    {{\n      user: {user}\n      password: ${password}\n      permissions: {{\n"
-        f"        publish: {{ allow: [\n{_lines(allowed.publish)}        ] }}\n"
+        f"        publish: {{ allow: [\n{_lines(allowed.publish)}        ]\n{denied}        }}\n"
         f"        subscribe: {{ allow: [\n{_lines(allowed.subscribe)}        ] }}\n"
         f"{replies}      }}\n    }}\n"
     )

@@ -9,6 +9,8 @@ from schemas.names import check_name
 __all__ = [
     "Address",
     "InvalidSubject",
+    "consumer_filter",
+    "consumer_subject",
     "REQUESTS_PREFIX",
     "control_subject",
     "dead_filter",
@@ -135,6 +137,20 @@ def dead_subject(pool: str, generation: str) -> str:
 def dead_filter(pool: str) -> str:
     """Return the filter of a pool's requests that no producer could run."""
     return f"dead.{check_name('pool', pool)}.*"
+
+
+def consumer_subject(kind: str, tenant: str, name: str, event: str) -> str:
+    """Return the subject of an event kept for a service's consumer: a ``dead`` one, or one to be given ``again``."""
+    return f"consumers.{kind}.{_of_consumer(tenant, name)}.{check_name('event', event)}"
+
+
+def consumer_filter(kind: str, tenant: str, name: str) -> str:
+    """Return the filter of all events of a kind that are kept for a service's consumer."""
+    return f"consumers.{kind}.{_of_consumer(tenant, name)}.*"
+
+
+def _of_consumer(tenant: str, name: str) -> str:
+    return f"{check_name('tenant', tenant)}.{check_name('consumer', name)}"
 
 
 def request_filter(pool: str) -> str:

@@ -8,6 +8,9 @@ from schemas.subjects import REQUESTS_PREFIX, lane_of
 
 __all__ = [
     "BUCKET",
+    "CONSUMERS",
+    "COUNTERS",
+    "CREDENTIALS_BUCKET",
     "DEAD",
     "REGISTRY_BUCKET",
     "REQUESTS",
@@ -17,12 +20,18 @@ __all__ = [
     "billing_durable",
     "bucket_stream",
     "producers_durable",
+    "service_durable",
+    "service_of",
     "token_partition",
     "token_stream",
 ]
 
 BUCKET: Final = "generations"
+CONSUMERS: Final = "CONSUMERS"
 REGISTRY_BUCKET: Final = "registry"
+CREDENTIALS_BUCKET: Final = "credentials"
+COUNTERS: Final = "COUNTERS"
+COUNTED_SECONDS: Final = 600.0  # a counter that nothing has changed for so long is gone
 DEAD: Final = "REQUESTS_DEAD"
 REQUESTS: Final = "REQUESTS"
 
@@ -53,11 +62,27 @@ def billing_durable(partition: int) -> str:
     return f"billing-{partition}"
 
 
+def service_durable(tenant: str, name: str) -> str:
+    """Return the name of a service's durable consumer; no two pairs of tenant and name have the same."""
+    return f"svc-{len(tenant)}-{tenant}-{name}"
+
+
+def service_of(durable: str) -> tuple[str, str] | None:
+    """Return tenant and name of a service's durable consumer; ``None`` for one of another kind."""
+    kind, _, rest = durable.partition("-")
+    length, _, names = rest.partition("-")
+    if kind != "svc" or not length.isdecimal():
+        return None
+    tenant, name = names[: int(length)], names[int(length) + 1 :]
+    return (tenant, name) if name and durable == service_durable(tenant, name) else None
+
+
 class StreamSpec(msgspec.Struct, frozen=True, kw_only=True):
     """A JetStream stream. Ages in seconds, sizes in bytes; ``-1`` means no bound.
 
     ``refuses``: a full stream refuses new messages; otherwise it drops its oldest ones. ``bucket``: it keeps the newest
-    message of each subject, as a key-value bucket does.
+    message of each subject, as a key-value bucket does. ``counter``: each subject is a number that messages change; it
+    is kept in memory alone.
     """
 
     name: str
@@ -65,6 +90,7 @@ class StreamSpec(msgspec.Struct, frozen=True, kw_only=True):
     work_queue: bool = False
     refuses: bool = False
     bucket: bool = False
+    counter: bool = False
     max_age: float = 0.0
     max_bytes: int = -1
     max_msgs: int = -1
@@ -112,7 +138,7 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
         return (*range(self.partitions), *(p for p in self.kept if p >= self.partitions))
 
     def streams(self) -> list[StreamSpec]:
-        """Return the streams: one log per partition, the work queue of requests, dead requests, and the buckets.
+        """Return the streams: a log per partition, the work queue, dead requests and events, counters, and buckets.
 
         A log that is bounded in bytes refuses events when it is full: it never drops those of a running answer.
         """
@@ -144,7 +170,34 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
         dead = StreamSpec(
             name=DEAD, subjects=("dead.*.*",), max_age=7 * 86_400.0, max_msgs=self.max_requests, replicas=self.replicas
         )
-        return [*logs, requests, dead, self._bucket(BUCKET, self.max_age), self._bucket(REGISTRY_BUCKET, 0.0)]
+        endless = [self._bucket(name, 0.0) for name in (REGISTRY_BUCKET, CREDENTIALS_BUCKET)]
+        return [*logs, requests, dead, self._consumed(), self._counters(), self._bucket(BUCKET, self.max_age), *endless]
+
+    def _consumed(self) -> StreamSpec:
+        """Return what keeps the events that a service could not handle, and those it is to be given again.
+
+        A work queue: what is given again is removed when it is acknowledged; dead events have no consumer and stay.
+        """
+        return StreamSpec(
+            name=CONSUMERS,
+            subjects=("consumers.*.*.*.*",),
+            work_queue=True,
+            refuses=True,
+            one_per_subject=True,
+            max_age=7 * 86_400.0,
+            max_msgs=100_000,
+            replicas=self.replicas,
+        )
+
+    def _counters(self) -> StreamSpec:
+        return StreamSpec(
+            name=COUNTERS,
+            subjects=("counters.*.*",),
+            counter=True,
+            max_age=COUNTED_SECONDS,
+            max_msgs=200_000,
+            replicas=self.replicas,
+        )
 
     def _bucket(self, name: str, max_age: float) -> StreamSpec:
         return StreamSpec(

@@ -7,7 +7,6 @@ from typing import Annotated, Any, Final
 
 import msgspec
 from litestar import Litestar, MediaType, Request, Response, get, route
-from litestar.config.cors import CORSConfig
 from litestar.datastructures import CacheControlHeader
 from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import ScalarRenderPlugin
@@ -16,20 +15,28 @@ from litestar.types import ASGIApp
 
 from schemas.requests import GenerationRecord
 from services.delivery.api import router
-from services.delivery.dead import DeadRequests
+from services.delivery.consumers.api import consumers_router
+from services.delivery.consumers.registry import Consumers
+from services.delivery.consumers.registry import Limits as ConsumerLimits
 from services.delivery.dead_api import dead_router
 from services.delivery.describe import describe_streams
+from services.delivery.keys_api import keys_router
 from services.delivery.hub import Hub, Limits
 from services.delivery.intake import Intake
 from services.delivery.lookups import Lookups
 from services.delivery.streams import Streams
+from services.delivery.tickets_api import tickets_router
 from services.delivery.transports.bodies import reading_bodies
 from services.delivery.transports.sse import RAW_SEND, SessionEvents
-from services.kit.auth.principal import PRINCIPAL, Principal
+from services.kit.auth.authenticator import Authenticator
+from services.kit.auth.entrance import entering
+from services.kit.auth.principal import PRINCIPAL
+from services.kit.auth.rules import SECURITY, cors
+from services.kit.auth.setup import authenticating
 from services.kit.broker import Broker
 from services.kit.clock import SystemClock
 from services.kit.http import probes, serving
-from services.kit.problem import EXCEPTION_HANDLERS
+from services.kit.problem import EXCEPTION_HANDLERS, Problem
 from services.kit.settings import Shared, load_settings
 from services.kit.telemetry import configure_logging
 
@@ -47,8 +54,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Settings of delivery. Times in seconds, sizes in bytes.
 
     ``connections``: how many requests and streams one process serves at once. ``feed_bytes``: events kept in memory for
-    one session. ``cors_origins``: origins whose pages may call this API. ``billing_url`` and ``console_models`` are
-    handed to the console page.
+    one session. ``consumers``: durable consumers of one tenant; each goes after ``consumer_inactive`` without a reader
+    (0: never), and keeps at most ``consumer_dead`` dead events. ``cors_origins``: origins whose pages may call this API.
+    ``billing_url`` and ``console_models`` are handed to the console page.
     """
 
     host: str = "127.0.0.1"
@@ -62,6 +70,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     lifetime: Positive = 3_600.0
     stall: Positive = 30.0
     drain: Positive = 10.0
+    consumers: Annotated[int, msgspec.Meta(ge=0)] = 100
+    consumer_inactive: Annotated[float, msgspec.Meta(ge=0)] = 604_800.0
+    consumer_dead: Annotated[int, msgspec.Meta(ge=1)] = 1_000
+    ticket: Annotated[float, msgspec.Meta(ge=1, le=300)] = 60.0
     cors_origins: tuple[str, ...] = ()
     console: bool = True
     console_models: tuple[str, ...] = ("scripted/story",)
@@ -78,6 +90,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             stall=self.stall,
         )
 
+    def consumer_limits(self) -> ConsumerLimits:
+        """Return the bounds of durable consumers."""
+        return ConsumerLimits(consumers=self.consumers, inactive=self.consumer_inactive, dead=self.consumer_dead)
+
 
 async def main(stop: asyncio.Event) -> None:
     """Run delivery until ``stop``, then end all streams with a resumable notice.
@@ -93,9 +109,10 @@ async def main(stop: asyncio.Event) -> None:
         await broker.apply(shared.topology())
         clock = SystemClock()
         hub = Hub(broker, clock, shared.partitions, settings.limits())
-        app = build_app(hub, shared, settings)
         async with (
-            serving(app, settings.host, settings.port, connections=settings.connections),
+            authenticating(shared, settings.host, broker, clock) as authenticator,
+            serving(
+                build_app(hub, shared, settings, authenticator), settings.host, settings.port, connections=settings.connections),
             asyncio.TaskGroup() as group,
         ):
             sweeper = group.create_task(hub.run())
@@ -104,7 +121,7 @@ async def main(stop: asyncio.Event) -> None:
             sweeper.cancel()
 
 
-def build_app(hub: Hub, shared: Shared, settings: Settings) -> Any:
+def build_app(hub: Hub, shared: Shared, settings: Settings, authenticator: Authenticator) -> Any:
     """Return the ASGI application."""
     lookups = Lookups(hub.broker, hub.clock, hub.partition)
     intake = Intake(hub.broker, hub, lookups, hub.clock, shared.pool)
@@ -117,11 +134,13 @@ def build_app(hub: Hub, shared: Shared, settings: Settings) -> Any:
     async def connected() -> bool:
         return hub.broker.is_connected and not hub.draining
 
-    dead = DeadRequests(hub.broker, shared.tenant, shared.pool)
     handlers: list[Any] = [
-        router(intake, lookups, shared.tenant),
-        dead_router(intake, dead, shared.tenant),
+        router(intake, lookups),
+        dead_router(intake, hub.broker, shared.pool),
+        keys_router(authenticator, hub.clock),
+        tickets_router(authenticator, hub.clock, settings.ticket),
         session_events,
+        consumers_router(Consumers(hub, settings.consumer_limits())),
         probes({"broker": connected}),
     ]
     if settings.console:
@@ -131,36 +150,33 @@ def build_app(hub: Hub, shared: Shared, settings: Settings) -> Any:
         exception_handlers=EXCEPTION_HANDLERS,
         request_max_body_size=settings.max_body,
         logging_config=None,
-        cors_config=_cors(list(settings.cors_origins)) if settings.cors_origins else None,
+        cors_config=cors(settings.cors_origins, ["GET", "POST", "PUT", "PATCH", "DELETE"]),
         openapi_config=OpenAPIConfig(
             title="Tailrace delivery",
             version="1",
             description="Ask models, and watch their answers as resumable streams.",
             path="/docs",
             render_plugins=[ScalarRenderPlugin()],
+            components=SECURITY,
         ),
         signature_types=[GenerationRecord],
     )
     describe_streams(litestar.openapi_schema)
 
-    principal = Principal(tenant=shared.tenant)
+    reading, refusing = reading_bodies(litestar, settings.max_body), reading_bodies(litestar, 0)
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        scope[PRINCIPAL] = principal
+        refused = isinstance(scope.get(PRINCIPAL), Problem)  # then nothing of the body is kept
+        await (refusing if refused else reading)(scope, receive, send)
+
+    local = authenticator.everybody is not None and shared.auth != "insecure"
+    guarded = entering(app, authenticator, settings.cors_origins, local=local)
+
+    async def outermost(scope: Any, receive: Any, send: Any) -> None:
         scope[RAW_SEND] = send  # streams write their body past the wrappers that every ordinary answer needs
-        await litestar(scope, receive, send)
+        await guarded(scope, receive, send)
 
-    return reading_bodies(app, settings.max_body)
-
-
-def _cors(origins: list[str]) -> CORSConfig:
-    return CORSConfig(
-        allow_origins=origins,
-        allow_methods=["GET", "POST"],
-        allow_headers=["Content-Type", "Idempotency-Key", "Last-Event-ID", "Authorization"],
-        expose_headers=["Location", "Idempotency-Replayed", "Retry-After"],
-        max_age=600,
-    )
+    return outermost
 
 
 def _console(settings: Settings) -> list[Any]:

@@ -25,7 +25,7 @@ ADDED_LATENCY: Final = Histogram(
     "From the producer's stamp to the hand-over to subscribers, one sample a batch",
     buckets=(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
 )
-CONSUMER_SESSIONS: Final = Gauge("tailrace_delivery_consumer_sessions", "Connections that read through durable consumers")
+CONSUMER_SESSIONS: Final = Gauge("tailrace_delivery_consumer_sessions", "Connections reading through durable consumers")
 CONSUMER_EVENTS: Final = Counter(
     "tailrace_delivery_consumer_events", "Events that durable consumers brought, by verdict", ["verdict"]
 )
@@ -40,3 +40,5 @@ CONSUMER_BLOCKED: Final = Counter(
     "tailrace_delivery_consumer_dead_refused", "Times that an event could not be put aside: too many are kept already"
 )
 CONSUMER_SETTLED: Final = Counter("tailrace_delivery_consumer_settled", "Deliveries settled by services", ["how"])
+GRPC_CALLS: Final = Counter("tailrace_delivery_grpc_calls", "Ended gRPC calls, by method and status", ["method", "code"])
+GRPC_REQUESTS: Final = Counter("tailrace_delivery_grpc_requests", "What clients said on Attach, by kind", ["kind"])

@@ -1,0 +1,248 @@
+"""The HTTP API of durable consumers: made, looked at, paused, settled, removed. `events` has their streams."""
+
+from collections.abc import Awaitable
+from typing import Annotated, Any, Final, TypeVar
+
+from litestar import Request, Response, Router, delete, get, post, put
+from litestar.handlers import HTTPRouteHandler
+from litestar.params import FromPath, FromQuery, QueryParameter
+from litestar.types import ASGIApp
+
+from schemas.cursor import Cursor, InvalidCursor
+from services.delivery.answers import PROBLEMS, named, reach
+from services.delivery.consumers.definition import Wish, rfc3339
+from services.delivery.consumers.events import ConsumerEvents
+from services.delivery.consumers.registry import Conflicting, Consumers, Found
+from services.delivery.consumers.settling import Settled, Settlement, settle
+from services.delivery.consumers.tokens import InvalidToken
+from services.delivery.consumers.views import (
+    ConsumerList,
+    ConsumerView,
+    DeadEventList,
+    DeadEventView,
+    Pause,
+    consumer_view,
+    dead_view,
+)
+from services.delivery.errors import CursorExpired, CursorForeign, TooBusy
+from services.kit.auth.principal import Principal, authorize, principal_of
+from services.kit.consumers import DurableRefused
+from services.kit.problem import Problem
+
+__all__ = ["consumers_router"]
+
+T = TypeVar("T")
+AnyRequest = Request[Any, Any, Any]
+_TAGS: Final = ["consumers"]
+
+
+def consumers_router(consumers: Consumers) -> Router:
+    """Return the routes under ``/v1/consumers``."""
+    handlers = [*_definitions(consumers), *_pauses(consumers), *_reading(consumers), *_dead(consumers)]
+    return Router("/v1/consumers", route_handlers=handlers, tags=_TAGS)
+
+
+async def permitted(consumers: Consumers, principal: Principal, name: str) -> Found:
+    """Return a consumer that the caller may use.
+
+    Raises:
+        Problem: 400, 403, 404 or 503.
+    """
+    named("consumer", name)
+    authorize(principal, "consume")
+    found: Found = await reach(consumers.get(principal.tenant, name))
+    if not _covers(principal, found.definition.wish.session):
+        raise Problem(404, f"there is no consumer {name!r}")
+    return found
+
+
+def _covers(principal: Principal, session: str | None) -> bool:
+    """Tell whether a caller may read a session; ``None``: all of the tenant's."""
+    return "*" in principal.sessions if session is None else principal.reaches(session)
+
+
+def _definitions(consumers: Consumers) -> list[HTTPRouteHandler]:
+    async def view(principal: Principal, name: str, found: Found) -> ConsumerView:
+        return consumer_view(name, found, await reach(consumers.dead.count(principal.tenant, name)))
+
+    @put("/{name:str}", summary="Create or change a durable consumer", operation_id="putConsumer", responses=PROBLEMS)
+    async def put_consumer(request: AnyRequest, name: FromPath[str], data: Wish) -> Response[ConsumerView]:
+        named("consumer", name)
+        principal = authorize(principal_of(request.scope), "consume", data.session)
+        _check(data, principal)
+        found, new = await refusing(consumers.put(principal.tenant, name, data))
+        shown = await view(principal, name, found)
+        return Response(shown, status_code=201 if new else 200, headers={"Location": f"/v1/consumers/{name}"})
+
+    @get("/", summary="List durable consumers", operation_id="listConsumers", responses=PROBLEMS)
+    async def list_consumers(request: AnyRequest) -> ConsumerList:
+        principal = authorize(principal_of(request.scope), "consume")
+        each: dict[str, Found] = await reach(consumers.all_of(principal.tenant))
+        seen = {name: found for name, found in each.items() if _covers(principal, found.definition.wish.session)}
+        return ConsumerList([await view(principal, name, found) for name, found in seen.items()])
+
+    @get("/{name:str}", summary="A durable consumer", operation_id="getConsumer", responses=PROBLEMS)
+    async def get_consumer(request: AnyRequest, name: FromPath[str]) -> ConsumerView:
+        principal = principal_of(request.scope)
+        return await view(principal, name, await permitted(consumers, principal, name))
+
+    @delete("/{name:str}", summary="Remove a durable consumer", operation_id="deleteConsumer", responses=PROBLEMS)
+    async def delete_consumer(request: AnyRequest, name: FromPath[str]) -> None:
+        principal = principal_of(request.scope)
+        await permitted(consumers, principal, name)
+        await reach(consumers.delete(principal.tenant, name))
+
+    return [put_consumer, list_consumers, get_consumer, delete_consumer]
+
+
+def _check(wish: Wish, principal: Principal) -> None:
+    if wish.session is not None:
+        named("session", wish.session)
+    elif not _covers(principal, None):
+        raise Problem(403, "a consumer of all sessions needs credentials for all of them: name a session")
+    if wish.types == ():
+        raise Problem(400, "types is empty: leave it out to read all types")
+    if wish.after is not None:
+        if wish.session is None:
+            raise Problem(400, "a cursor is a position in one session: after needs session")
+        try:
+            Cursor.parse(wish.after)
+        except InvalidCursor as error:
+            raise Problem(400, str(error), slug="cursor-invalid", title="The cursor is not valid here") from error
+    if sum((wish.after is not None, wish.since is not None, wish.start != "start")) > 1:
+        raise Problem(400, "start, after and since exclude each other")
+
+
+async def refusing(call: Awaitable[T]) -> T:
+    """Await a change of consumers.
+
+    Raises:
+        Problem: 400, 404, 409, 410, 422, 429 or 503.
+    """
+    try:
+        result: T = await reach(call)
+    except Conflicting as error:
+        raise Problem(409, str(error)) from error
+    except TooBusy as error:
+        raise Problem(429, str(error), slug="too-many-consumers", title="Too many are kept already") from error
+    except CursorForeign as error:
+        raise Problem(400, str(error), slug="cursor-invalid", title="The cursor is not valid here") from error
+    except CursorExpired as error:
+        raise Problem(410, str(error), slug="cursor-expired", title="The cursor has expired") from error
+    except DurableRefused as error:
+        raise Problem(422, str(error)) from error
+    return result
+
+
+def _pauses(consumers: Consumers) -> list[HTTPRouteHandler]:
+    @post(
+        "/{name:str}/pause",
+        status_code=200,
+        summary="Give no events for a time",
+        operation_id="pauseConsumer",
+        responses=PROBLEMS,
+    )
+    async def pause_consumer(request: AnyRequest, name: FromPath[str], data: Pause | None = None) -> ConsumerView:
+        principal = principal_of(request.scope)
+        await permitted(consumers, principal, name)
+        found = await reach(consumers.pause(principal.tenant, name, _until(consumers, data)))
+        return consumer_view(name, found, await reach(consumers.dead.count(principal.tenant, name)))
+
+    @post(
+        "/{name:str}/resume",
+        status_code=200,
+        summary="Give events again",
+        operation_id="resumeConsumer",
+        responses=PROBLEMS,
+    )
+    async def resume_consumer(request: AnyRequest, name: FromPath[str]) -> ConsumerView:
+        principal = principal_of(request.scope)
+        await permitted(consumers, principal, name)
+        found = await reach(consumers.resume(principal.tenant, name))
+        return consumer_view(name, found, await reach(consumers.dead.count(principal.tenant, name)))
+
+    return [pause_consumer, resume_consumer]
+
+
+def _until(consumers: Consumers, pause: Pause | None) -> str | None:
+    if pause is None or pause.seconds is None:
+        return None
+    return rfc3339(consumers.hub.clock.wall() + pause.seconds)
+
+
+def _reading(consumers: Consumers) -> list[HTTPRouteHandler]:
+    events = ConsumerEvents(consumers)
+
+    @get("/{name:str}/events", include_in_schema=False)
+    async def consumer_events(request: AnyRequest, name: FromPath[str]) -> ASGIApp:
+        principal = principal_of(request.scope)
+        await permitted(consumers, principal, name)
+        return await events.open(request.scope, principal, name)
+
+    @post(
+        "/{name:str}/acks",
+        status_code=200,
+        summary="Say what became of events",
+        operation_id="settleEvents",
+        responses=PROBLEMS,
+    )
+    async def settle_events(request: AnyRequest, name: FromPath[str], data: Settlement) -> Settled:
+        principal = principal_of(request.scope)
+        await permitted(consumers, principal, name)
+        try:
+            settled: Settled = await reach(settle(consumers, principal.tenant, name, data))
+        except InvalidToken as error:
+            raise Problem(400, str(error), slug="token-invalid", title="The token is not valid here") from error
+        return settled
+
+    return [consumer_events, settle_events]
+
+
+def _dead(consumers: Consumers) -> list[HTTPRouteHandler]:
+    dead = consumers.dead
+
+    @get("/{name:str}/dead", summary="List dead events", operation_id="listDeadEvents", responses=PROBLEMS)
+    async def list_dead(
+        request: AnyRequest,
+        name: FromPath[str],
+        limit: Annotated[int, QueryParameter(ge=1, le=200)] = 50,
+        after: FromQuery[str | None] = None,
+    ) -> DeadEventList:
+        principal = principal_of(request.scope)
+        await permitted(consumers, principal, name)
+        if after is not None and not (after.isdecimal() and len(after) < 19):
+            raise Problem(400, f"after={after[:40]!r} is not the next of an earlier page")
+        found, more = await reach(dead.page(principal.tenant, name, limit, int(after or 0)))
+        return DeadEventList([dead_view(each) for each in found], str(more) if more else None)
+
+    @get("/{name:str}/dead/{event:str}", summary="A dead event", operation_id="getDeadEvent", responses=PROBLEMS)
+    async def get_dead(request: AnyRequest, name: FromPath[str], event: FromPath[str]) -> DeadEventView:
+        principal = principal_of(request.scope)
+        await permitted(consumers, principal, name)
+        named("event", event)
+        return dead_view(await reach(dead.get(principal.tenant, name, event)))
+
+    @post(
+        "/{name:str}/dead/{event:str}/resend",
+        status_code=202,
+        summary="Give a dead event again",
+        operation_id="resendDeadEvent",
+        responses=PROBLEMS,
+    )
+    async def resend_dead(request: AnyRequest, name: FromPath[str], event: FromPath[str]) -> None:
+        principal = principal_of(request.scope)
+        await permitted(consumers, principal, name)
+        named("event", event)
+        await refusing(dead.again(principal.tenant, name, event))
+
+    @delete(
+        "/{name:str}/dead/{event:str}", summary="Remove a dead event", operation_id="dropDeadEvent", responses=PROBLEMS
+    )
+    async def drop_dead(request: AnyRequest, name: FromPath[str], event: FromPath[str]) -> None:
+        principal = principal_of(request.scope)
+        await permitted(consumers, principal, name)
+        named("event", event)
+        await reach(dead.get(principal.tenant, name, event))
+        await reach(dead.drop(principal.tenant, name, event))
+
+    return [list_dead, get_dead, resend_dead, drop_dead]

@@ -1,0 +1,131 @@
+"""Events that a service was given in vain, as they are kept for it: looked at, given again, removed."""
+
+from typing import Final
+
+import msgspec
+import nats.errors
+from nats.js import errors as js_errors
+
+from schemas.subjects import consumer_filter, consumer_subject
+from schemas.topology import CONSUMERS
+from services.delivery import metrics
+from services.delivery.errors import TooBusy, Unknown
+from services.kit.broker import Broker, BrokerUnavailable, Stored
+
+__all__ = ["DeadEvent", "DeadEvents"]
+
+_AWAY: Final = (nats.errors.Error, OSError, TimeoutError)
+
+
+class DeadEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """One event that was not acknowledged. ``id``: its cursor. ``died_at``: in seconds since 1970."""
+
+    id: str
+    session: str
+    generation: str
+    seq: int
+    type: str
+    deliveries: int
+    died_at: float
+    event: msgspec.Raw
+
+
+class _Counts(msgspec.Struct):
+    class _State(msgspec.Struct):
+        subjects: dict[str, int] | None = None
+
+    state: _State
+
+
+class DeadEvents:
+    """The dead events of all consumers. ``limit``: how many are kept for one.
+
+    Every method raises `BrokerUnavailable` when the broker does not answer.
+    """
+
+    def __init__(self, broker: Broker, limit: int) -> None:
+        self._broker = broker
+        self.limit = limit
+
+    async def count(self, tenant: str, name: str) -> int:
+        """Return how many there are of a consumer."""
+        query = msgspec.json.encode({"subjects_filter": consumer_filter("dead", tenant, name)})
+        answer = await self._broker.request(f"$JS.API.STREAM.INFO.{CONSUMERS}", query, timeout=5.0)
+        try:
+            return len(msgspec.json.decode(answer or b"", type=_Counts).state.subjects or {})
+        except msgspec.DecodeError as error:
+            raise BrokerUnavailable(f"dead events cannot be counted: {(answer or b'')[:200]!r}") from error
+
+    async def put(self, tenant: str, name: str, dead: DeadEvent) -> None:
+        """Keep a dead event; one that is kept already stays as it is.
+
+        Raises:
+            TooBusy: as many are kept as may be.
+        """
+        if await self.count(tenant, name) >= self.limit:
+            raise TooBusy(f"{self.limit} dead events are kept for consumer {name!r} already")
+        await self._store("dead", tenant, name, dead)
+        metrics.CONSUMER_DEAD.inc()
+
+    async def page(self, tenant: str, name: str, limit: int, after: int) -> tuple[list[DeadEvent], int | None]:
+        """Return up to ``limit`` dead events behind the stream sequence ``after``, oldest first.
+
+        The number beside them is what to pass as ``after`` for the next page; ``None`` at the end.
+        """
+        found: list[DeadEvent] = []
+        last = 0
+        async for batch in self._broker.read(CONSUMERS, consumer_filter("dead", tenant, name), after + 1):
+            for stored in batch:
+                if len(found) == limit:
+                    return found, last
+                found.append(_decoded(stored))
+                last = stored.seq
+        return found, None
+
+    async def get(self, tenant: str, name: str, event: str) -> DeadEvent:
+        """Return a dead event.
+
+        Raises:
+            Unknown: there is none.
+        """
+        stored = await self._broker.last(CONSUMERS, consumer_subject("dead", tenant, name, event))
+        if stored is None:
+            raise Unknown(f"consumer {name!r} has no dead event {event[:60]!r}")
+        return _decoded(stored)
+
+    async def again(self, tenant: str, name: str, event: str) -> None:
+        """Give a dead event to the consumer again. It is removed here when it has been put there.
+
+        Raises:
+            Unknown: there is none.
+            TooBusy: too much waits already.
+        """
+        await self._store("again", tenant, name, await self.get(tenant, name, event))
+        await self.drop(tenant, name, event)
+
+    async def drop(self, tenant: str, name: str, event: str) -> None:
+        """Remove a dead event for good. Without one nothing happens."""
+        await self._purge(consumer_subject("dead", tenant, name, event))
+
+    async def clear(self, tenant: str, name: str) -> None:
+        """Remove all that is kept for a consumer."""
+        for kind in ("dead", "again"):
+            await self._purge(consumer_filter(kind, tenant, name))
+
+    async def _store(self, kind: str, tenant: str, name: str, dead: DeadEvent) -> None:
+        subject = consumer_subject(kind, tenant, name, dead.id)
+        try:
+            await self._broker.publish_stored(subject, msgspec.json.encode(dead))
+        except js_errors.APIError as error:
+            if await self._broker.last(CONSUMERS, subject) is None:
+                raise TooBusy(f"no more events can be put aside: {error.description}") from error
+
+    async def _purge(self, subject: str) -> None:
+        try:
+            await self._broker.js.purge_stream(CONSUMERS, subject=subject)
+        except _AWAY as error:
+            raise BrokerUnavailable(f"cannot remove dead events: {error!r}") from error
+
+
+def _decoded(stored: Stored) -> DeadEvent:
+    return msgspec.json.decode(stored.data, type=DeadEvent)

@@ -1,0 +1,156 @@
+"""What a durable consumer is to read and how, and the broker's consumers that follow from it. Pure."""
+
+from datetime import UTC, datetime
+from typing import Annotated, Any, Final, Literal
+
+import msgspec
+
+from schemas.cursor import Cursor, CursorIssuer
+from schemas.subjects import consumer_filter
+from schemas.topology import CONSUMERS, service_durable, token_stream
+from services.kit.consumers import DurableInfo
+
+__all__ = [
+    "AGAIN",
+    "Definition",
+    "EventType",
+    "Wish",
+    "changed",
+    "definition_of",
+    "durable_config",
+    "event_filter",
+    "first_position",
+    "incarnation",
+    "later_position",
+    "rfc3339",
+    "stream_of",
+]
+
+AGAIN: Final = -1
+"""Stands for a partition where it is about the events that a consumer is to be given again."""
+_KEY: Final = "tailrace.consumer"
+
+EventType = Literal[
+    "started", "delta", "notice", "restarted", "usage", "completed", "failed", "cancelled", "interrupted"
+]
+
+
+class Wish(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a service asks for. Times in seconds.
+
+    ``session``: the only one to read; all of the tenant's without it. ``types``: the only types of events to give; all
+    without it. Where to begin, once: ``start`` of what the log keeps, or ``new``; or behind the cursor ``after`` of the
+    session; or at the time ``since`` (seconds since 1970). ``ack_wait``: how long after it was given an event that is
+    not acknowledged is given again. ``max_in_flight``: events given and not acknowledged. ``max_deliver``: how often
+    one is given before it is put aside as dead.
+    """
+
+    session: str | None = None
+    types: tuple[EventType, ...] | None = None
+    start: Literal["start", "new"] = "start"
+    after: str | None = None
+    since: Annotated[float, msgspec.Meta(ge=0, le=253_402_300_799)] | None = None
+    ack_wait: Annotated[float, msgspec.Meta(ge=0.1, le=3_600)] = 30.0
+    max_in_flight: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 1_000
+    max_deliver: Annotated[int, msgspec.Meta(ge=1, le=1_000)] = 5
+
+
+class Definition(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A consumer as it is kept beside each of the broker's consumers that belong to it.
+
+    ``revision`` grows with every change: the greatest one holds. ``deleted``: it is being removed, and a consumer that
+    still has this is what a removal left behind.
+    """
+
+    wish: Wish
+    revision: int = 1
+    deleted: bool = False
+
+
+def changed(definition: Definition, wish: Wish) -> tuple[str, ...]:
+    """Return the fields in which a wish differs from a definition and that cannot be changed afterwards."""
+    fixed = ("session", "start", "after", "since")
+    return tuple(name for name in fixed if getattr(definition.wish, name) != getattr(wish, name))
+
+
+def definition_of(info: DurableInfo) -> Definition | None:
+    """Return the definition kept beside one of the broker's consumers; ``None`` where there is none to be read."""
+    text = (info.config.get("metadata") or {}).get(_KEY)
+    try:
+        return msgspec.json.decode(text, type=Definition) if text else None
+    except msgspec.DecodeError:
+        return None
+
+
+def stream_of(partition: int) -> str:
+    """Return the stream that keeps a partition's events, or those to be given `AGAIN`."""
+    return CONSUMERS if partition == AGAIN else token_stream(partition)
+
+
+def event_filter(tenant: str, name: str, partition: int, session: str | None) -> str:
+    """Return the filter of the events that a consumer reads of a partition."""
+    if partition == AGAIN:
+        return consumer_filter("again", tenant, name)
+    return f"tokens.{partition}.{tenant}.{session or '*'}.*"
+
+
+def durable_config(
+    tenant: str, name: str, definition: Definition, partition: int, partitions: int, inactive: float
+) -> dict[str, Any]:
+    """Return the settings of the broker's consumer of one partition, without where it begins.
+
+    Each of ``partitions`` gets its share of the events in flight, at least one. ``inactive``: seconds without a reader
+    after which the broker removes it; 0 is never.
+    """
+    wish = definition.wish
+    config: dict[str, Any] = {
+        "name": service_durable(tenant, name),
+        "durable_name": service_durable(tenant, name),
+        "filter_subject": event_filter(tenant, name, partition, wish.session),
+        "ack_policy": "explicit",
+        "ack_wait": round(wish.ack_wait * 1e9),
+        "max_ack_pending": -(-wish.max_in_flight // max(1, partitions)),
+        "max_deliver": -1,
+        "metadata": {_KEY: msgspec.json.encode(definition).decode()},
+    }
+    if inactive > 0:
+        config["inactive_threshold"] = round(inactive * 1e9)
+    return config
+
+
+def first_position(wish: Wish, partition: int) -> dict[str, Any]:
+    """Return where the broker's consumer of a partition begins that is there when the consumer is created."""
+    if partition == AGAIN:
+        return {"deliver_policy": "all"}
+    if wish.after is not None:
+        cursor = Cursor.parse(wish.after)
+        if cursor.partition == partition:
+            return {"deliver_policy": "by_start_sequence", "opt_start_seq": cursor.seq + 1}
+        return {"deliver_policy": "all"}  # the session is not there now; what comes there later comes after the cursor
+    if wish.since is not None:
+        return {"deliver_policy": "by_start_time", "opt_start_time": rfc3339(wish.since)}
+    return {"deliver_policy": "new" if wish.start == "new" else "all"}
+
+
+def later_position(wish: Wish, partition: int, born: str, created: str) -> dict[str, Any]:
+    """Return where the consumer of a partition begins that appeared, or was lost, after the consumer was created.
+
+    ``born``: when the partition's stream was created; ``created``: when the consumer was, by the broker's clock.
+    """
+    if partition == AGAIN or wish.since is not None:
+        return first_position(wish, partition)
+    if wish.after is not None and Cursor.parse(wish.after).incarnation != incarnation(born):
+        return {"deliver_policy": "all"}
+    if wish.after is None and wish.start == "new":
+        return {"deliver_policy": "by_start_time", "opt_start_time": created}
+    return first_position(wish, partition)
+
+
+def rfc3339(seconds: float) -> str:
+    """Return seconds since 1970 as the broker reads a time."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat().replace("+00:00", "Z")
+
+
+def incarnation(created: str) -> str:
+    """Return a short name of a stream's incarnation, as it stands in cursors."""
+    return CursorIssuer(0, created, "", "").incarnation

@@ -1,0 +1,106 @@
+"""Judges delivered events by the acceptance rule, reading of the log what this process was not given itself."""
+
+from collections import OrderedDict
+from typing import Final, NamedTuple
+
+from schemas.codec import Header, MalformedEvent, decode_header
+from schemas.subjects import InvalidSubject, parse_address
+from services.delivery import metrics
+from services.delivery.consumers.verdicts import Track
+from services.kit.broker import Broker
+
+__all__ = ["Judge", "Judgement"]
+
+TRACKS: Final = 20_000
+"""Bound of generations whose verdicts are remembered, for all consumers of a process; others are read again."""
+
+
+class Judgement(NamedTuple):
+    """``accepted``: whether the event is to reach a consumer. ``headless``: it is the first of what is left of it."""
+
+    accepted: bool
+    header: Header | None
+    headless: bool = False
+
+
+class Judge:
+    """What the acceptance rule says of stored messages, for all consumers of a process.
+
+    The verdict on a message follows from what the log keeps before it, so it is the same for every reader and for every
+    delivery. What this process has not seen of that is read from the log.
+    """
+
+    def __init__(self, broker: Broker, limit: int = TRACKS) -> None:
+        self._broker = broker
+        self._limit = limit
+        self._tracks: OrderedDict[tuple[str, str], Track] = OrderedDict()
+
+    async def judge(
+        self, stream: str, incarnation: str, subject: str, seq: int, data: bytes, *, since: int
+    ) -> Judgement:
+        """Judge a stored message.
+
+        ``since``: all messages of the subject with stream sequences above this one and up to ``seq`` have been judged
+        here or are this one; so nothing needs to be read where what came before is known too.
+
+        Raises:
+            BrokerUnavailable: what must be known for it cannot be read.
+        """
+        header = read_header(subject, data)
+        track = self._track(incarnation, subject)
+        if seq > track.through:
+            if track.through < since or track.through == 0 or track.begins_late(header):
+                await self._fill(track, stream, subject, seq - 1)
+            await self._late(track, stream, subject, header)
+            track.apply(seq, header)
+        verdict = track.verdict(seq)
+        if verdict is None:
+            track = Track()
+            await self._fill(track, stream, subject, seq - 1)
+            await self._late(track, stream, subject, header)
+            track.apply(seq, header)
+            verdict = track.verdict(seq) or "duplicate"
+        metrics.CONSUMER_EVENTS.labels(verdict).inc()
+        return Judgement(verdict == "accepted", header, track.joined_at == seq)
+
+    def _track(self, incarnation: str, subject: str) -> Track:
+        key = (incarnation, subject)
+        track = self._tracks.get(key)
+        if track is None:
+            track = self._tracks[key] = Track()
+            if len(self._tracks) > self._limit:
+                self._tracks.popitem(last=False)
+        else:
+            self._tracks.move_to_end(key)
+        return track
+
+    async def _fill(self, track: Track, stream: str, subject: str, up_to: int) -> None:
+        """Read and judge what comes before a message. Others may do the same meanwhile: each message counts once."""
+        if up_to <= track.through:
+            return
+        async for batch in self._broker.read(stream, subject, track.through + 1, up_to=up_to):
+            metrics.CONSUMER_READ_BACK.inc(len(batch))
+            for stored in batch:
+                header = read_header(subject, stored.data)
+                await self._late(track, stream, subject, header)
+                track.apply(stored.seq, header)
+
+    async def _late(self, track: Track, stream: str, subject: str, header: Header | None) -> None:
+        """Where the beginning is no longer kept, find out which epoch holds: its oldest kept event is the first."""
+        if header is None or not track.begins_late(header):
+            return
+        highest = header.epoch
+        async for batch in self._broker.read(stream, subject):
+            for stored in batch:
+                other = read_header(subject, stored.data)
+                highest = max(highest, other.epoch if other is not None else 0)
+        track.join_epoch = highest
+
+
+def read_header(subject: str, data: bytes) -> Header | None:
+    """Return an event's header; ``None`` for what is no event of the generation that the subject names."""
+    try:
+        header = decode_header(data)
+        return header if header.generation == parse_address(subject).generation else None
+    except (MalformedEvent, InvalidSubject):
+        return None

@@ -1,0 +1,304 @@
+"""The durable consumers of services: made, changed, looked at and removed on every partition's stream.
+
+There is no table of them: each of the broker's consumers carries the definition of what it belongs to. The newest
+definition holds. A partition that has none of a consumer gets it when the consumer is looked at next, from a position
+that leaves nothing out. Removing marks all of them first, so that whoever finds some of them removes the rest.
+"""
+
+import weakref
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
+
+import msgspec
+import structlog
+
+from schemas.cursor import CursorIssuer
+from schemas.topology import service_durable, service_of
+from services.delivery.consumers.dead import DeadEvents
+from services.delivery.consumers.definition import (
+    AGAIN,
+    Definition,
+    Wish,
+    changed,
+    definition_of,
+    durable_config,
+    first_position,
+    later_position,
+    stream_of,
+)
+from services.delivery.consumers.judging import Judge
+from services.delivery.consumers.session import ConsumerSession, Opened
+from services.delivery.core.start import check_cursor
+from services.delivery.errors import TooBusy, Unknown
+from services.delivery.hub import Hub
+from services.kit.broker import BrokerUnavailable
+from services.kit.consumers import DurableInfo, DurableRefused, Durables
+
+__all__ = ["Conflicting", "Consumers", "Found", "Limits"]
+
+log = structlog.get_logger()
+CONSUMERS_SECONDS: Final = 5.0
+_KEPT: Final = ("deliver_policy", "opt_start_seq", "opt_start_time")
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """Bounds. ``consumers``: of a tenant. ``inactive``: seconds after which an unread one goes; 0 is never.
+
+    ``dead``: dead events kept for a consumer.
+    """
+
+    consumers: int = 100
+    inactive: float = 604_800.0
+    dead: int = 1_000
+
+
+class Conflicting(Exception):
+    """Reject: the wish changes what cannot be changed."""
+
+
+class Found(NamedTuple):
+    """A consumer: its definition, and the broker's consumer of each partition that has one."""
+
+    definition: Definition
+    infos: Mapping[int, DurableInfo]
+
+
+class Consumers:
+    """All durable consumers of services, for one process. Methods raise `BrokerUnavailable` when the broker is away."""
+
+    def __init__(self, hub: Hub, limits: Limits) -> None:
+        self.hub = hub
+        self.limits = limits
+        self.dead = DeadEvents(hub.broker, limits.dead)
+        self.durables = Durables(hub.broker)
+        self._judge = Judge(hub.broker)
+        self._sessions: weakref.WeakSet[ConsumerSession] = weakref.WeakSet()
+        self._partitions: tuple[float, list[int]] | None = None
+        hub.broker.on_reconnect(self._reconnected)
+
+    async def put(self, tenant: str, name: str, wish: Wish) -> tuple[Found, bool]:
+        """Create a consumer or change it; tell whether it is new. Doing it again changes nothing.
+
+        Raises:
+            Conflicting: it exists and begins otherwise or reads another session.
+            TooBusy: there are as many as may be.
+            DurableRefused: the broker refuses a setting.
+            CursorForeign, CursorExpired: the cursor to begin after cannot be used.
+        """
+        found = await self._find(tenant, name, fresh=True)
+        if found is None:
+            return await self._create(tenant, name, wish), True
+        if fields := changed(found.definition, wish):
+            raise Conflicting(f"{', '.join(fields)} of a consumer cannot be changed: delete it, or choose another name")
+        if wish != found.definition.wish:
+            definition = Definition(wish=wish, revision=found.definition.revision + 1)
+            found = await self._reconcile(tenant, name, Found(definition, found.infos))
+        return found, False
+
+    async def get(self, tenant: str, name: str) -> Found:
+        """Return a consumer.
+
+        Raises:
+            Unknown: there is none.
+        """
+        found = await self._find(tenant, name)
+        if found is None:
+            raise Unknown(f"there is no consumer {name!r}")
+        return found
+
+    async def all_of(self, tenant: str) -> dict[str, Found]:
+        """Return the consumers of a tenant by name, in the order of the names."""
+        each: dict[str, dict[int, DurableInfo]] = {}
+        for partition in [*await self._logs(), AGAIN]:
+            for info in await self.durables.all_of(stream_of(partition)):
+                owner = service_of(info.name)
+                if owner is not None and owner[0] == tenant:
+                    each.setdefault(owner[1], {})[partition] = info
+        merged = {name: _merged(infos) for name, infos in sorted(each.items())}
+        return {name: found for name, found in merged.items() if found is not None and not found.definition.deleted}
+
+    async def delete(self, tenant: str, name: str) -> None:
+        """Remove a consumer with its position and its dead events.
+
+        Raises:
+            Unknown: there is none.
+        """
+        found = await self.get(tenant, name)
+        doomed = msgspec.structs.replace(found.definition, revision=found.definition.revision + 1, deleted=True)
+        for partition, info in sorted(found.infos.items()):
+            await self._change(tenant, name, doomed, partition, info, len(found.infos) - 1)
+        await self._remove(tenant, name, found)
+
+    async def pause(self, tenant: str, name: str, until: str | None) -> Found:
+        """Give nothing until a time (RFC 3339), or until `resume`.
+
+        Raises:
+            Unknown: there is none.
+        """
+        for partition in (await self.get(tenant, name)).infos:
+            await self.durables.pause(stream_of(partition), service_durable(tenant, name), until)
+        return await self.get(tenant, name)
+
+    async def resume(self, tenant: str, name: str) -> Found:
+        """Give events again.
+
+        Raises:
+            Unknown: there is none.
+        """
+        for partition in (await self.get(tenant, name)).infos:
+            await self.durables.resume(stream_of(partition), service_durable(tenant, name))
+        return await self.get(tenant, name)
+
+    async def open(self, tenant: str, name: str) -> ConsumerSession:
+        """Return a session that reads through a consumer; close it in the end.
+
+        Raises:
+            Unknown: there is none.
+        """
+        found = await self.get(tenant, name)
+
+        async def reload() -> Opened | None:
+            again = await self._find(tenant, name)
+            return None if again is None else await self._opened(tenant, name, again)
+
+        hub = self.hub
+        opened = await self._opened(tenant, name, found)
+        session = ConsumerSession(hub.broker, hub.clock, self._judge, self.dead, opened, reload)
+        await session.open()
+        self._sessions.add(session)
+        return session
+
+    async def incarnation(self, partition: int) -> str:
+        """Return the incarnation of a partition's stream as it stands in tokens.
+
+        Raises:
+            Unknown: there is no such partition.
+        """
+        if partition != AGAIN and partition not in await self._logs():
+            raise Unknown(f"there is no partition {partition}")
+        return CursorIssuer(0, await self._born(partition), "", "").incarnation
+
+    async def _opened(self, tenant: str, name: str, found: Found) -> Opened:
+        streams = {
+            partition: (stream_of(partition), await self._born(partition), info.created)
+            for partition, info in found.infos.items()
+        }
+        return Opened(tenant, name, service_durable(tenant, name), found.definition, streams)
+
+    async def _born(self, partition: int) -> str:
+        """Return when a partition's stream was created."""
+        if partition == AGAIN:
+            return (await self.hub.broker.state(stream_of(AGAIN))).created
+        return (await self.hub.state(partition)).created
+
+    async def _logs(self, *, fresh: bool = False) -> list[int]:
+        """Return the partitions that there are, at most a few seconds old."""
+        now = self.hub.clock.monotonic()
+        if self._partitions is None or fresh or now - self._partitions[0] > CONSUMERS_SECONDS:
+            self._partitions = (now, await self.hub.broker.partitions())
+        return self._partitions[1]
+
+    async def _find(self, tenant: str, name: str, *, fresh: bool = False) -> Found | None:
+        """Return a consumer, after mending what is missing or outdated of it; ``None`` when there is none.
+
+        Partitions are asked one after another: a removal marks all before it removes the first, so whoever finds one
+        missing that is being removed sees the mark on those that are left.
+        """
+        durable = service_durable(tenant, name)
+        infos: dict[int, DurableInfo] = {}
+        places = [*await self._logs(fresh=fresh), AGAIN]
+        for partition in places:
+            info = await self.durables.info(stream_of(partition), durable)
+            if info is not None:
+                infos[partition] = info
+        found = _merged(infos)
+        if found is None:
+            return None
+        if found.definition.deleted:
+            await self._remove(tenant, name, found)
+            return None
+        whole = set(infos) == set(places) and all(definition_of(i) == found.definition for i in infos.values())
+        return found if whole else await self._reconcile(tenant, name, found)
+
+    async def _create(self, tenant: str, name: str, wish: Wish) -> Found:
+        if len(await self.all_of(tenant)) >= self.limits.consumers:
+            raise TooBusy(f"there are {self.limits.consumers} consumers of this tenant already: delete one")
+        await self._check_start(tenant, wish)
+        definition = Definition(wish=wish)
+        infos: dict[int, DurableInfo] = {}
+        places = [*await self._logs(), AGAIN]
+        try:
+            for partition in places:
+                config = durable_config(tenant, name, definition, partition, len(places) - 1, self.limits.inactive)
+                config |= first_position(wish, partition)
+                infos[partition] = await self.durables.create(stream_of(partition), config)
+        except DurableRefused as error:
+            if error.exists:
+                raise BrokerUnavailable(f"consumer {name!r} is being created elsewhere") from error
+            await self._remove(tenant, name, Found(definition, infos))
+            if error.too_many:
+                raise TooBusy(f"the broker takes no more consumers: {error}") from error
+            raise
+        return Found(definition, infos)
+
+    async def _check_start(self, tenant: str, wish: Wish) -> None:
+        if wish.after is None or wish.session is None:
+            return
+        issuer = await self.hub.issuer(tenant, wish.session)
+        state = await self.hub.state(issuer.partition, fresh=True)
+        check_cursor(wish.after, issuer, state.first_seq, state.last_seq)
+
+    async def _reconcile(self, tenant: str, name: str, found: Found) -> Found:
+        """Bring the consumer of every partition to the definition, those that are missing included.
+
+        Those that exist come first: where a removal has been faster, that is noticed before anything is made anew.
+        """
+        definition, infos = found.definition, dict(found.infos)
+        places = [*await self._logs(), AGAIN]
+        born = min(info.created for info in infos.values())
+        paused = next((info for info in infos.values() if info.paused), None)
+        for partition in sorted(places, key=lambda place: place not in infos):
+            info = infos.get(partition)
+            if info is not None:
+                infos[partition] = await self._change(tenant, name, definition, partition, info, len(places) - 1)
+                continue
+            log.info("consumer reaches another partition", consumer=name, partition=partition)
+            config = durable_config(tenant, name, definition, partition, len(places) - 1, self.limits.inactive)
+            config |= later_position(definition.wish, partition, await self._born(partition), born)
+            if paused is not None:
+                config["pause_until"] = paused.config["pause_until"]
+            try:
+                infos[partition] = await self.durables.create(stream_of(partition), config)
+            except DurableRefused as error:
+                if not error.exists:
+                    raise
+        return Found(definition, infos)
+
+    async def _change(
+        self, tenant: str, name: str, definition: Definition, partition: int, info: DurableInfo, partitions: int
+    ) -> DurableInfo:
+        config: dict[str, Any] = durable_config(tenant, name, definition, partition, partitions, self.limits.inactive)
+        config |= {field: info.config[field] for field in _KEPT if field in info.config}
+        try:
+            return await self.durables.update(stream_of(partition), config)
+        except DurableRefused as error:
+            if error.missing:
+                raise Unknown(f"consumer {name!r} is being removed") from error
+            raise
+
+    async def _remove(self, tenant: str, name: str, found: Found) -> None:
+        for partition in sorted(found.infos):
+            await self.durables.delete(stream_of(partition), service_durable(tenant, name))
+        await self.dead.clear(tenant, name)
+
+    async def _reconnected(self) -> None:
+        for session in list(self._sessions):
+            session.reconnected()
+
+
+def _merged(infos: Mapping[int, DurableInfo]) -> Found | None:
+    """Return the newest definition that one of the consumers carries, and all of them; ``None`` without any."""
+    known = [definition for definition in map(definition_of, infos.values()) if definition is not None]
+    if not known:
+        return None
+    return Found(max(known, key=lambda d: (d.revision, d.deleted, msgspec.json.encode(d))), infos)

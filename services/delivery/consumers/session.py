@@ -1,0 +1,351 @@
+"""One connection that reads through a durable consumer, whatever its protocol."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Final, NamedTuple
+
+import msgspec
+import nats.errors
+import structlog
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
+
+from schemas.cursor import CursorIssuer
+from schemas.subjects import parse_address
+from services.delivery import metrics
+from services.delivery.consumers.dead import DeadEvent, DeadEvents
+from services.delivery.consumers.definition import AGAIN, Definition
+from services.delivery.consumers.judging import Judge
+from services.delivery.consumers.source import WAIT_SECONDS, Raw, Source, stream_in
+from services.delivery.consumers.tokens import Token
+from services.delivery.errors import TooBusy
+from services.kit.broker import Broker, BrokerUnavailable
+from services.kit.clock import Clock
+
+__all__ = ["ConsumerSession", "Delivery", "Opened"]
+
+log = structlog.get_logger()
+PULL_BYTES: Final = 1024 * 1024
+"""Bound of what one pull may bring, for all partitions; raised where the broker allows larger messages."""
+REFRESH_SECONDS: Final = 5.0
+"""How old what is known of definition and partitions may be."""
+DEAD_PAUSE: Final = 30.0
+"""How long an event waits that cannot be put aside."""
+BROKEN_PAUSE: Final = 0.5
+ACK: Final = b"+ACK"
+
+
+class Delivery(NamedTuple):
+    """One event as it is given to a service.
+
+    ``token``: with which it is settled. ``cursor``: the position after it in its session. ``deliveries``: how often it
+    has been delivered, this time included. ``data``: the event as stored. ``gap``: why something is missing before it.
+    """
+
+    token: str
+    session: str
+    cursor: str
+    deliveries: int
+    type: str
+    data: bytes
+    reply: str
+    gap: str | None = None
+
+
+class Opened(NamedTuple):
+    """A consumer as its sessions need it: definition, and the incarnation of each partition's stream."""
+
+    tenant: str
+    name: str
+    durable: str
+    definition: Definition
+    streams: dict[int, tuple[str, str, str]]
+    """Of each partition (and `AGAIN`): stream, its time of creation, and of its consumer's."""
+
+
+class ConsumerSession:
+    """Pulls events for one connection, and settles them.
+
+    Use it from one task: `pull`, then `ack` or `nack` what it brought, and `close` in the end. What is given and not
+    settled is given again after the consumer's ``ack_wait``, to any session of it. Made by `Consumers.open`.
+    """
+
+    def __init__(
+        self,
+        broker: Broker,
+        clock: Clock,
+        judge: Judge,
+        dead: DeadEvents,
+        opened: Opened,
+        reload: Callable[[], Awaitable[Opened | None]],
+    ) -> None:
+        self.opened = opened
+        self.is_gone = False
+        """Whether the consumer has been deleted: nothing more will come."""
+        self._broker = broker
+        self._clock = clock
+        self._judge = judge
+        self._dead = dead
+        self._reload = reload
+        self._inbox = broker.client.new_inbox()
+        self._sources: dict[str, Source] = {}  # by stream; bounded by the number of partitions
+        self._wake = asyncio.Event()
+        self._turn = 0
+        self._refreshed = clock.monotonic()
+        self._subscription: Subscription | None = None
+        self._adopt(opened)
+
+    async def open(self) -> None:
+        """Listen for deliveries; to be called once.
+
+        Raises:
+            BrokerUnavailable: the connection is closed.
+        """
+        try:
+            self._subscription = await self._broker.subscribe(f"{self._inbox}.>", self._receive)
+        except (nats.errors.Error, OSError) as error:
+            raise BrokerUnavailable(f"cannot listen: {error!r}") from error
+        metrics.CONSUMER_SESSIONS.inc()
+
+    async def pull(self, limit: int, wait: float) -> list[Delivery]:
+        """Return up to ``limit`` events: those that are there, else the first ones that come within ``wait`` seconds.
+
+        Returns nothing when none came, the consumer is paused, or the broker is away.
+
+        Raises:
+            BrokerUnavailable: what must be known to judge an event cannot be read, and nothing else could be given.
+        """
+        given: list[Delivery] = []
+        try:
+            await self._pull(given, limit, self._clock.monotonic() + wait)
+        except asyncio.CancelledError:
+            await self.nack(given)
+            raise
+        except BrokerUnavailable:
+            if not given:
+                raise
+        return given
+
+    async def _pull(self, given: list[Delivery], limit: int, until: float) -> None:
+        while True:
+            await self._refresh()
+            await self._sift(given, limit)
+            now = self._clock.monotonic()
+            if len(given) >= limit or self.is_gone:
+                return
+            self._wake.clear()
+            asked = await self._ask(limit - len(given), now, waiting=not given)
+            if (given and not asked) or now >= until:
+                return
+            with suppress(TimeoutError):
+                async with asyncio.timeout(min(until - now, self._patience(now))):
+                    await self._wake.wait()
+
+    async def ack(self, deliveries: list[Delivery]) -> None:
+        """Say that events have been handled, without waiting for the broker: a lost word leads to a repeat.
+
+        Raises:
+            BrokerUnavailable: it cannot be sent.
+        """
+        for delivery in deliveries:
+            await self._broker.publish(delivery.reply, ACK)
+        metrics.CONSUMER_SETTLED.labels("auto").inc(len(deliveries))
+
+    async def nack(self, deliveries: list[Delivery], delay: float = 0.0) -> None:
+        """Have events given again, after ``delay`` seconds.
+
+        Raises:
+            BrokerUnavailable: it cannot be sent.
+        """
+        for delivery in deliveries:
+            await self._nak(delivery.reply, delay)
+
+    async def close(self) -> None:
+        """Stop; what came and was not given goes back at once. Closing again does nothing."""
+        subscription, self._subscription = self._subscription, None
+        if subscription is None:
+            return
+        metrics.CONSUMER_SESSIONS.dec()
+        with suppress(nats.errors.Error, OSError, BrokerUnavailable):
+            if self._broker.is_connected:
+                await subscription.drain()  # type: ignore[no-untyped-call]  # it has no annotation; what is on its way comes
+            else:
+                await subscription.unsubscribe()
+            for source in self._sources.values():
+                while source.buffer:
+                    await self._nak(source.buffer.popleft().reply, 0.0)
+
+    def reconnected(self) -> None:
+        """Ask anew: the broker has forgotten what it was asked for."""
+        for source in self._sources.values():
+            source.forget()
+        self._wake.set()
+
+    async def _receive(self, msg: Msg) -> None:
+        if not msg.subject.startswith(self._inbox):
+            source = self._sources.get(stream_in(msg.reply))
+            if source is not None:
+                source.take(msg)
+        else:
+            *_, index, pull = msg.subject.split(".")
+            headers = msg.headers or {}
+            for source in self._sources.values():
+                if str(source.partition) == index:
+                    source.end(
+                        int(pull), headers.get("Status", ""), headers.get("Description", ""), self._clock.monotonic()
+                    )
+        self._wake.set()
+
+    def _adopt(self, opened: Opened) -> None:
+        """Read from all partitions that there are now; a stream or consumer made anew is a new source."""
+        self.opened = opened
+        known = self._sources
+        self._sources = {}
+        for partition, (stream, created, born) in opened.streams.items():
+            source = known.get(stream)
+            if source is None or source.incarnation != f"{created} {born}":
+                inbox = f"{self._inbox}.{partition}"
+                source = Source(self._broker, partition, stream, opened.durable, inbox)
+                source.incarnation = f"{created} {born}"
+            self._sources[stream] = source
+
+    async def _refresh(self) -> None:
+        now = self._clock.monotonic()
+        gone = any(source.is_gone for source in self._sources.values())
+        if now - self._refreshed < (BROKEN_PAUSE if gone else REFRESH_SECONDS) or not self._broker.is_connected:
+            return
+        self._refreshed = now
+        try:
+            opened = await self._reload()
+        except BrokerUnavailable as error:
+            log.warning("consumer not looked at", consumer=self.opened.name, detail=str(error))
+            return
+        if opened is None:
+            self.is_gone = True
+            return
+        self._adopt(opened)
+        for source in self._sources.values():
+            source.is_gone = False
+
+    def _patience(self, now: float) -> float:
+        """Return after how many seconds to look again although nothing has come."""
+        return max(0.05, min(1.0, self._refreshed + REFRESH_SECONDS - now))
+
+    async def _ask(self, wanted: int, now: float, *, waiting: bool) -> bool:
+        """Ask those partitions that are not asked already; tell whether something may come soon.
+
+        First each for its share of what is there; where nothing is, for the next event that comes.
+        """
+        if not self._broker.is_connected:
+            return False
+        order = list(self._sources.values())
+        self._turn = (self._turn + 1) % len(order)
+        order = order[self._turn :] + order[: self._turn]
+        idle = [s for s in order if s.may_be_asked(now)]
+        filled = [s for s in idle if not s.is_empty][:wanted]
+        max_bytes = max(PULL_BYTES // len(order), 2 * self._broker.client.max_payload)
+        for source in filled:
+            await source.ask(max(1, wanted // len(filled)), max_bytes, now)
+        if waiting:
+            for source in idle:
+                if source.is_empty:
+                    source.is_empty = False
+                    await source.ask(1, max_bytes, now, WAIT_SECONDS)
+        return bool(filled) or any(s.is_answering(now) for s in order)
+
+    async def _sift(self, given: list[Delivery], limit: int) -> None:
+        """Move what is to be given from the buffers to ``given``; settle what is not."""
+        for source in list(self._sources.values()):
+            while source.buffer and len(given) < limit:
+                delivery = await self._look_at(source, source.buffer[0])
+                source.buffer.popleft()
+                if delivery is not None:
+                    given.append(delivery)
+                    metrics.CONSUMER_GIVEN.labels("yes" if delivery.deliveries > 1 else "no").inc()
+
+    async def _look_at(self, source: Source, raw: Raw) -> Delivery | None:
+        """Return what to give for a delivery; ``None`` when it is settled here."""
+        found = self._kept(source, raw) if source.partition == AGAIN else await self._accepted(source, raw)
+        if found is None:
+            await self._broker.publish(raw.reply, ACK)
+            return None
+        if raw.deliveries <= self.opened.definition.wish.max_deliver:
+            return found
+        await self._bury(found, raw)
+        return None
+
+    async def _accepted(self, source: Source, raw: Raw) -> Delivery | None:
+        created = self.opened.streams[source.partition][1]
+        judgement = await self._judge.judge(
+            source.stream, created, raw.subject, raw.seq, raw.data, since=source.seen(raw)
+        )
+        header, types = judgement.header, self.opened.definition.wish.types
+        if not judgement.accepted or header is None or (types is not None and header.type not in types):
+            return None
+        session = parse_address(raw.subject).session
+        issuer = CursorIssuer(source.partition, created, self.opened.tenant, session)
+        return Delivery(
+            token=Token(source.partition, issuer.incarnation, raw.seq, raw.consumer_seq, raw.deliveries).text(),
+            session=session,
+            cursor=issuer.issue(raw.seq),
+            deliveries=raw.deliveries,
+            type=header.type,
+            data=raw.data,
+            reply=raw.reply,
+            gap="beginning_expired" if judgement.headless else None,
+        )
+
+    def _kept(self, source: Source, raw: Raw) -> Delivery | None:
+        """Return a dead event that is to be given again; it has been judged before it died."""
+        created = self.opened.streams[AGAIN][1]
+        incarnation = CursorIssuer(0, created, "", "").incarnation
+        try:
+            dead = msgspec.json.decode(raw.data, type=DeadEvent)
+        except msgspec.DecodeError:
+            return None
+        return Delivery(
+            token=Token(AGAIN, incarnation, raw.seq, raw.consumer_seq, raw.deliveries).text(),
+            session=dead.session,
+            cursor=dead.id,
+            deliveries=raw.deliveries,
+            type=dead.type,
+            data=bytes(dead.event),
+            reply=raw.reply,
+        )
+
+    async def _bury(self, delivery: Delivery, raw: Raw) -> None:
+        """Put an event aside that was given as often as may be; only then is it settled."""
+        header = msgspec.json.decode(delivery.data, type=_Named)
+        dead = DeadEvent(
+            id=delivery.cursor,
+            session=delivery.session,
+            generation=header.generation,
+            seq=header.seq,
+            type=delivery.type,
+            deliveries=raw.deliveries - 1,
+            died_at=self._clock.wall(),
+            event=msgspec.Raw(delivery.data),
+        )
+        try:
+            await self._dead.put(self.opened.tenant, self.opened.name, dead)
+        except TooBusy as error:
+            metrics.CONSUMER_BLOCKED.inc()
+            log.warning("an event cannot be put aside", consumer=self.opened.name, detail=str(error))
+            await self._nak(raw.reply, DEAD_PAUSE)
+            return
+        log.info("event put aside", consumer=self.opened.name, cursor=delivery.cursor, deliveries=dead.deliveries)
+        await self._broker.publish(raw.reply, ACK)
+
+    async def _nak(self, reply: str, delay: float) -> None:
+        await self._broker.publish(reply, nak(delay))
+
+
+class _Named(msgspec.Struct):
+    generation: str
+    seq: int
+
+
+def nak(delay: float) -> bytes:
+    """Return what tells the broker to deliver again, after ``delay`` seconds."""
+    return b"-NAK" + (msgspec.json.encode({"delay": round(delay * 1e9)}) if delay > 0 else b"")

@@ -1,0 +1,59 @@
+"""Tokens with which a service says what became of an event it was given. Pure.
+
+A token names a delivery, never a subject: what is sent to the broker for it always goes to the consumer of the tenant
+and name that the request was allowed for. So a token that somebody makes up can settle nothing but their own events.
+"""
+
+import re
+from typing import Final, NamedTuple
+
+from services.delivery.consumers.definition import AGAIN, stream_of
+
+__all__ = ["InvalidToken", "Token"]
+
+_SHAPE: Final = re.compile(r"k1(again|[0-9a-f]{2})([0-9a-f]{8})([0-9a-f]{12})([0-9a-f]{12})([0-9a-f]{6})")
+
+
+class InvalidToken(ValueError):
+    """Text that no delivery has had as its token."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(f"token {text[:60]!r} is not one that an event was given with")
+
+
+class Token(NamedTuple):
+    """One delivery of one event.
+
+    ``seq``: its stream sequence, in this ``incarnation`` of its partition's stream. ``consumer_seq``: the number of the
+    delivery among all of the consumer's; ``deliveries``: among those of this event.
+    """
+
+    partition: int
+    incarnation: str
+    seq: int
+    consumer_seq: int
+    deliveries: int
+
+    def text(self) -> str:
+        """Return the token as clients get it."""
+        place = "again" if self.partition == AGAIN else f"{self.partition:02x}"
+        count = min(self.deliveries, 0xFFFFFF)
+        return f"k1{place}{self.incarnation}{self.seq:012x}{self.consumer_seq:012x}{count:06x}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Token":
+        """Return what a client sends back.
+
+        Raises:
+            InvalidToken: it is no token.
+        """
+        match = _SHAPE.fullmatch(text)
+        if match is None:
+            raise InvalidToken(text)
+        place, incarnation, *numbers = match.groups()
+        partition = AGAIN if place == "again" else int(place, 16)
+        return cls(partition, incarnation, *(int(number, 16) for number in numbers))
+
+    def subject(self, durable: str) -> str:
+        """Return the subject on which the broker hears what became of the delivery."""
+        return f"$JS.ACK.{stream_of(self.partition)}.{durable}.{self.deliveries}.{self.seq}.{self.consumer_seq}.0.0"

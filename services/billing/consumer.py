@@ -22,6 +22,8 @@ from services.billing.core.batch import Batch, Group, fold_batch, group
 from services.billing.core.generation import Generation, Key
 from services.billing.core.intake import Record
 from services.billing.core.sequence import join
+from services.billing.core.settlement import Terms
+from services.billing.core.spending import released, steps
 from services.billing.errors import Fenced, LedgerUnavailable, StalePrices
 from services.billing.sweep import Sweep, tell
 from services.billing.terms import CurrentTerms
@@ -196,7 +198,7 @@ class Consumer:
         while True:
             batch = fold_batch(groups, known, now, terms)
             ended = any(g.ended for g in batch.whole)
-            money = Money(revision=terms.book.revision, entries=batch.entries) if ended else None
+            money = _money(terms, batch, known) if ended else None
             try:
                 await self.ledger.commit(self.partition, (self.applied, up_to), now, batch.whole, batch.progress, money)
                 return batch
@@ -244,3 +246,12 @@ class Consumer:
 
     def _now(self) -> int:
         return round(self.clock.wall() * 1_000)
+
+
+def _money(terms: Terms, batch: Batch, known: Mapping[Key, Generation]) -> Money:
+    return Money(
+        revision=terms.book.revision,
+        entries=batch.entries,
+        spending=steps(known, batch.whole),
+        released=released(known, batch.whole),
+    )

@@ -13,6 +13,7 @@ from services.billing.core.charging import Entry
 from services.billing.core.fold import take_usage
 from services.billing.core.generation import EXPORT, Generation, Key
 from services.billing.core.settlement import settle
+from services.billing.core.spending import released, steps
 from services.billing.errors import StalePrices
 from services.billing.terms import CurrentTerms
 
@@ -67,6 +68,8 @@ class Sweep:
             entries=entries,
             resettled=[g.key for g in resettling],
             exports=[(e.id, "applied") for e in exports],
+            spending=steps(before, changed),
+            released=released(before, changed),
         )
         await self.ledger.commit(self.partition, (applied, applied), now, changed, (), money)
         tell(changed, before, entries)

@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from services.billing.adapters.bulk import BulkWriter
 from services.billing.adapters.database import reading, writing
+from services.billing.adapters.sums import Sums
 from services.billing.adapters.tables import GENERATIONS as G
 from services.billing.adapters.tables import PARTITIONS as P
 from services.billing.adapters.tables import STATE
@@ -37,6 +38,7 @@ class Ledger:
         self.hold = hold
         insert = postgresql.insert if engine.dialect.name == "postgresql" else sqlite.insert
         self._bulk = BulkWriter(engine.dialect.name)
+        self._sums = Sums(engine.dialect.name)
         self._insert_partition = insert(P).on_conflict_do_nothing(index_elements=["partition"])
 
     async def acquire(self, partition: int, incarnation: str, now: int) -> int | None:
@@ -110,6 +112,7 @@ class Ledger:
                 await self._check(connection, money.revision)
                 await self._bulk.entries(connection, money.entries)
                 await finish(connection, money, now)
+                await self._sums.apply(connection, money.spending, money.released)
             await self._bulk.generations(connection, whole)
             await self._bulk.progress(connection, progress)
 

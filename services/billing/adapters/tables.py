@@ -7,6 +7,7 @@ from sqlalchemy import BigInteger, Boolean, Column, Index, Integer, MetaData, St
 from services.billing.adapters.columns import Money
 
 __all__ = [
+    "BUDGETS",
     "DELIVERIES",
     "GAPS",
     "GENERATIONS",
@@ -16,7 +17,9 @@ __all__ = [
     "PRICE_REVISIONS",
     "PRICE_WITHDRAWALS",
     "PROVIDER_USAGE",
+    "RESERVATIONS",
     "RESETTLEMENTS",
+    "SPENDING",
     "STATE",
     "metadata",
 ]
@@ -72,10 +75,12 @@ GENERATIONS: Final = Table(
     Column("reasons", _TEXT, nullable=False, server_default=""),
     Column("upstream_id", _TEXT, nullable=False, server_default=""),
     Column("metadata", Text, nullable=False, server_default=""),
+    Column("credential", _TEXT, nullable=False, server_default=""),
     Column("pricing", String(16), nullable=False, server_default="pending"),
     Column("amount", Money, nullable=False, server_default="0"),
     Column("currency", String(3), nullable=False, server_default=""),
     Column("entries", Integer, nullable=False, server_default="0"),
+    Column("tokens", BigInteger, nullable=False, server_default="0"),
     *(_reported(name) for name in ("subscribers", "delivered_events", "delivered_tokens", "delivered_bytes")),
     Index("generations_by_name", "tenant", "generation"),
     Index("generations_by_start", "tenant", "started_at"),
@@ -216,3 +221,44 @@ GAPS: Final = Table(
     _count("noticed_at"),
 )
 """Stream sequences that the log no longer kept when billing came to them."""
+
+BUDGETS: Final = Table(
+    "budgets",
+    metadata,
+    Column("tenant", _NAME, primary_key=True),
+    Column("name", _NAME, primary_key=True),
+    Column("credential", _TEXT, nullable=False),
+    Column("period", String(8), nullable=False),
+    Column("unit", String(8), nullable=False),
+    Column("soft", String(40), nullable=True),
+    Column("hard", String(40), nullable=True),
+    _count("changed_at"),
+)
+"""Limits stand as text: tokens and money in one column, exact on both databases."""
+
+RESERVATIONS: Final = Table(
+    "reservations",
+    metadata,
+    Column("tenant", _NAME, primary_key=True),
+    Column("session", _NAME, primary_key=True),
+    Column("generation", _NAME, primary_key=True),
+    Column("currency", String(3), primary_key=True),
+    Column("credential", _TEXT, nullable=False),
+    _count("tokens"),
+    Column("amount", Money, nullable=False),
+    _count("expires_at"),
+    Index("reservations_by_age", "expires_at"),
+)
+"""What generations that have not settled may use at most: tokens in the row without a currency, money in others."""
+
+SPENDING: Final = Table(
+    "spending",
+    metadata,
+    Column("tenant", _NAME, primary_key=True),
+    Column("credential", _TEXT, primary_key=True),
+    Column("day", Integer, primary_key=True, autoincrement=False),
+    Column("currency", String(3), primary_key=True),
+    _count("tokens"),
+    Column("amount", Money, nullable=False),
+)
+"""Sums of what settled generations have used, by the day (since 1970, UTC) on which they started."""

@@ -18,6 +18,7 @@ from services.billing.adapters.tables import PROVIDER_USAGE as U
 from services.billing.adapters.tables import RESETTLEMENTS as R
 from services.billing.core.charging import Entry
 from services.billing.core.generation import Generation, Key
+from services.billing.core.spending import Step
 
 __all__ = ["Export", "Money", "Worklist", "finish"]
 
@@ -28,13 +29,16 @@ _KEY: Final = ("tenant", "session", "generation")
 class Money(msgspec.Struct, frozen=True, kw_only=True):
     """What a batch means in money: entries, the price book's revision behind them, and the asked-for settlements done.
 
-    ``exports``: rows of providers' exports, by number, with their outcome.
+    ``exports``: rows of providers' exports, by number, with their outcome. ``spending``: what moves the sums of what
+    was used; ``released``: generations that count as used from now on.
     """
 
     revision: int
     entries: Sequence[Entry] = ()
     resettled: Sequence[Key] = ()
     exports: Sequence[tuple[int, str]] = ()
+    spending: Sequence[Step] = ()
+    released: Sequence[Key] = ()
 
 
 class Export(msgspec.Struct, frozen=True):

@@ -48,6 +48,11 @@ class Tokens(msgspec.Struct, frozen=True, kw_only=True):
     reasoning: int = 0
     per_request: int = 1
 
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.input + self.cached_input + self.cache_write + self.output + self.reasoning
+
 
 class Line(msgspec.Struct, frozen=True, kw_only=True):
     """One class of tokens on the bill: how many, at which row of the price book, for how much."""
@@ -89,6 +94,7 @@ class _Target(NamedTuple):
     amount: Decimal | None = None
     currency: str = ""
     lines: tuple[Line, ...] = ()
+    tokens: int = 0
 
 
 def charge(g: Generation, now: int, charging: Charging, book: PriceBook) -> tuple[Generation, list[Entry]]:
@@ -119,6 +125,7 @@ def charge(g: Generation, now: int, charging: Charging, book: PriceBook) -> tupl
         amount=ZERO if target.amount is None else target.amount,
         currency=g.currency if target.amount is None else target.currency,
         entries=g.entries + len(entries),
+        tokens=target.tokens,
     )
     return settled, entries
 
@@ -154,7 +161,8 @@ def _target(g: Generation, charging: Charging, book: PriceBook) -> _Target | Non
     if g.status == "partial" and g.usage is None and not g.counted_output:
         return _Target("waived", "none", f"{g.state}:nothing")  # nobody pays for a refusal
     source: Source = "counted" if basis == "counted" else "provider_export" if g.usage_source == EXPORT else "reported"
-    return _priced(_tokens(g, basis), g, book, source, rule)
+    tokens = _tokens(g, basis)
+    return _priced(tokens, g, book, source, rule)._replace(tokens=tokens.total)
 
 
 def _tokens(g: Generation, basis: Basis) -> Tokens:

@@ -125,6 +125,7 @@ def _take(g: Generation, event: Event, at: int) -> None:
             _name_upstream(g, event.provider, event.upstream_model)
             _take_count(g, event.counted)
             g.metadata = _labels(event.metadata)
+            g.credential = clip(event.key)
         case Restarted():
             _name_upstream(g, event.provider, event.upstream_model)
         case UsageReported():

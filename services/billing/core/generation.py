@@ -39,9 +39,11 @@ class Generation(msgspec.Struct, kw_only=True):
     ``input`` … ``reasoning``: what the provider reported, ``None`` without a report; ``usage`` is that report as JSON.
     ``drift_…``: reported minus counted; ``reasons``: why, as far as that can be known, by commas. ``settle_at``: when
     the next decision is due. ``upstream_id``: the provider's name for it. ``metadata``: the request's labels as JSON.
+    ``credential``: who asked, by the name of the key.
     ``pricing``: whether money has been asked for it: not decided yet, charged, no price known, or waived by policy.
-    ``amount`` in ``currency`` is the sum of its ``entries`` entries in the ledger. ``subscribers`` and ``delivered_…``:
-    what subscribers were sent, ``None`` before the first report. The rest counts dropped events.
+    ``amount`` in ``currency`` is the sum of its ``entries`` entries in the ledger; ``tokens``: those it was reckoned by.
+    ``subscribers`` and ``delivered_…``: what subscribers were sent, ``None`` before the first report. The rest counts
+    dropped events.
     """
 
     tenant: str
@@ -78,10 +80,12 @@ class Generation(msgspec.Struct, kw_only=True):
     reasons: str = ""
     upstream_id: str = ""
     metadata: str = ""
+    credential: str = ""
     pricing: Pricing = "pending"
     amount: Decimal = ZERO
     currency: str = ""
     entries: int = 0
+    tokens: int = 0
     subscribers: int | None = None
     delivered_events: int | None = None
     delivered_tokens: int | None = None

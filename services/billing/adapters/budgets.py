@@ -1,0 +1,195 @@
+"""Budgets and reservations in SQL. A tenant's reservations are made one after the other, whatever the process."""
+
+from collections.abc import Iterable, Sequence
+from decimal import Decimal
+from typing import Final, NamedTuple
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from schemas.budgets import Release, Reserve
+from services.billing.adapters.database import reading, writing
+from services.billing.adapters.tables import BUDGETS as B
+from services.billing.adapters.tables import GENERATIONS as G
+from services.billing.adapters.tables import RESERVATIONS as R
+from services.billing.adapters.tables import SPENDING as S
+from services.billing.core.budgets import TOKENS, Budget, Need, Standing, Verdict, admit, period_at
+from services.billing.core.generation import Generation
+from services.billing.core.money import ZERO
+from services.billing.core.spending import DAY
+
+__all__ = ["Budgets", "Running"]
+
+AT_ONCE: Final = 5_000
+_PLACE: Final = ("tenant", "session", "generation")
+
+
+class Running(NamedTuple):
+    """A generation that runs for a tenant with hard limits, and what was reserved for it: tokens, money by currency."""
+
+    generation: Generation
+    tokens: int
+    money: dict[str, Decimal]
+
+
+class Budgets:
+    """Every method raises ``LedgerUnavailable`` when the database does not answer. Times in milliseconds since 1970."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self.engine = engine
+        self._insert = postgresql.insert if engine.dialect.name == "postgresql" else sqlite.insert
+
+    async def put(self, budget: Budget, now: int) -> bool:
+        """Set a budget; tell whether it is new."""
+        async with writing(self.engine) as connection:
+            known = await connection.execute(_of(budget.tenant, budget.name).with_only_columns(B.c.name))
+            values = _values(budget, now)
+            statement = self._insert(B).values(values)
+            changed = {n: statement.excluded[n] for n in values if n not in ("tenant", "name")}
+            await connection.execute(statement.on_conflict_do_update(index_elements=["tenant", "name"], set_=changed))
+            return known.first() is None
+
+    async def delete(self, tenant: str, name: str) -> bool:
+        """Remove a budget; tell whether there was one."""
+        async with writing(self.engine) as connection:
+            gone = await connection.execute(sa.delete(B).where(B.c.tenant == tenant, B.c.name == name))
+            return gone.rowcount > 0
+
+    async def tenants(self) -> list[str]:
+        """Return the tenants that have budgets."""
+        async with reading(self.engine) as connection:
+            return list((await connection.execute(sa.select(B.c.tenant).distinct())).scalars())
+
+    async def standings(self, tenant: str, now: int, name: str | None = None) -> list[Standing]:
+        """Return a tenant's budgets, or one of them, and where they stand."""
+        async with reading(self.engine) as connection:
+            return [await _standing(connection, b, now) for b in await _budgets(connection, tenant, name)]
+
+    async def reserve(self, wish: Reserve, need: Need, now: int, expires_at: int) -> Verdict:
+        """Decide on a generation; reserve for it when there is room. Asked again for the same one it is admitted."""
+        async with writing(self.engine) as connection:
+            # The lock makes this tenant's decisions one after the other; SQLite has only one writer anyway.
+            query = _of(wish.tenant).order_by(B.c.name).with_for_update()
+            covering = [b for b in _read(await connection.execute(query)) if b.covers(wish.key)]
+            if not covering or await _is_known(connection, wish):
+                return Verdict(None, None)
+            verdict = admit([await _standing(connection, b, now) for b in covering], need)
+            if verdict.refused is None:
+                await connection.execute(self._insert(R), _reservation(wish, need, expires_at))
+            return verdict
+
+    async def release(self, release: Release) -> None:
+        """Give back what was reserved for a generation that did not begin."""
+        place = [R.c[name] == getattr(release, name) for name in _PLACE]
+        async with writing(self.engine) as connection:
+            await connection.execute(sa.delete(R).where(*place))
+
+    async def expire(self, now: int) -> int:
+        """Give back what was reserved for generations that never began; return how many rows that were."""
+        begun = sa.exists(sa.select(G.c.tenant).where(*(G.c[n] == R.c[n] for n in _PLACE)))
+        async with writing(self.engine) as connection:
+            return int((await connection.execute(sa.delete(R).where(R.c.expires_at < now, ~begun))).rowcount)
+
+    async def running(self, limit: int = AT_ONCE) -> list[Running]:
+        """Return what runs for tenants with hard limits."""
+        limited = sa.select(B.c.tenant).where(B.c.hard.is_not(None)).distinct()
+        same = sa.and_(*(R.c[n] == G.c[n] for n in _PLACE))
+        columns = (R.c.currency.label("reserved_currency"), R.c.tokens.label("reserved"), R.c.amount.label("money"))
+        query = (
+            sa.select(G, *columns)
+            .outerjoin(R, same)
+            .where(G.c.status == "running", G.c.tenant.in_(limited))
+            .order_by(G.c.tenant, G.c.session, G.c.generation)
+            .limit(limit)
+        )
+        async with reading(self.engine) as connection:
+            rows = (await connection.execute(query)).mappings().all()
+        return _joined(rows)
+
+
+def _joined(rows: Iterable[sa.RowMapping]) -> list[Running]:
+    found: dict[tuple[str, ...], Running] = {}
+    for row in rows:
+        place = tuple(row[n] for n in _PLACE)
+        one = found.get(place)
+        if one is None:
+            names = Generation.__struct_fields__
+            one = Running(Generation(**{n: row[n] for n in names}), 0, {})
+        tokens = one.tokens + (row["reserved"] or 0)
+        money = one.money | ({row["reserved_currency"]: row["money"]} if row["reserved_currency"] else {})
+        found[place] = Running(one.generation, tokens, money)
+    return list(found.values())
+
+
+def _of(tenant: str, name: str | None = None) -> sa.Select[tuple[object, ...]]:
+    query = sa.select(B).where(B.c.tenant == tenant)
+    return query if name is None else query.where(B.c.name == name)
+
+
+async def _budgets(connection: AsyncConnection, tenant: str, name: str | None) -> list[Budget]:
+    return _read(await connection.execute(_of(tenant, name).order_by(B.c.name)))
+
+
+def _read(rows: sa.CursorResult[tuple[object, ...]]) -> list[Budget]:
+    return [
+        Budget(
+            tenant=row["tenant"],
+            name=row["name"],
+            period=row["period"],
+            unit=row["unit"],
+            soft=None if row["soft"] is None else Decimal(row["soft"]),
+            hard=None if row["hard"] is None else Decimal(row["hard"]),
+            key=row["credential"],
+        )
+        for row in rows.mappings()
+    ]
+
+
+def _values(budget: Budget, now: int) -> dict[str, object]:
+    return {
+        "tenant": budget.tenant,
+        "name": budget.name,
+        "credential": budget.key,
+        "period": budget.period,
+        "unit": budget.unit,
+        "soft": None if budget.soft is None else f"{budget.soft:f}",
+        "hard": None if budget.hard is None else f"{budget.hard:f}",
+        "changed_at": now,
+    }
+
+
+async def _standing(connection: AsyncConnection, budget: Budget, now: int) -> Standing:
+    """Return spent and reserved as one statement sees them: a settlement moves from one to the other at once."""
+    first, after = period_at(budget.period, now)
+    spent, reserved = [S.c.tenant == budget.tenant], [R.c.tenant == budget.tenant]
+    spent += [S.c.day >= first // DAY, S.c.day < after // DAY]
+    if budget.key:
+        spent.append(S.c.credential == budget.key)
+        reserved.append(R.c.credential == budget.key)
+    if budget.unit == TOKENS:
+        sums = (sa.func.sum(S.c.tokens), sa.func.sum(R.c.tokens))
+    else:
+        sums = (sa.func.sum(S.c.amount), sa.func.sum(R.c.amount))
+        spent.append(S.c.currency == budget.unit)
+        reserved.append(R.c.currency == budget.unit)
+    query = sa.select(
+        sa.select(sums[0]).where(*spent).scalar_subquery(), sa.select(sums[1]).where(*reserved).scalar_subquery()
+    )
+    used, held = (await connection.execute(query)).one()
+    return Standing(budget, Decimal(used or ZERO), Decimal(held or ZERO))
+
+
+async def _is_known(connection: AsyncConnection, wish: Reserve) -> bool:
+    for table in (R, G):
+        place = [table.c[name] == getattr(wish, name) for name in _PLACE]
+        if (await connection.execute(sa.select(table.c.tenant).where(*place).limit(1))).first() is not None:
+            return True
+    return False
+
+
+def _reservation(wish: Reserve, need: Need, expires_at: int) -> Sequence[dict[str, object]]:
+    place = {name: getattr(wish, name) for name in _PLACE}
+    shared = place | {"credential": wish.key, "expires_at": expires_at}
+    money = [shared | {"currency": c, "tokens": 0, "amount": amount} for c, amount in need.money.items()]
+    return [shared | {"currency": "", "tokens": need.tokens, "amount": ZERO}, *money]

@@ -1,0 +1,62 @@
+"""Budgets: limits, what is reserved, and sums of what was used."""
+
+from typing import Any
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0003"
+down_revision = "0002"
+
+
+def upgrade() -> None:
+    """Add columns and tables; what was settled before counts from its next settlement, which follows."""
+    text, name = sa.String(200), sa.String(64)
+    op.add_column("generations", sa.Column("credential", text, nullable=False, server_default=""))
+    op.add_column("generations", sa.Column("tokens", sa.BigInteger, nullable=False, server_default="0"))
+    op.create_table(
+        "budgets",
+        sa.Column("tenant", name, primary_key=True),
+        sa.Column("name", name, primary_key=True),
+        sa.Column("credential", text, nullable=False),
+        sa.Column("period", sa.String(8), nullable=False),
+        sa.Column("unit", sa.String(8), nullable=False),
+        sa.Column("soft", sa.String(40), nullable=True),
+        sa.Column("hard", sa.String(40), nullable=True),
+        sa.Column("changed_at", sa.BigInteger, nullable=False),
+    )
+    op.create_table(
+        "reservations",
+        *(sa.Column(c, name, primary_key=True) for c in ("tenant", "session", "generation")),
+        sa.Column("currency", sa.String(3), primary_key=True),
+        sa.Column("credential", text, nullable=False),
+        sa.Column("tokens", sa.BigInteger, nullable=False),
+        sa.Column("amount", _money(), nullable=False),
+        sa.Column("expires_at", sa.BigInteger, nullable=False),
+    )
+    op.create_index("reservations_by_age", "reservations", ["expires_at"])
+    op.create_table(
+        "spending",
+        sa.Column("tenant", name, primary_key=True),
+        sa.Column("credential", text, primary_key=True),
+        sa.Column("day", sa.Integer, primary_key=True, autoincrement=False),
+        sa.Column("currency", sa.String(3), primary_key=True),
+        sa.Column("tokens", sa.BigInteger, nullable=False),
+        sa.Column("amount", _money(), nullable=False),
+    )
+    op.execute(
+        "INSERT INTO spending (tenant, credential, day, currency, tokens, amount)"
+        " SELECT tenant, '', started_at / 86400000, currency, 0, SUM(amount) FROM generations"
+        " WHERE status NOT IN ('running', 'awaiting_provider') AND amount <> 0"
+        " GROUP BY tenant, started_at / 86400000, currency"
+    )
+    op.execute("DELETE FROM resettlements")
+    op.execute(
+        "INSERT INTO resettlements (tenant, session, generation, partition)"
+        " SELECT tenant, session, generation, partition FROM generations"
+        " WHERE status NOT IN ('running', 'awaiting_provider')"
+    )
+
+
+def _money() -> sa.types.TypeEngine[Any]:
+    return sa.BigInteger() if op.get_bind().dialect.name == "sqlite" else sa.Numeric(30, 12)

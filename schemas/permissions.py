@@ -9,6 +9,7 @@ from typing import Final
 
 import msgspec
 
+from schemas.budgets import RELEASE_SUBJECT, RESERVE_SUBJECT, budgets_key
 from schemas.partitions import HISTORY_SUBJECT
 from schemas.subjects import REQUESTS_PREFIX, lane_of
 from schemas.topology import (
@@ -91,6 +92,8 @@ def _delivery(topology: Topology) -> Permissions:
         publish=(
             *(f"{REQUESTS_PREFIX}.{lane}.*" for lane in _lanes(topology)),
             "control.*.*.*",
+            RESERVE_SUBJECT,
+            RELEASE_SUBJECT,
             *_written(BUCKET, ">"),
             *_topology_read(topology),
             *_logs_read(topology),
@@ -119,8 +122,11 @@ def _billing(topology: Topology) -> Permissions:
             *_bucket_read(CREDENTIALS_BUCKET),
             *(f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{durable}" for stream, durable in consumers),
             *(f"$JS.ACK.{stream}.{durable}.>" for stream, durable in consumers),
+            *_written(REGISTRY_BUCKET, budgets_key("*")),
+            "control.*.*.*",
         ),
-        subscribe=(_inbox("billing"),),
+        subscribe=(_inbox("billing"), RESERVE_SUBJECT, RELEASE_SUBJECT),
+        replies=True,
     )
 
 

@@ -55,3 +55,5 @@ GAP: Final = Counter("tailrace_billing_gap_events_total", "Stream sequences that
 DELIVERY_REPORTS: Final = Counter(
     "tailrace_billing_delivery_reports_total", "Reports of what subscribers were sent, by outcome", ["outcome"]
 )
+RESERVATIONS: Final = Counter("tailrace_billing_reservations_total", "Asked-for reservations, by answer", ["answer"])
+OVER_BUDGET: Final = Counter("tailrace_billing_over_budget_total", "Generations stopped at a hard limit")

@@ -83,9 +83,13 @@ class Admission:
             log.warning("reservation not released yet", generation=record.generation, detail=str(error))
 
     async def _ask(self, wish: Reserve) -> Decision | None:
-        answer = await self._broker.request(RESERVE_SUBJECT, msgspec.json.encode(wish))
         try:
+            answer = await self._broker.request(RESERVE_SUBJECT, msgspec.json.encode(wish))
             return None if answer is None else msgspec.json.decode(answer, type=Decision)
+        except BrokerUnavailable:
+            if not self._broker.is_connected:
+                raise
+            return None  # billing is there, and its database is not
         except msgspec.DecodeError:
             log.error("billing's decision is not readable", generation=wish.generation)
             return None

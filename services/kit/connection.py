@@ -145,10 +145,13 @@ class Connection:
         return ack.seq
 
     async def subscribe(
-        self, subject: str, callback: Callback, *, pending_bytes: int = 64 * 1024 * 1024
+        self, subject: str, callback: Callback, *, queue: str = "", pending_bytes: int = 64 * 1024 * 1024
     ) -> Subscription:
-        """Subscribe a callback to a core subject. The broker may not know it yet: see `flush`."""
-        return await self.client.subscribe(subject, cb=callback, pending_bytes_limit=pending_bytes)
+        """Subscribe a callback to a core subject. The broker may not know it yet: see `flush`.
+
+        Of the subscribers with the same ``queue`` each message reaches one.
+        """
+        return await self.client.subscribe(subject, queue=queue, cb=callback, pending_bytes_limit=pending_bytes)
 
     async def listen(self, subject: str, arrival: Arrival) -> Subscription:
         """Subscribe a plain function to a core subject that carries tokens: see `services.kit.nats_client`."""

@@ -11,7 +11,19 @@ from schemas.names import NAME_PATTERN
 from services.billing.core.money import ZERO, AmountTooLarge, times
 from services.billing.core.prices import Price, PriceBook, TokenClass
 
-__all__ = ["TOKENS", "Budget", "Need", "Period", "Standing", "Verdict", "admit", "need_of", "period_at"]
+__all__ = [
+    "TOKENS",
+    "Budget",
+    "Need",
+    "Period",
+    "Standing",
+    "Use",
+    "Verdict",
+    "admit",
+    "beyond",
+    "need_of",
+    "period_at",
+]
 
 TOKENS: Final = "tokens"
 Period = Literal["day", "month"]
@@ -140,3 +152,28 @@ def admit(standings: list[Standing], need: Need) -> Verdict:
         if budget.soft is not None and after > budget.soft and passed is None:
             passed = standing
     return Verdict(None, passed)
+
+
+class Use(NamedTuple):
+    """What a running generation has used so far, and what was reserved for it, in the unit of a budget."""
+
+    place: tuple[str, str, str]
+    key: str
+    used: Decimal
+    reserved: Decimal
+
+
+def beyond(standing: Standing, uses: list[Use]) -> list[tuple[str, str, str]]:
+    """Return the running generations that a hard limit stops: those that use more than was reserved for them, when
+    all together use more than there is; and every one, when what is settled has used it up.
+    """
+    budget = standing.budget
+    if budget.hard is None:
+        return []
+    covered = [use for use in uses if budget.covers(use.key)]
+    if standing.spent >= budget.hard:
+        return [use.place for use in covered]
+    extra = sum((max(ZERO, use.used - use.reserved) for use in covered), ZERO)
+    if standing.used + extra <= budget.hard:
+        return []
+    return [use.place for use in covered if use.used > use.reserved]

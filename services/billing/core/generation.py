@@ -41,7 +41,7 @@ class Generation(msgspec.Struct, kw_only=True):
     the next decision is due. ``upstream_id``: the provider's name for it. ``metadata``: the request's labels as JSON.
     ``credential``: who asked, by the name of the key.
     ``pricing``: whether money has been asked for it: not decided yet, charged, no price known, or waived by policy.
-    ``amount`` in ``currency`` is the sum of its ``entries`` entries in the ledger; ``tokens``: those it was reckoned by.
+    ``amount`` in ``currency`` is the sum of its ``entries`` entries in the ledger, reckoned by ``tokens``.
     ``subscribers`` and ``delivered_…``: what subscribers were sent, ``None`` before the first report. The rest counts
     dropped events.
     """

@@ -1,0 +1,206 @@
+"""Budgets at work: decides what may begin, and stops what runs beyond a hard limit."""
+
+import asyncio
+from contextlib import suppress
+from decimal import Decimal
+from typing import Any, Final, TypeVar
+
+import msgspec
+import structlog
+from nats.aio.msg import Msg
+
+from schemas.budgets import RELEASE_SUBJECT, RESERVE_SUBJECT, Decision, Release, Reserve, budgets_key
+from schemas.control import OVER_BUDGET
+from schemas.subjects import control_subject
+from schemas.topology import REGISTRY_BUCKET
+from services.billing import metrics
+from services.billing.adapters.budgets import Budgets, Running
+from services.billing.core.budgets import TOKENS, Budget, Standing, Use, beyond, need_of, period_at
+from services.billing.core.money import render
+from services.billing.errors import LedgerUnavailable
+from services.billing.terms import CurrentTerms
+from services.kit.broker import Broker, BrokerUnavailable
+from services.kit.clock import Clock
+
+__all__ = ["Admission"]
+
+log = structlog.get_logger()
+QUEUE: Final = "billing"
+WATCH_SECONDS: Final = 0.5
+EXPIRE_SECONDS: Final = 30.0
+T = TypeVar("T")
+
+
+class Admission:
+    """Answers delivery's questions on the broker; every replica of billing takes part.
+
+    ``keep``: seconds after which what was reserved for a generation that never began is given back.
+    """
+
+    def __init__(self, broker: Broker, budgets: Budgets, terms: CurrentTerms, clock: Clock, *, keep: float) -> None:
+        self._broker = broker
+        self._budgets = budgets
+        self._terms = terms
+        self._clock = clock
+        self._keep = keep
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Answer and watch until ``stop`` is set."""
+        subscriptions = [
+            await self._broker.subscribe(RESERVE_SUBJECT, self._reserve, queue=QUEUE),
+            await self._broker.subscribe(RELEASE_SUBJECT, self._release, queue=QUEUE),
+        ]
+        try:
+            await self._watch(stop)
+        finally:
+            if not self._broker.client.is_closed:
+                for subscription in subscriptions:
+                    await subscription.unsubscribe()
+
+    async def tell(self, tenant: str, *, has_budgets: bool) -> None:
+        """Tell delivery whether it must ask for this tenant.
+
+        Raises:
+            BrokerUnavailable: the broker does not answer.
+        """
+        subject = f"$KV.{REGISTRY_BUCKET}.{budgets_key(tenant)}"
+        await self._broker.publish_stored(subject, b"1" if has_budgets else b"")
+
+    async def _watch(self, stop: asyncio.Event) -> None:
+        told, due = False, 0.0
+        while not stop.is_set():
+            try:
+                if not told:
+                    for tenant in await self._budgets.tenants():
+                        await self.tell(tenant, has_budgets=True)
+                    told = True
+                if self._clock.monotonic() >= due:
+                    due = self._clock.monotonic() + EXPIRE_SECONDS
+                    await self._expire()
+                await self.stop_beyond()
+            except (LedgerUnavailable, BrokerUnavailable) as error:
+                log.warning("budgets not looked at", error=str(error))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(WATCH_SECONDS):
+                    await stop.wait()
+
+    async def _expire(self) -> None:
+        count = await self._budgets.expire(self._now())
+        if count:
+            log.info("reservations given back: nothing had begun", rows=count)
+
+    async def stop_beyond(self) -> None:
+        """Stop what runs beyond a hard limit; a generation that ends meanwhile is none the worse."""
+        running = await self._budgets.running()
+        for tenant in sorted({r.generation.tenant for r in running}):
+            own = [r for r in running if r.generation.tenant == tenant]
+            for standing in await self._budgets.standings(tenant, self._now()):
+                uses = [self._use(r, standing.budget.unit) for r in own]
+                for place in beyond(standing, uses):
+                    await self._stop(place, standing)
+
+    def _use(self, running: Running, unit: str) -> Use:
+        g = running.generation
+        so_far = Reserve(
+            tenant=g.tenant,
+            session=g.session,
+            generation=g.generation,
+            models=[f"{g.provider}/{g.upstream_model or g.model}"],
+            input=g.counted_input,
+            output=g.counted_output,
+        )
+        used = need_of(so_far, self._terms.now.book, g.started_at or self._now()).of(unit)
+        reserved = Decimal(running.tokens) if unit == TOKENS else running.money.get(unit, Decimal(0))
+        return Use((g.tenant, g.session, g.generation), g.credential, used, reserved)
+
+    async def _stop(self, place: tuple[str, str, str], standing: Standing) -> None:
+        tenant, session, generation = place
+        heard = await self._broker.request(control_subject(tenant, session, generation), OVER_BUDGET)
+        if heard is not None:
+            metrics.OVER_BUDGET.inc()
+            log.warning(
+                "stopped at a hard limit",
+                tenant=tenant,
+                session=session,
+                generation=generation,
+                budget=standing.budget.name,
+            )
+
+    async def _reserve(self, msg: Msg) -> None:
+        wish = _read(msg, Reserve)
+        if wish is None:
+            return
+        now = self._now()
+        try:
+            terms = await self._terms.refresh()
+            need = need_of(wish, terms.book, now)
+            verdict = await self._budgets.reserve(wish, need, now, now + round(self._keep * 1_000))
+        except LedgerUnavailable as error:
+            metrics.RESERVATIONS.labels("unanswered").inc()
+            log.warning("no decision on a reservation", generation=wish.generation, error=str(error))
+            return
+        if verdict.refused is not None:
+            metrics.RESERVATIONS.labels("refused").inc()
+            decision = _refused(verdict.refused, now)
+        else:
+            metrics.RESERVATIONS.labels("admitted").inc()
+            decision = _admitted(verdict.passed, now)
+        await self._answer(msg, decision)
+
+    async def _release(self, msg: Msg) -> None:
+        wish = _read(msg, Release)
+        if wish is None:
+            return
+        try:
+            await self._budgets.release(wish)
+        except LedgerUnavailable as error:
+            log.warning("reservation not given back yet", generation=wish.generation, error=str(error))
+            return
+        await self._answer(msg, None)
+
+    async def _answer(self, msg: Msg, decision: Decision | None) -> None:
+        if msg.reply:
+            try:
+                await self._broker.publish(msg.reply, b"" if decision is None else msgspec.json.encode(decision))
+            except BrokerUnavailable as error:
+                log.warning("decision not told", error=str(error))
+
+    def _now(self) -> int:
+        return round(self._clock.wall() * 1_000)
+
+
+def _read(msg: Msg, type_: type[T]) -> T | None:
+    try:
+        return msgspec.json.decode(msg.data, type=type_)
+    except msgspec.DecodeError as error:
+        log.error("a question about budgets is not readable", subject=msg.subject, error=str(error))
+        return None
+
+
+def _refused(standing: Standing, now: int) -> Decision:
+    budget = standing.budget
+    return Decision(
+        admitted=False,
+        budget=budget.name,
+        detail=f"budget {budget.name!r} has no room for this: {_in_words(standing)}",
+        until=period_at(budget.period, now)[1] / 1_000,
+    )
+
+
+def _admitted(passed: Standing | None, now: int) -> Decision:
+    if passed is None:
+        return Decision(admitted=True)
+    budget = passed.budget
+    return Decision(
+        admitted=True,
+        budget=budget.name,
+        detail=f"budget {budget.name!r} is past its soft limit: {_in_words(passed)}",
+        until=period_at(budget.period, now)[1] / 1_000,
+    )
+
+
+def _in_words(standing: Standing) -> str:
+    budget: Budget = standing.budget
+    limit: Any = budget.hard if budget.hard is not None else budget.soft
+    used, held = render(standing.spent), render(standing.reserved)
+    return f"{used} {budget.unit} used and {held} reserved of {render(limit)} this {budget.period}"

@@ -50,6 +50,7 @@ Exit code: 0 nothing lost, doubled or changed, 1 not so, 2 it could not be run, 
 @click.option("--only-peer", is_flag=True, help="Measure nothing but the peer.")
 @click.option("--profile", "profiled", type=click.Choice(["delivery"]), help="Profile it while events flow.")
 @click.option("--profile-file", type=click.Path(path_type=Path), help="Folded stacks; default: PROCESS.folded")
+@click.option("--sessions", type=click.IntRange(1), help="Instead of the scenario's own.")
 @click.option("--subscribers", type=click.IntRange(1), help="Of each session, instead of the scenario's own.")
 @click.option("--events", type=click.IntRange(1), help="Of each session, instead of the scenario's own.")
 @click.option("--rate", type=click.FloatRange(0.1), help="Events per second and session, instead of the scenario's.")
@@ -64,13 +65,15 @@ def fanout(  # noqa: D103  # the text and the names are those of the decorators
     only_peer: bool,
     profiled: str | None,
     profile_file: Path | None,
+    sessions: int | None,
     subscribers: int | None,
     events: int | None,
     rate: float | None,
     keep: Path | None,
     strict: bool,
 ) -> None:
-    given = {k: v for k, v in {"subscribers": subscribers, "events": events, "rate": rate}.items() if v is not None}
+    changes = {"sessions": sessions, "subscribers": subscribers, "events": events, "rate": rate}
+    given = {name: value for name, value in changes.items() if value is not None}
     chosen = [msgspec.structs.replace(SCENARIOS[n], **given) for n in scenario_names(scenarios or ("live-2000x20",))]
     console = Console(width=None if sys.stdout.isatty() else 170)
     report = FanoutReport(now(), machine(), False, [])

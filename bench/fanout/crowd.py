@@ -53,12 +53,14 @@ class CrowdResult(msgspec.Struct, kw_only=True):
 class Checker:
     """One subscriber that reads everything: event after event the right one, none twice, none left out.
 
-    ``seen`` is the number of the next event. ``took`` holds the latencies of those that carry a stamp.
+    ``seen`` is the number of the next event, ``began`` that of the first one wanted. ``took`` holds the
+    latencies of those that carry a stamp.
     """
 
     def __init__(self, plan: Plan, number: int, stamps: memoryview, took: "array[int]") -> None:
         self.number = plan.base + number % plan.sessions
         self.seen = plan.history if plan.live else 0
+        self.began = self.seen
         self.surplus = 0
         self.differs = ""
         self.cursor = b""

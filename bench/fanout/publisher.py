@@ -60,21 +60,21 @@ class _Window:
 
     def __init__(self) -> None:
         self.refused = 0
-        self._under_way = 0
+        self.under_way = 0
         self._waiter: asyncio.Future[None] | None = None
         self._left = 0
 
     def sent(self) -> None:
-        self._under_way += 1
+        self.under_way += 1
 
     def acknowledged(self, count: int) -> None:
-        self._under_way -= count
-        if self._waiter is not None and not self._waiter.done() and self._under_way <= self._left:
+        self.under_way -= count
+        if self._waiter is not None and not self._waiter.done() and self.under_way <= self._left:
             self._waiter.set_result(None)
 
     async def room(self, left: int = WINDOW) -> None:
         """Wait until at most ``left`` events are not acknowledged."""
-        while self._under_way > left:
+        while self.under_way > left:
             self._left, self._waiter = left // 2, asyncio.get_running_loop().create_future()
             await self._waiter
 

@@ -132,7 +132,7 @@ class Returning:
         return CrowdResult(
             streams=len(self.checkers),
             complete=sum(c.seen == want and not c.differs and not c.surplus for c in self.checkers),
-            events=sum(c.seen + c.surplus for c in self.checkers),
+            events=sum(c.seen - c.began + c.surplus for c in self.checkers),
             missing=sum(max(0, want - c.seen) for c in self.checkers),
             surplus=sum(c.surplus for c in self.checkers),
             mismatches=sum(1 for c in self.checkers if c.differs),
@@ -201,7 +201,7 @@ def _scatter(clients: Returning, draw: random.Random) -> None:
         clients.leave(scout)
         places[number] = scout.cursors or []
     for checker in clients.checkers:
-        checker.seen = draw.randint(1, plan.history)
+        checker.seen = checker.began = draw.randint(1, plan.history)
         checker.cursor = places[checker.number][checker.seen - 1]
 
 

@@ -7,10 +7,13 @@ import msgspec
 
 from schemas.usage import Usage
 from services.billing.adapters.reports import Totals
-from services.billing.core.generation import Generation, Status
+from services.billing.core.generation import Generation, Pricing, Status
+from services.billing.core.money import render
 
 __all__ = [
+    "Charge",
     "CountedTokens",
+    "Delivered",
     "Drift",
     "Dropped",
     "GenerationUsage",
@@ -56,6 +59,29 @@ class Drift(msgspec.Struct, kw_only=True):
     output: int | None
 
 
+class Delivered(msgspec.Struct, kw_only=True):
+    """What subscribers were sent, as far as delivery has reported.
+
+    ``tokens``: as many as the subscriber that came furthest; events and bytes are those of all subscribers together.
+    """
+
+    subscribers: int
+    events: int
+    tokens: int
+    bytes: int
+
+
+class Charge(msgspec.Struct, kw_only=True):
+    """What it costs: the sum of its entries in the ledger. ``status``: ``unpriced`` while no price is known for it,
+    ``waived`` where the tenant's policy asks for nothing, ``pending`` before it has settled.
+    """
+
+    status: Pricing
+    amount: str
+    currency: str | None
+    entries: int
+
+
 class Dropped(msgspec.Struct, kw_only=True):
     """Events of the generation that the acceptance rule dropped, and accepted ones that could not be read."""
 
@@ -92,6 +118,10 @@ class GenerationUsage(msgspec.Struct, kw_only=True):
     reported_at: str | None
     usage_source: str
     drift: Drift | None
+    reasons: list[str]
+    delivered: Delivered | None
+    charge: Charge
+    metadata: dict[str, str]
     dropped: Dropped
     headless: bool
 
@@ -145,6 +175,10 @@ def view(g: Generation) -> GenerationUsage:
         drift=None
         if g.drift_input is None and g.drift_output is None
         else Drift(input=g.drift_input, output=g.drift_output),
+        reasons=g.reasons.split(",") if g.reasons else [],
+        delivered=_delivered(g),
+        charge=Charge(status=g.pricing, amount=render(g.amount), currency=g.currency or None, entries=g.entries),
+        metadata=msgspec.json.decode(g.metadata) if g.metadata else {},
         dropped=Dropped(
             duplicates=g.duplicates,
             gaps=g.gaps,
@@ -154,6 +188,17 @@ def view(g: Generation) -> GenerationUsage:
             malformed=g.malformed,
         ),
         headless=g.headless,
+    )
+
+
+def _delivered(g: Generation) -> Delivered | None:
+    if g.subscribers is None:
+        return None
+    return Delivered(
+        subscribers=g.subscribers,
+        events=g.delivered_events or 0,
+        tokens=g.delivered_tokens or 0,
+        bytes=g.delivered_bytes or 0,
     )
 
 

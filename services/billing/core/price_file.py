@@ -68,7 +68,8 @@ def parse_toml(text: str) -> list[Price]:
         document = tomllib.loads(text, parse_float=Decimal)
     except tomllib.TOMLDecodeError as error:
         found = re.search(r"at line (\d+)", str(error))
-        raise BadPrices([Fault(int(found[1]) if found else 1, f"not valid TOML: {error}")]) from error
+        line = int(found[1]) if found else max(1, len(text.splitlines()))  # otherwise: at the end of the document
+        raise BadPrices([Fault(line, f"not valid TOML: {error}")]) from error
     faults: list[Fault] = []
     lines = text.splitlines()
     unknown = sorted(set(document) - {"currency", "price"})

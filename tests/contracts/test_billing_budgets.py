@@ -1,0 +1,172 @@
+"""Budgets on SQLite and PostgreSQL: reservations that many ask for at once, and their settlement."""
+
+import asyncio
+from decimal import Decimal
+
+import msgspec
+import pytest
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from schemas.budgets import Release, Reserve
+from services.billing.adapters.budgets import Budgets
+from services.billing.adapters.database import database_url, open_engine
+from services.billing.adapters.ledger import Ledger
+from services.billing.adapters.worklist import Money
+from services.billing.core.budgets import Budget, Need
+from services.billing.core.generation import Generation
+from services.billing.core.spending import released, steps
+from tests.billing_histories import START
+from tests.contracts.billing_database import database, engine, postgres_server, postgres_url
+
+__all__ = ["database", "engine", "postgres_server", "postgres_url"]
+NOW = round(START * 1_000)
+LATER = NOW + 3_600_000
+DAY = 86_400_000
+
+
+@pytest.fixture
+def budgets(engine: AsyncEngine) -> Budgets:
+    return Budgets(engine)
+
+
+def budget(name: str = "b", **fields: object) -> Budget:
+    made = {"tenant": "default", "name": name, "period": "day", "unit": "tokens", "hard": Decimal(1_000)} | fields
+    return Budget(**made)  # type: ignore[arg-type]
+
+
+def wish(generation: str, key: str = "", tenant: str = "default") -> Reserve:
+    return Reserve(tenant=tenant, session="s", generation=generation, key=key)
+
+
+def need(tokens: int = 100, **money: str) -> Need:
+    return Need(tokens, {currency: Decimal(amount) for currency, amount in money.items()})
+
+
+def ended(name: str, tokens: int, amount: str = "0", **fields: object) -> Generation:
+    made: dict[str, object] = {
+        "tenant": "default",
+        "session": "s",
+        "generation": name,
+        "partition": 0,
+        "state": "completed",
+        "status": "matched",
+        "started_at": NOW,
+        "tokens": tokens,
+        "amount": Decimal(amount),
+        "currency": "USD" if Decimal(amount) else "",
+        "pricing": "charged",
+    }
+    return Generation(**(made | fields))  # type: ignore[arg-type]
+
+
+async def settle(ledger: Ledger, *after: Generation, before: tuple[Generation, ...] = ()) -> None:
+    known = {g.key: g for g in before}
+    at = await ledger.acquire(0, "log", NOW) or 0
+    money = Money(revision=0, spending=steps(known, after), released=released(known, after))
+    await ledger.commit(0, (at, at + 1), NOW, after, (), money)
+
+
+async def test_a_hundred_at_once_cannot_pass_a_budget_for_ten(database: str, budgets: Budgets) -> None:
+    await budgets.put(budget(), NOW)
+    async with open_engine(database_url(database)) as second:
+        replicas = (budgets, Budgets(second))
+        asked = (replicas[n % 2].reserve(wish(f"g{n}"), need(100), NOW, LATER) for n in range(100))
+        verdicts = await asyncio.gather(*asked)
+    assert sum(v.refused is None for v in verdicts) == 10
+    (standing,) = await budgets.standings("default", NOW)
+    assert (standing.spent, standing.reserved) == (0, 1_000)
+
+
+async def test_what_is_settled_frees_what_it_did_not_need(budgets: Budgets, engine: AsyncEngine) -> None:
+    await budgets.put(budget(hard=Decimal(150)), NOW)
+    assert (await budgets.reserve(wish("a"), need(100), NOW, LATER)).refused is None
+    assert (await budgets.reserve(wish("b"), need(100), NOW, LATER)).refused is not None
+    await settle(Ledger(engine, "one"), ended("a", 40))
+    assert (await budgets.reserve(wish("b"), need(100), NOW, LATER)).refused is None
+    (standing,) = await budgets.standings("default", NOW)
+    assert (standing.spent, standing.reserved) == (40, 100)
+
+
+async def test_a_correction_moves_what_was_spent(budgets: Budgets, engine: AsyncEngine) -> None:
+    await budgets.put(budget(unit="USD", hard=Decimal("1.5")), NOW)
+    ledger = Ledger(engine, "one")
+    first, corrected = ended("a", 40, "1.25"), ended("a", 50, "1.000000000001")
+    await settle(ledger, first)
+    assert (await budgets.standings("default", NOW))[0].spent == Decimal("1.25")
+    await settle(ledger, corrected, before=(first,))
+    assert (await budgets.standings("default", NOW))[0].spent == Decimal("1.000000000001")
+    await settle(ledger, corrected, before=(corrected,))
+    assert (await budgets.standings("default", NOW))[0].spent == Decimal("1.000000000001")
+
+
+async def test_a_change_of_currency_leaves_nothing_behind(budgets: Budgets, engine: AsyncEngine) -> None:
+    await budgets.put(budget("usd", unit="USD"), NOW)
+    await budgets.put(budget("eur", unit="EUR"), NOW)
+    ledger = Ledger(engine, "one")
+    first = ended("a", 40, "2")
+    await settle(ledger, first)
+    await settle(ledger, msgspec.structs.replace(first, currency="EUR", amount=Decimal(3)), before=(first,))
+    eur, usd = await budgets.standings("default", NOW)
+    assert (eur.spent, usd.spent) == (3, 0)
+
+
+async def test_asking_again_for_the_same_generation_reserves_once(budgets: Budgets) -> None:
+    await budgets.put(budget(hard=Decimal(150)), NOW)
+    for _ in range(3):
+        assert (await budgets.reserve(wish("a"), need(100), NOW, LATER)).refused is None
+    assert (await budgets.standings("default", NOW))[0].reserved == 100
+
+
+async def test_every_budget_that_covers_it_counts_and_no_other(budgets: Budgets) -> None:
+    await budgets.put(budget("all", hard=Decimal(1_000)), NOW)
+    await budgets.put(budget("key", hard=Decimal(100), key="k1"), NOW)
+    await budgets.put(budget("money", unit="USD", hard=Decimal(1)), NOW)
+    await budgets.put(budget("foreign", tenant="other", hard=Decimal(0)), NOW)
+    assert (await budgets.reserve(wish("a", "k1"), need(100, USD="0.5"), NOW, LATER)).refused is None
+    refused = (await budgets.reserve(wish("b", "k1"), need(1), NOW, LATER)).refused
+    assert refused is not None
+    assert refused.budget.name == "key"
+    assert (await budgets.reserve(wish("b", "k2"), need(100, USD="0.5"), NOW, LATER)).refused is None
+    refused = (await budgets.reserve(wish("c", "k2"), need(100, USD="0.01"), NOW, LATER)).refused
+    assert refused is not None
+    assert refused.budget.name == "money"
+
+
+async def test_days_and_months_begin_anew(budgets: Budgets, engine: AsyncEngine) -> None:
+    await budgets.put(budget("day"), NOW)
+    await budgets.put(budget("month", period="month"), NOW)
+    ledger = Ledger(engine, "one")
+    await settle(ledger, ended("a", 40), ended("b", 7, started_at=NOW - DAY))
+    day, month = await budgets.standings("default", NOW)
+    assert (day.spent, month.spent) == (40, 47)
+    day, month = await budgets.standings("default", NOW + DAY)
+    assert (day.spent, month.spent) == (0, 47)
+    day, month = await budgets.standings("default", NOW + 40 * DAY)
+    assert (day.spent, month.spent) == (0, 0)
+
+
+async def test_what_never_began_is_given_back_and_what_runs_is_not(budgets: Budgets, engine: AsyncEngine) -> None:
+    await budgets.put(budget(), NOW)
+    for name in ("never", "runs", "released"):
+        await budgets.reserve(wish(name), need(100), NOW, LATER)
+    await budgets.release(Release(tenant="default", session="s", generation="released"))
+    ledger = Ledger(engine, "one")
+    assert await ledger.acquire(0, "log", NOW) == 0
+    running = ended("runs", 0, state="running", status="running", pricing="pending")
+    await ledger.commit(0, (0, 1), NOW, [running])
+    assert await budgets.expire(LATER) == 0
+    assert await budgets.expire(LATER + 1) == 1
+    assert (await budgets.standings("default", NOW))[0].reserved == 100
+    (found,) = await budgets.running()
+    assert (found.generation.generation, found.tokens) == ("runs", 100)
+
+
+async def test_budgets_are_set_changed_and_removed(budgets: Budgets) -> None:
+    assert await budgets.put(budget(soft=Decimal("0.5"), unit="USD", hard=Decimal("1.000001")), NOW)
+    assert not await budgets.put(budget(period="month", unit="EUR", hard=None, soft=Decimal(7)), NOW)
+    (standing,) = await budgets.standings("default", NOW)
+    assert standing.budget == budget(period="month", unit="EUR", hard=None, soft=Decimal(7))
+    assert await budgets.tenants() == ["default"]
+    assert await budgets.delete("default", "b")
+    assert not await budgets.delete("default", "b")
+    assert await budgets.tenants() == []

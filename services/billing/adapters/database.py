@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 
 from services.billing.errors import LedgerUnavailable
 
-__all__ = ["create_folder", "database_url", "migrate", "open_engine", "reading", "sqlite_url", "writing"]
+__all__ = ["SCRIPTS", "create_folder", "database_url", "migrate", "open_engine", "reading", "sqlite_url", "writing"]
 
 _DRIVERS: Final = {
     "sqlite": "sqlite+aiosqlite",
@@ -26,6 +26,8 @@ _DRIVERS: Final = {
 }
 _MIGRATION_LOCK: Final = 0x7461696C72616365
 """PostgreSQL advisory lock under which only one process migrates; the number is arbitrary, but fixed for ever."""
+SCRIPTS: Final = str(Path(__file__).parent.parent / "migrations")
+"""Folder of the migrations."""
 _BUSY_SECONDS: Final = 10.0
 
 
@@ -153,5 +155,5 @@ async def migrate(engine: AsyncEngine) -> None:
 
 def _upgrade(connection: Connection) -> None:
     config = Config(attributes={"connection": connection})
-    config.set_main_option("script_location", str(Path(__file__).parent.parent / "migrations"))
+    config.set_main_option("script_location", SCRIPTS)
     command.upgrade(config, "head")

@@ -11,12 +11,12 @@ import structlog
 from schemas.cursor import CursorIssuer
 from schemas.topology import token_stream
 from services.delivery import metrics
-from services.delivery.core.formats import Address
 from services.delivery.errors import TooBusy
 from services.delivery.feed import Feed
 from services.delivery.log_reader import LogReader
 from services.delivery.partitions import Partitions
 from services.delivery.presence import Presence
+from services.delivery.replay import replay
 from services.delivery.subscriber import Subscriber
 from services.kit.broker import Broker, BrokerUnavailable, StreamState
 from services.kit.clock import Clock
@@ -25,7 +25,6 @@ __all__ = ["Hub", "Limits"]
 
 log = structlog.get_logger()
 SWEEP_SECONDS: Final = 1.0
-PIECE_BYTES: Final = 65_536  # the HTTP server takes several pieces ahead of a slow client
 STATE_SECONDS: Final = 1.0
 SETTLE_SECONDS: Final = 60.0
 
@@ -54,37 +53,6 @@ class Limits:
         self.heartbeat = heartbeat
         self.lifetime = lifetime
         self.stall = stall
-
-
-class _Piece:
-    """What is gathered from the log for one write to a subscriber."""
-
-    def __init__(self, subscriber: Subscriber) -> None:
-        self.frames: list[bytes] = []
-        self._subscriber = subscriber
-        self._events = 0
-        self._size = 0
-
-    def add(self, frame: bytes) -> None:
-        self.frames.append(frame)
-        self._events += 1
-        self._size += len(frame)
-
-    @property
-    def is_full(self) -> bool:
-        subscriber = self._subscriber
-        return self._size >= min(PIECE_BYTES, subscriber.space) or self._events >= subscriber.room
-
-    async def send(self, seq: int, *, ends: bool) -> None:
-        """Send it, and wait until there is room for another: who reads is then served up to ``seq``."""
-        subscriber = self._subscriber
-        if self.frames:
-            await subscriber.send(subscriber.format.message(self.frames, ends=ends))
-            subscriber.count(self._events, self._size)
-        subscriber.seq = seq
-        self.frames, self._events, self._size = [], 0, 0
-        if not ends:
-            await subscriber.has_room()
 
 
 class Hub:
@@ -173,32 +141,12 @@ class Hub:
         """
         metrics.REPLAYS.inc()
         reader = self.reader(feed.tenant, feed.session, feed.issuer.partition)
-        while subscriber.seq < feed.tail.floor and not subscriber.done.done():
-            floor = feed.tail.floor
-            if await self._send_stored(reader, subscriber, feed.address, floor):
+        while subscriber.seq < feed.floor(subscriber) and not subscriber.done.done():
+            floor = feed.floor(subscriber)
+            if await replay(reader, subscriber, feed.address, floor):
                 return True
-            if not subscriber.done.done():
-                subscriber.seq = max(subscriber.seq, floor)
-        return False
-
-    async def _send_stored(self, reader: LogReader, subscriber: Subscriber, at: Address, floor: int) -> bool:
-        generation, format_ = subscriber.generation, subscriber.format
-        filter_ = reader.subject(generation or "*")
-        told: set[str] = set()
-        piece = _Piece(subscriber)
-        async for batch in self.broker.read(reader.stream, filter_, subscriber.seq + 1, up_to=floor):
-            for stored in batch:
-                entry = await reader.accept(stored)
-                if entry is not None:
-                    if entry.generation in reader.headless - told:
-                        told.add(entry.generation)
-                        piece.frames.append(format_.gap("beginning_expired", entry.generation, at))
-                    piece.add(format_.frame(entry, at))
-                ends = entry is not None and generation is not None and entry.terminal
-                if ends or stored is batch[-1] or piece.is_full:
-                    await piece.send(stored.seq, ends=ends)
-                    if ends or subscriber.done.done():
-                        return ends
+            if not subscriber.done.done() and subscriber.seq < floor:
+                subscriber.seq, subscriber.offset = floor, 0
         return False
 
     @contextlib.contextmanager
@@ -215,10 +163,15 @@ class Hub:
 
     def set_end(self, subscriber: Subscriber, expires_at: float | None) -> None:
         """Set when a stream that begins now is to end; ``expires_at``: of its credentials, in seconds since 1970."""
+        subscriber.until, subscriber.until_reason = self.end_of(expires_at)
+
+    def end_of(self, expires_at: float | None) -> tuple[float, str]:
+        """Return when what begins now is to end, in monotonic seconds, and why: ``lifetime`` or ``expired``."""
         now = self.clock.monotonic()
-        subscriber.until = now + self.limits.lifetime * random.uniform(0.8, 1.0)
-        if expires_at is not None and now + expires_at - self.clock.wall() < subscriber.until:
-            subscriber.until, subscriber.until_reason = now + expires_at - self.clock.wall(), "expired"
+        until = now + self.limits.lifetime * random.uniform(0.8, 1.0)
+        if expires_at is not None and now + expires_at - self.clock.wall() < until:
+            return now + expires_at - self.clock.wall(), "expired"
+        return until, "lifetime"
 
     async def run(self) -> None:
         """Keep streams alive and close what is idle; runs until cancelled."""
@@ -254,7 +207,7 @@ class Hub:
     def _sweep(self, now: float) -> None:
         size = 0
         for key, feed in list(self._feeds.items()):
-            size += feed.tail.bytes
+            size += feed.size
             if feed.idle_since is not None and now - feed.idle_since > self.limits.linger:
                 del self._feeds[key]
                 self._spawn(feed.close())

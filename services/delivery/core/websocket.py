@@ -1,0 +1,231 @@
+"""What is said over a WebSocket, in JSON or MessagePack: the client's messages and ours, without any I/O."""
+
+from typing import Annotated, Any, Final, Literal, NamedTuple
+
+import msgspec
+
+__all__ = [
+    "JSON",
+    "MSGPACK",
+    "SUBPROTOCOLS",
+    "Ack",
+    "Accepted",
+    "Bye",
+    "Cancel",
+    "Cancelling",
+    "ClientMessage",
+    "Credit",
+    "CreditBody",
+    "Dialect",
+    "End",
+    "Error",
+    "Gap",
+    "Ping",
+    "Pong",
+    "RequestId",
+    "StartGeneration",
+    "Subscribe",
+    "Subscribed",
+    "Unreadable",
+    "Unsubscribe",
+]
+
+JSON: Final = "tailrace.v1.json"
+MSGPACK: Final = "tailrace.v1.msgpack"
+SUBPROTOCOLS: Final = (JSON, MSGPACK)
+
+RequestId = Annotated[str, msgspec.Meta(max_length=100)] | Annotated[int, msgspec.Meta(ge=-(2**53), le=2**53)]
+Amount = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+Name = Annotated[str, msgspec.Meta(max_length=200)]  # its characters are checked where it is used
+
+
+class CreditBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """How many events and bytes may be sent; what is left out is not limited."""
+
+    events: Amount | None = None
+    bytes: Amount | None = None
+
+
+class ClientMessage(msgspec.Struct, tag_field="type", kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Base of what clients say. ``id``: the client's own name for it, which the answer carries."""
+
+    id: RequestId | None = None
+
+
+class Subscribe(ClientMessage, tag="subscribe"):
+    """Read a session, or one generation of it; ``after``, ``from`` as in the query of the stream of server-sent events.
+
+    ``credit``: what may be sent at first; ``window``: ``auto`` follows the client's acknowledgements instead.
+    """
+
+    session: Name
+    generation: Name | None = None
+    after: Name | None = None
+    from_: Name | None = msgspec.field(default=None, name="from")
+    credit: CreditBody | None = None
+    window: Literal["auto"] | None = None
+
+
+class Credit(ClientMessage, tag="credit"):
+    """Let so much more be sent."""
+
+    session: Name
+    events: Amount | None = None
+    bytes: Amount | None = None
+
+
+class Ack(ClientMessage, tag="ack"):
+    """All up to the cursor has been dealt with."""
+
+    session: Name
+    cursor: Name
+
+
+class Unsubscribe(ClientMessage, tag="unsubscribe"):
+    """Read a session no longer."""
+
+    session: Name
+
+
+class StartGeneration(ClientMessage, tag="start"):
+    """Ask a model. ``request``: the body as over HTTP."""
+
+    session: Name
+    request: Any
+    idempotency_key: str | None = None
+
+
+class Cancel(ClientMessage, tag="cancel"):
+    """Let a generation end."""
+
+    session: Name
+    generation: Name
+
+
+class Ping(ClientMessage, tag="ping"):
+    """Ask whether anybody is there; also the server's own question, then with a number as ``id``."""
+
+
+class Pong(ClientMessage, tag="pong"):
+    """Answer to a ping, with its ``id``."""
+
+
+class _ServerMessage(msgspec.Struct, tag_field="type", kw_only=True, omit_defaults=True):
+    id: RequestId | None = None
+
+
+class Subscribed(_ServerMessage, tag="subscribed"):
+    """A subscription begins. ``cursor``: the position behind which it reads."""
+
+    session: str
+    cursor: str
+
+
+class Gap(_ServerMessage, tag="gap"):
+    """Something is missing: of ``generation``, or of the session."""
+
+    session: str
+    reason: str
+    generation: str | None = None
+
+
+class Bye(_ServerMessage, tag="bye"):
+    """A subscription ends, and can be resumed after ``cursor``."""
+
+    session: str
+    reason: str
+    cursor: str
+
+
+class End(_ServerMessage, tag="end"):
+    """A subscription has ended: ``complete``, ``gap`` or ``unsubscribed``."""
+
+    session: str
+    reason: str
+    generation: str | None = None
+
+
+class Accepted(_ServerMessage, tag="accepted"):
+    """A request has been queued. ``repeated``: it had been before, under the same key."""
+
+    session: str
+    generation: str
+    cursor: str
+    state: str
+    repeated: bool = False
+
+
+class Cancelling(_ServerMessage, tag="cancelling"):
+    """What a cancellation found: ``cancelling``, or the terminal state that the generation has already."""
+
+    session: str
+    generation: str
+    state: str
+
+
+class Error(_ServerMessage, tag="error"):
+    """What a client said cannot be done, as problem details. ``retry_after``: seconds, where repeating may help."""
+
+    problem: Any
+    session: str | None = None
+    retry_after: int | None = None
+
+
+_Said = Subscribe | Credit | Ack | Unsubscribe | StartGeneration | Cancel | Ping | Pong
+_KINDS: Final = ", ".join(str(kind.__struct_config__.tag) for kind in _Said.__args__)
+_REFUSALS: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError, OverflowError)
+
+
+class _Labels(msgspec.Struct):
+    """What can be read of a message that is wrong."""
+
+    id: Any = None
+    type: Any = None
+    session: Any = None
+
+
+class Unreadable(NamedTuple):
+    """A message that means nothing here. ``slug``: what is wrong, as the stable end of a problem's type."""
+
+    slug: str
+    detail: str
+    id: RequestId | None = None
+
+
+class Dialect:
+    """One subprotocol: how messages become bytes, and back. ``text``: they travel in text frames."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.text = name == JSON
+        codec = msgspec.json if self.text else msgspec.msgpack
+        self._decoder: Any = codec.Decoder(_Said)
+        self._labels: Any = codec.Decoder(_Labels)
+        self._encoder: Any = codec.Encoder()
+
+    def encode(self, message: msgspec.Struct) -> bytes:
+        """Return a message's bytes."""
+        data: bytes = self._encoder.encode(message)
+        return data
+
+    def decode(self, data: str | bytes) -> Any:
+        """Return what a client says, or an `Unreadable`; never raises."""
+        if isinstance(data, str) != self.text:
+            frames = "text frames with JSON" if self.text else "binary frames with MessagePack"
+            return Unreadable("wrong-frame", f"{self.name} is spoken in {frames}")
+        try:
+            return self._decoder.decode(data)
+        except _REFUSALS as error:
+            return self._explain(data, error)
+
+    def _explain(self, data: str | bytes, error: Exception) -> Unreadable:
+        try:
+            labels: _Labels = self._labels.decode(data)
+        except _REFUSALS:
+            notation = "JSON" if self.text else "MessagePack"
+            return Unreadable("unreadable-message", f"the message is no {notation} object: {error}")
+        id_ = labels.id if isinstance(labels.id, str | int) and len(str(labels.id)) <= 100 else None
+        if f"Invalid value {labels.type!r}" in str(error) or not isinstance(labels.type, str):
+            shown = repr(labels.type)[:40]
+            return Unreadable("unknown-type", f"type {shown} is not one of: {_KINDS}", id_)
+        return Unreadable("bad-message", str(error), id_)

@@ -1,0 +1,320 @@
+"""One WebSocket: what its client asks, answered; its subscriptions; and how it ends."""
+
+import asyncio
+from typing import Any, Final, NamedTuple
+
+import msgspec
+import structlog
+
+from schemas.cursor import InvalidCursor
+from services.delivery import metrics
+from services.delivery.answers import named, reach
+from services.delivery.core.pace import Pace
+from services.delivery.core.websocket import (
+    Accepted,
+    Ack,
+    Cancel,
+    Cancelling,
+    Credit,
+    End,
+    Error,
+    Ping,
+    Pong,
+    RequestId,
+    StartGeneration,
+    Subscribe,
+    Subscribed,
+    Unreadable,
+    Unsubscribe,
+)
+from services.delivery.core.websocket_events import Formats, frame_message, place_of
+from services.delivery.hub import Hub
+from services.delivery.intake import GenerationWish, Intake
+from services.delivery.streams import LAST_WRITE_SECONDS, Streams, Wish
+from services.delivery.transports.websocket_outlet import Outlet
+from services.delivery.transports.websocket_subscription import Subscription
+from services.kit.auth.principal import Principal, authorize
+from services.kit.problem import Problem
+
+__all__ = ["CLOSES", "Connection", "Desk"]
+
+log = structlog.get_logger()
+SUBSCRIPTIONS: Final = 64
+OPERATIONS: Final = 8
+RATE: Final = 200.0
+BURST: Final = 400.0
+COSTLY: Final = 10.0  # what is wrong or asks the broker for something counts as so many messages
+SILENT_HEARTBEATS: Final = 3.0
+KEY_LIMIT: Final = 200
+CLOSES: Final[dict[str, tuple[int, str]]] = {
+    "drain": (1001, "this replica stops: connect again"),
+    "lifetime": (1001, "sockets do not last for ever: connect again"),
+    "too-large": (1009, "the message is larger than allowed"),
+    "failed": (1011, "the error has been logged"),
+    "expired": (4401, "the credentials have expired"),
+    "silent": (4408, "no pong came"),
+    "evicted": (4408, "nothing was read for too long"),
+}
+_ENDS: Final = {"complete": "complete", "terminal": "complete", "gap": "gap", "failed": "failed"}
+_EXPENSIVE: Final = (Subscribe, StartGeneration, Cancel, Unreadable)
+
+
+class Desk(NamedTuple):
+    """What all sockets of a process share. ``max_message``: bytes of one message."""
+
+    hub: Hub
+    streams: Streams
+    intake: Intake
+    max_message: int
+
+
+class Connection:
+    """Serves one accepted socket; `look_after` is to be called about every second."""
+
+    def __init__(self, desk: Desk, principal: Principal, formats: Formats, outlet: Outlet) -> None:
+        self._desk = desk
+        self._principal = principal
+        self._formats = formats
+        self._dialect = formats.dialect
+        self._outlet = outlet
+        self._clock = desk.hub.clock
+        now = self._clock.monotonic()
+        self._until, self._until_reason = desk.hub.end_of(principal.expires_at)
+        self._pace = Pace(RATE, BURST, now)
+        self._heard_at = self._asked_at = now
+        self._pings = 0
+        self._subscriptions: dict[str, Subscription] = {}  # bounded by SUBSCRIPTIONS
+        self._operations: set[asyncio.Task[None]] = set()  # bounded by OPERATIONS
+        self._over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    async def run(self, receive: Any) -> str:
+        """Serve the socket to its end; return why it ended."""
+        reading = asyncio.create_task(self._read(receive), name="websocket-reader")
+        try:
+            await asyncio.wait({reading, self._over}, return_when=asyncio.FIRST_COMPLETED)
+            if self._over.done():
+                return self._over.result()
+            return reading.result()
+        finally:
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+
+    def stop(self, reason: str) -> None:
+        """End the socket; the first reason holds."""
+        if not self._over.done():
+            self._over.set_result(reason)
+
+    async def end(self, reason: str) -> None:
+        """End what still goes on, so that every subscription says where it stood."""
+        if reason in ("too-large", "failed"):
+            reason = "disconnected"
+        tasks = {s.task for s in self._subscriptions.values() if s.task is not None}
+        for subscription in list(self._subscriptions.values()):
+            subscription.finish(reason)
+        if reason in ("evicted", "silent"):
+            return
+        if tasks | self._operations:
+            await asyncio.wait(tasks | self._operations, timeout=2 * LAST_WRITE_SECONDS)
+        await self._outlet.flush(LAST_WRITE_SECONDS)
+
+    async def abandon(self) -> None:
+        """Give up what has not ended by itself."""
+        tasks = {s.task for s in self._subscriptions.values() if s.task is not None} | self._operations
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def look_after(self, now: float) -> None:
+        """Ask the client whether it is there, and end the socket when its time is over."""
+        limits = self._desk.hub.limits
+        if self._outlet.blocked_at is not None and now - self._outlet.blocked_at > limits.stall:
+            self.stop("evicted")
+        elif self._desk.hub.draining:
+            self.stop("drain")
+        elif now > self._until:
+            self.stop(self._until_reason)
+        elif now - self._heard_at > SILENT_HEARTBEATS * limits.heartbeat:
+            self.stop("silent")
+        elif now - self._asked_at >= limits.heartbeat:
+            self._pings += 1
+            self._asked_at = now
+            self._outlet.offer([self._message(Ping(id=self._pings))])
+
+    def _message(self, message: msgspec.Struct) -> dict[str, Any]:
+        return frame_message(self._dialect.encode(message), self._dialect.text)
+
+    async def _say(self, message: msgspec.Struct) -> None:
+        await self._outlet.send([self._message(message)])
+
+    async def _read(self, receive: Any) -> str:
+        while True:
+            message = await receive()
+            if message["type"] == "websocket.disconnect":
+                return "disconnected"
+            self._heard_at = self._clock.monotonic()
+            text = message.get("text")
+            data: str | bytes = (message.get("bytes") or b"") if text is None else text
+            if len(data) > self._desk.max_message:
+                return "too-large"
+            said = self._dialect.decode(data)
+            metrics.SOCKET_MESSAGES.labels(type(said).__name__.lower()).inc()
+            wait = self._pace.take(COSTLY if isinstance(said, _EXPENSIVE) else 1.0, self._heard_at)
+            if wait:
+                metrics.SOCKET_THROTTLED.inc()
+                await asyncio.sleep(wait)
+            try:
+                await self._take(said)
+            except Problem as problem:
+                await self._say(_error(problem, said.id, getattr(said, "session", None)))
+            except ConnectionError:
+                return "disconnected"
+
+    async def _take(self, said: Any) -> None:
+        match said:
+            case Ack():
+                self._acknowledge(said)
+            case Credit():
+                self._subscription(said.session).grant(said.events, said.bytes)
+            case Subscribe():
+                self._subscribe(said)
+            case Unsubscribe():
+                subscription = self._subscription(said.session)
+                subscription.unsubscribed = True
+                subscription.finish("disconnected")
+            case StartGeneration():
+                await self._operate(said, self._start(said))
+            case Cancel():
+                await self._operate(said, self._cancel(said))
+            case Ping():
+                await self._say(Pong(id=said.id))
+            case Pong():
+                self._take_pong(said)
+            case Unreadable():
+                raise Problem(400, said.detail, slug=said.slug)
+
+    def _take_pong(self, pong: Pong) -> None:
+        if pong.id == self._pings:
+            for subscription in self._subscriptions.values():
+                subscription.trip(self._heard_at - self._asked_at)
+
+    def _subscription(self, session: str) -> Subscription:
+        found = self._subscriptions.get(session)
+        if found is None:
+            raise Problem(404, f"this socket has no subscription of session {session[:80]!r}")
+        return found
+
+    def _acknowledge(self, said: Ack) -> None:
+        subscription = self._subscription(said.session)
+        try:
+            place = place_of(said.cursor)
+        except InvalidCursor as error:
+            raise Problem(400, str(error), slug="cursor-invalid", title="The cursor is not valid here") from error
+        subscription.acked(place)
+
+    def _subscribe(self, said: Subscribe) -> None:
+        if said.credit is not None and said.window is not None:
+            raise Problem(400, "a subscription has either `credit` or a `window`")
+        wish = Wish.read(said.session, generation=said.generation, after=said.after, from_=said.from_)
+        if said.session in self._subscriptions:
+            raise Problem(409, f"this socket reads session {said.session!r} already: unsubscribe first")
+        if len(self._subscriptions) >= SUBSCRIPTIONS:
+            raise Problem(429, f"a socket has at most {SUBSCRIPTIONS} subscriptions", slug="too-many-subscriptions")
+        subscription = Subscription(self._outlet, self._clock.monotonic, said.credit, auto=said.window is not None)
+        self._subscriptions[said.session] = subscription
+        subscription.task = asyncio.create_task(self._follow(said.id, wish, subscription))
+
+    async def _follow(self, id_: RequestId | None, wish: Wish, subscription: Subscription) -> None:
+        reason = "disconnected"
+        try:
+            stream = await self._desk.streams.open(self._principal, wish)
+            at = stream.feed.address
+            cursor = at.cursor(stream.feed.last_seq if stream.seq is None else stream.seq).decode()
+            await self._say(Subscribed(id=id_, session=wish.session, cursor=cursor))
+            reason = "complete"
+            if stream.seq is not None:
+                format_ = self._formats.of(wish.session)
+                reason = await self._desk.streams.serve(stream, subscription.send, format_, subscription.joined)
+        except asyncio.CancelledError:
+            if not subscription.unsubscribed:
+                raise
+        except ConnectionError:
+            return
+        except Problem as problem:
+            await self._say_if_open(_error(problem, id_, wish.session))
+            return
+        except Exception:
+            log.exception("subscription failed", session=wish.session)
+            reason = "failed"
+        finally:
+            del self._subscriptions[wish.session]
+        await self._part(wish, reason, subscription)
+
+    async def _part(self, wish: Wish, reason: str, subscription: Subscription) -> None:
+        """Say that a subscription is over, where it can neither be resumed nor is the socket over with it."""
+        ended = "unsubscribed" if subscription.unsubscribed and reason == "disconnected" else _ENDS.get(reason)
+        if ended is not None:
+            await self._say_if_open(End(session=wish.session, reason=ended, generation=wish.generation))
+        elif reason in ("drain", "evicted", "expired"):
+            self.stop(reason)
+
+    async def _say_if_open(self, message: msgspec.Struct) -> None:
+        try:
+            await self._say(message)
+        except ConnectionError:
+            return
+
+    async def _operate(self, said: Any, operation: Any) -> None:
+        """Do what asks the broker beside everything else; with too many of those, read no further for now."""
+        while len(self._operations) >= OPERATIONS:
+            await asyncio.wait(self._operations, return_when=asyncio.FIRST_COMPLETED)
+        task = asyncio.create_task(self._answered(said, operation))
+        self._operations.add(task)
+        task.add_done_callback(self._operations.discard)
+
+    async def _answered(self, said: Any, operation: Any) -> None:
+        answer: msgspec.Struct
+        try:
+            answer = await operation
+        except Problem as problem:
+            answer = _error(problem, said.id, said.session)
+        except Exception:
+            log.exception("request over a socket failed", session=said.session)
+            answer = _error(Problem(500, "the error has been logged"), said.id, said.session)
+        await self._say_if_open(answer)
+
+    async def _start(self, said: StartGeneration) -> msgspec.Struct:
+        named("session", said.session)
+        principal = authorize(self._principal, "start", said.session)
+        key = said.idempotency_key
+        if key is not None and not 0 < len(key) <= KEY_LIMIT:
+            raise Problem(400, f"idempotency_key must have 1 to {KEY_LIMIT} characters")
+        wish = _generation_wish(said.request)
+        accepted = self._desk.intake.accept(principal, said.session, wish, key)
+        generation, cursor, repeated = await reach(accepted)
+        return Accepted(
+            id=said.id, session=said.session, generation=generation, cursor=cursor, state="queued", repeated=repeated
+        )
+
+    async def _cancel(self, said: Cancel) -> msgspec.Struct:
+        named("session", said.session)
+        named("generation", said.generation)
+        principal = authorize(self._principal, "cancel", said.session)
+        state = await reach(self._desk.intake.cancel(principal.tenant, said.session, said.generation))
+        return Cancelling(id=said.id, session=said.session, generation=said.generation, state=state)
+
+
+def _error(problem: Problem, id_: RequestId | None, session: str | None) -> Error:
+    retry = problem.headers.get("Retry-After", "")
+    return Error(id=id_, problem=problem.details, session=session, retry_after=int(retry) if retry.isdigit() else None)
+
+
+def _generation_wish(request: Any) -> GenerationWish:
+    """Return the body of a request; by way of JSON, since MessagePack can hold what no provider can be sent.
+
+    Raises:
+        Problem: 400, it is no such body.
+    """
+    try:
+        return msgspec.json.decode(msgspec.json.encode(request), type=GenerationWish)
+    except (msgspec.MsgspecError, TypeError, ValueError, RecursionError) as error:
+        raise Problem(400, f"request: {error}") from error

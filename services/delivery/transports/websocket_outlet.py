@@ -1,0 +1,123 @@
+"""What leaves over one WebSocket: whole messages in the order in which they found a place, written by one task."""
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final
+
+__all__ = ["Outlet"]
+
+BOUND: Final = 65_536
+Messages = Sequence[dict[str, Any]]
+
+
+def _size(messages: Messages) -> int:
+    return sum(len(message.get("text") or message.get("bytes") or b"") for message in messages)
+
+
+class Outlet:
+    """Takes ASGI messages of several subscriptions, and writes them while its block runs.
+
+    At most `BOUND` bytes wait, or one write that is larger; whoever has more waits for its turn, which is how a client
+    that does not read is felt. The server's ``send`` is never called while it is under way.
+    """
+
+    def __init__(self, send: Callable[[Any], Awaitable[None]]) -> None:
+        self._send = send
+        self._loop = asyncio.get_running_loop()
+        self._queue: deque[dict[str, Any]] = deque()  # bounded by BOUND
+        self._size = 0
+        self._turns: deque[asyncio.Future[None]] = deque()  # one for each subscription and operation at most
+        self._wake = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._closed = False
+        self._writer: asyncio.Task[None] | None = None
+        self.blocked_at: float | None = None
+
+    async def __aenter__(self) -> "Outlet":
+        self._writer = asyncio.create_task(self._run(), name="websocket-outlet")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._writer is not None:
+            self._writer.cancel()
+            await asyncio.gather(self._writer, return_exceptions=True)
+        self._close()
+
+    async def send(self, messages: Messages) -> None:
+        """Take messages; wait while there is no room for them.
+
+        Raises:
+            ConnectionError: the socket is closed.
+        """
+        if self._turns or self._size >= BOUND:
+            await self._turn()
+        try:
+            if self._closed:
+                raise ConnectionResetError("the socket is closed")
+            self._put(messages)
+        finally:
+            self._next_turn()
+
+    def offer(self, messages: Messages) -> bool:
+        """Take messages if nobody else waits; tell whether they were taken."""
+        if self._closed or self._turns or self._size >= BOUND:
+            return False
+        self._put(messages)
+        return True
+
+    async def flush(self, seconds: float) -> bool:
+        """Wait until all is written, at most so long; tell whether it is."""
+        try:
+            async with asyncio.timeout(seconds):
+                while (self._queue or self._turns) and not self._closed:
+                    await self._idle.wait()
+                    await asyncio.sleep(0)
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return not self._closed
+
+    def _put(self, messages: Messages) -> None:
+        self._queue.extend(messages)
+        self._size += _size(messages)
+        self._idle.clear()
+        self._wake.set()
+
+    async def _turn(self) -> None:
+        turn: asyncio.Future[None] = self._loop.create_future()
+        self._turns.append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            self._turns.remove(turn)
+            self._next_turn()
+            raise
+        self._turns.popleft()
+
+    def _next_turn(self) -> None:
+        if self._turns and (self._size < BOUND or self._closed) and not self._turns[0].done():
+            self._turns[0].set_result(None)
+
+    def _close(self) -> None:
+        self._closed = True
+        self._queue.clear()
+        self._idle.set()
+        self._next_turn()
+
+    async def _run(self) -> None:
+        try:
+            while True:
+                await self._wake.wait()
+                self._wake.clear()
+                while self._queue:
+                    message = self._queue.popleft()
+                    self.blocked_at = self._loop.time()
+                    await self._send(message)
+                    self.blocked_at = None
+                    self._size -= _size((message,))
+                    self._next_turn()
+                self._idle.set()
+        except (OSError, RuntimeError):  # the client is gone
+            self._close()

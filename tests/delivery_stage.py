@@ -16,6 +16,7 @@ from schemas.topology import Topology
 from schemas.usage import Usage
 from services.delivery.app import Settings, build_app
 from services.delivery.hub import Hub
+from services.kit.auth.setup import build_authenticator
 from services.kit.broker import Broker
 from services.kit.clock import SystemClock
 from services.kit.http import serving
@@ -53,8 +54,10 @@ async def delivering(url: str, *, shared: Shared | None = None, **settings: Any)
     async with Broker.connect(url, "test-delivery") as broker:
         await broker.apply(shared.topology())
         hub = Hub(broker, SystemClock(), shared.partitions, own.limits())
+        authenticator = build_authenticator(shared, own.host, broker, hub.clock)
         async with (
-            serving(build_app(hub, shared, own), own.host, own.port, grace=2),
+            authenticator.running(),
+            serving(build_app(hub, shared, own, authenticator), own.host, own.port, grace=2),
             httpx.AsyncClient(timeout=SILENCE) as http,
         ):
             sweeper = asyncio.create_task(hub.run())

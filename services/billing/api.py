@@ -5,13 +5,14 @@ from typing import Annotated, Any, Final
 
 import msgspec
 from litestar import Litestar, Request, Response, Router, get
-from litestar.config.cors import CORSConfig
 from litestar.datastructures import State
 from litestar.openapi import OpenAPIConfig, ResponseSpec
 from litestar.openapi.spec import Example
 from litestar.params import PathParameter, QueryParameter
 
 from schemas.names import InvalidName, check_name
+from services.billing.adapters.imports import Imports
+from services.billing.adapters.prices import Prices
 from services.billing.adapters.reports import Reports, Totals
 from services.billing.core.question import (
     BUCKETS,
@@ -26,7 +27,10 @@ from services.billing.core.question import (
     write_page,
 )
 from services.billing.errors import LedgerUnavailable
+from services.billing.money_api import put_prices, put_usage, show_prices
+from services.billing.terms import CurrentTerms
 from services.billing.views import GenerationUsage, SessionUsage, UsageReport, UsageRow, view
+from services.kit.auth.rules import REFUSALS, SECURITY, caller, cors, needs
 from services.kit.http import Check, probes
 from services.kit.problem import EXCEPTION_HANDLERS, Problem, ProblemDetails
 
@@ -35,6 +39,7 @@ __all__ = ["build_api"]
 DEFAULT_LIMIT: Final = 100
 _PROBLEMS: Final = {
     400: ResponseSpec(ProblemDetails, description="A parameter is not valid", media_type="application/problem+json"),
+    **REFUSALS,
     503: ResponseSpec(
         ProblemDetails, description="The database does not answer", media_type="application/problem+json"
     ),
@@ -56,6 +61,7 @@ _MOMENTS: Final = [Example(summary="a day, UTC", value="2026-01-31"), Example(va
     operation_id="generation_usage",
     tags=["usage"],
     responses={**_PROBLEMS, **_NOT_FOUND},
+    **needs("usage"),
 )
 async def generation_usage(
     request: Request[Any, Any, Any],
@@ -64,8 +70,9 @@ async def generation_usage(
 ) -> GenerationUsage:
     """Counted and reported tokens, how they compare, and how the generation ended. Counts run while it streams."""
     _only(request, ())
-    found = await _reports(state).generation(state.tenant, _name("generation", generation))
-    if found is None:
+    principal = caller(request)
+    found = await _reports(state).generation(principal.tenant, _name("generation", generation))
+    if found is None or not principal.reaches(found.session):
         raise Problem(404, f"billing has seen no generation {generation!r}")
     return view(found)
 
@@ -76,6 +83,7 @@ async def generation_usage(
     operation_id="session_usage",
     tags=["usage"],
     responses={**_PROBLEMS, **_NOT_FOUND},
+    **needs("usage"),
 )
 async def session_usage(
     request: Request[Any, Any, Any],
@@ -86,25 +94,26 @@ async def session_usage(
 ) -> SessionUsage:
     """Sums over the session, and its generations in the order of their start, paged."""
     _only(request, ("limit", "cursor"))
-    filters = Filters(tenant=state.tenant, session=_name("session", session))
+    principal = caller(request)
+    filters = Filters(tenant=principal.tenant, session=_name("session", session))
     after = parse_page(filters, cursor, (int, str))
     reports = _reports(state)
     totals = await reports.totals(filters)
-    if not totals.generations:
+    if not totals.generations or not principal.reaches(session):
         raise Problem(404, f"billing has seen no session {session!r}")
     found = await reports.generations(filters, after, limit + 1)
     page, rest = found[:limit], found[limit:]
     following = write_page(filters, (page[-1].started_at, page[-1].generation)) if rest else None
     return SessionUsage(
         session=session,
-        tenant=state.tenant,
+        tenant=principal.tenant,
         totals=totals,
         generations=[view(g) for g in page],
         next=following,
     )
 
 
-@get("/", summary="Usage by group", operation_id="usage", tags=["usage"], responses=_PROBLEMS)
+@get("/", summary="Usage by group", operation_id="usage", tags=["usage"], responses=_PROBLEMS, **needs("usage"))
 async def usage(
     *,
     request: Request[Any, Any, Any],
@@ -131,11 +140,12 @@ async def usage(
 ) -> UsageReport:
     """Sums of tokens over generations, in one row or by group, in the order of the groups' keys."""
     _only(request, ("from", "to", "tenant", "model", "provider", "status", "session", "group_by", "limit", "cursor"))
+    principal = caller(request)
     dimensions = parse_group_by(group_by)
     filters = Filters(
         start=parse_moment("from", from_),
         end=parse_moment("to", to),
-        tenant=state.tenant,
+        tenant=principal.tenant,
         model=model,
         provider=provider,
         status=parse_status(status),
@@ -144,7 +154,9 @@ async def usage(
     if filters.start is not None and filters.end is not None and filters.start >= filters.end:
         raise BadQuestion("to: it must be after from")
     after = parse_page((filters, dimensions), cursor, [int if d in BUCKETS else str for d in dimensions])
-    if tenant not in (None, state.tenant):
+    if session is None and not principal.reaches_all:
+        raise Problem(403, "the credentials reach only some sessions: ask with session=")
+    if tenant not in (None, principal.tenant) or (session is not None and not principal.reaches(session)):
         # What another tenant used is not told, and not even whether there is one.
         return UsageReport(group_by=list(dimensions), rows=[], next=None)
     if not dimensions:
@@ -202,17 +214,34 @@ def _answer(problem: Problem) -> Response[bytes]:
     )
 
 
-def build_api(reports: Reports, tenant: str, checks: Mapping[str, Check], cors_origins: Sequence[str] = ()) -> Litestar:
-    """Return the ASGI application. Answers are those of ``tenant``; ``checks`` make up readiness."""
+def build_api(
+    reports: Reports,
+    checks: Mapping[str, Check],
+    cors_origins: Sequence[str] = (),
+    terms: CurrentTerms | None = None,
+) -> Litestar:
+    """Return the ASGI application, to stand behind an entrance that tells who calls; ``checks`` make up readiness.
+
+    ``terms``: those that the service settles by, for what an export would change.
+    """
+    prices = Prices(reports.engine)
+    money = {"prices": prices, "imports": Imports(reports.engine), "terms": terms or CurrentTerms(prices)}
     return Litestar(
         logging_config=None,  # logs are set up once, by the service
-        route_handlers=[Router("/v1/usage", route_handlers=[generation_usage, session_usage, usage]), probes(checks)],
-        state=State({"reports": reports, "tenant": tenant}),
+        route_handlers=[
+            Router("/v1/usage", route_handlers=[generation_usage, session_usage, usage]),
+            show_prices,
+            put_prices,
+            put_usage,
+            probes(checks),
+        ],
+        state=State({"reports": reports, **money}),
         exception_handlers={**EXCEPTION_HANDLERS, BadQuestion: _refuse, LedgerUnavailable: _postpone},
-        cors_config=CORSConfig(allow_origins=list(cors_origins), allow_methods=["GET"]) if cors_origins else None,
+        cors_config=cors(cors_origins, ["GET", "POST", "PUT", "PATCH", "DELETE"]),
         openapi_config=OpenAPIConfig(
             title="Tailrace billing",
             version="1",
-            description="What generations used: counted by Tailrace, reported by providers, and how the two compare.",
+            components=SECURITY,
+            description="What generations used and cost: counted by Tailrace, reported by providers, and charged.",
         ),
     )

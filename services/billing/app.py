@@ -15,11 +15,13 @@ import tenacity
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from services.billing import metrics
+from services.billing.adapters.budgets import Budgets
 from services.billing.adapters.database import create_folder, database_url, migrate, open_engine, sqlite_url
 from services.billing.adapters.ledger import Ledger
 from services.billing.adapters.prices import Prices
 from services.billing.adapters.reports import Reports
 from services.billing.adapters.tail import Tail
+from services.billing.admission import Admission
 from services.billing.api import build_api
 from services.billing.consumer import Consumer
 from services.billing.core.charging import Basis, Charging
@@ -27,6 +29,8 @@ from services.billing.core.reconciliation import Policy, Tolerance
 from services.billing.errors import LedgerUnavailable
 from services.billing.price_loading import load_price_file
 from services.billing.terms import CurrentTerms
+from services.kit.auth.entrance import entering
+from services.kit.auth.setup import authenticating
 from services.kit.broker import Broker, BrokerUnavailable
 from services.kit.clock import SystemClock
 from services.kit.http import serving
@@ -50,6 +54,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     at most so many events and begins at most so long after the first of them. ``hold``: how long after a crash of the
     process that reads a partition another one takes over.
 
+    ``reservation``: how long what was reserved in a budget waits for a generation that does not begin.
+
     ``prices``: a price file (TOML or CSV) that becomes the price book when its content is a new one. ``partial``: by
     which numbers generations are charged that failed, were cancelled or interrupted; ``tenant_partial``: the same for
     single tenants, as ``tenant=policy``. ``missing``: the same for completed ones whose provider never reported.
@@ -70,6 +76,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     batch: Annotated[int, msgspec.Meta(ge=1, le=20_000)] = 10_000
     interval: Annotated[float, msgspec.Meta(gt=0, le=10)] = 0.5
     hold: Annotated[float, msgspec.Meta(ge=1)] = 5.0
+    reservation: Positive = 3_600.0
     connections: Annotated[int, msgspec.Meta(ge=1)] = 512
     cors_origins: list[str] = []
 
@@ -149,19 +156,29 @@ async def main(stop: asyncio.Event, env: Mapping[str, str] = os.environ) -> None
         async def connected() -> bool:
             return broker.is_connected
 
-        api = build_api(
-            Reports(engine), shared.tenant, {"broker": connected, "database": database}, settings.cors_origins
-        )
-        async with serving(api, settings.host, settings.port, connections=settings.connections):
+        prices = Prices(engine)
+        terms = CurrentTerms(prices, settings.policy(), settings.charging())
+        checks = {"broker": connected, "database": database}
+        api = build_api(Reports(engine), checks, settings.cors_origins, terms)
+        async with (
+            authenticating(shared, settings.host, broker, SystemClock()) as authenticator,
+            serving(
+                entering(api, authenticator, settings.cors_origins),
+                settings.host,
+                settings.port,
+                connections=settings.connections,
+            ),
+        ):
             log.info("billing listens", host=settings.host, port=settings.port, database=url.get_backend_name())
             if not await _migrated(engine, stop):
                 return
-            prices = Prices(engine)
             if settings.prices is not None:
                 await load_price_file(prices, Path(settings.prices), SystemClock())
             migrated.set()
-            terms = CurrentTerms(prices, settings.policy(), settings.charging())
-            await _consume(broker, ledger, shared, settings, terms, stop)
+            admission = Admission(broker, Budgets(engine), terms, SystemClock(), keep=settings.reservation)
+            async with asyncio.TaskGroup() as group:
+                group.create_task(admission.run(stop), name="budgets")
+                group.create_task(_consume(broker, ledger, shared, settings, terms, stop), name="consumers")
     log.info("billing has stopped")
 
 

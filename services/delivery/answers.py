@@ -8,13 +8,16 @@ from litestar.openapi.datastructures import ResponseSpec
 
 from schemas.names import InvalidName, check_name
 from services.delivery.errors import Unknown
+from services.kit.auth.principal import Principal
+from services.kit.auth.rules import REFUSALS
 from services.kit.broker import BrokerUnavailable
 from services.kit.problem import Problem, ProblemDetails
 
-__all__ = ["PROBLEMS", "Accepted", "Links", "accepted", "named", "reach"]
+__all__ = ["PROBLEMS", "Accepted", "Links", "accepted", "named", "own", "reach"]
 
 PROBLEMS: Final = {
     400: ResponseSpec(ProblemDetails, description="Not valid", media_type="application/problem+json"),
+    **REFUSALS,
     404: ResponseSpec(ProblemDetails, description="No such thing", media_type="application/problem+json"),
     503: ResponseSpec(ProblemDetails, description="The broker is away", media_type="application/problem+json"),
 }
@@ -62,6 +65,18 @@ def named(role: str, value: str) -> None:
         check_name(role, value)
     except InvalidName as error:
         raise Problem(400, str(error)) from error
+
+
+def own(principal: Principal, session: str) -> str:
+    """Return a session's name, which must be one of the principal's.
+
+    Raises:
+        Problem: 400 for what is no name, 404 for a session that is none of its own.
+    """
+    named("session", session)
+    if not principal.reaches(session):
+        raise Problem(404, f"there is no session {session!r}")
+    return session
 
 
 async def reach(call: Any) -> Any:

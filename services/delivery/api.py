@@ -10,11 +10,12 @@ from litestar.params import Body, FromPath, FromQuery, HeaderParameter, QueryPar
 
 from schemas.events import type_of
 from schemas.requests import GenerationRecord
-from services.delivery.answers import PROBLEMS, Accepted, accepted, named, reach
+from services.delivery.answers import PROBLEMS, Accepted, accepted, named, own, reach
 from services.delivery.core.transcript import ToolCallText
 from services.delivery.errors import Unknown
 from services.delivery.intake import GenerationWish, Intake
 from services.delivery.lookups import Lookups
+from services.kit.auth.rules import caller, needs
 from services.kit.broker import BrokerUnavailable
 from services.kit.problem import Problem, problem_bytes
 
@@ -85,12 +86,12 @@ class CancelState(msgspec.Struct):
     state: str
 
 
-def router(intake: Intake, lookups: Lookups, tenant: str) -> Router:
-    """Return the routes under ``/v1``, for one tenant."""
-    return Router("/v1", route_handlers=[*_requests(intake, tenant), *_views(lookups, tenant)])
+def router(intake: Intake, lookups: Lookups) -> Router:
+    """Return the routes of sessions and generations under ``/v1``."""
+    return Router("/v1", route_handlers=[*_requests(intake), *_views(lookups)])
 
 
-def _requests(intake: Intake, tenant: str) -> list[HTTPRouteHandler]:
+def _requests(intake: Intake) -> list[HTTPRouteHandler]:
     @post(
         "/sessions/{session:str}/generations",
         status_code=202,
@@ -99,16 +100,19 @@ def _requests(intake: Intake, tenant: str) -> list[HTTPRouteHandler]:
         responses=PROBLEMS,
         exception_handlers={UnicodeDecodeError: _unreadable, RecursionError: _unreadable},
         tags=["generations"],
+        **needs("start"),
     )
     async def create_generation(
+        request: Request[Any, Any, Any],
         session: FromPath[str],
         data: Annotated[GenerationWish, Body(examples=[Example(summary="A question", value=_EXAMPLE)])],
         idempotency_key: Annotated[str | None, HeaderParameter(name="Idempotency-Key", required=False)] = None,
     ) -> Response[Accepted]:
-        named("session", session)
+        principal = caller(request)
+        own(principal, session)
         if idempotency_key is not None and not 0 < len(idempotency_key) <= _KEY_LIMIT:
             raise Problem(400, f"Idempotency-Key must have 1 to {_KEY_LIMIT} characters")
-        return accepted(session, *await reach(intake.accept(tenant, session, data, idempotency_key)))
+        return accepted(session, *await reach(intake.accept(principal, session, data, idempotency_key)))
 
     @post(
         "/sessions/{session:str}/generations/{generation:str}/cancel",
@@ -117,22 +121,36 @@ def _requests(intake: Intake, tenant: str) -> list[HTTPRouteHandler]:
         operation_id="cancelGeneration",
         responses=PROBLEMS,
         tags=["generations"],
+        **needs("cancel"),
     )
-    async def cancel_generation(session: FromPath[str], generation: FromPath[str]) -> Response[CancelState]:
-        named("session", session)
+    async def cancel_generation(
+        request: Request[Any, Any, Any], session: FromPath[str], generation: FromPath[str]
+    ) -> Response[CancelState]:
+        principal = caller(request)
+        own(principal, session)
         named("generation", generation)
-        state = await reach(intake.cancel(tenant, session, generation))
+        state = await reach(intake.cancel(principal.tenant, session, generation))
         return Response(CancelState(generation, state), status_code=202 if state == "cancelling" else 200)
 
     return [create_generation, cancel_generation]
 
 
-def _views(lookups: Lookups, tenant: str) -> list[HTTPRouteHandler]:
-    @get("/sessions", summary="List sessions", operation_id="listSessions", responses=PROBLEMS, tags=["sessions"])
+def _views(lookups: Lookups) -> list[HTTPRouteHandler]:
+    @get(
+        "/sessions",
+        summary="List sessions",
+        operation_id="listSessions",
+        responses=PROBLEMS,
+        tags=["sessions"],
+        **needs("read"),
+    )
     async def list_sessions(
-        limit: Annotated[int, QueryParameter(ge=1, le=1_000)] = 100, after: FromQuery[str | None] = None
+        request: Request[Any, Any, Any],
+        limit: Annotated[int, QueryParameter(ge=1, le=1_000)] = 100,
+        after: FromQuery[str | None] = None,
     ) -> SessionList:
-        records = await reach(lookups.recent(tenant))
+        principal = caller(request)
+        records = [r for r in await reach(lookups.recent(principal.tenant)) if principal.reaches(r.session)]
         return _page(_summaries(records), limit, after)
 
     @get(
@@ -141,10 +159,11 @@ def _views(lookups: Lookups, tenant: str) -> list[HTTPRouteHandler]:
         operation_id="getSession",
         responses=PROBLEMS,
         tags=["sessions"],
+        **needs("read"),
     )
-    async def get_session(session: FromPath[str]) -> SessionView:
-        named("session", session)
-        records = await reach(lookups.of_session(tenant, session))
+    async def get_session(request: Request[Any, Any, Any], session: FromPath[str]) -> SessionView:
+        principal = caller(request)
+        records = await reach(lookups.of_session(principal.tenant, own(principal, session)))
         if not records:
             raise Problem(404, f"there is no session {session!r}")
         return SessionView(session, sorted(records, key=lambda r: r.created_at))
@@ -155,11 +174,15 @@ def _views(lookups: Lookups, tenant: str) -> list[HTTPRouteHandler]:
         operation_id="getGeneration",
         responses=PROBLEMS,
         tags=["generations"],
+        **needs("read"),
     )
-    async def get_generation(session: FromPath[str], generation: FromPath[str]) -> GenerationView:
-        named("session", session)
+    async def get_generation(
+        request: Request[Any, Any, Any], session: FromPath[str], generation: FromPath[str]
+    ) -> GenerationView:
+        principal = caller(request)
+        own(principal, session)
         named("generation", generation)
-        view: GenerationView = await reach(view_of(lookups, tenant, session, generation))
+        view: GenerationView = await reach(view_of(lookups, principal.tenant, session, generation))
         return view
 
     return [list_sessions, get_session, get_generation]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 import msgspec
-from litestar import Litestar, MediaType, Request, Response, get, route
+from litestar import Litestar, MediaType, Request, Response, asgi, get, route
 from litestar.datastructures import CacheControlHeader
 from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import ScalarRenderPlugin
@@ -14,20 +14,22 @@ from litestar.static_files import create_static_files_router
 from litestar.types import ASGIApp
 
 from schemas.requests import GenerationRecord
+from services.delivery.admission import Admission, Fallback
 from services.delivery.api import router
 from services.delivery.consumers.api import consumers_router
 from services.delivery.consumers.registry import Consumers
 from services.delivery.consumers.registry import Limits as ConsumerLimits
 from services.delivery.dead_api import dead_router
 from services.delivery.describe import describe_streams
-from services.delivery.keys_api import keys_router
 from services.delivery.hub import Hub, Limits
 from services.delivery.intake import Intake
+from services.delivery.keys_api import keys_router
 from services.delivery.lookups import Lookups
 from services.delivery.streams import Streams
 from services.delivery.tickets_api import tickets_router
 from services.delivery.transports.bodies import reading_bodies
 from services.delivery.transports.sse import RAW_SEND, SessionEvents
+from services.delivery.transports.websocket import WebSockets
 from services.kit.auth.authenticator import Authenticator
 from services.kit.auth.entrance import entering
 from services.kit.auth.principal import PRINCIPAL
@@ -55,7 +57,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     ``connections``: how many requests and streams one process serves at once. ``feed_bytes``: events kept in memory for
     one session. ``consumers``: durable consumers of one tenant; each goes after ``consumer_inactive`` without a reader
-    (0: never), and keeps at most ``consumer_dead`` dead events. ``cors_origins``: origins whose pages may call this API.
+    (0: never), and keeps at most ``consumer_dead`` dead events. ``cors_origins``: origins whose pages may call
+    this API. ``budget_output``: output tokens that a request is taken to need at most when it does not say.
+    ``budget_fallback``: whether tenants with budgets may start anything while billing does not answer.
     ``billing_url`` and ``console_models`` are handed to the console page.
     """
 
@@ -75,9 +79,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     consumer_dead: Annotated[int, msgspec.Meta(ge=1)] = 1_000
     ticket: Annotated[float, msgspec.Meta(ge=1, le=300)] = 60.0
     cors_origins: tuple[str, ...] = ()
+    budget_output: Annotated[int, msgspec.Meta(ge=1)] = 4_096
+    budget_fallback: Fallback = "refuse"
     console: bool = True
     console_models: tuple[str, ...] = ("scripted/story",)
     billing_url: str | None = None
+
+    def admission(self, hub: Hub) -> Admission:
+        """Return what asks for room in budgets."""
+        return Admission(hub.broker, hub.clock, output=self.budget_output, fallback=self.budget_fallback)
 
     def limits(self) -> Limits:
         """Return the hub's bounds."""
@@ -112,7 +122,11 @@ async def main(stop: asyncio.Event) -> None:
         async with (
             authenticating(shared, settings.host, broker, clock) as authenticator,
             serving(
-                build_app(hub, shared, settings, authenticator), settings.host, settings.port, connections=settings.connections),
+                build_app(hub, shared, settings, authenticator),
+                settings.host,
+                settings.port,
+                connections=settings.connections,
+            ),
             asyncio.TaskGroup() as group,
         ):
             sweeper = group.create_task(hub.run())
@@ -124,12 +138,18 @@ async def main(stop: asyncio.Event) -> None:
 def build_app(hub: Hub, shared: Shared, settings: Settings, authenticator: Authenticator) -> Any:
     """Return the ASGI application."""
     lookups = Lookups(hub.broker, hub.clock, hub.partition)
-    intake = Intake(hub.broker, hub, lookups, hub.clock, shared.pool)
-    events = SessionEvents(Streams(hub, lookups))
+    intake = Intake(hub.broker, hub, lookups, hub.clock, shared.pool, settings.admission(hub))
+    streams = Streams(hub, lookups)
+    events = SessionEvents(streams)
+    sockets = WebSockets(hub, streams, intake, max_message=settings.max_body)
 
     @get("/v1/sessions/{session:str}/events", include_in_schema=False)
     async def session_events(request: Request[Any, Any, Any]) -> ASGIApp:
         return await events.open(request.scope)
+
+    @asgi("/v1/ws", copy_scope=False)
+    async def websocket(scope: Any, receive: Any, send: Any) -> None:
+        await sockets(scope, receive, send)
 
     async def connected() -> bool:
         return hub.broker.is_connected and not hub.draining
@@ -140,6 +160,7 @@ def build_app(hub: Hub, shared: Shared, settings: Settings, authenticator: Authe
         keys_router(authenticator, hub.clock),
         tickets_router(authenticator, hub.clock, settings.ticket),
         session_events,
+        websocket,
         consumers_router(Consumers(hub, settings.consumer_limits())),
         probes({"broker": connected}),
     ]
@@ -169,8 +190,7 @@ def build_app(hub: Hub, shared: Shared, settings: Settings, authenticator: Authe
         refused = isinstance(scope.get(PRINCIPAL), Problem)  # then nothing of the body is kept
         await (refusing if refused else reading)(scope, receive, send)
 
-    local = authenticator.everybody is not None and shared.auth != "insecure"
-    guarded = entering(app, authenticator, settings.cors_origins, local=local)
+    guarded = entering(app, authenticator, settings.cors_origins)
 
     async def outermost(scope: Any, receive: Any, send: Any) -> None:
         scope[RAW_SEND] = send  # streams write their body past the wrappers that every ordinary answer needs

@@ -12,6 +12,7 @@ from schemas.requests import Request
 from schemas.subjects import dead_filter, dead_subject
 from schemas.topology import DEAD
 from services.delivery.errors import Unknown
+from services.kit.auth.principal import Principal
 from services.kit.broker import Broker, BrokerUnavailable
 
 __all__ = ["REASON", "Dead", "DeadRequests"]
@@ -43,14 +44,15 @@ class Dead(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DeadRequests:
-    """The dead requests of a tenant in a pool, and those of which nobody can tell whose they are.
+    """The dead requests of a principal in a pool.
 
+    Those of which nobody can tell whose they are, or of which session, are for who may administer.
     Every method raises `BrokerUnavailable` when the broker does not answer.
     """
 
-    def __init__(self, broker: Broker, tenant: str, pool: str) -> None:
+    def __init__(self, broker: Broker, principal: Principal, pool: str) -> None:
         self._broker = broker
-        self._tenant = tenant
+        self._principal = principal
         self._pool = pool
 
     async def page(self, limit: int, after: int) -> tuple[list[Dead], int | None]:
@@ -62,10 +64,12 @@ class DeadRequests:
         async for batch in self._broker.read(DEAD, dead_filter(self._pool), after + 1):
             for stored in batch:
                 if self._is_foreign(_owner(stored.data)):
-                    continue
+                    continue  # without a further question to the broker
                 dead = await self._last(stored.subject)
                 if dead is None or dead.seq != stored.seq:
                     continue  # removed meanwhile, or put aside twice: the later one counts
+                if not self._reaches(dead):
+                    continue
                 if len(found) == limit:
                     return found, found[-1].seq
                 found.append(dead)
@@ -78,7 +82,7 @@ class DeadRequests:
             Unknown: there is none, or it is another tenant's.
         """
         dead = await self._last(dead_subject(self._pool, generation))
-        if dead is None or self._is_foreign(dead.tenant):
+        if dead is None or self._is_foreign(dead.tenant) or not self._reaches(dead):
             raise Unknown(f"there is no dead request of a generation {generation!r}")
         return dead
 
@@ -90,7 +94,13 @@ class DeadRequests:
             raise BrokerUnavailable(f"cannot remove a dead request: {error!r}") from error
 
     def _is_foreign(self, tenant: str | None) -> bool:
-        return tenant not in (None, self._tenant)
+        return tenant not in (None, self._principal.tenant)
+
+    def _reaches(self, dead: Dead) -> bool:
+        principal = self._principal
+        if dead.tenant is None or dead.request is None:
+            return "admin" in principal.scopes and principal.reaches_all
+        return principal.reaches(dead.request.session)
 
     async def _last(self, subject: str) -> Dead | None:
         try:

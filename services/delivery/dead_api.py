@@ -1,8 +1,10 @@
 """The HTTP API of requests that no producer could run: look at them, send them again, remove them."""
 
-from typing import Annotated, Final
+from collections.abc import Callable
+from typing import Annotated, Any, Final
 
 import msgspec
+from litestar import Request as HttpRequest
 from litestar import Response, Router, delete, get, post
 from litestar.handlers import HTTPRouteHandler
 from litestar.openapi.datastructures import ResponseSpec
@@ -13,6 +15,9 @@ from schemas.requests import Request
 from services.delivery.answers import PROBLEMS, Accepted, accepted, named, reach
 from services.delivery.dead import Dead, DeadRequests
 from services.delivery.intake import GenerationWish, Intake
+from services.kit.auth.principal import Principal
+from services.kit.auth.rules import caller, needs
+from services.kit.broker import Broker
 from services.kit.problem import Problem, ProblemDetails
 
 __all__ = ["DeadRequest", "DeadRequestList", "DeadRequestView", "dead_router"]
@@ -84,23 +89,33 @@ _REFUSED: Final = ResponseSpec(
 )
 
 
-def dead_router(intake: Intake, dead: DeadRequests, tenant: str) -> Router:
-    """Return the routes under ``/v1/requests/dead``, for one tenant."""
-    handlers = [*_views(dead), *_changes(intake, dead, tenant)]
+_Requests = Callable[[Principal], DeadRequests]
+
+
+def dead_router(intake: Intake, broker: Broker, pool: str) -> Router:
+    """Return the routes under ``/v1/requests/dead``."""
+
+    def requests(principal: Principal) -> DeadRequests:
+        return DeadRequests(broker, principal, pool)
+
+    handlers = [*_views(requests), *_changes(intake, requests)]
     return Router("/v1/requests/dead", route_handlers=handlers, tags=["dead requests"])
 
 
-def _views(dead: DeadRequests) -> list[HTTPRouteHandler]:
+def _views(requests: _Requests) -> list[HTTPRouteHandler]:
     @get(
         "/",
         summary="List requests that no producer could run",
         operation_id="listDeadRequests",
         responses=PROBLEMS | {200: _example(DeadRequestList, {"requests": [_LINE], "next": None})},
+        **needs("read"),
     )
     async def list_dead(
-        limit: Annotated[int, QueryParameter(ge=1, le=_LIMIT)] = 50, after: FromQuery[str | None] = None
+        request: HttpRequest[Any, Any, Any],
+        limit: Annotated[int, QueryParameter(ge=1, le=_LIMIT)] = 50,
+        after: FromQuery[str | None] = None,
     ) -> DeadRequestList:
-        found, more = await reach(dead.page(limit, _sequence(after)))
+        found, more = await reach(requests(caller(request)).page(limit, _sequence(after)))
         return DeadRequestList([_line(each) for each in found], str(more) if more else None)
 
     @get(
@@ -108,39 +123,45 @@ def _views(dead: DeadRequests) -> list[HTTPRouteHandler]:
         summary="A request that no producer could run",
         operation_id="getDeadRequest",
         responses=PROBLEMS | {200: _example(DeadRequestView, _LINE | {"request": _REQUEST, "raw": None})},
+        **needs("read"),
     )
-    async def get_dead(generation: FromPath[str]) -> DeadRequestView:
+    async def get_dead(request: HttpRequest[Any, Any, Any], generation: FromPath[str]) -> DeadRequestView:
         named("generation", generation)
-        return _view(await reach(dead.get(generation)))
+        return _view(await reach(requests(caller(request)).get(generation)))
 
     return [list_dead, get_dead]
 
 
-def _changes(intake: Intake, dead: DeadRequests, tenant: str) -> list[HTTPRouteHandler]:
+def _changes(intake: Intake, requests: _Requests) -> list[HTTPRouteHandler]:
     @post(
         "/{generation:str}/resend",
         status_code=202,
         summary="Send a dead request again, as a new generation",
         operation_id="resendDeadRequest",
         responses=PROBLEMS | {202: _example(Accepted, _RESENT), 422: _REFUSED},
+        **needs("start"),
     )
-    async def resend_dead(generation: FromPath[str]) -> Response[Accepted]:
+    async def resend_dead(request: HttpRequest[Any, Any, Any], generation: FromPath[str]) -> Response[Accepted]:
         named("generation", generation)
-        request, wish = _again(await reach(dead.get(generation)))
+        principal = caller(request)
+        dead = requests(principal)
+        again, wish = _again(await reach(dead.get(generation)))
         # The key makes two wishes at once, and a wish repeated because removing had failed, one new generation. No
         # client can send such a key.
-        queued = await reach(intake.accept(tenant, request.session, wish, f"resend\0{generation}"))
+        queued = await reach(intake.accept(principal, again.session, wish, f"resend\0{generation}"))
         await reach(dead.drop(generation))
-        return accepted(request.session, *queued)
+        return accepted(again.session, *queued)
 
     @delete(
         "/{generation:str}",
         summary="Remove a dead request for good",
         operation_id="dropDeadRequest",
         responses=PROBLEMS,
+        **needs("cancel"),
     )
-    async def drop_dead(generation: FromPath[str]) -> None:
+    async def drop_dead(request: HttpRequest[Any, Any, Any], generation: FromPath[str]) -> None:
         named("generation", generation)
+        dead = requests(caller(request))
         await reach(dead.get(generation))
         await reach(dead.drop(generation))
 

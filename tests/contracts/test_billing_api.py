@@ -12,6 +12,8 @@ from services.billing import metrics
 from services.billing.adapters.ledger import Ledger
 from services.billing.adapters.reports import Reports
 from services.billing.api import build_api
+from services.kit.auth.entrance import entering
+from services.kit.auth.principal import Principal
 from services.kit.http import serving
 from tests.billing_histories import START
 from tests.conftest import free_port
@@ -22,6 +24,13 @@ __all__ = ["database", "engine", "postgres_server", "postgres_url"]
 HOUR = 3_600.0
 DAY = 24 * HOUR
 ORIGIN = "http://127.0.0.1:8080"
+
+
+class Everybody:
+    is_local = False
+
+    async def authenticate(self, authorization: str | None, ticket: str | None = None) -> Principal:
+        return Principal(tenant="default", operator=True)
 
 
 async def fill(engine: AsyncEngine) -> None:
@@ -47,7 +56,8 @@ async def client(engine: AsyncEngine) -> AsyncIterator[httpx.AsyncClient]:
     async def yes() -> bool:
         return True
 
-    app = build_api(Reports(engine), "default", {"broker": yes, "database": ledger.answers}, [ORIGIN])
+    api = build_api(Reports(engine), {"broker": yes, "database": ledger.answers}, [ORIGIN])
+    app = entering(api, Everybody())
     port = free_port()
     async with serving(app, "127.0.0.1", port), httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
         yield client

@@ -4,7 +4,7 @@ import hashlib
 import hmac
 import re
 import secrets
-from typing import Annotated, Any, Final, NamedTuple
+from typing import Annotated, Final, NamedTuple
 
 import msgspec
 

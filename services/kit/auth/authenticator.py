@@ -21,13 +21,23 @@ _SCHEME: Final = "bearer"
 
 
 class Authenticator:
-    """Tells who calls. ``everybody``: who everyone is where no credentials are asked for; ``None`` asks for them."""
+    """Tells who calls. ``everybody``: who everyone is where no credentials are asked for; ``None`` asks for them.
+
+    ``is_local``: they are not asked for because only this machine reaches the service.
+    """
 
     def __init__(
-        self, clock: Clock, keys: KeyTable, tokens: JwtVerifier | None = None, everybody: Principal | None = None
+        self,
+        clock: Clock,
+        keys: KeyTable,
+        tokens: JwtVerifier | None = None,
+        *,
+        everybody: Principal | None = None,
+        is_local: bool = False,
     ) -> None:
         self.keys = keys
         self.everybody = everybody
+        self.is_local = is_local
         self._clock = clock
         self._tokens = tokens
 
@@ -47,9 +57,7 @@ class Authenticator:
             raise Problem(401, str(refused), headers={"WWW-Authenticate": challenge}) from None
         except BrokerUnavailable:
             metrics.REFUSED.labels("unavailable").inc()
-            raise Problem(
-                503, "the credentials cannot be checked now", headers={"Retry-After": "1"}
-            ) from None
+            raise Problem(503, "the credentials cannot be checked now", headers={"Retry-After": "1"}) from None
         return principal
 
     def on_revoked(self, callback: Callable[[frozenset[str]], None]) -> None:
@@ -121,5 +129,8 @@ class Authenticator:
         """Refuse a ticket whose own credential is not valid any more."""
         if principal.expires_at is not None and principal.expires_at <= self._clock.wall():
             raise CredentialRefused("ticket_expired", "the credential that the ticket was asked for with has expired")
-        if principal.key.startswith(KEY_PREFIX) and await self.keys.find(principal.key.removeprefix(KEY_PREFIX)) is None:
+        if (
+            principal.key.startswith(KEY_PREFIX)
+            and await self.keys.find(principal.key.removeprefix(KEY_PREFIX)) is None
+        ):
             raise CredentialRefused("revoked", "the API key that the ticket was asked for with is revoked")

@@ -5,15 +5,14 @@ for `principal_of` to raise where errors become answers that pages of other orig
 """
 
 from collections.abc import Iterable
-from typing import Any, Final
+from typing import Any, Final, Protocol
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
-from services.kit.auth.authenticator import Authenticator
-from services.kit.auth.principal import CHALLENGE, PRINCIPAL
-from services.kit.loopback import is_loopback
+from services.kit.auth.principal import CHALLENGE, PRINCIPAL, Principal
+from services.kit.loopback import is_address, is_loopback
 from services.kit.problem import Problem
 
-__all__ = ["entering", "is_public"]
+__all__ = ["Authenticating", "entering", "is_public"]
 
 _PUBLIC: Final = frozenset({"/", "/healthz", "/readyz", "/metrics"})
 _PUBLIC_BELOW: Final = ("/console/", "/docs", "/schema")
@@ -32,17 +31,27 @@ _API_HEADERS: Final = (
 )
 
 
+class Authenticating(Protocol):
+    """What tells who calls; see `services.kit.auth.authenticator.Authenticator`."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether nobody is asked for credentials, for only this machine reaches the service."""
+
+    async def authenticate(self, authorization: str | None, ticket: str | None = None) -> Principal:
+        """Return who calls, or raise `Problem`."""
+
+
 def is_public(path: str) -> bool:
     """Tell whether a path is open to everybody: the probes, the page and its parts, and the API's description."""
     return path in _PUBLIC or path.startswith(_PUBLIC_BELOW)
 
 
-def entering(app: Any, authenticator: Authenticator, origins: Iterable[str] = (), *, local: bool = False) -> Any:
+def entering(app: Any, authenticator: Authenticating, origins: Iterable[str] = ()) -> Any:
     """Return ``app`` (ASGI) behind its entrance.
 
-    ``local``: nobody is asked for credentials, for only this machine reaches the service. Then requests that a browser
-    sends on behalf of a page from elsewhere are refused, unless its origin is one of ``origins``; for those of a page
-    cannot be told from those of the person before it.
+    Where only this machine reaches a service that asks nobody for credentials, requests that a browser sends on behalf
+    of a page from elsewhere are refused, unless its origin is one of ``origins``: they look like those of its user.
     """
     allowed = frozenset(origins)
 
@@ -54,7 +63,7 @@ def entering(app: Any, authenticator: Authenticator, origins: Iterable[str] = ()
         ticket = _take_ticket(scope)
         if not public:
             try:
-                if local:
+                if authenticator.is_local:
                     _check_is_local(scope, allowed)
                 scope[PRINCIPAL] = await authenticator.authenticate(_authorization(scope), ticket)
             except Problem as problem:
@@ -94,12 +103,25 @@ def _check_is_local(scope: Any, allowed: frozenset[str]) -> None:
         Problem: 403.
     """
     headers = dict(scope["headers"])
-    origin = headers.get(b"origin", b"").decode("latin-1")
-    if origin and origin not in allowed and not is_loopback(urlsplit(origin).hostname or ""):
-        raise Problem(403, "this origin may not call a service without credentials: see TAILRACE_…_CORS_ORIGINS")
     host = headers.get(b"host", b"").decode("latin-1")
-    if host and not is_loopback(urlsplit(f"//{host}").hostname or ""):
-        raise Problem(403, "a service without credentials is called by the name localhost or a loopback address")
+    name = _host_of(f"//{host}")
+    if host and not (is_loopback(name) or is_address(name)):
+        raise Problem(
+            403, "a service without credentials is called by its address or as localhost, not by another name"
+        )
+    origin = headers.get(b"origin", b"").decode("latin-1")
+    own = origin.partition("://")[2] == host
+    if origin and not (own or origin in allowed or is_loopback(_host_of(origin))):
+        raise Problem(
+            403, "pages of this origin may not call a service without credentials: see its setting cors_origins"
+        )
+
+
+def _host_of(url: str) -> str:
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""
 
 
 def _with_headers(send: Any, wanted: tuple[tuple[bytes, bytes], ...]) -> Any:

@@ -102,7 +102,9 @@ class KeySet:
                 raise ValueError("the key set has no key that can be used")
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError, RecursionError, AttributeError) as error:
             metrics.JWKS_FETCHES.labels("failed").inc()
-            log.warning("key set not fetched", host=urlsplit(self._url).hostname, detail=f"{type(error).__name__}: {error}")
+            log.warning(
+                "key set not fetched", host=urlsplit(self._url).hostname, detail=f"{type(error).__name__}: {error}"
+            )
             return
         metrics.JWKS_FETCHES.labels("ok").inc()
         self._keys, self._fetched_at = keys, self._clock.monotonic()

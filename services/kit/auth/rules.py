@@ -18,7 +18,9 @@ _CREDENTIALS: Final = "credentials"
 SECURITY: Final = Components(
     security_schemes={
         _CREDENTIALS: SecurityScheme(
-            type="http", scheme="bearer", description="An API key or a JSON web token; the scopes stand at each operation."
+            type="http",
+            scheme="bearer",
+            description="An API key or a JSON web token; the scopes stand at each operation.",
         )
     }
 )

@@ -55,7 +55,8 @@ def build_authenticator(shared: Shared, host: str, broker: Broker, clock: Clock)
     if problems:
         raise SettingsError(problems)
     everybody = None if needs_credentials(shared, host) else Principal(tenant=shared.tenant, operator=True)
-    return Authenticator(clock, keys, tokens, everybody)
+    is_local = everybody is not None and shared.auth != "insecure"
+    return Authenticator(clock, keys, tokens, everybody=everybody, is_local=is_local)
 
 
 def needs_credentials(shared: Shared, host: str) -> bool:

@@ -64,9 +64,7 @@ def read_ticket(secret: bytes, ticket: str) -> Principal:
     if len(ticket) > MAX_LENGTH:
         raise CredentialRefused("ticket", "the ticket is not valid")
     try:
-        claims = jwt.decode(
-            ticket, secret, algorithms=["HS256"], audience=_AUDIENCE, leeway=LEEWAY, options=_OPTIONS
-        )
+        claims = jwt.decode(ticket, secret, algorithms=["HS256"], audience=_AUDIENCE, leeway=LEEWAY, options=_OPTIONS)
         content = msgspec.convert(claims, _Content)
     except jwt.ExpiredSignatureError:
         raise CredentialRefused("ticket_expired", "the ticket has expired: ask for a new one") from None

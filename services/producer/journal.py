@@ -52,7 +52,7 @@ class Journal:
 
     def now(self) -> float:
         """Return the time to stamp events with, in seconds since 1970."""
-        return round(self._clock.wall(), 6)
+        return int(self._clock.wall() * 1e6) / 1e6  # `round` costs five times as much
 
     async def append(self, events: list[AnyEvent]) -> None:
         """Append events; wait only for the first append of all, and while the window is full.

@@ -10,7 +10,7 @@ import pytest
 
 from schemas.requests import Message
 from services.kit.clock import SystemClock
-from services.producer.adapters.http_upstream import upstream_session
+from services.producer.adapters.http_upstream import HttpStream, upstream_session
 from services.producer.adapters.upstreams import build_upstream
 from services.producer.core.parts import End, Part, Text, UpstreamFailure
 from services.producer.core.registry import Provider, Secret
@@ -261,3 +261,37 @@ async def test_a_call_that_cannot_be_said_is_refused_without_asking(session: aio
         assert provider.asked == []
     assert error.failure.code == "upstream_bad_request"
     assert not error.failure.recoverable
+
+
+async def test_a_reader_that_is_behind_stops_the_connection_and_reading_starts_it_again_once(
+    session: aiohttp.ClientSession,
+) -> None:
+    """Holds aiohttp to what `StreamConnector` leans on: that reading says so each time, and whether it was stopped."""
+    chunk = b'data: {"choices":[{"index":0,"delta":{"content":"%s"}}]}\n\n' % (b"x" * 1_000)
+    replay = Replay([chunk] * 3_000 + [b"data: [DONE]\n\n"])
+    async with providing(replay) as provider, upstream(session, provider.url).open(call()) as stream:
+        assert isinstance(stream, HttpStream)
+        assert stream._response.connection is not None
+        protocol: Any = stream._response.connection.protocol
+        resumed: list[bool] = []
+        resume = protocol.transport.resume_reading
+
+        class Watched:
+            def __getattr__(self, name: str) -> Any:
+                return getattr(transport, name)
+
+            def resume_reading(self) -> None:
+                resumed.append(transport.is_reading())
+                resume()
+
+        transport, protocol.transport = protocol.transport, Watched()
+        await eventually(lambda: protocol._reading_paused)
+        length = 0
+        async with asyncio.timeout(20):
+            while (parts := await stream.read()) is not None:
+                length += sum(len(part.text) for part in parts if isinstance(part, Text))
+                if any(isinstance(part, End) for part in parts):
+                    break
+    assert length == 3_000_000
+    assert resumed
+    assert not any(resumed), "a connection that reads is not told to read"

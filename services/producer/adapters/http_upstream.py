@@ -11,6 +11,7 @@ import msgspec
 from schemas.usage import Usage
 from services.kit.clock import Clock
 from services.kit.telemetry import scrub
+from services.producer.adapters.http_reading import StreamConnector
 from services.producer.core.dialects import Dialect, HttpCall, Parser, UntranslatableCall
 from services.producer.core.dialects.openrouter import late_usage
 from services.producer.core.parts import Part, UpstreamFailure
@@ -31,7 +32,7 @@ def upstream_session(limit: int = 0) -> aiohttp.ClientSession:
 
     Must be called in a running event loop, and closed by the caller.
     """
-    connector = aiohttp.TCPConnector(limit=limit, ttl_dns_cache=60, socket_factory=_socket_with_keepalive)
+    connector = StreamConnector(limit=limit, ttl_dns_cache=60, socket_factory=_socket_with_keepalive)
     return aiohttp.ClientSession(
         connector=connector,
         cookie_jar=aiohttp.DummyCookieJar(),

@@ -73,7 +73,12 @@ class SseDecoder:
             data = b"".join((*self._pieces, data))
             self._pieces.clear()
             self._held = 0
-        blocks = data.split(b"\n\n")
+        # Nearly always each event is one line and every second line is empty: to cut at single bytes costs half as much.
+        blocks = data.split(b"\n")
+        if len(blocks) % 2 == 0 or any(blocks[1::2]):
+            blocks = data.split(b"\n\n")
+        else:
+            blocks = blocks[::2]
         rest = blocks.pop()
         if len(data) > self._limit and max(map(len, blocks)) > self._limit:
             raise OversizedEvent(self._limit)
@@ -82,7 +87,7 @@ class SseDecoder:
             self._hold(rest)
         events: list[tuple[bytes, bytes]] = []
         for block in blocks:
-            if block.startswith(b"data: ") and b"\n" not in block:
+            if block[:6] == b"data: " and b"\n" not in block:
                 events.append((b"", block[6:]))
             elif block:
                 _parse(block, events)

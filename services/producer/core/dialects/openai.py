@@ -39,7 +39,7 @@ class _ToolCall(msgspec.Struct):
     function: _Function | None = None
 
 
-class _Delta(msgspec.Struct):
+class _Delta(msgspec.Struct, gc=False):  # a tree from JSON has no cycles for a collector to find
     content: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
@@ -47,7 +47,7 @@ class _Delta(msgspec.Struct):
     tool_calls: list[_ToolCall] | None = None
 
 
-class _Choice(msgspec.Struct):
+class _Choice(msgspec.Struct, gc=False):
     index: int = 0
     delta: _Delta | None = None
     finish_reason: str | None = None
@@ -70,7 +70,7 @@ class _Usage(msgspec.Struct):
     cost: Decimal | None = None
 
 
-class _Chunk(msgspec.Struct):
+class _Chunk(msgspec.Struct, gc=False):
     choices: list[_Choice] | None = None
     created: float | None = None
     id: str | None = None

@@ -46,17 +46,13 @@ class EventParser(ABC):
             self.end(malformed(error))
             events = []
         for name, payload in events:
-            if not self._take(name, payload):
-                break
+            if name == COMMENT:
+                self.joined.add(Alive())
+            elif payload:
+                try:
+                    self.read(payload)
+                except (ValueError, RecursionError) as error:
+                    self.end(malformed(error, payload))
+                if self._ended:
+                    break
         return self.joined.take()
-
-    def _take(self, name: bytes, payload: bytes) -> bool:
-        """Take one event and tell whether the answer goes on."""
-        if name == COMMENT:
-            self.joined.add(Alive())
-        elif payload:
-            try:
-                self.read(payload)
-            except (ValueError, RecursionError) as error:
-                self.end(malformed(error, payload))
-        return not self._ended

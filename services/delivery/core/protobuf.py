@@ -32,7 +32,7 @@ __all__ = ["PROTOBUF", "Batch", "ProtobufFrames", "item", "item_read"]
 
 _FRAMES: Final = b"\x0a"  # field 1, with a length: ReadResponse.frames, AttachResponse.items, Frame.event
 _CURSOR: Final = b"\x52"  # Event.cursor: field 10, with a length
-_CURSOR_BYTES: Final = 32
+_CURSOR_ENDS: Final = ((32, b"R "), (41, b"R)"))  # length of a cursor, and its field's tag with that length
 _ID: Final = b"\x0a"  # Item.id: field 1
 _READ: Final = b"\x12"  # Item.read: field 2
 
@@ -57,14 +57,15 @@ class ProtobufFrames:
     def frame(self, entry: Entry, at: Address) -> bytes:
         """Return one event; what cannot be put into typed fields is carried as the stored JSON."""
         event = _typed(entry.data).SerializeToString()
-        cursor = at.cursor(entry.seq)
+        cursor = at.after(entry)
         return _piece(_FRAMES, _piece(_FRAMES, event + _piece(_CURSOR, cursor)))
 
     def message(self, frames: Sequence[bytes], *, ends: bool) -> Batch:
         """Return a batch of these frames."""
-        events = [frame for frame in frames if _is_event(frame)]
-        cursor = events[-1][-_CURSOR_BYTES:] if events else b""
-        return Batch(b"".join(frames), len(events), sum(map(len, events)), cursor)
+        cursors = [_cursor(frame) for frame in frames]
+        sizes = [len(frame) for frame, cursor in zip(frames, cursors, strict=True) if cursor]
+        cursor = next((cursor for cursor in reversed(cursors) if cursor), b"")
+        return Batch(b"".join(frames), len(sizes), sum(sizes), cursor)
 
     def opening(self, at: Address) -> bytes:
         """Return nothing: the call's initial metadata says that it is open."""
@@ -110,9 +111,12 @@ def _piece(tag: bytes, data: bytes) -> bytes:
     return tag + length + data
 
 
-def _is_event(frame: bytes) -> bool:
-    # Only an event ends with a cursor's field: its tag and length are "R ", and no name or reason has a space.
-    return frame[-_CURSOR_BYTES - 2 : -_CURSOR_BYTES] == b"R "
+def _cursor(frame: bytes) -> bytes:
+    """Return the cursor that an event's frame ends with; nothing else ends so, for names hold neither " " nor ")"."""
+    for length, field in _CURSOR_ENDS:
+        if frame[-length - 2 : -length] == field:
+            return frame[-length:]
+    return b""
 
 
 def _typed(data: bytes) -> pb.Event:

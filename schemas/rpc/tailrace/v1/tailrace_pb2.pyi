@@ -17,16 +17,20 @@ BEGIN_START: Begin
 BEGIN_LIVE: Begin
 
 class ReadRequest(_message.Message):
-    __slots__ = ("session", "generation", "after", "begin")
+    __slots__ = ("session", "generation", "after", "begin", "granularity", "coalesce_ms")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     AFTER_FIELD_NUMBER: _ClassVar[int]
     BEGIN_FIELD_NUMBER: _ClassVar[int]
+    GRANULARITY_FIELD_NUMBER: _ClassVar[int]
+    COALESCE_MS_FIELD_NUMBER: _ClassVar[int]
     session: str
     generation: str
     after: str
     begin: Begin
-    def __init__(self, session: _Optional[str] = ..., generation: _Optional[str] = ..., after: _Optional[str] = ..., begin: _Optional[_Union[Begin, str]] = ...) -> None: ...
+    granularity: str
+    coalesce_ms: int
+    def __init__(self, session: _Optional[str] = ..., generation: _Optional[str] = ..., after: _Optional[str] = ..., begin: _Optional[_Union[Begin, str]] = ..., granularity: _Optional[str] = ..., coalesce_ms: _Optional[int] = ...) -> None: ...
 
 class ReadResponse(_message.Message):
     __slots__ = ("frames",)
@@ -290,12 +294,14 @@ class AttachRequest(_message.Message):
     def __init__(self, id: _Optional[str] = ..., subscribe: _Optional[_Union[Subscribe, _Mapping]] = ..., credit: _Optional[_Union[Credit, _Mapping]] = ..., ack: _Optional[_Union[Ack, _Mapping]] = ..., unsubscribe: _Optional[_Union[Unsubscribe, _Mapping]] = ..., start: _Optional[_Union[StartRequest, _Mapping]] = ..., cancel: _Optional[_Union[CancelRequest, _Mapping]] = ...) -> None: ...
 
 class Subscribe(_message.Message):
-    __slots__ = ("read", "window")
+    __slots__ = ("read", "credit", "auto_window")
     READ_FIELD_NUMBER: _ClassVar[int]
-    WINDOW_FIELD_NUMBER: _ClassVar[int]
+    CREDIT_FIELD_NUMBER: _ClassVar[int]
+    AUTO_WINDOW_FIELD_NUMBER: _ClassVar[int]
     read: ReadRequest
-    window: Credit
-    def __init__(self, read: _Optional[_Union[ReadRequest, _Mapping]] = ..., window: _Optional[_Union[Credit, _Mapping]] = ...) -> None: ...
+    credit: Credit
+    auto_window: bool
+    def __init__(self, read: _Optional[_Union[ReadRequest, _Mapping]] = ..., credit: _Optional[_Union[Credit, _Mapping]] = ..., auto_window: _Optional[bool] = ...) -> None: ...
 
 class Credit(_message.Message):
     __slots__ = ("events", "bytes")
@@ -340,8 +346,10 @@ class Item(_message.Message):
     def __init__(self, id: _Optional[str] = ..., read: _Optional[_Union[ReadResponse, _Mapping]] = ..., subscribed: _Optional[_Union[Subscribed, _Mapping]] = ..., ended: _Optional[_Union[Ended, _Mapping]] = ..., start: _Optional[_Union[StartResponse, _Mapping]] = ..., cancel: _Optional[_Union[CancelResponse, _Mapping]] = ..., problem: _Optional[_Union[Problem, _Mapping]] = ...) -> None: ...
 
 class Subscribed(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("cursor",)
+    CURSOR_FIELD_NUMBER: _ClassVar[int]
+    cursor: str
+    def __init__(self, cursor: _Optional[str] = ...) -> None: ...
 
 class Ended(_message.Message):
     __slots__ = ("reason",)

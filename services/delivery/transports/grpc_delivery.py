@@ -1,0 +1,181 @@
+"""The methods of `tailrace.v1.Delivery`. Messages that stream are finished bytes: gRPC only carries them."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Final
+
+import grpc
+import msgspec
+
+from schemas.names import InvalidName, check_name
+from schemas.rpc.tailrace.v1 import tailrace_pb2 as pb
+from services.delivery.api import view_of
+from services.delivery.core.protobuf import PROTOBUF, Batch
+from services.delivery.intake import GenerationWish, Intake
+from services.delivery.lookups import Lookups
+from services.delivery.streams import Streams
+from services.delivery.transports.grpc_attach import TOO_SLOW, Attachment, Operation, wish_of
+from services.delivery.transports.grpc_outbox import Outbox
+from services.delivery.transports.grpc_problems import answering
+from services.kit.auth.principal import Principal, authorize
+from services.kit.problem import Problem
+
+__all__ = ["SERVICE", "Authenticate", "Delivery"]
+
+SERVICE: Final = pb.DESCRIPTOR.services_by_name["Delivery"].full_name
+KEY_LIMIT: Final = 200
+LAST_WRITE_SECONDS: Final = 5.0
+
+Authenticate = Callable[[str | None], Awaitable[Principal]]
+"""Returns who calls, by the value of `authorization`; raises `Problem` 401 or 503."""
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class Delivery:
+    """What may be asked over gRPC, over the same streams, look-ups and queue as over HTTP."""
+
+    def __init__(self, streams: Streams, lookups: Lookups, intake: Intake, authenticate: Authenticate) -> None:
+        self._streams = streams
+        self._lookups = lookups
+        self._intake = intake
+        self._authenticate = authenticate
+        self._attachments: set[Attachment] = set()
+
+    def handlers(self) -> grpc.GenericRpcHandler:
+        """Return the methods, with their requests decoded and their answers as bytes."""
+        return grpc.method_handlers_generic_handler(
+            SERVICE,
+            {
+                "Read": grpc.unary_stream_rpc_method_handler(self.read, pb.ReadRequest.FromString),
+                "Attach": grpc.stream_stream_rpc_method_handler(self.attach, pb.AttachRequest.FromString),
+                "Start": self._unary("Start", self.start, pb.StartRequest),
+                "Cancel": self._unary("Cancel", self.cancel, pb.CancelRequest),
+                "GetGeneration": self._unary("GetGeneration", self.generation, pb.GetGenerationRequest),
+            },
+        )
+
+    def drain(self) -> None:
+        """Let calls of `Attach` end, once their subscriptions have been told to."""
+        for attachment in self._attachments:
+            attachment.drain()
+
+    async def read(self, request: pb.ReadRequest, context: Context) -> None:
+        """Serve one stream to its end."""
+        async with answering("Read", context):
+            stream = await self._streams.open(await self._principal(context), wish_of(request))
+            await context.send_initial_metadata(())
+            if stream.seq is None:
+                return
+            async with Outbox(context.write) as outbox:
+
+                async def send(batch: Batch) -> None:
+                    await outbox.put(batch.data)
+
+                if await self._streams.serve(stream, send, PROTOBUF) == "evicted":
+                    raise TOO_SLOW
+                if not await outbox.flush(LAST_WRITE_SECONDS):
+                    raise TOO_SLOW
+
+    async def attach(self, requests: AsyncIterator[pb.AttachRequest], context: Context) -> None:
+        """Serve one call of `Attach` to its end."""
+        async with answering("Attach", context):
+            principal = await self._principal(context)
+            await context.send_initial_metadata(())
+            async with Outbox(context.write) as outbox:
+                operations: dict[str, Operation] = {"start": self.start, "cancel": self.cancel}
+                attachment = Attachment(self._streams, principal, outbox, operations)
+                self._attachments.add(attachment)
+                try:
+                    await attachment.run(requests)
+                finally:
+                    self._attachments.discard(attachment)
+
+    async def start(self, principal: Principal, request: pb.StartRequest) -> pb.StartResponse:
+        """Queue a request for a generation.
+
+        Raises:
+            Problem: it is not valid, not allowed, or cannot be taken now.
+            BrokerUnavailable: nothing was queued.
+        """
+        _check("session", request.session)
+        authorize(principal, "start", request.session)
+        key = request.idempotency_key or None
+        if key is not None and len(key) > KEY_LIMIT:
+            raise Problem(400, f"idempotency_key must have at most {KEY_LIMIT} characters")
+        generation, cursor, repeated = await self._intake.accept(
+            principal, request.session, _generation_wish(request), key
+        )
+        return pb.StartResponse(
+            session=request.session, generation=generation, cursor=cursor, state="queued", repeated=repeated
+        )
+
+    async def cancel(self, principal: Principal, request: pb.CancelRequest) -> pb.CancelResponse:
+        """Ask for a generation to end.
+
+        Raises:
+            Problem: a name is not valid, or it is not allowed.
+            Unknown: there is no such generation.
+            BrokerUnavailable: the wish could not be noted.
+        """
+        _check("session", request.session)
+        _check("generation", request.generation)
+        authorize(principal, "cancel", request.session)
+        state = await self._intake.cancel(principal.tenant, request.session, request.generation)
+        return pb.CancelResponse(generation=request.generation, state=state)
+
+    async def generation(self, principal: Principal, request: pb.GetGenerationRequest) -> pb.Generation:
+        """Return a generation with what it has said so far.
+
+        Raises:
+            Problem: a name is not valid, or it is not allowed.
+            Unknown: there is no such generation.
+            BrokerUnavailable: the log cannot be read.
+        """
+        _check("session", request.session)
+        _check("generation", request.generation)
+        authorize(principal, "read", request.session)
+        view = await view_of(self._lookups, principal.tenant, request.session, request.generation)
+        return pb.Generation(
+            session=view.session,
+            generation=view.generation,
+            state=view.state,
+            text=view.text,
+            reasoning=view.reasoning,
+            finish_reason=view.finish_reason or "",
+            json=msgspec.json.encode(view),
+        )
+
+    def _unary(
+        self, name: str, method: Callable[[Principal, Any], Awaitable[Any]], request_type: type[Any]
+    ) -> "grpc.RpcMethodHandler[Any, Any]":
+        async def call(request: Any, context: Context) -> bytes:
+            async with answering(name, context):
+                answer = await method(await self._principal(context), request)
+            return bytes(answer.SerializeToString())
+
+        return grpc.unary_unary_rpc_method_handler(call, request_type.FromString)
+
+    async def _principal(self, context: Context) -> Principal:
+        for name, value in context.invocation_metadata() or ():
+            if name == "authorization":
+                return await self._authenticate(value if isinstance(value, str) else value.decode("latin-1"))
+        return await self._authenticate(None)
+
+
+def _check(role: str, value: str) -> None:
+    try:
+        check_name(role, value)
+    except InvalidName as error:
+        raise Problem(400, str(error)) from error
+
+
+def _generation_wish(request: pb.StartRequest) -> GenerationWish:
+    """Return the wish, checked by the rules of the body over HTTP."""
+    try:
+        options = msgspec.json.decode(request.options, type=dict[str, Any]) if request.options else {}
+        messages = [
+            msgspec.json.decode(m.json) if m.json else {"role": m.role, "content": m.content} for m in request.messages
+        ]
+        fields = {"model": request.model, "messages": messages, "metadata": dict(request.metadata)}
+        return msgspec.convert({**fields, **options}, GenerationWish)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Problem(400, f"the request is not valid: {error}") from error

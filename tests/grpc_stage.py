@@ -1,0 +1,127 @@
+"""Delivery over gRPC inside the test's own event loop, on a real broker and a real port, with real clients of it."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from schemas.rpc.tailrace.v1 import tailrace_pb2 as pb
+from services.delivery.admission import Admission
+from services.delivery.app import Settings
+from services.delivery.hub import Hub, Limits
+from services.delivery.intake import Intake
+from services.delivery.lookups import Lookups
+from services.delivery.streams import Streams
+from services.delivery.transports.grpc_delivery import Delivery
+from services.delivery.transports.grpc_server import serving_grpc
+from services.kit.auth.principal import Principal
+from services.kit.broker import Broker
+from services.kit.clock import SystemClock
+from services.kit.settings import Shared
+from tests.delivery_stage import TENANT
+
+PATH = "/tailrace.v1.Delivery/"
+
+
+class Client:
+    """Calls the service over one channel, as a generated stub does."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self.channel = channel
+        self.read = channel.unary_stream(PATH + "Read", pb.ReadRequest.SerializeToString, pb.ReadResponse.FromString)
+        self.attach = channel.stream_stream(
+            PATH + "Attach", pb.AttachRequest.SerializeToString, pb.AttachResponse.FromString
+        )
+        self.start = self._unary("Start", pb.StartRequest, pb.StartResponse)
+        self.cancel = self._unary("Cancel", pb.CancelRequest, pb.CancelResponse)
+        self.generation = self._unary("GetGeneration", pb.GetGenerationRequest, pb.Generation)
+
+    def _unary(self, name: str, request: Any, answer: Any) -> Any:
+        return self.channel.unary_unary(PATH + name, request.SerializeToString, answer.FromString)
+
+
+class GrpcStage:
+    """A running server. ``refuse`` is what credentials are checked with, where a test sets it."""
+
+    def __init__(self, hub: Hub, broker: Broker, delivery: Delivery, port: int) -> None:
+        self.hub = hub
+        self.broker = broker
+        self.delivery = delivery
+        self.port = port
+        self.target = f"127.0.0.1:{port}"
+
+    @asynccontextmanager
+    async def client(self, *options: tuple[str, Any]) -> AsyncIterator[Client]:
+        async with grpc.aio.insecure_channel(self.target, options=options) as channel:
+            yield Client(channel)
+
+
+async def anybody(_authorization: str | None) -> Principal:
+    return Principal(tenant=TENANT)
+
+
+@asynccontextmanager
+async def serving_calls(
+    url: str, *, limits: Limits | None = None, authenticate: Any = anybody, **options: Any
+) -> AsyncIterator[GrpcStage]:
+    """Run delivery over gRPC against the broker at ``url`` while the block runs."""
+    shared = Shared(nats_url=url)
+    async with Broker.connect(url, "test-delivery") as broker:
+        await broker.apply(shared.topology())
+        clock = SystemClock()
+        hub = Hub(broker, clock, shared.partitions, limits or Limits())
+        lookups = Lookups(broker, clock, hub.partition)
+        admission = Admission(broker, clock, output=4_096, fallback="refuse")
+        intake = Intake(broker, hub, lookups, clock, shared.pool, admission)
+        delivery = Delivery(Streams(hub, lookups), lookups, intake, authenticate)
+
+        async def ready() -> bool:
+            return broker.is_connected and not hub.draining
+
+        async with serving_grpc(delivery, "127.0.0.1", 0, ready=ready, **{"grace": 2.0} | options) as port:
+            sweeper = asyncio.create_task(hub.run())
+            try:
+                yield GrpcStage(hub, broker, delivery, port)
+            finally:
+                sweeper.cancel()
+                await asyncio.gather(sweeper, return_exceptions=True)
+                await hub.drain(1)
+
+
+class Read:
+    """What one call of `Read` has brought: events as (generation, seq), their cursors, and what else was said."""
+
+    def __init__(self) -> None:
+        self.events: list[pb.Event] = []
+        self.gaps: list[pb.Gap] = []
+        self.byes: list[pb.Bye] = []
+
+    @property
+    def keys(self) -> list[tuple[str, int]]:
+        return [(event.generation, event.seq) for event in self.events]
+
+    @property
+    def cursors(self) -> list[str]:
+        return [event.cursor for event in self.events]
+
+    def take(self, response: pb.ReadResponse) -> None:
+        for frame in response.frames:
+            match frame.WhichOneof("kind"):
+                case "event":
+                    self.events.append(frame.event)
+                case "gap":
+                    self.gaps.append(frame.gap)
+                case "bye":
+                    self.byes.append(frame.bye)
+
+    async def of(self, call: Any, count: int | None = None) -> "Read":
+        """Read a call until so many events are there in all, or to its end."""
+        while count is None or len(self.events) < count:
+            response = await asyncio.wait_for(call.read(), 15)
+            if response is grpc.aio.EOF:
+                break
+            self.take(response)
+        return self

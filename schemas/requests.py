@@ -108,6 +108,7 @@ class Announcement(msgspec.Struct, kw_only=True, omit_defaults=True):
 class GenerationRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
     """State of a generation for look-ups and lists; the log is the truth. Times in seconds since 1970.
 
+    ``key`` names the credential that asked.
     ``request_hash`` recognises a repeated ``Idempotency-Key`` that came with another body.
     """
 
@@ -126,5 +127,6 @@ class GenerationRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
     counted: Counted | None = None
     usage: Usage | None = None
     metadata: dict[str, str] = {}
+    key: str = ""
     request_hash: str = ""
     v: int = VERSION

@@ -11,9 +11,12 @@ from litestar.openapi.spec import Example
 from litestar.params import PathParameter, QueryParameter
 
 from schemas.names import InvalidName, check_name
+from services.billing.adapters.budgets import Budgets
 from services.billing.adapters.imports import Imports
 from services.billing.adapters.prices import Prices
 from services.billing.adapters.reports import Reports, Totals
+from services.billing.admission import Admission
+from services.billing.budgets_api import delete_budget, list_budgets, put_budget, show_budget
 from services.billing.core.question import (
     BUCKETS,
     BadQuestion,
@@ -219,17 +222,21 @@ def build_api(
     checks: Mapping[str, Check],
     cors_origins: Sequence[str] = (),
     terms: CurrentTerms | None = None,
+    admission: Admission | None = None,
 ) -> Litestar:
     """Return the ASGI application, to stand behind an entrance that tells who calls; ``checks`` make up readiness.
 
-    ``terms``: those that the service settles by, for what an export would change.
+    ``terms``: those that the service settles by, for what an export would change. ``admission``: what tells delivery
+    which tenants have budgets.
     """
     prices = Prices(reports.engine)
     money = {"prices": prices, "imports": Imports(reports.engine), "terms": terms or CurrentTerms(prices)}
+    money |= {"budgets": Budgets(reports.engine), "admission": admission}
     return Litestar(
         logging_config=None,  # logs are set up once, by the service
         route_handlers=[
             Router("/v1/usage", route_handlers=[generation_usage, session_usage, usage]),
+            Router("/v1/budgets", route_handlers=[list_budgets, show_budget, put_budget, delete_budget]),
             show_prices,
             put_prices,
             put_usage,

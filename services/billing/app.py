@@ -159,7 +159,8 @@ async def main(stop: asyncio.Event, env: Mapping[str, str] = os.environ) -> None
         prices = Prices(engine)
         terms = CurrentTerms(prices, settings.policy(), settings.charging())
         checks = {"broker": connected, "database": database}
-        api = build_api(Reports(engine), checks, settings.cors_origins, terms)
+        admission = Admission(broker, Budgets(engine), terms, SystemClock(), keep=settings.reservation)
+        api = build_api(Reports(engine), checks, settings.cors_origins, terms, admission)
         async with (
             authenticating(shared, settings.host, broker, SystemClock()) as authenticator,
             serving(
@@ -175,7 +176,6 @@ async def main(stop: asyncio.Event, env: Mapping[str, str] = os.environ) -> None
             if settings.prices is not None:
                 await load_price_file(prices, Path(settings.prices), SystemClock())
             migrated.set()
-            admission = Admission(broker, Budgets(engine), terms, SystemClock(), keep=settings.reservation)
             async with asyncio.TaskGroup() as group:
                 group.create_task(admission.run(stop), name="budgets")
                 group.create_task(_consume(broker, ledger, shared, settings, terms, stop), name="consumers")

@@ -40,8 +40,8 @@ class Admission:
         self._fallback = fallback
         self._known: dict[str, tuple[float, bool]] = {}  # bounded by KNOWN_TENANTS
 
-    async def reserve(self, record: GenerationRecord, key: str, models: list[str], request: Any) -> str | None:
-        """Reserve for a generation that is to begin; return a warning when a soft limit is passed.
+    async def reserve(self, record: GenerationRecord, models: list[str], request: Any) -> None:
+        """Reserve for a generation that is to begin.
 
         ``request`` has its ``messages`` and ``params``; ``models``: who may answer, as ``provider/model``.
 
@@ -50,13 +50,13 @@ class Admission:
             BrokerUnavailable: the broker does not answer.
         """
         if not await self._has_budgets(record.tenant):
-            return None
+            return
         inputs, outputs = worst_case(request.messages, request.params, self._output)
         wish = Reserve(
             tenant=record.tenant,
             session=record.session,
             generation=record.generation,
-            key=key,
+            key=record.key,
             models=models,
             input=inputs,
             output=outputs,
@@ -65,12 +65,13 @@ class Admission:
         decision = await self._ask(wish)
         if decision is None:
             self._go_without_billing(record.tenant)
-            return None
+            return
         if not decision.admitted:
             metrics.BUDGETS.labels("refused").inc()
             raise _refusal(decision, self._clock.wall())
-        metrics.BUDGETS.labels("admitted").inc()
-        return decision.detail or None
+        metrics.BUDGETS.labels("past_soft" if decision.budget else "admitted").inc()
+        if decision.budget:
+            log.warning("past a soft limit", tenant=record.tenant, budget=decision.budget, detail=decision.detail)
 
     async def release(self, record: GenerationRecord) -> None:
         """Give back what was reserved for a generation that could not be queued; otherwise it lapses by itself."""

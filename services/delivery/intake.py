@@ -22,9 +22,11 @@ from schemas.requests import (
 )
 from schemas.subjects import control_subject, lane_of, request_subject
 from services.delivery import metrics
+from services.delivery.admission import Admission
 from services.delivery.hub import Hub
 from services.delivery.lookups import ENDED, Lookups
-from services.kit.broker import Broker
+from services.kit.auth.principal import Principal
+from services.kit.broker import Broker, BrokerUnavailable
 from services.kit.clock import Clock
 from services.kit.problem import Problem
 
@@ -58,21 +60,28 @@ class GenerationWish(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 class Intake:
     """Puts requests into the work queue, once for each idempotency key, and cancels them."""
 
-    def __init__(self, broker: Broker, hub: Hub, lookups: Lookups, clock: Clock, pool: str) -> None:
+    def __init__(
+        self, broker: Broker, hub: Hub, lookups: Lookups, clock: Clock, pool: str, admission: Admission
+    ) -> None:
         self._broker = broker
+        self._admission = admission
         self._hub = hub
         self._lookups = lookups
         self._clock = clock
         self._pool = pool
 
-    async def accept(self, tenant: str, session: str, wish: GenerationWish, key: str | None) -> tuple[str, str, bool]:
+    async def accept(
+        self, principal: Principal, session: str, wish: GenerationWish, key: str | None
+    ) -> tuple[str, str, bool]:
         """Queue a request; return the generation's name, the cursor before it, and whether it is a repeat.
 
         Raises:
-            Problem: unknown model, another request under the same key, queue or log full, or too large.
+            Problem: unknown model, no room in a budget, another request under the same key, queue or log full, or too
+                large.
             BrokerUnavailable: nothing was queued.
         """
-        await self._check_model(wish.model)
+        tenant = principal.tenant
+        models = await self._candidates(wish.model)
         generation = _name(tenant, session, key)
         issuer = await self._hub.issuer(tenant, session)
         cursor = await self._cursor(tenant, session, issuer, generation if key else None)
@@ -86,11 +95,17 @@ class Intake:
             created_at=self._clock.wall(),
             metadata=wish.metadata,
             request_hash=hashlib.sha256(body).hexdigest()[:32],
+            key=principal.key,
         )
         await self._check_room(issuer.partition, record)
         created = await self._lookups.create(record)
         if not created and not await self._is_waiting_repeat(record):
             return generation, cursor, True
+        try:
+            await self._admission.reserve(record, models, wish)
+        except (Problem, BrokerUnavailable):
+            await self._lookups.forget(tenant, session, generation)
+            raise
         await self._enqueue(record, wish, issuer.partition)
         return generation, cursor, not created
 
@@ -125,7 +140,8 @@ class Intake:
         terminal = (await self._lookups.transcript(tenant, session, generation)).terminal
         return type_of(terminal) if terminal is not None else "cancelling"
 
-    async def _check_model(self, model: str) -> None:
+    async def _candidates(self, model: str) -> list[str]:
+        """Return who may answer to a model's name, as ``provider/model``; nobody knows before any pool has said so."""
         announced = await self._lookups.models()
         if announced and not any(a.knows(model) for a in announced):
             names = sorted({name for a in announced for name in a.aliases})
@@ -136,6 +152,7 @@ class Intake:
                 slug="unknown-model",
                 title="The model is not known",
             )
+        return [name for a in announced for name in a.candidates(model)]
 
     async def _check_room(self, partition: int, record: GenerationRecord) -> None:
         """Refuse what is new before the log is quite full, so that what runs can still end."""
@@ -191,11 +208,12 @@ class Intake:
             deadlines=wish.deadlines,
             created_at=record.created_at,
             partition=partition,
+            key=record.key,
         )
         data = msgspec.json.encode(request)
         limit = self._broker.client.max_payload
         if len(data) > limit:
-            await self._lookups.forget(record.tenant, record.session, record.generation)
+            await self._forget(record)
             raise Problem(413, f"the request has {len(data)} bytes, the broker takes {limit}")
         try:
             await self._broker.publish_stored(
@@ -204,11 +222,16 @@ class Intake:
         except APIError as error:
             if "per subject" in (error.description or ""):
                 return  # it waits there already
-            await self._lookups.forget(record.tenant, record.session, record.generation)
+            await self._forget(record)
             raise Problem(
                 429, "the queue of requests is full", slug="queue-full", headers={"Retry-After": "5"}
             ) from error
         metrics.REQUESTS.inc()
+
+    async def _forget(self, record: GenerationRecord) -> None:
+        """Take back a request that could not be queued."""
+        await self._lookups.forget(record.tenant, record.session, record.generation)
+        await self._admission.release(record)
 
 
 def _name(tenant: str, session: str, key: str | None) -> str:

@@ -1,0 +1,208 @@
+"""The HTTP API: budgets, and where they stand."""
+
+import time
+from decimal import Decimal, InvalidOperation
+from typing import Annotated, Any
+
+import msgspec
+from litestar import Request, Response, delete, get, put
+from litestar.datastructures import State
+from litestar.openapi import ResponseSpec
+from litestar.openapi.spec import Example
+from litestar.params import Body, PathParameter
+
+from schemas.names import InvalidName, check_name
+from services.billing.adapters.budgets import Budgets
+from services.billing.admission import Admission
+from services.billing.core.budgets import Budget, Period, Standing, period_at
+from services.billing.core.money import render
+from services.kit.auth.rules import REFUSALS, caller, needs
+from services.kit.broker import BrokerUnavailable
+from services.kit.problem import Problem, ProblemDetails
+
+__all__ = ["delete_budget", "list_budgets", "put_budget", "show_budget"]
+
+_PROBLEM = "application/problem+json"
+_PROBLEMS = {
+    400: ResponseSpec(ProblemDetails, description="Not valid", media_type=_PROBLEM),
+    **REFUSALS,
+    503: ResponseSpec(ProblemDetails, description="The database or the broker does not answer", media_type=_PROBLEM),
+}
+_NOT_FOUND = {404: ResponseSpec(ProblemDetails, description="There is no such budget", media_type=_PROBLEM)}
+_EXAMPLE = {"period": "month", "unit": "USD", "soft": "80", "hard": "100"}
+Name = Annotated[str, PathParameter(examples=[Example(value="monthly")])]
+
+
+class BudgetWish(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A bound on what may be used in each day or month (UTC).
+
+    ``unit``: ``tokens``, or a currency such as ``USD``. Limits are decimal numbers as text; past ``soft`` everybody is
+    told, ``hard`` is not passed. ``key``: only what this credential uses; empty: the whole tenant.
+    """
+
+    period: Period
+    unit: str
+    soft: str | None = None
+    hard: str | None = None
+    key: Annotated[str, msgspec.Meta(max_length=200)] = ""
+
+
+class BudgetView(msgspec.Struct, kw_only=True):
+    """A budget and where it stands: ``spent`` is settled, ``reserved`` for what has not ended, ``left`` of ``hard``.
+
+    ``since`` and ``until`` bound the present period, in seconds since 1970.
+    """
+
+    name: str
+    period: Period
+    unit: str
+    soft: str | None
+    hard: str | None
+    key: str
+    spent: str
+    reserved: str
+    left: str | None
+    since: float
+    until: float
+
+
+class BudgetList(msgspec.Struct):
+    """A tenant's budgets by name."""
+
+    budgets: list[BudgetView]
+
+
+@get(
+    "/",
+    summary="Budgets and where they stand",
+    operation_id="list_budgets",
+    tags=["budgets"],
+    responses=_PROBLEMS,
+    **needs("usage"),
+)
+async def list_budgets(request: Request[Any, Any, Any], state: State) -> BudgetList:
+    """All budgets of the tenant."""
+    now = _now()
+    standings = await _budgets(state).standings(caller(request).tenant, now)
+    return BudgetList([_view(s, now) for s in standings])
+
+
+@get(
+    "/{name:str}",
+    summary="One budget and where it stands",
+    operation_id="show_budget",
+    tags=["budgets"],
+    responses={**_PROBLEMS, **_NOT_FOUND},
+    **needs("usage"),
+)
+async def show_budget(request: Request[Any, Any, Any], state: State, name: Name) -> BudgetView:
+    """What is settled, and what is reserved for generations that have not ended."""
+    now = _now()
+    standings = await _budgets(state).standings(caller(request).tenant, now, _name(name))
+    if not standings:
+        raise Problem(404, f"there is no budget {name!r}")
+    return _view(standings[0], now)
+
+
+@put(
+    "/{name:str}",
+    summary="Set a budget",
+    operation_id="put_budget",
+    tags=["budgets"],
+    responses={201: ResponseSpec(BudgetView, description="It is new"), **_PROBLEMS},
+    **needs("admin"),
+)
+async def put_budget(
+    request: Request[Any, Any, Any],
+    state: State,
+    name: Name,
+    data: Annotated[BudgetWish, Body(examples=[Example(summary="100 dollars a month", value=_EXAMPLE)])],
+) -> Response[BudgetView]:
+    """Holds for what is asked for from now on; what runs beyond a lowered hard limit is stopped."""
+    tenant, now = caller(request).tenant, _now()
+    budget = _budget(tenant, _name(name), data)
+    is_new = await _budgets(state).put(budget, now)
+    await _tell(state, tenant)
+    (standing,) = await _budgets(state).standings(tenant, now, name)
+    return Response(_view(standing, now), status_code=201 if is_new else 200)
+
+
+@delete(
+    "/{name:str}",
+    status_code=204,
+    summary="Remove a budget",
+    operation_id="delete_budget",
+    tags=["budgets"],
+    responses={**_PROBLEMS, **_NOT_FOUND},
+    **needs("admin"),
+)
+async def delete_budget(request: Request[Any, Any, Any], state: State, name: Name) -> None:
+    """What was reserved and spent goes on to be counted, for other budgets and for one that is set later."""
+    tenant = caller(request).tenant
+    if not await _budgets(state).delete(tenant, _name(name)):
+        raise Problem(404, f"there is no budget {name!r}")
+    await _tell(state, tenant)
+
+
+async def _tell(state: State, tenant: str) -> None:
+    admission: Admission | None = state.get("admission")
+    if admission is None:
+        return
+    try:
+        await admission.tell(tenant, has_budgets=bool(await _budgets(state).standings(tenant, _now())))
+    except BrokerUnavailable as error:
+        raise Problem(503, "the budget is kept, but delivery does not know of it yet: set it again") from error
+
+
+def _budgets(state: State) -> Budgets:
+    budgets: Budgets = state["budgets"]
+    return budgets
+
+
+def _name(name: str) -> str:
+    try:
+        return check_name("budget", name)
+    except InvalidName as error:
+        raise Problem(400, str(error)) from error
+
+
+def _budget(tenant: str, name: str, wish: BudgetWish) -> Budget:
+    try:
+        fields = msgspec.structs.asdict(wish) | {"soft": _limit(wish.soft), "hard": _limit(wish.hard)}
+        return msgspec.convert(Budget(tenant=tenant, name=name, **fields), Budget, from_attributes=True)
+    except (msgspec.ValidationError, ValueError) as error:
+        raise Problem(400, str(error)) from error
+
+
+def _limit(text: str | None) -> Decimal | None:
+    if text is None:
+        return None
+    try:
+        limit = Decimal(text)
+    except InvalidOperation:
+        raise ValueError(f"limit {text[:40]!r} is not a decimal number such as 12.50") from None
+    if len(text) > 40 or not limit.is_finite() or -int(limit.as_tuple().exponent) > 12:
+        raise ValueError(f"limit {text[:40]!r} has more than 40 characters or 12 places")
+    return limit
+
+
+def _view(standing: Standing, now: int) -> BudgetView:
+    budget = standing.budget
+    since, until = period_at(budget.period, now)
+    return BudgetView(
+        name=budget.name,
+        period=budget.period,
+        unit=budget.unit,
+        soft=None if budget.soft is None else render(budget.soft),
+        hard=None if budget.hard is None else render(budget.hard),
+        key=budget.key,
+        spent=render(standing.spent),
+        reserved=render(standing.reserved),
+        left=None if budget.hard is None else render(max(Decimal(0), budget.hard - standing.used)),
+        since=since / 1_000,
+        until=until / 1_000,
+    )
+
+
+def _now() -> int:
+    return round(time.time() * 1_000)

@@ -3,6 +3,9 @@
 A cursor names the stream's incarnation (a re-created stream is noticed), the session (a cursor of another session is
 noticed) and the stream sequence *after* which reading goes on. Cursors of one session and incarnation sort as text in
 the order of the log. Clients must not look inside.
+
+A cursor may also lie inside a delta, where text is shown in other pieces than it is stored in: it then says how many
+characters of the event *behind* its stream sequence its holder has.
 """
 
 import hashlib
@@ -11,7 +14,7 @@ from typing import Final, NamedTuple
 
 __all__ = ["Cursor", "CursorIssuer", "InvalidCursor"]
 
-_SHAPE: Final = re.compile(r"t1([0-9a-f]{2})([0-9a-f]{8})([0-9a-f]{8})([0-9a-f]{12})")
+_SHAPE: Final = re.compile(r"t1([0-9a-f]{2})([0-9a-f]{8})([0-9a-f]{8})([0-9a-f]{12})(?:\.([0-9a-f]{8}))?")
 
 
 class InvalidCursor(ValueError):
@@ -22,12 +25,17 @@ class InvalidCursor(ValueError):
 
 
 class Cursor(NamedTuple):
-    """A parsed cursor. ``seq`` is the stream sequence of the last event its holder has."""
+    """A parsed cursor.
+
+    ``seq`` is the stream sequence of the last event that its holder has; ``offset``: how many characters of the
+    event with the next stream sequence it has besides.
+    """
 
     partition: int
     incarnation: str
     session: str
     seq: int
+    offset: int = 0
 
     @classmethod
     def parse(cls, text: str) -> "Cursor":
@@ -39,8 +47,8 @@ class Cursor(NamedTuple):
         match = _SHAPE.fullmatch(text)
         if match is None:
             raise InvalidCursor(text)
-        partition, incarnation, session, seq = match.groups()
-        return cls(int(partition, 16), incarnation, session, int(seq, 16))
+        partition, incarnation, session, seq, offset = match.groups()
+        return cls(int(partition, 16), incarnation, session, int(seq, 16), int(offset or "0", 16))
 
 
 class CursorIssuer:

@@ -13,10 +13,10 @@ from schemas.events import TERMINAL_TYPES
 from schemas.subjects import live_filter
 from services.delivery import metrics
 from services.delivery.core.entries import Positions, Tail, replay_start
-from services.delivery.core.formats import Address, Format
-from services.delivery.core.frames import Chunk, Frames
+from services.delivery.core.formats import Address
 from services.delivery.log_reader import LogReader
 from services.delivery.subscriber import Subscriber
+from services.delivery.view import Views
 from services.kit.broker import Broker, BrokerUnavailable, ReadFailed, Stored
 from services.kit.clock import Clock
 from services.kit.nats_client import header_number
@@ -24,7 +24,6 @@ from services.kit.nats_client import header_number
 __all__ = ["Feed"]
 
 log = structlog.get_logger()
-WRITE_BYTES: Final = 128 * 1024  # the HTTP server takes several writes ahead of a slow client
 OPEN_TRIES: Final = 16
 _SEQUENCE: Final = b"Nats-Sequence: "
 _BEFORE: Final = b"Nats-Last-Sequence: "
@@ -55,7 +54,7 @@ class Feed:
         self._clock = clock
         self._max_bytes = max_bytes
         self._reader = LogReader(broker, issuer.partition, tenant, session)
-        self._frames: dict[Format, Frames] = {}
+        self._views = Views(self.tail, self.address, clock, max_bytes)
         self._subscription: Subscription | None = None
         self._last_seq = 0
         self._on_subject: dict[str, int] = {}  # last stream sequence seen of each generation …
@@ -88,6 +87,7 @@ class Feed:
     async def close(self) -> None:
         """Stop following; the subscribers must have been told before. Closing again does nothing."""
         self.closed = True
+        self._views.close()
         subscription, self._subscription = self._subscription, None
         if subscription is not None:
             await self._broker.unlisten(subscription)
@@ -101,27 +101,35 @@ class Feed:
     def hold(self, subscriber: Subscriber) -> None:
         """Keep the feed open for a subscriber that reads from the log for now."""
         self.subscribers.discard(subscriber)
+        self._views.remove(subscriber)
         self.readers.add(subscriber)
         subscriber.joined = False
         self.idle_since = None
 
     def add(self, subscriber: Subscriber) -> None:
-        """Serve a subscriber from the tail; it must be at or above the tail's floor."""
+        """Serve a subscriber from memory; it must be at or above its floor."""
         self.readers.discard(subscriber)
         self.subscribers.add(subscriber)
         self.idle_since = None
-        subscriber.index = self.tail.after(subscriber.seq)
-        subscriber.joined = True
-        subscriber.on_ready(self._serve)
-        self._serve(subscriber)
+        self._views.add(subscriber)
 
     def remove(self, subscriber: Subscriber) -> None:
         """Forget a subscriber."""
         self.subscribers.discard(subscriber)
         self.readers.discard(subscriber)
+        self._views.remove(subscriber)
         subscriber.joined = False
         if not self.subscribers and not self.readers:
             self.idle_since = self._clock.monotonic()
+
+    def floor(self, subscriber: Subscriber) -> int:
+        """Return the stream sequence from which on a subscriber can be served from memory."""
+        return self._views.floor(subscriber)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the events kept in memory, in every granularity that somebody wants."""
+        return self._views.size
 
     def latest_start(self) -> int:
         """Return the stream sequence *before* the running or latest answer."""
@@ -224,7 +232,7 @@ class Feed:
 
     def _reset(self, floor: int) -> None:
         self.tail = Tail(floor, self._max_bytes)
-        self._frames.clear()
+        self._views = Views(self.tail, self.address, self._clock, self._max_bytes)
         self._reader.positions = Positions()
         self._on_subject.clear()
         self._last_seq = self._since = floor
@@ -255,7 +263,8 @@ class Feed:
         self._note(stored)
         if entry is not None:
             # What was missed and read late comes behind what was delivered meanwhile: cursors never go back.
-            self.tail.append(entry._replace(seq=max(entry.seq, self._last_seq)))
+            moved = entry.seq < self._last_seq
+            self.tail.append(entry._replace(seq=self._last_seq, moved=True) if moved else entry)
 
     def _note(self, stored: Stored) -> None:
         self._last_seq = max(stored.seq, self._last_seq)
@@ -347,52 +356,10 @@ class Feed:
         return self._behind is None
 
     def _flush(self) -> None:
-        """Write to every subscriber that is ready: one chunk for all that stand at the same index."""
+        """Write what is new to every subscriber that is ready."""
         self._flush_due = False
-        end = self.tail.end
-        chunks: dict[tuple[Format, str | None, int], Chunk] = {}
-        writes = 0
-        now = self._clock.monotonic()
-        for subscriber in tuple(self.subscribers):
-            if subscriber.index >= end or not subscriber.ready:
-                continue
-            if subscriber.index < self.tail.base:
-                subscriber.finish("behind")
-                continue
-            key = (subscriber.format, subscriber.generation, subscriber.index)
-            chunk = chunks.get(key)
-            if chunk is None:
-                chunk = chunks[key] = self._chunk(subscriber)
-            if chunk.count > subscriber.room or chunk.size > subscriber.space:
-                chunk = self._granted(subscriber)
-            subscriber.sent_at = now
-            subscriber.deliver(chunk)
-            writes += 1
-            if subscriber.index < end:
-                self._serve(subscriber)
+        writes = self._views.flush()
         if writes:
             metrics.WRITES.inc(writes)
             if self._newest_at:
                 metrics.ADDED_LATENCY.observe(max(0.0, self._clock.wall() - self._newest_at))
-
-    def _serve(self, subscriber: Subscriber) -> None:
-        """Write to one subscriber what it has missed, until it is up to date or has to wait."""
-        while subscriber.ready and subscriber.joined and subscriber.index < self.tail.end:
-            if subscriber.index < self.tail.base:
-                subscriber.finish("behind")
-                return
-            subscriber.deliver(self._granted(subscriber))
-
-    def _chunk(self, subscriber: Subscriber) -> Chunk:
-        return self._framed(subscriber).chunk(subscriber.index, subscriber.generation, WRITE_BYTES)
-
-    def _granted(self, subscriber: Subscriber) -> Chunk:
-        """Return what a subscriber may be sent of what it is to get."""
-        size = min(WRITE_BYTES, subscriber.space)
-        return self._framed(subscriber).chunk(subscriber.index, subscriber.generation, size, subscriber.room)
-
-    def _framed(self, subscriber: Subscriber) -> Frames:
-        frames = self._frames.get(subscriber.format)
-        if frames is None:
-            frames = self._frames[subscriber.format] = Frames(self.tail, subscriber.format, self.address)
-        return frames

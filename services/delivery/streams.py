@@ -8,6 +8,7 @@ import structlog
 from schemas.names import InvalidName, check_name
 from services.delivery import metrics
 from services.delivery.core.formats import Format
+from services.delivery.core.granularity import TOKEN, Grain, Place, wanted_grain
 from services.delivery.core.start import Start, check_cursor, wanted_start
 from services.delivery.errors import CursorExpired, CursorForeign, DeliveryError, TooBusy, Unknown
 from services.delivery.feed import Feed
@@ -22,16 +23,17 @@ __all__ = ["Stream", "Streams", "Wish", "problem_of"]
 
 log = structlog.get_logger()
 LAST_WRITE_SECONDS: Final = 5.0
-_SILENT_ENDS: Final = frozenset({"complete", "disconnected", "evicted"})
+_SILENT_ENDS: Final = frozenset({"complete", "disconnected", "evicted", "batch"})
 
 
 class Wish(NamedTuple):
-    """What a subscriber asks for: a session or one generation of it, after a cursor or from a start."""
+    """What a subscriber asks for: a session or one generation of it, after a cursor or from a start, and how fine."""
 
     session: str
     generation: str | None = None
     cursor: str | None = None
     start: Start = Start()
+    grain: Grain = TOKEN
 
     @classmethod
     def read(
@@ -42,6 +44,8 @@ class Wish(NamedTuple):
         after: str | None = None,
         last_event_id: str | None = None,
         from_: str | None = None,
+        granularity: str | None = None,
+        coalesce: int | None = None,
     ) -> "Wish":
         """Return the wish that a client's words mean.
 
@@ -53,18 +57,28 @@ class Wish(NamedTuple):
             if generation is not None:
                 check_name("generation", generation)
             cursor, start = wanted_start(after, last_event_id, from_)
+            grain = wanted_grain(granularity, coalesce)
         except (InvalidName, ValueError) as error:
             raise Problem(400, str(error)) from error
-        return cls(session, generation, cursor, start)
+        return cls(session, generation, cursor, start, grain)
 
 
 class Stream(NamedTuple):
-    """A wish that can be met: the feed, and the stream sequence after which to read (``None``: nothing follows)."""
+    """A wish that can be met: the feed, and the stream sequence after which to read (``None``: nothing follows).
+
+    ``offset``: how many characters of the event behind it are known already.
+    """
 
     feed: Feed
     wish: Wish
     principal: Principal
     seq: int | None
+    offset: int = 0
+
+    @property
+    def cursor(self) -> str:
+        """The position from which it is read; empty when nothing follows."""
+        return "" if self.seq is None else self.feed.address.inside(self.offset).cursor(self.seq).decode()
 
 
 class Streams:
@@ -84,20 +98,26 @@ class Streams:
         if self._hub.draining:
             raise Problem(503, "this replica is going away", headers={"Retry-After": "1"})
         try:
-            feed, seq = await self._locate(principal.tenant, wish)
+            feed, place = await self._locate(principal.tenant, wish)
         except DeliveryError as error:
             raise problem_of(error) from error
         except BrokerUnavailable as error:
             raise Problem(503, "the log cannot be reached", headers={"Retry-After": "1"}) from error
-        return Stream(feed, wish, principal, seq)
+        return Stream(feed, wish, principal, *(place or (None, 0)))
 
     async def serve(
-        self, stream: Stream, send: Send, format_: Format, joined: Callable[[Subscriber], None] | None = None
+        self,
+        stream: Stream,
+        send: Send,
+        format_: Format,
+        joined: Callable[[Subscriber], None] | None = None,
+        caught_up: Callable[[Subscriber], None] | None = None,
     ) -> str:
         """Serve a stream to its end; return why it ended.
 
         ``send`` takes the messages of ``format_``. ``joined`` is called with the subscriber before anything is sent: to
-        end it when the client leaves, and to limit what it may be sent.
+        end it when the client leaves, and to limit what it may be sent. ``caught_up`` is called whenever what is stored
+        has been sent as far as the client lets it: from then on it comes as it is said.
 
         Raises:
             ValueError: nothing follows: `open` said so.
@@ -105,7 +125,7 @@ class Streams:
         feed, wish = stream.feed, stream.wish
         if stream.seq is None:
             raise ValueError("a stream that has been read to its end cannot be served")
-        subscriber = Subscriber(send, format_, wish.generation, stream.seq)
+        subscriber = Subscriber(send, format_, wish.generation, stream.seq, stream.offset, wish.grain)
         self._hub.set_end(subscriber, stream.principal.expires_at)
         with self._hub.stream():
             async with self._hub.presence.listening(feed.tenant, feed.session, wish.generation):
@@ -115,7 +135,7 @@ class Streams:
                 try:
                     if joined is not None:
                         joined(subscriber)
-                    reason = await self._serve(feed, subscriber, fresh=wish.cursor is None)
+                    reason = await self._serve(feed, subscriber, caught_up, fresh=wish.cursor is None)
                 finally:
                     feed.remove(subscriber)
                     await subscriber.close()
@@ -123,7 +143,9 @@ class Streams:
                     metrics.CLOSED.labels(reason).inc()
         return reason
 
-    async def _serve(self, feed: Feed, subscriber: Subscriber, *, fresh: bool) -> str:
+    async def _serve(
+        self, feed: Feed, subscriber: Subscriber, caught_up: Callable[[Subscriber], None] | None, *, fresh: bool
+    ) -> str:
         format_, at = subscriber.format, feed.address
         opening = [format_.opening(at)]
         if fresh and subscriber.seq >= feed.tail.floor and feed.is_headless(subscriber.generation):
@@ -131,27 +153,29 @@ class Streams:
         try:
             if any(opening):
                 await subscriber.send(format_.message([part for part in opening if part], ends=False))
-            reason = await self._follow(feed, subscriber)
+            reason = await self._follow(feed, subscriber, caught_up)
         except BrokerUnavailable as error:
             log.warning("stream ended: the log cannot be read", session=feed.session, detail=str(error))
             reason = "unavailable"
         await self._say_goodbye(feed, subscriber, reason)
         return reason
 
-    async def _follow(self, feed: Feed, subscriber: Subscriber) -> str:
+    async def _follow(self, feed: Feed, subscriber: Subscriber, caught_up: Callable[[Subscriber], None] | None) -> str:
         """Serve from the log and from memory in turn until the stream is to end; return why."""
         while True:
             if self._hub.draining:
                 subscriber.finish("drain")
             if feed.closed:
                 subscriber.finish("lifetime")
-            if subscriber.seq < feed.tail.floor:
+            if subscriber.seq < feed.floor(subscriber):
                 if await self._hub.catch_up(feed, subscriber):
                     return "complete"
-                if subscriber.seq < feed.tail.floor and not subscriber.done.done():
+                if subscriber.seq < feed.floor(subscriber) and not subscriber.done.done():
                     continue
             if not subscriber.done.done():
                 feed.add(subscriber)
+                if caught_up is not None:
+                    caught_up(subscriber)
             reason = await subscriber.done
             if reason != "behind":
                 return reason
@@ -168,34 +192,35 @@ class Streams:
             return
         if not await subscriber.through(LAST_WRITE_SECONDS):
             return
-        format_, at = subscriber.format, feed.address
+        format_, at = subscriber.format, feed.address.inside(subscriber.offset)
         last = format_.gap("log_recreated", None, at) if reason == "gap" else format_.bye(reason, subscriber.seq, at)
         await subscriber.send(format_.message([last], ends=True))
         await subscriber.through(LAST_WRITE_SECONDS)
 
-    async def _locate(self, tenant: str, wish: Wish) -> tuple[Feed, int | None]:
-        """Return the feed and the stream sequence after which to read; ``None`` when all has been read already."""
+    async def _locate(self, tenant: str, wish: Wish) -> tuple[Feed, Place | None]:
+        """Return the feed and the place after which to read; ``None`` when all has been read already."""
         if wish.generation is not None:
             await self._lookups.require(tenant, wish.session, wish.generation)
         feed = await self._hub.feed(tenant, wish.session)
         if wish.cursor is not None:
-            seq = await self._check(wish.cursor, feed)
-            await feed.reach(seq)
+            place = await self._check(wish.cursor, feed)
+            await feed.reach(place.seq + (place.offset > 0))
         else:
-            seq = await self._beginning(feed, wish.generation, wish.start)
+            place = Place(await self._beginning(feed, wish.generation, wish.start))
             if wish.start.where != "live":
-                return feed, seq
-        if wish.generation is not None and await self._ended(feed, wish.generation, seq):
+                return feed, place
+        if wish.generation is not None and await self._ended(feed, wish.generation, place.seq):
             return feed, None
-        return feed, seq
+        return feed, place
 
-    async def _check(self, cursor: str, feed: Feed) -> int:
+    async def _check(self, text: str, feed: Feed) -> Place:
         state = await self._hub.state(feed.issuer.partition)
         try:
-            return check_cursor(cursor, feed.issuer, state.first_seq, max(state.last_seq, feed.last_seq))
+            cursor = check_cursor(text, feed.issuer, state.first_seq, max(state.last_seq, feed.last_seq))
         except CursorExpired:
             state = await self._hub.state(feed.issuer.partition, fresh=True)
-            return check_cursor(cursor, feed.issuer, state.first_seq, max(state.last_seq, feed.last_seq))
+            cursor = check_cursor(text, feed.issuer, state.first_seq, max(state.last_seq, feed.last_seq))
+        return Place(cursor.seq, cursor.offset)
 
     async def _ended(self, feed: Feed, generation: str, seq: int) -> bool:
         reader = self._hub.reader(feed.tenant, feed.session, feed.issuer.partition)

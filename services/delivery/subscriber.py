@@ -7,6 +7,7 @@ from typing import Any
 from services.delivery import metrics
 from services.delivery.core.formats import Format
 from services.delivery.core.frames import UNLIMITED, Chunk
+from services.delivery.core.granularity import TOKEN, Grain, Place
 
 __all__ = ["Send", "Subscriber"]
 
@@ -44,6 +45,9 @@ class Subscriber:
     at the latest (monotonic seconds), and why. A write that has to wait becomes a task; meanwhile the subscriber only
     falls behind and later gets everything that it missed in few writes.
 
+    ``grain``: in which pieces it is shown text; ``offset``: how many characters of the event behind ``seq`` it has;
+    ``joining``: it may stand in the middle of the entry at ``index``.
+
     ``room`` and ``space``: how many events and bytes it may be sent, where the client grants them; the last event may
     go beyond ``space``.
     """
@@ -60,8 +64,11 @@ class Subscriber:
         "done",
         "format",
         "generation",
+        "grain",
         "index",
         "joined",
+        "joining",
+        "offset",
         "room",
         "sent_at",
         "seq",
@@ -70,13 +77,18 @@ class Subscriber:
         "until_reason",
     )
 
-    def __init__(self, send: Send, format_: Format, generation: str | None, seq: int) -> None:
+    def __init__(
+        self, send: Send, format_: Format, generation: str | None, seq: int, offset: int = 0, grain: Grain = TOKEN
+    ) -> None:
         self._loop = loop = asyncio.get_running_loop()
         self.format = format_
         self.generation = generation
         self.index = 0
         self.seq = seq
+        self.offset = offset
+        self.grain = grain
         self.joined = False
+        self.joining = False
         self.done: asyncio.Future[str] = loop.create_future()
         self.sent_at = loop.time()
         self.until = float("inf")
@@ -96,6 +108,11 @@ class Subscriber:
         """Whether a write can be started now."""
         return self._blocked is None and self.room > 0 and self.space > 0 and not self.done.done()
 
+    @property
+    def place(self) -> Place:
+        """What it has been served."""
+        return Place(self.seq, self.offset)
+
     def on_ready(self, wake: Callable[["Subscriber"], None]) -> None:
         """Call ``wake`` whenever a write that had to wait is through."""
         self._wake = wake
@@ -103,7 +120,8 @@ class Subscriber:
     def deliver(self, chunk: Chunk) -> None:
         """Start to write a chunk; it is through at once unless the client's buffers are full."""
         self.index = chunk.stop
-        self.seq = chunk.last_seq or self.seq
+        if chunk.last_seq:
+            self.seq, self.offset = chunk.last_seq, chunk.offset
         if chunk.count:
             self.count(chunk.count, chunk.size)
             self.start(chunk.message)
@@ -164,7 +182,7 @@ class Subscriber:
         """End the stream; the first reason holds, except that having fallen behind is no end."""
         if not self.done.done():
             self.done.set_result(reason)
-        elif self.done.result() == "behind" and self._after is None:
+        elif not self.done.cancelled() and self.done.result() == "behind" and self._after is None:
             self._after = reason
 
     def rearm(self) -> None:

@@ -11,12 +11,18 @@ __all__ = ["Entry", "Positions", "Span", "Tail", "replay_start"]
 
 
 class Entry(NamedTuple):
-    """One accepted event: ``seq`` is its stream sequence, ``data`` the stored bytes."""
+    """One accepted event: ``seq`` is its stream sequence, ``data`` the stored bytes.
+
+    A piece of text that ends inside an event has the stream sequence before that event, and as ``offset`` how many of
+    its characters are shown. ``moved``: the event stands behind others that are stored after it.
+    """
 
     seq: int
     generation: str
     type: str
     data: bytes
+    offset: int = 0
+    moved: bool = False
 
     @property
     def terminal(self) -> bool:
@@ -87,7 +93,7 @@ class Tail:
     """The newest accepted events of a session, at most ``max_bytes`` of them (and always the last one).
 
     Entries have indices that never change; ``base`` is the index of the oldest one kept, ``end`` one past the newest.
-    All accepted events with a stream sequence above ``floor`` are kept.
+    All accepted events with a stream sequence above ``floor`` are kept, and all pieces that end above it.
     """
 
     def __init__(self, floor: int, max_bytes: int) -> None:
@@ -115,9 +121,17 @@ class Tail:
         if self.bytes > self._max_bytes and len(self._entries) > 1:
             self._shrink()
 
-    def after(self, seq: int) -> int:
-        """Return the index of the first entry whose stream sequence is above ``seq`` (which must be ≥ ``floor``)."""
-        return self.base + bisect_right(self._entries, seq, key=_seq)
+    def after(self, seq: int, offset: int = 0) -> int:
+        """Return the index of the first entry that ends behind a place (whose ``seq`` must be ≥ ``floor``)."""
+        return self.base + bisect_right(self._entries, (seq, offset), key=_place)
+
+    def restart(self, floor: int) -> None:
+        """Forget everything; who stood here finds its index below ``base``."""
+        self.base = self.end + 1
+        self.floor = floor
+        self.bytes = 0
+        self.spans.clear()
+        self._entries.clear()
 
     def slice(self, start: int, stop: int) -> list[Entry]:
         """Return entries by index; ``start`` must not be below ``base``."""
@@ -130,11 +144,12 @@ class Tail:
         while self.bytes > goal and drop < len(self._entries) - 1:
             self.bytes -= len(self._entries[drop].data)
             drop += 1
-        self.floor = self._entries[drop - 1].seq
+        last = self._entries[drop - 1]
+        self.floor = last.seq + (last.offset > 0)
         self.base += drop
         del self._entries[:drop]
         self.spans = {g: s for g, s in self.spans.items() if not s.ended or s.last > self.floor}
 
 
-def _seq(entry: Entry) -> int:
-    return entry.seq
+def _place(entry: Entry) -> tuple[int, int]:
+    return entry.seq, entry.offset

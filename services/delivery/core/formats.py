@@ -9,14 +9,30 @@ __all__ = ["Address", "Format"]
 
 
 class Address(NamedTuple):
-    """Whose events these are: the session's name, and its cursors without their stream sequence."""
+    """Whose events these are: the session's name, and its cursors without their stream sequence.
+
+    ``offset``: characters of the event behind a cursor that are shown as well, where `cursor` is to say so.
+    """
 
     session: str
     prefix: bytes
+    offset: int = 0
 
     def cursor(self, seq: int) -> bytes:
         """Return the cursor after the event with this stream sequence."""
+        if self.offset:
+            return b"%b%012x.%08x" % (self.prefix, seq, self.offset)
         return b"%b%012x" % (self.prefix, seq)
+
+    def after(self, entry: Entry) -> bytes:
+        """Return the cursor after an event, or after a piece that ends inside of one."""
+        if entry.offset:
+            return b"%b%012x.%08x" % (self.prefix, entry.seq, entry.offset)
+        return b"%b%012x" % (self.prefix, entry.seq)
+
+    def inside(self, offset: int) -> "Address":
+        """Return an address whose cursors say that so many characters of the next event are shown."""
+        return self._replace(offset=offset) if offset else self
 
 
 class Format(Protocol):

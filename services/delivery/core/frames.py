@@ -14,17 +14,21 @@ UNLIMITED: Final = sys.maxsize
 class Chunk:
     """What one write brings: its message, the index after it, and whether the wanted generation ends with it.
 
-    ``count`` events of ``size`` bytes; ``last_seq``: the stream sequence up to which the subscriber is served with it.
+    ``count`` events of ``size`` bytes; ``last_seq``: the stream sequence up to which the subscriber is served with it,
+    and ``offset`` characters of the event behind it.
     """
 
-    __slots__ = ("count", "ends", "last_seq", "message", "size", "stop")
+    __slots__ = ("count", "ends", "last_seq", "message", "offset", "size", "stop")
 
-    def __init__(self, message: object, count: int, size: int, stop: int, last_seq: int, ends: bool) -> None:
+    def __init__(
+        self, message: object, count: int, size: int, stop: int, last_seq: int, ends: bool, offset: int = 0
+    ) -> None:
         self.message = message
         self.count = count
         self.size = size
         self.stop = stop
         self.last_seq = last_seq
+        self.offset = offset
         self.ends = ends
 
 
@@ -48,11 +52,11 @@ class Frames:
         entries = self._tail.slice(start, self._tail.end)
         parts: list[bytes] = []
         size = 0
-        stop, last, ends = start, 0, False
+        stop, last, within, ends = start, 0, 0, False
         for offset, entry in enumerate(entries, start):
             if len(parts) >= max_events:
                 break
-            stop, last = offset + 1, entry.seq
+            stop, last, within = offset + 1, entry.seq, entry.offset
             if generation is not None and entry.generation != generation:
                 continue
             frame = self._frames[offset - self._base]
@@ -64,7 +68,7 @@ class Frames:
             if size >= max_bytes:
                 break
         message = self._format.message(parts, ends=ends) if parts else None
-        return Chunk(message, len(parts), size, stop, last, ends)
+        return Chunk(message, len(parts), size, stop, last, ends, within)
 
     def _follow(self) -> None:
         tail = self._tail

@@ -36,6 +36,8 @@ class ServerSentEvents:
 
     def frame(self, entry: Entry, at: Address) -> bytes:
         """Return the frame of one event. Stored events are single-line JSON: no line needs splitting."""
+        if entry.offset:
+            return b"id: %b\ndata: %b\n\n" % (at.after(entry), entry.data)
         return b"id: %b%012x\ndata: %b\n\n" % (at.prefix, entry.seq, entry.data)
 
     def message(self, frames: Sequence[bytes], *, ends: bool) -> dict[str, Any]:

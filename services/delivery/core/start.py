@@ -35,8 +35,8 @@ def wanted_start(after: str | None, last_event_id: str | None, from_: str | None
     return last_event_id or after, start
 
 
-def check_cursor(text: str, issuer: CursorIssuer, first_seq: int, last_seq: int) -> int:
-    """Return the stream sequence after which to read.
+def check_cursor(text: str, issuer: CursorIssuer, first_seq: int, last_seq: int) -> Cursor:
+    """Return the cursor after which to read.
 
     ``first_seq`` and ``last_seq`` bound what the stream keeps now.
 
@@ -54,8 +54,8 @@ def check_cursor(text: str, issuer: CursorIssuer, first_seq: int, last_seq: int)
         raise CursorExpired("the session has moved to another log since nothing of it was kept any more")
     if cursor.incarnation != issuer.incarnation:
         raise CursorExpired("the log was re-created since this cursor was issued")
-    if cursor.seq > last_seq:
+    if cursor.seq + (cursor.offset > 0) > last_seq:
         raise CursorExpired("the log ends before this cursor: it was restored or truncated")
     if cursor.seq and cursor.seq + 1 < first_seq:
         raise CursorExpired("what followed this cursor is no longer kept")
-    return cursor.seq
+    return cursor

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from schemas.cursor import CursorIssuer
+from schemas.cursor import Cursor, CursorIssuer
 from services.delivery.core.start import Start, check_cursor, wanted_start
 from services.delivery.errors import CursorExpired, CursorForeign
 
@@ -38,7 +38,7 @@ def test_cursor_holds_while_all_that_follows_it_is_kept(first: int, length: int,
     last = first + length - 1
     kept = seq == 0 or first - 1 <= seq <= last
     if kept:
-        assert check_cursor(ISSUER.issue(seq), ISSUER, first, max(last, seq)) == seq
+        assert check_cursor(ISSUER.issue(seq), ISSUER, first, max(last, seq)) == Cursor.parse(ISSUER.issue(seq))
     else:
         with pytest.raises(CursorExpired):
             check_cursor(ISSUER.issue(seq), ISSUER, first, last)

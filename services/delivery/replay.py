@@ -1,0 +1,112 @@
+"""Events from the log for one subscriber that is behind what its feed keeps in memory."""
+
+from typing import Final
+
+from services.delivery.core.entries import Entry
+from services.delivery.core.formats import Address
+from services.delivery.core.granularity import Merger, Place
+from services.delivery.log_reader import LogReader
+from services.delivery.subscriber import Subscriber
+
+__all__ = ["replay"]
+
+PIECE_BYTES: Final = 65_536  # the HTTP server takes several pieces ahead of a slow client
+
+
+class _Piece:
+    """What is gathered for one write."""
+
+    def __init__(self, subscriber: Subscriber) -> None:
+        self.frames: list[bytes] = []
+        self._subscriber = subscriber
+        self._events = 0
+        self._size = 0
+
+    def add(self, frame: bytes) -> None:
+        self.frames.append(frame)
+        self._events += 1
+        self._size += len(frame)
+
+    @property
+    def is_full(self) -> bool:
+        subscriber = self._subscriber
+        return self._size >= min(PIECE_BYTES, subscriber.space) or self._events >= subscriber.room
+
+    async def send(self, place: Place, *, ends: bool = False) -> None:
+        """Send it, and wait until there is room for another: who reads is then served up to ``place``."""
+        subscriber = self._subscriber
+        if self.frames:
+            subscriber.count(self._events, self._size)  # first: what the client answers may grant more at once
+            await subscriber.send(subscriber.format.message(self.frames, ends=ends))
+        subscriber.seq, subscriber.offset = place
+        self.frames, self._events, self._size = [], 0, 0
+        if not ends:
+            await subscriber.has_room()
+
+
+class _Replay:
+    """Frames stored events in the subscriber's granularity, and sends them in pieces."""
+
+    def __init__(self, reader: LogReader, subscriber: Subscriber, at: Address) -> None:
+        self._reader = reader
+        self._subscriber = subscriber
+        self._at = at
+        self._told: set[str] = set()
+        self._piece = _Piece(subscriber)
+        self._merger = Merger(subscriber.grain, subscriber.place)
+
+    async def take(self, entry: Entry) -> bool:
+        """Show one event; return whether the wanted generation ends with it."""
+        if entry.generation in self._reader.headless - self._told:
+            self._told.add(entry.generation)
+            await self._show(self._merger.release())
+            self._piece.frames.append(self._subscriber.format.gap("beginning_expired", entry.generation, self._at))
+        return await self._show(self._merger.offer(entry, 0.0))
+
+    async def pause(self, seq: int) -> None:
+        """Send what there is; everything up to the stream sequence ``seq`` has been taken."""
+        await self._piece.send(self._merger.place(seq))
+
+    async def end(self) -> None:
+        """Send what is held as well."""
+        await self._show(self._merger.release())
+
+    async def _show(self, entries: list[Entry]) -> bool:
+        subscriber, piece = self._subscriber, self._piece
+        for entry in entries:
+            if subscriber.done.done():
+                return False
+            piece.add(subscriber.format.frame(entry, self._at))
+            ends = subscriber.generation is not None and entry.terminal
+            if ends or piece.is_full:
+                await piece.send(Place(entry.seq, entry.offset), ends=ends)
+            if ends:
+                return True
+        return False
+
+
+async def replay(reader: LogReader, subscriber: Subscriber, at: Address, floor: int) -> bool:
+    """Serve a subscriber from the log up to the stream sequence ``floor``.
+
+    Returns whether the wanted generation has ended with what was sent.
+
+    Raises:
+        BrokerUnavailable: the log cannot be read.
+    """
+    shown = _Replay(reader, subscriber, at)
+    filter_ = reader.subject(subscriber.generation or "*")
+    last = subscriber.seq
+    async for batch in reader.broker.read(reader.stream, filter_, subscriber.seq + 1, up_to=floor):
+        for stored in batch:
+            entry = await reader.accept(stored)
+            if entry is not None and await shown.take(entry):
+                return True
+            if subscriber.done.done():
+                return False
+        last = batch[-1].seq
+        await shown.pause(last)
+        if subscriber.done.done():
+            return False
+    await shown.end()
+    await shown.pause(last)
+    return False

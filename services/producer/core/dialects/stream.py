@@ -38,7 +38,8 @@ class EventParser(ABC):
 
     def feed(self, data: bytes) -> list[Part]:
         """Return what ``data`` completes, adjacent fragments of the same kind joined."""
-        if self._ended:
+        ended = self._ended
+        if ended:
             return []
         try:
             events = self._decoder.feed(data)

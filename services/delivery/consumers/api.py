@@ -5,11 +5,12 @@ from typing import Annotated, Any, Final, TypeVar
 
 from litestar import Request, Response, Router, delete, get, post, put
 from litestar.handlers import HTTPRouteHandler
-from litestar.params import FromPath, FromQuery, QueryParameter
+from litestar.params import Body, FromPath, FromQuery, QueryParameter
 from litestar.types import ASGIApp
 
 from schemas.cursor import Cursor, InvalidCursor
 from services.delivery.answers import PROBLEMS, named, reach
+from services.delivery.consumers.access import covers, permitted
 from services.delivery.consumers.definition import Wish, rfc3339
 from services.delivery.consumers.events import ConsumerEvents
 from services.delivery.consumers.registry import Conflicting, Consumers, Found
@@ -25,7 +26,8 @@ from services.delivery.consumers.views import (
     dead_view,
 )
 from services.delivery.errors import CursorExpired, CursorForeign, TooBusy
-from services.kit.auth.principal import Principal, authorize, principal_of
+from services.kit.auth.principal import Principal, authorize
+from services.kit.auth.rules import caller, needs
 from services.kit.consumers import DurableRefused
 from services.kit.problem import Problem
 
@@ -39,26 +41,7 @@ _TAGS: Final = ["consumers"]
 def consumers_router(consumers: Consumers) -> Router:
     """Return the routes under ``/v1/consumers``."""
     handlers = [*_definitions(consumers), *_pauses(consumers), *_reading(consumers), *_dead(consumers)]
-    return Router("/v1/consumers", route_handlers=handlers, tags=_TAGS)
-
-
-async def permitted(consumers: Consumers, principal: Principal, name: str) -> Found:
-    """Return a consumer that the caller may use.
-
-    Raises:
-        Problem: 400, 403, 404 or 503.
-    """
-    named("consumer", name)
-    authorize(principal, "consume")
-    found: Found = await reach(consumers.get(principal.tenant, name))
-    if not _covers(principal, found.definition.wish.session):
-        raise Problem(404, f"there is no consumer {name!r}")
-    return found
-
-
-def _covers(principal: Principal, session: str | None) -> bool:
-    """Tell whether a caller may read a session; ``None``: all of the tenant's."""
-    return "*" in principal.sessions if session is None else principal.reaches(session)
+    return Router("/v1/consumers", route_handlers=handlers, tags=_TAGS, **needs("consume"))
 
 
 def _definitions(consumers: Consumers) -> list[HTTPRouteHandler]:
@@ -66,9 +49,11 @@ def _definitions(consumers: Consumers) -> list[HTTPRouteHandler]:
         return consumer_view(name, found, await reach(consumers.dead.count(principal.tenant, name)))
 
     @put("/{name:str}", summary="Create or change a durable consumer", operation_id="putConsumer", responses=PROBLEMS)
-    async def put_consumer(request: AnyRequest, name: FromPath[str], data: Wish) -> Response[ConsumerView]:
+    async def put_consumer(
+        request: AnyRequest, name: FromPath[str], data: Annotated[Wish, Body()]
+    ) -> Response[ConsumerView]:
         named("consumer", name)
-        principal = authorize(principal_of(request.scope), "consume", data.session)
+        principal = caller(request)
         _check(data, principal)
         found, new = await refusing(consumers.put(principal.tenant, name, data))
         shown = await view(principal, name, found)
@@ -76,19 +61,20 @@ def _definitions(consumers: Consumers) -> list[HTTPRouteHandler]:
 
     @get("/", summary="List durable consumers", operation_id="listConsumers", responses=PROBLEMS)
     async def list_consumers(request: AnyRequest) -> ConsumerList:
-        principal = authorize(principal_of(request.scope), "consume")
+        principal = caller(request)
         each: dict[str, Found] = await reach(consumers.all_of(principal.tenant))
-        seen = {name: found for name, found in each.items() if _covers(principal, found.definition.wish.session)}
-        return ConsumerList([await view(principal, name, found) for name, found in seen.items()])
+        dead: dict[str, int] = await reach(consumers.dead.counts(principal.tenant))
+        seen = {name: found for name, found in each.items() if covers(principal, found.definition.wish.session)}
+        return ConsumerList([consumer_view(name, found, dead.get(name, 0)) for name, found in seen.items()])
 
     @get("/{name:str}", summary="A durable consumer", operation_id="getConsumer", responses=PROBLEMS)
     async def get_consumer(request: AnyRequest, name: FromPath[str]) -> ConsumerView:
-        principal = principal_of(request.scope)
+        principal = caller(request)
         return await view(principal, name, await permitted(consumers, principal, name))
 
     @delete("/{name:str}", summary="Remove a durable consumer", operation_id="deleteConsumer", responses=PROBLEMS)
     async def delete_consumer(request: AnyRequest, name: FromPath[str]) -> None:
-        principal = principal_of(request.scope)
+        principal = caller(request)
         await permitted(consumers, principal, name)
         await reach(consumers.delete(principal.tenant, name))
 
@@ -98,7 +84,8 @@ def _definitions(consumers: Consumers) -> list[HTTPRouteHandler]:
 def _check(wish: Wish, principal: Principal) -> None:
     if wish.session is not None:
         named("session", wish.session)
-    elif not _covers(principal, None):
+        authorize(principal, "consume", wish.session)
+    elif not covers(principal, None):
         raise Problem(403, "a consumer of all sessions needs credentials for all of them: name a session")
     if wish.types == ():
         raise Problem(400, "types is empty: leave it out to read all types")
@@ -142,8 +129,10 @@ def _pauses(consumers: Consumers) -> list[HTTPRouteHandler]:
         operation_id="pauseConsumer",
         responses=PROBLEMS,
     )
-    async def pause_consumer(request: AnyRequest, name: FromPath[str], data: Pause | None = None) -> ConsumerView:
-        principal = principal_of(request.scope)
+    async def pause_consumer(
+        request: AnyRequest, name: FromPath[str], data: Annotated[Pause | None, Body()] = None
+    ) -> ConsumerView:
+        principal = caller(request)
         await permitted(consumers, principal, name)
         found = await reach(consumers.pause(principal.tenant, name, _until(consumers, data)))
         return consumer_view(name, found, await reach(consumers.dead.count(principal.tenant, name)))
@@ -156,7 +145,7 @@ def _pauses(consumers: Consumers) -> list[HTTPRouteHandler]:
         responses=PROBLEMS,
     )
     async def resume_consumer(request: AnyRequest, name: FromPath[str]) -> ConsumerView:
-        principal = principal_of(request.scope)
+        principal = caller(request)
         await permitted(consumers, principal, name)
         found = await reach(consumers.resume(principal.tenant, name))
         return consumer_view(name, found, await reach(consumers.dead.count(principal.tenant, name)))
@@ -175,9 +164,7 @@ def _reading(consumers: Consumers) -> list[HTTPRouteHandler]:
 
     @get("/{name:str}/events", include_in_schema=False)
     async def consumer_events(request: AnyRequest, name: FromPath[str]) -> ASGIApp:
-        principal = principal_of(request.scope)
-        await permitted(consumers, principal, name)
-        return await events.open(request.scope, principal, name)
+        return await events.open(request.scope, caller(request), name)
 
     @post(
         "/{name:str}/acks",
@@ -186,9 +173,9 @@ def _reading(consumers: Consumers) -> list[HTTPRouteHandler]:
         operation_id="settleEvents",
         responses=PROBLEMS,
     )
-    async def settle_events(request: AnyRequest, name: FromPath[str], data: Settlement) -> Settled:
-        principal = principal_of(request.scope)
-        await permitted(consumers, principal, name)
+    async def settle_events(request: AnyRequest, name: FromPath[str], data: Annotated[Settlement, Body()]) -> Settled:
+        principal = caller(request)
+        await permitted(consumers, principal, name, recent=True)
         try:
             settled: Settled = await reach(settle(consumers, principal.tenant, name, data))
         except InvalidToken as error:
@@ -208,7 +195,7 @@ def _dead(consumers: Consumers) -> list[HTTPRouteHandler]:
         limit: Annotated[int, QueryParameter(ge=1, le=200)] = 50,
         after: FromQuery[str | None] = None,
     ) -> DeadEventList:
-        principal = principal_of(request.scope)
+        principal = caller(request)
         await permitted(consumers, principal, name)
         if after is not None and not (after.isdecimal() and len(after) < 19):
             raise Problem(400, f"after={after[:40]!r} is not the next of an earlier page")
@@ -217,7 +204,7 @@ def _dead(consumers: Consumers) -> list[HTTPRouteHandler]:
 
     @get("/{name:str}/dead/{event:str}", summary="A dead event", operation_id="getDeadEvent", responses=PROBLEMS)
     async def get_dead(request: AnyRequest, name: FromPath[str], event: FromPath[str]) -> DeadEventView:
-        principal = principal_of(request.scope)
+        principal = caller(request)
         await permitted(consumers, principal, name)
         named("event", event)
         return dead_view(await reach(dead.get(principal.tenant, name, event)))
@@ -230,7 +217,7 @@ def _dead(consumers: Consumers) -> list[HTTPRouteHandler]:
         responses=PROBLEMS,
     )
     async def resend_dead(request: AnyRequest, name: FromPath[str], event: FromPath[str]) -> None:
-        principal = principal_of(request.scope)
+        principal = caller(request)
         await permitted(consumers, principal, name)
         named("event", event)
         await refusing(dead.again(principal.tenant, name, event))
@@ -239,7 +226,7 @@ def _dead(consumers: Consumers) -> list[HTTPRouteHandler]:
         "/{name:str}/dead/{event:str}", summary="Remove a dead event", operation_id="dropDeadEvent", responses=PROBLEMS
     )
     async def drop_dead(request: AnyRequest, name: FromPath[str], event: FromPath[str]) -> None:
-        principal = principal_of(request.scope)
+        principal = caller(request)
         await permitted(consumers, principal, name)
         named("event", event)
         await reach(dead.get(principal.tenant, name, event))

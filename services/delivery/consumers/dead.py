@@ -1,5 +1,6 @@
 """Events that a service was given in vain, as they are kept for it: looked at, given again, removed."""
 
+from collections import Counter
 from typing import Final
 
 import msgspec
@@ -49,10 +50,17 @@ class DeadEvents:
 
     async def count(self, tenant: str, name: str) -> int:
         """Return how many there are of a consumer."""
-        query = msgspec.json.encode({"subjects_filter": consumer_filter("dead", tenant, name)})
+        return len(await self._subjects(consumer_filter("dead", tenant, name)))
+
+    async def counts(self, tenant: str) -> Counter[str]:
+        """Return how many there are of each consumer of a tenant that has any, by name."""
+        return Counter(subject.split(".")[3] for subject in await self._subjects(f"consumers.dead.{tenant}.*.*"))
+
+    async def _subjects(self, filter_: str) -> dict[str, int]:
+        query = msgspec.json.encode({"subjects_filter": filter_})
         answer = await self._broker.request(f"$JS.API.STREAM.INFO.{CONSUMERS}", query, timeout=5.0)
         try:
-            return len(msgspec.json.decode(answer or b"", type=_Counts).state.subjects or {})
+            return msgspec.json.decode(answer or b"", type=_Counts).state.subjects or {}
         except msgspec.DecodeError as error:
             raise BrokerUnavailable(f"dead events cannot be counted: {(answer or b'')[:200]!r}") from error
 

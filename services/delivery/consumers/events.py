@@ -12,7 +12,7 @@ import structlog
 from litestar.types import ASGIApp
 
 from services.delivery import metrics
-from services.delivery.answers import reach
+from services.delivery.consumers.access import open_session
 from services.delivery.consumers.registry import Consumers
 from services.delivery.consumers.session import ConsumerSession, Delivery
 from services.delivery.core.sse import HEADERS
@@ -112,9 +112,7 @@ class ConsumerEvents:
             Problem: the wish cannot be met.
         """
         shape = wanted_shape(scope)
-        if self._hub.draining:
-            raise Problem(503, "this replica is going away", headers={"Retry-After": "1"})
-        session: ConsumerSession = await reach(self._consumers.open(principal.tenant, name))
+        session = await open_session(self._consumers, principal, name)
 
         async def answer(_scope: Any, receive: Any, send: Any) -> None:
             watch = asyncio.create_task(_disconnected(receive))

@@ -37,7 +37,9 @@ from services.kit.consumers import DurableInfo, DurableRefused, Durables
 __all__ = ["Conflicting", "Consumers", "Found", "Limits"]
 
 log = structlog.get_logger()
-CONSUMERS_SECONDS: Final = 5.0
+PARTITIONS_SECONDS: Final = 5.0
+RECENT_SECONDS: Final = 3.0
+RECENT: Final = 1_000
 _KEPT: Final = ("deliver_policy", "opt_start_seq", "opt_start_time")
 
 
@@ -74,6 +76,7 @@ class Consumers:
         self._judge = Judge(hub.broker)
         self._sessions: weakref.WeakSet[ConsumerSession] = weakref.WeakSet()
         self._partitions: tuple[float, list[int]] | None = None
+        self._known: dict[tuple[str, str], tuple[float, Found]] = {}  # bounded by RECENT
         hub.broker.on_reconnect(self._reconnected)
 
     async def put(self, tenant: str, name: str, wish: Wish) -> tuple[Found, bool]:
@@ -106,6 +109,21 @@ class Consumers:
             raise Unknown(f"there is no consumer {name!r}")
         return found
 
+    async def recent(self, tenant: str, name: str) -> Found:
+        """Return a consumer as it was at most a few seconds ago.
+
+        Raises:
+            Unknown: there is none.
+        """
+        now = self.hub.clock.monotonic()
+        known = self._known.get((tenant, name))
+        if known is None or now - known[0] > RECENT_SECONDS:
+            self._known.pop((tenant, name), None)
+            known = self._known[tenant, name] = (now, await self.get(tenant, name))
+            if len(self._known) > RECENT:
+                del self._known[next(iter(self._known))]
+        return known[1]
+
     async def all_of(self, tenant: str) -> dict[str, Found]:
         """Return the consumers of a tenant by name, in the order of the names."""
         each: dict[str, dict[int, DurableInfo]] = {}
@@ -124,6 +142,7 @@ class Consumers:
             Unknown: there is none.
         """
         found = await self.get(tenant, name)
+        self._known.pop((tenant, name), None)
         doomed = msgspec.structs.replace(found.definition, revision=found.definition.revision + 1, deleted=True)
         for partition, info in sorted(found.infos.items()):
             await self._change(tenant, name, doomed, partition, info, len(found.infos) - 1)
@@ -194,7 +213,7 @@ class Consumers:
     async def _logs(self, *, fresh: bool = False) -> list[int]:
         """Return the partitions that there are, at most a few seconds old."""
         now = self.hub.clock.monotonic()
-        if self._partitions is None or fresh or now - self._partitions[0] > CONSUMERS_SECONDS:
+        if self._partitions is None or fresh or now - self._partitions[0] > PARTITIONS_SECONDS:
             self._partitions = (now, await self.hub.broker.partitions())
         return self._partitions[1]
 

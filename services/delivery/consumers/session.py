@@ -17,7 +17,7 @@ from services.delivery import metrics
 from services.delivery.consumers.dead import DeadEvent, DeadEvents
 from services.delivery.consumers.definition import AGAIN, Definition
 from services.delivery.consumers.judging import Judge
-from services.delivery.consumers.source import WAIT_SECONDS, Raw, Source, stream_in
+from services.delivery.consumers.source import PATIENCE, WAIT_SECONDS, Raw, Source, stream_in
 from services.delivery.consumers.tokens import Token
 from services.delivery.errors import TooBusy
 from services.kit.broker import Broker, BrokerUnavailable
@@ -135,11 +135,12 @@ class ConsumerSession:
             if len(given) >= limit or self.is_gone:
                 return
             self._wake.clear()
-            asked = await self._ask(limit - len(given), now, waiting=not given)
-            if (given and not asked) or now >= until:
+            asked = await self._ask(limit - len(given), now, waiting=not given and now < until)
+            if now >= until + PATIENCE or (not asked and (given or now >= until)):
                 return
+            left = PATIENCE if asked else until - now
             with suppress(TimeoutError):
-                async with asyncio.timeout(min(until - now, self._patience(now))):
+                async with asyncio.timeout(min(left, self._patience(now))):
                     await self._wake.wait()
 
     async def ack(self, deliveries: list[Delivery]) -> None:

@@ -1,0 +1,150 @@
+"""Durable consumers served inside the test's own event loop, and a client of them."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+from litestar import Litestar
+
+from schemas.topology import Topology
+from services.delivery.consumers.api import consumers_router
+from services.delivery.consumers.registry import Consumers, Limits
+from services.delivery.hub import Hub
+from services.delivery.hub import Limits as HubLimits
+from services.kit.auth.principal import PRINCIPAL, Principal
+from services.kit.broker import Broker
+from services.kit.clock import SystemClock
+from services.kit.http import serving
+from services.kit.problem import EXCEPTION_HANDLERS
+from tests.conftest import free_port
+from tests.delivery_stage import TENANT
+
+
+class Stage:
+    """A running replica and a client of it. ``principal``: who calls it."""
+
+    def __init__(self, url: str, hub: Hub, consumers: Consumers, http: httpx.AsyncClient) -> None:
+        self.url = url
+        self.hub = hub
+        self.consumers = consumers
+        self.http = http
+        self.principal: Principal | None = Principal(tenant=TENANT)
+
+
+@asynccontextmanager
+async def consuming(
+    url: str, *, topology: Topology | None = None, heartbeat: float = 15.0, stall: float = 30.0, **limits: Any
+) -> AsyncIterator[Stage]:
+    """Serve durable consumers from the broker at ``url`` while the block runs."""
+    topology = topology or Topology()
+    async with Broker.connect(url, "test-consumers") as broker:
+        await broker.apply(topology)
+        hub = Hub(broker, SystemClock(), topology.partitions, HubLimits(heartbeat=heartbeat, stall=stall))
+        consumers = Consumers(hub, Limits(**limits))
+        litestar = Litestar(
+            [consumers_router(consumers)],
+            exception_handlers=EXCEPTION_HANDLERS,
+            logging_config=None,
+            openapi_config=None,
+        )
+        port = free_port()
+        async with httpx.AsyncClient(timeout=15) as http:
+            stage = Stage(f"http://127.0.0.1:{port}", hub, consumers, http)
+
+            async def app(scope: Any, receive: Any, send: Any) -> None:
+                scope[PRINCIPAL] = stage.principal
+                await litestar(scope, receive, send)
+
+            async with serving(app, "127.0.0.1", port, grace=2):
+                try:
+                    yield stage
+                finally:
+                    await hub.drain(3)
+
+
+class Service:
+    """A service that reads through the durable consumer ``name`` of a stage."""
+
+    def __init__(self, stage: Stage, name: str = "svc") -> None:
+        self.stage = stage
+        self.name = name
+        self.path = f"{stage.url}/v1/consumers/{name}"
+
+    async def put(self, **wish: Any) -> httpx.Response:
+        return await self.stage.http.put(self.path, json=wish)
+
+    async def created(self, **wish: Any) -> "Service":
+        """Create the consumer and return this service."""
+        answer = await self.put(**wish)
+        assert answer.status_code in (200, 201), answer.text
+        return self
+
+    async def view(self) -> dict[str, Any]:
+        answer = await self.stage.http.get(self.path)
+        assert answer.status_code == 200, answer.text
+        return dict(answer.json())
+
+    async def batch(self, batch: int = 100, wait: float = 0, **query: Any) -> list[dict[str, Any]]:
+        params = {"batch": str(batch), "wait": str(wait)} | query
+        answer = await self.stage.http.get(f"{self.path}/events", params=params, timeout=wait + 10)
+        assert answer.status_code == 200, answer.text
+        return list(answer.json()["events"])
+
+    async def settle(self, **words: Any) -> dict[str, Any]:
+        answer = await self.stage.http.post(f"{self.path}/acks", json=words)
+        assert answer.status_code == 200, answer.text
+        return dict(answer.json())
+
+    async def ack(self, events: list[dict[str, Any]]) -> None:
+        settled = await self.settle(acks=[e["token"] for e in events])
+        assert settled == {"settled": len(events), "unknown": []}
+
+    async def take(self, count: int, *, within: float = 20) -> list[dict[str, Any]]:
+        """Take and acknowledge events until there are ``count`` of them."""
+        taken: list[dict[str, Any]] = []
+        async with asyncio.timeout(within):
+            while len(taken) < count:
+                events = await self.batch(wait=2)
+                await self.ack(events)
+                taken += events
+        return taken
+
+    async def dead(self) -> list[dict[str, Any]]:
+        answer = await self.stage.http.get(f"{self.path}/dead")
+        assert answer.status_code == 200, answer.text
+        return list(answer.json()["events"])
+
+    @asynccontextmanager
+    async def stream(self, accept: str = "application/x-ndjson", **query: str) -> AsyncIterator["Lines"]:
+        async with self.stage.http.stream(
+            "GET", f"{self.path}/events", params=query, headers={"accept": accept}, timeout=30
+        ) as response:
+            assert response.status_code == 200
+            yield Lines(response)
+
+
+class Lines:
+    """The lines of a stream that hold something."""
+
+    def __init__(self, response: httpx.Response) -> None:
+        self.response = response
+        self._lines = response.aiter_lines()
+
+    async def next(self, within: float = 20) -> dict[str, Any]:
+        async with asyncio.timeout(within):
+            async for line in self._lines:
+                text = line.removeprefix("data: ")
+                if text.startswith("{"):
+                    return dict(json.loads(text))
+        raise AssertionError("the stream has ended")
+
+    async def some(self, count: int) -> list[dict[str, Any]]:
+        return [await self.next() for _ in range(count)]
+
+
+def seqs(events: list[dict[str, Any]]) -> list[tuple[str, int]]:
+    """Return generation and seq of given events."""
+    return [(e["event"]["generation"], e["event"]["seq"]) for e in events]

@@ -1,0 +1,249 @@
+"""Durable consumers when clients, replicas and the broker die, and when partitions appear."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from schemas.topology import Topology, token_stream
+from services.kit.broker import Broker
+from tests.acceptance.processes import REPOSITORY, clean_environment
+from tests.conftest import NatsServer, eventually, free_port
+from tests.consumers_stage import Service, Stage, consuming, seqs
+from tests.delivery_stage import Log, keys, metric, story
+
+
+async def test_what_a_client_had_when_it_died_is_given_again(nats_url: str, broker: Broker) -> None:
+    async with consuming(nats_url) as stage:
+        service = await Service(stage).created(ack_wait=1.0)
+        await Log(broker).append(*story("g1", 7))
+        async with service.stream() as lines:
+            events = await lines.some(6)
+            await service.ack(events[:4])
+        again = await service.take(6)
+        assert seqs(again) == keys(story("g1", 7))[4:]
+        assert (await service.view())["in_flight"] == 0
+
+
+async def test_what_a_replica_had_not_given_yet_goes_back_at_once(nats_url: str, broker: Broker) -> None:
+    async with consuming(nats_url) as stage:
+        service = await Service(stage).created(ack_wait=600)
+        session = await stage.consumers.open("default", "svc")
+        await Log(broker).append(*story("g1", 2))
+        pulled = await session.pull(2, 5)
+        source = session._sources["TOKENS_0"]
+        await source.ask(3, 1_000_000, 0.0)
+        await eventually(lambda: len(source.buffer) == 3)
+        await session.nack(pulled)
+        await session.close()
+        assert seqs(await service.take(5, within=10)) == keys(story("g1", 2))
+
+
+async def test_the_position_outlives_the_broker(own_nats: NatsServer) -> None:
+    async with Broker.connect(own_nats.url, "test") as broker, consuming(own_nats.url) as stage:
+        log = Log(broker)
+        service = await Service(stage).created(ack_wait=2.0)
+        await log.append(*story("g1", 3))
+        async with service.stream() as lines:
+            first = await lines.some(4)
+            await service.ack(first)
+            own_nats.kill()
+            await asyncio.to_thread(own_nats.start)
+            await eventually(lambda: broker.is_connected and stage.hub.broker.is_connected, timeout=20)
+            await log.append(*story("g2", 1))
+            rest: list[tuple[str, int]] = []
+            async with asyncio.timeout(30):
+                while len(set(rest)) < 6:
+                    event = await lines.next()
+                    rest += seqs([event])
+                    await service.settle(acks=[event["token"]])
+        assert set(keys(story("g1", 3))[4:] + keys(story("g2", 1))) <= set(rest)
+        assert set(rest) <= set(keys(story("g1", 3)) + keys(story("g2", 1)))
+
+        async def idle() -> bool:  # words that the broker had not kept yet when it was killed are said again
+            await service.ack(await service.batch())
+            view = await service.view()
+            return (view["in_flight"], view["pending"]) == (0, 0)
+
+        await eventually(idle, timeout=20, interval=0.2)
+
+
+@asynccontextmanager
+async def replica(nats_url: str, folder: Path) -> AsyncIterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A delivery process of its own."""
+    port = free_port()
+    env = clean_environment(
+        TAILRACE_NATS_URL=nats_url,
+        TAILRACE_DELIVERY_PORT=str(port),
+        TAILRACE_DATA=str(folder),
+        TAILRACE_LOG_FORMAT="json",
+    )
+    with (folder / f"delivery-{port}.log").open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "services.delivery"], cwd=REPOSITORY, env=env, stdout=output, stderr=output
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        async with httpx.AsyncClient() as http:
+
+            async def ready() -> bool:
+                assert process.poll() is None, (folder / f"delivery-{port}.log").read_text()
+                try:
+                    return (await http.get(f"{url}/readyz")).status_code == 200
+                except httpx.TransportError:
+                    return False
+
+            await eventually(ready, timeout=30, interval=0.1)
+        yield url, process
+    finally:
+        process.kill()
+        await asyncio.to_thread(process.wait, 10)
+
+
+@pytest.mark.acceptance
+async def test_a_replica_that_is_killed_loses_nothing_and_another_one_goes_on(
+    nats_url: str, broker: Broker, tmp_path: Path
+) -> None:
+    log = Log(broker)
+    async with (
+        replica(nats_url, tmp_path) as (one, process),
+        replica(nats_url, tmp_path) as (two, _),
+        httpx.AsyncClient(timeout=20) as http,
+    ):
+        stages = [Stage(url, None, None, http) for url in (one, two)]  # type: ignore[arg-type]  # only called over HTTP
+        doomed, left = (Service(stage) for stage in stages)
+        await doomed.created(ack_wait=1.0)
+        await log.append(*story("g1", 20))
+        async with doomed.stream() as lines:
+            await doomed.ack(await lines.some(10))
+            os.kill(process.pid, signal.SIGKILL)
+        rest = await left.take(13)
+        await log.append(*story("g2", 1))
+        rest += await left.take(4)
+    assert set(seqs(rest)) == set(keys(story("g1", 20))[10:] + keys(story("g2", 1)))
+
+
+async def test_a_partition_that_appears_is_read_too(nats_url: str, broker: Broker) -> None:
+    two = Topology(partitions=2)
+    sessions = [f"session-{n}" for n in range(6)]
+    async with consuming(nats_url) as stage:
+        service = await Service(stage).created(start="new")
+        async with service.stream() as lines:
+            await eventually(lambda: metric("tailrace_delivery_consumer_sessions") == 1)
+            await broker.apply(two)
+            logs = [Log(broker, session, two) for session in sessions]
+            assert len({log.subject("g").split(".")[1] for log in logs}) == 2
+            for log in logs:
+                await log.append(*story(f"{log.session}-g", 1))
+            events = await lines.some(4 * len(sessions))
+            await service.ack(events)
+        wanted = [key for session in sessions for key in keys(story(f"{session}-g", 1))]
+        assert sorted(seqs(events)) == sorted(wanted)
+        for session in sessions:  # in order within each session
+            own = [key for key in seqs(events) if key[0] == f"{session}-g"]
+            assert own == keys(story(f"{session}-g", 1))
+        assert [p["partition"] for p in (await service.view())["position"]] == [0, 1]
+
+
+async def test_a_pause_and_a_limit_hold_for_every_partition(nats_url: str, broker: Broker) -> None:
+    topology = Topology(partitions=2)
+    await broker.apply(topology)
+    async with consuming(nats_url, topology=topology) as stage:
+        service = await Service(stage).created(max_in_flight=4)
+        assert (await stage.http.post(f"{service.path}/pause")).json()["paused"]
+        for n in range(4):
+            await Log(broker, f"session-{n}", topology).append(*story(f"g{n}", 5))
+        assert await service.batch() == []
+        assert (await stage.http.post(f"{service.path}/resume")).status_code == 200
+        assert len(await service.batch()) == 4
+        view = await service.view()
+        assert (view["in_flight"], [p["in_flight"] for p in view["position"]]) == (4, [2, 2])
+
+
+async def test_batches_of_several_partitions_never_hold_more_than_asked_for(nats_url: str, broker: Broker) -> None:
+    topology = Topology(partitions=4)
+    await broker.apply(topology)
+    async with consuming(nats_url, topology=topology) as stage:
+        service = await Service(stage).created()
+        for n in range(8):
+            await Log(broker, f"session-{n}", topology).append(*story(f"g{n}", 5))
+        taken: list[dict[str, object]] = []
+        while events := await service.batch(batch=3):
+            assert len(events) <= 3
+            assert {e["deliveries"] for e in events} == {1}
+            taken += events
+        assert len(taken) == 64
+
+
+async def test_a_consumer_whose_making_broke_off_is_completed(nats_url: str, broker: Broker) -> None:
+    topology = Topology(partitions=2)
+    await broker.apply(topology)
+    async with consuming(nats_url, topology=topology) as stage:
+        service = await Service(stage).created()
+        for stream in ("TOKENS_1", "CONSUMERS"):
+            await broker.js.delete_consumer(stream, "svc-7-default-svc")
+        assert len((await service.view())["position"]) == 2
+        assert {c.name for c in await broker.js.consumers_info("TOKENS_1")} == {"billing-1", "svc-7-default-svc"}
+
+
+async def test_a_removal_that_broke_off_is_completed_by_whoever_looks(nats_url: str, broker: Broker) -> None:
+    topology = Topology(partitions=2)
+    await broker.apply(topology)
+    async with consuming(nats_url, topology=topology) as stage:
+        service = await Service(stage).created()
+        consumers = stage.consumers
+        found = await consumers.get("default", "svc")
+        doomed = found.definition.__class__(wish=found.definition.wish, revision=9, deleted=True)
+        await consumers._change("default", "svc", doomed, 1, found.infos[1], 2)
+        assert (await stage.http.get(service.path)).status_code == 404
+        for stream in (token_stream(0), token_stream(1), "CONSUMERS"):
+            assert "svc-7-default-svc" not in {c.name for c in await broker.js.consumers_info(stream)}
+
+
+async def test_a_log_made_anew_is_read_from_its_beginning(nats_url: str, broker: Broker) -> None:
+    async with consuming(nats_url) as stage:
+        log = Log(broker)
+        service = await Service(stage).created()
+        await log.append(*story("g1", 1))
+        (token, *_) = [e["token"] for e in await service.batch()]
+        await broker.js.delete_stream("TOKENS_0")
+        await broker.apply(Topology())
+        await log.append(*story("g2", 1))
+
+        async def known() -> bool:
+            return bool((await service.settle(acks=[token]))["unknown"] == [token])
+
+        await eventually(known)
+        assert seqs(await service.take(4)) == keys(story("g2", 1))
+
+
+async def test_a_client_that_reads_nothing_holds_little_and_is_let_go(nats_url: str, broker: Broker) -> None:
+    async with consuming(nats_url, stall=2.0) as stage:
+        service = await Service(stage).created(max_in_flight=10_000)
+        events = story("g1", 300, size=50_000)
+        await Log(broker).append(*events)
+        async with service.stream():
+            sessions = list(stage.consumers._sessions)
+
+            def held() -> int:
+                return sum(len(raw.data) for s in sessions for source in s._sources.values() for raw in source.buffer)
+
+            assert len(sessions) == 1
+            before = metric("tailrace_delivery_streams_closed_total", reason="evicted")
+            worst = 0
+
+            def evicted() -> bool:
+                nonlocal worst
+                worst = max(worst, held())
+                return metric("tailrace_delivery_streams_closed_total", reason="evicted") > before
+
+            await eventually(evicted, timeout=20)
+            assert worst < 4 * 1024 * 1024
+        assert metric("tailrace_delivery_consumer_sessions") == 0

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from schemas.budgets import Reserve
-from services.billing.core.budgets import Budget, Need, Standing, admit, need_of, period_at
+from services.billing.core.budgets import Budget, Need, Standing, Use, admit, beyond, need_of, period_at
 from services.billing.core.prices import Price, PriceBook
 from services.delivery.admission import worst_case
 
@@ -90,6 +90,28 @@ def test_what_is_admitted_never_passes_the_hard_limit(needs: list[int], hard: in
         if admit([standing], Need(need, {})).refused is None:
             reserved += need
     assert reserved <= hard
+
+
+def use(name: str, used: int, reserved: int) -> Use:
+    return Use(("t", "s", name), "", Decimal(used), Decimal(reserved))
+
+
+def test_what_stays_within_its_reservation_runs_on() -> None:
+    standing = Standing(budget("100", unit="tokens"), Decimal(20), Decimal(80))
+    assert beyond(standing, [use("a", 40, 40), use("b", 39, 40)]) == []
+    assert beyond(Standing(budget(None, "1", unit="tokens"), Decimal(20), Decimal(80)), [use("a", 90, 40)]) == []
+
+
+def test_what_takes_more_than_it_reserved_is_stopped_when_the_rest_is_promised_to_others() -> None:
+    standing = Standing(budget("100", unit="tokens"), Decimal(20), Decimal(79))
+    assert beyond(standing, [use("a", 40, 39), use("b", 10, 40)]) == []
+    assert beyond(standing, [use("a", 41, 39), use("b", 10, 40)]) == [("t", "s", "a")]
+
+
+def test_a_used_up_budget_stops_all_that_it_covers() -> None:
+    uses = [use("a", 10, 40), use("b", 30, 40), Use(("t", "s", "c"), "k", Decimal(9), Decimal(10))]
+    assert beyond(Standing(budget("40", unit="tokens"), Decimal(0), Decimal(90)), uses) == [u.place for u in uses]
+    assert beyond(Standing(budget("9", unit="tokens", key="k"), Decimal(0), Decimal(10)), uses) == [uses[2].place]
 
 
 @pytest.mark.parametrize(

@@ -164,14 +164,14 @@ class Use(NamedTuple):
 
 
 def beyond(standing: Standing, uses: list[Use]) -> list[tuple[str, str, str]]:
-    """Return the running generations that a hard limit stops: those that use more than was reserved for them, when
-    all together use more than there is; and every one, when what is settled has used it up.
+    """Return the running generations that a hard limit stops: every one when it is used up; those that use more than was
+    reserved for them when there is less left than others have reserved.
     """
     budget = standing.budget
     if budget.hard is None:
         return []
     covered = [use for use in uses if budget.covers(use.key)]
-    if standing.spent >= budget.hard:
+    if standing.spent + sum((use.used for use in covered), ZERO) >= budget.hard:
         return [use.place for use in covered]
     extra = sum((max(ZERO, use.used - use.reserved) for use in covered), ZERO)
     if standing.used + extra <= budget.hard:

@@ -164,8 +164,8 @@ class Use(NamedTuple):
 
 
 def beyond(standing: Standing, uses: list[Use]) -> list[tuple[str, str, str]]:
-    """Return the running generations that a hard limit stops: every one when it is used up; those that use more than was
-    reserved for them when there is less left than others have reserved.
+    """Return the running generations that a hard limit stops: every one when it is used up; those that use more than
+    was reserved for them when there is less left than others have reserved.
     """
     budget = standing.budget
     if budget.hard is None:

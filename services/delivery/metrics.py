@@ -40,5 +40,15 @@ CONSUMER_BLOCKED: Final = Counter(
     "tailrace_delivery_consumer_dead_refused", "Times that an event could not be put aside: too many are kept already"
 )
 CONSUMER_SETTLED: Final = Counter("tailrace_delivery_consumer_settled", "Deliveries settled by services", ["how"])
-GRPC_CALLS: Final = Counter("tailrace_delivery_grpc_calls", "Ended gRPC calls, by method and status", ["method", "code"])
+GRPC_CALLS: Final = Counter(
+    "tailrace_delivery_grpc_calls", "Ended gRPC calls, by method and status", ["method", "code"]
+)
 GRPC_REQUESTS: Final = Counter("tailrace_delivery_grpc_requests", "What clients said on Attach, by kind", ["kind"])
+SOCKETS: Final = Gauge("tailrace_delivery_sockets", "Open WebSockets")
+SOCKETS_CLOSED: Final = Counter("tailrace_delivery_sockets_closed", "Ended WebSockets, by reason", ["reason"])
+SOCKET_MESSAGES: Final = Counter(
+    "tailrace_delivery_socket_messages", "What clients said over WebSockets, by kind", ["kind"]
+)
+SOCKET_THROTTLED: Final = Counter(
+    "tailrace_delivery_socket_throttled", "Times that a WebSocket's client said too much at once and had to wait"
+)

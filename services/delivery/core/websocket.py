@@ -53,7 +53,7 @@ class ClientMessage(msgspec.Struct, tag_field="type", kw_only=True, forbid_unkno
 
 
 class Subscribe(ClientMessage, tag="subscribe"):
-    """Read a session, or one generation of it; ``after``, ``from`` as in the query of the stream of server-sent events.
+    """Read a session, or one generation of it; everything up to ``coalesce`` as in the query of server-sent events.
 
     ``credit``: what may be sent at first; ``window``: ``auto`` follows the client's acknowledgements instead.
     """
@@ -62,6 +62,8 @@ class Subscribe(ClientMessage, tag="subscribe"):
     generation: Name | None = None
     after: Name | None = None
     from_: Name | None = msgspec.field(default=None, name="from")
+    granularity: Name | None = None
+    coalesce: int | None = None
     credit: CreditBody | None = None
     window: Literal["auto"] | None = None
 

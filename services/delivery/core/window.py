@@ -80,7 +80,7 @@ class InFlight:
 
 
 class AutoWindow:
-    """A window in bytes that follows what the client deals with in a round trip (rate times trip), with some room to grow.
+    """A window in bytes that follows what the client deals with in a round trip (rate times trip), with room to grow.
 
     The trip is the shortest of the last `TRIPS`: waiting in a queue is no reason for a longer queue. The rate is the
     highest of the last `RATES` during which the window was used up; a session that says little leaves it as it is.

@@ -56,7 +56,7 @@ class WebSockets:
                 reason = await self._serve(connection, receive)
         metrics.SOCKETS_CLOSED.labels(reason).inc()
         if reason in CLOSES:
-            await _close(send, *CLOSES[reason])
+            await _close(send, *CLOSES[reason], 0.5 if reason == "evicted" else LAST_WRITE_SECONDS)
 
     async def _serve(self, connection: Connection, receive: Any) -> str:
         self._connections.add(connection)
@@ -111,9 +111,13 @@ async def _refuse(problem: Problem, kind: str, send: Any) -> None:
     await send({"type": f"{kind}.response.body", "body": body, "more_body": False})
 
 
-async def _close(send: Any, code: int, why: str) -> None:
-    """Close the socket; a client that takes nothing is not waited for."""
-    closing = asyncio.ensure_future(send({"type": "websocket.close", "code": code, "reason": why}))
-    await asyncio.wait({closing}, timeout=LAST_WRITE_SECONDS)
+async def _close(send: Any, code: int, why: str, seconds: float) -> None:
+    """Close the socket; a client that takes nothing is not waited for longer than so many seconds."""
+    closing = asyncio.create_task(_send(send, {"type": "websocket.close", "code": code, "reason": why}))
+    await asyncio.wait({closing}, timeout=seconds)
     closing.cancel()
     await asyncio.gather(closing, return_exceptions=True)
+
+
+async def _send(send: Any, message: Any) -> None:
+    await send(message)

@@ -133,7 +133,7 @@ class Connection:
             self.stop("drain")
         elif now > self._until:
             self.stop(self._until_reason)
-        elif now - self._heard_at > SILENT_HEARTBEATS * limits.heartbeat:
+        elif self._asked_at > self._heard_at and now - self._heard_at > SILENT_HEARTBEATS * limits.heartbeat:
             self.stop("silent")
         elif now - self._asked_at >= limits.heartbeat:
             self._pings += 1
@@ -214,7 +214,14 @@ class Connection:
     def _subscribe(self, said: Subscribe) -> None:
         if said.credit is not None and said.window is not None:
             raise Problem(400, "a subscription has either `credit` or a `window`")
-        wish = Wish.read(said.session, generation=said.generation, after=said.after, from_=said.from_)
+        wish = Wish.read(
+            said.session,
+            generation=said.generation,
+            after=said.after,
+            from_=said.from_,
+            granularity=said.granularity,
+            coalesce=said.coalesce,
+        )
         if said.session in self._subscriptions:
             raise Problem(409, f"this socket reads session {said.session!r} already: unsubscribe first")
         if len(self._subscriptions) >= SUBSCRIPTIONS:
@@ -227,8 +234,8 @@ class Connection:
         reason = "disconnected"
         try:
             stream = await self._desk.streams.open(self._principal, wish)
-            at = stream.feed.address
-            cursor = at.cursor(stream.feed.last_seq if stream.seq is None else stream.seq).decode()
+            feed = stream.feed
+            cursor = stream.cursor or wish.cursor or feed.address.cursor(feed.last_seq).decode()
             await self._say(Subscribed(id=id_, session=wish.session, cursor=cursor))
             reason = "complete"
             if stream.seq is not None:

@@ -10,7 +10,6 @@ import grpc.aio
 
 from schemas.rpc.tailrace.v1 import tailrace_pb2 as pb
 from services.delivery.admission import Admission
-from services.delivery.app import Settings
 from services.delivery.hub import Hub, Limits
 from services.delivery.intake import Intake
 from services.delivery.lookups import Lookups

@@ -216,18 +216,6 @@ async def test_drain_says_goodbye_with_a_cursor_that_another_server_continues(
     assert got.keys == keys(events)
 
 
-async def test_server_that_stops_ends_calls_that_were_not_told(broker: Broker, nats_server: NatsServer) -> None:
-    async with serving_calls(nats_server.url, grace=0.2) as stage:
-        async with stage.client() as client:
-            call = client.read(pb.ReadRequest(session="s"))
-            await call.initial_metadata()
-            waiting = asyncio.create_task(Read().of(call))
-            task = asyncio.create_task(stage.hub.drain(5))
-            got = await waiting
-            await task
-    assert [bye.reason for bye in got.byes] == ["drain"]
-
-
 async def test_client_that_reads_nothing_costs_bounded_memory_and_is_evicted_while_others_go_on(
     broker: Broker, nats_server: NatsServer, log: Log
 ) -> None:

@@ -1,0 +1,318 @@
+"""`Attach` over gRPC: several sessions over one call, credit, windows, and what is asked beside them."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+
+from schemas.rpc.tailrace.v1 import tailrace_pb2 as pb
+from services.delivery.hub import Limits
+from services.kit.auth.principal import Principal
+from services.kit.broker import Broker
+from tests.conftest import NatsServer, eventually
+from tests.delivery_stage import TENANT, Log, keys, metric, story
+from tests.grpc_stage import Client, GrpcStage, Read, serving_calls
+
+
+class Attached:
+    """One call of `Attach`: what it brought for each id, and what else it said."""
+
+    def __init__(self, client: Client, **options: Any) -> None:
+        self.call = client.attach(**options)
+        self.reads: dict[str, Read] = {}
+        self.said: dict[str, list[tuple[str, Any]]] = {}
+
+    async def say(self, id_: str, **kind: Any) -> None:
+        await self.call.write(pb.AttachRequest(id=id_, **kind))
+
+    async def subscribe(self, id_: str, session: str = "s", **subscribe: Any) -> None:
+        read = pb.ReadRequest(session=session, begin=pb.BEGIN_START)
+        await self.say(id_, subscribe=pb.Subscribe(**({"read": read} | subscribe)))
+
+    async def until(self, enough: Callable[[], object]) -> None:
+        while not enough():
+            response = await asyncio.wait_for(self.call.read(), 15)
+            assert response is not grpc.aio.EOF, self.said
+            self.take(response)
+
+    async def to_the_end(self) -> None:
+        while (response := await asyncio.wait_for(self.call.read(), 15)) is not grpc.aio.EOF:
+            self.take(response)
+
+    def take(self, response: pb.AttachResponse) -> None:
+        for item in response.items:
+            kind = item.WhichOneof("kind")
+            assert kind is not None
+            if kind == "read":
+                self.reads.setdefault(item.id, Read()).take(item.read)
+            else:
+                self.said.setdefault(item.id, []).append((kind, getattr(item, kind)))
+
+    def count(self, id_: str) -> int:
+        return len(self.reads[id_].events) if id_ in self.reads else 0
+
+    def kinds(self, id_: str) -> list[str]:
+        return [kind for kind, _ in self.said.get(id_, [])]
+
+    def last(self, id_: str) -> Any:
+        return self.said[id_][-1][1]
+
+
+@pytest.fixture
+async def stage(broker: Broker, nats_server: NatsServer) -> AsyncIterator[GrpcStage]:
+    async with serving_calls(nats_server.url) as running:
+        yield running
+        await eventually(lambda: metric("tailrace_delivery_subscribers", transport="grpc") == 0)
+
+
+@pytest.fixture
+async def attached(stage: GrpcStage) -> AsyncIterator[Attached]:
+    async with stage.client() as client:
+        one = Attached(client)
+        yield one
+        one.call.cancel()
+
+
+@pytest.fixture
+def log(broker: Broker) -> Log:
+    return Log(broker)
+
+
+async def silence(attached: Attached) -> None:
+    """Wait until the server has answered to something that was said after all that it may have sent by itself."""
+    await attached.say("silence", unsubscribe=pb.Unsubscribe())
+    await attached.until(lambda: "problem" in attached.kinds("silence"))
+    attached.said.pop("silence")
+
+
+async def test_several_sessions_come_over_one_call(attached: Attached, broker: Broker) -> None:
+    for session in ("a", "b", "c"):
+        await Log(broker, session).append(*story(f"g-{session}"))
+        await attached.subscribe(session, session)
+    await attached.until(lambda: all(attached.count(s) == 13 for s in "abc"))
+    for session in "abc":
+        assert attached.reads[session].keys == keys(story(f"g-{session}"))
+        assert attached.kinds(session) == ["subscribed"]
+
+
+async def test_no_more_events_come_than_the_credit_allows(attached: Attached, log: Log) -> None:
+    await log.append(*story("g1", 30))
+    await attached.subscribe("one", credit=pb.Credit(events=5))
+    await attached.until(lambda: attached.count("one") == 5)
+    await silence(attached)
+    assert attached.count("one") == 5
+    await attached.say("one", credit=pb.Credit(events=7))
+    await attached.until(lambda: attached.count("one") == 12)
+    await log.append(*story("g2"))
+    await silence(attached)
+    assert attached.count("one") == 12
+    await attached.say("one", credit=pb.Credit(events=1_000))
+    await attached.until(lambda: attached.count("one") == 33 + 13)
+    assert attached.reads["one"].keys == keys(story("g1", 30) + story("g2"))
+
+
+async def test_live_events_wait_for_credit_and_then_come_at_once(attached: Attached, log: Log) -> None:
+    await log.append(*story("g1", 0))
+    await attached.subscribe("one", credit=pb.Credit(events=3))
+    await attached.until(lambda: attached.count("one") == 3)
+    await log.append(*story("g2", 20))
+    await silence(attached)
+    assert attached.count("one") == 3
+    await attached.say("one", credit=pb.Credit(events=23))
+    await attached.until(lambda: attached.count("one") == 26)
+
+
+async def test_credit_in_bytes_is_exceeded_by_one_event_at_most(attached: Attached, log: Log) -> None:
+    await log.append(*story("g1", 30, size=1_000))
+    await attached.subscribe("one", credit=pb.Credit(bytes=5_000))
+    await attached.until(lambda: attached.count("one") >= 4)
+    await silence(attached)
+    assert 4 <= attached.count("one") <= 6
+
+
+async def test_acknowledged_events_may_be_sent_again(attached: Attached, log: Log) -> None:
+    events = story("g1", 50)
+    await log.append(*events)
+    await attached.subscribe("one", credit=pb.Credit(events=4))
+    while attached.count("one") < len(events):
+        got = attached.count("one")
+        await attached.until(lambda got=got: attached.count("one") >= min(got + 4, len(events)))
+        await silence(attached)
+        assert attached.count("one") <= got + 4
+        await attached.say("one", ack=pb.Ack(cursor=attached.reads["one"].cursors[-1]))
+    assert attached.reads["one"].keys == keys(events)
+
+
+async def test_window_that_follows_acknowledgements_brings_everything(attached: Attached, log: Log) -> None:
+    events = story("g1", 300, size=2_000)
+    await log.append(*events)
+    await attached.subscribe("one", auto_window=True)
+    await attached.until(lambda: attached.count("one") >= 20)
+    await silence(attached)
+    assert attached.count("one") < 60
+    while attached.count("one") < len(events):
+        got = attached.count("one")
+        await attached.say("one", ack=pb.Ack(cursor=attached.reads["one"].cursors[-1]))
+        await attached.until(lambda got=got: attached.count("one") > got)
+    assert attached.reads["one"].keys == keys(events)
+
+
+async def test_subscription_without_credit_leaves_another_one_alone(attached: Attached, broker: Broker) -> None:
+    await Log(broker, "a").append(*story("g1", 100))
+    await Log(broker, "b").append(*story("g2", 100))
+    await attached.subscribe("poor", "a", credit=pb.Credit(events=1))
+    await attached.subscribe("rich", "b")
+    await attached.until(lambda: attached.count("rich") == 103 and attached.count("poor") == 1)
+
+
+async def test_unsubscribing_ends_one_and_frees_its_id(attached: Attached, log: Log) -> None:
+    await log.append(*story("g1"))
+    await attached.subscribe("one")
+    await attached.until(lambda: attached.count("one") == 13)
+    await attached.say("one", unsubscribe=pb.Unsubscribe())
+    await attached.until(lambda: "ended" in attached.kinds("one"))
+    assert attached.last("one").reason == "unsubscribed"
+    await attached.subscribe("one")
+    await attached.until(lambda: attached.count("one") == 26)
+
+
+async def test_generation_ends_its_subscription_and_resuming_behind_the_end_is_complete(
+    attached: Attached, log: Log
+) -> None:
+    await log.append(*story("g1"))
+    await attached.subscribe("one", read=pb.ReadRequest(session="s", generation="g1"))
+    await attached.until(lambda: "ended" in attached.kinds("one"))
+    assert (attached.count("one"), attached.last("one").reason) == (13, "terminal")
+    after = attached.reads["one"].cursors[-1]
+    await attached.subscribe("two", read=pb.ReadRequest(session="s", generation="g1", after=after))
+    await attached.until(lambda: "ended" in attached.kinds("two"))
+    assert (attached.count("two"), attached.last("two").reason) == (0, "complete")
+
+
+@pytest.mark.parametrize(
+    ("kind", "status"),
+    [
+        ({"subscribe": pb.Subscribe(read=pb.ReadRequest(session="no name"))}, 400),
+        ({"subscribe": pb.Subscribe(read=pb.ReadRequest(session="s", generation="none"))}, 404),
+        ({"subscribe": pb.Subscribe(credit=pb.Credit(events=1), auto_window=True)}, 400),
+        ({"credit": pb.Credit(events=1)}, 404),
+        ({"ack": pb.Ack(cursor="x")}, 404),
+        ({"start": pb.StartRequest(session="s", model="m")}, 400),
+        ({"start": pb.StartRequest(session="s", model="m", options=b"\xff")}, 400),
+        ({"cancel": pb.CancelRequest(session="s", generation="none")}, 404),
+        ({}, 400),
+    ],
+)
+async def test_what_is_refused_is_said_and_the_call_goes_on(
+    attached: Attached, log: Log, kind: dict[str, Any], status: int
+) -> None:
+    await attached.say("one", **kind)
+    await attached.until(lambda: attached.kinds("one") == ["problem"])
+    assert attached.last("one").status == status
+    await log.append(*story("g1"))
+    await attached.subscribe("two")
+    await attached.until(lambda: attached.count("two") == 13)
+
+
+@pytest.mark.parametrize(
+    ("kind", "status"),
+    [
+        ({"subscribe": pb.Subscribe(read=pb.ReadRequest(session="s"))}, 409),
+        ({"credit": pb.Credit(events=1)}, 409),
+        ({"ack": pb.Ack(cursor="x")}, 400),
+        ({"ack": pb.Ack(cursor="t100" + "f" * 28)}, 409),
+    ],
+)
+async def test_what_does_not_fit_a_subscription_is_refused_and_it_goes_on(
+    attached: Attached, log: Log, kind: dict[str, Any], status: int
+) -> None:
+    await attached.subscribe("one")
+    await attached.until(lambda: attached.kinds("one") == ["subscribed"])
+    await attached.say("one", **kind)
+    await attached.until(lambda: "problem" in attached.kinds("one"))
+    assert attached.last("one").status == status
+    await log.append(*story("g1"))
+    await attached.until(lambda: attached.count("one") == 13)
+
+
+async def test_start_and_cancel_beside_a_subscription(attached: Attached, stage: GrpcStage) -> None:
+    await attached.subscribe("one")
+    request = pb.StartRequest(session="s", model="m", messages=[pb.Message(role="user", content="hi")])
+    await attached.say("ask", start=request)
+    await attached.until(lambda: "start" in attached.kinds("ask"))
+    answer = attached.last("ask")
+    assert (answer.session, answer.state, answer.repeated) == ("s", "queued", False)
+    await attached.say("stop", cancel=pb.CancelRequest(session="s", generation=answer.generation))
+    await attached.until(lambda: "cancel" in attached.kinds("stop"))
+    assert attached.last("stop").state == "cancelling"
+
+
+async def test_client_that_has_said_all_is_served_to_the_end(attached: Attached, log: Log) -> None:
+    await log.append(*story("g1")[:4])
+    await attached.subscribe("one", read=pb.ReadRequest(session="s", generation="g1"))
+    await attached.call.done_writing()
+    await attached.until(lambda: attached.count("one") == 4)
+    await log.append(*story("g1")[4:])
+    await attached.to_the_end()
+    assert attached.count("one") == 13
+    assert await attached.call.code() is grpc.StatusCode.OK
+
+
+async def test_cancelling_the_call_frees_every_subscription(stage: GrpcStage, attached: Attached, log: Log) -> None:
+    await log.append(*story("g1"))
+    for number in range(20):
+        await attached.subscribe(str(number))
+    await attached.until(lambda: all(attached.count(str(n)) == 13 for n in range(20)))
+    assert metric("tailrace_delivery_subscribers", transport="grpc") == 20
+    attached.call.cancel()
+    await eventually(lambda: metric("tailrace_delivery_subscribers", transport="grpc") == 0)
+    assert not stage.delivery._attachments
+
+
+async def test_drain_ends_subscriptions_with_a_cursor_and_then_the_call(
+    broker: Broker, nats_server: NatsServer, log: Log
+) -> None:
+    await log.append(*story("g1"))
+    async with serving_calls(nats_server.url, grace=5.0) as stage, stage.client() as client:
+        busy = Attached(client)
+        await busy.subscribe("one")
+        await busy.until(lambda: busy.count("one") == 13)
+        await stage.hub.drain(5)
+        stage.delivery.drain()
+        await busy.to_the_end()
+        assert await busy.call.code() is grpc.StatusCode.OK
+    assert [bye.reason for bye in busy.reads["one"].byes] == ["drain"]
+    assert busy.reads["one"].byes[0].cursor == busy.reads["one"].cursors[-1]
+    assert busy.last("one").reason == "drain"
+
+
+async def test_client_that_takes_nothing_is_evicted_as_a_whole(
+    broker: Broker, nats_server: NatsServer, log: Log
+) -> None:
+    async with (
+        serving_calls(nats_server.url, limits=Limits(stall=1.0)) as stage,
+        stage.client(("grpc.http2.bdp_probe", 0)) as client,
+    ):
+        attached = Attached(client)
+        await attached.subscribe("one")
+        await log.append(*story("g1", 300, size=20_000))
+        await eventually(lambda: metric("tailrace_delivery_subscribers", transport="grpc") == 0, timeout=30)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await attached.to_the_end()
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert 0 < attached.count("one") < 303
+
+
+async def test_credentials_that_may_only_read_start_nothing(broker: Broker, nats_server: NatsServer) -> None:
+    async def reader(_authorization: str | None) -> Principal:
+        return Principal(tenant=TENANT, scopes=frozenset({"read"}))
+
+    async with serving_calls(nats_server.url, authenticate=reader) as stage, stage.client() as client:
+        attached = Attached(client)
+        await attached.say("ask", start=pb.StartRequest(session="s", model="m"))
+        await attached.until(lambda: attached.kinds("ask") == ["problem"])
+        assert attached.last("ask").status == 403
+        attached.call.cancel()

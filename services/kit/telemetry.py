@@ -14,6 +14,7 @@ _SECRET_KEYS: Final = re.compile(r"(authorization|api[-_]?key|token|secret|passw
 _SECRET_TEXT: Final = re.compile(
     r"(?i)((?:bearer|basic)\s+|(?:api[-_]?key|password|secret|token|ticket)[\"']?\s*[:=]\s*[\"']?)"
     r"[A-Za-z0-9._~+/=-]{6,}"
+    r"|\btr_[a-z0-9]{4,32}_[A-Za-z0-9_-]{8,}"
     r"|\b(?:sk|pk|rk|xai|gsk)-[A-Za-z0-9_-]{8,}|\bhf_[A-Za-z0-9]{8,}|\bAIza[A-Za-z0-9_-]{20,}"
     r"|\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}(?:\.[A-Za-z0-9_-]+)?"
     r"|(?<=://)[^/\s@]+(?=@)"

@@ -15,6 +15,7 @@ from schemas.subjects import Address, control_subject, dead_subject, lane_of
 from services.kit.broker import BrokerUnavailable
 from services.producer import metrics
 from services.producer.adapters.publisher import Lease
+from services.producer.adapters.tries import Tries
 from services.producer.errors import GiveUp, ProducerError, TryAgain
 from services.producer.lane import Lane
 from services.producer.presence import Presence
@@ -27,7 +28,8 @@ HAND_OVER_SECONDS: Final = 5.0
 WATCH_INTERVAL: Final = 0.1
 RENEW_SECONDS: Final = 2.0
 RENEW_PAUSE: Final = 0.25
-
+EXCUSED_SECONDS: Final = 6 * 3_600.0
+"""Age of a request up to which outages of the log do not count as attempts at it."""
 
 _LATER: Final = b'-NAK {"delay": 2000000000}'
 
@@ -45,7 +47,8 @@ class Worker:
     """Runs up to ``slots`` generations at once; of these, batch leaves a tenth free for who waits interactively.
 
     The queue's redelivery is the lease: ``lease`` seconds after the last heartbeat another producer gets the request.
-    It is counted from when the request was asked for, which is never later than when the queue gave it.
+    It is counted from when the request was asked for, which is never later than when the queue gave it. A request that
+    producers have begun ``max_deliver`` times and that failed them each time ends as poison.
     """
 
     def __init__(self, outside: Outside, pool: str, slots: int, lease: float, max_deliver: int) -> None:
@@ -58,6 +61,7 @@ class Worker:
         self._leases: dict[str, Lease] = {}  # also of requests that wait for a slot; bounded by twice the slots
         self._held: dict[Address, Lease] = {}  # the same, by generation
         self._broker = outside.broker
+        self._tries = Tries(outside.broker)
         self._slot = asyncio.Semaphore(slots)
         self._tasks: set[asyncio.Task[None]] = set()
         self._lanes = [
@@ -151,13 +155,17 @@ class Worker:
         request = relay.request
         bound = log.bind(session=request.session, generation=request.generation)
         subscription = await self._listen(relay)
+        begun: int | None = None
         try:
-            if attempt > self.max_deliver:
+            begun = await self._tries.begun(relay.address, attempt)
+            if begun >= self.max_deliver:
                 await relay.give_up(f"{self.max_deliver} producers failed to run it")
                 await self._bury(msg, "max_deliver")
                 return None
+            await self._tries.begin(relay.address, attempt, begun)
             await relay.run()
         except HandBack:
+            await self._excuse(relay, begun)
             return b"-NAK"
         except GiveUp as error:
             metrics.LEASES_LOST.inc()
@@ -165,6 +173,7 @@ class Worker:
             return None
         except (TryAgain, BrokerUnavailable) as error:
             bound.warning("request handed back", detail=str(error))
+            await self._excuse(relay, begun)
             return _LATER
         except Exception as error:  # a fault of ours: others may have more luck, up to max_deliver
             bound.error("request failed", exc_info=error)
@@ -173,6 +182,12 @@ class Worker:
             if not self._broker.client.is_closed:
                 await subscription.unsubscribe()
         return b"+ACK"
+
+    async def _excuse(self, relay: Relay, begun: int | None) -> None:
+        """Let an attempt not count in which this process went away or the log was, unless that never ends."""
+        age = self.outside.clock.wall() - relay.request.created_at
+        if begun is not None and age < EXCUSED_SECONDS:
+            await self._tries.excuse(relay.address, begun)
 
     async def _listen(self, relay: Relay) -> Subscription:
         request = relay.request

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 from nats.aio.msg import Msg
+from nats.js.api import DiscardPolicy
 from prometheus_client import REGISTRY
 
 from schemas.codec import encode_event
@@ -283,3 +284,59 @@ async def test_a_request_that_kills_every_producer_ends_as_failed_and_can_be_ins
         assert code_of(events) == "poison"
         dead = await eventually(lambda: broker.last("REQUESTS_DEAD", "dead.default.g1"))
     assert dead.data == msgspec.json.encode(request)
+
+
+async def test_a_request_that_fails_every_producer_is_begun_as_often_as_allowed(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = 0
+
+    async def broken(*_: object) -> None:
+        nonlocal begun
+        begun += 1
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(Relay, "run", broken)
+    monkeypatch.setattr("services.producer.worker._LATER", b'-NAK {"delay": 50000000}')
+    request = ask("g1")
+    async with producing(broker, max_deliver=3):
+        await enqueue(broker, request)
+        assert code_of(await ended_log(broker, request)) == "poison"
+    assert begun == 3
+
+
+async def test_deliveries_that_nobody_began_do_not_count(broker: Broker) -> None:
+    request = ask("g1", params=QUICK)
+    await enqueue(broker, request)
+    subscription = await broker.js.pull_subscribe_bind("producers-default", REQUESTS)
+    for _ in range(4):
+        (message,) = await subscription.fetch(1, timeout=5)
+        await message.nak()
+    async with producing(broker, max_deliver=2):
+        assert isinstance((await ended_log(broker, request))[-1], Completed)
+        await eventually(lambda: queue_is_empty(broker))
+
+
+@pytest.mark.parametrize("ending", ["restart", "interrupt"])
+async def test_an_outage_of_the_log_longer_than_all_attempts_does_not_poison_what_was_begun(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch, ending: Any
+) -> None:
+    monkeypatch.setattr("services.producer.worker._LATER", b'-NAK {"delay": 50000000}')
+    request = ask("g1", params={"tokens": 40, "tokens_per_second": 100}, on_producer_loss=ending)
+    taken = _taken()
+    async with producing(broker, max_deliver=2, append_timeout=0.2):
+        await enqueue(broker, request)
+        await deltas(broker, request)
+        settings = (await broker.js.stream_info("TOKENS_0")).config
+        room = {"discard": DiscardPolicy.NEW, "max_bytes": 1}
+        await broker.js.update_stream(settings.evolve(**room))
+        await eventually(lambda: _taken() >= taken + 6, timeout=30)
+        await broker.js.update_stream(settings)
+        events = await ended_log(broker, request)
+        await eventually(lambda: queue_is_empty(broker))
+    assert type_of(events[-1]) == ("completed" if ending == "restart" else "interrupted")
+    await assert_sound(broker, request)
+
+
+def _taken() -> float:
+    return REGISTRY.get_sample_value("tailrace_producer_requests_taken_total") or 0.0

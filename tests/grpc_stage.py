@@ -77,10 +77,7 @@ async def serving_calls(
         intake = Intake(broker, hub, lookups, clock, shared.pool, admission)
         delivery = Delivery(Streams(hub, lookups), lookups, intake, authenticate)
 
-        async def ready() -> bool:
-            return broker.is_connected and not hub.draining
-
-        async with serving_grpc(delivery, "127.0.0.1", 0, ready=ready, **{"grace": 2.0} | options) as port:
+        async with serving_grpc(delivery, "127.0.0.1", 0, ready=hub.is_ready, **{"grace": 2.0} | options) as port:
             sweeper = asyncio.create_task(hub.run())
             try:
                 yield GrpcStage(hub, broker, delivery, port)

@@ -1,6 +1,6 @@
 """``python -m services.delivery``."""
 
-from services.delivery.app import main
+from services.delivery.workers import main
 from services.kit.lifecycle import run_service
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 import asyncio
 import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -39,8 +41,9 @@ from services.kit.broker import Broker
 from services.kit.clock import SystemClock
 from services.kit.http import probes, serving
 from services.kit.problem import EXCEPTION_HANDLERS, Problem
-from services.kit.settings import Shared, load_settings
+from services.kit.settings import SettingsError, Shared, load_settings
 from services.kit.telemetry import configure_logging
+from services.kit.tls import ServerTls, TlsUnusable, server_tls
 
 __all__ = ["Settings", "build_app", "main"]
 
@@ -58,13 +61,20 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ``connections``: how many requests and streams one process serves at once. ``feed_bytes``: events kept in memory for
     one session. ``consumers``: durable consumers of one tenant; each goes after ``consumer_inactive`` without a reader
     (0: never), and keeps at most ``consumer_dead`` dead events. ``cors_origins``: origins whose pages may call
-    this API. ``budget_output``: output tokens that a request is taken to need at most when it does not say.
+    this API. ``grpc_port``: where gRPC is served (0: nowhere). ``tls_cert`` and ``tls_key``: files for TLS on both ports.
+    ``workers``: processes that share the ports; ``workers_port``: probes and metrics of who watches over them, and those
+    of the first worker one above, and so on. ``budget_output``: output tokens that a request is taken to need at most when it does not say.
     ``budget_fallback``: whether tenants with budgets may start anything while billing does not answer.
     ``billing_url`` and ``console_models`` are handed to the console page.
     """
 
     host: str = "127.0.0.1"
     port: int = 8080
+    grpc_port: Annotated[int, msgspec.Meta(ge=0, le=65_535)] = 0
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    workers: Annotated[int, msgspec.Meta(ge=1, le=256)] = 1
+    workers_port: Annotated[int, msgspec.Meta(ge=1, le=65_000)] = 8_100
     connections: Annotated[int, msgspec.Meta(ge=1)] = 16_384
     max_body: Annotated[int, msgspec.Meta(ge=1_024)] = 1_048_576
     feed_bytes: Annotated[int, msgspec.Meta(ge=65_536)] = 4_194_304
@@ -89,6 +99,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         """Return what asks for room in budgets."""
         return Admission(hub.broker, hub.clock, output=self.budget_output, fallback=self.budget_fallback)
 
+    def tls(self) -> ServerTls | None:
+        """Return what both ports are secured with.
+
+        Raises:
+            SettingsError: a file is missing or cannot be used.
+        """
+        try:
+            return server_tls(self.tls_cert, self.tls_key)
+        except TlsUnusable as error:
+            raise SettingsError([f"TAILRACE_DELIVERY_…: {error}"]) from error
+
     def limits(self) -> Limits:
         """Return the hub's bounds."""
         return Limits(
@@ -105,8 +126,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return ConsumerLimits(consumers=self.consumers, inactive=self.consumer_inactive, dead=self.consumer_dead)
 
 
-async def main(stop: asyncio.Event) -> None:
+async def main(stop: asyncio.Event, *, worker: int | None = None) -> None:
     """Run delivery until ``stop``, then end all streams with a resumable notice.
+
+    ``worker``: the number of this process among those that share the ports; its probes have a port of their own too.
 
     Raises:
         SettingsError: a setting is wrong.
@@ -115,6 +138,7 @@ async def main(stop: asyncio.Event) -> None:
     """
     shared, settings = load_settings(Settings, "delivery", os.environ)
     configure_logging("delivery", shared.log_level, shared.log_format)
+    tls = settings.tls()
     async with Broker.connect(shared.nats_url, "delivery", tls=shared.tls()) as broker:
         await broker.apply(shared.topology())
         clock = SystemClock()
@@ -126,13 +150,62 @@ async def main(stop: asyncio.Event) -> None:
                 settings.host,
                 settings.port,
                 connections=settings.connections,
+                tls=tls,
+                shared=worker is not None,
             ),
+            _serving_grpc(hub, shared, settings, authenticator, tls, shared_port=worker is not None),
+            _own_probes(hub, settings, worker),
             asyncio.TaskGroup() as group,
         ):
             sweeper = group.create_task(hub.run())
             await stop.wait()
             await hub.drain(settings.drain)
             sweeper.cancel()
+
+
+@asynccontextmanager
+async def _serving_grpc(
+    hub: Hub,
+    shared: Shared,
+    settings: Settings,
+    authenticator: Authenticator,
+    tls: ServerTls | None,
+    *,
+    shared_port: bool,
+) -> AsyncIterator[None]:
+    """Serve gRPC while the block runs, where it is wanted."""
+    if not settings.grpc_port:
+        yield
+        return
+    # Only here: who does without gRPC shall not pay for its library.
+    from services.delivery.transports.grpc_delivery import Delivery
+    from services.delivery.transports.grpc_server import serving_grpc
+
+    lookups = Lookups(hub.broker, hub.clock, hub.partition)
+    intake = Intake(hub.broker, hub, lookups, hub.clock, shared.pool, settings.admission(hub))
+    async with serving_grpc(
+        Delivery(Streams(hub, lookups), lookups, intake, authenticator.authenticate),
+        settings.host,
+        settings.grpc_port,
+        ready=hub.is_ready,
+        tls=tls,
+        max_request=settings.max_body,
+        calls=settings.connections,
+        lifetime=settings.lifetime,
+        shared=shared_port,
+    ):
+        yield
+
+
+@asynccontextmanager
+async def _own_probes(hub: Hub, settings: Settings, worker: int | None) -> AsyncIterator[None]:
+    """Answer probes on a port that no other worker has, while the block runs."""
+    if worker is None:
+        yield
+        return
+    app = Litestar([probes({"broker": hub.is_ready})], openapi_config=None, logging_config=None)
+    async with serving(app, settings.host, settings.workers_port + worker, connections=64):
+        yield
 
 
 def build_app(hub: Hub, shared: Shared, settings: Settings, authenticator: Authenticator) -> Any:
@@ -151,9 +224,6 @@ def build_app(hub: Hub, shared: Shared, settings: Settings, authenticator: Authe
     async def websocket(scope: Any, receive: Any, send: Any) -> None:
         await sockets(scope, receive, send)
 
-    async def connected() -> bool:
-        return hub.broker.is_connected and not hub.draining
-
     handlers: list[Any] = [
         router(intake, lookups),
         dead_router(intake, hub.broker, shared.pool),
@@ -162,7 +232,7 @@ def build_app(hub: Hub, shared: Shared, settings: Settings, authenticator: Authe
         session_events,
         websocket,
         consumers_router(Consumers(hub, settings.consumer_limits())),
-        probes({"broker": connected}),
+        probes({"broker": hub.is_ready}),
     ]
     if settings.console:
         handlers += _console(settings)

@@ -11,6 +11,7 @@ import structlog
 from schemas.cursor import CursorIssuer
 from schemas.topology import token_stream
 from services.delivery import metrics
+from services.delivery.connections import Connections, End
 from services.delivery.errors import TooBusy
 from services.delivery.feed import Feed
 from services.delivery.log_reader import LogReader
@@ -18,6 +19,7 @@ from services.delivery.partitions import Partitions
 from services.delivery.presence import Presence
 from services.delivery.replay import replay
 from services.delivery.subscriber import Subscriber
+from services.kit.auth.principal import Principal
 from services.kit.broker import Broker, BrokerUnavailable, StreamState
 from services.kit.clock import Clock
 
@@ -34,7 +36,8 @@ class Limits:
 
     ``feed_bytes``: events kept in memory for one session. ``feeds``: sessions followed at once. ``linger``: how long a
     feed outlives its last subscriber. ``heartbeat``: silence before a comment is sent. ``lifetime``: how long a stream
-    lasts at most (with up to a fifth taken off at random). ``stall``: how long a client may take nothing.
+    lasts at most (with up to a fifth taken off at random). ``stall``: how long a client may take nothing. ``streams``:
+    open at once, in all, of a tenant and with a key.
     """
 
     def __init__(
@@ -46,6 +49,9 @@ class Limits:
         heartbeat: float = 15.0,
         lifetime: float = 3_600.0,
         stall: float = 30.0,
+        streams: int | None = None,
+        streams_per_tenant: int | None = None,
+        streams_per_key: int | None = None,
     ) -> None:
         self.feed_bytes = feed_bytes
         self.feeds = feeds
@@ -53,6 +59,9 @@ class Limits:
         self.heartbeat = heartbeat
         self.lifetime = lifetime
         self.stall = stall
+        self.streams = streams
+        self.streams_per_tenant = streams_per_tenant
+        self.streams_per_key = streams_per_key
 
 
 class Hub:
@@ -70,7 +79,9 @@ class Hub:
         self._opening: dict[tuple[str, str], asyncio.Task[Feed]] = {}
         self._states: dict[int, tuple[float, StreamState]] = {}
         self.presence = Presence(broker)
-        self._streams = 0
+        self.connections = Connections(
+            total=limits.streams, tenant=limits.streams_per_tenant, key=limits.streams_per_key
+        )
         self._quiet = asyncio.Event()
         self._quiet.set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -149,16 +160,22 @@ class Hub:
                 subscriber.seq, subscriber.offset = floor, 0
         return False
 
+    async def is_ready(self) -> bool:
+        """Tell whether new streams can be opened."""
+        return self.broker.is_connected and not self.draining
+
     @contextlib.contextmanager
-    def stream(self) -> Iterator[None]:
-        """Count a stream as open while the block runs; `drain` waits for all of them."""
-        self._streams += 1
+    def stream(self, principal: Principal, end: End) -> Iterator[None]:
+        """Count a stream as open while the block runs; `drain` waits for all of them.
+
+        ``end`` is called with a reason when the principal's credentials are revoked.
+        """
         self._quiet.clear()
         try:
-            yield
+            with self.connections.held(principal, end):
+                yield
         finally:
-            self._streams -= 1
-            if self._streams == 0:
+            if not self.connections.open:
                 self._quiet.set()
 
     def set_end(self, subscriber: Subscriber, expires_at: float | None) -> None:

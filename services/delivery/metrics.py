@@ -52,3 +52,5 @@ SOCKET_MESSAGES: Final = Counter(
 SOCKET_THROTTLED: Final = Counter(
     "tailrace_delivery_socket_throttled", "Times that a WebSocket's client said too much at once and had to wait"
 )
+WORKERS: Final = Gauge("tailrace_delivery_workers", "Worker processes that run, where several share the ports")
+WORKER_RESTARTS: Final = Counter("tailrace_delivery_worker_restarts", "Worker processes that ended by themselves")

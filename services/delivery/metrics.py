@@ -52,5 +52,11 @@ SOCKET_MESSAGES: Final = Counter(
 SOCKET_THROTTLED: Final = Counter(
     "tailrace_delivery_socket_throttled", "Times that a WebSocket's client said too much at once and had to wait"
 )
+LIMITED: Final = Counter(
+    "tailrace_delivery_limited", "Requests refused because of a limit, by limit and whose it is", ["limit", "whose"]
+)
+LIMITS_BLIND: Final = Counter(
+    "tailrace_delivery_limits_blind", "Counts that the broker did not answer in time; this replica counted for itself"
+)
 WORKERS: Final = Gauge("tailrace_delivery_workers", "Worker processes that run, where several share the ports")
 WORKER_RESTARTS: Final = Counter("tailrace_delivery_worker_restarts", "Worker processes that ended by themselves")

@@ -25,6 +25,7 @@ __all__ = ["ConsumerEvents", "Shape", "envelope", "wanted_shape"]
 log = structlog.get_logger()
 STREAM_BATCH: Final = 200
 """Events taken for one write to a stream; in bytes they are bounded by what one pull may bring."""
+PIECE_BYTES: Final = 65_536
 BATCH: Final = 1_000
 WAIT: Final = 30.0
 SLICE: Final = 1.0
@@ -112,12 +113,17 @@ class ConsumerEvents:
             Problem: the wish cannot be met.
         """
         shape = wanted_shape(scope)
+        self._hub.connections.check(principal)
         session = await open_session(self._consumers, principal, name)
 
         async def answer(_scope: Any, receive: Any, send: Any) -> None:
             watch = asyncio.create_task(_disconnected(receive))
+
+            def end(_reason: str) -> None:
+                watch.cancel()
+
             try:
-                with self._hub.stream():
+                with self._hub.stream(principal, end):
                     if shape.batch is None:
                         await _Stream(self._consumers, session, shape, send, watch, principal).serve()
                     else:
@@ -194,17 +200,28 @@ class _Stream:
             if self._watch.done():
                 await self._session.nack(given)
             elif given:
-                await self._write(b"".join(map(self._framed, given)))
-                if self._shape.auto:
-                    await self._session.ack(given)
+                await self._give(given)
             elif self._hub.clock.monotonic() - self._sent_at > self._hub.limits.heartbeat:
                 await self._write(b"\n" if self._shape.ndjson else _HEARTBEAT)
         return reason
+
+    async def _give(self, given: list[Delivery]) -> None:
+        """Write events in pieces: the HTTP server takes several pieces ahead of a slow client."""
+        start, size, frames = 0, 0, list(map(self._framed, given))
+        for stop, frame in enumerate(frames, 1):
+            size += len(frame)
+            if size < PIECE_BYTES and stop < len(frames):
+                continue
+            await self._write(b"".join(frames[start:stop]))
+            if self._shape.auto:
+                await self._session.ack(given[start:stop])
+            start, size = stop, 0
 
     def _reason(self) -> str | None:
         """Return why the stream has to end; ``None`` while it may go on."""
         clock = self._hub.clock
         reasons: tuple[tuple[str, Callable[[], bool]], ...] = (
+            ("expired", self._watch.cancelled),  # the key has been revoked
             ("disconnected", self._watch.done),
             ("drain", lambda: self._hub.draining),
             ("deleted", lambda: self._session.is_gone),

@@ -91,7 +91,7 @@ def _reserved(settings: app.Settings) -> Iterator[None]:
     """Hold the ports, without listening, while the block runs: nobody else takes them while a worker is away."""
     host = settings.host
     held: list[socket.socket] = []
-    for number in range(1, settings.workers + 1):
+    for number in range(settings.workers + 1):
         check_port(host, settings.workers_port + number)
     try:
         for port in filter(None, (settings.port, settings.grpc_port)):

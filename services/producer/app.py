@@ -2,7 +2,8 @@
 
 import asyncio
 import os
-from typing import Annotated, Literal
+from contextlib import suppress
+from typing import Annotated, Final, Literal
 
 import msgspec
 from litestar import Litestar
@@ -30,6 +31,7 @@ from services.producer.worker import Worker
 __all__ = ["Settings", "main"]
 
 Positive = Annotated[float, msgspec.Meta(gt=0)]
+FLUSH_SECONDS: Final = 1.0
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -132,4 +134,6 @@ async def _work(shared: Shared, settings: Settings, outside: Outside, stop: asyn
         for task in background:
             task.cancel()
         await outside.late_usage.close()
-        await outside.records.flush()
+        with suppress(TimeoutError):  # look-ups may be away; the log is the truth
+            async with asyncio.timeout(FLUSH_SECONDS):
+                await outside.records.flush()

@@ -81,12 +81,19 @@ class Asking:
         self._stalled = False
         self._task: asyncio.Task[object] | None = None
         self._interruption: Interruption | None = None
+        self._patience: asyncio.Timeout | None = None  # with an answer that is read on for its usage alone
         self._attempts = 0
         self.provider: Provider | None = None  # the last one that was asked
 
     def interrupt(self, interruption: Interruption) -> None:
-        """Stop the call that runs; the first interruption holds until it is dealt with, unless it was of one call."""
+        """Stop the call that runs; the first interruption holds until it is dealt with, unless it was of one call.
+
+        A later one that lets no time for it ends the wait for a cancelled answer's usage.
+        """
         held = self._interruption
+        patience = self._patience
+        if patience is not None and interruption.kind in ("drain", "lease") and not patience.expired():
+            patience.reschedule(asyncio.get_running_loop().time())
         if held is None or held.kind == "attempt":
             self._interruption = interruption
             if held is None and self._task is not None:
@@ -299,7 +306,7 @@ class Asking:
         """Read on without relaying until the provider tells its usage, at most so long."""
         self._phase = "queued"
         try:
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(seconds) as self._patience:
                 while self._generation.usage is None:
                     parts = await stream.read()
                     if parts is None:
@@ -310,6 +317,8 @@ class Asking:
                         return
         except TimeoutError:
             return
+        finally:
+            self._patience = None
 
     async def _relay(self, parts: list[Part], provider: Provider) -> None:
         events = self._generation.absorb(parts, self._journal.now())

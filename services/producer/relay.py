@@ -70,13 +70,17 @@ class Relay:
         self._asking: Asking | None = None
         self._asked: Provider | None = None
         self._interruption: Interruption | None = None
+        self._reading: asyncio.Timeout | None = None
 
     def interrupt(self, interruption: Interruption) -> None:
-        """Stop what runs; the first call holds, later ones change nothing."""
+        """Stop what runs; the first call holds, later ones can only hurry it."""
         if self._interruption is None:
             self._interruption = interruption
-            if self._asking is not None:
-                self._asking.interrupt(interruption)
+            reading = self._reading
+            if reading is not None and interruption.kind in ("drain", "lease") and not reading.expired():
+                reading.reschedule(asyncio.get_running_loop().time())
+        if self._asking is not None:
+            self._asking.interrupt(interruption)
 
     def check(self, now: float) -> None:
         """Interrupt the generation if a deadline has passed or its lease has run out at ``now`` (monotonic seconds)."""
@@ -124,10 +128,15 @@ class Relay:
         give_up_at = clock.monotonic() + self._outside.publisher.give_up
         while True:
             try:
-                return await self._read_once()
+                async with asyncio.timeout(None) as self._reading:
+                    return await self._read_once()
+            except TimeoutError:
+                raise HandBack(f"generation {self.request.generation} is handed over unread") from None
             except (TryAgain, BrokerUnavailable):
                 if self._interruption is not None or clock.monotonic() > min(give_up_at, self._lease.until):
                     raise
+            finally:
+                self._reading = None
             await asyncio.sleep(READ_AGAIN_SECONDS)
 
     async def _read_once(self) -> Begun:

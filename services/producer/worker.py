@@ -24,7 +24,8 @@ from services.producer.relay import HandBack, Interruption, Outside, Relay
 __all__ = ["Worker"]
 
 log = structlog.get_logger()
-HAND_OVER_SECONDS: Final = 5.0
+HAND_OVER_SECONDS: Final = 3.0
+LAST_SECONDS: Final = 1.0
 WATCH_INTERVAL: Final = 0.1
 RENEW_SECONDS: Final = 2.0
 RENEW_PAUSE: Final = 0.25
@@ -87,7 +88,8 @@ class Worker:
         finally:
             for task in self._tasks:
                 task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            if self._tasks:  # an append whose outcome must be known may wait for a log without a leader
+                await asyncio.wait(self._tasks, timeout=LAST_SECONDS)
 
     async def _drain(self, seconds: float) -> None:
         if self._tasks:

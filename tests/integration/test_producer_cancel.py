@@ -209,6 +209,18 @@ async def test_draining_has_an_end_where_usage_does_not_come(broker: Broker) -> 
     assert provider.abandoned == 1
 
 
+async def test_a_producer_that_is_told_to_stop_waits_for_usage_no_longer_than_it_may_run(broker: Broker) -> None:
+    request = ask("g1", "m")
+    async with providing(silent("said")) as provider:
+        async with producing(
+            broker, drain=0.1, lease=600.0, config=config(provider.url, after_cancel="drain", drain_seconds=60.0)
+        ):
+            await enqueue(broker, request)
+            await deltas(broker, request)
+            await cancel(broker, request)
+        assert kinds(await cancelled(broker, request)) == ["started", "delta", "cancelled"]
+
+
 async def test_an_answer_that_ends_without_usage_is_not_drained_longer(broker: Broker) -> None:
     request = ask("g1", "m")
     go_on = asyncio.Semaphore(0)

@@ -17,6 +17,7 @@ from schemas.subjects import Address, lane_of, request_subject, token_subject
 from schemas.topology import REQUESTS, Topology
 from services.kit.broker import Broker
 from services.producer.core.retry import RetryPolicy
+from services.producer.core.takeover import Begun
 from services.producer.relay import Relay
 from services.producer.worker import Worker
 from tests.answers import assert_sound, cancel, chunk, code_of, config, deltas, kinds, saying
@@ -159,6 +160,28 @@ async def test_what_outlives_the_drain_is_with_another_producer_long_before_the_
         "completed",
     ]
     assert kinds(await assert_sound(broker, interrupts)) == ["started", "delta", "interrupted"]
+
+
+async def test_a_log_that_does_not_answer_delays_no_hand_over(
+    broker: Broker, nats_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = ask("g1", params=QUICK)
+    reading = asyncio.Event()
+
+    async def silence(_relay: Relay) -> Begun:
+        reading.set()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async with Broker.connect(nats_url, "test-other") as other_broker:
+        with monkeypatch.context() as silenced:
+            silenced.setattr(Relay, "_read_once", silence)
+            async with producing(broker, drain=0.0, lease=600.0):
+                await enqueue(broker, request)
+                await reading.wait()
+        async with producing(other_broker, lease=600.0):
+            assert isinstance((await ended_log(broker, request))[-1], Completed)
+            await eventually(lambda: queue_is_empty(broker))
 
 
 async def _no_heartbeat(_reply: str, _lease: object) -> None:

@@ -1,5 +1,6 @@
 """Durable consumers on the broker: made, looked at, paused and removed while services run."""
 
+from contextlib import suppress
 from typing import Any, Final, Protocol
 
 import msgspec
@@ -9,6 +10,7 @@ from services.kit.connection import BrokerUnavailable
 __all__ = ["DurableInfo", "DurableRefused", "Durables", "Place"]
 
 ASK_SECONDS: Final = 5.0
+NUDGE_SECONDS: Final = 0.5
 _TOO_MANY: Final = (10026, 10002)
 _EXISTS: Final = (10148, 10013)
 _MISSING: Final = (10149, 10014)
@@ -134,7 +136,12 @@ class Durables:
 
     async def resume(self, stream: str, name: str) -> bool:
         """Deliver again; tell whether there is such a consumer."""
-        return bool(await self._ask(f"$JS.API.CONSUMER.PAUSE.{stream}.{name}", {}, missing_is_fine=True))
+        known = bool(await self._ask(f"$JS.API.CONSUMER.PAUSE.{stream}.{name}", {}, missing_is_fine=True))
+        # The broker looks at the pulls that wait since before only when another one comes; this one can get nothing.
+        query = msgspec.json.encode({"batch": 1, "no_wait": True, "max_bytes": 1})
+        with suppress(BrokerUnavailable):
+            await self._broker.request(f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{name}", query, timeout=NUDGE_SECONDS)
+        return known
 
     async def all_of(self, stream: str) -> list[DurableInfo]:
         """Return all consumers of a stream (the broker allows 1,000 by default); none where there is no stream."""

@@ -1,7 +1,6 @@
 """The events of a durable consumer over HTTP: as a stream (server-sent events, NDJSON), or a batch at a time."""
 
 import asyncio
-import random
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Final, NamedTuple
@@ -172,8 +171,7 @@ class _Stream:
         self._shape = shape
         self._send = send
         self._watch = watch
-        self._expires_at = principal.expires_at
-        self._until = self._hub.clock.monotonic() + self._hub.limits.lifetime * random.uniform(0.8, 1.0)
+        self._until, self._end = self._hub.end_of(principal.expires_at)
         self._sent_at = 0.0
 
     async def serve(self) -> None:
@@ -225,8 +223,7 @@ class _Stream:
             ("disconnected", self._watch.done),
             ("drain", lambda: self._hub.draining),
             ("deleted", lambda: self._session.is_gone),
-            ("expired", lambda: self._expires_at is not None and clock.wall() > self._expires_at),
-            ("lifetime", lambda: clock.monotonic() > self._until),
+            (self._end, lambda: clock.monotonic() > self._until),
         )
         return next((reason for reason, holds in reasons if holds()), None)
 

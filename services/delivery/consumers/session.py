@@ -17,7 +17,7 @@ from services.delivery import metrics
 from services.delivery.consumers.dead import DeadEvent, DeadEvents
 from services.delivery.consumers.definition import AGAIN, Definition
 from services.delivery.consumers.judging import Judge
-from services.delivery.consumers.source import PATIENCE, WAIT_SECONDS, Raw, Source, stream_in
+from services.delivery.consumers.source import WAIT_SECONDS, Raw, Source, stream_in
 from services.delivery.consumers.tokens import Token
 from services.delivery.errors import TooBusy
 from services.kit.broker import Broker, BrokerUnavailable
@@ -26,10 +26,18 @@ from services.kit.clock import Clock
 __all__ = ["ConsumerSession", "Delivery", "Opened"]
 
 log = structlog.get_logger()
-PULL_BYTES: Final = 1024 * 1024
-"""Bound of what one pull may bring, for all partitions; raised where the broker allows larger messages."""
+PULL_BYTES: Final = 256 * 1024
+"""Bound of what one pull may bring; raised to what the broker allows one message to be."""
+PULLS: Final = 4
+"""Partitions that are asked at once for what is there. With `PULL_BYTES` it bounds what a session holds."""
+OVERHEAD: Final = 4_096
+"""More than subject and headers add to a message."""
 REFRESH_SECONDS: Final = 5.0
 """How old what is known of definition and partitions may be."""
+SETTLE: Final = 0.1
+"""How long to wait for the rest of what is there. The broker says nothing where as much is in flight as may be."""
+GRACE: Final = 0.5
+"""How long an answer of the broker may take when it was asked only for what is there."""
 DEAD_PAUSE: Final = 30.0
 """How long an event waits that cannot be put aside."""
 BROKEN_PAUSE: Final = 0.5
@@ -136,12 +144,15 @@ class ConsumerSession:
                 return
             self._wake.clear()
             asked = await self._ask(limit - len(given), now, waiting=not given and now < until)
-            if now >= until + PATIENCE or (not asked and (given or now >= until)):
+            if now >= until + GRACE or (not asked and (given or now >= until)):
                 return
-            left = PATIENCE if asked else until - now
-            with suppress(TimeoutError):
+            left = SETTLE if given else GRACE if asked else until - now
+            try:
                 async with asyncio.timeout(min(left, self._patience(now))):
                     await self._wake.wait()
+            except TimeoutError:
+                if given:
+                    return
 
     async def ack(self, deliveries: list[Delivery]) -> None:
         """Say that events have been handled, without waiting for the broker: a lost word leads to a repeat.
@@ -244,8 +255,9 @@ class ConsumerSession:
         self._turn = (self._turn + 1) % len(order)
         order = order[self._turn :] + order[: self._turn]
         idle = [s for s in order if s.may_be_asked(now)]
-        filled = [s for s in idle if not s.is_empty][:wanted]
-        max_bytes = max(PULL_BYTES // len(order), 2 * self._broker.client.max_payload)
+        wanted -= sum(s.answering(now) for s in order)
+        filled = [s for s in idle if not s.is_empty][: max(0, min(wanted, PULLS))]
+        max_bytes = max(PULL_BYTES, self._broker.client.max_payload + OVERHEAD)
         for source in filled:
             await source.ask(max(1, wanted // len(filled)), max_bytes, now)
         if waiting:
@@ -253,7 +265,7 @@ class ConsumerSession:
                 if source.is_empty:
                     source.is_empty = False
                     await source.ask(1, max_bytes, now, WAIT_SECONDS)
-        return bool(filled) or any(s.is_answering(now) for s in order)
+        return bool(filled) or any(s.answering(now) for s in order)
 
     async def _sift(self, given: list[Delivery], limit: int) -> None:
         """Move what is to be given from the buffers to ``given``; settle what is not."""

@@ -8,7 +8,7 @@ from nats.aio.msg import Msg
 
 from services.kit.broker import Broker
 
-__all__ = ["PATIENCE", "WAIT_SECONDS", "Raw", "Source", "stream_in"]
+__all__ = ["WAIT_SECONDS", "Raw", "Source", "stream_in"]
 
 PATIENCE: Final = 1.5
 """Seconds that the end of a pull may be late before the pull is taken for lost."""
@@ -74,9 +74,9 @@ class Source:
         self._lost_at = 0.0
         self._rests_until = 0.0
 
-    def is_answering(self, now: float) -> bool:
-        """Tell whether the broker has been asked for what is there and has not said yet that this is all."""
-        return self.is_open(now) and not self._is_waiting
+    def answering(self, now: float) -> int:
+        """Return how many events may still come of a pull for what is there; 0 where the broker has said all."""
+        return self._wanted if self.is_open(now) and not self._is_waiting else 0
 
     def may_be_asked(self, now: float) -> bool:
         """Tell whether no pull is open, and asking makes sense."""

@@ -25,6 +25,9 @@ def check_bills(evidence: Evidence) -> Iterator[Violation]:
             )
             continue
         expected = expected_row(told)
+        exported = evidence.exported.get(name, [])
+        if exported:
+            expected |= {"input": exported[-1].input, "output": exported[-1].output}
         differing = {key: (row[key], value) for key, value in expected.items() if row[key] != value}
         if differing:
             yield Violation("billed", name, f"billing and log differ: {differing}")

@@ -6,7 +6,9 @@ from typing import Final
 
 from bench.chaos.bills import check_bills
 from bench.chaos.evidence import Evidence
+from bench.chaos.money import check_money
 from bench.chaos.readers import check_readers
+from bench.chaos.services import check_services
 from bench.chaos.told import Told
 from bench.chaos.violation import Violation
 
@@ -140,7 +142,9 @@ RULES: Final[tuple[Rule, ...]] = (
     _texts,
     _cancels,
     check_readers,
+    check_services,
     check_bills,
+    check_money,
     _deadlines,
     _processes,
 )

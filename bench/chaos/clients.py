@@ -1,28 +1,24 @@
-"""Those who ask and those who read, over HTTP, with as much patience as a good client has."""
+"""Those who ask, with as much patience as a good client has."""
 
 import asyncio
 import contextlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import aiohttp
 import msgspec
 
-from bench.chaos.history import AnyRecord, CancelAsked, Connected, Got, Left, Posted, Said
+from bench.chaos.credentials import Credentials
+from bench.chaos.history import AnyRecord, CancelAsked, Exported, Posted, Said
 from bench.chaos.provider import Order
-from bench.chaos.schedule import Ask, Cancel, Watch
-from schemas.codec import decode_header
-from schemas.cursor import Cursor
-from schemas.events import TERMINAL_TYPES
+from bench.chaos.schedule import Ask, Cancel, Export
 
-__all__ = ["MODEL", "Accepted", "Client", "Subscriber"]
+__all__ = ["AWAY", "MODEL", "Accepted", "Client"]
 
 MODEL: Final = "chaos/text"
 PATIENCE: Final = 45.0
-SILENCE: Final = 4.0
-"""Seconds without even a heartbeat after which a subscriber tries elsewhere."""
-_AWAY = (aiohttp.ClientError, OSError, TimeoutError)
+AWAY = (aiohttp.ClientError, OSError, TimeoutError)
 
 
 class Accepted(msgspec.Struct):
@@ -34,12 +30,26 @@ class Accepted(msgspec.Struct):
 
 
 class Client:
-    """Asks for generations and cancels them, at either replica."""
+    """Asks for generations and cancels them, at either replica of delivery; tells billing of exports.
 
-    def __init__(self, http: aiohttp.ClientSession, replicas: list[str], add: Callable[[AnyRecord], None]) -> None:
+    ``replicas``, ``calls`` and ``billings``: addresses for HTTP, for gRPC, and of billing.
+    """
+
+    def __init__(
+        self,
+        http: aiohttp.ClientSession,
+        replicas: Sequence[str],
+        add: Callable[[AnyRecord], None],
+        credentials: Credentials,
+        calls: Sequence[str] = (),
+        billings: Sequence[str] = (),
+    ) -> None:
         self.http = http
         self.replicas = replicas
         self.add = add
+        self.credentials = credentials
+        self.calls = calls
+        self._billings = billings
 
     def url(self, replica: int) -> str:
         """Return the address of a replica."""
@@ -58,7 +68,7 @@ class Client:
             async with asyncio.timeout(PATIENCE):
                 for tries in itertools.count(1):
                     path = f"{self.url(ask.replica + tries)}/v1/sessions/{ask.session}/generations"
-                    answer = await self._post(path, body, {"Idempotency-Key": ask.key})
+                    answer = await self._post(path, body, {"Idempotency-Key": ask.key} | self.credentials.headers())
                     if answer is not None:
                         self.add(
                             Posted(
@@ -83,7 +93,7 @@ class Client:
                     return msgspec.json.decode(data, type=Accepted)
                 if response.status not in (429, 503):
                     self.add(Said(watch=-1, event=f"ask {response.status}", data=data.decode()[:500]))
-        except _AWAY:
+        except AWAY:
             pass
         return None
 
@@ -92,113 +102,40 @@ class Client:
         self.add(CancelAsked(generation=generation))
         for tries in range(10):
             url = f"{self.url(cancel.replica + tries)}/v1/sessions/{session}/generations/{generation}/cancel"
-            with contextlib.suppress(*_AWAY):
-                async with self.http.post(url, timeout=aiohttp.ClientTimeout(5)) as response:
+            with contextlib.suppress(*AWAY):
+                async with self.http.post(
+                    url, headers=self.credentials.headers(), timeout=aiohttp.ClientTimeout(5)
+                ) as response:
                     if response.status < 300:
                         self.add(CancelAsked(generation=generation, status=response.status))
                         return
             await asyncio.sleep(0.3)
 
+    async def export(self, export: Export, generation: str) -> None:
+        """Bring billing what the provider says later; until it is taken, which may be twice."""
+        row = {"generation": generation, "input": export.input, "output": export.output}
+        body = msgspec.json.encode([row])
+        for tries in range(40):
+            url = f"{self._billings[tries % len(self._billings)]}/v1/provider-usage"
+            headers = {"Content-Type": "application/json"} | self.credentials.headers()
+            with contextlib.suppress(*AWAY):
+                timeout = aiohttp.ClientTimeout(5)
+                async with self.http.post(url, data=body, headers=headers, timeout=timeout) as response:
+                    if response.status == 200:
+                        self.add(Exported(generation=generation, input=export.input, output=export.output))
+                        return
+                    if response.status < 500:
+                        self.add(Said(watch=-1, event=f"export {response.status}", data=(await response.text())[:500]))
+            await asyncio.sleep(0.5)
 
-class Subscriber:
-    """Reads one generation to its terminal, or a session until `finish` has named the last cursor and it is there.
-
-    It drops its connections as its watch says, and comes back with its last id.
-    """
-
-    def __init__(self, number: int, watch: Watch, accepted: Accepted, client: Client) -> None:
-        self.number = number
-        self.watch = watch
-        self.session = accepted.session
-        self.generation = accepted.generation if watch.scope == "generation" else None
-        self.cursor = None if watch.scope == "start" else accepted.cursor
-        self.start = 0 if self.cursor is None else Cursor.parse(self.cursor).seq
-        self._client = client
-        self._goal: int | None = None
-        self._complete = False
-
-    def finish(self, goal: int) -> None:
-        """The session has nothing more after the stream sequence ``goal``."""
-        self._goal = goal
-
-    async def run(self) -> None:
-        """Read to the end; to be cancelled when patience has ended."""
-        stays: list[float | None] = [*self.watch.stays, None]
-        tries = 0
-        try:
-            while not self._there():
-                stay = stays.pop(0) if len(stays) > 1 else None
-                replica = self.watch.replicas[min(tries, len(self.watch.replicas) - 1)] + max(
-                    0, tries - len(self.watch.replicas) + 1
-                )
-                tries += 1
-                with contextlib.suppress(*_AWAY):
-                    async with asyncio.timeout(stay):
-                        await self._connection(replica)
-                await asyncio.sleep(0.1)
-        finally:
-            self._client.add(
-                Left(
-                    watch=self.number,
-                    session=self.session,
-                    generation=self.generation,
-                    start=self.start,
-                    complete=self._there(),
-                )
-            )
-
-    def _there(self) -> bool:
-        if self._complete or self._goal is None:
-            return self._complete
-        return (Cursor.parse(self.cursor).seq if self.cursor else 0) >= self._goal
-
-    async def _connection(self, replica: int) -> None:
-        query = {} if self.generation is None else {"generation": self.generation}
-        headers = {}
-        if self.cursor is not None:
-            headers["Last-Event-ID"] = self.cursor
-        elif self.generation is None:
-            query["from"] = "start"
-        url = f"{self._client.url(replica)}/v1/sessions/{self.session}/events"
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=3, sock_read=SILENCE)
-        status = 0
-        try:
-            async with self._client.http.get(url, params=query, headers=headers, timeout=timeout) as response:
-                status = response.status
-                self._client.add(Connected(watch=self.number, replica=replica % 2, cursor=self.cursor, status=status))
-                await self._read(response)
-        finally:
-            if status == 0:
-                self._client.add(Connected(watch=self.number, replica=replica % 2, cursor=self.cursor, status=0))
-
-    async def _read(self, response: aiohttp.ClientResponse) -> None:
-        if response.status == 204:
-            self._complete = True
-            return
-        if response.status != 200:
-            self._say("status", f"{response.status} {(await response.text())[:300]}")
+    async def set_budget(self, tokens: int) -> None:
+        """Give the tenant a budget, so that every request is asked for and settled; until it is confirmed."""
+        body = {"period": "month", "unit": "tokens", "hard": str(tokens)}
+        for tries in range(60):
+            url = f"{self._billings[tries % len(self._billings)]}/v1/budgets/all"
+            headers = self.credentials.headers()
+            with contextlib.suppress(*AWAY):
+                async with self.http.put(url, json=body, headers=headers, timeout=aiohttp.ClientTimeout(5)) as response:
+                    if response.status in (200, 201):
+                        return
             await asyncio.sleep(0.3)
-            return
-        block: list[str] = []
-        async for line in response.content:
-            text = line.decode().rstrip("\r\n")
-            if text:
-                block.append(text)
-                continue
-            self._take(block)
-            block = []
-            if self._there():
-                return
-
-    def _take(self, block: list[str]) -> None:
-        fields = dict(line.split(": ", 1) for line in block if ": " in line and not line.startswith(":"))
-        if "event" in fields:
-            self._say(fields["event"], fields.get("data", ""))
-        elif "id" in fields:
-            data, self.cursor = fields["data"], fields["id"]
-            self._client.add(Got(watch=self.number, cursor=self.cursor, data=data))
-            if self.generation is not None and decode_header(data.encode()).type in TERMINAL_TYPES:
-                self._complete = True
-
-    def _say(self, event: str, data: str) -> None:
-        self._client.add(Said(watch=self.number, event=event, data=data))

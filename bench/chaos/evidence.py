@@ -5,11 +5,13 @@ from collections.abc import Iterable
 import msgspec
 
 from bench.chaos.history import (
+    Amounts,
     AnyRecord,
     Billed,
     CancelAsked,
     Connected,
     Exited,
+    Exported,
     Got,
     Healed,
     Hit,
@@ -22,6 +24,8 @@ from bench.chaos.history import (
     Said,
     Sent,
     SentEnd,
+    Served,
+    Worked,
 )
 from bench.chaos.told import Told, tell
 
@@ -52,6 +56,10 @@ class Evidence(msgspec.Struct):
     memory: list[Memory] = []
     told: dict[str, Told] = {}
     billed: list[Billed] = []
+    served: dict[str, list[Served]] = {}
+    worked: dict[str, list[Worked]] = {}
+    exported: dict[str, list[Exported]] = {}
+    amounts: Amounts | None = None
 
     @classmethod
     def of(cls, records: Iterable[AnyRecord]) -> "Evidence":
@@ -106,6 +114,14 @@ class Evidence(msgspec.Struct):
                 self.memory.append(record)
             case Billed():
                 self.billed.append(record)
+            case Served():
+                self.served.setdefault(record.consumer, []).append(record)
+            case Worked():
+                self.worked.setdefault(record.consumer, []).append(record)
+            case Exported():
+                self.exported.setdefault(record.generation, []).append(record)
+            case Amounts():
+                self.amounts = record
             case _:
                 pass
 

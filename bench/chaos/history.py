@@ -9,10 +9,12 @@ from bench.chaos.schedule import Fault, Schedule
 
 __all__ = [
     "AnyRecord",
+    "Amounts",
     "Billed",
     "CancelAsked",
     "Connected",
     "Exited",
+    "Exported",
     "Got",
     "Healed",
     "Hit",
@@ -26,6 +28,8 @@ __all__ = [
     "Said",
     "Sent",
     "SentEnd",
+    "Served",
+    "Worked",
     "read_history",
 ]
 
@@ -93,11 +97,19 @@ class Connected(Record, tag="connected"):
 
 
 class Got(Record, tag="got"):
-    """A subscriber received an event: its id and its data as they stood on the wire."""
+    """A subscriber received an event: its id and its data as they stood on the wire.
+
+    Where the wire has no JSON, ``data`` is empty, and the rest says which event it was, and its text.
+    """
 
     watch: int
     cursor: str
-    data: str
+    data: str = ""
+    generation: str = ""
+    epoch: int = 0
+    seq: int = 0
+    type: str = ""
+    text: str = ""
 
 
 class Said(Record, tag="said"):
@@ -116,6 +128,32 @@ class Left(Record, tag="left"):
     generation: str | None
     start: int
     complete: bool
+
+
+class Served(Record, tag="served"):
+    """A worker received an event from its durable consumer, for the time ``deliveries``."""
+
+    worker: int
+    consumer: str
+    data: str
+    deliveries: int
+
+
+class Worked(Record, tag="worked"):
+    """A worker's acknowledgements were confirmed: of so many events. ``done``: it is through, with nothing open."""
+
+    worker: int
+    consumer: str
+    acked: int = 0
+    done: bool = False
+
+
+class Exported(Record, tag="exported"):
+    """A provider's export was taken (200) by billing."""
+
+    generation: str
+    input: int
+    output: int
 
 
 class Hit(Record, tag="fault"):
@@ -167,6 +205,14 @@ class Billed(Record, tag="billed"):
     row: dict[str, Any]
 
 
+class Amounts(Record, tag="amounts"):
+    """Billing's money in the end: entries of the ledger, sums of what was used, and what is still reserved."""
+
+    entries: list[dict[str, Any]]
+    spending: list[dict[str, Any]]
+    reserved: list[dict[str, Any]]
+
+
 AnyRecord = (
     Opened
     | Sent
@@ -177,6 +223,10 @@ AnyRecord = (
     | Got
     | Said
     | Left
+    | Served
+    | Worked
+    | Exported
+    | Amounts
     | Hit
     | Healed
     | Quiet

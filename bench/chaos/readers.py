@@ -1,6 +1,7 @@
 """What subscribers were promised: everything in the log's order, once, and to the end. Pure."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Final
 
 from bench.chaos.evidence import Evidence
 from bench.chaos.history import Got, Left
@@ -10,18 +11,45 @@ from schemas.cursor import Cursor
 
 __all__ = ["check_readers"]
 
+_PASSING: Final = ("503", "429", "401")
+"""Answers after which a client tries again: 401 when its credentials expired on the way."""
+
 
 def check_readers(evidence: Evidence) -> Iterator[Violation]:
     """Check every subscriber."""
-    places = {name: {e.data: i for i, e in enumerate(told.accepted)} for name, told in evidence.told.items()}
-    stored = {name: {e.data for e in told.stored} for name, told in evidence.told.items()}
+    places = Places(evidence.told)
     for left in evidence.left:
         got = evidence.got.get(left.watch, [])
         yield from _cursors(left, got)
-        yield from _sequence(evidence, left, got, places, stored)
+        yield from _sequence(evidence, left, got, places)
     for said in evidence.said:
-        if said.event != "bye" and not (said.event == "status" and said.data.startswith(("503", "429"))):
+        if said.event != "bye" and not (said.event == "status" and said.data.startswith(_PASSING)):
             yield Violation("answer", f"subscriber {said.watch}", f"at {said.t:.1f} s: {said.event} {said.data}")
+
+
+class Places:
+    """Where events stand among the accepted ones of their generation."""
+
+    def __init__(self, told: Mapping[str, Told]) -> None:
+        self._told = told
+        self._by_data = {name: {e.data: i for i, e in enumerate(t.accepted)} for name, t in told.items()}
+        self._by_place = {name: {e.place: i for i, e in enumerate(t.accepted)} for name, t in told.items()}
+        self._stored = {name: {e.data for e in t.stored} for name, t in told.items()}
+
+    def of(self, name: str, record: Got) -> int | None:
+        """Return the index of what was received; ``None`` when it is none of the accepted events."""
+        if record.data:
+            return self._by_data[name].get(record.data)
+        place = self._by_place[name].get((record.epoch, record.seq))
+        if place is None:
+            return None
+        event = self._told[name].accepted[place].event
+        same = event["type"] == record.type and (event.get("text") or "") == record.text
+        return place if same else None
+
+    def stored(self, name: str, data: str) -> bool:
+        """Tell whether the log has it at all."""
+        return data in self._stored[name]
 
 
 def _cursors(left: Left, got: list[Got]) -> Iterator[Violation]:
@@ -34,9 +62,7 @@ def _cursors(left: Left, got: list[Got]) -> Iterator[Violation]:
         before = seq
 
 
-def _sequence(
-    evidence: Evidence, left: Left, got: list[Got], places: dict[str, dict[str, int]], stored: dict[str, set[str]]
-) -> Iterator[Violation]:
+def _sequence(evidence: Evidence, left: Left, got: list[Got], places: Places) -> Iterator[Violation]:
     """Each generation's events are those of the log after the subscriber's start, from the first on, without holes."""
     who = f"subscriber {left.watch}"
     wanted = dict(_wanted(evidence, left))
@@ -44,17 +70,17 @@ def _sequence(
     for record in got:
         name = _generation(record)
         if name not in reached:
-            yield Violation("foreign", who, f"got {record.data[:160]} of another session or generation")
+            yield Violation("foreign", who, f"got {_short(record)} of another session or generation")
             return
-        place = places[name].get(record.data)
+        place = places.of(name, record)
         if place is None:
-            rule = "unaccepted" if record.data in stored[name] else "not_in_log"
-            yield Violation(rule, who, f"at {record.t:.2f} s: {record.data[:200]}")
+            rule = "unaccepted" if places.stored(name, record.data) else "not_in_log"
+            yield Violation(rule, who, f"at {record.t:.2f} s: {_short(record)}")
             return
         if place != reached[name]:
             rule = "repeated" if place < reached[name] else "skipped"
             detail = f"{name}: event {place} of the log's accepted ones came at {record.t:.2f} s, not {reached[name]}"
-            yield Violation(rule, who, f"{detail}: {record.data[:160]}")
+            yield Violation(rule, who, f"{detail}: {_short(record)}")
             return
         reached[name] += 1
     for name, first in wanted.items():
@@ -83,6 +109,14 @@ def _is_terminal(entry: Entry) -> bool:
     return entry.type in TERMINALS
 
 
+def _short(record: Got) -> str:
+    return (
+        record.data[:160] or f"{record.type} {record.epoch}.{record.seq} of {record.generation}: {record.text[:80]!r}"
+    )
+
+
 def _generation(record: Got) -> str:
+    if record.generation:
+        return record.generation
     _, _, rest = record.data.partition('"generation":"')
     return rest.partition('"')[0]

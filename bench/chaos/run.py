@@ -1,7 +1,6 @@
 """Runs a schedule against real processes and writes its history."""
 
 import asyncio
-import sqlite3
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -10,7 +9,9 @@ from typing import Any, Final
 import aiohttp
 import msgspec
 
-from bench.chaos.clients import Accepted, Client, Subscriber
+from bench.chaos.clients import Accepted, Client
+from bench.chaos.credentials import Credentials
+from bench.chaos.database import read_database
 from bench.chaos.history import (
     AnyRecord,
     Billed,
@@ -22,9 +23,23 @@ from bench.chaos.history import (
     Quiet,
     read_history,
 )
-from bench.chaos.schedule import DELIVERIES, LEASE, SERVICES, Ask, Cancel, Fault, Schedule, Watch
+from bench.chaos.schedule import (
+    BILLINGS,
+    DELIVERIES,
+    LEASE,
+    SERVICES,
+    Ask,
+    Cancel,
+    Export,
+    Fault,
+    Schedule,
+    Watch,
+    Worker,
+)
 from bench.chaos.stage import MEMORY_BOUND, PARTITIONS, Stage
+from bench.chaos.subscribers import Subscriber
 from bench.chaos.told import tell
+from bench.chaos.workers import ConsumerWorker, create_consumer
 from bench.processes import Died
 from schemas.topology import REQUESTS, token_stream
 from services.kit.broker import Broker, BrokerUnavailable
@@ -33,7 +48,10 @@ __all__ = ["Run"]
 
 END_SECONDS: Final = 45.0
 READERS_SECONDS: Final = 20.0
+WORKERS_SECONDS: Final = 30.0
 BILLING_SECONDS: Final = 25.0
+BUDGET: Final = 1_000_000_000
+"""Tokens a month: too many to refuse anything, so that every generation is reserved for and settled."""
 SLOW_SECONDS: Final = 0.15
 
 
@@ -53,13 +71,16 @@ class Run:
             raise Died(f"{folder} is there already: a run needs a folder of its own") from error
         self.schedule = schedule
         self.history = History(folder / "history.jsonl")
-        self.stage = Stage(folder, schedule.nodes, planted)
+        self.credentials = Credentials(folder, schedule.tokens)
+        self.stage = Stage(folder, schedule.nodes, self.credentials, planted)
         self._planted = planted
         self._patience = patience
         self._begun = time.monotonic()
         self._accepted: dict[int, asyncio.Future[Accepted | None]] = {}
         self._subscribers: list[Subscriber] = []
         self._reading: list[asyncio.Task[None]] = []
+        self._working: list[asyncio.Task[None]] = []
+        self._worked = asyncio.Event()
 
     def _add(self, record: AnyRecord) -> None:
         record.t = round(time.monotonic() - self._begun, 4)
@@ -90,7 +111,7 @@ class Run:
                     await self._settle(broker)
                 finally:
                     watch.cancel()
-                    await asyncio.gather(watch, *self._reading, return_exceptions=True)
+                    await asyncio.gather(watch, *self._reading, *self._working, return_exceptions=True)
                 for record in await self.stage.stop():
                     self._add(record)
             if self.stage.sent.exists():
@@ -108,12 +129,27 @@ class Run:
             timeout=timeout, connector=aiohttp.TCPConnector(limit=0), read_bufsize=1 << 20, trust_env=False
         )
         self._http = http
-        client = Client(http, [f"http://127.0.0.1:{self.stage.ports[name]}" for name in DELIVERIES], self._add)
+        client = Client(
+            http,
+            [f"http://127.0.0.1:{self.stage.ports[name]}" for name in DELIVERIES],
+            self._add,
+            self.credentials,
+            [f"127.0.0.1:{self.stage.call_ports[name]}" for name in DELIVERIES],
+            [f"http://127.0.0.1:{self.stage.ports[name]}" for name in BILLINGS],
+        )
+        await client.set_budget(BUDGET)
+        consumers = sorted({worker.consumer for worker in self.schedule.workers})
+        await asyncio.gather(*(create_consumer(client, name) for name in consumers))
+        self._begun = time.monotonic()
         async with asyncio.TaskGroup() as group:
             for index, ask in enumerate(self.schedule.asks):
                 group.create_task(self._at(ask.at, self._ask, client, index, ask))
             for number, watch in enumerate(self.schedule.watches):
                 group.create_task(self._at(watch.at, self._watch, client, number, watch))
+            for number, worker in enumerate(self.schedule.workers):
+                group.create_task(self._at(worker.at, self._work, client, number, worker))
+            for export in self.schedule.exports:
+                group.create_task(self._at(export.at, self._export, client, export))
             for cancel in self.schedule.cancels:
                 group.create_task(self._at(cancel.at, self._cancel, client, cancel))
             for fault in self.schedule.faults:
@@ -133,6 +169,15 @@ class Run:
             subscriber = Subscriber(number, watch, accepted, client)
             self._subscribers.append(subscriber)
             self._reading.append(asyncio.create_task(subscriber.run()))
+
+    async def _work(self, client: Client, number: int, worker: Worker) -> None:
+        work = ConsumerWorker(number, worker, client)
+        self._working.append(asyncio.create_task(work.run(self._worked)))
+
+    async def _export(self, client: Client, export: Export) -> None:
+        accepted = await self._accepted[export.ask]
+        if accepted is not None:
+            await client.export(export, accepted.generation)
 
     async def _cancel(self, client: Client, cancel: Cancel) -> None:
         accepted = await self._accepted[cancel.ask]
@@ -184,9 +229,12 @@ class Run:
                 subscriber.finish(sessions.get(subscriber.session, 0))
             if self._reading:
                 await asyncio.wait(self._reading, timeout=min(READERS_SECONDS, self._patience))
-            for task in self._reading:
+            self._worked.set()
+            if self._working:
+                await asyncio.wait(self._working, timeout=min(WORKERS_SECONDS, self._patience))
+            for task in (*self._reading, *self._working):
                 task.cancel()
-            await asyncio.gather(*self._reading, return_exceptions=True)
+            await asyncio.gather(*self._reading, *self._working, return_exceptions=True)
         finally:
             await self._http.close()
         for record in await self._booked(broker):
@@ -222,10 +270,10 @@ class Run:
             late = time.monotonic() > deadline
             try:
                 logged = await _read_log(broker)
-                applied, rows = await asyncio.to_thread(_read_database, self.stage.database)
+                found = await asyncio.to_thread(read_database, self.stage.database)
                 last = {m.partition: m.seq for m in logged}
-                if late or all(applied.get(p, 0) == seq for p, seq in last.items()):
-                    return [*logged, *(Billed(row=row) for row in rows)]
+                if late or (found.settled and all(found.applied.get(p, 0) == seq for p, seq in last.items())):
+                    return [*logged, *(Billed(row=row) for row in found.rows), found.amounts]
             except BrokerUnavailable as error:
                 if late:
                     raise Died(f"the log cannot be read in the end: {error}") from error
@@ -259,15 +307,3 @@ async def _read_log(broker: Broker) -> list[Logged]:
         if reached < state.last_seq:
             raise BrokerUnavailable(f"the replica that answered has {reached} of {state.last_seq}")
     return found
-
-
-def _read_database(path: Path) -> tuple[dict[int, int], list[dict[str, Any]]]:
-    connection = sqlite3.connect(path, timeout=10)
-    try:
-        connection.row_factory = sqlite3.Row
-        applied = {row["partition"]: row["applied"] for row in connection.execute("SELECT * FROM partitions")}
-        return applied, [dict(row) for row in connection.execute("SELECT * FROM generations")]
-    except sqlite3.OperationalError:
-        return {}, []
-    finally:
-        connection.close()

@@ -12,14 +12,18 @@ __all__ = [
     "LEASE",
     "PRODUCERS",
     "SERVICES",
+    "BILLINGS",
     "Ask",
     "Cancel",
     "Ending",
+    "Export",
     "Fault",
     "FaultKind",
+    "Protocol",
     "Schedule",
     "Shape",
     "Watch",
+    "Worker",
     "draw",
     "shape_of",
 ]
@@ -33,6 +37,7 @@ SERVICES: Final = (*PRODUCERS, *DELIVERIES, *BILLINGS)
 NODES: Final = "nodes"
 
 Ending = Literal["end", "cut", "error"]
+Protocol = Literal["sse", "ndjson", "websocket", "grpc"]
 FaultKind = Literal["kill", "pause", "drain", "cut", "hold", "slow", "outage"]
 
 KINDS: Final[dict[FaultKind, float]] = {
@@ -45,6 +50,9 @@ KINDS: Final[dict[FaultKind, float]] = {
     "outage": 0.4,
 }
 """How often each kind is drawn, beside the others."""
+
+PROTOCOLS: Final[dict[Protocol, float]] = {"sse": 4.0, "ndjson": 1.0, "websocket": 3.0, "grpc": 2.0}
+CONSUMERS: Final = 2
 
 
 class Ask(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,6 +86,7 @@ class Watch(msgspec.Struct, frozen=True, kw_only=True):
 
     ``ask``: index of that request. ``scope``: its generation alone, its session from that request's cursor on, or its
     session from the beginning. ``stays``: how long each connection is kept before it is dropped; the last one is not.
+    ``window``: events that it lets come before it has dealt with them, where the protocol has such; ``None``: no bound.
     """
 
     at: float
@@ -85,6 +94,31 @@ class Watch(msgspec.Struct, frozen=True, kw_only=True):
     scope: Literal["generation", "session", "start"]
     stays: tuple[float, ...] = ()
     replicas: tuple[int, ...] = (0,)
+    protocol: Protocol = "sse"
+    window: int | None = None
+
+
+class Worker(msgspec.Struct, frozen=True, kw_only=True):
+    """A service that reads the durable consumer ``consumer`` from ``at`` on, sharing its events with the others there.
+
+    ``stays``: how long each of its connections is kept. ``forgets``: the share of events that it does not acknowledge
+    when they first come. It goes on until everything is acknowledged.
+    """
+
+    at: float
+    consumer: str
+    stays: tuple[float, ...] = ()
+    replicas: tuple[int, ...] = (0,)
+    forgets: float = 0.0
+
+
+class Export(msgspec.Struct, frozen=True, kw_only=True):
+    """The provider says later, by an export, what the generation of request ``ask`` used."""
+
+    at: float
+    ask: int
+    input: int
+    output: int
 
 
 class Cancel(msgspec.Struct, frozen=True, kw_only=True):
@@ -151,7 +185,7 @@ def _befalls(kind: FaultKind, names: Sequence[str]) -> bool:
 
 
 class Schedule(msgspec.Struct, frozen=True, kw_only=True):
-    """All of a run."""
+    """All of a run. ``tokens``: how long credentials are valid, in seconds; ``None``: nobody is asked for any."""
 
     seed: int
     seconds: float
@@ -160,24 +194,58 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True):
     watches: tuple[Watch, ...]
     cancels: tuple[Cancel, ...]
     faults: tuple[Fault, ...]
+    workers: tuple[Worker, ...] = ()
+    exports: tuple[Export, ...] = ()
+    tokens: float | None = None
 
 
 def draw(seed: int, seconds: float, shape: Shape | None = None) -> Schedule:
     """Return the schedule of a seed. All faults are healed 2 s before ``seconds``."""
     rng, shape = random.Random(seed), shape or Shape()
     asks = _asks(rng, seconds, shape)
+    watches = tuple(watch for index, ask in enumerate(asks) for watch in _watches(rng, index, ask))
+    ways = random.Random(f"{seed}: ways")
     return Schedule(
         seed=seed,
         seconds=seconds,
         nodes=shape.nodes,
         asks=asks,
-        watches=tuple(watch for index, ask in enumerate(asks) for watch in _watches(rng, index, ask)),
+        watches=tuple(_on_a_way(ways, watch) for watch in watches),
         cancels=tuple(
             Cancel(at=_round(ask.at + rng.uniform(0, 1.2 * ask.seconds)), ask=index, replica=rng.randrange(2))
             for index, ask in enumerate(asks)
             if rng.random() < 0.15
         ),
         faults=_faults(rng, seconds, shape),
+        workers=tuple(_worker(ways, f"c{n // 2}", seconds) for n in range(2 * CONSUMERS)),
+        exports=tuple(
+            Export(
+                at=_round(ask.at + ways.uniform(0, 3 * ask.seconds)),
+                ask=index,
+                input=ways.randint(0, 500),
+                output=ways.randint(0, 500),
+            )
+            for index, ask in enumerate(asks)
+            if ways.random() < 0.2
+        ),
+        tokens=ways.choice((None, 6.0, 12.0)),
+    )
+
+
+def _on_a_way(rng: random.Random, watch: Watch) -> Watch:
+    protocol = rng.choices(list(PROTOCOLS), list(PROTOCOLS.values()))[0]
+    window = rng.choice((None, 1, 3, 20)) if protocol in ("websocket", "grpc") else None
+    return msgspec.structs.replace(watch, protocol=protocol, window=window)
+
+
+def _worker(rng: random.Random, consumer: str, seconds: float) -> Worker:
+    drops = rng.choice((1, 3, 6))
+    return Worker(
+        at=_round(rng.uniform(0, 0.4 * seconds)),
+        consumer=consumer,
+        stays=tuple(_round(rng.uniform(0.5, seconds / (drops + 1))) for _ in range(drops)),
+        replicas=tuple(rng.randrange(2) for _ in range(drops + 1)),
+        forgets=rng.choice((0.0, 0.05)),
     )
 
 

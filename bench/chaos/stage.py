@@ -12,9 +12,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final, Self
 
+from bench.chaos.credentials import Credentials
 from bench.chaos.history import AnyRecord, Exited, Memory
+from bench.chaos.money import PRICES
 from bench.chaos.proxy import Link
-from bench.chaos.schedule import LEASE, NODES, SERVICES
+from bench.chaos.schedule import DELIVERIES, LEASE, NODES, SERVICES
 from bench.processes import Died, Process, fetch, python
 from services.standalone.embedded import find_nats_server, render_config, render_node
 
@@ -39,6 +41,7 @@ _SETTINGS: Final = {
     "TAILRACE_DELIVERY_DRAIN": "2",
     "TAILRACE_BILLING_INTERVAL": "0.3",
     "TAILRACE_BILLING_HOLD": "2",
+    "TAILRACE_BILLING_GRACE": "1",
 }
 
 
@@ -110,12 +113,13 @@ class Member:
 class Stage:
     """Everything that runs. Used as a context, it stops all of it in the end.
 
-    ``planted``: the name of a bug that the services are started with.
+    ``planted``: the name of a bug that the services are started with. ``credentials``: what services ask callers for.
     """
 
-    def __init__(self, folder: Path, nodes: int, planted: str = "") -> None:
+    def __init__(self, folder: Path, nodes: int, credentials: Credentials, planted: str = "") -> None:
         self.folder = folder
-        ports = _free_ports(2 * nodes + 1 + len(SERVICES) * (nodes + 1))
+        self._credentials = credentials
+        ports = _free_ports(2 * nodes + 1 + len(SERVICES) * (nodes + 1) + len(DELIVERIES))
         self.node_ports = [ports.pop() for _ in range(nodes)]
         self.routes = [ports.pop() for _ in range(nodes)]
         self.provider_port = ports.pop()
@@ -123,6 +127,7 @@ class Stage:
         self.sent = folder / "sent.jsonl"
         self.links = {name: [Link(ports.pop(), upstream) for upstream in self.node_ports] for name in SERVICES}
         self.ports = {name: ports.pop() for name in SERVICES}
+        self.call_ports = {name: ports.pop() for name in DELIVERIES}
         self.members = {m.name: m for m in [*self._nodes(), *(self._service(name, planted) for name in SERVICES)]}
         command = python("bench.chaos.provider", "--port", str(self.provider_port), "--record", str(self.sent))
         self.provider = Member("provider", command, _clean_environment(), folder)
@@ -155,13 +160,19 @@ class Stage:
         config = self.folder / "tailrace.toml"
         base = f"http://127.0.0.1:{self.provider_port}/v1"
         config.write_text(f'[providers.chaos]\ndialect = "openai"\nbase_url = "{base}"\n')
+        prices = self.folder / "prices.csv"
+        prices.write_text(PRICES)
         env = _SETTINGS | {
             "TAILRACE_NATS_URL": ",".join(f"nats://127.0.0.1:{link.port}" for link in self.links[name]),
             "TAILRACE_REPLICAS": str(len(self.node_ports)),
             "TAILRACE_CONFIG": str(config),
             "TAILRACE_BILLING_DATABASE_URL": f"sqlite:///{self.database}",
+            "TAILRACE_BILLING_PRICES": str(prices),
             f"TAILRACE_{name.partition('-')[0].upper()}_PORT": str(self.ports[name]),
         }
+        if name in DELIVERIES:
+            env["TAILRACE_DELIVERY_GRPC_PORT"] = str(self.call_ports[name])
+        env |= self._credentials.settings()
         command = python("bench.chaos.planted", planted, module) if planted else python(module)
         return Member(name, command, _clean_environment() | env, self.folder)
 

@@ -1,0 +1,42 @@
+"""Credentials that expire soon, made anew for every connection."""
+
+import secrets
+import time
+from pathlib import Path
+from typing import Final
+
+import jwt
+
+__all__ = ["Credentials"]
+
+SCOPES: Final = "start read cancel consume usage admin"
+
+
+class Credentials:
+    """JSON web tokens that are valid for ``seconds``; ``None``: none are shown."""
+
+    def __init__(self, folder: Path, seconds: float | None) -> None:
+        self.seconds = seconds
+        self._secret = secrets.token_hex(32)
+        self.file = folder / "jwt-secret"
+        if seconds is not None:
+            self.file.write_text(self._secret)
+
+    def settings(self) -> dict[str, str]:
+        """Return what services must know."""
+        if self.seconds is None:
+            return {}
+        return {"TAILRACE_AUTH": "required", "TAILRACE_JWT_SECRET_FILE": str(self.file), "TAILRACE_JWT_LEEWAY": "0"}
+
+    def headers(self, *, lasting: bool = False) -> dict[str, str]:
+        """Return the header of a request that is made now; ``lasting``: for one that waits long."""
+        if self.seconds is None:
+            return {}
+        claims = {
+            "aud": "tailrace",
+            "sub": "chaos",
+            "tenant": "default",
+            "scope": SCOPES,
+            "exp": time.time() + (3_600 if lasting else self.seconds),
+        }
+        return {"Authorization": f"Bearer {jwt.encode(claims, self._secret, algorithm='HS256')}"}

@@ -1,0 +1,1 @@
+"""Reading one connection, a module for each kind of wire."""

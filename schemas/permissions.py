@@ -15,7 +15,6 @@ from schemas.subjects import REQUESTS_PREFIX, lane_of
 from schemas.topology import (
     BUCKET,
     CONSUMERS,
-    COUNTERS,
     CREDENTIALS_BUCKET,
     DEAD,
     REGISTRY_BUCKET,
@@ -102,7 +101,6 @@ def _delivery(topology: Topology) -> Permissions:
             *_bucket_read(CREDENTIALS_BUCKET),
             *_written(CREDENTIALS_BUCKET, "key.*", "ticket-secret"),
             "counters.*.*",
-            f"$JS.API.DIRECT.GET.{COUNTERS}.>",
             *(f"$JS.API.{verb}.{each}" for each in (DEAD, CONSUMERS) for verb in _KEPT),
             "consumers.*.*.*.*",
             *_consumers_kept([*(token_stream(p) for p in topology.logs), CONSUMERS]),

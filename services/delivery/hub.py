@@ -18,6 +18,7 @@ from services.delivery.log_reader import LogReader
 from services.delivery.partitions import Partitions
 from services.delivery.presence import Presence
 from services.delivery.replay import replay
+from services.delivery.starts import StartBounds, Starts
 from services.delivery.subscriber import Subscriber
 from services.kit.auth.principal import Principal
 from services.kit.broker import Broker, BrokerUnavailable, StreamState
@@ -52,6 +53,7 @@ class Limits:
         streams: int | None = None,
         streams_per_tenant: int | None = None,
         streams_per_key: int | None = None,
+        starts: StartBounds | None = None,
     ) -> None:
         self.feed_bytes = feed_bytes
         self.feeds = feeds
@@ -62,6 +64,7 @@ class Limits:
         self.streams = streams
         self.streams_per_tenant = streams_per_tenant
         self.streams_per_key = streams_per_key
+        self.starts = starts or StartBounds()
 
 
 class Hub:
@@ -82,6 +85,7 @@ class Hub:
         self.connections = Connections(
             total=limits.streams, tenant=limits.streams_per_tenant, key=limits.streams_per_key
         )
+        self.starts = Starts(broker, clock, limits.starts)
         self._quiet = asyncio.Event()
         self._quiet.set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -236,6 +240,7 @@ class Hub:
             for subscriber in feed.everyone():
                 self._look_after(subscriber, now)
         if self.broker.is_connected:
+            self._spawn(self.starts.look())
             self._spawn(self._look_for_new_logs())
             self._spawn(self._look_for_moves(now))
         metrics.FEEDS.set(len(self._feeds))

@@ -76,10 +76,16 @@ class Intake:
         """Queue a request; return the generation's name, the cursor before it, and whether it is a repeat.
 
         Raises:
-            Problem: unknown model, no room in a budget, another request under the same key, queue or log full, or too
+            Problem: too many are started or running, unknown model, no room in a budget, another request under the same key, queue or log full, or too
                 large.
             BrokerUnavailable: nothing was queued.
         """
+        async with self._hub.starts.starting(principal):
+            return await self._accept(principal, session, wish, key)
+
+    async def _accept(
+        self, principal: Principal, session: str, wish: GenerationWish, key: str | None
+    ) -> tuple[str, str, bool]:
         tenant = principal.tenant
         models = await self._candidates(wish.model)
         generation = _name(tenant, session, key)
@@ -107,6 +113,7 @@ class Intake:
             await self._lookups.forget(tenant, session, generation)
             raise
         await self._enqueue(record, wish, issuer.partition)
+        self._hub.starts.began(record)
         return generation, cursor, not created
 
     async def cancel(self, tenant: str, session: str, generation: str) -> str:

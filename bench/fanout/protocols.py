@@ -67,7 +67,7 @@ def _get(path: str, cursor: bytes) -> bytes:
     headers = {"accept": "text/event-stream"}
     if cursor:
         headers["last-event-id"] = cursor.decode("latin-1")
-    return request("GET", path, "bench", headers)
+    return request("GET", path, "127.0.0.1", headers)
 
 
 def _native(session: str, cursor: bytes, live: bool) -> bytes:

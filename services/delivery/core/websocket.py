@@ -175,7 +175,7 @@ class Error(_ServerMessage, tag="error"):
 
 _Said = Subscribe | Credit | Ack | Unsubscribe | StartGeneration | Cancel | Ping | Pong
 _KINDS: Final = ", ".join(str(kind.__struct_config__.tag) for kind in _Said.__args__)
-_REFUSALS: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError, OverflowError)
+_REFUSALS: Final = (msgspec.DecodeError, UnicodeError, RecursionError, OverflowError)
 
 
 class _Labels(msgspec.Struct):
@@ -226,7 +226,7 @@ class Dialect:
         except _REFUSALS:
             notation = "JSON" if self.text else "MessagePack"
             return Unreadable("unreadable-message", f"the message is no {notation} object: {error}")
-        id_ = labels.id if isinstance(labels.id, str | int) and len(str(labels.id)) <= 100 else None
+        id_ = labels.id if type(labels.id) in (str, int) and len(str(labels.id)) <= 100 else None
         if f"Invalid value {labels.type!r}" in str(error) or not isinstance(labels.type, str):
             shown = repr(labels.type)[:40]
             return Unreadable("unknown-type", f"type {shown} is not one of: {_KINDS}", id_)

@@ -7,7 +7,7 @@ __all__ = ["AutoWindow", "InFlight", "Released"]
 
 RECORDS: Final = 1_024
 RATES: Final = 10
-TRIPS: Final = 64
+STALE_SECONDS: Final = 10.0
 GAIN: Final = 2.0
 FULL: Final = 0.75
 
@@ -27,7 +27,8 @@ class _Sent(NamedTuple):
 class Released(NamedTuple):
     """What an acknowledgement frees: events and bytes, the seconds it took, and the bytes acknowledged per second.
 
-    ``filled``: the window was used up meanwhile, so that the rate is the client's and not the session's.
+    ``filled``: the window was used up meanwhile, so that the rate is the client's and not the session's. ``at``: when
+    it came.
     """
 
     events: int
@@ -35,6 +36,7 @@ class Released(NamedTuple):
     trip: float
     rate: float
     filled: bool
+    at: float
 
 
 class InFlight:
@@ -76,13 +78,14 @@ class InFlight:
         events, size = newest.events - self._acked_events, newest.size - self._acked_size
         self._acked_events, self._acked_size, self._acked_at = newest.events, newest.size, now
         rate = (newest.size - newest.acked) / max(now - newest.acked_at, 1e-6)
-        return Released(events, size, now - newest.at, rate, newest.filled)
+        return Released(events, size, max(now - newest.at, 1e-6), rate, newest.filled, now)
 
 
 class AutoWindow:
     """A window in bytes that follows what the client deals with in a round trip (rate times trip), with room to grow.
 
-    The trip is the shortest of the last `TRIPS`: waiting in a queue is no reason for a longer queue. The rate is the
+    The trip is the shortest one seen: waiting in a queue is no reason for a longer queue. When that is `STALE_SECONDS`
+    ago, the window is closed to its lower bound until the queue is gone, and the trip is measured anew. The rate is the
     highest of the last `RATES` during which the window was used up; a session that says little leaves it as it is.
     """
 
@@ -91,7 +94,10 @@ class AutoWindow:
         self._low = low
         self._high = high
         self._rates: deque[float] = deque(maxlen=RATES)
-        self._trips: deque[float] = deque(maxlen=TRIPS)
+        self._trip = float("inf")
+        self._trip_at = 0.0
+        self._probe: float | None = None  # what is sent from then on meets no queue
+        self._settled_at = 0.0  # what was sent before met a closed window
 
     def is_filled(self, in_flight: int) -> bool:
         """Tell whether so many bytes use the window up."""
@@ -99,14 +105,24 @@ class AutoWindow:
 
     def measured(self, released: Released) -> int:
         """Take one measurement; return the window's new size in bytes."""
-        self.trip(released.trip)
-        if released.filled or (self._rates and released.rate > max(self._rates)):
+        sent_at = released.at - released.trip
+        if self._probe is not None:
+            if sent_at < self._probe:
+                return self.size
+            self._trip, self._trip_at, self._settled_at = released.trip, released.at, released.at
+            self._probe = None
+        elif released.trip <= self._trip:
+            self._trip, self._trip_at = released.trip, released.at
+        elif released.filled and released.at - self._trip_at > STALE_SECONDS:
+            self._probe, self.size = released.at + released.trip, self._low
+            return self.size
+        if sent_at >= self._settled_at and (released.filled or released.rate > max(self._rates, default=released.rate)):
             self._rates.append(released.rate)
         if self._rates:
-            wanted = GAIN * max(self._rates) * min(self._trips)
+            wanted = GAIN * max(self._rates) * self._trip
             self.size = int(min(max(wanted, self._low), self._high))
         return self.size
 
     def trip(self, seconds: float) -> None:
-        """Take one round trip, of an acknowledgement or of a ping."""
-        self._trips.append(max(seconds, 1e-6))
+        """Take one round trip that was measured otherwise, by a ping."""
+        self._trip = min(self._trip, max(seconds, 1e-6))

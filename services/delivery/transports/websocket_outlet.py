@@ -51,7 +51,7 @@ class Outlet:
         Raises:
             ConnectionError: the socket is closed.
         """
-        if self._turns or self._size >= BOUND:
+        if not self._closed and (self._turns or self._size >= BOUND):
             await self._turn()
         try:
             if self._closed:

@@ -79,7 +79,7 @@ async def serving(
         backlog=max(1_024, min(connections, 65_535)),
         backpressure=connections,
         log_enabled=False,
-        http1_settings=HTTP1Settings(header_read_timeout=HEADER_MS),
+        http1_settings=HTTP1Settings(header_read_timeout=HEADER_MS, max_buffer_size=HEADER_BYTES),
         http2_settings=HTTP2Settings(max_concurrent_streams=STREAMS_OF_A_CONNECTION, max_headers_size=HEADER_BYTES),
         ssl_cert=tls.certificate if tls else None,
         ssl_key=tls.key if tls else None,

@@ -25,7 +25,7 @@ _LONGEST_PAUSE: Final = 2.0
 _NO_PEERS: Final = 10005
 _NAME_TAKEN: Final = 10058
 _NOT_CLUSTERED: Final = 10074
-_WRONG_LAST_SEQUENCE: Final = 10071
+_WRONG_LAST_SEQUENCE: Final = (10071, 10164)
 
 
 class NotReady(Exception):
@@ -231,6 +231,6 @@ def _checked(data: bytes | None, subject: str, *, missing_is_fine: bool = False)
     text = f"{subject}: {error.description} ({error.err_code})"
     if error.err_code == _NOT_CLUSTERED:
         raise Refused(f"{text}: more than one replica needs a cluster of nats-servers (TAILRACE_REPLICAS)")
-    if error.code >= 500 or error.err_code in (_NO_PEERS, _NAME_TAKEN, _WRONG_LAST_SEQUENCE):
+    if error.code >= 500 or error.err_code in (_NO_PEERS, _NAME_TAKEN, *_WRONG_LAST_SEQUENCE):
         raise NotReady(text)
     raise Refused(text)

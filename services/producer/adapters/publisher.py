@@ -23,7 +23,8 @@ __all__ = ["Lease", "LogWriter", "Publisher"]
 log = structlog.get_logger()
 WINDOW_EVENTS: Final = 512
 WINDOW_BYTES: Final = 4 * 1024 * 1024
-_WRONG_LAST_SEQUENCE: Final = 10071
+_WRONG_LAST_SEQUENCE: Final = (10071, 10164)
+"""The second one comes in a cluster, while another append to the same subject is on its way."""
 
 
 class _Refusal(msgspec.Struct):
@@ -201,7 +202,7 @@ class LogWriter:
                 await self._broker.publish_stored(self._subject, data, headers=headers)
                 return
             except APIError as error:
-                if error.err_code == _WRONG_LAST_SEQUENCE:
+                if error.err_code in _WRONG_LAST_SEQUENCE:
                     raise LogRefused(f"{self._subject} has grown beyond {last_seq}") from error
                 self.refuse(error.description or "")
             except BrokerUnavailable as error:

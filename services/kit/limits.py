@@ -90,7 +90,8 @@ class CounterStorage(Storage, SlidingWindowCounterSupport):
         """Set the count of this window and of the one before back to nothing."""
         window, _ = self._now(expiry)
         for each in (window - 1, window):
-            await self._add(key, expiry, each, -await self._sum(key, expiry, each))
+            counted = await self._add(key, expiry, each, 0)
+            await self._add(key, expiry, each, -counted)
 
     async def incr(self, key: str, expiry: int, amount: int = 1) -> int:
         """Count in a fixed window, and return the sum."""

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Protocol
 
+import msgspec
+
 from schemas.events import (
     AnyEvent,
     Binary,
@@ -29,6 +31,7 @@ from services.producer.core.parts import (
     Text,
     ToolCallPart,
     UpstreamFailure,
+    UsageBegun,
     UsagePart,
 )
 
@@ -73,6 +76,8 @@ class Generation:
         self.upstream_model = ""
         self.upstream_id: str | None = None
         self.usage: Usage | None = None
+        self._usage_begun: Usage | None = None
+        self._usage_source = "stream"
         self.ending: End | UpstreamFailure | None = None
         self.has_tokens = False
         self._new_counter = counter
@@ -130,7 +135,7 @@ class Generation:
         if self.has_tokens:
             return
         self.upstream_id = None
-        self.usage = None
+        self.usage = self._usage_begun = None
         self.ending = None
         self._finish.clear()
 
@@ -195,6 +200,7 @@ class Generation:
 
     def fail(self, failure: UpstreamFailure, at: float) -> list[AnyEvent]:
         """Return the closing events for a failure."""
+        self._estimate_usage()
         failed = Failed(
             generation=self.name,
             seq=self.next_seq + (self.usage is not None),
@@ -210,6 +216,7 @@ class Generation:
 
     def cancel(self, reason: str, at: float) -> list[AnyEvent]:
         """Return the closing events for a cancellation (``requested`` or ``disconnected``)."""
+        self._estimate_usage()
         cancelled = Cancelled(
             generation=self.name,
             seq=self.next_seq + (self.usage is not None),
@@ -226,6 +233,14 @@ class Generation:
             generation=self.name, seq=self._take(), epoch=self.epoch, at=at, reason=reason, counted=counted
         )
 
+    def _estimate_usage(self) -> None:
+        """Where an answer broke off, take its input as the provider stated it in the beginning, and our own output."""
+        begun = self._usage_begun
+        if self.usage is None and begun is not None and self.has_tokens:
+            output = max(begun.output, self._counter.total())
+            self.usage = msgspec.structs.replace(begun, output=output)
+            self._usage_source = "begun"
+
     def _close(self, terminal: Completed | Failed | Cancelled, at: float) -> list[AnyEvent]:
         events: list[AnyEvent] = []
         if self.usage is not None:
@@ -239,6 +254,7 @@ class Generation:
                     provider=self.provider,
                     upstream_model=self.upstream_model,
                     upstream_id=self.upstream_id,
+                    source=self._usage_source,
                 )
             )
         self._take()
@@ -251,6 +267,8 @@ class Generation:
                 self._finish[part.choice] = part.reason
             case UsagePart():
                 self.usage = part.usage
+            case UsageBegun():
+                self._usage_begun = part.usage
             case Identity():
                 self.upstream_id = part.upstream_id or self.upstream_id
                 self.upstream_model = part.model or self.upstream_model

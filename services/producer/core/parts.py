@@ -16,6 +16,7 @@ __all__ = [
     "Text",
     "ToolCallPart",
     "UpstreamFailure",
+    "UsageBegun",
     "UsagePart",
 ]
 
@@ -65,6 +66,12 @@ class UsagePart(msgspec.Struct, frozen=True):
     usage: Usage
 
 
+class UsageBegun(msgspec.Struct, frozen=True):
+    """Usage as the provider states it before it answers: its input is final. It holds where no other one follows."""
+
+    usage: Usage
+
+
 class UpstreamFailure(msgspec.Struct, frozen=True):
     """The provider says that it failed, by an HTTP status or inside its stream.
 
@@ -96,4 +103,16 @@ class End(msgspec.Struct, frozen=True):
     """The dialect's own end marker. A stream that closes without it has been cut off."""
 
 
-Part = Text | Reasoning | ToolCallPart | BinaryPart | Finish | UsagePart | UpstreamFailure | Identity | Alive | End
+Part = (
+    Text
+    | Reasoning
+    | ToolCallPart
+    | BinaryPart
+    | Finish
+    | UsagePart
+    | UsageBegun
+    | UpstreamFailure
+    | Identity
+    | Alive
+    | End
+)

@@ -21,6 +21,7 @@ from services.producer.core.parts import (
     Text,
     ToolCallPart,
     UpstreamFailure,
+    UsageBegun,
     UsagePart,
 )
 from services.producer.core.registry import DeadlineOverrides
@@ -124,6 +125,34 @@ def test_a_cancellation_reports_usage_that_has_come_already() -> None:
     assert isinstance(usage, UsageReported)
     assert isinstance(cancelled, Cancelled)
     assert cancelled.reason == "requested"
+
+
+BEGUN = UsageBegun(Usage(input=900, cached_input=800, output=1, raw={"input_tokens": 100}))
+
+
+def test_an_answer_that_breaks_off_tells_the_input_that_was_stated_and_our_count_of_its_output() -> None:
+    cancelled, failed, cut_off = (generation() for _ in range(3))
+    for run in (cancelled, failed, cut_off):
+        run.absorb([BEGUN, Text("rivers and turbines run on")], 1.0)
+    failed.absorb([UpstreamFailure("upstream_overloaded", "busy")], 1.0)
+    for usage, terminal in (cancelled.cancel("requested", 2.0), failed.end(2.0), cut_off.end(2.0)):
+        assert isinstance(usage, UsageReported)
+        assert usage.source == "begun"
+        assert (usage.usage.input, usage.usage.cached_input) == (900, 800)
+        assert isinstance(terminal, Cancelled | Failed)
+        assert usage.usage.output == terminal.counted.output > 1
+        assert (usage.seq, terminal.seq) == (1, 2)
+
+
+def test_what_was_stated_in_the_beginning_gives_way_to_usage_and_means_nothing_without_tokens() -> None:
+    run = generation()
+    run.absorb([BEGUN, Text("a"), UsagePart(Usage(input=901, output=7)), End()], 1.0)
+    usage, _completed = run.end(2.0)
+    assert isinstance(usage, UsageReported)
+    assert (usage.usage.input, usage.usage.output, usage.source) == (901, 7, "stream")
+    silent = generation()
+    silent.absorb([BEGUN], 1.0)
+    assert [type(event) for event in silent.cancel("requested", 2.0)] == [Cancelled]
 
 
 _parts = st.one_of(

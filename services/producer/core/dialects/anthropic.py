@@ -19,6 +19,7 @@ from services.producer.core.parts import (
     Reasoning,
     Text,
     UpstreamFailure,
+    UsageBegun,
     UsagePart,
 )
 from services.producer.ports import Call
@@ -133,6 +134,8 @@ class AnthropicParser(EventParser):
                 message = event.message or _Message()
                 self._usage = message.usage or {}
                 self.joined.add(Identity(message.id, message.model))
+                if self._usage:
+                    self.joined.add(UsageBegun(_normalised(self._usage)))
             case "message_delta":
                 self._ending(event)
             case "message_stop":

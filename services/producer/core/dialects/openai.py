@@ -1,6 +1,6 @@
 """OpenAI chat completions, and every server that speaks them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from typing import Any, Final
 
@@ -39,8 +39,16 @@ class _ToolCall(msgspec.Struct):
     function: _Function | None = None
 
 
+class _ContentPart(msgspec.Struct):
+    """A part of content given as a list, as Mistral does; its thinking is a list of parts again."""
+
+    type: str = "text"
+    text: str | None = None
+    thinking: "str | list[_ContentPart] | None" = None
+
+
 class _Delta(msgspec.Struct, gc=False):  # a tree from JSON has no cycles for a collector to find
-    content: str | None = None
+    content: str | list[_ContentPart] | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
     refusal: str | None = None
@@ -158,8 +166,11 @@ class OpenAIParser(EventParser):
         joined = self.joined
         if reasoning := delta.reasoning_content or delta.reasoning:
             joined.text(Reasoning, reasoning, choice, at)
-        if delta.content:
-            joined.text(Text, delta.content, choice, at)
+        if isinstance(delta.content, str):
+            if delta.content:
+                joined.text(Text, delta.content, choice, at)
+        else:
+            self._parts(delta.content or (), choice, at)
         if delta.refusal:
             joined.text(Text, delta.refusal, choice, at)
         for position, call in enumerate(delta.tool_calls or ()):
@@ -175,6 +186,13 @@ class OpenAIParser(EventParser):
                 at,
             )
 
+    def _parts(self, parts: Iterable[_ContentPart], choice: int, at: float | None) -> None:
+        for part in parts:
+            if part.thinking:
+                self.joined.text(Reasoning, _thought(part.thinking), choice, at)
+            if part.text:
+                self.joined.text(Text, part.text, choice, at)
+
     def _usage(self, usage: _Usage, payload: bytes) -> Usage:
         inputs = usage.prompt_tokens_details or _InputDetails()
         outputs = usage.completion_tokens_details or _OutputDetails()
@@ -189,6 +207,10 @@ class OpenAIParser(EventParser):
             currency=self._currency if cost is not None else None,
             raw=_raw_usage.decode(payload).usage,
         )
+
+
+def _thought(thinking: str | list[_ContentPart]) -> str:
+    return thinking if isinstance(thinking, str) else "".join(part.text or "" for part in thinking)
 
 
 def exact_cost(cost: Decimal | None) -> str | None:

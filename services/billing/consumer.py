@@ -133,17 +133,25 @@ class Consumer:
     async def _follow(self) -> None:
         # What was delivered to a process that died comes again late, after newer events: it is read at once instead.
         await self._catch_up(self._delivered)
-        while not self._stop.is_set():
-            pulled = await self.tail.pull()
-            sure = await self._take(pulled)
-            await self._renew()
-            await self._sweep()
-            if pulled.doubtful or not sure:
-                return
+        ahead: asyncio.Task[Pulled] | None = None
+        try:
+            while not self._stop.is_set():
+                pulled = await (ahead or self.tail.pull())
+                # Where more waits, it comes while this is written: one pull ahead, so at most two batches are held.
+                ahead = asyncio.create_task(self.tail.pull()) if pulled.full else None
+                sure = await self._take(pulled)
+                await self._renew()
+                await self._sweep()
+                if pulled.doubtful or not sure:
+                    return
+        finally:
+            if ahead is not None:
+                ahead.cancel()
+                await asyncio.gather(ahead, return_exceptions=True)
 
     async def _take(self, pulled: Pulled) -> bool:
         """Apply and acknowledge a pull; ``False`` when the stream has been made anew."""
-        joined = join(self.applied, pulled.records)
+        joined = join(self.applied, pulled.records())
         if joined.repeats:
             metrics.REPEATS.inc(joined.repeats)
             # A stream that was made anew counts from 1 again: its events would look like repeats.

@@ -15,10 +15,13 @@ import nats.errors
 from nats.aio.client import Client
 from nats.aio.subscription import Subscription
 
-__all__ = ["Arrival", "RelayClient", "header_number"]
+__all__ = ["Arrival", "Delivery", "RelayClient", "header_number"]
 
 Arrival = Callable[[str, bytes, bytes], None]
 """A function of subject, data, and raw headers (empty without any). It must return quickly and never raise."""
+
+Delivery = Callable[[bytes, bytes, bytes, bytes | None], None]
+"""A function of subject, reply subject, data, and raw headers (``None`` without any), all as they came."""
 
 FLUSH_SECONDS: Final = 0.001
 """Shortest time between two writes of `send`: what comes sooner after a write waits for the next one.
@@ -46,6 +49,7 @@ class RelayClient(Client):
     def __init__(self) -> None:
         super().__init__()
         self._arrivals: dict[int, Arrival] = {}
+        self._deliveries: dict[int, Delivery] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._flush_due = False
         self._flushed_at = 0.0
@@ -64,9 +68,17 @@ class RelayClient(Client):
         self._arrivals[subscription._id] = arrival
         return subscription
 
+    async def listen_to_deliveries(self, subject: str, delivery: Delivery) -> Subscription:
+        """Like `listen`, for a function that wants reply subjects too, such as those of a JetStream consumer."""
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        subscription = await self.subscribe(subject, future=future)
+        self._deliveries[subscription._id] = delivery
+        return subscription
+
     async def unlisten(self, subscription: Subscription) -> None:
         """End a subscription made by `listen`."""
         self._arrivals.pop(subscription._id, None)
+        self._deliveries.pop(subscription._id, None)
         if not self.is_closed:
             await subscription.unsubscribe()
 
@@ -104,6 +116,9 @@ class RelayClient(Client):
     async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes | None) -> None:
         arrival = self._arrivals.get(sid)
         if arrival is None:
+            if (delivery := self._deliveries.get(sid)) is not None:
+                delivery(subject, reply, data, headers)
+                return
             await super()._process_msg(sid, subject, reply, data, headers)  # type: ignore[arg-type]  # None without any
             return
         arrival(subject.decode(), data, headers or b"")

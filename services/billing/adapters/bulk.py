@@ -3,7 +3,9 @@
 PostgreSQL takes a statement with one array a column several times faster than the same rows one by one.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import lru_cache
+from operator import attrgetter
 from typing import Any, Final
 
 import msgspec
@@ -14,7 +16,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from services.billing.adapters.tables import GENERATIONS as G
 from services.billing.adapters.tables import LEDGER
 from services.billing.core.charging import Entry
-from services.billing.core.generation import DELIVERED, Generation
+from services.billing.core.generation import DELIVERED, Generation, Key
+from services.billing.core.money import PLACES
 
 __all__ = ["BulkWriter"]
 
@@ -30,6 +33,7 @@ class BulkWriter:
         self._arrays = dialect == "postgresql"
         self._upsert = self._statement_upsert()
         self._progress = self._statement_progress()
+        self._known = self._statement_known()
         self._entries = self._insert(LEDGER, Entry.__struct_fields__)
 
     async def generations(self, connection: AsyncConnection, rows: Collection[Generation]) -> None:
@@ -44,6 +48,19 @@ class BulkWriter:
         """Append to the ledger; an entry whose number exists is an error."""
         await self._run(connection, self._entries, Entry.__struct_fields__, list(entries))
 
+    async def known(self, connection: AsyncConnection, keys: Sequence[Key]) -> list[Generation]:
+        """Return the generations that these keys name, those that there are."""
+        if not keys:
+            return []
+        if self._arrays:
+            columns = {
+                _parameter(name): list(values) for name, values in zip(_KEY, zip(*keys, strict=True), strict=True)
+            }
+            rows = await connection.execute(self._known, columns)
+        else:
+            rows = await connection.execute(self._known, {"keys": msgspec.json.encode(keys).decode()})
+        return [Generation(**row) for row in rows.mappings()]
+
     async def _run(
         self,
         connection: AsyncConnection,
@@ -57,7 +74,33 @@ class BulkWriter:
             columns = {_parameter(name): [getattr(row, name) for row in rows] for name in names}
             await connection.execute(statement, columns)
         else:
-            await connection.execute(statement, [{_parameter(n): getattr(row, n) for n in names} for row in rows])
+            await self._run_on_sqlite(connection, statement, rows)
+
+    async def _run_on_sqlite(
+        self, connection: AsyncConnection, statement: sa.Executable, rows: Sequence[msgspec.Struct]
+    ) -> None:
+        """Hand the rows to the driver as they are: building parameters by name costs more than writing them."""
+        text, values = self._compiled(statement)
+        raw = await connection.get_raw_connection()
+        driver: Any = raw.driver_connection
+        await driver.executemany(text, [values(row) for row in rows])
+
+    @lru_cache(8)  # noqa: B019  # as many as there are statements, for as long as the process runs
+    def _compiled(self, statement: sa.Executable) -> tuple[str, Callable[[msgspec.Struct], tuple[Any, ...]]]:
+        """Return a statement's text, and what makes its parameters of a row, in their order."""
+        compiled = statement.compile(dialect=sqlite.dialect())  # type: ignore[attr-defined]  # of every statement here
+        names = [name.removeprefix(_parameter("")) for name in compiled.positiontup]
+        fields = attrgetter(*names)
+        money = names.index("amount") if "amount" in names else None
+        if money is None:
+            return str(compiled), fields
+        at: int = money
+
+        def values(row: msgspec.Struct) -> tuple[Any, ...]:
+            made = fields(row)
+            return (*made[:at], int(made[at].scaleb(PLACES)), *made[at + 1 :])
+
+        return str(compiled), values
 
     def _insert(self, table: sa.Table, names: Sequence[str]) -> Any:
         if not self._arrays:
@@ -78,6 +121,15 @@ class BulkWriter:
         source = _unnested(G, (*_KEY, *_PROGRESS))
         keys = (G.c[name] == source.c[name] for name in _KEY)
         return sa.update(G).where(*keys).values({G.c[n]: source.c[n] for n in _PROGRESS})
+
+    def _statement_known(self) -> sa.Executable:
+        if self._arrays:
+            given = _unnested(G, _KEY)
+            columns = [given.c[name] for name in _KEY]
+        else:
+            given = sa.func.json_each(sa.bindparam("keys", type_=sa.Text)).table_valued("value", name="given")
+            columns = [sa.func.json_extract(given.c.value, f"$[{at}]") for at in range(len(_KEY))]
+        return sa.select(G).where(sa.and_(*(G.c[n] == c for n, c in zip(_KEY, columns, strict=True))))
 
 
 def _parameter(name: str) -> str:

@@ -1,5 +1,6 @@
 """The database: its address, its engine, its schema."""
 
+import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -137,6 +138,8 @@ class _translated:  # noqa: N801  # reads as a statement
     def __exit__(self, _type: object, error: BaseException | None, _trace: object) -> None:
         if isinstance(error, DBAPIError):
             raise LedgerUnavailable(str(error.orig)) from error
+        if isinstance(error, sqlite3.Error):  # of statements that were handed to the driver itself
+            raise LedgerUnavailable(str(error)) from error
         if isinstance(error, (PoolTimeout, OSError, TimeoutError, SQLAlchemyError)):
             raise LedgerUnavailable(repr(error)) from error
 

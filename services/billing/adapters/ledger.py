@@ -6,7 +6,6 @@ two processes at once safe, whatever their clocks say. The time of the hold only
 """
 
 from collections.abc import Collection, Sequence
-from typing import Final
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
@@ -23,10 +22,6 @@ from services.billing.core.generation import Generation, Key
 from services.billing.errors import Fenced, StalePrices
 
 __all__ = ["Ledger"]
-
-_KEY: Final = ("tenant", "session", "generation")
-_LOAD_AT_ONCE: Final = 500
-"""Keys per query: three variables each, and SQLite takes 32,766."""
 
 
 class Ledger:
@@ -132,15 +127,8 @@ class Ledger:
         Raises:
             LedgerUnavailable: the database did not answer.
         """
-        found: dict[Key, Generation] = {}
         async with reading(self.engine) as connection:
-            for start in range(0, len(keys), _LOAD_AT_ONCE):
-                some = [tuple(key) for key in keys[start : start + _LOAD_AT_ONCE]]
-                rows = await connection.execute(sa.select(G).where(sa.tuple_(*(G.c[n] for n in _KEY)).in_(some)))
-                for row in rows.mappings():
-                    g = Generation(**row)
-                    found[g.key] = g
-        return found
+            return {g.key: g for g in await self._bulk.known(connection, keys)}
 
     async def running(self) -> int:
         """Return how many generations run, as far as the ledger knows.

@@ -8,7 +8,6 @@ from typing import Final
 import msgspec
 import nats.errors
 import structlog
-from nats.aio.msg import Msg
 from nats.js import errors as js_errors
 from nats.js.api import AckPolicy
 
@@ -23,21 +22,26 @@ PULL_BYTES: Final = 16 * 1024 * 1024
 """Bound of one pull in bytes, and so of what waits here undecoded; raised where the broker allows larger messages."""
 PATIENCE: Final = 1.5
 """Seconds that the end of a pull may be late before the pull is taken for lost."""
-_ENDED: Final = ("404", "408")
-_FULL: Final = ("Batch Completed", "Message Size Exceeds MaxBytes")
+_ENDED: Final = (b"404", b"408")
+_FULL: Final = (b"Batch Completed", b"Message Size Exceeds MaxBytes")
 """Descriptions of status 409 that tell of nothing wrong."""
 
 
 class Pulled(msgspec.Struct):
     """What one pull brought: records in the order of delivery, how many more wait, and how to acknowledge them.
 
-    ``doubtful``: the pull ended in another way than by count or time; the consumer or stream may be gone.
+    ``doubtful``: the pull ended in another way than by count or time; the consumer or stream may be gone. ``full``:
+    more waits.
     """
 
-    records: list[Record] = []
-    replies: list[str] = []
+    arrived: list[tuple[bytes, bytes, bytes]] = []
     pending: int | None = None
     doubtful: bool = False
+    full: bool = False
+
+    def records(self) -> list[Record]:
+        """Return what came, decoded."""
+        return [read_record(_delivery(reply)[0], subject.decode(), data) for subject, reply, data in self.arrived]
 
 
 class LogState(msgspec.Struct, frozen=True):
@@ -60,6 +64,7 @@ class Tail:
         self._next = f"$JS.API.CONSUMER.MSG.NEXT.{self.spec.stream}.{self.spec.durable}"
         self._ack_all = False
         self._inbox = ""
+        self._prefix = b""
         self._pulls = 0
         self._hurry = False  # the last pull was full: more waits
         self._pulled = Pulled()
@@ -69,7 +74,8 @@ class Tail:
         """Listen for deliveries; to be called once."""
         prefix = self.broker.client.new_inbox()
         self._inbox = prefix
-        await self.broker.subscribe(f"{prefix}.*", self._receive, pending_bytes=4 * self._bytes)
+        self._prefix = prefix.encode()
+        await self.broker.client.listen_to_deliveries(f"{prefix}.*", self._receive)
         self.broker.on_reconnect(self._reconnected)
 
     @property
@@ -128,28 +134,28 @@ class Tail:
         except TimeoutError:
             pulled.doubtful = True
         self._pulled = Pulled()  # what still comes of this pull belongs to the next one
-        self._hurry = len(pulled.records) >= self.batch
-        if pulled.replies:
-            pulled.pending = _delivery(pulled.replies[-1])[1]
+        self._hurry = pulled.full = len(pulled.arrived) >= self.batch
+        if pulled.arrived:
+            pulled.pending = _delivery(pulled.arrived[-1][1])[1]
         return pulled
 
-    async def _receive(self, msg: Msg) -> None:
-        pulled = self._pulled
-        if msg.subject.startswith(self._inbox):
-            self._end(msg)
+    def _receive(self, subject: bytes, reply: bytes, data: bytes, headers: bytes | None) -> None:
+        if subject.startswith(self._prefix):
+            self._end(subject, headers or b"")
             return
-        pulled.replies.append(msg.reply)
-        pulled.records.append(read_record(_delivery(msg.reply)[0], msg.subject, msg.data))
-        if len(pulled.records) >= self.batch:
+        arrived = self._pulled.arrived
+        arrived.append((subject, reply, data))
+        if len(arrived) >= self.batch:
             self._done.set()
 
-    def _end(self, msg: Msg) -> None:
-        if msg.subject != f"{self._inbox}.{self._pulls}":
+    def _end(self, subject: bytes, headers: bytes) -> None:
+        if subject != f"{self._inbox}.{self._pulls}".encode():
             return  # of an earlier pull
-        headers = msg.headers or {}
-        status, description = headers.get("Status", ""), headers.get("Description", "")
+        # A status alone: b"NATS/1.0 404 No Messages\r\n…".
+        _, _, line = headers.split(b"\r\n", 1)[0].partition(b" ")
+        status, _, description = line.partition(b" ")
         if status not in _ENDED and description not in _FULL:
-            log.info("pull ended early", stream=self.spec.stream, status=status, description=description)
+            log.info("pull ended early", stream=self.spec.stream, status=line.decode(errors="replace"))
             self._pulled.doubtful = True
         self._done.set()
 
@@ -159,13 +165,13 @@ class Tail:
         Raises:
             BrokerUnavailable: it cannot be sent.
         """
-        if not pulled.replies:
+        if not pulled.arrived:
             return
+        replies = [reply for _, reply, _ in pulled.arrived]
         # Where the consumer takes one acknowledgement for all before it, that saves 5 µs of CPU an event, half of them
         # in the broker.
-        replies = [max(pulled.replies, key=_delivery)] if self._ack_all else pulled.replies
-        for reply in replies:
-            await self.broker.publish(reply, b"")
+        for reply in [max(replies, key=_delivery)] if self._ack_all else replies:
+            await self.broker.publish(reply.decode(), b"")
 
     async def between(self, first: int, last: int) -> AsyncIterator[list[Record]]:
         """Yield what the log still keeps of the stream sequences from ``first`` to ``last``, in order, in batches.
@@ -202,13 +208,13 @@ class Tail:
         return kept
 
 
-def _delivery(reply: str) -> tuple[int, int]:
+def _delivery(reply: bytes) -> tuple[int, int]:
     """Return stream sequence and number of waiting events from an acknowledgement subject.
 
     ``$JS.ACK.<stream>.<consumer>.<deliveries>.<stream seq>.<consumer seq>.<time>.<pending>``; servers with a domain put
     domain and account before the stream, and a token behind.
     """
-    parts = reply.split(".")
+    parts = reply.split(b".")
     at = 5 if len(parts) == 9 else 7
     return int(parts[at]), int(parts[at + 3])
 

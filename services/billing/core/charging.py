@@ -13,7 +13,7 @@ import msgspec
 from schemas.usage import Usage
 from services.billing.core.generation import EXPORT, Generation, Pricing
 from services.billing.core.money import ZERO, AmountTooLarge, render, times
-from services.billing.core.prices import CLASSES, PER_REQUEST, Price, PriceBook, TokenClass
+from services.billing.core.prices import PER_REQUEST, TOKEN_CLASSES, Price, PriceBook, TokenClass
 
 __all__ = ["Basis", "Charging", "Entry", "Kind", "Line", "Source", "Tokens", "charge", "disjoint"]
 
@@ -189,14 +189,8 @@ def disjoint(usage: Usage) -> Tokens:
 
 def _priced(tokens: Tokens, g: Generation, book: PriceBook, source: Source, rule: str) -> _Target:
     unpriced = _Target("unpriced", source, rule)
-    rows: dict[TokenClass, Price] = {}
-    for token_class in CLASSES:
-        price = book.price(g.provider, g.upstream_model or g.model, token_class, g.started_at)
-        if price is not None:
-            rows[token_class] = price
-        elif token_class != PER_REQUEST and getattr(tokens, token_class):
-            return unpriced
-    if not any(c in rows for c in _SPOKEN):
+    rows = book.rows(g.provider, g.upstream_model or g.model, g.started_at)
+    if not any(c in rows for c in _SPOKEN) or any(c not in rows and getattr(tokens, c) for c in TOKEN_CLASSES):
         return unpriced
     used = [(c, p) for c, p in rows.items() if getattr(tokens, c)]
     currency, *others = {p.currency for _, p in used} or {rows[c].currency for c in _SPOKEN if c in rows}

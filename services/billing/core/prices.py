@@ -8,19 +8,21 @@ without a price as specific as that of the class it is part of goes by that one:
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from functools import lru_cache
 from typing import Final, Literal, NamedTuple, get_args
 
 import msgspec
 
-__all__ = ["CLASSES", "PARENTS", "PER_REQUEST", "Price", "PriceBook", "PriceKey", "TokenClass", "glob"]
+__all__ = ["CLASSES", "PARENTS", "PER_REQUEST", "TOKEN_CLASSES", "Price", "PriceBook", "PriceKey", "TokenClass", "glob"]
 
 TokenClass = Literal["input", "cached_input", "cache_write", "output", "reasoning", "per_request"]
 CLASSES: Final[tuple[TokenClass, ...]] = get_args(TokenClass)
 PER_REQUEST: Final = "per_request"
-PARENTS: Final[dict[str, TokenClass]] = {"cached_input": "input", "cache_write": "input", "reasoning": "output"}
+TOKEN_CLASSES: Final = tuple(c for c in CLASSES if c != PER_REQUEST)
+PARENTS: Final[dict[TokenClass, TokenClass]] = {"cached_input": "input", "cache_write": "input", "reasoning": "output"}
 _REMEMBERED: Final = 10_000
 """Bound of provider and model pairs whose rows are kept at hand."""
 
@@ -86,24 +88,34 @@ class PriceBook:
 
     def price(self, provider: str, model: str, token_class: TokenClass, at: int) -> Price | None:
         """Return the price of one class of tokens at ``at`` (milliseconds since 1970); ``None`` without one."""
-        rows = self._matching(provider, model)
-        own = _first_valid(rows.get(token_class, ()), at)
-        parent = PARENTS.get(token_class)
-        inherited = _first_valid(rows.get(parent, ()), at) if parent else None
-        if own is None or (inherited is not None and inherited.rank > own.rank):
-            return inherited
-        return own
+        return self.rows(provider, model, at).get(token_class)
 
-    def _find(self, provider: str, model: str) -> dict[str, list[Price]]:
-        found: dict[str, list[Price]] = {}
-        for price in self._ranked:
-            if glob(price.provider).fullmatch(provider) and glob(price.model).fullmatch(model):
-                found.setdefault(price.token_class, []).append(price)
-        return found
+    def rows(self, provider: str, model: str, at: int) -> Mapping[TokenClass, Price]:
+        """Return the price of each class of tokens that has one at ``at``."""
+        changes, spans = self._matching(provider, model)
+        return spans[bisect_right(changes, at)]
+
+    def _find(self, provider: str, model: str) -> tuple[list[int], list[dict[TokenClass, Price]]]:
+        """Return when a model's prices change, and the prices before, between and after."""
+        found = [p for p in self._ranked if glob(p.provider).fullmatch(provider) and glob(p.model).fullmatch(model)]
+        changes = sorted({p.valid_from for p in found} | {p.valid_until for p in found if p.valid_until is not None})
+        starts = [changes[0] - 1, *changes] if changes else [0]
+        return changes, [_chosen([p for p in found if p.valid(start)]) for start in starts]
 
 
-def _first_valid(rows: Iterable[Price], at: int) -> Price | None:
-    return next((p for p in rows if p.valid(at)), None)
+def _chosen(ranked: Sequence[Price]) -> dict[TokenClass, Price]:
+    best: dict[TokenClass, Price] = {}
+    for price in ranked:
+        best.setdefault(price.token_class, price)
+    chosen: dict[TokenClass, Price] = {}
+    for token_class in CLASSES:
+        own, parent = best.get(token_class), PARENTS.get(token_class)
+        inherited = best.get(parent) if parent else None
+        if inherited is not None and (own is None or inherited.rank > own.rank):
+            chosen[token_class] = inherited
+        elif own is not None:
+            chosen[token_class] = own
+    return chosen
 
 
 @lru_cache(_REMEMBERED)

@@ -11,6 +11,7 @@ from click.shell_completion import CompletionItem, get_completion_class
 from schemas.names import InvalidName, check_name
 from services.standalone import commands, dead
 from services.standalone.api import Api
+from services.standalone.consumers import consumers
 from services.standalone.errors import EXIT_CANCELLED, EXIT_OK, CommandFailed
 from services.standalone.terminal import Terminal
 
@@ -256,6 +257,9 @@ def drop(generation: str, url: str) -> int:
     """Remove the request of GENERATION for good."""
     with Api(url) as api:
         return dead.drop(api, Terminal(), generation)
+
+
+cli.add_command(consumers)
 
 
 @cli.group()

@@ -149,6 +149,7 @@ async def test_the_services_work_from_end_to_end_with_their_own_users(guarded: G
         await eventually(lambda: http.get(usage).json()["status"] == "matched", timeout=20)
         assert http.get(f"{urls['delivery']}/v1/sessions").json()["sessions"]
         await _a_dead_request_runs_at_last(guarded, http, urls["delivery"])
+        await _a_service_reads_through_a_durable_consumer(http, f"{urls['delivery']}/v1/consumers/reader")
     assert guarded.violations() == []
 
 
@@ -164,6 +165,27 @@ async def _a_dead_request_runs_at_last(guarded: Guarded, http: httpx.Client, del
     await eventually(lambda: http.get(generation).json()["state"] == "completed", timeout=20)
     assert http.delete(f"{delivery}/v1/requests/dead/unwanted").status_code == 204
     assert http.get(f"{delivery}/v1/requests/dead").json()["requests"] == []
+
+
+async def _a_service_reads_through_a_durable_consumer(http: httpx.Client, consumer: str) -> None:
+    wish = {"types": ["completed"], "ack_wait": 0.5, "max_deliver": 1}
+    assert http.put(consumer, json=wish).status_code == 201
+    first = http.get(f"{consumer}/events?batch=10&wait=10").json()["events"]
+    assert len(first) >= 2
+    kept = {"acks": [e["token"] for e in first[1:]]}
+    assert http.post(f"{consumer}/acks", json=kept).json() == {"settled": len(first) - 1, "unknown": []}
+    assert http.post(f"{consumer}/pause").json()["paused"]
+    assert not http.post(f"{consumer}/resume").json()["paused"]
+
+    def dead() -> list[dict[str, object]]:
+        assert http.get(f"{consumer}/events?batch=10&wait=1").json()["events"] == []
+        return list(http.get(f"{consumer}/dead").json()["events"])
+
+    (event,) = await eventually(dead, timeout=20)
+    assert http.post(f"{consumer}/dead/{event['id']}/resend").status_code == 202
+    assert len(http.get(f"{consumer}/events?batch=10&wait=10").json()["events"]) == 1
+    assert [c["name"] for c in http.get(consumer.rpartition("/")[0]).json()["consumers"]] == ["reader"]
+    assert http.delete(consumer).status_code == 204
 
 
 FORBIDDEN_TO_PUBLISH = {
@@ -194,7 +216,14 @@ FORBIDDEN_TO_PUBLISH = {
         "$JS.API.STREAM.PURGE.REQUESTS",
         "$JS.API.STREAM.DELETE.REQUESTS_DEAD",
         "$JS.API.CONSUMER.MSG.NEXT.REQUESTS.producers-default",
-        "$JS.API.CONSUMER.CREATE.TOKENS_0.x",
+        "$JS.API.CONSUMER.CREATE.TOKENS_0.billing-0",
+        "$JS.API.CONSUMER.CREATE.REQUESTS.x",
+        "$JS.API.CONSUMER.DURABLE.CREATE.TOKENS_0.billing-0",
+        "$JS.API.CONSUMER.DELETE.TOKENS_0.billing-0",
+        "$JS.API.CONSUMER.PAUSE.TOKENS_0.billing-0",
+        "$JS.API.CONSUMER.MSG.NEXT.TOKENS_0.billing-0",
+        "$JS.ACK.TOKENS_0.billing-0.1.1.1.1.1",
+        "$JS.API.STREAM.PURGE.TOKENS_0",
         "$JS.API.DIRECT.GET.REQUESTS",
         "$JS.ACK.REQUESTS.producers-default.1.1.1.1.1",
         "$KV.registry.pool.default",
@@ -203,13 +232,14 @@ FORBIDDEN_TO_PUBLISH = {
     "billing": [
         "tokens.0.default.s.g",
         "requests.default.g",
-        "control.default.s.g",
         "$JS.API.STREAM.DELETE.TOKENS_0",
         "$JS.API.CONSUMER.DELETE.TOKENS_0.billing-0",
         "$JS.API.CONSUMER.MSG.NEXT.REQUESTS.producers-default",
         "$JS.API.DIRECT.GET.KV_generations",
         "$KV.generations.default.s.g",
         "$KV.registry.pool.default",
+        "consumers.dead.default.c.e",
+        "$JS.API.CONSUMER.MSG.NEXT.TOKENS_0.svc-7-default-c",
     ],
     "setup": ["tokens.0.default.s.g", "requests.default.g", "control.default.s.g", "$KV.generations.default.s.g"],
 }

@@ -12,7 +12,7 @@ import hashlib
 import re
 from typing import Final, NamedTuple
 
-__all__ = ["Cursor", "CursorIssuer", "InvalidCursor"]
+__all__ = ["Cursor", "CursorIssuer", "InvalidCursor", "session_mark"]
 
 _SHAPE: Final = re.compile(r"t1([0-9a-f]{2})([0-9a-f]{8})([0-9a-f]{8})([0-9a-f]{12})(?:\.([0-9a-f]{8}))?")
 
@@ -50,6 +50,17 @@ class Cursor(NamedTuple):
         partition, incarnation, session, seq, offset = match.groups()
         return cls(int(partition, 16), incarnation, session, int(seq, 16), int(offset or "0", 16))
 
+    @property
+    def text(self) -> str:
+        """The cursor as it is given to clients."""
+        within = f".{self.offset:08x}" if self.offset else ""
+        return f"t1{self.partition:02x}{self.incarnation}{self.session}{self.seq:012x}{within}"
+
+
+def session_mark(tenant: str, session: str) -> str:
+    """Return by what cursors tell sessions apart: 8 hexadecimal digits."""
+    return hashlib.sha256(f"{tenant}.{session}".encode()).hexdigest()[:8]
+
 
 class CursorIssuer:
     """Issues the cursors of one session in one incarnation of its stream.
@@ -65,7 +76,7 @@ class CursorIssuer:
             raise ValueError(f"partition {partition} does not fit into a cursor: use 0 to 255")
         self.partition = partition
         self.incarnation = hashlib.sha256(created.encode()).hexdigest()[:8]
-        self.session = hashlib.sha256(f"{tenant}.{session}".encode()).hexdigest()[:8]
+        self.session = session_mark(tenant, session)
         self.prefix = f"t1{partition:02x}{self.incarnation}{self.session}"
 
     def issue(self, seq: int) -> str:

@@ -1,6 +1,6 @@
 """The HTTP API beside the streams: requests, cancellation, look-ups."""
 
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from litestar import Request, Response, Router, get, post
@@ -10,7 +10,8 @@ from litestar.params import Body, FromPath, FromQuery, HeaderParameter, QueryPar
 
 from schemas.events import type_of
 from schemas.requests import GenerationRecord
-from services.delivery.answers import PROBLEMS, Accepted, accepted, named, own, reach
+from services.delivery.answers import PROBLEMS, accepted, named, own, reach
+from services.delivery.completion import Completion
 from services.delivery.core.transcript import ToolCallText
 from services.delivery.errors import Unknown
 from services.delivery.intake import GenerationWish, Intake
@@ -86,12 +87,12 @@ class CancelState(msgspec.Struct):
     state: str
 
 
-def router(intake: Intake, lookups: Lookups) -> Router:
+def router(intake: Intake, lookups: Lookups, completion: Completion) -> Router:
     """Return the routes of sessions and generations under ``/v1``."""
-    return Router("/v1", route_handlers=[*_requests(intake), *_views(lookups)])
+    return Router("/v1", route_handlers=[*_requests(intake, lookups, completion), *_views(lookups, completion)])
 
 
-def _requests(intake: Intake) -> list[HTTPRouteHandler]:
+def _requests(intake: Intake, lookups: Lookups, completion: Completion) -> list[HTTPRouteHandler]:
     @post(
         "/sessions/{session:str}/generations",
         status_code=202,
@@ -107,12 +108,19 @@ def _requests(intake: Intake) -> list[HTTPRouteHandler]:
         session: FromPath[str],
         data: Annotated[GenerationWish, Body(examples=[Example(summary="A question", value=_EXAMPLE)])],
         idempotency_key: Annotated[str | None, HeaderParameter(name="Idempotency-Key", required=False)] = None,
-    ) -> Response[Accepted]:
+        wait: FromQuery[Literal["complete"] | None] = None,
+    ) -> Response[Any]:
         principal = caller(request)
         own(principal, session)
         if idempotency_key is not None and not 0 < len(idempotency_key) <= _KEY_LIMIT:
             raise Problem(400, f"Idempotency-Key must have 1 to {_KEY_LIMIT} characters")
-        return accepted(session, *await reach(intake.accept(principal, session, data, idempotency_key)))
+        found = await reach(intake.accept(principal, session, data, idempotency_key))
+        answer = accepted(session, *found)
+        if wait is None:
+            return answer
+        headers = {name: str(value) for name, value in answer.headers.items()}
+        view, ended = await _whole(request, lookups, completion, session, found[0])
+        return Response(view, status_code=200 if ended else 202, headers=headers)
 
     @post(
         "/sessions/{session:str}/generations/{generation:str}/cancel",
@@ -135,7 +143,7 @@ def _requests(intake: Intake) -> list[HTTPRouteHandler]:
     return [create_generation, cancel_generation]
 
 
-def _views(lookups: Lookups) -> list[HTTPRouteHandler]:
+def _views(lookups: Lookups, completion: Completion) -> list[HTTPRouteHandler]:
     @get(
         "/sessions",
         summary="List sessions",
@@ -177,13 +185,18 @@ def _views(lookups: Lookups) -> list[HTTPRouteHandler]:
         **needs("read"),
     )
     async def get_generation(
-        request: Request[Any, Any, Any], session: FromPath[str], generation: FromPath[str]
-    ) -> GenerationView:
+        request: Request[Any, Any, Any],
+        session: FromPath[str],
+        generation: FromPath[str],
+        wait: FromQuery[Literal["complete"] | None] = None,
+    ) -> Response[GenerationView]:
         principal = caller(request)
         own(principal, session)
         named("generation", generation)
-        view: GenerationView = await reach(view_of(lookups, principal.tenant, session, generation))
-        return view
+        if wait is not None:
+            whole, ended = await _whole(request, lookups, completion, session, generation)
+            return Response(whole, status_code=200 if ended else 202)
+        return Response(await reach(view_of(lookups, principal.tenant, session, generation)))
 
     return [list_sessions, get_session, get_generation]
 
@@ -192,6 +205,15 @@ def _unreadable(_request: Request[Any, Any, Any], error: Exception) -> Response[
     """Answer a body that is not UTF-8 or nested without end: the decoder raises no error of its own for those."""
     problem = Problem(400, f"the body is not readable as JSON: {type(error).__name__}")
     return Response(problem_bytes(problem), status_code=400, media_type="application/problem+json")
+
+
+async def _whole(
+    request: Request[Any, Any, Any], lookups: Lookups, completion: Completion, session: str, generation: str
+) -> tuple[GenerationView, bool]:
+    """Wait for the end of a generation; return it, and whether it has ended within the time there is."""
+    principal = caller(request)
+    ended = await completion.wait(principal, session, generation, request.receive)
+    return await reach(view_of(lookups, principal.tenant, session, generation)), ended
 
 
 async def view_of(lookups: Lookups, tenant: str, session: str, generation: str) -> GenerationView:

@@ -8,29 +8,32 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 import msgspec
-from litestar import Litestar, MediaType, Request, Response, asgi, get, route
+from litestar import Litestar, MediaType, Response, asgi, get, route
 from litestar.datastructures import CacheControlHeader
 from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import ScalarRenderPlugin
 from litestar.static_files import create_static_files_router
-from litestar.types import ASGIApp
 
 from schemas.requests import GenerationRecord
 from services.delivery.admission import Admission, Fallback
 from services.delivery.api import router
+from services.delivery.completion import Completion
 from services.delivery.consumers.api import consumers_router
 from services.delivery.consumers.registry import Consumers
 from services.delivery.consumers.registry import Limits as ConsumerLimits
 from services.delivery.dead_api import dead_router
 from services.delivery.describe import describe_streams
+from services.delivery.events_api import events_handlers
 from services.delivery.hub import Hub, Limits
 from services.delivery.intake import Intake
 from services.delivery.keys_api import keys_router
 from services.delivery.lookups import Lookups
+from services.delivery.starts import StartBounds
 from services.delivery.streams import Streams
 from services.delivery.tickets_api import tickets_router
+from services.delivery.transports.answering import RAW_SEND
 from services.delivery.transports.bodies import reading_bodies
-from services.delivery.transports.sse import RAW_SEND, SessionEvents
+from services.delivery.transports.events import SessionEvents
 from services.delivery.transports.websocket import WebSockets
 from services.kit.auth.authenticator import Authenticator
 from services.kit.auth.entrance import entering
@@ -59,7 +62,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Settings of delivery. Times in seconds, sizes in bytes.
 
     ``connections``: how many requests and streams one process serves at once. ``feed_bytes``: events kept in memory for
-    one session. ``consumers``: durable consumers of one tenant; each goes after ``consumer_inactive`` without a reader
+    one session. ``wait``: how long a poll may wait. ``consumers``: durable consumers of one tenant; each goes after
+    ``consumer_inactive`` without a reader
     (0: never), and keeps at most ``consumer_dead`` dead events. ``cors_origins``: origins whose pages may call
     this API. ``grpc_port``: where gRPC is served (0: nowhere). ``tls_cert`` and ``tls_key``: files for TLS on both ports.
     ``workers``: processes that share the ports; ``workers_port``: probes and metrics of who watches over them, and those
@@ -84,9 +88,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     lifetime: Positive = 3_600.0
     stall: Positive = 30.0
     drain: Positive = 10.0
+    wait: Positive = 60.0
     consumers: Annotated[int, msgspec.Meta(ge=0)] = 100
     consumer_inactive: Annotated[float, msgspec.Meta(ge=0)] = 604_800.0
     consumer_dead: Annotated[int, msgspec.Meta(ge=1)] = 1_000
+    streams: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    streams_per_tenant: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    streams_per_key: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    starts_per_minute_per_tenant: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    starts_per_minute_per_key: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    running_per_tenant: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    running_per_key: Annotated[int, msgspec.Meta(ge=1)] | None = None
     ticket: Annotated[float, msgspec.Meta(ge=1, le=300)] = 60.0
     cors_origins: tuple[str, ...] = ()
     budget_output: Annotated[int, msgspec.Meta(ge=1)] = 4_096
@@ -119,6 +131,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             heartbeat=self.heartbeat,
             lifetime=self.lifetime,
             stall=self.stall,
+            streams=self.streams,
+            streams_per_tenant=self.streams_per_tenant,
+            streams_per_key=self.streams_per_key,
+            starts=StartBounds(
+                tenant_rate=self.starts_per_minute_per_tenant,
+                key_rate=self.starts_per_minute_per_key,
+                tenant_running=self.running_per_tenant,
+                key_running=self.running_per_key,
+            ),
         )
 
     def consumer_limits(self) -> ConsumerLimits:
@@ -210,26 +231,24 @@ async def _own_probes(hub: Hub, settings: Settings, worker: int | None) -> Async
 
 def build_app(hub: Hub, shared: Shared, settings: Settings, authenticator: Authenticator) -> Any:
     """Return the ASGI application."""
+    authenticator.on_revoked(hub.connections.revoke)
     lookups = Lookups(hub.broker, hub.clock, hub.partition)
     intake = Intake(hub.broker, hub, lookups, hub.clock, shared.pool, settings.admission(hub))
     streams = Streams(hub, lookups)
-    events = SessionEvents(streams)
+    completion = Completion(streams, settings.wait)
+    events = SessionEvents(streams, lookups, completion, max_wait=settings.wait, heartbeat=settings.heartbeat)
     sockets = WebSockets(hub, streams, intake, max_message=settings.max_body)
-
-    @get("/v1/sessions/{session:str}/events", include_in_schema=False)
-    async def session_events(request: Request[Any, Any, Any]) -> ASGIApp:
-        return await events.open(request.scope)
 
     @asgi("/v1/ws", copy_scope=False)
     async def websocket(scope: Any, receive: Any, send: Any) -> None:
         await sockets(scope, receive, send)
 
     handlers: list[Any] = [
-        router(intake, lookups),
+        router(intake, lookups, completion),
         dead_router(intake, hub.broker, shared.pool),
         keys_router(authenticator, hub.clock),
         tickets_router(authenticator, hub.clock, settings.ticket),
-        session_events,
+        *events_handlers(events),
         websocket,
         consumers_router(Consumers(hub, settings.consumer_limits())),
         probes({"broker": hub.is_ready}),

@@ -18,6 +18,7 @@ class _Piece:
 
     def __init__(self, subscriber: Subscriber) -> None:
         self.frames: list[bytes] = []
+        self.was_last = False  # the stream is to end: looked at behind each write, so that a wish to end costs none
         self._subscriber = subscriber
         self._events = 0
         self._size = 0
@@ -42,6 +43,7 @@ class _Piece:
         self.frames, self._events, self._size = [], 0, 0
         if not ends:
             await subscriber.has_room()
+        self.was_last = subscriber.done.done()
 
 
 class _Replay:
@@ -54,6 +56,11 @@ class _Replay:
         self._told: set[str] = set()
         self._piece = _Piece(subscriber)
         self._merger = Merger(subscriber.grain, subscriber.place)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the stream is to end and nothing more is to be sent."""
+        return self._piece.was_last
 
     async def take(self, entry: Entry) -> bool:
         """Show one event; return whether the wanted generation ends with it."""
@@ -74,7 +81,7 @@ class _Replay:
     async def _show(self, entries: list[Entry]) -> bool:
         subscriber, piece = self._subscriber, self._piece
         for entry in entries:
-            if subscriber.done.done():
+            if piece.was_last:
                 return False
             piece.add(subscriber.format.frame(entry, self._at))
             ends = subscriber.generation is not None and entry.terminal
@@ -101,11 +108,11 @@ async def replay(reader: LogReader, subscriber: Subscriber, at: Address, floor: 
             entry = await reader.accept(stored)
             if entry is not None and await shown.take(entry):
                 return True
-            if subscriber.done.done():
+            if shown.is_over:
                 return False
         last = batch[-1].seq
         await shown.pause(last)
-        if subscriber.done.done():
+        if shown.is_over:
             return False
     await shown.end()
     await shown.pause(last)

@@ -23,7 +23,7 @@ __all__ = ["Stream", "Streams", "Wish", "problem_of"]
 
 log = structlog.get_logger()
 LAST_WRITE_SECONDS: Final = 5.0
-_SILENT_ENDS: Final = frozenset({"complete", "disconnected", "evicted", "batch"})
+_SILENT_ENDS: Final = frozenset({"complete", "disconnected", "evicted", "batch", "sibling"})
 
 
 class Wish(NamedTuple):
@@ -95,6 +95,7 @@ class Streams:
             Problem: the wish cannot be met: 400, 403, 404, 410 or 503.
         """
         authorize(principal, "read", wish.session)
+        self._hub.connections.check(principal)
         if self._hub.draining:
             raise Problem(503, "this replica is going away", headers={"Retry-After": "1"})
         try:
@@ -127,7 +128,7 @@ class Streams:
             raise ValueError("a stream that has been read to its end cannot be served")
         subscriber = Subscriber(send, format_, wish.generation, stream.seq, stream.offset, wish.grain)
         self._hub.set_end(subscriber, stream.principal.expires_at)
-        with self._hub.stream():
+        with self._hub.stream(stream.principal, subscriber.finish):
             async with self._hub.presence.listening(feed.tenant, feed.session, wish.generation):
                 metrics.SUBSCRIBERS.labels(format_.protocol).inc()
                 feed.hold(subscriber)

@@ -155,7 +155,7 @@ async def never_reading(stage: Stage, query: str, connections: int = 1) -> Async
         connection = socket.socket()
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
         await asyncio.to_thread(connection.connect, (address.hostname, address.port))
-        connection.sendall(f"GET /v1/sessions/s/events{query} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        connection.sendall(f"GET /v1/sessions/s/events{query} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         opened.append(connection)
     try:
         yield opened

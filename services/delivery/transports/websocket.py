@@ -11,7 +11,7 @@ from services.delivery.core.websocket_events import Formats
 from services.delivery.hub import Hub
 from services.delivery.intake import Intake
 from services.delivery.streams import LAST_WRITE_SECONDS, Streams
-from services.delivery.transports.sse import RAW_SEND
+from services.delivery.transports.answering import RAW_SEND
 from services.delivery.transports.websocket_connection import CLOSES, Connection, Desk
 from services.delivery.transports.websocket_outlet import Outlet
 from services.kit.auth.principal import principal_of
@@ -43,6 +43,7 @@ class WebSockets:
         await receive()  # the wish to connect
         try:
             principal = principal_of(scope)
+            self._desk.hub.connections.check(principal)
             if self._desk.hub.draining:
                 raise Problem(503, "this replica is going away", headers={"Retry-After": "1"})
             name = _subprotocol(scope["subprotocols"])
@@ -52,7 +53,7 @@ class WebSockets:
         await send({"type": "websocket.accept", "subprotocol": name})
         async with Outlet(send) as outlet:
             connection = Connection(self._desk, principal, self._formats[name or JSON], outlet)
-            with self._desk.hub.stream():
+            with self._desk.hub.stream(principal, connection.stop):
                 reason = await self._serve(connection, receive)
         metrics.SOCKETS_CLOSED.labels(reason).inc()
         if reason in CLOSES:

@@ -65,7 +65,7 @@ class Request(msgspec.Struct, kw_only=True, omit_defaults=True):
 
     ``partition`` keeps the session, as delivery decided; producers never work it out themselves.
 
-    ``key`` names the credential that asked, for bills and limits.
+    ``key`` names the credential that asked, for bills and limits; ``request_hash`` goes into the look-up record.
     ``on_producer_loss``: whether a begun answer whose producer or provider was lost is closed, or asked for again from
     the beginning. ``priority``: who waits longer where something is scarce.
     ``params`` are sampling and tool parameters in the OpenAI chat form (``temperature``, ``max_tokens``, ``tools`` …).
@@ -85,6 +85,7 @@ class Request(msgspec.Struct, kw_only=True, omit_defaults=True):
     created_at: float = 0.0
     partition: Annotated[int, msgspec.Meta(ge=0, le=255)] | None = None
     key: str = ""
+    request_hash: str = ""
     v: int = VERSION
 
 

@@ -216,6 +216,7 @@ class Intake:
             created_at=record.created_at,
             partition=partition,
             key=record.key,
+            request_hash=record.request_hash,
         )
         data = msgspec.json.encode(request)
         limit = self._broker.client.max_payload

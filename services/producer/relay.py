@@ -205,6 +205,8 @@ class Relay:
             model=request.model,
             created_at=request.created_at,
             metadata=request.metadata,
+            key=request.key,
+            request_hash=request.request_hash,
         )
         journal = Journal(generation, writer, outside.records, record, outside.clock, begun.last_seq, self._read_log)
         return journal, candidates

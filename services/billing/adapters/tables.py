@@ -204,12 +204,12 @@ DELIVERIES: Final = Table(
     Column("tenant", _NAME, primary_key=True),
     Column("session", _NAME, primary_key=True),
     Column("generation", _NAME, primary_key=True),
-    Column("replica", _NAME, primary_key=True),
+    Column("counter", _NAME, primary_key=True),
     *(_count(name) for name in ("number", "subscribers", "events", "tokens", "bytes", "sent_tokens", "reported_at")),
     Column("placed", Boolean, nullable=False),
     Index("deliveries_waiting", "placed", postgresql_where=text("NOT placed"), sqlite_where=text("NOT placed")),
 )
-"""What each delivery replica sent of a generation, cumulative; ``placed`` once the generation's row holds the sums."""
+"""What each counter of delivery saw sent of a generation; ``placed`` once the generation's row holds the sums."""
 
 GAPS: Final = Table(
     "gaps",
@@ -257,8 +257,14 @@ SPENDING: Final = Table(
     Column("tenant", _NAME, primary_key=True),
     Column("credential", _TEXT, primary_key=True),
     Column("day", Integer, primary_key=True, autoincrement=False),
+    Column("provider", _TEXT, primary_key=True),
+    Column("model", _TEXT, primary_key=True),
+    Column("status", String(24), primary_key=True),
     Column("currency", String(3), primary_key=True),
-    _count("tokens"),
+    *(_count(name) for name in ("generations", "tokens")),
     Column("amount", Money, nullable=False),
+    *(_count(name) for name in ("input", "output", "cached_input", "cache_write", "reasoning")),
+    *(_count(name) for name in ("counted_input", "counted_output", "drift", "unpriced")),
+    Index("spending_by_day", "tenant", "day"),
 )
 """Sums of what settled generations have used, by the day (since 1970, UTC) on which they started."""

@@ -1,36 +1,67 @@
-"""What each tenant and credential has used, by the day on which its generations started: kept as sums, moved by steps.
+"""What settled generations used, summed by the day on which they started: kept as sums, moved by steps.
 
-A generation counts from when it is settled; until then what was reserved for it stands in its place.
+A generation counts from when it is settled; until then what was reserved for it in budgets stands in its place.
 """
 
 from collections.abc import Iterable, Mapping
 from decimal import Decimal
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from services.billing.core.generation import Generation, Key
 from services.billing.core.money import ZERO
 
-__all__ = ["DAY", "Step", "released", "settled", "steps"]
+__all__ = ["DAY", "OPEN", "PLACE", "SUMS", "Place", "Step", "Sums", "released", "settled", "steps"]
 
 DAY: Final = 86_400_000
 """Milliseconds."""
-_OPEN: Final = ("running", "awaiting_provider")
+OPEN: Final = ("running", "awaiting_provider")
+"""Statuses of what has not settled."""
 
 
-class Step(NamedTuple):
-    """What is to be added to one sum. ``day``: days since 1970, UTC."""
+class Place(NamedTuple):
+    """Which sums a generation belongs to. ``day``: days since 1970, UTC."""
 
     tenant: str
     credential: str
     day: int
+    provider: str
+    model: str
+    status: str
     currency: str
-    tokens: int
-    amount: Decimal
+
+
+class Sums(NamedTuple):
+    """What is summed: ``tokens`` and ``amount`` as they were charged, the rest as it was counted and reported."""
+
+    generations: int = 0
+    tokens: int = 0
+    amount: Decimal = ZERO
+    input: int = 0
+    output: int = 0
+    cached_input: int = 0
+    cache_write: int = 0
+    reasoning: int = 0
+    counted_input: int = 0
+    counted_output: int = 0
+    drift: int = 0
+    unpriced: int = 0
+
+
+PLACE: Final = Place._fields
+SUMS: Final = Sums._fields
+_NOTHING: Final = Sums()
+
+
+class Step(NamedTuple):
+    """What is to be added where."""
+
+    place: Place
+    sums: Sums
 
 
 def settled(g: Generation) -> bool:
     """Tell whether a generation counts as used."""
-    return g.status not in _OPEN
+    return g.status not in OPEN
 
 
 def released(before: Mapping[Key, Generation], after: Iterable[Generation]) -> list[Key]:
@@ -40,17 +71,36 @@ def released(before: Mapping[Key, Generation], after: Iterable[Generation]) -> l
 
 def steps(before: Mapping[Key, Generation], after: Iterable[Generation]) -> list[Step]:
     """Return what moves the sums from the generations as they were to the generations as they are."""
-    sums: dict[tuple[str, str, int, str], tuple[int, Decimal]] = {}
+    found: dict[Place, Sums] = {}
     for g in after:
-        _add(sums, g, 1)
+        _add(found, g, 1)
         old = before.get(g.key)
         if old is not None:
-            _add(sums, old, -1)
-    return [Step(*place, *sums[place]) for place in sorted(sums) if sums[place] != (0, ZERO)]
+            _add(found, old, -1)
+    return [Step(place, found[place]) for place in sorted(found) if found[place] != _NOTHING]
 
 
-def _add(sums: dict[tuple[str, str, int, str], tuple[int, Decimal]], g: Generation, sign: int) -> None:
-    if settled(g) and (g.tokens or g.amount):
-        place = (g.tenant, g.credential, g.started_at // DAY, g.currency)
-        tokens, amount = sums.get(place, (0, ZERO))
-        sums[place] = (tokens + sign * g.tokens, amount + sign * g.amount)
+def _add(found: dict[Place, Sums], g: Generation, sign: int) -> None:
+    if not settled(g):
+        return
+    place = Place(g.tenant, g.credential, g.started_at // DAY, g.provider, g.model, g.status, g.currency)
+    known: tuple[Any, ...] = found.get(place, _NOTHING)
+    more: tuple[Any, ...] = _sums(g)
+    found[place] = Sums(*(was + sign * one for was, one in zip(known, more, strict=True)))
+
+
+def _sums(g: Generation) -> Sums:
+    return Sums(
+        generations=1,
+        tokens=g.tokens,
+        amount=g.amount,
+        input=g.input or 0,
+        output=g.output or 0,
+        cached_input=g.cached_input or 0,
+        cache_write=g.cache_write or 0,
+        reasoning=g.reasoning or 0,
+        counted_input=g.counted_input,
+        counted_output=g.counted_output,
+        drift=g.drift_output or 0,
+        unpriced=g.pricing == "unpriced",
+    )

@@ -35,27 +35,47 @@ def upgrade() -> None:
         sa.Column("expires_at", sa.BigInteger, nullable=False),
     )
     op.create_index("reservations_by_age", "reservations", ["expires_at"])
-    op.create_table(
-        "spending",
-        sa.Column("tenant", name, primary_key=True),
-        sa.Column("credential", text, primary_key=True),
-        sa.Column("day", sa.Integer, primary_key=True, autoincrement=False),
-        sa.Column("currency", sa.String(3), primary_key=True),
-        sa.Column("tokens", sa.BigInteger, nullable=False),
-        sa.Column("amount", _money(), nullable=False),
-    )
-    op.execute(
-        "INSERT INTO spending (tenant, credential, day, currency, tokens, amount)"
-        " SELECT tenant, '', started_at / 86400000, currency, 0, SUM(amount) FROM generations"
-        " WHERE status NOT IN ('running', 'awaiting_provider') AND amount <> 0"
-        " GROUP BY tenant, started_at / 86400000, currency"
-    )
+    _create_spending()
     op.execute("DELETE FROM resettlements")
     op.execute(
         "INSERT INTO resettlements (tenant, session, generation, partition)"
         " SELECT tenant, session, generation, partition FROM generations"
         " WHERE status NOT IN ('running', 'awaiting_provider')"
     )
+
+
+def _create_spending() -> None:
+    places = [("tenant", 64), ("credential", 200), ("provider", 200), ("model", 200), ("status", 24), ("currency", 3)]
+    op.create_table(
+        "spending",
+        *(sa.Column(name, sa.String(length), primary_key=True) for name, length in places),
+        sa.Column("day", sa.Integer, primary_key=True, autoincrement=False),
+        sa.Column("amount", _money(), nullable=False),
+        *(sa.Column(name, sa.BigInteger, nullable=False) for name in ("generations", "tokens", *_SUMMED, "unpriced")),
+    )
+    op.create_index("spending_by_day", "spending", ["tenant", "day"])
+    place = "tenant, credential, started_at / 86400000, provider, model, status, currency"
+    sums = ", ".join(f"COALESCE(SUM({column}), 0)" for column in (*_SUMMED[:-1], "drift_output"))
+    unpriced = "SUM(CASE WHEN pricing = 'unpriced' THEN 1 ELSE 0 END)"
+    columns = ", ".join(_SUMMED)
+    op.execute(
+        "INSERT INTO spending (tenant, credential, day, provider, model, status, currency,"  # noqa: S608  # constants
+        f" generations, tokens, amount, {columns}, unpriced)"
+        f" SELECT {place}, COUNT(*), 0, SUM(amount), {sums}, {unpriced} FROM generations"
+        f" WHERE status NOT IN ('running', 'awaiting_provider') GROUP BY {place}"
+    )
+
+
+_SUMMED = (
+    "input",
+    "output",
+    "cached_input",
+    "cache_write",
+    "reasoning",
+    "counted_input",
+    "counted_output",
+    "drift",
+)
 
 
 def _money() -> sa.types.TypeEngine[Any]:

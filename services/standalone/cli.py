@@ -72,6 +72,7 @@ def cli() -> None:
 
 @cli.command()
 @click.option("--port", type=PORT, envvar="TAILRACE_DELIVERY_PORT", help="Port of delivery and the page [8080].")
+@click.option("--grpc-port", type=PORT, envvar="TAILRACE_DELIVERY_GRPC_PORT", help="Port of gRPC [8090].")
 @click.option("--billing-port", type=PORT, envvar="TAILRACE_BILLING_PORT", help="Port of billing [8081].")
 @click.option(
     "--producer-port", type=PORT, envvar="TAILRACE_PRODUCER_PORT", help="Port of the (first) producer [8082]."
@@ -108,6 +109,7 @@ def up(data: Path | None, config: Path | None, producers: int, cluster: str, **p
 
     wished = {
         "delivery": ports["port"],
+        "grpc": ports["grpc_port"],
         "billing": ports["billing_port"],
         "producer": ports["producer_port"],
         "nats": ports["nats_port"],

@@ -38,6 +38,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 
     data: Path
     delivery_port: int
+    grpc_port: int
     billing_port: int
     producer_ports: tuple[int, ...]
     nats_port: int
@@ -180,6 +181,7 @@ def _child_env(options: Options, env: Mapping[str, str], config: Mapping[str, An
         "TAILRACE_LOG_FORMAT": "json",
         "PYTHONUNBUFFERED": "1",
     }
+    child["TAILRACE_DELIVERY_GRPC_PORT"] = str(options.grpc_port)
     if options.config is not None:
         child["TAILRACE_CONFIG"] = str(options.config)
     return child
@@ -191,6 +193,7 @@ def summary(options: Options, nats_version: str, env: Mapping[str, str]) -> list
     rows = [
         ("page", addresses.page),
         ("API docs", f"{addresses.page}/docs"),
+        ("gRPC", f"127.0.0.1:{options.grpc_port}"),
         ("billing", f"{addresses.billing}/v1/usage"),
         ("metrics", "  ".join(f"{url}/metrics" for url in (addresses.page, addresses.billing, *addresses.producers))),
         ("NATS", f"{addresses.nats.replace(',', '  ')}  (nats-server {nats_version})"),

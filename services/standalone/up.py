@@ -18,7 +18,8 @@ from services.standalone.terminal import Terminal
 __all__ = ["DEFAULT_PORTS", "Wishes", "up"]
 
 DEFAULT_DATA: Final = ".tailrace"
-DEFAULT_PORTS: Final = {"delivery": 8080, "billing": 8081, "producer": 8082, "nats": 4222}
+DEFAULT_PORTS: Final = {"delivery": 8080, "grpc": 8090, "billing": 8081, "producer": 8082, "nats": 4222}
+_KEYS: Final = {"nats": ("shared", "nats_port"), "grpc": ("delivery", "grpc_port")}
 
 
 class Wishes:
@@ -102,20 +103,23 @@ def _settle(wishes: Wishes, data: Path, config: dict[str, Any]) -> Options:
     ports = settle_ports(
         [
             PortWish("delivery", _port("delivery", wishes, config), "--port or TAILRACE_DELIVERY_PORT"),
+            PortWish("gRPC", _port("grpc", wishes, config), "--grpc-port or TAILRACE_DELIVERY_GRPC_PORT"),
             PortWish("billing", _port("billing", wishes, config), "--billing-port or TAILRACE_BILLING_PORT"),
             PortWish("NATS", _port("nats", wishes, config), "--nats-port or TAILRACE_NATS_PORT"),
             *producers,
             *_node_wishes(wishes, config),
         ]
     )
-    nodes = ports[3 + wishes.producers :]
+    delivery, grpc, billing, nats, *others = ports
+    nodes = others[wishes.producers :]
     return Options(
         data=data,
         config=wishes.config,
-        delivery_port=ports[0],
-        billing_port=ports[1],
-        nats_port=ports[2],
-        producer_ports=tuple(ports[3 : 3 + wishes.producers]),
+        delivery_port=delivery,
+        grpc_port=grpc,
+        billing_port=billing,
+        nats_port=nats,
+        producer_ports=tuple(others[: wishes.producers]),
         node_ports=tuple(nodes[: wishes.cluster - 1]),
         route_ports=tuple(nodes[wishes.cluster - 1 :]),
     )
@@ -138,7 +142,7 @@ def _port(name: str, wishes: Wishes, config: dict[str, Any]) -> int:
     wish = wishes.ports.get(name)
     if wish is not None:
         return wish
-    table, key = ("shared", "nats_port") if name == "nats" else (name, "port")
+    table, key = _KEYS.get(name, (name, "port"))
     value = _section(config, table).get(key, DEFAULT_PORTS[name])
     if not isinstance(value, int):
         raise CannotStart(f"[{table}] {key}: must be a whole number, not {value!r}")

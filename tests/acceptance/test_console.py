@@ -47,7 +47,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield named.rstrip("/")
         return
     port = free_port()
-    flags = ["--port", str(port), "--billing-port", "0", "--producer-port", "0", "--nats-port", "0"]
+    flags = ["--port", str(port), "--grpc-port", "0", "--billing-port", "0", "--producer-port", "0", "--nats-port", "0"]
     data = tmp_path_factory.mktemp("console")
     process = subprocess.Popen(
         [sys.executable, "-m", "services.standalone.cli", "up", *flags, "--data", str(data)],

@@ -169,7 +169,7 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, s
     installed = subprocess.run(["make", "-q", ".venv/.requirements"], cwd=REPOSITORY, check=False, capture_output=True)
     require(installed.returncode == 0, "what make installs is not up to date (run: make test)")
     folder = tmp_path_factory.mktemp("up")
-    services = ("DELIVERY", "BILLING", "PRODUCER", "NATS")
+    services = ("DELIVERY", "DELIVERY_GRPC", "BILLING", "PRODUCER", "NATS")
     ports = {f"TAILRACE_{service}_PORT": str(free_port()) for service in services}
     addresses = {
         "http://127.0.0.1:8080": f"http://127.0.0.1:{ports['TAILRACE_DELIVERY_PORT']}",

@@ -18,7 +18,7 @@ import pytest
 from tests.acceptance.processes import REPOSITORY, clean_environment
 
 pytestmark = pytest.mark.acceptance
-ANY_PORTS = ("--port", "0", "--billing-port", "0", "--producer-port", "0", "--nats-port", "0")
+ANY_PORTS = ("--port", "0", "--grpc-port", "0", "--billing-port", "0", "--producer-port", "0", "--nats-port", "0")
 
 
 def tailrace(*argv: str) -> subprocess.CompletedProcess[str]:

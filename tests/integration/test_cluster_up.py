@@ -92,6 +92,6 @@ def test_a_cluster_is_planned_with_folders_ports_and_replicas_of_its_own(tmp_pat
 
 def planned(folder: Path, nodes: tuple[int, ...], **env: str) -> list[ServiceSpec]:
     options = Options(
-        data=folder, delivery_port=1, billing_port=2, producer_ports=(3,), nats_port=4222, node_ports=nodes
+        data=folder, delivery_port=1, grpc_port=4, billing_port=2, producer_ports=(3,), nats_port=4222, node_ports=nodes
     )
     return plan_services(options, env, {}, "/nats-server")

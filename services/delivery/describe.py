@@ -32,6 +32,7 @@ def describe_streams(document: OpenAPI) -> None:
         get=Operation(
             tags=["events"],
             operation_id="streamSessionEvents",
+            security=[{"credentials": ["read"]}],
             summary="A session's events as server-sent events",
             description=(
                 "Replays from the log and goes on live, without gap or repeat. Each event's `id` is a cursor: send it "

@@ -44,9 +44,9 @@ from services.kit.broker import Broker
 from services.kit.clock import SystemClock
 from services.kit.http import probes, serving
 from services.kit.problem import EXCEPTION_HANDLERS, Problem
-from services.kit.settings import SettingsError, Shared, load_settings
+from services.kit.settings import Shared, load_settings, own_tls
 from services.kit.telemetry import configure_logging
-from services.kit.tls import ServerTls, TlsUnusable, server_tls
+from services.kit.tls import ServerTls
 
 __all__ = ["Settings", "build_app", "main"]
 
@@ -111,17 +111,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         """Return what asks for room in budgets."""
         return Admission(hub.broker, hub.clock, output=self.budget_output, fallback=self.budget_fallback)
 
-    def tls(self) -> ServerTls | None:
-        """Return what both ports are secured with.
-
-        Raises:
-            SettingsError: a file is missing or cannot be used.
-        """
-        try:
-            return server_tls(self.tls_cert, self.tls_key)
-        except TlsUnusable as error:
-            raise SettingsError([f"TAILRACE_DELIVERY_…: {error}"]) from error
-
     def limits(self) -> Limits:
         """Return the hub's bounds."""
         return Limits(
@@ -159,7 +148,7 @@ async def main(stop: asyncio.Event, *, worker: int | None = None) -> None:
     """
     shared, settings = load_settings(Settings, "delivery", os.environ)
     configure_logging("delivery", shared.log_level, shared.log_format)
-    tls = settings.tls()
+    tls = own_tls("delivery", settings.tls_cert, settings.tls_key)
     async with Broker.connect(shared.nats_url, "delivery", tls=shared.tls()) as broker:
         await broker.apply(shared.topology())
         clock = SystemClock()

@@ -17,9 +17,9 @@ import msgspec
 
 from schemas.names import NAME_PATTERN
 from schemas.topology import Topology
-from services.kit.tls import TlsUnusable, client_tls
+from services.kit.tls import ServerTls, TlsUnusable, client_tls, server_tls
 
-__all__ = ["SERVICES", "SettingsError", "Shared", "load_settings", "read_config"]
+__all__ = ["SERVICES", "SettingsError", "Shared", "load_settings", "own_tls", "read_config"]
 
 SERVICES: Final = ("producer", "delivery", "billing")
 T = TypeVar("T", bound=msgspec.Struct)
@@ -98,6 +98,18 @@ class Shared(msgspec.Struct, frozen=True, kw_only=True):
             max_requests=self.max_requests,
             ack_wait=self.lease,
         )
+
+
+def own_tls(service: str, cert: str | None, key: str | None) -> ServerTls | None:
+    """Return what a service's own ports are secured with; ``None`` when its settings name no file.
+
+    Raises:
+        SettingsError: a file is missing or cannot be used.
+    """
+    try:
+        return server_tls(cert, key, f"TAILRACE_{service.upper()}_")
+    except TlsUnusable as error:
+        raise SettingsError([str(error)]) from error
 
 
 def read_config(env: Mapping[str, str]) -> dict[str, Any]:

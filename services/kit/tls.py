@@ -47,8 +47,10 @@ class ServerTls(NamedTuple):
         return self.certificate.read_bytes(), self.key.read_bytes()
 
 
-def server_tls(cert: str | None, key: str | None) -> ServerTls | None:
+def server_tls(cert: str | None, key: str | None, prefix: str = "TAILRACE_") -> ServerTls | None:
     """Return what a server shows of itself; ``None`` when no file is named. They are read once, at start.
+
+    ``prefix``: of the service's variables.
 
     Raises:
         TlsUnusable: one is missing, or they cannot be used.
@@ -56,10 +58,10 @@ def server_tls(cert: str | None, key: str | None) -> ServerTls | None:
     if cert is None and key is None:
         return None
     if cert is None or key is None:
-        missing, present = ("tls_key", "tls_cert") if key is None else ("tls_cert", "tls_key")
-        raise TlsUnusable(f"{missing}: must be set, because {present} is")
+        missing, present = ("TLS_KEY", "TLS_CERT") if key is None else ("TLS_CERT", "TLS_KEY")
+        raise TlsUnusable(f"{prefix}{missing}: must be set, because {prefix}{present} is")
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key)
     except (OSError, ssl.SSLError) as error:
-        raise TlsUnusable(f"tls_cert, tls_key: cannot use {cert} and {key}: {error}") from error
+        raise TlsUnusable(f"{prefix}TLS_CERT, {prefix}TLS_KEY: cannot use {cert} and {key}: {error}") from error
     return ServerTls(Path(cert).resolve(), Path(key).resolve())

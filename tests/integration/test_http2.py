@@ -260,9 +260,9 @@ async def test_tls_agrees_on_the_newest_version_that_both_speak(
 
 def test_one_file_without_the_other_is_refused(files: tuple[trustme.CA, ServerTls], tmp_path: Path) -> None:
     _, tls = files
-    with pytest.raises(TlsUnusable, match="tls_key: must be set"):
+    with pytest.raises(TlsUnusable, match="TLS_KEY: must be set"):
         server_tls(str(tls.certificate), None)
-    with pytest.raises(TlsUnusable, match="tls_cert: must be set"):
+    with pytest.raises(TlsUnusable, match="TLS_CERT: must be set"):
         server_tls(None, str(tls.key))
     with pytest.raises(TlsUnusable, match="cannot use"):
         server_tls(str(tls.key), str(tls.certificate))

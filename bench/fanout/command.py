@@ -44,7 +44,14 @@ Exit code: 0 nothing lost, doubled or changed, 1 not so, 2 it could not be run, 
 )
 @click.argument("scenarios", nargs=-1, type=click.Choice([*SCENARIOS, "all"]), metavar="[SCENARIO]...")
 @click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the result as JSON.")
-@click.option("--protocol", "protocols", multiple=True, type=click.Choice(["sse"]), default=("sse",), show_default=True)
+@click.option(
+    "--protocol",
+    "protocols",
+    multiple=True,
+    type=click.Choice(["sse", "websocket"]),
+    default=("sse",),
+    show_default=True,
+)
 @click.option("--clients", default=2, show_default=True, type=click.IntRange(1, 16), help="Client processes.")
 @click.option("--peer", type=click.Choice(["nchan"]), help="Measure it too, in the same run, with the same clients.")
 @click.option("--only-peer", is_flag=True, help="Measure nothing but the peer.")

@@ -72,11 +72,11 @@ class Checker:
         self._live = plan.live
         self._dialect = PROTOCOLS[plan.protocol]
         self._took = took
-        self.stream = self._dialect.stream()
+        self.stream = self._dialect.stream("", b"", False)
 
     def call(self) -> bytes:
         """Return what is sent first on a new connection: it goes on behind the last event."""
-        self.stream = self._dialect.stream()
+        self.stream = self._dialect.stream(session(self.number), self.cursor, self._live)
         return self._dialect.call(session(self.number), self.cursor, self._live)
 
     def stamped(self, index: int) -> bool:
@@ -146,7 +146,7 @@ class Crowd:
         fd = connection.fileno()
         self._sockets[fd] = connection
         self._counts[fd] = 0
-        if number % plan.samples == 0:
+        if number % plan.samples == 0 or not PROTOCOLS[plan.protocol].counts:
             self._checkers[fd] = checker = Checker(plan, number, self._stamps, self.took)
             call = checker.call()
         else:
@@ -176,6 +176,8 @@ class Crowd:
             self.bytes += size
             if fd in opening:
                 self._head(fd, bytes(buffer[:size]))
+                if fd not in sockets:
+                    continue
             new = self._check(fd, bytes(buffer[:size])) if fd in checkers else buffer.count(MARK, 0, size)
             if new:
                 counts[fd] = count = counts[fd] + new
@@ -194,9 +196,12 @@ class Crowd:
 
     def _check(self, fd: int, data: bytes) -> int:
         now = time.monotonic_ns()
+        checker = self._checkers[fd]
         try:
-            return self._checkers[fd].take(data, now)
-        except (MalformedResponse, msgspec.DecodeError) as error:
+            new = checker.take(data, now)
+            answer(self._sockets[fd], checker)
+            return new
+        except (OSError, MalformedResponse, msgspec.DecodeError) as error:
             self._lost(fd, f"unreadable: {error}")
             return 0
 
@@ -248,6 +253,13 @@ class Crowd:
             resumed_ms=[],
             problems=self.problems,
         )
+
+
+def answer(connection: socket.socket, checker: Checker) -> None:
+    """Say what the stream wants to be said; it is short."""
+    if checker.stream.replies:
+        connection.sendall(checker.stream.replies)
+        checker.stream.replies = b""
 
 
 def connected(port: int, receive: int | None = None) -> socket.socket:

@@ -1,7 +1,9 @@
 """How a stream is asked for and read, protocol by protocol; no input or output of its own."""
 
 from collections.abc import Callable
-from typing import Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
+
+import msgspec
 
 from bench.wire import MalformedResponse, Response, request
 
@@ -16,9 +18,14 @@ class Arrived(NamedTuple):
 
 
 class Stream(Protocol):
-    """One answer while it arrives. ``status`` is set once its head is there."""
+    """One answer while it arrives.
+
+    ``status`` is set once its head is there (200: it is as wished). ``replies`` is what is to be said to it; who has
+    sent that empties it.
+    """
 
     status: int | None
+    replies: bytes
 
     def feed(self, data: bytes) -> list[Arrived]:
         """Take what one read gave and return the events that it completed.
@@ -30,19 +37,23 @@ class Stream(Protocol):
 
 
 class Dialect(NamedTuple):
-    """What is sent first (for a session, behind a cursor, else from its answer's beginning or only what is new), and
-    what reads the answer.
+    """What is sent first, and what reads the answer: for a session, behind a cursor, else from its answer's beginning
+    or only what is new.
+
+    ``counts``: events can be counted in the stream's bytes; otherwise every subscriber reads everything.
     """
 
     call: Callable[[str, bytes, bool], bytes]
-    stream: Callable[[], Stream]
+    stream: Callable[[str, bytes, bool], Stream]
+    counts: bool = True
 
 
 class EventStream:
     """Server-sent events."""
 
-    def __init__(self) -> None:
+    def __init__(self, _session: str, _cursor: bytes, _live: bool) -> None:
         self.status: int | None = None
+        self.replies = b""
         self._response = Response()
 
     def feed(self, data: bytes) -> list[Arrived]:
@@ -63,6 +74,89 @@ class EventStream:
         return found
 
 
+class _Event(msgspec.Struct):
+    cursor: str
+    event: msgspec.Raw
+
+
+class _Message(msgspec.Struct):
+    type: str
+    id: int = 0
+    events: list[_Event] = []
+
+
+class SocketStream:
+    """A WebSocket's answer and then its messages, in the JSON notation."""
+
+    def __init__(self, session: str, cursor: bytes, live: bool) -> None:
+        self.status: int | None = None
+        self.replies = b""
+        wish = {"type": "subscribe", "session": session, "after": cursor.decode() or None, "from": _FROM[live]}
+        self._hello = frame({name: value for name, value in wish.items() if value})
+        self._rest = b""
+
+    def feed(self, data: bytes) -> list[Arrived]:
+        """Take what one read gave.
+
+        Raises:
+            MalformedResponse: this is no WebSocket.
+        """
+        data = self._rest + data
+        if self.status is None:
+            end = data.find(b"\r\n\r\n")
+            if end < 0:
+                self._rest = data
+                return []
+            switched = data.startswith(b"HTTP/1.1 101")
+            self.status, self.replies = (200, self._hello) if switched else (int(data[9:12]), b"")
+            data = data[end + 4 :] if switched else b""
+        found: list[Arrived] = []
+        while (span := _payload(data)) and span.stop <= len(data):
+            found += self._hear(data[span.start : span.stop])
+            data = data[span.stop :]
+        self._rest = data
+        return found
+
+    def _hear(self, payload: bytes) -> list[Arrived]:
+        message = _message(payload)
+        if message.type == "ping":
+            self.replies += frame({"type": "pong", "id": message.id})
+        if message.type in ("error", "bye", "end"):
+            raise MalformedResponse(f"told {payload[:200]!r}")
+        return [Arrived(each.cursor.encode(), bytes(each.event)) for each in message.events]
+
+
+_FROM: Final = {True: "live", False: None}
+_message = msgspec.json.Decoder(_Message).decode
+
+
+def frame(message: dict[str, Any]) -> bytes:
+    """Return a client's text frame of at most 125 bytes or 64 KB; its mask is zero, which leaves the text as it is."""
+    data = msgspec.json.encode(message)
+    length = bytes([0x80 | len(data)]) if len(data) < 126 else b"\xfe" + len(data).to_bytes(2, "big")
+    return b"\x81" + length + b"\0\0\0\0" + data
+
+
+def _payload(data: bytes) -> slice | None:
+    """Return where the first frame's payload lies (it may end beyond ``data``); ``None`` without a whole header."""
+    if len(data) < 2:
+        return None
+    length, start = data[1] & 0x7F, 2
+    if length >= 126:
+        size = 2 if length == 126 else 8
+        start += size
+        if len(data) < start:
+            return None
+        length = int.from_bytes(data[2:start], "big")
+    return slice(start, start + length)
+
+
+def _socket(_session: str, _cursor: bytes, _live: bool) -> bytes:
+    headers = {"upgrade": "websocket", "connection": "Upgrade", "sec-websocket-version": "13"}
+    key = {"sec-websocket-key": "AAAAAAAAAAAAAAAAAAAAAA==", "sec-websocket-protocol": "tailrace.v1.json"}
+    return request("GET", "/v1/ws", "127.0.0.1", headers | key)
+
+
 def _get(path: str, cursor: bytes) -> bytes:
     headers = {"accept": "text/event-stream"}
     if cursor:
@@ -80,5 +174,6 @@ def _nchan(session: str, cursor: bytes, _live: bool) -> bytes:
 
 PROTOCOLS: Final = {
     "sse": Dialect(_native, EventStream),
+    "websocket": Dialect(_socket, SocketStream, counts=False),
     "nchan-sse": Dialect(_nchan, EventStream),
 }

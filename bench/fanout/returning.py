@@ -12,7 +12,7 @@ from typing import Final
 
 import msgspec
 
-from bench.fanout.crowd import PROBLEMS, Checker, CrowdResult, connected
+from bench.fanout.crowd import PROBLEMS, Checker, CrowdResult, answer, connected
 from bench.fanout.protocols import MalformedResponse
 from bench.fanout.scenarios import Plan
 
@@ -108,6 +108,7 @@ class Returning:
         self.bytes += len(data)
         if checker.take(data, now):
             self.last_ns = now
+        answer(visit.socket, checker)
         if visit.goal is not None and checker.seen >= visit.goal and checker.stream.status is not None:
             self.resumed_ms.append((now - visit.began) / 1e6)
             visit.goal = None

@@ -101,7 +101,7 @@ class Tailrace:
         processes.start("delivery", python("services.delivery"), env)
         ready = f"http://127.0.0.1:{self._port}/readyz"
         processes.wait(lambda: fetch(ready) is not None, READY_SECONDS, "delivery ready")
-        return Place("log", nats, self._port, {"sse": "sse"})
+        return Place("log", nats, self._port, {"sse": "sse", "websocket": "websocket"})
 
     def load(self) -> BrokerLoad | None:
         """Return what the broker says of delivery's connection."""

@@ -171,6 +171,30 @@ def test_what_to_install_is_said_when_nchan_is_missing(monkeypatch: pytest.Monke
     assert NCHAN_MODULE.name == "ngx_nchan_module.so"
 
 
-def test_every_protocol_begins_with_a_request_for_its_session() -> None:
+def test_every_protocol_names_its_session_when_it_begins() -> None:
     for dialect in PROTOCOLS.values():
-        assert b"fan-3" in dialect.call("fan-3", b"", False)
+        stream = dialect.stream("fan-3", b"", False)
+        stream.feed(b"HTTP/1.1 101 Switching Protocols\r\n\r\n")
+        assert b"fan-3" in dialect.call("fan-3", b"", False) + stream.replies
+
+
+def message(body: bytes) -> bytes:
+    """A server's WebSocket frame."""
+    return b"\x81" + (bytes([len(body)]) if len(body) < 126 else b"\x7e" + len(body).to_bytes(2, "big")) + body
+
+
+@given(st.lists(st.integers(1, 60), max_size=40))
+def test_messages_of_a_socket_are_read_however_they_are_cut(sizes: list[int]) -> None:
+    events = b",".join(b'{"cursor":"c%d","event":%b}' % (index, event(0, index, 1.0)) for index in range(5))
+    data = b"HTTP/1.1 101 Switching Protocols\r\n\r\n" + message(
+        b'{"type":"subscribed","session":"fan-0","cursor":"c"}'
+    )
+    data += message(b'{"type":"events","session":"fan-0","events":[%b]}' % events) + message(b'{"type":"ping","id":7}')
+    checker = Checker(plan(protocol="websocket"), 0, memoryview(array("q", [7] * 10)), array("q"))
+    checker.call()
+    for size in sizes:
+        checker.take(data[:size], 10)
+        data = data[size:]
+    checker.take(data, 10)
+    assert (checker.seen, checker.differs, checker.cursor) == (5, "", b"c4")
+    assert checker.stream.replies.endswith(b'{"type":"pong","id":7}')

@@ -3,6 +3,7 @@
 import inspect
 from typing import Any, Final, get_args
 
+from schemas.delivered import DeliveredReport
 from schemas.events import VERSION, AnyEvent, Event
 from schemas.names import NAME_PATTERN
 from schemas.requests import Request
@@ -10,7 +11,7 @@ from schemas.requests import Request
 __all__ = ["asyncapi"]
 
 _EVENTS: Final[dict[str, type[Event]]] = {t.__struct_config__.tag: t for t in get_args(AnyEvent)}
-_TYPES: Final = {**_EVENTS, "request": Request}
+_TYPES: Final = {**_EVENTS, "request": Request, "delivered_report": DeliveredReport}
 _EVENT_TAGS: Final = tuple(sorted(_EVENTS))
 _NAME: Final = f"One subject token: {NAME_PATTERN}"
 _PARAMETERS: Final = {
@@ -35,6 +36,11 @@ _CHANNELS: Final = {
     ),
     "requests": ("requests.{pool}.{generation}", "The work queue: requests that wait for a producer.", ("request",)),
     "dead": ("dead.{pool}.{generation}", "Requests that no producer could run, kept for inspection.", ("request",)),
+    "delivered": (
+        "delivered.{tenant}.{session}.{generation}",
+        "What delivery has sent of a generation, kept for billing. Each report has all that its counter has seen.",
+        ("delivered_report",),
+    ),
     "control": (
         "control.{tenant}.{session}.{generation}",
         "What the producer that runs a generation obeys. It answers `ok`; no responders: no producer runs it.",
@@ -55,6 +61,8 @@ _OPERATIONS: Final = {
     "takeRequest": ("receive", "requests", "A producer takes a request; redelivery is its lease."),
     "buryRequest": ("send", "dead", "A producer puts a request aside that cannot run."),
     "inspectRequest": ("receive", "dead", "What could not run is looked at, sent again as a new request, or removed."),
+    "reportDelivered": ("send", "delivered", "Delivery reports what it has sent."),
+    "settleDelivered": ("receive", "delivered", "Billing takes the reports."),
     "cancel": ("send", "control", "A running generation is to stop."),
     "askForListeners": ("send", "presence", "A producer asks whether anybody listens."),
 }
@@ -79,7 +87,7 @@ def asyncapi() -> dict[str, Any]:
         "channels": {name: _channel(*channel) for name, channel in _CHANNELS.items()},
         "operations": {name: _operation(*operation) for name, operation in _OPERATIONS.items()},
         "components": {
-            "messages": {name: _message(name) for name in (*_EVENT_TAGS, "request", *_PLAIN)},
+            "messages": {name: _message(name) for name in (*_EVENT_TAGS, "request", "delivered_report", *_PLAIN)},
             "parameters": {name: {"description": text} for name, text in _PARAMETERS.items()},
         },
     }

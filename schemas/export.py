@@ -15,6 +15,7 @@ from typing import Any, Final, get_args
 import msgspec
 
 from schemas.asyncapi import asyncapi
+from schemas.delivered import DeliveredReport
 from schemas.events import AnyEvent
 from schemas.requests import Announcement, GenerationRecord, Request
 from schemas.usage import Counted, Usage
@@ -28,6 +29,7 @@ _TYPES: Final[dict[str, Any]] = {
     "request": Request,
     "generation_record": GenerationRecord,
     "announcement": Announcement,
+    "delivered_report": DeliveredReport,
     "usage_counts": Usage,
     "counted": Counted,
 }

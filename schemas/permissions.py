@@ -10,6 +10,7 @@ from typing import Final
 import msgspec
 
 from schemas.budgets import RELEASE_SUBJECT, RESERVE_SUBJECT, budgets_key
+from schemas.delivered import DELIVERED_FILTER
 from schemas.partitions import HISTORY_SUBJECT
 from schemas.subjects import REQUESTS_PREFIX, lane_of
 from schemas.topology import (
@@ -17,6 +18,8 @@ from schemas.topology import (
     CONSUMERS,
     CREDENTIALS_BUCKET,
     DEAD,
+    DELIVERED,
+    DELIVERED_DURABLE,
     REGISTRY_BUCKET,
     REQUESTS,
     Topology,
@@ -101,6 +104,7 @@ def _delivery(topology: Topology) -> Permissions:
             *_bucket_read(CREDENTIALS_BUCKET),
             *_written(CREDENTIALS_BUCKET, "key.*", "ticket-secret"),
             "counters.*.*",
+            DELIVERED_FILTER,
             *(f"$JS.API.{verb}.{each}" for each in (DEAD, CONSUMERS) for verb in _KEPT),
             "consumers.*.*.*.*",
             *_consumers_kept([*(token_stream(p) for p in topology.logs), CONSUMERS]),
@@ -112,7 +116,7 @@ def _delivery(topology: Topology) -> Permissions:
 
 
 def _billing(topology: Topology) -> Permissions:
-    consumers = [(token_stream(p), billing_durable(p)) for p in topology.logs]
+    consumers = [*((token_stream(p), billing_durable(p)) for p in topology.logs), (DELIVERED, DELIVERED_DURABLE)]
     return Permissions(
         publish=(
             *_topology_read(topology),

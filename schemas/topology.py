@@ -4,6 +4,7 @@ from typing import Final
 
 import msgspec
 
+from schemas.delivered import DELIVERED_FILTER
 from schemas.subjects import REQUESTS_PREFIX, lane_of
 
 __all__ = [
@@ -12,6 +13,8 @@ __all__ = [
     "COUNTERS",
     "CREDENTIALS_BUCKET",
     "DEAD",
+    "DELIVERED",
+    "DELIVERED_DURABLE",
     "REGISTRY_BUCKET",
     "REQUESTS",
     "ConsumerSpec",
@@ -32,6 +35,9 @@ REGISTRY_BUCKET: Final = "registry"
 CREDENTIALS_BUCKET: Final = "credentials"
 COUNTERS: Final = "COUNTERS"
 COUNTED_SECONDS: Final = 600.0  # a counter that nothing has changed for so long is gone
+DELIVERED: Final = "DELIVERED"
+DELIVERED_DURABLE: Final = "billing-delivered"
+"""Billing's durable consumer of what delivery reports to have sent."""
 DEAD: Final = "REQUESTS_DEAD"
 REQUESTS: Final = "REQUESTS"
 
@@ -138,7 +144,7 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
         return (*range(self.partitions), *(p for p in self.kept if p >= self.partitions))
 
     def streams(self) -> list[StreamSpec]:
-        """Return the streams: a log per partition, the work queue, dead requests and events, counters, and buckets.
+        """Return the streams: a log per partition, the work queue, what is dead or delivered, counters, and buckets.
 
         A log that is bounded in bytes refuses events when it is full: it never drops those of a running answer.
         """
@@ -170,8 +176,24 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
         dead = StreamSpec(
             name=DEAD, subjects=("dead.*.*",), max_age=7 * 86_400.0, max_msgs=self.max_requests, replicas=self.replicas
         )
+        delivered = StreamSpec(
+            name=DELIVERED,
+            subjects=(DELIVERED_FILTER,),
+            max_age=self.max_age,
+            max_msgs=1_000_000,
+            replicas=self.replicas,
+        )
         endless = [self._bucket(name, 0.0) for name in (REGISTRY_BUCKET, CREDENTIALS_BUCKET)]
-        return [*logs, requests, dead, self._consumed(), self._counters(), self._bucket(BUCKET, self.max_age), *endless]
+        return [
+            *logs,
+            requests,
+            dead,
+            delivered,
+            self._consumed(),
+            self._counters(),
+            self._bucket(BUCKET, self.max_age),
+            *endless,
+        ]
 
     def _consumed(self) -> StreamSpec:
         """Return what keeps the events that a service could not handle, and those it is to be given again.
@@ -210,7 +232,7 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def consumers(self) -> list[ConsumerSpec]:
-        """Return the durable consumers: the producers' work queue and billing's of each partition."""
+        """Return the durable consumers: the producers' work queue, billing's of each partition and of deliveries."""
         producers = [
             ConsumerSpec(
                 stream=REQUESTS,
@@ -221,7 +243,17 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
             )
             for lane in (lane_of(self.pool, "interactive"), lane_of(self.pool, "batch"))
         ]
-        return [*producers, *(self.billing(p) for p in self.logs)]
+        return [*producers, *(self.billing(p) for p in self.logs), self.delivered()]
+
+    def delivered(self) -> ConsumerSpec:
+        """Return billing's durable consumer of what was delivered."""
+        return ConsumerSpec(
+            stream=DELIVERED,
+            durable=DELIVERED_DURABLE,
+            filter=DELIVERED_FILTER,
+            ack_wait=30.0,
+            max_ack_pending=10_000,
+        )
 
     def billing(self, partition: int) -> ConsumerSpec:
         """Return billing's durable consumer of a partition."""

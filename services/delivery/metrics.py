@@ -60,3 +60,6 @@ LIMITS_BLIND: Final = Counter(
 )
 WORKERS: Final = Gauge("tailrace_delivery_workers", "Worker processes that run, where several share the ports")
 WORKER_RESTARTS: Final = Counter("tailrace_delivery_worker_restarts", "Worker processes that ended by themselves")
+DELIVERED_REPORTS: Final = Counter(
+    "tailrace_delivery_delivered_reports", "Reports of what was sent of a generation, by outcome", ["outcome"]
+)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from schemas import export, subjects
 from schemas.codec import encode_event
+from schemas.delivered import delivered_subject
 from schemas.events import AnyEvent, Event
 from schemas.requests import GenerationRecord, Request
 from tests.unit.schemas.structs import any_event, struct
@@ -118,6 +119,7 @@ def test_the_asyncapi_addresses_are_those_that_the_code_builds() -> None:
         "live": subjects.live_filter(0, "acme", "chat", "gen_1"),
         "requests": subjects.request_subject("default", "gen_1"),
         "dead": subjects.dead_subject("default", "gen_1"),
+        "delivered": delivered_subject("acme", "chat", "gen_1"),
         "control": subjects.control_subject("acme", "chat", "gen_1"),
         "presence": subjects.presence_subject("acme", "chat", "gen_1"),
     }

@@ -13,7 +13,9 @@ from schemas.subjects import (
 )
 from schemas.topology import (
     CONSUMERS,
+    COUNTERS,
     DEAD,
+    DELIVERED,
     REQUESTS,
     Topology,
     billing_durable,
@@ -34,7 +36,8 @@ def matches(pattern: str, subject: str) -> bool:
 @pytest.mark.parametrize("partitions", [1, 4])
 def test_there_is_one_log_for_each_partition_and_one_work_queue(partitions: int) -> None:
     streams = [s for s in Topology(partitions=partitions).streams() if not s.bucket]
-    assert [s.name for s in streams] == [*(token_stream(p) for p in range(partitions)), REQUESTS, DEAD, CONSUMERS]
+    logs = [token_stream(p) for p in range(partitions)]
+    assert [s.name for s in streams] == [*logs, REQUESTS, DEAD, DELIVERED, CONSUMERS, COUNTERS]
     assert [s.name for s in streams if s.work_queue] == [REQUESTS, CONSUMERS]
 
 
@@ -81,7 +84,7 @@ def test_the_pool_of_producers_shares_one_durable_consumer() -> None:
 
 def test_billing_reads_every_partition_with_a_durable_consumer() -> None:
     topology = Topology(partitions=3)
-    billing = [c for c in topology.consumers() if c.durable.startswith("billing")]
+    billing = [c for c in topology.consumers() if c.durable.startswith("billing") and c.stream != DELIVERED]
     assert [(c.stream, c.durable) for c in billing] == [(token_stream(p), billing_durable(p)) for p in range(3)]
     assert [(c.filter,) for c in billing] == [s.subjects for s in topology.streams()[:3]]
 
@@ -98,7 +101,7 @@ def test_logs_of_earlier_partitions_are_kept_and_billed() -> None:
     assert {s.name: s.replicas for s in topology.streams() if s.name.startswith("TOKENS")} == {
         token_stream(p): 3 for p in (0, 1, 2, 5)
     }
-    assert [c.stream for c in topology.consumers() if c.durable.startswith("billing")] == [
+    assert [c.stream for c in topology.consumers() if c.durable.startswith("billing") and c.stream != DELIVERED] == [
         token_stream(p) for p in (0, 1, 2, 5)
     ]
 

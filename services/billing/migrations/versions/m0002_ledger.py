@@ -136,7 +136,7 @@ def _create_inputs() -> None:
     op.create_table(
         "deliveries",
         *_place(),
-        sa.Column("replica", name, primary_key=True),
+        sa.Column("counter", name, primary_key=True),
         *_big("number", "subscribers", "events", "tokens", "bytes", "sent_tokens", "reported_at"),
         sa.Column("placed", sa.Boolean, nullable=False),
     )

@@ -1,12 +1,15 @@
 """How a session is read over each transport: one function for each, with the same question and the same answer."""
 
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 
+import httpx
 from google.protobuf.json_format import MessageToDict
 
 from schemas.rpc.tailrace.v1 import tailrace_pb2 as pb
+from services.delivery.core.composite import parse_composite
 from tests.delivery_stage import Stage, delivering
 from tests.grpc_stage import GrpcStage, serving_calls
 from tests.websocket_client import JSON, MSGPACK, SocketClient, socket
@@ -73,6 +76,68 @@ async def read_sse(stand: Stand, question: Question) -> Seen:
     return Seen(list(zip(reader.ids, reader.events, strict=True)), len(gaps))
 
 
+async def _lines(response: httpx.Response) -> AsyncIterator[bytes]:
+    """Return lines as NDJSON has them; httpx would also end them at U+2028 and other characters within texts."""
+    rest = b""
+    async for data in response.aiter_bytes():
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            yield line
+
+
+async def _read_lines(stand: Stand, question: Question, path: str, **query: str) -> Seen:
+    found: list[tuple[str, dict[str, Any]]] = []
+    gaps = 0
+    accept = {"Accept": "application/x-ndjson"}
+    url = f"{stand.stage.url}{path}"
+    async with stand.stage.http.stream("GET", url, params=question.words | query, headers=accept) as response:
+        if response.status_code == 204:
+            return Seen([])
+        async for line in _lines(response):
+            item = json.loads(line)
+            gaps += item.get("type") == "gap"
+            if "event" not in item:
+                continue
+            found.append((item["cursor"], item["event"]))
+            if question.is_answered(item["event"]):
+                break
+    return Seen(found, gaps)
+
+
+async def read_ndjson(stand: Stand, question: Question) -> Seen:
+    return await _read_lines(stand, question, f"/v1/sessions/{question.session}/events")
+
+
+async def read_several(stand: Stand, question: Question) -> Seen:
+    """As one of several sessions; the cursor of all of them holds the session's own."""
+    if question.generation is not None:
+        return await read_ndjson(stand, question)  # several sessions are read whole
+    seen = await _read_lines(stand, question, "/v1/events", session=question.session)
+    return seen._replace(events=[(_single(cursor), event) for cursor, event in seen.events])
+
+
+def _single(composite: str) -> str:
+    (cursor,) = parse_composite(composite)
+    return f"t1{cursor.partition:02x}{cursor.incarnation}{cursor.session}{cursor.seq:012x}"
+
+
+async def read_by_polling(stand: Stand, question: Question) -> Seen:
+    """In batches of three."""
+    found: list[tuple[str, dict[str, Any]]] = []
+    gaps = 0
+    words = question.words
+    url = f"{stand.stage.url}/v1/sessions/{question.session}/events"
+    while True:
+        query = words | {"wait": "5", "limit": "3"}
+        response = await stand.stage.http.get(url, params=query, headers={"Accept": "application/json"})
+        batch = response.json()
+        gaps += len(batch.get("gaps", []))
+        found += [(item["cursor"], item["event"]) for item in batch["events"]]
+        if batch.get("ended") or any(question.is_answered(item["event"]) for item in batch["events"]):
+            return Seen(found, gaps)
+        words = {name: value for name, value in words.items() if name != "from"} | {"after": batch["cursor"]}
+
+
 async def _read_socket(client: SocketClient, question: Question, acknowledge: bool = False, **wish: Any) -> Seen:
     gaps = 0
     words = {"from_" if name == "from" else name: value for name, value in question.words.items()}
@@ -130,6 +195,31 @@ async def read_grpc(stand: Stand, question: Question) -> Seen:
     return Seen(found, gaps, whole=False)
 
 
+async def read_grpc_attach(stand: Stand, question: Question) -> Seen:
+    """Over a call with other subscriptions, event by event."""
+    begin = {None: pb.BEGIN_UNSPECIFIED, "start": pb.BEGIN_START}[question.from_]
+    read = pb.ReadRequest(
+        session=question.session, generation=question.generation or "", after=question.after or "", begin=begin
+    )
+    found: list[tuple[str, dict[str, Any]]] = []
+    gaps = 0
+    async with stand.grpc.client() as client:
+        call = client.attach()
+        await call.write(pb.AttachRequest(id="1", subscribe=pb.Subscribe(read=read, credit=pb.Credit(events=1))))
+        while not (found and question.is_answered(found[-1][1])):
+            response = await call.read()
+            for item in response.items:
+                if item.HasField("ended"):
+                    return Seen(found, gaps, whole=False)
+                for frame in item.read.frames:
+                    gaps += frame.HasField("gap")
+                    if frame.HasField("event"):
+                        found.append((frame.event.cursor, _comparable(frame.event)))
+                        await call.write(pb.AttachRequest(id="1", ack=pb.Ack(cursor=frame.event.cursor)))
+        call.cancel()
+    return Seen(found, gaps, whole=False)
+
+
 def _comparable(event: pb.Event) -> dict[str, Any]:
     """Return the fields of a typed event that stand under the same names in the log."""
     found: dict[str, Any] = {"type": event.type, "generation": event.generation, "seq": event.seq}
@@ -144,5 +234,9 @@ READERS: dict[str, Reader] = {
     "websocket": read_websocket,
     "websocket, event by event": read_websocket_event_by_event,
     "websocket, MessagePack": read_websocket_in_messagepack,
+    "ndjson": read_ndjson,
+    "several sessions": read_several,
+    "polling": read_by_polling,
     "grpc": read_grpc,
+    "grpc, attached": read_grpc_attach,
 }

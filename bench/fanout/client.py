@@ -5,6 +5,7 @@ when it is connected, and at the end ``result`` and the latencies (native 64-bit
 until it is stopped, so that the memory that they take can be read from outside.
 """
 
+import asyncio
 import gc
 import random
 import signal
@@ -16,6 +17,7 @@ from typing import Final
 
 import msgspec
 
+from bench.fanout.calls import Calls
 from bench.fanout.crowd import Crowd, CrowdResult, connected
 from bench.fanout.events import session
 from bench.fanout.protocols import PROTOCOLS
@@ -33,6 +35,8 @@ SMALL: Final = 4_096
 def _run(plan: Plan, deadline: float) -> tuple[CrowdResult, "array[int]"]:
     stamps = Stamps(Path(plan.stamps)).cells
     ready = Path(plan.ready).touch
+    if plan.protocol == "grpc":
+        return asyncio.run(_call(plan, stamps))
     if plan.kind == "live":
         crowd = Crowd(plan, stamps)
         crowd.open()
@@ -48,6 +52,12 @@ def _run(plan: Plan, deadline: float) -> tuple[CrowdResult, "array[int]"]:
     except (OSError, TimeoutError) as error:
         clients.problem(repr(error))
     return clients.result(), clients.took
+
+
+async def _call(plan: Plan, stamps: memoryview) -> tuple[CrowdResult, "array[int]"]:
+    calls = Calls(plan, stamps)
+    await calls.run(Path(plan.ready).touch)
+    return calls.result(), calls.took
 
 
 def _stick(plan: Plan) -> None:

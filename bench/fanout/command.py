@@ -48,7 +48,7 @@ Exit code: 0 nothing lost, doubled or changed, 1 not so, 2 it could not be run, 
     "--protocol",
     "protocols",
     multiple=True,
-    type=click.Choice(["sse", "websocket"]),
+    type=click.Choice(["sse", "websocket", "grpc"]),
     default=("sse",),
     show_default=True,
 )
@@ -139,6 +139,9 @@ class _Session:
         failed: dict[str, str] = {}
         if not self._only_peer:
             for protocol in self._protocols:
+                if protocol == "grpc" and scenario.kind != "live":
+                    failed[protocol] = "its clients do not return; use a live scenario"
+                    continue
                 outcomes += self._run(scenario, Tailrace(), protocol)
         if self._peer and scenario.kind == "live":
             try:

@@ -171,7 +171,7 @@ class Run:
         return Plan(
             kind=kind,
             protocol=place.protocols[self.protocol],
-            port=place.port,
+            port=place.ports[self.protocol],
             first=share[0],
             stop=share[1],
             base=part.number * scenario.sessions,

@@ -20,11 +20,11 @@ NCHAN_MODULE: Final = Path("/usr/lib/nginx/modules/ngx_nchan_module.so")
 
 
 class Place(msgspec.Struct, frozen=True):
-    """Where it is published (``kind`` says how) and subscribed, and with which protocols."""
+    """Where it is published (``kind`` says how), and by protocol where it is subscribed and what clients call that."""
 
     kind: Literal["log", "nchan"]
     publish_port: int
-    port: int
+    ports: dict[str, int]
     protocols: dict[str, str]
 
 
@@ -84,7 +84,7 @@ class Tailrace:
 
     def start(self, processes: Processes, scenario: Scenario) -> Place:
         """Start the broker and delivery."""
-        nats, self._monitor, self._port = free_port(), free_port(), free_port()
+        nats, self._monitor, self._port, calls = (free_port() for _ in range(4))
         beside = Path(sys.executable).with_name("nats-server")
         server = str(beside) if beside.exists() else "nats-server"
         command = [server, "-a", "127.0.0.1", "-p", str(nats), "-m", str(self._monitor)]
@@ -95,13 +95,15 @@ class Tailrace:
             "TAILRACE_NATS_URL": f"nats://127.0.0.1:{nats}",
             "TAILRACE_LOG_LEVEL": "warning",
             "TAILRACE_DELIVERY_PORT": str(self._port),
+            "TAILRACE_DELIVERY_GRPC_PORT": str(calls),
         }
         if scenario.feed_bytes:
             env["TAILRACE_DELIVERY_FEED_BYTES"] = str(scenario.feed_bytes)
         processes.start("delivery", python("services.delivery"), env)
         ready = f"http://127.0.0.1:{self._port}/readyz"
         processes.wait(lambda: fetch(ready) is not None, READY_SECONDS, "delivery ready")
-        return Place("log", nats, self._port, {"sse": "sse", "websocket": "websocket"})
+        ports = {"sse": self._port, "websocket": self._port, "grpc": calls}
+        return Place("log", nats, ports, {protocol: protocol for protocol in ports})
 
     def load(self) -> BrokerLoad | None:
         """Return what the broker says of delivery's connection."""
@@ -155,7 +157,7 @@ class Nchan:
         processes.start("nginx", ["nginx", "-e", "stderr", "-c", str(config)])
         ready = f"http://127.0.0.1:{port}/ready"
         processes.wait(lambda: fetch(ready) is not None, READY_SECONDS, "nginx ready")
-        return Place("nchan", port, port, {"sse": "nchan-sse"})
+        return Place("nchan", port, {"sse": port}, {"sse": "nchan-sse"})
 
     def load(self) -> BrokerLoad | None:
         """There is no broker."""

@@ -40,6 +40,12 @@ def test_a_small_run_finds_every_event_and_reports_every_figure(tmp_path: Path) 
     assert own.counts["events_delivered"] >= own.events
 
 
+def test_every_protocol_brings_every_event(tmp_path: Path) -> None:
+    measured = outcomes(tmp_path, "smoke", *(f"--protocol={name}" for name in ("sse", "websocket", "grpc")))
+    assert [each.protocol for each in measured] == ["sse", "websocket", "grpc"]
+    assert all(each.complete == 50 and each.events == 50 * 60 for each in measured)
+
+
 def test_who_drops_and_returns_misses_nothing(tmp_path: Path) -> None:
     (own,) = outcomes(tmp_path, "storm-5000", "--subscribers", "60", "--events", "40", "--rate", "8")
     assert (own.returns, own.complete, own.events) == (60, 60, 60 * 40)

@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from services.billing import metrics
 from services.billing.adapters.budgets import Budgets
 from services.billing.adapters.database import create_folder, database_url, migrate, open_engine, sqlite_url
+from services.billing.adapters.deliveries import Deliveries
 from services.billing.adapters.ledger import Ledger
 from services.billing.adapters.prices import Prices
 from services.billing.adapters.reports import Reports
@@ -26,6 +27,7 @@ from services.billing.api import build_api
 from services.billing.consumer import Consumer
 from services.billing.core.charging import Basis, Charging
 from services.billing.core.reconciliation import Policy, Tolerance
+from services.billing.deliveries import DeliveryReports
 from services.billing.errors import LedgerUnavailable
 from services.billing.price_loading import load_price_file
 from services.billing.terms import CurrentTerms
@@ -34,7 +36,7 @@ from services.kit.auth.setup import authenticating
 from services.kit.broker import Broker, BrokerUnavailable
 from services.kit.clock import SystemClock
 from services.kit.http import serving
-from services.kit.settings import SettingsError, Shared, load_settings
+from services.kit.settings import SettingsError, Shared, load_settings, own_tls
 from services.kit.telemetry import configure_logging
 
 __all__ = ["Settings", "main"]
@@ -48,6 +50,7 @@ Positive = Annotated[float, msgspec.Meta(gt=0)]
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Settings of billing. Times in seconds, sizes in tokens or events.
 
+    ``tls_cert`` and ``tls_key``: files for TLS.
     ``database_url``: ``sqlite:///…`` or ``postgresql://…``; without one a file ``billing.db`` in the data folder.
     ``tolerance_absolute`` and ``tolerance_relative``: counted and reported match when they differ by no more than the
     larger of the two. ``grace``: how long a provider may take to report. ``batch``, ``interval``: a transaction holds
@@ -64,6 +67,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     host: str = "127.0.0.1"
     port: Annotated[int, msgspec.Meta(ge=1, le=65_535)] = 8081
+    tls_cert: str | None = None
+    tls_key: str | None = None
     database_url: str | None = None
     tolerance_absolute: Annotated[int, msgspec.Meta(ge=0)] = 8
     tolerance_relative: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.02
@@ -168,6 +173,7 @@ async def main(stop: asyncio.Event, env: Mapping[str, str] = os.environ) -> None
                 settings.host,
                 settings.port,
                 connections=settings.connections,
+                tls=own_tls("billing", settings.tls_cert, settings.tls_key),
             ),
         ):
             log.info("billing listens", host=settings.host, port=settings.port, database=url.get_backend_name())
@@ -178,6 +184,7 @@ async def main(stop: asyncio.Event, env: Mapping[str, str] = os.environ) -> None
             migrated.set()
             async with asyncio.TaskGroup() as group:
                 group.create_task(admission.run(stop), name="budgets")
+                group.create_task(DeliveryReports(broker, Deliveries(engine)).run(stop), name="deliveries")
                 group.create_task(_consume(broker, ledger, shared, settings, terms, stop), name="consumers")
     log.info("billing has stopped")
 

@@ -1,5 +1,6 @@
 """Delivery's and billing's HTTP interfaces, as the command line uses them."""
 
+import os
 import uuid
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
@@ -13,6 +14,7 @@ __all__ = ["Accepted", "Api", "refusal"]
 
 T = TypeVar("T")
 _DEAD: Final = "/v1/requests/dead"
+_KEYS: Final = "/v1/keys"
 _TIMEOUT = httpx.Timeout(15.0, connect=5.0)
 
 
@@ -25,11 +27,16 @@ class Accepted(msgspec.Struct, frozen=True):
 
 
 class Api:
-    """One service at ``url``. Every method raises `Refused` for a problem and `Unreachable` when nothing answers."""
+    """One service at ``url``. Every method raises `Refused` for a problem and `Unreachable` when nothing answers.
 
-    def __init__(self, url: str) -> None:
+    ``key``: the API key or token to show; without it that of the variable ``TAILRACE_KEY``, if there is one.
+    """
+
+    def __init__(self, url: str, key: str | None = None) -> None:
         self.url = url.rstrip("/")
-        self.client = httpx.Client(base_url=self.url, timeout=_TIMEOUT, headers={"user-agent": "tailrace-cli"})
+        key = key or os.environ.get("TAILRACE_KEY")
+        headers = {"user-agent": "tailrace-cli"} | ({"authorization": f"Bearer {key}"} if key else {})
+        self.client = httpx.Client(base_url=self.url, timeout=_TIMEOUT, headers=headers)
 
     def __enter__(self) -> Self:
         return self
@@ -82,6 +89,21 @@ class Api:
     def drop(self, generation: str) -> None:
         """Remove a dead request for good."""
         answer = self._send("DELETE", f"{_DEAD}/{generation}")
+        if answer.is_error:
+            raise refusal(answer)
+
+    def create_key(self, wish: dict[str, Any]) -> dict[str, Any]:
+        """Make an API key; return it with its ``key``."""
+        return self._object("POST", _KEYS, json=wish)
+
+    def keys(self) -> list[dict[str, Any]]:
+        """Return the API keys that there are, without their secrets."""
+        rows: list[dict[str, Any]] = self._object("GET", _KEYS).get("keys", [])
+        return rows
+
+    def revoke_key(self, key: str) -> None:
+        """Revoke an API key."""
+        answer = self._send("DELETE", f"{_KEYS}/{key}")
         if answer.is_error:
             raise refusal(answer)
 

@@ -9,7 +9,8 @@ import click
 from click.shell_completion import CompletionItem, get_completion_class
 
 from schemas.names import InvalidName, check_name
-from services.standalone import commands, dead
+from services.kit.auth.principal import SCOPES
+from services.standalone import commands, dead, keys
 from services.standalone.api import Api
 from services.standalone.consumers import consumers
 from services.standalone.errors import EXIT_CANCELLED, EXIT_OK, CommandFailed
@@ -262,6 +263,65 @@ def drop(generation: str, url: str) -> int:
 
 
 cli.add_command(consumers)
+
+
+@cli.group("keys")
+def keys_() -> None:
+    """API keys: make, list and revoke them.
+
+    The variable TAILRACE_KEY holds the key or token that every command shows.
+    """
+
+
+@keys_.command()
+def bootstrap() -> int:
+    """Make the operator's key, and print it with the setting that lets it in."""
+    return keys.bootstrap(Terminal())
+
+
+@keys_.command()
+@click.option("--name", default="", help="What it is for.")
+@click.option(
+    "--scope", "scopes", type=click.Choice(sorted(SCOPES)), multiple=True, required=True, help="What it may do; repeat."
+)
+@click.option("--session", "patterns", multiple=True, help="Pattern with * of its sessions; repeat [all of them].")
+@click.option("--expires-in", type=click.FloatRange(min=1), metavar="SECONDS", help="When it ends [never].")
+@click.option("--tenant", callback=_checked("tenant"), help="Whose it is; only the operator may say [your own].")
+@_json
+@_url
+def create(
+    *,
+    name: str,
+    scopes: tuple[str, ...],
+    patterns: tuple[str, ...],
+    expires_in: float | None,
+    tenant: str | None,
+    as_json: bool,
+    url: str,
+) -> int:
+    """Make a key and print it; it cannot be seen again."""
+    given = {"sessions": list(patterns), "expires_in": expires_in, "tenant": tenant}
+    wish = {"name": name, "scopes": list(scopes)} | {field: value for field, value in given.items() if value}
+    with Api(url) as api:
+        return keys.create(api, Terminal(), wish, as_json=as_json)
+
+
+@keys_.command("list")
+@_json
+@_url
+def list_keys(as_json: bool, url: str) -> int:
+    """List the keys of your tenant; the operator sees all."""
+    with Api(url) as api:
+        return keys.list_(api, Terminal(), as_json=as_json)
+
+
+@keys_.command()
+@click.argument("key", callback=_checked("key"))
+@_url
+def revoke(key: str, url: str) -> int:
+    """Revoke the key with the id KEY; streams that it has opened end."""
+    with Api(url) as api:
+        return keys.revoke(api, Terminal(), key)
 
 
 @cli.group()

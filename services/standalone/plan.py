@@ -11,6 +11,7 @@ __all__ = [
     "Addresses",
     "Options",
     "ServiceSpec",
+    "asks_for_credentials",
     "console_models",
     "node_files",
     "plan_services",
@@ -19,8 +20,11 @@ __all__ = [
 ]
 
 NATS: Final = "nats-server"
-_OWN_VARIABLES: Final = frozenset({"TAILRACE_URL", "TAILRACE_BILLING_URL", "TAILRACE_PRODUCERS", "TAILRACE_CLUSTER"})
+_OWN_VARIABLES: Final = frozenset(
+    {"TAILRACE_URL", "TAILRACE_BILLING_URL", "TAILRACE_PRODUCERS", "TAILRACE_CLUSTER", "TAILRACE_KEY"}
+)
 """Variables of the command line itself, which the services would report as unknown."""
+_CREDENTIALS: Final = ("admin_key_hash", "jwt_secret_file", "jwt_public_keys", "jwt_jwks_url")
 _SCRIPTED: Final = ("scripted/story", "scripted/reasoning", "scripted/tools")
 _KEYED: Final = {
     "OPENAI_API_KEY": "openai/gpt-4o-mini",
@@ -99,6 +103,14 @@ def console_models(env: Mapping[str, str], config: Mapping[str, Any]) -> list[st
 def has_key(env: Mapping[str, str]) -> bool:
     """Tell whether a provider other than the scripted one can be reached by the conventional variables."""
     return any(env.get(variable) for variable in (*_KEYED, "OPENAI_BASE_URL", "ANTHROPIC_BASE_URL"))
+
+
+def asks_for_credentials(env: Mapping[str, str], config: Mapping[str, Any]) -> bool:
+    """Tell whether the services, which listen on loopback, will ask their callers for credentials."""
+    table = config.get("shared")
+    given = {name: env.get(f"TAILRACE_{name.upper()}") or (table or {}).get(name) for name in _CREDENTIALS}
+    auth = env.get("TAILRACE_AUTH") or (table or {}).get("auth")
+    return auth == "required" or (auth != "insecure" and any(given.values()))
 
 
 def plan_services(
@@ -187,7 +199,9 @@ def _child_env(options: Options, env: Mapping[str, str], config: Mapping[str, An
     return child
 
 
-def summary(options: Options, nats_version: str, env: Mapping[str, str]) -> list[tuple[str, str]]:
+def summary(
+    options: Options, nats_version: str, env: Mapping[str, str], config: Mapping[str, Any] | None = None
+) -> list[tuple[str, str]]:
     """Return what the terminal shows once everything runs, as pairs of label and text; an empty label is a hint."""
     addresses = Addresses.of(options)
     rows = [
@@ -199,6 +213,8 @@ def summary(options: Options, nats_version: str, env: Mapping[str, str]) -> list
         ("NATS", f"{addresses.nats.replace(',', '  ')}  (nats-server {nats_version})"),
         ("data", f"{options.data}  (logs in {options.data / 'logs'})"),
     ]
+    if not asks_for_credentials(env, config or {}):
+        rows.append(("", "only this machine gets in, and nobody is asked for a key"))
     if options.config is None and not has_key(env):
         rows.append(("", "no API key set: the scripted provider answers"))
     port = "" if options.delivery_port == 8080 else f" --url {addresses.page}"

@@ -62,7 +62,7 @@ def up(wishes: Wishes, version: str, terminal: Terminal) -> None:
         describe(f"process {os.getpid()}, {Addresses.of(options).page}")
         specs = plan_services(options, env, config, str(binary.path))
         head = terminal.bold(f"Tailrace {version} is running")
-        rows = summary(options, binary.version_text, env)
+        rows = summary(options, binary.version_text, env, config)
         asyncio.run(_run(specs, options.data, terminal, lambda: _announce(terminal, head, rows)))
 
 

@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -67,6 +68,23 @@ def test_offered_models_follow_the_keys_and_the_configuration() -> None:
     assert console_models({}, {}) == ["scripted/story", "scripted/reasoning", "scripted/tools"]
     assert "openai/gpt-4o-mini" in console_models({"OPENAI_API_KEY": "k"}, {})
     assert console_models({}, {"models": {"fast": {}}})[0] == "fast"
+
+
+@pytest.mark.parametrize(
+    ("env", "config", "asked"),
+    [
+        ({}, {}, False),
+        ({"TAILRACE_ADMIN_KEY_HASH": "a.b"}, {}, True),
+        ({}, {"shared": {"jwt_jwks_url": "https://issuer.test/keys"}}, True),
+        ({"TAILRACE_AUTH": "required"}, {}, True),
+        ({"TAILRACE_AUTH": "insecure"}, {"shared": {"admin_key_hash": "a.b"}}, False),
+    ],
+)
+def test_summary_says_when_nobody_is_asked_for_a_key(
+    tmp_path: Path, env: dict[str, str], config: dict[str, Any], asked: bool
+) -> None:
+    hint = ("", "only this machine gets in, and nobody is asked for a key")
+    assert (hint in summary(options(tmp_path), "2.15.1", env, config)) is not asked
 
 
 def test_summary_says_when_only_the_scripted_provider_can_answer(tmp_path: Path) -> None:

@@ -88,9 +88,11 @@ class SocketClient:
 
 
 @contextlib.asynccontextmanager
-async def socket(url: str, subprotocol: str | None = JSON, **options: Any) -> AsyncIterator[SocketClient]:
+async def socket(
+    url: str, subprotocol: str | None = JSON, query: str = "", **options: Any
+) -> AsyncIterator[SocketClient]:
     """Connect to the service at ``url`` (``http://…``) while the block runs."""
-    address = url.replace("http", "ws", 1) + "/v1/ws"
+    address = url.replace("http", "ws", 1) + "/v1/ws" + query
     offered = None if subprotocol is None else [subprotocol]
     async with connect(address, subprotocols=offered, max_size=None, **options) as connection:
         yield SocketClient(connection)

@@ -1,21 +1,23 @@
 """The HTTP API: questions about usage."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Final
 
 import msgspec
 from litestar import Litestar, Request, Response, Router, get
 from litestar.datastructures import State
-from litestar.openapi import OpenAPIConfig, ResponseSpec
+from litestar.openapi import OpenAPIConfig
 from litestar.openapi.spec import Example
 from litestar.params import PathParameter, QueryParameter
 
 from schemas.names import InvalidName, check_name
 from services.billing.adapters.budgets import Budgets
+from services.billing.adapters.entries import Entries
 from services.billing.adapters.imports import Imports
 from services.billing.adapters.prices import Prices
 from services.billing.adapters.reports import Reports, Totals
 from services.billing.admission import Admission
+from services.billing.answers import NOT_FOUND, PROBLEMS, answer, only
 from services.billing.budgets_api import delete_budget, list_budgets, put_budget, show_budget
 from services.billing.core.question import (
     BUCKETS,
@@ -23,6 +25,7 @@ from services.billing.core.question import (
     Filters,
     PageKey,
     parse_group_by,
+    parse_label,
     parse_moment,
     parse_page,
     parse_status,
@@ -30,31 +33,24 @@ from services.billing.core.question import (
     write_page,
 )
 from services.billing.errors import LedgerUnavailable
+from services.billing.ledger_api import ENTRY_COLUMNS, entry_rows, ledger, reconciliations
 from services.billing.money_api import put_prices, put_usage, show_prices
 from services.billing.terms import CurrentTerms
-from services.billing.views import GenerationUsage, SessionUsage, UsageReport, UsageRow, view
-from services.kit.auth.rules import REFUSALS, SECURITY, caller, cors, needs
+from services.billing.views import GenerationTrail, SessionUsage, UsageReport, UsageRow, trail, view
+from services.kit.auth.rules import SECURITY, caller, cors, needs
 from services.kit.http import Check, probes
-from services.kit.problem import EXCEPTION_HANDLERS, Problem, ProblemDetails
+from services.kit.problem import EXCEPTION_HANDLERS, Problem
 
 __all__ = ["build_api"]
 
 DEFAULT_LIMIT: Final = 100
-_PROBLEMS: Final = {
-    400: ResponseSpec(ProblemDetails, description="A parameter is not valid", media_type="application/problem+json"),
-    **REFUSALS,
-    503: ResponseSpec(
-        ProblemDetails, description="The database does not answer", media_type="application/problem+json"
-    ),
-}
-_NOT_FOUND: Final = {
-    404: ResponseSpec(ProblemDetails, description="Billing knows no such thing", media_type="application/problem+json")
-}
 Text = Annotated[str | None, QueryParameter(max_length=200, pattern=r"^[^\x00]*$")]
 Limit = Annotated[
     int, QueryParameter(ge=1, le=1_000, description="Most rows of one page", examples=[Example(value=100)])
 ]
 Cursor = Annotated[str | None, QueryParameter(max_length=2_000, description="`next` of the page before")]
+_FILTERS: Final = ("from", "to", "tenant", "model", "provider", "status", "session", "key", "label")
+_SUMS: Final = (*(name for name in Totals.__struct_fields__ if name != "amounts"), "amount", "currency")
 _MOMENTS: Final = [Example(summary="a day, UTC", value="2026-01-31"), Example(value="2026-01-31T12:00:00Z")]
 
 
@@ -63,21 +59,26 @@ _MOMENTS: Final = [Example(summary="a day, UTC", value="2026-01-31"), Example(va
     summary="Usage of one generation",
     operation_id="generation_usage",
     tags=["usage"],
-    responses={**_PROBLEMS, **_NOT_FOUND},
+    responses={**PROBLEMS, **NOT_FOUND},
     **needs("usage"),
 )
 async def generation_usage(
     request: Request[Any, Any, Any],
     state: State,
     generation: Annotated[str, PathParameter(examples=[Example(value="gen_01JA2B3C4D5E6F7G8H")])],
-) -> GenerationUsage:
-    """Counted and reported tokens, how they compare, and how the generation ended. Counts run while it streams."""
-    _only(request, ())
+) -> Response[GenerationTrail]:
+    """Counted, reported and delivered tokens, how they compare, how it ended, and every entry of the ledger.
+
+    Counts run while it streams.
+    """
+    only(request, ())
     principal = caller(request)
     found = await _reports(state).generation(principal.tenant, _name("generation", generation))
     if found is None or not principal.reaches(found.session):
         raise Problem(404, f"billing has seen no generation {generation!r}")
-    return view(found)
+    entries: Entries = state.entries
+    shown = trail(found, await entries.of(found.key))
+    return answer(request, shown, ENTRY_COLUMNS, entry_rows)
 
 
 @get(
@@ -85,7 +86,7 @@ async def generation_usage(
     summary="Usage of one session",
     operation_id="session_usage",
     tags=["usage"],
-    responses={**_PROBLEMS, **_NOT_FOUND},
+    responses={**PROBLEMS, **NOT_FOUND},
     **needs("usage"),
 )
 async def session_usage(
@@ -96,7 +97,7 @@ async def session_usage(
     cursor: Cursor = None,
 ) -> SessionUsage:
     """Sums over the session, and its generations in the order of their start, paged."""
-    _only(request, ("limit", "cursor"))
+    only(request, ("limit", "cursor"))
     principal = caller(request)
     filters = Filters(tenant=principal.tenant, session=_name("session", session))
     after = parse_page(filters, cursor, (int, str))
@@ -116,7 +117,7 @@ async def session_usage(
     )
 
 
-@get("/", summary="Usage by group", operation_id="usage", tags=["usage"], responses=_PROBLEMS, **needs("usage"))
+@get("/", summary="Usage by group", operation_id="usage", tags=["usage"], responses=PROBLEMS, **needs("usage"))
 async def usage(
     *,
     request: Request[Any, Any, Any],
@@ -131,18 +132,24 @@ async def usage(
     provider: Text = None,
     status: Text = None,
     session: Text = None,
+    key: Text = None,
+    label: Annotated[
+        str | None,
+        QueryParameter(max_length=400, description="One of the labels, as `name=value`", pattern=r"^[^\x00]*$"),
+    ] = None,
     group_by: Annotated[
         list[str] | None,
         QueryParameter(
-            description="Dimensions, by commas or repeated: tenant, session, model, provider, status, day, hour (UTC)",
+            description="Dimensions, by commas or repeated: tenant, session, model, provider, key, status, "
+            "label:<name>, month, day, hour (UTC)",
             examples=[Example(value=["model,day"])],
         ),
     ] = None,
     limit: Limit = DEFAULT_LIMIT,
     cursor: Cursor = None,
-) -> UsageReport:
-    """Sums of tokens over generations, in one row or by group, in the order of the groups' keys."""
-    _only(request, ("from", "to", "tenant", "model", "provider", "status", "session", "group_by", "limit", "cursor"))
+) -> Response[UsageReport]:
+    """Sums of tokens and amounts over generations, in one row or by group, in the order of the groups' keys."""
+    only(request, (*_FILTERS, "group_by", "limit", "cursor"))
     principal = caller(request)
     dimensions = parse_group_by(group_by)
     filters = Filters(
@@ -153,24 +160,41 @@ async def usage(
         provider=provider,
         status=parse_status(status),
         session=session,
+        key=key,
+        label=parse_label(label),
     )
     if filters.start is not None and filters.end is not None and filters.start >= filters.end:
         raise BadQuestion("to: it must be after from")
     after = parse_page((filters, dimensions), cursor, [int if d in BUCKETS else str for d in dimensions])
     if session is None and not principal.reaches_all:
         raise Problem(403, "the credentials reach only some sessions: ask with session=")
-    if tenant not in (None, principal.tenant) or (session is not None and not principal.reaches(session)):
-        # What another tenant used is not told, and not even whether there is one.
-        return UsageReport(group_by=list(dimensions), rows=[], next=None)
+    # What another tenant used is not told, and not even whether there is one.
+    foreign = tenant not in (None, principal.tenant) or (session is not None and not principal.reaches(session))
+    report = UsageReport(group_by=list(dimensions), rows=[], next=None)
+    if not foreign:
+        report = await _report(_reports(state), filters, dimensions, after, limit)
+    return answer(request, report, (*dimensions, *_SUMS), _usage_rows, report.next)
+
+
+async def _report(
+    reports: Reports, filters: Filters, dimensions: Sequence[str], after: PageKey | None, limit: int
+) -> UsageReport:
     if not dimensions:
-        return UsageReport(
-            group_by=[], rows=[UsageRow(key={}, totals=await _reports(state).totals(filters))], next=None
-        )
-    found = await _reports(state).groups(filters, dimensions, after, limit + 1)
+        return UsageReport(group_by=[], rows=[UsageRow(key={}, totals=await reports.totals(filters))], next=None)
+    found = await reports.groups(filters, dimensions, after, limit + 1)
     following = write_page((filters, dimensions), found[limit - 1][0]) if len(found) > limit else None
-    return UsageReport(
-        group_by=list(dimensions), rows=[_row(dimensions, *one) for one in found[:limit]], next=following
-    )
+    rows = [_row(dimensions, *one) for one in found[:limit]]
+    return UsageReport(group_by=list(dimensions), rows=rows, next=following)
+
+
+def _usage_rows(report: UsageReport) -> Iterable[Sequence[object]]:
+    """Return one row for each group and currency: numbers of tokens stand in the first of a group's rows."""
+    for row in report.rows:
+        keys = [row.key[name] for name in report.group_by]
+        numbers = [getattr(row.totals, name) for name in _SUMS[:-2]]
+        amounts = list(row.totals.amounts.items()) or [("", "")]
+        for index, (currency, amount) in enumerate(amounts):
+            yield [*keys, *(numbers if index == 0 else [""] * len(numbers)), amount, currency]
 
 
 def _row(dimensions: Sequence[str], key: PageKey, totals: Totals) -> UsageRow:
@@ -191,13 +215,6 @@ def _name(role: str, value: str) -> str:
         return check_name(role, value)
     except InvalidName as error:
         raise Problem(400, str(error)) from error
-
-
-def _only(request: Request[Any, Any, Any], known: Sequence[str]) -> None:
-    unknown = sorted(set(request.query_params.keys()) - set(known))
-    if unknown:
-        allowed = f"use {', '.join(known)}" if known else "there is none here"
-        raise Problem(400, f"no such parameter: {', '.join(repr(name[:40]) for name in unknown)}; {allowed}")
 
 
 def _refuse(_request: Request[Any, Any, Any], error: BadQuestion) -> Response[bytes]:
@@ -231,12 +248,14 @@ def build_api(
     """
     prices = Prices(reports.engine)
     money = {"prices": prices, "imports": Imports(reports.engine), "terms": terms or CurrentTerms(prices)}
-    money |= {"budgets": Budgets(reports.engine), "admission": admission}
+    money |= {"budgets": Budgets(reports.engine), "admission": admission, "entries": Entries(reports.engine)}
     return Litestar(
         logging_config=None,  # logs are set up once, by the service
         route_handlers=[
             Router("/v1/usage", route_handlers=[generation_usage, session_usage, usage]),
             Router("/v1/budgets", route_handlers=[list_budgets, show_budget, put_budget, delete_budget]),
+            ledger,
+            reconciliations,
             show_prices,
             put_prices,
             put_usage,

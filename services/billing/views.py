@@ -1,5 +1,6 @@
 """The shapes of the API's answers."""
 
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -7,6 +8,7 @@ import msgspec
 
 from schemas.usage import Usage
 from services.billing.adapters.reports import Totals
+from services.billing.core.charging import Entry, Line
 from services.billing.core.generation import Generation, Pricing, Status
 from services.billing.core.money import render
 
@@ -16,11 +18,17 @@ __all__ = [
     "Delivered",
     "Drift",
     "Dropped",
+    "GenerationTrail",
     "GenerationUsage",
+    "LedgerEntry",
+    "LedgerLine",
     "ReportedTokens",
     "SessionUsage",
     "UsageReport",
     "UsageRow",
+    "entry_view",
+    "moment",
+    "trail",
     "view",
 ]
 
@@ -126,6 +134,45 @@ class GenerationUsage(msgspec.Struct, kw_only=True):
     headless: bool
 
 
+class LedgerLine(msgspec.Struct, kw_only=True, rename={"class_": "class"}):
+    """One class of tokens on the bill: how many, at which row of the price book, for how much."""
+
+    class_: str
+    count: int
+    price: int
+    rate: str
+    amount: str
+
+
+class LedgerEntry(msgspec.Struct, kw_only=True):
+    """One amount. ``source``: whose numbers; ``rule``: why they hold; ``revision``: of the price book.
+
+    ``lines``: the bill that the amount leads to, from what was entered before.
+    """
+
+    session: str
+    generation: str
+    number: int
+    kind: str
+    amount: str
+    currency: str
+    source: str
+    rule: str
+    lines: list[LedgerLine]
+    revision: int
+    created_at: str
+
+
+class GenerationTrail(GenerationUsage, kw_only=True):
+    """All that billing knows of one generation: its numbers, and every entry of the ledger that they led to.
+
+    ``events``: how many of its events were accepted.
+    """
+
+    events: int
+    entries: list[LedgerEntry]
+
+
 class SessionUsage(msgspec.Struct, kw_only=True):
     """Sums over a session and a page of its generations; ``next`` is the cursor of the page after."""
 
@@ -163,14 +210,14 @@ def view(g: Generation) -> GenerationUsage:
         state=g.state,
         status=g.status,
         code=g.code,
-        started_at=_moment(g.started_at or None),
-        ended_at=_moment(g.ended_at),
-        settles_at=_moment(g.settle_at),
+        started_at=moment(g.started_at or None),
+        ended_at=moment(g.ended_at),
+        settles_at=moment(g.settle_at),
         counted=CountedTokens(
             input=g.counted_input, output=g.counted_output, exact=g.counted_exact, encoding=g.encoding
         ),
         reported=_reported(g.usage),
-        reported_at=_moment(g.reported_at),
+        reported_at=moment(g.reported_at),
         usage_source=g.usage_source,
         drift=None
         if g.drift_input is None and g.drift_output is None
@@ -191,6 +238,34 @@ def view(g: Generation) -> GenerationUsage:
     )
 
 
+def entry_view(entry: Entry) -> LedgerEntry:
+    """Return the API's shape of an entry."""
+    lines = msgspec.json.decode(entry.lines, type=list[Line])
+    return LedgerEntry(
+        session=entry.session,
+        generation=entry.generation,
+        number=entry.number,
+        kind=entry.kind,
+        amount=render(entry.amount),
+        currency=entry.currency,
+        source=entry.source,
+        rule=entry.rule,
+        lines=[
+            LedgerLine(class_=line.token_class, count=line.count, price=line.price, rate=line.rate, amount=line.amount)
+            for line in lines
+        ],
+        revision=entry.revision,
+        created_at=moment(entry.created_at) or "",
+    )
+
+
+def trail(g: Generation, entries: Iterable[Entry]) -> GenerationTrail:
+    """Return everything about a generation."""
+    usage = view(g)
+    shown = {name: getattr(usage, name) for name in usage.__struct_fields__}
+    return GenerationTrail(**shown, events=g.next_seq, entries=[entry_view(e) for e in entries])
+
+
 def _delivered(g: Generation) -> Delivered | None:
     if g.subscribers is None:
         return None
@@ -206,7 +281,8 @@ def _reported(usage: str | None) -> ReportedTokens | None:
     return None if usage is None else ReportedTokens(**msgspec.structs.asdict(msgspec.json.decode(usage, type=Usage)))
 
 
-def _moment(milliseconds: int | None) -> str | None:
+def moment(milliseconds: int | None) -> str | None:
+    """Return a time in milliseconds since 1970 as RFC 3339, UTC."""
     if milliseconds is None:
         return None
     return datetime.fromtimestamp(milliseconds / 1_000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -11,7 +11,9 @@ from schemas.usage import Usage
 from services.billing import metrics
 from services.billing.adapters.ledger import Ledger
 from services.billing.adapters.reports import Reports
+from services.billing.adapters.worklist import Money
 from services.billing.api import build_api
+from services.billing.core.spending import steps
 from services.kit.auth.entrance import entering
 from services.kit.auth.principal import Principal
 from services.kit.http import serving
@@ -45,7 +47,7 @@ async def fill(engine: AsyncEngine) -> None:
         rows.append(generation(f"g{number:02}", session=f"s{number % 2}", **made))
     ledger = Ledger(engine, "test")
     await ledger.acquire(0, "first", NOW)
-    await ledger.commit(0, (0, 60), NOW, rows)
+    await ledger.commit(0, (0, 60), NOW, rows, (), Money(revision=0, spending=steps({}, rows)))
 
 
 @pytest.fixture
@@ -106,6 +108,9 @@ async def test_without_group_by_there_is_one_row_of_sums(client: httpx.AsyncClie
                 "counted_input": 84,
                 "counted_output": 360,
                 "drift": 45,
+                "tokens": 0,
+                "unpriced": 0,
+                "amounts": {},
             },
         }
     ]

@@ -1,24 +1,50 @@
-"""Answers about usage, read from the ledger's tables."""
+"""Answers about usage: from sums by day where those can tell, from single generations otherwise."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from typing import Any, Final
 
 import msgspec
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from services.billing.adapters.database import reading
 from services.billing.adapters.tables import GENERATIONS as G
+from services.billing.adapters.tables import SPENDING as S
 from services.billing.core.generation import Generation
-from services.billing.core.question import BUCKETS, Filters, PageKey
+from services.billing.core.money import ZERO, render
+from services.billing.core.question import LABEL, Filters, PageKey, is_summed
+from services.billing.core.spending import DAY, OPEN, SUMS
 
 __all__ = ["Reports", "Totals"]
 
+_NUMBERS: Final = tuple(name for name in SUMS if name != "amount")
+_OF_ONE: Final[Mapping[str, sa.ColumnElement[Any]]] = {
+    "generations": sa.literal_column("1", sa.BigInteger),
+    "tokens": G.c.tokens,
+    "amount": G.c.amount,
+    "input": G.c.input,
+    "output": G.c.output,
+    "cached_input": G.c.cached_input,
+    "cache_write": G.c.cache_write,
+    "reasoning": G.c.reasoning,
+    "counted_input": G.c.counted_input,
+    "counted_output": G.c.counted_output,
+    "drift": G.c.drift_output,
+    "unpriced": sa.case((G.c.pricing == "unpriced", 1), else_=0),
+}
+
 
 class Totals(msgspec.Struct, kw_only=True):
-    """Sums over generations, in tokens. ``drift``: reported minus counted output where both are known."""
+    """Sums over generations, in tokens.
+
+    ``tokens`` were charged; ``amounts`` by currency. ``drift``: reported minus counted output where both are known.
+    ``unpriced``: generations that found no price.
+    """
 
     generations: int = 0
+    tokens: int = 0
     input: int = 0
     output: int = 0
     cached_input: int = 0
@@ -27,24 +53,8 @@ class Totals(msgspec.Struct, kw_only=True):
     counted_input: int = 0
     counted_output: int = 0
     drift: int = 0
-
-
-_SUMS: Final = [
-    sa.func.count().label("generations"),
-    *(
-        sa.func.coalesce(sa.func.sum(G.c[column]), 0).label(name)
-        for name, column in (
-            ("input", "input"),
-            ("output", "output"),
-            ("cached_input", "cached_input"),
-            ("cache_write", "cache_write"),
-            ("reasoning", "reasoning"),
-            ("counted_input", "counted_input"),
-            ("counted_output", "counted_output"),
-            ("drift", "drift_output"),
-        )
-    ),
-]
+    unpriced: int = 0
+    amounts: dict[str, str] = {}
 
 
 class Reports:
@@ -52,6 +62,7 @@ class Reports:
 
     def __init__(self, engine: AsyncEngine) -> None:
         self.engine = engine
+        self._postgres = engine.dialect.name == "postgresql"
 
     async def generation(self, tenant: str, generation: str) -> Generation | None:
         """Return a generation by name; of several with one name (in different sessions) the latest."""
@@ -67,14 +78,13 @@ class Reports:
 
     async def totals(self, filters: Filters) -> Totals:
         """Return the sums over all that ``filters`` let through."""
-        async with reading(self.engine) as connection:
-            row = (await connection.execute(sa.select(*_SUMS).where(*_conditions(filters)))).one()
-        return _totals(row)
+        found = await self.groups(filters, (), None, 1)
+        return found[0][1] if found else Totals()
 
     async def generations(self, filters: Filters, after: PageKey | None, limit: int) -> list[Generation]:
         """Return generations in the order of start and name, beginning after that pair."""
         order = (G.c.started_at, G.c.generation)
-        query = sa.select(G).where(*_conditions(filters)).order_by(*order).limit(limit)
+        query = sa.select(G).where(*self._conditions(filters)).order_by(*order).limit(limit)
         if after is not None:
             query = query.where(sa.tuple_(*order) > sa.tuple_(*after))
         async with reading(self.engine) as connection:
@@ -85,35 +95,103 @@ class Reports:
         self, filters: Filters, group_by: Sequence[str], after: PageKey | None, limit: int
     ) -> list[tuple[PageKey, Totals]]:
         """Return sums by group in the order of the groups' keys, beginning after the key ``after``."""
-        keys = [_dimension(name) for name in group_by]
-        labelled = [key.label(f"key_{i}") for i, key in enumerate(keys)]
-        query = sa.select(*labelled, *_SUMS).where(*_conditions(filters)).group_by(*keys).order_by(*keys).limit(limit)
+        source = self._source(filters, group_by)
+        keys = [source.c[f"key_{i}"] for i in range(len(group_by))]
+        sums = [sa.func.sum(source.c[name]).label(name) for name in _NUMBERS]
+        query = sa.select(*keys, *sums).group_by(*keys).order_by(*keys).limit(limit)
         if after is not None:
             query = query.where(sa.tuple_(*keys) > sa.tuple_(*after))
+        if not keys:
+            query = query.having(sa.func.count() > 0)
         async with reading(self.engine) as connection:
             rows = (await connection.execute(query)).all()
-        return [(tuple(row[: len(keys)]), _totals(row)) for row in rows]
+            found = {tuple(row[: len(keys)]): _totals(row) for row in rows}
+            if found:
+                money = self._amounts(source, keys, min(found), max(found))
+                for *key, currency, amount in (await connection.execute(money)).all():
+                    found[tuple(key)].amounts[currency] = render(Decimal(amount))
+        return list(found.items())
+
+    @staticmethod
+    def _amounts(source: Any, keys: Sequence[Any], first: PageKey, last: PageKey) -> sa.Select[Any]:
+        query = sa.select(*keys, source.c.currency, sa.func.sum(source.c.amount, type_=S.c.amount.type))
+        if keys:
+            query = query.where(sa.tuple_(*keys) >= sa.tuple_(*first), sa.tuple_(*keys) <= sa.tuple_(*last))
+        query = query.where(source.c.currency != "", source.c.amount != ZERO).group_by(*keys, source.c.currency)
+        return query.order_by(*keys, source.c.currency)
+
+    def _source(self, filters: Filters, group_by: Sequence[str]) -> Any:
+        """Return rows with the groups' keys, numbers to sum, amount and currency."""
+        if not is_summed(filters, group_by):
+            return self._single(filters, group_by, ()).subquery("rows")
+        parts = [self._summed(filters, group_by), self._single(filters, group_by, OPEN)]
+        return sa.union_all(*parts).subquery("rows")
+
+    def _summed(self, filters: Filters, group_by: Sequence[str]) -> sa.Select[Any]:
+        columns: Mapping[str, Any] = dict(S.c) | {"key": S.c.credential}
+        keys = [self._dimension(name, columns, S.c.day, DAY).label(f"key_{i}") for i, name in enumerate(group_by)]
+        conditions = [columns[n] == v for n, v in filters.exact() if n != "session"]
+        if filters.start is not None:
+            conditions.append(S.c.day >= filters.start // DAY)
+        if filters.end is not None:
+            conditions.append(S.c.day < filters.end // DAY)
+        return sa.select(*keys, *(S.c[name] for name in SUMS), S.c.currency).where(*conditions)
+
+    def _single(self, filters: Filters, group_by: Sequence[str], statuses: Sequence[str]) -> sa.Select[Any]:
+        columns: Mapping[str, Any] = dict(G.c) | {"key": G.c.credential}
+        keys = [self._dimension(n, columns, G.c.started_at, 1).label(f"key_{i}") for i, n in enumerate(group_by)]
+        numbers = [sa.func.coalesce(_OF_ONE[name], 0).label(name) for name in SUMS]
+        query = sa.select(*keys, *numbers, G.c.currency).where(*self._conditions(filters))
+        return query.where(G.c.status.in_(statuses)) if statuses else query
+
+    def _dimension(self, name: str, columns: Mapping[str, Any], time: Any, unit: int) -> sa.ColumnElement[Any]:
+        """Return a group's key; ``time`` is counted in ``unit`` milliseconds."""
+        match name:
+            case "hour" | "day":
+                width = (3_600_000 if name == "hour" else DAY) // unit
+                # In the text: PostgreSQL would take parameters of SELECT and GROUP BY for different ones.
+                bucket: sa.ColumnElement[Any] = time.op("/")(sa.literal_column(str(width), sa.BigInteger))
+                return bucket
+            case "month":
+                return self._month(time, unit // 1_000 if unit > 1 else None)
+            case _ if name.startswith(LABEL):
+                return self._label(name.removeprefix(LABEL))
+            case _:
+                column: sa.ColumnElement[Any] = columns[name]
+                return column
+
+    def _month(self, time: Any, seconds: int | None) -> sa.ColumnElement[Any]:
+        """Return months since year 0; ``time`` in units of so many seconds, or in milliseconds."""
+        moment = time / sa.literal_column("1000") if seconds is None else time * sa.literal_column(str(seconds))
+        if self._postgres:
+            utc = sa.func.timezone("UTC", sa.func.to_timestamp(moment))
+            year, month = sa.extract("year", utc), sa.extract("month", utc)
+            return sa.cast(year * sa.literal_column("12") + month - sa.literal_column("1"), sa.BigInteger)
+        parts = [sa.cast(sa.func.strftime(f"%{p}", moment, "unixepoch"), sa.Integer) for p in "Ym"]
+        return parts[0] * sa.literal_column("12") + parts[1] - sa.literal_column("1")
+
+    def _label(self, name: str) -> sa.ColumnElement[Any]:
+        stored = sa.func.nullif(G.c.metadata, "")
+        if self._postgres:
+            value = sa.cast(stored, postgresql.JSONB)[sa.literal_column("'" + name + "'", sa.Text)].astext
+        else:
+            value = sa.func.json_extract(stored, sa.literal_column(f"'$.\"{name}\"'", sa.Text))
+        return sa.func.coalesce(value, sa.literal_column("''"))
+
+    def _conditions(self, filters: Filters) -> list[sa.ColumnElement[bool]]:
+        columns: Mapping[str, Any] = dict(G.c) | {"key": G.c.credential}
+        found: list[sa.ColumnElement[bool]] = [columns[name] == value for name, value in filters.exact()]
+        if filters.start is not None:
+            found.append(G.c.started_at >= filters.start)
+        if filters.end is not None:
+            found.append(G.c.started_at < filters.end)
+        if filters.pricing is not None:
+            found.append(G.c.pricing == filters.pricing)
+        if filters.label is not None:
+            name, value = filters.label
+            found.append(self._label(name) == value)
+        return found
 
 
 def _totals(row: sa.Row[Any]) -> Totals:
-    return Totals(**{name: int(getattr(row, name)) for name in Totals.__struct_fields__})
-
-
-def _dimension(name: str) -> sa.ColumnElement[Any]:
-    width = BUCKETS.get(name)
-    # The width stands in the text: as a parameter PostgreSQL would take SELECT's and GROUP BY's for different ones.
-    return G.c[name] if width is None else G.c.started_at.op("/")(sa.literal_column(str(width), sa.BigInteger))
-
-
-def _conditions(filters: Filters) -> list[sa.ColumnElement[bool]]:
-    found: list[sa.ColumnElement[bool]] = []
-    if filters.start is not None:
-        found.append(G.c.started_at >= filters.start)
-    if filters.end is not None:
-        found.append(G.c.started_at < filters.end)
-    found += [
-        G.c[name] == value
-        for name in ("tenant", "model", "provider", "status", "session")
-        if (value := getattr(filters, name)) is not None
-    ]
-    return found
+    return Totals(**{name: int(getattr(row, name) or 0) for name in _NUMBERS}, amounts={})

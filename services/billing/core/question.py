@@ -3,6 +3,7 @@
 import base64
 import binascii
 import hashlib
+import re
 from collections.abc import Sequence
 from datetime import UTC, date, datetime
 from typing import Final
@@ -10,13 +11,17 @@ from typing import Final
 import msgspec
 
 from services.billing.core.generation import STATUSES
+from services.billing.core.spending import DAY
 
 __all__ = [
     "DIMENSIONS",
+    "LABEL",
     "BadQuestion",
     "Filters",
     "PageKey",
+    "is_summed",
     "parse_group_by",
+    "parse_label",
     "parse_moment",
     "parse_page",
     "parse_status",
@@ -24,9 +29,13 @@ __all__ = [
     "write_page",
 ]
 
-DIMENSIONS: Final = ("tenant", "session", "model", "provider", "status", "day", "hour")
-BUCKETS: Final = {"day": 86_400_000, "hour": 3_600_000}
-"""Width of the dimensions of time, in milliseconds."""
+DIMENSIONS: Final = ("tenant", "session", "model", "provider", "key", "status", "month", "day", "hour")
+BUCKETS: Final = {"month": 0, "day": 86_400_000, "hour": 3_600_000}
+"""The dimensions of time, and their width in milliseconds where they have one."""
+LABEL: Final = "label:"
+"""What stands before a label's name, as a dimension and as a filter."""
+_LABEL_NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_SUMMED: Final = frozenset({"tenant", "model", "provider", "key", "status", "month", "day"})
 PageKey = tuple[str | int, ...]
 
 
@@ -35,7 +44,10 @@ class BadQuestion(ValueError):
 
 
 class Filters(msgspec.Struct, frozen=True, kw_only=True):
-    """What is asked about. ``start`` (inclusive) and ``end`` (exclusive) bound ``started_at``, in its unit."""
+    """What is asked about. ``start`` (inclusive) and ``end`` (exclusive) bound ``started_at``, in its unit.
+
+    ``key`` names the credential; ``label``: one of the request's labels and its value.
+    """
 
     start: int | None = None
     end: int | None = None
@@ -44,6 +56,35 @@ class Filters(msgspec.Struct, frozen=True, kw_only=True):
     provider: str | None = None
     status: str | None = None
     session: str | None = None
+    key: str | None = None
+    pricing: str | None = None
+    label: tuple[str, str] | None = None
+
+    def exact(self) -> list[tuple[str, str]]:
+        """Return the columns that must have one value, and it."""
+        names = ("tenant", "model", "provider", "status", "session", "key")
+        return [(name, value) for name in names if (value := getattr(self, name)) is not None]
+
+
+def is_summed(filters: Filters, group_by: Sequence[str]) -> bool:
+    """Tell whether the sums by day can answer a question: its bounds are days, and it asks for nothing finer."""
+    bounds = [moment for moment in (filters.start, filters.end) if moment is not None]
+    finer = filters.session is not None or filters.label is not None or filters.pricing is not None
+    return not finer and _SUMMED.issuperset(group_by) and all(moment % DAY == 0 for moment in bounds)
+
+
+def parse_label(text: str | None) -> tuple[str, str] | None:
+    """Return a label's name and value, written as ``name=value``.
+
+    Raises:
+        BadQuestion: it is not written so.
+    """
+    if text is None:
+        return None
+    name, separator, value = text.partition("=")
+    if not separator or _LABEL_NAME.fullmatch(name) is None:
+        raise BadQuestion(f"label: {text[:40]!r} is not name=value, with a name of letters, digits and _.-")
+    return name, value
 
 
 def parse_moment(name: str, text: str | None) -> int | None:
@@ -81,8 +122,10 @@ def parse_group_by(values: Sequence[str] | None) -> tuple[str, ...]:
     """
     names = tuple(part.strip() for value in values or () for part in value.split(",") if part.strip())
     for name in names:
+        if name.startswith(LABEL) and _LABEL_NAME.fullmatch(name.removeprefix(LABEL)):
+            continue
         if name not in DIMENSIONS:
-            raise BadQuestion(f"group_by: {name[:40]!r} is not one of {', '.join(DIMENSIONS)}")
+            raise BadQuestion(f"group_by: {name[:40]!r} is not one of {', '.join(DIMENSIONS)}, label:<name>")
     if len(set(names)) != len(names):
         raise BadQuestion("group_by: a dimension stands twice")
     return names
@@ -135,6 +178,10 @@ def _digest(question: object) -> str:
 
 
 def render_bucket(dimension: str, bucket: int) -> str:
-    """Return a day (``2026-01-31``) or an hour (``2026-01-31T12:00:00Z``) by its number since 1970."""
+    """Return a month (``2026-01``, by its number since the year 0), a day (``2026-01-31``) or an hour
+    (``2026-01-31T12:00:00Z``) by its number since 1970.
+    """
+    if dimension == "month":
+        return f"{bucket // 12:04d}-{bucket % 12 + 1:02d}"
     moment = datetime.fromtimestamp(bucket * BUCKETS[dimension] / 1_000, UTC)
     return moment.strftime("%Y-%m-%d" if dimension == "day" else "%Y-%m-%dT%H:00:00Z")

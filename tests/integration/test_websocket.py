@@ -259,6 +259,21 @@ async def test_credit_without_a_credit_window_is_refused(stage: Stage, log: Log)
         assert both["problem"]["status"] == 400
 
 
+async def test_what_crosses_the_end_of_a_subscription_is_no_error_unless_it_is_asked_about(
+    stage: Stage, log: Log
+) -> None:
+    await log.append(*story("g1"))
+    async with socket(stage.url) as client:
+        await client.say("subscribe", session="s", generation="g1")
+        await client.hear("end")
+        await client.say("ack", session="s", cursor=client.cursors["s"][-1])
+        await client.say("credit", session="s", events=1)
+        await client.say("unsubscribe", session="s")
+        await client.say("ping", id=1)
+        assert await client.hear() == {"type": "pong", "id": 1}
+        assert (await client.ask("unsubscribe", id=2, session="s"))["problem"]["status"] == 404
+
+
 async def test_cursor_that_was_not_sent_yet_is_no_acknowledgement(stage: Stage, log: Log) -> None:
     await log.append(*story("g1"))
     whole = stage.events(generation="g1")

@@ -56,6 +56,7 @@ CLOSES: Final[dict[str, tuple[int, str]]] = {
     "evicted": (4408, "nothing was read for too long"),
 }
 _ENDS: Final = {"complete": "complete", "terminal": "complete", "gap": "gap", "failed": "failed"}
+_ABOUT_ONE: Final = (Ack, Credit, Unsubscribe)
 _EXPENSIVE: Final = (Subscribe, StartGeneration, Cancel, Unreadable)
 
 
@@ -163,11 +164,17 @@ class Connection:
                 metrics.SOCKET_THROTTLED.inc()
                 await asyncio.sleep(wait)
             try:
-                await self._take(said)
-            except Problem as problem:
-                await self._say(_error(problem, said.id, getattr(said, "session", None)))
+                await self._answer(said)
             except ConnectionError:
                 return "disconnected"
+
+    async def _answer(self, said: Any) -> None:
+        if isinstance(said, _ABOUT_ONE) and said.id is None and said.session not in self._subscriptions:
+            return  # it crossed the end of its subscription on the way
+        try:
+            await self._take(said)
+        except Problem as problem:
+            await self._say(_error(problem, said.id, getattr(said, "session", None)))
 
     async def _take(self, said: Any) -> None:
         match said:

@@ -142,7 +142,7 @@ class _Session:
                 if protocol == "grpc" and scenario.kind != "live":
                     failed[protocol] = "its clients do not return; use a live scenario"
                     continue
-                outcomes += self._run(scenario, Tailrace(), protocol)
+                outcomes += self._run(scenario, Tailrace(grpc=protocol == "grpc"), protocol)
         if self._peer and scenario.kind == "live":
             try:
                 outcomes += self._run(scenario, self._peer, "sse")

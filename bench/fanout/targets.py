@@ -74,12 +74,13 @@ class _Connections(msgspec.Struct):
 
 
 class Tailrace:
-    """A nats-server with file storage, and delivery with its defaults."""
+    """A nats-server with file storage, and delivery with its defaults; where ``grpc``, that too."""
 
     name: Final = "tailrace"
     part: Final = "delivery"
 
-    def __init__(self) -> None:
+    def __init__(self, grpc: bool = False) -> None:
+        self._grpc = grpc
         self._monitor = self._port = 0
 
     def start(self, processes: Processes, scenario: Scenario) -> Place:
@@ -95,7 +96,7 @@ class Tailrace:
             "TAILRACE_NATS_URL": f"nats://127.0.0.1:{nats}",
             "TAILRACE_LOG_LEVEL": "warning",
             "TAILRACE_DELIVERY_PORT": str(self._port),
-            "TAILRACE_DELIVERY_GRPC_PORT": str(calls),
+            "TAILRACE_DELIVERY_GRPC_PORT": str(calls if self._grpc else 0),
         }
         if scenario.feed_bytes:
             env["TAILRACE_DELIVERY_FEED_BYTES"] = str(scenario.feed_bytes)

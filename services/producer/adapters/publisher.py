@@ -3,7 +3,9 @@
 One `Publisher` serves a connection: a single inbox takes all acknowledgements. Each generation has a `LogWriter` with
 a window of unacknowledged events. A full window makes `LogWriter.publish` wait, so backpressure reaches the provider.
 When an acknowledgement is refused or does not come, everything from the first unacknowledged event on is sent again;
-readers drop the repeats by the acceptance rule.
+readers drop the repeats by the acceptance rule. A log that is merely slow must not be buried under repeats: what it
+acknowledges of an earlier run shows that the later one is still in its queue, and without any answer repeats get
+rarer.
 """
 
 import asyncio
@@ -23,6 +25,8 @@ __all__ = ["Lease", "LogWriter", "Publisher"]
 log = structlog.get_logger()
 WINDOW_EVENTS: Final = 512
 WINDOW_BYTES: Final = 4 * 1024 * 1024
+RARER: Final = 3
+"""How often the pause between two repeats doubles."""
 _WRONG_LAST_SEQUENCE: Final = (10071, 10164)
 """The second one comes in a cluster, while another append to the same subject is on its way."""
 
@@ -51,8 +55,8 @@ class Lease:
 class Publisher:
     """Routes acknowledgements to the writers of one connection and watches for those that do not come.
 
-    ``ack_timeout``: seconds without progress after which a writer goes back. ``give_up``: seconds without any progress
-    after which it raises `LogUnavailable`.
+    ``ack_timeout``: seconds without progress after which a writer goes back first. ``give_up``: seconds without any
+    progress after which it raises `LogUnavailable`.
     """
 
     def __init__(self, broker: Broker, *, ack_timeout: float = 2.0, give_up: float = 60.0) -> None:
@@ -76,7 +80,7 @@ class Publisher:
             await asyncio.sleep(self.ack_timeout / 4)
             now = loop.time()
             for writer in list(self._writers.values()):
-                if writer.unacknowledged and now - writer.progress_at > self.ack_timeout:
+                if writer.unacknowledged and now - writer.progress_at > writer.patience:
                     writer.go_back(now)
 
     def writer(self, subject: str, lease: Lease) -> "LogWriter":
@@ -131,6 +135,7 @@ class LogWriter:
         self._name = name
         self._reply = f"{publisher.inbox}.{name}.0."
         self._run = 0  # how often the writer has gone back
+        self._repeats = 0  # how often it has since anything was heard from the log
         self._subject = subject
         self._lease = lease
         self._window: deque[bytes] = deque()  # bounded by WINDOW_EVENTS and WINDOW_BYTES
@@ -146,6 +151,11 @@ class LogWriter:
     def unacknowledged(self) -> int:
         """How many events are under way."""
         return len(self._window)
+
+    @property
+    def patience(self) -> float:
+        """Seconds without progress after which the writer goes back."""
+        return self._publisher.ack_timeout * 2.0 ** min(self._repeats, RARER)
 
     async def publish(self, data: bytes) -> None:
         """Append one event: `enqueue` and `room` in one call."""
@@ -237,12 +247,16 @@ class LogWriter:
         """The log has stored event ``number`` as sent in ``run``.
 
         An acknowledgement from before the last going back does not count: it may speak of a copy that was stored behind
-        a missing event, which readers have dropped.
+        a missing event, which readers have dropped. But the log works on what was sent, so there is no need to send it
+        once more.
         """
-        if run != self._run or number < self._base or number >= self._base + len(self._window):
+        if run == self._run and not self._base <= number < self._base + len(self._window):
             return
         self.progress_at = self._loop.time()
         self._stuck_since = None
+        self._repeats = 0
+        if run != self._run:
+            return
         if number != self._base:
             self._acknowledged.add(number)
             return
@@ -257,6 +271,7 @@ class LogWriter:
     def refuse(self, reason: str) -> None:
         """The log has not stored an event; `Publisher.watch` goes back soon."""
         self._reason = reason
+        self._repeats = 0
         LOG_REFUSALS.inc()
 
     def go_back(self, now: float) -> None:
@@ -272,6 +287,7 @@ class LogWriter:
         PUBLISH_REPEATS.inc(len(self._window))
         self._acknowledged.clear()
         self._run += 1
+        self._repeats += 1
         self._reply = f"{self._publisher.inbox}.{self._name}.{self._run}."
         for offset, data in enumerate(list(self._window)):
             self._send(self._base + offset, data)

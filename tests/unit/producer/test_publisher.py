@@ -226,3 +226,33 @@ async def test_acknowledgements_for_a_closed_writer_are_ignored() -> None:
     log.answer("_INBOX.x.1.0.0", b'{"seq":1}')
     await asyncio.sleep(0.01)
     assert writer.unacknowledged == 0
+
+
+async def test_repeats_get_rarer_while_the_log_says_nothing_and_frequent_again_when_it_speaks() -> None:
+    log = ForgetfulLog()
+    log.behave = lambda: "lose"
+    writer = leased(await started(log, ack_timeout=1.0))
+    await writer.publish(b"0")
+    patience = [writer.patience]
+    for _ in range(5):
+        writer.go_back(asyncio.get_running_loop().time())
+        patience.append(writer.patience)
+    assert patience == [1.0, 2.0, 4.0, 8.0, 8.0, 8.0]
+    writer.refuse("no leader")
+    assert writer.patience == 1.0
+    writer.go_back(asyncio.get_running_loop().time())
+    writer.acknowledge(6, 0)
+    assert writer.patience == 1.0
+
+
+async def test_a_log_that_still_works_on_an_earlier_run_is_not_sent_another_one() -> None:
+    log = ForgetfulLog()
+    log.behave = lambda: "store silently"
+    writer = leased(await started(log, ack_timeout=1.0))
+    for number in range(3):
+        await writer.publish(str(number).encode())
+    writer.go_back(asyncio.get_running_loop().time())
+    before = writer.progress_at = 0.0
+    writer.acknowledge(0, 2)
+    assert writer.progress_at > before
+    assert writer.unacknowledged == 3

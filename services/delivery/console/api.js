@@ -1,4 +1,5 @@
 // Requests to delivery and billing. Every failure is a Problem (RFC 9457), also when nobody answered.
+import { credentials } from "./key.js";
 
 const NAME = /^[A-Za-z0-9_-]{1,64}$/;
 const ALPHABET = "abcdefghjkmnpqrstuvwxyz23456789";
@@ -34,7 +35,7 @@ export class Problem extends Error {
 async function request(url, options) {
   let response;
   try {
-    response = await fetch(url, options);
+    response = await fetch(url, { ...options, headers: { ...options?.headers, ...credentials() } });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new Problem({ title: "No answer.", detail: "The service cannot be reached at the moment." });
@@ -66,6 +67,14 @@ export const ask = (session, body, idempotencyKey) =>
     headers: { "Content-Type": "application/json", "Idempotency-Key": idempotencyKey },
     body: JSON.stringify(body),
   });
+
+/** Return a ticket that opens a session's events for a minute. */
+export const readTicket = (session) =>
+  request("/v1/tickets", {
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify({ sessions: [session] }),
+  }).then(({ ticket }) => ticket);
 
 export const cancel = (session, generation) =>
   request(`/v1/sessions/${part(session)}/generations/${part(generation)}/cancel`, { method: "POST" });

@@ -2,6 +2,7 @@
 import * as api from "./api.js";
 import { Composer } from "./composer.js";
 import { byId } from "./dom.js";
+import { askForKey, hasKey } from "./key.js";
 import { accept, announceGap, conversation, emptyLog, expect, isEnded, merge } from "./log.js";
 import { SessionList, sessionUrl } from "./sessions.js";
 import { SessionStream } from "./stream.js";
@@ -58,7 +59,7 @@ async function enter(session) {
     stream.open();
   } catch (problem) {
     if (shown.log !== log || problem.status === 404) return; // not there yet: the first question makes it
-    view.showProblem(problem, { label: "Try again", act: () => enter(session) });
+    complain(problem, { label: "Try again", act: () => enter(session) });
   }
 }
 
@@ -90,7 +91,7 @@ async function ask({ text, model, withHistory, key }) {
     refresh();
     return true;
   } catch (problem) {
-    view.showProblem(problem);
+    complain(problem);
     return false;
   }
 }
@@ -152,7 +153,19 @@ function refused(problem) {
   const { session } = shown;
   const again = problem.status === 410 || problem.status === 400;
   const action = again ? { label: "Read from the start", act: () => enter(session) } : null;
-  view.showProblem(problem, action);
+  complain(problem, action);
+}
+
+/** Show a problem; one of credentials can be mended with another key. */
+function complain(problem, action = null) {
+  view.showProblem(problem, problem.status === 401 ? { label: "Enter a key", act: changeKey } : action);
+}
+
+async function changeKey() {
+  await askForKey();
+  view.hideProblem();
+  refresh();
+  await enter(shown.session);
 }
 
 function replayRead() {
@@ -190,6 +203,7 @@ function listen() {
     shown.stream.open();
     view.announce("Resumed");
   });
+  byId("change-key").addEventListener("click", changeKey);
   byId("menu").addEventListener("click", () => setMenu(!document.body.classList.contains("menu-open")));
   byId("main").addEventListener("click", () => setMenu(false));
   byId("new-session").addEventListener("click", (click) => {
@@ -224,6 +238,8 @@ async function start() {
     return {};
   });
   shown.billing = config.billing ?? null;
+  byId("change-key").hidden = !config.credentials;
+  if (config.credentials && !hasKey()) await askForKey();
   composer.offer(config.models ?? []);
   byId("question").focus();
   refresh();

@@ -1,5 +1,7 @@
 // One connection to a session's events: opened, dropped and resumed by its cursor.
-import { Problem } from "./api.js";
+import { Problem, readTicket } from "./api.js";
+import { credentials, hasKey } from "./key.js";
+import { TicketSource } from "./source.js";
 
 const CLOSED = 2; // EventSource.CLOSED, also where no EventSource is defined
 const FIRST_DELAY = 500;
@@ -15,7 +17,7 @@ export function delayBefore(attempt, random) {
 export async function probe(url) {
   const abort = new AbortController();
   try {
-    const response = await fetch(url, { headers: { Accept: "text/event-stream" }, signal: abort.signal });
+    const response = await fetch(url, { headers: { Accept: "text/event-stream", ...credentials() }, signal: abort.signal });
     if (response.status === 204) return "ended";
     const passing = response.ok || response.status >= 500 || [408, 425, 429].includes(response.status);
     return passing ? "retry" : await Problem.of(response);
@@ -26,8 +28,11 @@ export async function probe(url) {
   }
 }
 
+/** Return the name of the session whose events are at an address. */
+const sessionAt = (url) => decodeURIComponent(url.split("/")[3]);
+
 const BROWSER = {
-  connect: (url) => new EventSource(url),
+  connect: (url) => (hasKey() ? new TicketSource(url, () => readTicket(sessionAt(url))) : new EventSource(url)),
   probe,
   after: (delay, act) => setTimeout(act, delay),
   forget: (timer) => clearTimeout(timer),

@@ -1,0 +1,55 @@
+"""The console where credentials are asked for, in a real browser: a key, tickets for its streams, and their end."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from selenium.webdriver.common.keys import Keys
+
+from services.kit.broker import Broker
+from tests.delivery_stage import Stage
+from tests.integration.credentials import guarded, make_key
+from tests.pipeline import producing
+
+if TYPE_CHECKING:
+    from tests.browser import Browser
+
+pytest_plugins = ("tests.browser",)
+pytestmark = pytest.mark.browser
+
+
+@pytest.fixture
+async def stage(broker: Broker, nats_url: str, tmp_path: Path) -> AsyncIterator[Stage]:
+    async with guarded(nats_url, tmp_path, console=True) as running, producing(broker):
+        yield running
+
+
+async def test_the_page_asks_for_a_key_and_streams_with_tickets(stage: Stage, browser: "Browser") -> None:
+    good = await make_key(stage, "start", "read", "cancel")
+
+    def visit() -> str:
+        browser.open(stage.url)
+        browser.until(lambda: browser.visible("#key-dialog"))
+        browser.one("#key").send_keys("tr_abcdef_" + "x" * 43, Keys.ENTER)
+        browser.until(lambda: not browser.visible("#key-dialog"))
+        browser.one("#question").send_keys("Tell me a story.", Keys.CONTROL, Keys.ENTER)
+        browser.until_text("#problem", "not valid")
+        browser.click("#problem-action")
+        browser.until(lambda: browser.visible("#key-dialog"))
+        browser.one("#key").send_keys(good["key"], Keys.ENTER)
+        browser.until(lambda: not browser.visible("#key-dialog"))
+        browser.complaints()  # the refusals above
+        browser.one("#question").send_keys(Keys.CONTROL, Keys.ENTER)
+        browser.until_text(".generation:last-child .badge", "Completed")
+        browser.keep("key")
+        return str(browser.driver.execute_script("return performance.getEntries().map((e) => e.name).join(' ')"))
+
+    addresses = await asyncio.to_thread(visit)
+    assert "/v1/tickets" in addresses
+    assert good["key"] not in addresses
+    assert good["key"].rpartition("_")[2] not in await asyncio.to_thread(lambda: browser.driver.page_source)
+    assert await asyncio.to_thread(browser.complaints) == []
+    stored = await asyncio.to_thread(lambda: browser.driver.execute_script("return Object.keys(localStorage).join()"))
+    assert "key" not in stored

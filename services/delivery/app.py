@@ -19,6 +19,7 @@ from services.delivery.admission import Admission, Fallback
 from services.delivery.api import router
 from services.delivery.completion import Completion
 from services.delivery.consumers.api import consumers_router
+from services.delivery.consumers.describe import describe_consumer_events
 from services.delivery.consumers.registry import Consumers
 from services.delivery.consumers.registry import Limits as ConsumerLimits
 from services.delivery.dead_api import dead_router
@@ -262,6 +263,7 @@ def build_app(hub: Hub, shared: Shared, settings: Settings, authenticator: Authe
         signature_types=[GenerationRecord],
     )
     describe_streams(litestar.openapi_schema)
+    describe_consumer_events(litestar.openapi_schema)
 
     reading, refusing = reading_bodies(litestar, settings.max_body), reading_bodies(litestar, 0)
 

@@ -72,13 +72,18 @@ EVENTS = st.one_of(
 )
 
 
-def protoc(folder: Path, *options: str) -> None:
-    subprocess.run(
-        [sys.executable, "-m", "grpc_tools.protoc", "-I", str(RPC), *options, "tailrace/v1/tailrace.proto"],
-        check=True,
-        cwd=folder,
-        timeout=60,
-    )
+PROTOC = ["-m", "grpc_tools.protoc", "-I", "schemas/rpc"]
+PROTO = "tailrace/v1/tailrace.proto"
+DOCUMENTED = [*PROTOC, "--python_out=schemas/rpc", "--pyi_out=schemas/rpc", "tailrace/v1/tailrace.proto"]
+
+
+def protoc(folder: Path, arguments: list[str]) -> Path:
+    """Run protoc on a copy of the protocol, and return where it lies."""
+    copy = folder / "schemas/rpc" / PROTO
+    copy.parent.mkdir(parents=True)
+    copy.write_text((RPC / PROTO).read_text())
+    subprocess.run([sys.executable, *arguments], check=True, cwd=folder, timeout=60)
+    return copy.parent
 
 
 def without_version(text: str) -> str:
@@ -88,15 +93,14 @@ def without_version(text: str) -> str:
 
 
 def test_committed_code_is_what_protoc_makes_of_the_protocol(tmp_path: Path) -> None:
-    protoc(tmp_path, "--python_out=.", "--pyi_out=.")
+    folder = protoc(tmp_path, DOCUMENTED)
     for name in ("tailrace_pb2.py", "tailrace_pb2.pyi"):
-        made, committed = (tmp_path / "tailrace/v1" / name).read_text(), (RPC / "tailrace/v1" / name).read_text()
+        made, committed = (folder / name).read_text(), (RPC / "tailrace/v1" / name).read_text()
         assert without_version(made) == without_version(committed), f"{name} is old: see CONTRIBUTING.md"
 
 
 def test_a_client_generated_from_the_protocol_has_all_methods(tmp_path: Path) -> None:
-    protoc(tmp_path, "--grpc_python_out=.")
-    path = tmp_path / "tailrace/v1/tailrace_pb2_grpc.py"
+    path = protoc(tmp_path, [*PROTOC, "--grpc_python_out=schemas/rpc", PROTO]) / "tailrace_pb2_grpc.py"
     source = path.read_text().replace("from tailrace.v1 import", "from schemas.rpc.tailrace.v1 import")
     path.write_text(source)
     spec = importlib.util.spec_from_file_location("tailrace_pb2_grpc", path)

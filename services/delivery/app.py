@@ -245,7 +245,7 @@ def build_app(hub: Hub, shared: Shared, settings: Settings, authenticator: Authe
         probes({"broker": hub.is_ready}),
     ]
     if settings.console:
-        handlers += _console(settings)
+        handlers += _console(settings, asks=authenticator.everybody is None)
     litestar = Litestar(
         route_handlers=handlers,
         exception_handlers=EXCEPTION_HANDLERS,
@@ -280,7 +280,8 @@ def build_app(hub: Hub, shared: Shared, settings: Settings, authenticator: Authe
     return outermost
 
 
-def _console(settings: Settings) -> list[Any]:
+def _console(settings: Settings, *, asks: bool) -> list[Any]:
+    """Return the page and its parts; ``asks``: whether it has to ask for a key."""
     connect = "'self'" + (f" {settings.billing_url}" if settings.billing_url else "")
     headers = {
         "Content-Security-Policy": _CONSOLE_POLICY.format(connect=connect),
@@ -295,7 +296,7 @@ def _console(settings: Settings) -> list[Any]:
 
     @get("/console/config.json", include_in_schema=False, sync_to_thread=False)
     def config() -> dict[str, Any]:
-        return {"billing": settings.billing_url, "models": settings.console_models}
+        return {"billing": settings.billing_url, "models": settings.console_models, "credentials": asks}
 
     files = create_static_files_router(
         "/console", [_CONSOLE], include_in_schema=False, cache_control=CacheControlHeader(no_cache=True)

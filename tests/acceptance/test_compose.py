@@ -24,14 +24,16 @@ REQUEST = {"model": "scripted/story", "messages": [{"role": "user", "content": "
 class Deployment:
     """What ``docker compose up`` started; the edge on free ports, the replicas by their containers' addresses."""
 
-    def __init__(self) -> None:
+    def __init__(self, project: str = "tailrace-test", **variables: str) -> None:
+        self.project = project
         self.http = f"http://127.0.0.1:{free_port()}"
         self.http2 = f"http://127.0.0.1:{free_port()}"
         self._env = os.environ | {
-            "COMPOSE_PROJECT_NAME": "tailrace-test",
+            "COMPOSE_PROJECT_NAME": project,
             "EDGE_HTTP_PORT": self.http.rpartition(":")[2],
             "EDGE_HTTP2_PORT": self.http2.rpartition(":")[2],
             "EDGE_HTTPS_PORT": str(free_port()),
+            **variables,
         }
 
     def compose(self, *args: str, seconds: float = 120) -> str:
@@ -60,7 +62,7 @@ class Deployment:
         """Addresses of the delivery containers in the edge's network."""
         inspected = json.loads(self.docker("inspect", *self.containers("delivery")))
         networks = [container["NetworkSettings"]["Networks"] for container in inspected]
-        return [f"http://{n['tailrace-test_front']['IPAddress']}:8080" for n in networks]
+        return [f"http://{n[f'{self.project}_front']['IPAddress']}:8080" for n in networks]
 
     def ask(self, session: str) -> str:
         answer = httpx.post(f"{self.http}/v1/sessions/{session}/generations", json=REQUEST, timeout=30)
@@ -68,7 +70,8 @@ class Deployment:
         return str(answer.json()["generation"])
 
 
-def _docker_answers() -> bool:
+def docker_answers() -> bool:
+    """Whether an engine with compose is there."""
     if shutil.which("docker") is None:
         return False
     checks = (["docker", "version"], ["docker", "compose", "version"])
@@ -77,7 +80,7 @@ def _docker_answers() -> bool:
 
 @pytest.fixture(scope="module")
 def deployment() -> Iterator[Deployment]:
-    require(_docker_answers(), "no Docker engine with compose answers")
+    require(docker_answers(), "no Docker engine with compose answers")
     started = Deployment()
     try:
         started.compose("up", "--build", "--wait", "--wait-timeout", "180", "-d", seconds=900)

@@ -1,8 +1,8 @@
 """Answers ride through a broker whose disk is slow: its block device is throttled for that process by the kernel.
 
 The server stores with ``sync_interval: always``, so that every append waits for the device: less than a millisecond
-without the throttle, and a hundred or more with it. It acknowledges what it found in its queue together, so that the first
-acknowledgement of a backlog comes when all of it is stored.
+without the throttle, and a hundred or more with it. It acknowledges what it found in its queue together, so that the
+first acknowledgement of a backlog comes when all of it is stored.
 """
 
 import asyncio

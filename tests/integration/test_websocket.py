@@ -250,6 +250,27 @@ async def test_automatic_window_serves_a_session_that_is_read_from_the_log(
     assert keys(client.events["s"]) == keys(events)
 
 
+@pytest.mark.parametrize("wish", [{"granularity": "sentence"}, {"granularity": "line"}, {"coalesce": 100}])
+async def test_pieces_of_text_are_acknowledged_where_they_end(
+    stage: Stage, log: Log, wish: dict[str, str | int]
+) -> None:
+    words = "One sentence. And the next one! A third\nand a line. " * 20
+    pieces = [words[at : at + 7] for at in range(0, len(words), 7)]
+    started, *_, usage, completed = story("g1", len(pieces))
+    deltas = [Delta(generation="g1", seq=seq, text=piece, tokens=seq) for seq, piece in enumerate(pieces, 1)]
+    await log.append(started, *deltas, usage, completed)
+    async with socket(stage.url) as client:
+        await client.ask("subscribe", id=1, session="s", generation="g1", credit={"events": 1}, **wish)
+        while (message := await client.hear())["type"] == "events":
+            assert len(message["events"]) == 1
+            await client.say("ack", session="s", cursor=message["events"][-1]["cursor"])
+        assert message["type"] == "end"
+    events = client.events["s"]
+    assert "".join(event.get("text", "") for event in events) == words
+    assert len(events) < len(pieces)
+    assert client.cursors["s"] == sorted(set(client.cursors["s"]))
+
+
 async def test_credit_without_a_credit_window_is_refused(stage: Stage, log: Log) -> None:
     await log.append(*story("g1"))
     async with socket(stage.url) as client:

@@ -196,6 +196,18 @@ async def test_with_as_many_dead_events_as_may_be_the_next_one_stays_in_flight(n
         assert metric("tailrace_delivery_consumer_dead_refused_total") >= 1
 
 
+async def test_a_dead_event_too_large_to_be_kept_leaves_its_name(stage: Stage, log: Log) -> None:
+    service = await Service(stage).created(ack_wait=0.2, max_deliver=1)
+    room = 1_048_576 - len('{"type":"started","generation":"g1","seq":0,"model":""}')
+    await log.append_bytes("g1", b'{"type":"started","generation":"g1","seq":0,"model":"%b"}' % (b"x" * room))
+    assert len(await service.batch()) == 1
+    assert await service.batch(wait=1) == []
+    (dead,) = await service.dead()
+    assert (dead["generation"], dead["seq"], dead["event"]) == ("g1", 0, None)
+    assert (await stage.http.post(f"{service.path}/dead/{dead['id']}/resend")).status_code == 404
+    assert (await service.view())["in_flight"] == 0
+
+
 async def test_a_paused_consumer_gives_nothing_until_it_is_resumed(stage: Stage, log: Log) -> None:
     service = await Service(stage).created()
     paused = (await stage.http.post(f"{service.path}/pause")).json()

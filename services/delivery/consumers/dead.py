@@ -15,11 +15,16 @@ from services.kit.broker import Broker, BrokerUnavailable, Stored
 
 __all__ = ["DeadEvent", "DeadEvents"]
 
+ROOM: Final = 4_096
+"""More than a dead event adds to the event itself."""
 _AWAY: Final = (nats.errors.Error, OSError, TimeoutError)
 
 
 class DeadEvent(msgspec.Struct, frozen=True, kw_only=True):
-    """One event that was not acknowledged. ``id``: its cursor. ``died_at``: in seconds since 1970."""
+    """One event that was not acknowledged. ``id``: its cursor. ``died_at``: in seconds since 1970.
+
+    ``event``: as it is stored in the log; null where it is too large to be kept here.
+    """
 
     id: str
     session: str
@@ -72,6 +77,8 @@ class DeadEvents:
         """
         if await self.count(tenant, name) >= self.limit:
             raise TooBusy(f"{self.limit} dead events are kept for consumer {name!r} already")
+        if len(dead.event) > self._broker.client.max_payload - ROOM:
+            dead = msgspec.structs.replace(dead, event=msgspec.Raw(b"null"))
         await self._store("dead", tenant, name, dead)
         metrics.CONSUMER_DEAD.inc()
 
@@ -105,10 +112,13 @@ class DeadEvents:
         """Give a dead event to the consumer again. It is removed here when it has been put there.
 
         Raises:
-            Unknown: there is none.
+            Unknown: there is none, or it was too large to be kept.
             TooBusy: too much waits already.
         """
-        await self._store("again", tenant, name, await self.get(tenant, name, event))
+        dead = await self.get(tenant, name, event)
+        if bytes(dead.event) == b"null":
+            raise Unknown(f"event {event} was too large to be kept: read its session before this cursor")
+        await self._store("again", tenant, name, dead)
         await self.drop(tenant, name, event)
 
     async def drop(self, tenant: str, name: str, event: str) -> None:

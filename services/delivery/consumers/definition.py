@@ -6,7 +6,8 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 
 from schemas.cursor import Cursor, CursorIssuer
-from schemas.subjects import consumer_filter
+from schemas.names import check_name
+from schemas.subjects import consumer_filter, log_filter
 from schemas.topology import CONSUMERS, service_durable, token_stream
 from services.kit.consumers import DurableInfo
 
@@ -88,10 +89,16 @@ def stream_of(partition: int) -> str:
 
 
 def event_filter(tenant: str, name: str, partition: int, session: str | None) -> str:
-    """Return the filter of the events that a consumer reads of a partition."""
+    """Return the filter of the events that a consumer reads of a partition.
+
+    Raises:
+        InvalidName: a name cannot stand in a subject.
+    """
     if partition == AGAIN:
         return consumer_filter("again", tenant, name)
-    return f"tokens.{partition}.{tenant}.{session or '*'}.*"
+    if session is not None:
+        return log_filter(partition, tenant, session)
+    return f"tokens.{partition}.{check_name('tenant', tenant)}.*.*"
 
 
 def durable_config(

@@ -177,8 +177,11 @@ class Consumers:
         found = await self.get(tenant, name)
 
         async def reload() -> Opened | None:
-            again = await self._find(tenant, name)
-            return None if again is None else await self._opened(tenant, name, again)
+            try:
+                again = await self.recent(tenant, name)
+            except Unknown:
+                return None
+            return await self._opened(tenant, name, again)
 
         hub = self.hub
         opened = await self._opened(tenant, name, found)

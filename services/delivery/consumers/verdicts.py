@@ -11,7 +11,7 @@ from schemas.codec import Header
 
 __all__ = ["REMEMBERED", "Track"]
 
-REMEMBERED: Final = 1_000
+REMEMBERED: Final = 200
 """Bound of dropped messages remembered for one generation; there are hardly ever any."""
 
 

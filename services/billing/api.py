@@ -34,10 +34,13 @@ from services.billing.core.question import (
 )
 from services.billing.errors import LedgerUnavailable
 from services.billing.ledger_api import ENTRY_COLUMNS, entry_rows, ledger, reconciliations
+from services.billing.live import Live, live_usage
 from services.billing.money_api import put_prices, put_usage, show_prices
+from services.billing.statements import statement
 from services.billing.terms import CurrentTerms
 from services.billing.views import GenerationTrail, SessionUsage, UsageReport, UsageRow, trail, view
 from services.kit.auth.rules import SECURITY, caller, cors, needs
+from services.kit.clock import SystemClock
 from services.kit.http import Check, probes
 from services.kit.problem import EXCEPTION_HANDLERS, Problem
 
@@ -249,13 +252,15 @@ def build_api(
     prices = Prices(reports.engine)
     money = {"prices": prices, "imports": Imports(reports.engine), "terms": terms or CurrentTerms(prices)}
     money |= {"budgets": Budgets(reports.engine), "admission": admission, "entries": Entries(reports.engine)}
+    money["live"] = Live(reports, SystemClock())
     return Litestar(
         logging_config=None,  # logs are set up once, by the service
         route_handlers=[
-            Router("/v1/usage", route_handlers=[generation_usage, session_usage, usage]),
+            Router("/v1/usage", route_handlers=[generation_usage, session_usage, live_usage, usage]),
             Router("/v1/budgets", route_handlers=[list_budgets, show_budget, put_budget, delete_budget]),
             ledger,
             reconciliations,
+            statement,
             show_prices,
             put_prices,
             put_usage,

@@ -1,0 +1,150 @@
+"""Running totals as they grow: one question a tenant and moment, however many listen."""
+
+import asyncio
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Any, Final
+
+import msgspec
+import structlog
+from litestar import Request, get
+from litestar.datastructures import State
+from litestar.response import ServerSentEvent, ServerSentEventMessage
+
+from services.billing.adapters.reports import Reports, Totals
+from services.billing.answers import PROBLEMS, only
+from services.billing.core.question import Filters
+from services.billing.core.spending import DAY, OPEN
+from services.billing.errors import LedgerUnavailable
+from services.kit.auth.rules import caller, needs
+from services.kit.clock import Clock
+from services.kit.problem import Problem
+
+__all__ = ["Live", "LiveTotals", "live_usage"]
+
+log = structlog.get_logger()
+PERIOD: Final = 0.4
+"""Seconds between two looks at the database; the counts there are at most half a second old."""
+LISTENERS: Final = 1_000
+HEARTBEAT: Final = 15.0
+
+
+class LiveTotals(msgspec.Struct, kw_only=True):
+    """Totals of generations that started today (UTC), and of those among them that have not settled.
+
+    ``at`` in seconds since 1970.
+    """
+
+    at: float
+    day: str
+    totals: Totals
+    running: Totals
+
+
+class Live:
+    """Looks for every tenant that somebody listens to; at most `LISTENERS` at once."""
+
+    def __init__(self, reports: Reports, clock: Clock) -> None:
+        self._reports = reports
+        self._clock = clock
+        self._listeners = 0
+        self._newest: dict[str, tuple[float, asyncio.Task[LiveTotals]]] = {}  # by tenants that somebody listens to
+        self._counts: dict[str, int] = {}
+
+    def enter(self, tenant: str) -> None:
+        """Begin to listen.
+
+        Raises:
+            Problem: 503, too many listen.
+        """
+        if self._listeners >= LISTENERS:
+            raise Problem(503, f"{LISTENERS} listen already", headers={"Retry-After": "5"})
+        self._listeners += 1
+        self._counts[tenant] = self._counts.get(tenant, 0) + 1
+
+    def leave(self, tenant: str) -> None:
+        """Listen no longer."""
+        self._listeners -= 1
+        self._counts[tenant] -= 1
+        if not self._counts[tenant]:
+            del self._counts[tenant]
+            self._newest.pop(tenant, None)
+
+    async def totals(self, tenant: str) -> LiveTotals:
+        """Return the totals of a moment ago, asked for once for all who want them.
+
+        Raises:
+            LedgerUnavailable: the database did not answer.
+        """
+        now = self._clock.monotonic()
+        known = self._newest.get(tenant)
+        if known is None or now - known[0] >= PERIOD:
+            known = self._newest[tenant] = (now, asyncio.create_task(self._ask(tenant)))
+        return await asyncio.shield(known[1])
+
+    async def _ask(self, tenant: str) -> LiveTotals:
+        wall = self._clock.wall()
+        start = int(wall * 1_000) // DAY * DAY
+        by_status = await self._reports.groups(Filters(tenant=tenant, start=start), ("status",), None, 100)
+        whole, running = Totals(), Totals()
+        for (status,), totals in by_status:
+            _add(whole, totals)
+            if status in OPEN:
+                _add(running, totals)
+        day = datetime.fromtimestamp(start / 1_000, UTC).strftime("%Y-%m-%d")
+        return LiveTotals(at=round(wall, 3), day=day, totals=whole, running=running)
+
+
+def _add(to: Totals, totals: Totals) -> None:
+    for name in Totals.__struct_fields__:
+        if name != "amounts":
+            setattr(to, name, getattr(to, name) + getattr(totals, name))
+    amounts = dict(to.amounts)
+    for currency, amount in totals.amounts.items():
+        amounts[currency] = f"{Decimal(amounts.get(currency, '0')) + Decimal(amount):f}"
+    to.amounts = amounts
+
+
+@get(
+    "/live",
+    summary="Today's usage as it grows",
+    operation_id="live_usage",
+    tags=["usage"],
+    responses=PROBLEMS,
+    **needs("usage"),
+)
+async def live_usage(request: Request[Any, Any, Any], state: State) -> ServerSentEvent:
+    """Server-sent events: running totals (`LiveTotals`) whenever they have changed, within a second of the token."""
+    only(request, ("ticket",))
+    principal = caller(request)
+    if not principal.reaches_all:
+        raise Problem(403, "the credentials reach only some sessions, and this is about all of them")
+    live: Live = state.live
+    live.enter(principal.tenant)
+    return ServerSentEvent(_events(live, principal.tenant, principal.expires_at))
+
+
+async def _events(live: Live, tenant: str, expires_at: float | None) -> Any:
+    loop = asyncio.get_running_loop()
+    said: tuple[Totals, Totals] | None = None
+    said_at = loop.time()
+    try:
+        while True:
+            try:
+                found = await live.totals(tenant)
+            except LedgerUnavailable as error:
+                log.warning("live totals not told", error=str(error))
+                yield ServerSentEventMessage(event="bye", data='{"reason":"unavailable"}', retry=2_000)
+                return
+            if expires_at is not None and found.at >= expires_at:
+                yield ServerSentEventMessage(event="bye", data='{"reason":"expired"}')
+                return
+            if (found.totals, found.running) != said:
+                said, said_at = (found.totals, found.running), loop.time()
+                yield ServerSentEventMessage(data=msgspec.json.encode(found).decode())
+            elif loop.time() - said_at > HEARTBEAT:
+                said_at = loop.time()
+                yield ServerSentEventMessage(comment="hb")
+            await asyncio.sleep(PERIOD)
+    finally:
+        live.leave(tenant)

@@ -10,7 +10,7 @@ from schemas.codec import decode_header
 from services.delivery.core.entries import Entry
 from services.delivery.core.formats import Address
 from services.delivery.core.granularity import TOKEN, Merger, Place
-from services.delivery.core.parts import Gap, Parts, part_of
+from services.delivery.core.parts import Bye, Gap, Parts, part_of
 from services.delivery.streams import Stream, Streams
 from services.delivery.subscriber import Subscriber
 from services.delivery.transports.answering import send_problem, send_whole, watching
@@ -75,7 +75,7 @@ class _Poll:
         for frame in message:
             if isinstance(frame, Gap):
                 self.gaps.append(frame)
-            else:
+            elif not isinstance(frame, Bye):
                 self.frames.append(frame)
                 self._size += len(frame)
         if len(self.frames) >= self._limit or self._size >= BATCH_BYTES:

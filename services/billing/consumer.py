@@ -53,6 +53,7 @@ class Consumer:
         self.applied = -1
         self.incarnation = ""
         self._delivered = 0
+        self._lost = 0
         self._running: OrderedDict[Key, Generation] = OrderedDict()
         self._renewed = 0.0
         self._swept = 0.0
@@ -121,6 +122,7 @@ class Consumer:
             applied = 0
         self.incarnation, self.applied, self._delivered = state.incarnation, applied, state.delivered_seq
         self._renewed = self.clock.monotonic()
+        self._lost = await self.ledger.lost(self.partition, state.incarnation)
         return True
 
     async def _release(self) -> None:
@@ -175,11 +177,24 @@ class Consumer:
         first = self.applied + 1
         count = 0
         async for records in self.tail.between(first, last):
+            if not count:
+                await self._miss(first, records[0].seq - 1)
             count += len(records)
             await self._apply(records, records[-1].seq)
+        if not count:
+            await self._miss(first, last)
         if self.applied < last:
             await self._apply([], last)
         log.info("caught up from the log", partition=self.partition, first=first, last=last, kept=count)
+
+    async def _miss(self, first: int, last: int) -> None:
+        """Say what the log no longer keeps, if that is anything."""
+        if first > last:
+            return
+        log.warning("events had expired unread", partition=self.partition, first=first, last=last)
+        metrics.GAP.labels(str(self.partition)).inc(last - first + 1)
+        await self.ledger.note_gap(self.partition, self.incarnation, (first, last), self._now())
+        self._lost = max(self._lost, last)
 
     async def _apply(self, records: Sequence[Record], up_to: int) -> None:
         started = self.clock.monotonic()
@@ -204,7 +219,7 @@ class Consumer:
         """Fold, settle and write; by new prices again when they have changed meanwhile."""
         terms = self.terms.now
         while True:
-            batch = fold_batch(groups, known, now, terms)
+            batch = fold_batch(groups, known, now, terms, self._lost)
             ended = any(g.ended for g in batch.whole)
             money = _money(terms, batch, known) if ended else None
             try:
@@ -249,7 +264,8 @@ class Consumer:
         if self.clock.monotonic() - self._swept < SWEEP_SECONDS:
             return
         self._swept = self.clock.monotonic()
-        await self.sweep.run(self.applied, self._now())
+        for key in await self.sweep.run(self.applied, self._now(), self._lost):
+            self._running.pop(key, None)
         metrics.RUNNING.set(await self.ledger.running())
 
     def _now(self) -> int:

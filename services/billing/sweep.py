@@ -33,21 +33,28 @@ class Sweep:
         self.terms = terms
         self.worklist = Worklist(ledger.engine)
 
-    async def run(self, applied: int, now: int) -> None:
+    async def run(self, applied: int, now: int, lost: int = 0) -> list[Key]:
         """Settle what waits at ``now`` (milliseconds since 1970); ``applied`` is the partition's position.
+
+        ``lost``: the last stream sequence that had expired unread; what was running before it may have ended there.
+        Returns the generations that were written.
 
         Raises:
             Fenced: another process has the partition.
             LedgerUnavailable: the database did not answer.
         """
+        written: list[Key] = []
         for _round in range(ROUNDS):
             try:
-                if not await self._round(applied, now):
-                    return
+                more = await self._round(applied, now, lost, written)
             except StalePrices:
                 await self.terms.refresh()
+            else:
+                if not more:
+                    break
+        return written
 
-    async def _round(self, applied: int, now: int) -> bool:
+    async def _round(self, applied: int, now: int, lost: int, written: list[Key]) -> bool:
         due = await self.worklist.due(self.partition, now)
         resettling = await self.worklist.resettling(self.partition)
         exports = await self.worklist.exports(self.partition)
@@ -59,7 +66,7 @@ class Sweep:
         changed: list[Generation] = []
         entries: list[Entry] = []
         for g in waiting.values():
-            settled, more = settle(g, now, terms)
+            settled, more = settle(_closed(g, now, lost), now, terms)
             entries += more
             if settled != before[g.key]:
                 changed.append(settled)
@@ -72,6 +79,7 @@ class Sweep:
             released=released(before, changed),
         )
         await self.ledger.commit(self.partition, (applied, applied), now, changed, (), money)
+        written += [g.key for g in changed]
         tell(changed, before, entries)
         return max(len(due), len(resettling), len(exports)) >= AT_ONCE
 
@@ -84,6 +92,13 @@ def _told(before: Mapping[Key, Generation], exports: Iterable[Export]) -> dict[K
         take_usage(g, export.usage, EXPORT)
         found[g.key] = g
     return found
+
+
+def _closed(g: Generation, now: int, lost: int) -> Generation:
+    """Return a generation that has not been heard of since the log lost events as one that was interrupted."""
+    if g.ended or g.settle_at is None or g.settle_at > now or g.log_seq > lost:
+        return g
+    return msgspec.structs.replace(g, state="interrupted", code="log_expired", ended_at=g.started_at)
 
 
 def tell(generations: Iterable[Generation], before: Mapping[Key, Generation], entries: Iterable[Entry] = ()) -> None:

@@ -6,6 +6,7 @@ two processes at once safe, whatever their clocks say. The time of the hold only
 """
 
 from collections.abc import Collection, Sequence
+from typing import Final
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
@@ -14,14 +15,18 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from services.billing.adapters.bulk import BulkWriter
 from services.billing.adapters.database import reading, writing
 from services.billing.adapters.sums import Sums
+from services.billing.adapters.tables import GAPS, STATE
 from services.billing.adapters.tables import GENERATIONS as G
 from services.billing.adapters.tables import PARTITIONS as P
-from services.billing.adapters.tables import STATE
 from services.billing.adapters.worklist import Money, finish
 from services.billing.core.generation import Generation, Key
 from services.billing.errors import Fenced, StalePrices
 
 __all__ = ["Ledger"]
+
+
+UNHEARD: Final = 2 * 3_600_000
+"""Milliseconds without an event after which a generation is taken to have ended in a gap: twice the longest answer."""
 
 
 class Ledger:
@@ -34,6 +39,7 @@ class Ledger:
         insert = postgresql.insert if engine.dialect.name == "postgresql" else sqlite.insert
         self._bulk = BulkWriter(engine.dialect.name)
         self._sums = Sums(engine.dialect.name)
+        self._insert_gap = insert(GAPS).on_conflict_do_nothing()
         self._insert_partition = insert(P).on_conflict_do_nothing(index_elements=["partition"])
 
     async def acquire(self, partition: int, incarnation: str, now: int) -> int | None:
@@ -129,6 +135,36 @@ class Ledger:
         """
         async with reading(self.engine) as connection:
             return {g.key: g for g in await self._bulk.known(connection, keys)}
+
+    async def note_gap(self, partition: int, incarnation: str, gap: tuple[int, int], now: int) -> None:
+        """Keep that the log no longer had the stream sequences from the first to the last of ``gap``.
+
+        Generations that were running before it are looked at again `UNHEARD` after ``now``: they may have ended there.
+
+        Raises:
+            LedgerUnavailable: the database did not answer.
+        """
+        first, last = gap
+        row = {"partition": partition, "incarnation": incarnation, "first": first, "last": last, "noticed_at": now}
+        async with writing(self.engine) as connection:
+            await connection.execute(self._insert_gap, row)
+            await connection.execute(
+                sa.update(G)
+                .where(G.c.partition == partition, G.c.status == "running", G.c.log_seq <= last)
+                .values(settle_at=now + UNHEARD)
+            )
+
+    async def lost(self, partition: int, incarnation: str) -> int:
+        """Return the last stream sequence that is known to have expired unread; 0 where none has.
+
+        Raises:
+            LedgerUnavailable: the database did not answer.
+        """
+        query = sa.select(sa.func.max(GAPS.c.last)).where(
+            GAPS.c.partition == partition, GAPS.c.incarnation == incarnation
+        )
+        async with reading(self.engine) as connection:
+            return int((await connection.execute(query)).scalar_one() or 0)
 
     async def running(self) -> int:
         """Return how many generations run, as far as the ledger knows.

@@ -45,9 +45,10 @@ class Pulled(msgspec.Struct):
 
 
 class LogState(msgspec.Struct, frozen=True):
-    """A stream and its consumer: incarnation, last stored sequence, and the last one delivered to any process."""
+    """A stream and its consumer: incarnation, bounds of what it keeps, the last sequence delivered to any process."""
 
     incarnation: str
+    first_seq: int
     last_seq: int
     delivered_seq: int
 
@@ -100,7 +101,9 @@ class Tail:
         except (nats.errors.Error, OSError, TimeoutError) as error:
             raise BrokerUnavailable(f"no consumer {self.spec.durable}: {error!r}") from error
         self._ack_all = info.config.ack_policy == AckPolicy.ALL
-        return LogState(state.created, state.last_seq, info.delivered.stream_seq or 0 if info.delivered else 0)
+        return LogState(
+            state.created, state.first_seq, state.last_seq, info.delivered.stream_seq or 0 if info.delivered else 0
+        )
 
     async def incarnation(self) -> str:
         """Return the stream's incarnation: another one means that it was made anew.

@@ -62,11 +62,16 @@ def _found(subject: str) -> Group | None:
         return None
 
 
-def fold_batch(groups: Iterable[Group], known: Mapping[Key, Generation], now: int, terms: Terms) -> Batch:
-    """Return what ``groups`` make of the ``known`` generations. ``now`` in milliseconds since 1970."""
+def fold_batch(
+    groups: Iterable[Group], known: Mapping[Key, Generation], now: int, terms: Terms, lost: int = 0
+) -> Batch:
+    """Return what ``groups`` make of the ``known`` generations. ``now`` in milliseconds since 1970.
+
+    ``lost``: the last stream sequence that had expired unread.
+    """
     batch = Batch()
     for one in groups:
-        folded = fold(known.get(one.key), one.address, one.records)
+        folded = fold(known.get(one.key), one.address, one.records, lost)
         batch.verdicts.update(folded.verdicts)
         if folded.generation is None:
             continue

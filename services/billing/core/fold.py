@@ -50,11 +50,12 @@ class Folded(NamedTuple):
     verdicts: Counter[str]
 
 
-def fold(known: Generation | None, address: Address, records: Iterable[Record]) -> Folded:
+def fold(known: Generation | None, address: Address, records: Iterable[Record], lost: int = 0) -> Folded:
     """Return ``known`` advanced by ``records``, which are of one generation and in the order of the log.
 
     ``known`` itself is left alone. A generation whose first known event is not its first has lost its head to the
-    log's age: it is joined where it can be, and marked.
+    log's age: it is joined where it can be, and marked. So is one whose middle was lost: ``lost`` is the last stream
+    sequence that had expired unread, 0 where none had.
     """
     g = msgspec.structs.replace(known) if known else _unborn(address)
     epoch, next_seq, ended = g.position if known else BEGINNING
@@ -75,7 +76,7 @@ def fold(known: Generation | None, address: Address, records: Iterable[Record]) 
             continue
         position = Position(epoch, next_seq, ended)
         after, verdict = judge(position, header.type, header.epoch, header.seq)
-        if verdict is Verdict.GAP and position == BEGINNING:
+        if verdict is Verdict.GAP and (position == BEGINNING or g.log_seq <= lost < record.seq):
             after, verdict = judge(joining(header.epoch, header.seq), header.type, header.epoch, header.seq)
             g.headless = True
         if verdict is not Verdict.ACCEPTED:
@@ -89,7 +90,7 @@ def fold(known: Generation | None, address: Address, records: Iterable[Record]) 
             _apply(g, record, header.type)
         if header.type == "delta":
             g.counted_output = header.tokens or g.counted_output
-        epoch, next_seq, ended = after
+        epoch, next_seq, ended = after.epoch, after.next_seq, ended or after.ended
         g.log_seq = record.seq
         verdicts[record.fault or "accepted"] += 1
     if plain:

@@ -204,7 +204,7 @@ async def test_nobody_reads_for_too_long_and_the_consumer_goes(nats_url: str, br
         async def gone() -> bool:
             return (await stage.http.get(service.path)).status_code == 404
 
-        await eventually(gone, timeout=20, interval=0.5)
+        await eventually(gone, timeout=20, interval=0.1)
         assert await broker.js.consumers_info("CONSUMERS") == []
 
 

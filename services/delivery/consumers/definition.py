@@ -24,6 +24,7 @@ __all__ = [
     "incarnation",
     "later_position",
     "rfc3339",
+    "seconds",
     "stream_of",
 ]
 
@@ -153,9 +154,14 @@ def later_position(wish: Wish, partition: int, born: str, created: str) -> dict[
     return first_position(wish, partition)
 
 
-def rfc3339(seconds: float) -> str:
+def rfc3339(moment: float) -> str:
     """Return seconds since 1970 as the broker reads a time."""
-    return datetime.fromtimestamp(seconds, UTC).isoformat().replace("+00:00", "Z")
+    return datetime.fromtimestamp(moment, UTC).isoformat().replace("+00:00", "Z")
+
+
+def seconds(created: str) -> float:
+    """Return a time as the broker writes it in seconds since 1970."""
+    return datetime.fromisoformat(created).timestamp()
 
 
 def incarnation(created: str) -> str:

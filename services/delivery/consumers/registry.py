@@ -24,6 +24,7 @@ from services.delivery.consumers.definition import (
     durable_config,
     first_position,
     later_position,
+    seconds,
     stream_of,
 )
 from services.delivery.consumers.judging import Judge
@@ -239,13 +240,28 @@ class Consumers:
         if found.definition.deleted:
             await self._remove(tenant, name, found)
             return None
-        whole = set(infos) == set(places) and all(definition_of(i) == found.definition for i in infos.values())
+        missing = [partition for partition in places if partition not in infos]
+        if await self._has_expired(found, missing):
+            await self._remove(tenant, name, found)
+            return None
+        whole = not missing and all(definition_of(info) == found.definition for info in infos.values())
         return found if whole else await self._reconcile(tenant, name, found)
+
+    async def _has_expired(self, found: Found, missing: list[int]) -> bool:
+        """Tell whether the broker has begun to remove a consumer that nobody read: some are gone, others follow.
+
+        Else what is missing is a partition that has appeared or was made anew since, or a making that broke off.
+        """
+        inactive, born = self.limits.inactive, min(seconds(info.created) for info in found.infos.values())
+        if not missing or not inactive or self.hub.clock.wall() - born < inactive:
+            return False
+        return any([seconds(await self._born(partition)) < born for partition in missing])
 
     async def _create(self, tenant: str, name: str, wish: Wish) -> Found:
         if len(await self.all_of(tenant)) >= self.limits.consumers:
             raise TooBusy(f"there are {self.limits.consumers} consumers of this tenant already: delete one")
         await self._check_start(tenant, wish)
+        await self.dead.clear(tenant, name)  # of one that nobody read, and that the broker has removed
         definition = Definition(wish=wish)
         infos: dict[int, DurableInfo] = {}
         places = [*await self._logs(), AGAIN]

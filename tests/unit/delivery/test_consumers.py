@@ -17,6 +17,7 @@ from services.delivery.consumers.definition import (
     durable_config,
     first_position,
     later_position,
+    seconds,
 )
 from services.delivery.consumers.events import envelope, wanted_shape
 from services.delivery.consumers.session import Delivery, nak
@@ -142,6 +143,12 @@ def test_a_partition_that_comes_later_leaves_nothing_out() -> None:
     assert first_position(after, 0) == {"deliver_policy": "all"}
     since = first_position(Wish(since=0.5), 0)
     assert since == {"deliver_policy": "by_start_time", "opt_start_time": "1970-01-01T00:00:00.500000Z"}
+
+
+def test_the_brokers_times_are_read_to_the_second_and_beyond() -> None:
+    assert seconds("1970-01-01T00:00:02Z") == 2
+    assert seconds("2026-11-21T14:14:27.506974684Z") > seconds("2026-11-21T14:14:27Z")
+    assert seconds("2026-11-21T14:14:27.5Z") == pytest.approx(seconds("2026-11-21T14:14:27.506974684Z"), abs=0.01)
 
 
 def source() -> Source:

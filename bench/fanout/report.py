@@ -26,7 +26,9 @@ def checks(scenario: Scenario, outcomes: Sequence[FanoutOutcome]) -> dict[str, b
         return found
     if peer is not None and scenario.rate is not None:
         share = own.cpu_us["delivery"] / (peer.cpu_us["nginx"] or 1.0)
-        found[f"CPU per delivered event ≤ {CPU_SHARE} of {peer.target}'s: {share:.2f}"] = share <= CPU_SHARE
+        reads = " and ".join(f"{o.events / max(o.reads, 1):.1f}" for o in (own, peer))
+        what = f"CPU per delivered event ≤ {CPU_SHARE} of {peer.target}'s: {share:.2f} ({reads} events a read)"
+        found[what] = share <= CPU_SHARE
     if peer is not None and scenario.rate is None:
         times = own.events_per_s / (peer.events_per_s or 1.0)
         found[f"delivered events/s ≥ {SATURATION:g} times {peer.target}'s: {times:.1f}"] = times >= SATURATION

@@ -50,7 +50,7 @@ class Balances:
         return found
 
 
-def _add(balance: Balance, row: sa.Row[Any]) -> None:
+def _add(balance: Balance, row: Any) -> None:
     if row.currency != balance.currency:
         balance.amount, balance.currency = ZERO, row.currency
     balance.amount += row.amount

@@ -11,6 +11,7 @@ import click
 import msgspec
 from rich.console import Console
 
+from bench.billing import billing
 from bench.chaos.command import chaos
 from bench.fanout.command import fanout
 from bench.peers import LiteLLM, PeerNotInstalled
@@ -38,6 +39,7 @@ def main() -> None:
     """Measure Tailrace on this machine. Everything runs on loopback ports that are free, in a temporary folder."""
 
 
+main.add_command(billing)
 main.add_command(chaos)
 main.add_command(fanout)
 

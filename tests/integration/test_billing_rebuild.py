@@ -31,7 +31,7 @@ from services.kit.clock import SystemClock
 from tests.billing_histories import history
 from tests.billing_prices import price
 from tests.conftest import eventually
-from tests.integration.billing_runs import Process, Scenario, running, sqlite, write
+from tests.integration.billing_runs import Process, Scenario, running, sqlite, write, write_surely
 from tests.postgres import postgres_server, postgres_url
 
 __all__ = ["postgres_server", "postgres_url"]
@@ -184,7 +184,7 @@ async def test_what_the_log_has_lost_is_said_and_its_generations_go_on(broker: B
     await write(broker, events[:4])
     async with running(broker, database) as run:
         await eventually(lambda: run.consumer.applied == 4)
-    await write(broker, events[4:8])
+    await write_surely(broker, events[4:8])
     await broker.js.purge_stream("TOKENS_0", seq=9)
     await write(broker, events[8:])
     async with running(broker, database) as run:
@@ -204,7 +204,7 @@ async def test_a_generation_that_ended_in_a_gap_is_settled_as_partial_in_the_end
     await write(broker, history("gen_1", deltas=3, terminal=None))
     async with running(broker, database) as run:
         await eventually(lambda: run.consumer.applied == 4)
-    await write(broker, [Completed(generation="gen_1", seq=4, finish_reason="stop")])
+    await write_surely(broker, [Completed(generation="gen_1", seq=4, finish_reason="stop")])
     await broker.js.purge_stream("TOKENS_0", seq=6)
     await write(broker, [Delta(generation="gen_2", seq=0, text="x", tokens=1)])
     async with running(broker, database) as run:
@@ -232,7 +232,7 @@ async def test_late_usage_after_a_gap_is_taken(broker: Broker, database: str) ->
     late = [
         UsageReported(generation="gen_1", seq=len(events) + at, usage=Usage(input=7, output=30 + at)) for at in range(2)
     ]
-    await write(broker, late[:1])
+    await write_surely(broker, late[:1])
     await broker.js.purge_stream("TOKENS_0", seq=len(events) + 2)
     await write(broker, late[1:])
     async with running(broker, database) as run:

@@ -101,7 +101,7 @@ class Feed:
     def hold(self, subscriber: Subscriber) -> None:
         """Keep the feed open for a subscriber that reads from the log for now."""
         self.subscribers.discard(subscriber)
-        self._views.remove(subscriber)
+        self._views.hold(subscriber)
         self.readers.add(subscriber)
         subscriber.joined = False
         self.idle_since = None

@@ -27,6 +27,7 @@ class View:
         self.source = source
         self.tail = source
         self.subscribers: set[Subscriber] = set()
+        self.waiting: set[Subscriber] = set()  # those that are read from the log before they can stand here
         self._at = at
         self._clock = clock
         self._frames: dict[Format, Frames] = {}
@@ -37,7 +38,7 @@ class View:
         return self.tail.floor
 
     def add(self, subscriber: Subscriber) -> None:
-        """Serve a subscriber; it must be at or above the floor."""
+        """Serve a subscriber; it must be at or above the floor, or is sent to the log."""
         subscriber.index = self.tail.after(subscriber.seq, subscriber.offset)
         subscriber.joined = True
         subscriber.joining = self._is_inside(subscriber)
@@ -143,6 +144,9 @@ class Joined(View):
     def add(self, subscriber: Subscriber) -> None:
         """Serve a subscriber, with what is left of the piece that it stands in, if any."""
         self.follow(self._clock.monotonic())
+        if self.tail.base and subscriber.seq < self.floor:  # joining what was new has pushed out what it needs
+            subscriber.finish("behind")
+            return
         super().add(subscriber)
 
     def follow(self, now: float) -> None:
@@ -204,7 +208,15 @@ class Views:
             place, size = subscriber.place, self._max_bytes // _SHARE
             view = Joined(self.tail, self._at, self._clock, subscriber.grain, place, size)
             self._views[subscriber.grain] = view
+        view.waiting.discard(subscriber)
         view.add(subscriber)
+
+    def hold(self, subscriber: Subscriber) -> None:
+        """Serve a subscriber no more for now; what it is to stand in stays."""
+        view = self._views.get(subscriber.grain)
+        if view is not None:
+            view.subscribers.discard(subscriber)
+            view.waiting.add(subscriber)
 
     def remove(self, subscriber: Subscriber) -> None:
         """Serve a subscriber no more."""
@@ -212,7 +224,8 @@ class Views:
         if view is None:
             return
         view.subscribers.discard(subscriber)
-        if not view.subscribers and subscriber.grain != TOKEN:
+        view.waiting.discard(subscriber)
+        if not view.subscribers and not view.waiting and subscriber.grain != TOKEN:
             view.close()
             del self._views[subscriber.grain]
 

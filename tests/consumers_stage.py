@@ -137,8 +137,8 @@ class Lines:
         async with asyncio.timeout(within):
             async for line in self._lines:
                 text = line.removeprefix("data: ")
-                if text.startswith("{"):
-                    return dict(json.loads(text))
+                if text.startswith("{") and (said := json.loads(text)) != {"type": "heartbeat"}:
+                    return dict(said)
         raise AssertionError("the stream has ended")
 
     async def some(self, count: int) -> list[dict[str, Any]]:

@@ -305,7 +305,7 @@ async def test_a_stream_of_a_consumer_that_is_removed_ends_and_says_so(stage: St
     service = await Service(stage).created()
     async with service.stream() as lines:
         assert (await stage.http.delete(service.path)).status_code == 204
-        assert await lines.next() == {"bye": {"reason": "deleted"}}
+        assert await lines.next() == {"type": "bye", "reason": "deleted"}
     assert (await stage.http.get(service.path)).status_code == 404
     assert (await stage.http.get("".join((stage.url, "/v1/consumers")))).json() == {"consumers": []}
 
@@ -314,7 +314,7 @@ async def test_streams_end_with_a_notice_when_the_replica_stops(stage: Stage) ->
     service = await Service(stage).created()
     async with service.stream() as lines:
         await stage.hub.drain(5)
-        assert await lines.next() == {"bye": {"reason": "drain"}}
+        assert await lines.next() == {"type": "bye", "reason": "drain"}
 
 
 async def test_an_answer_whose_beginning_has_expired_is_given_with_a_gap(

@@ -106,7 +106,7 @@ async def test_a_stream_ends_when_its_credentials_expire(stage: Stage) -> None:
     service = await Service(stage).created()
     stage.principal = Principal(tenant=TENANT, expires_at=stage.hub.clock.wall() + 1.5)
     async with service.stream() as lines:
-        assert await lines.next() == {"bye": {"reason": "expired"}}
+        assert await lines.next() == {"type": "bye", "reason": "expired"}
 
 
 @pytest.mark.parametrize(

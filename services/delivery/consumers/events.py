@@ -14,7 +14,8 @@ from services.delivery import metrics
 from services.delivery.consumers.access import open_session
 from services.delivery.consumers.registry import Consumers
 from services.delivery.consumers.session import ConsumerSession, Delivery
-from services.delivery.core.sse import HEADERS
+from services.delivery.core.ndjson import control_line
+from services.delivery.core.sse import HEADERS, control_frame
 from services.kit.auth.principal import Principal
 from services.kit.broker import BrokerUnavailable
 from services.kit.problem import Problem
@@ -31,6 +32,7 @@ SLICE: Final = 1.0
 """Seconds after which a stream looks whether it has to end."""
 _PARAMETERS: Final = frozenset({"ack", "batch", "wait"})
 _HEARTBEAT: Final = b": hb\n\n"
+_ALIVE: Final = control_line("heartbeat", {})
 _NDJSON: Final = (
     (b"content-type", b"application/x-ndjson; charset=utf-8"),
     (b"cache-control", b"no-store"),
@@ -179,7 +181,7 @@ class _Stream:
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
         reason = "failed"
         try:
-            await self._write(b"\n" if self._shape.ndjson else b"retry: 1000\n\n")
+            await self._write(_ALIVE if self._shape.ndjson else b"retry: 1000\n\n")
             reason = await self._follow()
             if reason != "disconnected":
                 await self._write(self._bye(reason), more=False)
@@ -200,7 +202,7 @@ class _Stream:
             elif given:
                 await self._give(given)
             elif self._hub.clock.monotonic() - self._sent_at > self._hub.limits.heartbeat:
-                await self._write(b"\n" if self._shape.ndjson else _HEARTBEAT)
+                await self._write(_ALIVE if self._shape.ndjson else _HEARTBEAT)
         return reason
 
     async def _give(self, given: list[Delivery]) -> None:
@@ -232,8 +234,8 @@ class _Stream:
         return line + b"\n" if self._shape.ndjson else b"data: " + line + b"\n\n"
 
     def _bye(self, reason: str) -> bytes:
-        body = msgspec.json.encode({"reason": reason})
-        return b'{"bye":' + body + b"}\n" if self._shape.ndjson else b"event: bye\ndata: " + body + b"\n\n"
+        fields = {"reason": reason}
+        return control_line("bye", fields) if self._shape.ndjson else control_frame("bye", fields)
 
     async def _write(self, data: bytes, *, more: bool = True) -> None:
         async with asyncio.timeout(self._hub.limits.stall):

@@ -29,10 +29,12 @@ from services.billing.core.charging import Basis, Charging
 from services.billing.core.reconciliation import Policy, Tolerance
 from services.billing.deliveries import DeliveryReports
 from services.billing.errors import LedgerUnavailable
+from services.billing.money_api import MAX_BODY
 from services.billing.price_loading import load_price_file
 from services.billing.terms import CurrentTerms
 from services.kit.auth.entrance import entering
 from services.kit.auth.setup import authenticating
+from services.kit.bodies import reading_bodies
 from services.kit.broker import Broker, BrokerUnavailable
 from services.kit.clock import SystemClock
 from services.kit.http import serving
@@ -43,6 +45,7 @@ __all__ = ["Settings", "main"]
 
 log = structlog.get_logger()
 BASES: Final[tuple[str, ...]] = get_args(Basis)
+IMPORT_SECONDS: Final = 300.0  # for the body of a provider's export
 PARTITIONS_SECONDS: Final = 10.0
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 
@@ -169,7 +172,7 @@ async def main(stop: asyncio.Event, env: Mapping[str, str] = os.environ) -> None
         async with (
             authenticating(shared, settings.host, broker, SystemClock()) as authenticator,
             serving(
-                entering(api, authenticator, settings.cors_origins),
+                entering(reading_bodies(api, MAX_BODY, IMPORT_SECONDS), authenticator, settings.cors_origins),
                 settings.host,
                 settings.port,
                 connections=settings.connections,

@@ -33,18 +33,17 @@ from services.delivery.starts import StartBounds
 from services.delivery.streams import Streams
 from services.delivery.tickets_api import tickets_router
 from services.delivery.transports.answering import RAW_SEND
-from services.delivery.transports.bodies import reading_bodies
 from services.delivery.transports.events import SessionEvents
 from services.delivery.transports.websocket import WebSockets
 from services.kit.auth.authenticator import Authenticator
 from services.kit.auth.entrance import entering
-from services.kit.auth.principal import PRINCIPAL
 from services.kit.auth.rules import SECURITY, cors
 from services.kit.auth.setup import authenticating
+from services.kit.bodies import reading_bodies
 from services.kit.broker import Broker
 from services.kit.clock import SystemClock
 from services.kit.http import probes, serving
-from services.kit.problem import EXCEPTION_HANDLERS, Problem
+from services.kit.problem import EXCEPTION_HANDLERS
 from services.kit.settings import Shared, load_settings, own_tls
 from services.kit.telemetry import configure_logging
 from services.kit.tls import ServerTls
@@ -196,10 +195,9 @@ async def _serving_grpc(
     lookups = Lookups(hub.broker, hub.clock, hub.partition)
     intake = Intake(hub.broker, hub, lookups, hub.clock, shared.pool, settings.admission(hub))
     async with serving_grpc(
-        Delivery(Streams(hub, lookups), lookups, intake, authenticator.authenticate),
+        Delivery(hub, Streams(hub, lookups), lookups, intake, authenticator.authenticate),
         settings.host,
         settings.grpc_port,
-        ready=hub.is_ready,
         tls=tls,
         max_request=settings.max_body,
         calls=settings.connections,
@@ -265,13 +263,7 @@ def build_app(hub: Hub, shared: Shared, settings: Settings, authenticator: Authe
     describe_streams(litestar.openapi_schema)
     describe_consumer_events(litestar.openapi_schema)
 
-    reading, refusing = reading_bodies(litestar, settings.max_body), reading_bodies(litestar, 0)
-
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        refused = isinstance(scope.get(PRINCIPAL), Problem)  # then nothing of the body is kept
-        await (refusing if refused else reading)(scope, receive, send)
-
-    guarded = entering(app, authenticator, settings.cors_origins)
+    guarded = entering(reading_bodies(litestar, settings.max_body), authenticator, settings.cors_origins)
 
     async def outermost(scope: Any, receive: Any, send: Any) -> None:
         scope[RAW_SEND] = send  # streams write their body past the wrappers that every ordinary answer needs

@@ -8,7 +8,7 @@ from litestar.types import ASGIApp
 
 from services.delivery.transports.asking import asked
 from services.delivery.transports.events import SessionEvents
-from services.kit.auth.principal import principal_of
+from services.kit.auth.rules import needs
 
 __all__ = ["events_handlers"]
 
@@ -16,23 +16,21 @@ __all__ = ["events_handlers"]
 def events_handlers(events: SessionEvents) -> list[Any]:
     """Return the routes of one session's events and of several sessions', asked for by query or by body."""
 
-    @get("/v1/sessions/{session:str}/events", include_in_schema=False)
+    @get("/v1/sessions/{session:str}/events", include_in_schema=False, **needs("read"))
     async def session_events(request: Request[Any, Any, Any], session: FromPath[str]) -> ASGIApp:
         return await events.of_session(request.scope, request.receive, asked(request.scope), session)
 
-    @post("/v1/sessions/{session:str}/events", status_code=200, include_in_schema=False)
+    @post("/v1/sessions/{session:str}/events", status_code=200, include_in_schema=False, **needs("read"))
     async def ask_session_events(request: Request[Any, Any, Any], session: FromPath[str]) -> ASGIApp:
-        principal_of(request.scope)  # before the body is looked at
         ask = asked(request.scope, await request.body())
         return await events.of_session(request.scope, request.receive, ask, session)
 
-    @get("/v1/events", include_in_schema=False)
+    @get("/v1/events", include_in_schema=False, **needs("read"))
     async def several_events(request: Request[Any, Any, Any]) -> ASGIApp:
         return await events.of_several(request.scope, asked(request.scope, several=True))
 
-    @post("/v1/events", status_code=200, include_in_schema=False)
+    @post("/v1/events", status_code=200, include_in_schema=False, **needs("read"))
     async def ask_several_events(request: Request[Any, Any, Any]) -> ASGIApp:
-        principal_of(request.scope)
         return await events.of_several(request.scope, asked(request.scope, await request.body(), several=True))
 
     return [session_events, ask_session_events, several_events, ask_several_events]

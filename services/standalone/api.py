@@ -107,14 +107,6 @@ class Api:
         if answer.is_error:
             raise refusal(answer)
 
-    def usage(self, query: dict[str, str]) -> dict[str, Any]:
-        """Return billing's usage report."""
-        return self._object("GET", "/v1/usage", params=query)
-
-    def session_usage(self, session: str) -> dict[str, Any]:
-        """Return billing's report of one session."""
-        return self._object("GET", f"/v1/usage/sessions/{session}")
-
     def _pages(self, path: str, name: str, limit: int) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
         after: str | None = None

@@ -10,7 +10,7 @@ from click.shell_completion import CompletionItem, get_completion_class
 
 from schemas.names import InvalidName, check_name
 from services.kit.auth.principal import SCOPES
-from services.standalone import commands, dead, keys
+from services.standalone import commands, dead, keys, money
 from services.standalone.api import Api
 from services.standalone.consumers import consumers
 from services.standalone.errors import EXIT_CANCELLED, EXIT_OK, CommandFailed
@@ -23,13 +23,6 @@ PORT = click.IntRange(0, 65_535)
 FOLDER = click.Path(path_type=Path, file_okay=False)
 _url = click.option(
     "--url", envvar="TAILRACE_URL", default="http://127.0.0.1:8080", show_default=True, help="Address of delivery."
-)
-_billing_url = click.option(
-    "--billing-url",
-    envvar="TAILRACE_BILLING_URL",
-    default="http://127.0.0.1:8081",
-    show_default=True,
-    help="Address of billing.",
 )
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 
@@ -195,25 +188,8 @@ def sessions(limit: int, as_json: bool, url: str) -> int:
         return commands.sessions(api, Terminal(), limit, as_json=as_json)
 
 
-@cli.command()
-@click.argument("session", callback=_checked("session"), required=False, shell_complete=_complete_session)
-@click.option(
-    "--by",
-    type=click.Choice(["tenant", "session", "model", "provider", "status", "day", "hour"]),
-    default="model",
-    show_default=True,
-    help="What to sum by, without SESSION.",
-)
-@click.option("--from", "from_", metavar="TIME", help="Only from this time (ISO 8601) on.")
-@click.option("--to", metavar="TIME", help="Only before this time (ISO 8601).")
-@_json
-@_billing_url
-def usage(*, session: str | None, by: str, from_: str | None, to: str | None, as_json: bool, billing_url: str) -> int:
-    """Show what was used, by SESSION or summed."""
-    query = {name: value for name, value in {"group_by": by, "from": from_, "to": to}.items() if value}
-    with Api(billing_url) as api:
-        report = api.session_usage(session) if session else api.usage(query)
-    return commands.usage(Terminal(), report, as_json=as_json)
+for _command in money.COMMANDS:
+    cli.add_command(_command)
 
 
 @cli.group()

@@ -17,10 +17,10 @@ from services.standalone.api import Api
 from services.standalone.errors import EXIT_CANCELLED, EXIT_FAILED, EXIT_OK, CommandFailed
 from services.standalone.follow import Start, follow
 from services.standalone.screen import Screen, exit_code
-from services.standalone.tables import columns_of, moment, print_table
+from services.standalone.tables import moment, print_table
 from services.standalone.terminal import Terminal, pretty
 
-__all__ = ["ask", "cancel", "sessions", "tail", "usage"]
+__all__ = ["ask", "cancel", "sessions", "tail"]
 
 _UNFINISHED = frozenset({"queued", "running", "cancelling"})
 
@@ -130,43 +130,3 @@ def sessions(api: Api, terminal: Terminal, limit: int, *, as_json: bool) -> int:
         ]
         print_table(terminal, ["session", "state", "generations", "model", "updated"], cells)
     return EXIT_OK
-
-
-def usage(terminal: Terminal, report: dict[str, Any], *, as_json: bool) -> int:
-    """Show a usage report: groups or generations as a table, and a session's sums below."""
-    if as_json:
-        terminal.show(pretty(report))
-        return EXIT_OK
-    rows = [_group(row) for row in report.get("rows", [])] or [_generation(g) for g in report.get("generations", [])]
-    if not rows:
-        terminal.remark("nothing was used")
-        return EXIT_OK
-    columns = columns_of(rows)
-    print_table(terminal, columns, [[row.get(name) for name in columns] for row in rows])
-    if totals := report.get("totals"):
-        terminal.remark("in all: " + ", ".join(f"{_words(name)} {value:,}" for name, value in totals.items()))
-    if report.get("next"):
-        terminal.remark("there is more: narrow it down with --from and --to, or see --json")
-    return EXIT_OK
-
-
-def _group(row: dict[str, Any]) -> dict[str, Any]:
-    return {_words(name): value for name, value in (row["key"] | row["totals"]).items()}
-
-
-def _generation(record: dict[str, Any]) -> dict[str, Any]:
-    counted, reported = record["counted"], record["reported"] or {}
-    return {
-        "generation": record["generation"],
-        "model": record["model"],
-        "state": record["state"],
-        "status": record["status"],
-        "counted input": counted["input"],
-        "counted output": counted["output"],
-        "input": reported.get("input"),
-        "output": reported.get("output"),
-    }
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ")

@@ -1,0 +1,400 @@
+"""``tailrace usage``, ``ledger``, ``reconcile``, ``statement``, ``prices`` and ``budget``: what billing knows."""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import click
+import httpx
+
+from schemas.names import InvalidName, check_name
+from services.standalone.api import Api, refusal
+from services.standalone.errors import EXIT_OK, CommandFailed
+from services.standalone.tables import columns_of, print_table
+from services.standalone.terminal import Terminal, pretty
+
+__all__ = ["COMMANDS"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+_MEDIA: Final = {".toml": "application/toml", ".csv": "text/csv", ".json": "application/json"}
+_DIMENSIONS: Final = ("tenant", "session", "model", "provider", "key", "status", "month", "day", "hour")
+_billing_url = click.option(
+    "--billing-url",
+    envvar="TAILRACE_BILLING_URL",
+    default="http://127.0.0.1:8081",
+    show_default=True,
+    help="Address of billing.",
+)
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+_csv = click.option("--csv", "as_csv", is_flag=True, help="Print CSV for spreadsheets.")
+_from = click.option("--from", "from_", metavar="TIME", help="Only from this time (ISO 8601) on.")
+_to = click.option("--to", metavar="TIME", help="Only before this time (ISO 8601).")
+_limit = click.option(
+    "--limit", type=click.IntRange(1, 100_000), default=100, show_default=True, help="At most so many."
+)
+
+
+class BillingApi(Api):
+    """Billing's HTTP interface."""
+
+    def get(self, path: str, query: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a report."""
+        return self._object("GET", path, params=_given(query))
+
+    def text(self, path: str, query: Mapping[str, Any], media: str = "text/csv") -> httpx.Response:
+        """Return a report in another form."""
+        answer = self._send("GET", path, params=_given(query), headers={"accept": media})
+        if answer.is_error:
+            raise refusal(answer)
+        return answer
+
+    def pages(self, path: str, query: Mapping[str, Any], name: str, limit: int) -> list[dict[str, Any]]:
+        """Return at most ``limit`` rows of a report, page by page."""
+        found: list[dict[str, Any]] = []
+        cursor: str | None = None
+        while True:
+            size = min(limit - len(found), 1_000)
+            page = self.get(path, {**query, "limit": size, "cursor": cursor})
+            found += page.get(name, [])
+            cursor = page.get("next")
+            if not cursor or len(found) >= limit:
+                return found[:limit]
+
+    def csv_pages(self, path: str, query: Mapping[str, Any], limit: int) -> Iterable[str]:
+        """Yield the lines of a report as CSV, page by page, its header once."""
+        left, url = limit, path
+        params: Mapping[str, Any] | None = {**query, "limit": min(limit, 1_000)}
+        while True:
+            answer = self.text(url, params or {})
+            lines = answer.text.splitlines()
+            yield from lines[: left + 1] if left == limit else lines[1 : left + 1]
+            left -= len(lines) - 1
+            following = answer.links.get("next", {}).get("url")
+            if not following or left <= 0:
+                return
+            url, params = following, None
+
+    def send(self, method: str, path: str, **kwargs: Any) -> dict[str, Any]:
+        """Send a change; return what it has led to."""
+        return self._object(method, path, **kwargs)
+
+    def remove(self, path: str) -> None:
+        """Remove a thing."""
+        answer = self._send("DELETE", path)
+        if answer.is_error:
+            raise refusal(answer)
+
+
+def _given(query: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in query.items() if value not in (None, (), [])}
+
+
+def _named(_ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    try:
+        return value if value is None else check_name(str(param.name), value)
+    except InvalidName as error:
+        raise click.BadParameter(str(error)) from error
+
+
+def _one_form(as_json: bool, as_csv: bool) -> None:
+    if as_json and as_csv:
+        raise click.UsageError("--json and --csv exclude each other")
+
+
+def _dimension(_ctx: click.Context, _param: click.Parameter, value: str) -> str:
+    for name in value.split(","):
+        if name.strip() not in _DIMENSIONS and not name.strip().startswith("label:"):
+            raise click.BadParameter(f"{name!r} is not one of {', '.join(_DIMENSIONS)}, label:<name>")
+    return value
+
+
+@click.command()
+@click.argument("session", callback=_named, required=False)
+@click.option("--by", default="model", show_default=True, callback=_dimension, help="What to sum by, without SESSION.")
+@_from
+@_to
+@click.option("--key", help="Only of this credential.")
+@click.option("--label", metavar="NAME=VALUE", help="Only with this label.")
+@_json
+@_csv
+@_billing_url
+def usage(
+    *,
+    session: str | None,
+    by: str,
+    from_: str | None,
+    to: str | None,
+    key: str | None,
+    label: str | None,
+    as_json: bool,
+    as_csv: bool,
+    billing_url: str,
+) -> int:
+    """Show what was used, by SESSION or summed: by model, or what --by says, such as month,key or label:team."""
+    _one_form(as_json, as_csv)
+    terminal = Terminal()
+    query = {"group_by": by, "from": from_, "to": to, "key": key, "label": label}
+    with BillingApi(billing_url) as api:
+        if as_csv and session is None:
+            return _lines(terminal, api.csv_pages("/v1/usage", query, 100_000))
+        if as_csv:
+            return _lines(terminal, api.csv_pages("/v1/reconciliations", {"session": session}, 100_000))
+        report = api.get(f"/v1/usage/sessions/{session}", {}) if session else api.get("/v1/usage", query)
+    if as_json:
+        return _shown(terminal, report)
+    rows = [_group(row) for row in report.get("rows", [])] or [_generation(g) for g in report.get("generations", [])]
+    _table(terminal, rows, "nothing was used")
+    if rows and (totals := report.get("totals")):
+        terminal.remark("in all: " + ", ".join(f"{_words(name)} {_value(value)}" for name, value in totals.items()))
+    if report.get("next"):
+        terminal.remark("there is more: narrow it down with --from and --to, or see --csv")
+    return EXIT_OK
+
+
+@click.command()
+@_from
+@_to
+@click.option("--session", callback=_named, help="Only of this session.")
+@click.option("--generation", callback=_named, help="Only of this generation.")
+@click.option("--kind", type=click.Choice(["charge", "correction", "reversal"]), help="Only entries of this kind.")
+@_limit
+@_json
+@_csv
+@_billing_url
+def ledger(*, from_: str | None, limit: int, as_json: bool, as_csv: bool, billing_url: str, **exact: Any) -> int:
+    """List the ledger's entries, the oldest first."""
+    query = {"from": from_, **exact}
+    columns = ("created_at", "session", "generation", "kind", "amount", "currency", "source", "rule")
+    return _listed("/v1/ledger", "entries", query, limit, billing_url, as_json, as_csv, lambda r: _only(r, columns))
+
+
+@click.group(invoke_without_command=True)
+@click.pass_context
+@click.option(
+    "--status",
+    type=click.Choice(["running", "matched", "drift", "awaiting_provider", "provider_missing", "partial"]),
+    help="Only these.",
+)
+@click.option("--pricing", type=click.Choice(["pending", "charged", "unpriced", "waived"]), help="Only these.")
+@_from
+@_to
+@click.option("--model", help="Only of this model.")
+@_limit
+@_json
+@_csv
+@_billing_url
+def reconcile(
+    ctx: click.Context, *, from_: str | None, limit: int, as_json: bool, as_csv: bool, billing_url: str, **exact: Any
+) -> int:
+    """List generations with what was counted, reported and charged; `import` brings in a provider's export."""
+    if ctx.invoked_subcommand is not None:
+        return EXIT_OK
+    query = {"from": from_, **exact}
+    return _listed("/v1/reconciliations", "generations", query, limit, billing_url, as_json, as_csv, _generation)
+
+
+@reconcile.command("import")
+@click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--provider", default="", help="Whose it is, where its rows do not say.")
+@click.option("--dry-run", is_flag=True, help="Tell what it would change, and change nothing.")
+@_billing_url
+def import_(file: Path, provider: str, dry_run: bool, billing_url: str) -> int:
+    """Bring in FILE (.csv or .json): what a provider says that generations used."""
+    query = {"provider": provider, "dry_run": str(dry_run).lower()}
+    with BillingApi(billing_url) as api:
+        done = api.send("POST", "/v1/provider-usage", params=query, **_content(file, (".csv", ".json")))
+    return _shown(Terminal(), done)
+
+
+@click.command()
+@click.argument("month", metavar="YYYY-MM")
+@_json
+@_csv
+@click.option("--html", "as_html", is_flag=True, help="Print the page for printing.")
+@_billing_url
+def statement(*, month: str, as_json: bool, as_csv: bool, as_html: bool, billing_url: str) -> int:
+    """Show what was used and charged in a month."""
+    if as_json + as_csv + as_html > 1:
+        raise click.UsageError("--json, --csv and --html exclude each other")
+    terminal = Terminal()
+    with BillingApi(billing_url) as api:
+        if as_csv or as_html:
+            text = api.text(f"/v1/statements/{month}", {}, "text/html" if as_html else "text/csv").text
+            return _lines(terminal, text.splitlines())
+        made = api.get(f"/v1/statements/{month}", {})
+    if as_json:
+        return _shown(terminal, made)
+    rows = [{n: line[n] for n in ("provider", "model", "status")} | _totals(line["totals"]) for line in made["lines"]]
+    _table(terminal, rows, f"nothing was used in {month}")
+    amounts = ", ".join(f"{amount} {currency}" for currency, amount in made["amounts"].items()) or "nothing"
+    terminal.remark(f"in all: {amounts}" + ("" if made["final"] else "; not final"))
+    return EXIT_OK
+
+
+@click.group(invoke_without_command=True)
+@click.pass_context
+@_json
+@_csv
+@_billing_url
+def prices(ctx: click.Context, as_json: bool, as_csv: bool, billing_url: str) -> int:
+    """Show the price book; `put` replaces it."""
+    if ctx.invoked_subcommand is not None:
+        return EXIT_OK
+    _one_form(as_json, as_csv)
+    terminal = Terminal()
+    with BillingApi(billing_url) as api:
+        if as_csv:
+            return _lines(terminal, api.text("/v1/prices", {}).text.splitlines())
+        book = api.get("/v1/prices", {})
+    if as_json:
+        return _shown(terminal, book)
+    names = ("provider", "model", "class", "amount", "currency", "from", "until")
+    return _table(terminal, [_only(row, names) for row in book["prices"]], "the price book is empty")
+
+
+@prices.command()
+@click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--dry-run", is_flag=True, help="Tell what it would change, and change nothing.")
+@_billing_url
+def put(file: Path, dry_run: bool, billing_url: str) -> int:
+    """Make FILE (.toml, .csv or .json) the price book."""
+    with BillingApi(billing_url) as api:
+        done = api.send("PUT", "/v1/prices", params={"dry_run": str(dry_run).lower()}, **_content(file, tuple(_MEDIA)))
+    return _shown(Terminal(), done)
+
+
+@click.group(invoke_without_command=True)
+@click.pass_context
+@_json
+@_billing_url
+def budget(ctx: click.Context, as_json: bool, billing_url: str) -> int:
+    """List budgets and where they stand; `set` and `remove` change them."""
+    if ctx.invoked_subcommand is not None:
+        return EXIT_OK
+    terminal = Terminal()
+    with BillingApi(billing_url) as api:
+        report = api.get("/v1/budgets", {})
+    if as_json:
+        return _shown(terminal, report)
+    names = ("name", "period", "unit", "key", "soft", "hard", "spent", "reserved", "left")
+    return _table(terminal, [_only(row, names) for row in report["budgets"]], "no budgets")
+
+
+@budget.command("set")
+@click.argument("name", callback=_named)
+@click.option("--period", type=click.Choice(["day", "month"]), default="month", show_default=True)
+@click.option("--unit", default="USD", show_default=True, help="A currency, or tokens.")
+@click.option("--soft", help="Past this everybody is told.")
+@click.option("--hard", help="This is not passed.")
+@click.option("--key", default="", help="Only what this credential uses.")
+@_billing_url
+def set_(*, name: str, billing_url: str, **wish: Any) -> int:
+    """Set the budget NAME."""
+    with BillingApi(billing_url) as api:
+        made = api.send("PUT", f"/v1/budgets/{name}", json=_given(wish))
+    return _shown(Terminal(), made)
+
+
+@budget.command()
+@click.argument("name", callback=_named)
+@_billing_url
+def remove(name: str, billing_url: str) -> int:
+    """Remove the budget NAME."""
+    with BillingApi(billing_url) as api:
+        api.remove(f"/v1/budgets/{name}")
+    Terminal().remark(f"budget {name} is removed")
+    return EXIT_OK
+
+
+def _listed(
+    path: str,
+    name: str,
+    query: Mapping[str, Any],
+    limit: int,
+    url: str,
+    as_json: bool,
+    as_csv: bool,
+    cells: Callable[[dict[str, Any]], dict[str, Any]],
+) -> int:
+    _one_form(as_json, as_csv)
+    terminal = Terminal()
+    with BillingApi(url) as api:
+        if as_csv:
+            return _lines(terminal, api.csv_pages(path, query, limit))
+        rows = api.pages(path, query, name, limit)
+    if as_json:
+        return _shown(terminal, {name: rows})
+    return _table(terminal, [cells(row) for row in rows], "nothing was found")
+
+
+def _content(file: Path, allowed: tuple[str, ...]) -> dict[str, Any]:
+    media = _MEDIA.get(file.suffix.lower())
+    if file.suffix.lower() not in allowed or media is None:
+        raise click.UsageError(f"{file.name}: the name must end in {' or '.join(allowed)}")
+    try:
+        return {"content": file.read_bytes(), "headers": {"content-type": media}}
+    except OSError as error:
+        raise CommandFailed(f"{file} cannot be read: {error.strerror}") from error
+
+
+def _shown(terminal: Terminal, document: Any) -> int:
+    terminal.show(pretty(document))
+    return EXIT_OK
+
+
+def _lines(terminal: Terminal, lines: Iterable[str]) -> int:
+    for line in lines:
+        terminal.show(line)
+    return EXIT_OK
+
+
+def _table(terminal: Terminal, rows: list[dict[str, Any]], nothing: str) -> int:
+    if not rows:
+        terminal.remark(nothing)
+        return EXIT_OK
+    columns = columns_of(rows)
+    print_table(terminal, [_words(c) for c in columns], [[row.get(name) for name in columns] for row in rows])
+    return EXIT_OK
+
+
+def _only(row: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    return {name: row.get(name) for name in names}
+
+
+def _group(row: dict[str, Any]) -> dict[str, Any]:
+    key: dict[str, Any] = row["key"]
+    return key | _totals(row["totals"])
+
+
+def _totals(totals: dict[str, Any]) -> dict[str, Any]:
+    return {name: _value(value) if isinstance(value, dict) else value for name, value in totals.items()}
+
+
+def _generation(record: dict[str, Any]) -> dict[str, Any]:
+    counted, reported, charge = record["counted"], record["reported"] or {}, record.get("charge") or {}
+    return {
+        "generation": record["generation"],
+        "model": record["model"],
+        "state": record["state"],
+        "status": record["status"],
+        "counted_input": counted["input"],
+        "counted_output": counted["output"],
+        "input": reported.get("input"),
+        "output": reported.get("output"),
+        "reasons": " ".join(record.get("reasons") or []),
+        "charge": charge.get("status"),
+        "amount": f"{charge.get('amount', '')} {charge.get('currency') or ''}".strip(),
+    }
+
+
+def _value(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{amount} {currency}" for currency, amount in value.items())
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+COMMANDS: Final = (usage, ledger, reconcile, statement, prices, budget)

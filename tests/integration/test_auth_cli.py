@@ -1,4 +1,4 @@
-"""``tailrace keys`` and ``TAILRACE_KEY`` against a delivery that asks for credentials; and services that refuse to start."""
+"""The command line against a delivery that asks for credentials, and services that refuse to start without any."""
 
 import asyncio
 import json

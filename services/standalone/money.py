@@ -184,7 +184,7 @@ def ledger(*, from_: str | None, limit: int, as_json: bool, as_csv: bool, billin
 @_csv
 @_billing_url
 def reconcile(
-    ctx: click.Context, *, from_: str | None, limit: int, as_json: bool, as_csv: bool, billing_url: str, **exact: Any
+    ctx: click.Context, /, *, from_: str | None, limit: int, as_json: bool, as_csv: bool, billing_url: str, **exact: Any
 ) -> int:
     """List generations with what was counted, reported and charged; `import` brings in a provider's export."""
     if ctx.invoked_subcommand is not None:

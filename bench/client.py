@@ -38,6 +38,7 @@ class Client:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.harvest = Harvest()
+        self._authority = f"{plan.host}:{plan.port}"  # without credentials delivery answers only to its own name
         self._stamps = Stamps(Path(plan.stamps))
         self._gate = asyncio.Semaphore(OPENING)
         self._unopened = plan.generations
@@ -75,14 +76,14 @@ class Client:
 
     async def _ask(self, order: StreamOrder, expected: Expected) -> list[Reader]:
         body = {**self._body(order), "stream": True}
-        call = request("POST", "/v1/chat/completions", "bench", self.plan.headers, msgspec.json.encode(body))
+        call = request("POST", "/v1/chat/completions", self._authority, self.plan.headers, msgspec.json.encode(body))
         return [await self._open(Reader(expected, self.harvest, openai, call))]
 
     async def _subscribe(self, order: StreamOrder, expected: Expected) -> list[Reader]:
         session = f"{self.plan.run}-{order.stream}"
         generation = await self._post(session, msgspec.json.encode(self._body(order)))
         path = f"/v1/sessions/{session}/events?generation={generation}"
-        call = request("GET", path, "bench", self.plan.headers)
+        call = request("GET", path, self._authority, self.plan.headers)
         readers = [Reader(expected, self.harvest, native, call) for _ in range(self.plan.subscribers)]
         for reader in readers:
             await self._open(reader)
@@ -92,7 +93,7 @@ class Client:
     async def _post(self, session: str, body: bytes) -> str:
         reader, writer = await asyncio.open_connection(self.plan.host, self.plan.port)
         headers = {"connection": "close", **self.plan.headers}
-        writer.write(request("POST", f"/v1/sessions/{session}/generations", "bench", headers, body))
+        writer.write(request("POST", f"/v1/sessions/{session}/generations", self._authority, headers, body))
         response = Response()
         while not response.ended and (data := await reader.read(65_536)):
             response.feed(data)

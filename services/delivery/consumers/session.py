@@ -17,11 +17,12 @@ from services.delivery import metrics
 from services.delivery.consumers.dead import DeadEvent, DeadEvents
 from services.delivery.consumers.definition import AGAIN, Definition
 from services.delivery.consumers.judging import Judge
-from services.delivery.consumers.source import WAIT_SECONDS, Raw, Source, stream_in
+from services.delivery.consumers.source import PATIENCE, WAIT_SECONDS, Raw, Source, stream_in
 from services.delivery.consumers.tokens import Token
 from services.delivery.errors import TooBusy
 from services.kit.broker import Broker, BrokerUnavailable
 from services.kit.clock import Clock
+from services.kit.consumers import Durables
 
 __all__ = ["ConsumerSession", "Delivery", "Opened"]
 
@@ -35,9 +36,7 @@ OVERHEAD: Final = 4_096
 REFRESH_SECONDS: Final = 5.0
 """How old what is known of definition and partitions may be."""
 SETTLE: Final = 0.1
-"""How long to wait for the rest of what is there. The broker says nothing where as much is in flight as may be."""
-GRACE: Final = 0.5
-"""How long an answer of the broker may take when it was asked only for what is there."""
+"""How long to wait for the rest of what is there before asking why nothing comes."""
 DEAD_PAUSE: Final = 30.0
 """How long an event waits that cannot be put aside."""
 BROKEN_PAUSE: Final = 0.5
@@ -96,6 +95,7 @@ class ConsumerSession:
         self._judge = judge
         self._dead = dead
         self._reload = reload
+        self._durables = Durables(broker)
         self._inbox = broker.client.new_inbox()
         self._sources: dict[str, Source] = {}  # by stream; bounded by the number of partitions
         self._wake = asyncio.Event()
@@ -136,23 +136,36 @@ class ConsumerSession:
         return given
 
     async def _pull(self, given: list[Delivery], limit: int, until: float) -> None:
+        stop, full = until + PATIENCE, False
         while True:
             await self._refresh()
+            before = len(given)
             await self._sift(given, limit)
             now = self._clock.monotonic()
-            if len(given) >= limit or self.is_gone:
+            if given and not before:
+                stop = now + PATIENCE
+            if len(given) >= limit or self.is_gone or now >= stop:
                 return
             self._wake.clear()
             asked = await self._ask(limit - len(given), now, waiting=not given and now < until)
-            if now >= until + GRACE or (not asked and (given or now >= until)):
+            if (full or not asked) and (given or now >= until):
                 return
-            left = SETTLE if given else GRACE if asked else until - now
+            left = until - now if not asked or full else SETTLE
             try:
                 async with asyncio.timeout(min(left, self._patience(now))):
                     await self._wake.wait()
+                full = False
             except TimeoutError:
-                if given:
-                    return
+                full = asked and await self._is_full(now)
+
+    async def _is_full(self, now: float) -> bool:
+        """Tell whether as much is in flight as may be: then the broker says nothing to who asks for more."""
+        for source in self._sources.values():
+            if source.answering(now):
+                info = await self._durables.info(source.stream, source.durable)
+                if info is not None and info.num_ack_pending < info.config.get("max_ack_pending", 0):
+                    return False
+        return True
 
     async def ack(self, deliveries: list[Delivery]) -> None:
         """Say that events have been handled, without waiting for the broker: a lost word leads to a repeat.

@@ -8,7 +8,7 @@ from nats.aio.msg import Msg
 
 from services.kit.broker import Broker
 
-__all__ = ["WAIT_SECONDS", "Raw", "Source", "stream_in"]
+__all__ = ["PATIENCE", "WAIT_SECONDS", "Raw", "Source", "stream_in"]
 
 PATIENCE: Final = 1.5
 """Seconds that the end of a pull may be late before the pull is taken for lost."""

@@ -75,9 +75,9 @@ async def serving_calls(
         lookups = Lookups(broker, clock, hub.partition)
         admission = Admission(broker, clock, output=4_096, fallback="refuse")
         intake = Intake(broker, hub, lookups, clock, shared.pool, admission)
-        delivery = Delivery(Streams(hub, lookups), lookups, intake, authenticate)
+        delivery = Delivery(hub, Streams(hub, lookups), lookups, intake, authenticate)
 
-        async with serving_grpc(delivery, "127.0.0.1", 0, ready=hub.is_ready, **{"grace": 2.0} | options) as port:
+        async with serving_grpc(delivery, "127.0.0.1", 0, **{"grace": 2.0} | options) as port:
             sweeper = asyncio.create_task(hub.run())
             try:
                 yield GrpcStage(hub, broker, delivery, port)

@@ -139,9 +139,9 @@ class Streams:
                     reason = await self._serve(feed, subscriber, caught_up, fresh=wish.cursor is None)
                 finally:
                     feed.remove(subscriber)
-                    await subscriber.close()
                     metrics.SUBSCRIBERS.labels(format_.protocol).dec()
                     metrics.CLOSED.labels(reason).inc()
+                    await subscriber.close()
         return reason
 
     async def _serve(

@@ -1,6 +1,7 @@
 """`Attach` over gRPC: several sessions over one call, credit, windows, and what is asked beside them."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -281,7 +282,6 @@ async def test_drain_ends_subscriptions_with_a_cursor_and_then_the_call(
         await busy.subscribe("one")
         await busy.until(lambda: busy.count("one") == 13)
         await stage.hub.drain(5)
-        stage.delivery.drain()
         await busy.to_the_end()
         assert await busy.call.code() is grpc.StatusCode.OK
     assert [bye.reason for bye in busy.reads["one"].byes] == ["drain"]
@@ -316,3 +316,66 @@ async def test_credentials_that_may_only_read_start_nothing(broker: Broker, nats
         await attached.until(lambda: attached.kinds("ask") == ["problem"])
         assert attached.last("ask").status == 403
         attached.call.cancel()
+
+
+async def test_client_that_talks_and_never_listens_is_evicted(broker: Broker, nats_server: NatsServer) -> None:
+    async with (
+        serving_calls(nats_server.url, limits=Limits(stall=1.0)) as stage,
+        stage.client(("grpc.http2.bdp_probe", 0)) as client,
+    ):
+        attached = Attached(client)
+        nonsense = pb.AttachRequest(id="x" * 64)
+        writing = asyncio.create_task(_repeat(attached, nonsense))
+        await eventually(
+            lambda: metric("tailrace_delivery_grpc_calls_total", method="Attach", code="UNAVAILABLE") > 0, timeout=60
+        )
+        writing.cancel()
+        await asyncio.gather(writing, return_exceptions=True)
+        attached.call.cancel()
+
+
+async def _repeat(attached: Attached, request: pb.AttachRequest) -> None:
+    while True:
+        await attached.call.write(request)
+
+
+async def test_idle_call_ends_with_the_replica(broker: Broker, nats_server: NatsServer) -> None:
+    async with serving_calls(nats_server.url) as stage, stage.client() as client:
+        attached = Attached(client)
+        await attached.call.initial_metadata()
+        draining = asyncio.create_task(stage.hub.drain(10))
+        await attached.to_the_end()
+        assert await attached.call.code() is grpc.StatusCode.OK
+        await draining
+
+
+async def test_credentials_that_expire_end_the_call_with_all_it_reads(
+    broker: Broker, nats_server: NatsServer, log: Log
+) -> None:
+    async def brief(_authorization: str | None) -> Principal:
+        return Principal(tenant=TENANT, expires_at=time.time() + 2)
+
+    await log.append(*story("g1"))
+    async with serving_calls(nats_server.url, authenticate=brief) as stage, stage.client() as client:
+        attached = Attached(client)
+        await attached.subscribe("one")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await attached.to_the_end()
+        assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        assert [bye.reason for bye in attached.reads["one"].byes] == ["expired"]
+        assert attached.reads["one"].keys == keys(story("g1"))
+
+
+async def test_revoked_key_ends_the_call_at_once(broker: Broker, nats_server: NatsServer, log: Log) -> None:
+    async def keyed(_authorization: str | None) -> Principal:
+        return Principal(tenant=TENANT, key="key_1")
+
+    await log.append(*story("g1"))
+    async with serving_calls(nats_server.url, authenticate=keyed) as stage, stage.client() as client:
+        attached = Attached(client)
+        await attached.subscribe("one")
+        await attached.until(lambda: attached.count("one") == 13)
+        stage.hub.connections.revoke(frozenset({"key_1"}))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await attached.to_the_end()
+        assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED

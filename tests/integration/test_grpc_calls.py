@@ -148,7 +148,7 @@ async def test_taken_port_is_said(stage: GrpcStage) -> None:
     from services.delivery.transports.grpc_server import serving_grpc
 
     with pytest.raises(PortTaken, match=str(stage.port)):
-        async with serving_grpc(stage.delivery, "127.0.0.1", stage.port, ready=lambda: asyncio.sleep(0, True)):
+        async with serving_grpc(stage.delivery, "127.0.0.1", stage.port):
             pass
 
 

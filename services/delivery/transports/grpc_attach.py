@@ -2,7 +2,9 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, Final
+from typing import Any, Final, TypeVar
+
+from google.protobuf.message import DecodeError, Message
 
 from schemas.cursor import Cursor, InvalidCursor
 from schemas.rpc.tailrace.v1 import tailrace_pb2 as pb
@@ -17,7 +19,7 @@ from services.delivery.transports.grpc_problems import as_message, as_problem
 from services.kit.auth.principal import Principal
 from services.kit.problem import Problem
 
-__all__ = ["TOO_SLOW", "Attachment", "Operation", "wish_of"]
+__all__ = ["TOO_SLOW", "Attachment", "Operation", "decoded", "wish_of"]
 
 SUBSCRIPTIONS: Final = 1_000
 OPERATIONS: Final = 32  # starts and cancels under way
@@ -27,10 +29,24 @@ WINDOW_HIGH: Final = 1024 * 1024
 CREDIT_HIGH: Final = 2**53
 ID_LENGTH: Final = 64
 LAST_WRITE_SECONDS: Final = 5.0
+EXPIRED: Final = Problem(401, "the credentials are not valid any more")
 TOO_SLOW: Final = Problem(503, "nothing was taken for too long: read again after the last cursor", slug="evicted")
 _BEGIN: Final = {pb.BEGIN_UNSPECIFIED: None, pb.BEGIN_START: "start", pb.BEGIN_LIVE: "live"}
 
+M = TypeVar("M", bound=Message)
 Operation = Callable[[Principal, Any], Awaitable[Any]]
+
+
+def decoded(message: type[M], data: bytes) -> M:
+    """Return what a client said.
+
+    Raises:
+        Problem: 400, it is none of these messages.
+    """
+    try:
+        return message.FromString(data)
+    except DecodeError as error:
+        raise Problem(400, f"the request is no {message.DESCRIPTOR.full_name}: {error}") from error
 
 
 def wish_of(request: pb.ReadRequest) -> Wish:
@@ -69,12 +85,12 @@ class _Subscription:
         self._in_flight = InFlight() if self._has_credit or self._window is not None else None
         self._newest = 0
         self._subscriber: Subscriber | None = None
-        self._unwanted = False
+        self._unwanted: str | None = None
 
     def join(self, subscriber: Subscriber) -> None:
         self._subscriber = subscriber
-        if self._unwanted:
-            subscriber.finish("unsubscribed")
+        if self._unwanted is not None:
+            subscriber.finish(self._unwanted)
         subscriber.limit(self._room, self._space)
 
     async def send(self, batch: Batch) -> None:
@@ -114,11 +130,11 @@ class _Subscription:
         else:
             self._limit(UNLIMITED, self._window.measured(released) - self._in_flight.size)
 
-    def end(self) -> None:
-        """End it by wish of the client, now or as soon as it is joined."""
-        self._unwanted = True
+    def end(self, reason: str) -> None:
+        """End it, now or as soon as it is joined."""
+        self._unwanted = reason
         if self._subscriber is not None:
-            self._subscriber.finish("unsubscribed")
+            self._subscriber.finish(reason)
 
     def _limit(self, room: int, space: int) -> None:
         self._room, self._space = room, space
@@ -144,11 +160,21 @@ def _place(text: str) -> int:
 
 
 class Attachment:
-    """One call of `Attach`. ``operations`` carry out `start` and `cancel` for a principal."""
+    """One call of `Attach`. ``operations`` carry out `start` and `cancel` for a principal.
+
+    ``end``: when it ends at the latest, in monotonic seconds, and why.
+    """
 
     def __init__(
-        self, streams: Streams, principal: Principal, outbox: Outbox, operations: dict[str, Operation]
+        self,
+        streams: Streams,
+        principal: Principal,
+        outbox: Outbox,
+        operations: dict[str, Operation],
+        end: tuple[float, str],
     ) -> None:
+        self._until, self._until_reason = end
+        self._reason: str | None = None
         self._streams = streams
         self._principal = principal
         self._outbox = outbox
@@ -157,22 +183,22 @@ class Attachment:
         self._subscriptions: dict[str, _Subscription] = {}  # bounded by SUBSCRIPTIONS
         self._tasks: set[asyncio.Task[None]] = set()
         self._reader: asyncio.Task[None] | None = None
-        self._stuck = False
 
-    async def run(self, requests: AsyncIterator[pb.AttachRequest]) -> None:
+    async def run(self, requests: AsyncIterator[bytes]) -> None:
         """Do what the client says until it has said all and its subscriptions have ended.
 
         Raises:
-            Problem: 503, the client has taken nothing for too long.
+            Problem: 503, the client has taken nothing for too long; 401, its credentials are not valid any more.
         """
         self._reader = asyncio.create_task(self._read(requests))
         try:
             await asyncio.wait({self._reader})
-            while self._tasks and not self._stuck:
-                await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
-            if self._stuck:
+            while self._tasks and self._reason != "evicted":
+                await asyncio.wait(self._tasks, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
+            if self._reason == "evicted" or not await self._outbox.flush(LAST_WRITE_SECONDS):
                 raise TOO_SLOW
-            await self._outbox.flush(LAST_WRITE_SECONDS)
+            if self._reason == "expired":
+                raise EXPIRED
             if not self._reader.cancelled():
                 self._reader.result()
         finally:
@@ -181,17 +207,31 @@ class Attachment:
                 task.cancel()
             await asyncio.gather(*left, return_exceptions=True)
 
-    def drain(self) -> None:
-        """Take no more from the client; the call ends when its subscriptions have been told to."""
+    def stop(self, reason: str) -> None:
+        """Take no more from the client, and end its subscriptions; with them the call ends."""
+        self._reason = self._reason or reason
         if self._reader is not None:
             self._reader.cancel()
+        for subscription in self._subscriptions.values():
+            subscription.end(reason)
 
-    async def _read(self, requests: AsyncIterator[pb.AttachRequest]) -> None:
-        async for request in requests:
+    def look_after(self, now: float, stall: float) -> None:
+        """End it when it is due, or when the client has taken nothing for ``stall`` seconds."""
+        if self._outbox.writing_since is not None and now - self._outbox.writing_since > stall:
+            self._reason = "evicted"
+            self.stop("evicted")
+        elif now > self._until:
+            self.stop(self._until_reason)
+
+    async def _read(self, requests: AsyncIterator[bytes]) -> None:
+        async for data in requests:
+            id_ = ""
             try:
+                request = decoded(pb.AttachRequest, data)
+                id_ = request.id[:ID_LENGTH]
                 await self._take(request)
             except Problem as problem:
-                await self._outbox.put(item(request.id[:ID_LENGTH], problem=as_message(problem)))
+                await self._outbox.put(item(id_, problem=as_message(problem)))
 
     async def _take(self, request: pb.AttachRequest) -> None:
         if not 0 < len(request.id) <= ID_LENGTH:
@@ -209,7 +249,7 @@ class Attachment:
             case "ack":
                 self._known(request.id).acknowledge(request.ack.cursor)
             case "unsubscribe":
-                self._known(request.id).end()
+                self._known(request.id).end("unsubscribed")
             case _:
                 raise Problem(400, "kind must be one of: subscribe, credit, ack, unsubscribe, start, cancel")
 
@@ -247,8 +287,8 @@ class Attachment:
         finally:
             del self._subscriptions[id_]
         if reason == "evicted":
-            self._stuck = True
-            self.drain()
+            self._reason = "evicted"
+            self.stop(reason)
             return
         await self._outbox.put(last)
 

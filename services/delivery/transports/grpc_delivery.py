@@ -10,10 +10,11 @@ from schemas.names import InvalidName, check_name
 from schemas.rpc.tailrace.v1 import tailrace_pb2 as pb
 from services.delivery.api import view_of
 from services.delivery.core.protobuf import PROTOBUF, Batch
+from services.delivery.hub import Hub
 from services.delivery.intake import GenerationWish, Intake
 from services.delivery.lookups import Lookups
 from services.delivery.streams import Streams
-from services.delivery.transports.grpc_attach import TOO_SLOW, Attachment, Operation, wish_of
+from services.delivery.transports.grpc_attach import TOO_SLOW, Attachment, Operation, decoded, wish_of
 from services.delivery.transports.grpc_outbox import Outbox
 from services.delivery.transports.grpc_problems import answering
 from services.kit.auth.principal import Principal, authorize
@@ -33,7 +34,10 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class Delivery:
     """What may be asked over gRPC, over the same streams, look-ups and queue as over HTTP."""
 
-    def __init__(self, streams: Streams, lookups: Lookups, intake: Intake, authenticate: Authenticate) -> None:
+    def __init__(
+        self, hub: Hub, streams: Streams, lookups: Lookups, intake: Intake, authenticate: Authenticate
+    ) -> None:
+        self._hub = hub
         self._streams = streams
         self._lookups = lookups
         self._intake = intake
@@ -41,27 +45,33 @@ class Delivery:
         self._attachments: set[Attachment] = set()
 
     def handlers(self) -> grpc.GenericRpcHandler:
-        """Return the methods, with their requests decoded and their answers as bytes."""
+        """Return the methods; requests and answers are bytes."""
         return grpc.method_handlers_generic_handler(
             SERVICE,
             {
-                "Read": grpc.unary_stream_rpc_method_handler(self.read, pb.ReadRequest.FromString),
-                "Attach": grpc.stream_stream_rpc_method_handler(self.attach, pb.AttachRequest.FromString),
+                "Read": grpc.unary_stream_rpc_method_handler(self.read),
+                "Attach": grpc.stream_stream_rpc_method_handler(self.attach),
                 "Start": self._unary("Start", self.start, pb.StartRequest),
                 "Cancel": self._unary("Cancel", self.cancel, pb.CancelRequest),
                 "GetGeneration": self._unary("GetGeneration", self.generation, pb.GetGenerationRequest),
             },
         )
 
-    def drain(self) -> None:
-        """Let calls of `Attach` end, once their subscriptions have been told to."""
-        for attachment in self._attachments:
-            attachment.drain()
+    async def sweep(self) -> bool:
+        """Look after calls of `Attach`; return whether new calls are taken. To be called about every second."""
+        now = self._hub.clock.monotonic()
+        for attachment in tuple(self._attachments):
+            if self._hub.draining:
+                attachment.stop("drain")
+            else:
+                attachment.look_after(now, self._hub.limits.stall)
+        return await self._hub.is_ready()
 
-    async def read(self, request: pb.ReadRequest, context: Context) -> None:
+    async def read(self, data: bytes, context: Context) -> None:
         """Serve one stream to its end."""
         async with answering("Read", context):
-            stream = await self._streams.open(await self._principal(context), wish_of(request))
+            principal = await self._principal(context)
+            stream = await self._streams.open(principal, wish_of(decoded(pb.ReadRequest, data)))
             await context.send_initial_metadata(())
             if stream.seq is None:
                 return
@@ -75,17 +85,22 @@ class Delivery:
                 if not await outbox.flush(LAST_WRITE_SECONDS):
                     raise TOO_SLOW
 
-    async def attach(self, requests: AsyncIterator[pb.AttachRequest], context: Context) -> None:
+    async def attach(self, requests: AsyncIterator[bytes], context: Context) -> None:
         """Serve one call of `Attach` to its end."""
         async with answering("Attach", context):
             principal = await self._principal(context)
+            self._hub.connections.check(principal)
+            if self._hub.draining:
+                raise Problem(503, "this replica is going away", headers={"Retry-After": "1"})
             await context.send_initial_metadata(())
             async with Outbox(context.write) as outbox:
                 operations: dict[str, Operation] = {"start": self.start, "cancel": self.cancel}
-                attachment = Attachment(self._streams, principal, outbox, operations)
+                end = self._hub.end_of(principal.expires_at)
+                attachment = Attachment(self._streams, principal, outbox, operations, end)
                 self._attachments.add(attachment)
                 try:
-                    await attachment.run(requests)
+                    with self._hub.stream(principal, attachment.stop):
+                        await attachment.run(requests)
                 finally:
                     self._attachments.discard(attachment)
 
@@ -147,12 +162,12 @@ class Delivery:
     def _unary(
         self, name: str, method: Callable[[Principal, Any], Awaitable[Any]], request_type: type[Any]
     ) -> "grpc.RpcMethodHandler[Any, Any]":
-        async def call(request: Any, context: Context) -> bytes:
+        async def call(data: bytes, context: Context) -> bytes:
             async with answering(name, context):
-                answer = await method(await self._principal(context), request)
+                answer = await method(await self._principal(context), decoded(request_type, data))
             return bytes(answer.SerializeToString())
 
-        return grpc.unary_unary_rpc_method_handler(call, request_type.FromString)
+        return grpc.unary_unary_rpc_method_handler(call)
 
     async def _principal(self, context: Context) -> Principal:
         for name, value in context.invocation_metadata() or ():

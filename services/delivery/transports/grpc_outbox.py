@@ -13,14 +13,16 @@ class Outbox:
     """Takes finished messages that may be joined, and writes them while its block runs.
 
     At most `BOUND` bytes wait beside what is being written, or one message that is larger. gRPC takes a message when
-    the flow control of HTTP/2 lets it go, so a client that does not read makes `put` wait.
+    the flow control of HTTP/2 lets it go, so a client that does not read makes `put` wait. ``writing_since``: when what
+    is being written was begun, in monotonic seconds.
     """
 
     def __init__(self, write: Callable[[bytes], Awaitable[None]]) -> None:
         self._write = write
         self._parts: list[bytes] = []  # bounded by BOUND
         self._size = 0
-        self._writing = False
+        self._loop = asyncio.get_running_loop()
+        self.writing_since: float | None = None
         self._closed = False
         self._changed = asyncio.Event()
         self._free = asyncio.Event()
@@ -55,7 +57,7 @@ class Outbox:
         """Wait until all is written, at most so long; tell whether it is."""
         try:
             async with asyncio.timeout(seconds):
-                while (self._size or self._writing) and not self._closed:
+                while (self._size or self.writing_since is not None) and not self._closed:
                     await self._change()
         except TimeoutError:
             return False
@@ -72,10 +74,10 @@ class Outbox:
                 self._changed.clear()
                 while self._parts:
                     data = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
-                    self._parts, self._size, self._writing = [], 0, True
+                    self._parts, self._size, self.writing_since = [], 0, self._loop.time()
                     self._free.set()
                     await self._write(data)
-                    self._writing = False
+                    self.writing_since = None
                 self._free.set()
         except Exception:  # whatever gRPC raises when the client is gone: its own errors, usage errors, internal ones
             self._closed = True

@@ -81,4 +81,7 @@ async def answering(method: str, context: grpc.aio.ServicerContext[Any, Any]) ->
     trailing: list[tuple[str, str | bytes]] = [(PROBLEM_KEY, problem_bytes(problem))]
     if "Retry-After" in problem.headers:
         trailing.append(("retry-after", problem.headers["Retry-After"]))
-    await context.abort(code, problem.details.detail or problem.details.title, trailing_metadata=tuple(trailing))
+    try:
+        await context.abort(code, problem.details.detail or problem.details.title, trailing_metadata=tuple(trailing))
+    except grpc.aio.InternalError:
+        log.debug("nobody was left to be told", method=method, detail=problem.details.detail)

@@ -1,7 +1,7 @@
 """The gRPC server of the delivery process: one port beside HTTP's, over the same hub."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Final
 
@@ -20,7 +20,7 @@ KEEPALIVE_MS: Final = 30_000
 KEEPALIVE_TIMEOUT_MS: Final = 10_000
 SHORTEST_PING_MS: Final = 10_000
 METADATA_BYTES: Final = 16_384
-HEALTH_SECONDS: Final = 1.0
+SWEEP_SECONDS: Final = 1.0
 _STATUS: Final = health_pb2.HealthCheckResponse
 
 
@@ -30,7 +30,6 @@ async def serving_grpc(
     host: str,
     port: int,
     *,
-    ready: Callable[[], Awaitable[bool]],
     tls: ServerTls | None = None,
     max_request: int = 1_048_576,
     calls: int = 16_384,
@@ -40,7 +39,7 @@ async def serving_grpc(
 ) -> AsyncIterator[int]:
     """Serve gRPC while the block runs; yields the port (0 asks for any).
 
-    ``ready`` decides what the health service says. ``max_request``: bytes of one request message. ``calls``: at once.
+    ``max_request``: bytes of one request message. ``calls``: at once.
     ``lifetime``: seconds after which a connection is to be made anew. ``shared``: other processes may have the port
     too. On leaving, no new call is accepted and open ones may end within ``grace`` seconds: their streams must have
     been told before.
@@ -61,14 +60,14 @@ async def serving_grpc(
     except RuntimeError as error:
         raise PortTaken(host, port, str(error)) from error
     await server.start()
-    watch = asyncio.create_task(_tell_health(probe, ready), name="grpc-health")
+    watch = asyncio.create_task(_look_after(delivery, probe), name="grpc-sweep")
     try:
         yield bound
     finally:
         watch.cancel()
         await asyncio.gather(watch, return_exceptions=True)
         await probe.enter_graceful_shutdown()
-        delivery.drain()
+        await delivery.sweep()
         await server.stop(grace)
 
 
@@ -96,10 +95,10 @@ def _credentials(tls: ServerTls) -> grpc.ServerCredentials:
     return grpc.ssl_server_credentials([(key, certificate)])
 
 
-async def _tell_health(probe: health.aio.HealthServicer, ready: Callable[[], Awaitable[bool]]) -> None:
-    """Keep the health service up to date: as a whole (the empty name) and for the one service."""
+async def _look_after(delivery: Delivery, probe: health.aio.HealthServicer) -> None:
+    """Look after calls, and keep the health service up to date: as a whole (the empty name) and for the one service."""
     while True:
-        status = _STATUS.SERVING if await ready() else _STATUS.NOT_SERVING
+        status = _STATUS.SERVING if await delivery.sweep() else _STATUS.NOT_SERVING
         for name in ("", SERVICE):
             await probe.set(name, status)
-        await asyncio.sleep(HEALTH_SECONDS)
+        await asyncio.sleep(SWEEP_SECONDS)

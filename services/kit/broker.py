@@ -129,8 +129,10 @@ class Broker(Connection):
         taken = 0
         end: int | None = None  # what the leader called the last one when a replica had no more
         patience_until = asyncio.get_running_loop().time() + READ_TIMEOUT
-        while True:
+        while up_to is None or from_seq <= up_to:
             size = READ_BATCH if limit is None else min(READ_BATCH, limit - taken)
+            if up_to is not None:  # every message has a sequence of its own: more than that cannot be wanted
+                size = min(size, up_to - max(1, from_seq) + 1)
             batch, pending = await self._read_batch(stream, filter_, max(1, from_seq), size)
             cut = up_to is not None and bool(batch) and batch[-1].seq > up_to
             if up_to is not None and cut:

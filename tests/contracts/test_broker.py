@@ -4,7 +4,7 @@ import pytest
 
 from schemas.subjects import Address, live_filter, log_filter, token_subject
 from schemas.topology import Topology
-from services.kit.broker import Broker, BrokerUnavailable
+from services.kit.broker import Broker, BrokerUnavailable, Stored
 from tests.conftest import eventually
 
 STREAM = "TOKENS_0"
@@ -46,6 +46,36 @@ async def test_reading_returns_all_stored_messages_of_a_filter_in_order(broker: 
     last = await broker.last(STREAM, log_filter(0, "t", "s"))
     assert last is not None
     assert (last.seq, last.subject) == (2_500, token_subject(A))
+
+
+async def test_reading_up_to_a_sequence_asks_for_no_more_than_can_be_there(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(300):
+        await broker.publish(token_subject(B if number % 3 else A), str(number).encode())
+    await eventually(lambda: _last(broker, 300))
+    fetched: list[int] = []
+    read_batch = broker._read_batch
+
+    async def counted(stream: str, filter_: str, from_seq: int, size: int) -> tuple[list[Stored], int]:
+        batch, pending = await read_batch(stream, filter_, from_seq, size)
+        fetched.append(len(batch))
+        return batch, pending
+
+    monkeypatch.setattr(broker, "_read_batch", counted)
+
+    async def read(filter_: str, from_seq: int, up_to: int) -> list[int]:
+        return [m.seq async for batch in broker.read(STREAM, filter_, from_seq, up_to=up_to) for m in batch]
+
+    everything = log_filter(0, "t", "s")
+    assert await read(everything, 11, 30) == list(range(11, 31))
+    assert sum(fetched) == 20
+    fetched.clear()
+    assert await read(token_subject(A), 2, 31) == list(range(4, 32, 3))
+    assert sum(fetched) <= 30
+    fetched.clear()
+    assert await read(everything, 31, 30) == []
+    assert fetched == []
 
 
 async def test_reading_nothing_yields_nothing(broker: Broker) -> None:

@@ -95,6 +95,7 @@ class Consumers:
         if fields := changed(found.definition, wish):
             raise Conflicting(f"{', '.join(fields)} of a consumer cannot be changed: delete it, or choose another name")
         if wish != found.definition.wish:
+            self._known.pop((tenant, name), None)
             definition = Definition(wish=wish, revision=found.definition.revision + 1)
             found = await self._reconcile(tenant, name, Found(definition, found.infos))
         return found, False

@@ -21,6 +21,7 @@ PROBLEM_KEY: Final = "tailrace-problem-bin"
 _CODES: Final = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
     401: grpc.StatusCode.UNAUTHENTICATED,
+    402: grpc.StatusCode.RESOURCE_EXHAUSTED,  # a budget has no room
     403: grpc.StatusCode.PERMISSION_DENIED,
     404: grpc.StatusCode.NOT_FOUND,
     409: grpc.StatusCode.ABORTED,
@@ -36,7 +37,8 @@ def code_of(problem: Problem) -> grpc.StatusCode:
     """Return the status code that means the same."""
     if problem.details.type.endswith(":idempotency-conflict"):
         return grpc.StatusCode.ALREADY_EXISTS
-    return _CODES.get(problem.status, grpc.StatusCode.INTERNAL)
+    other = grpc.StatusCode.INTERNAL if problem.status >= 500 else grpc.StatusCode.FAILED_PRECONDITION
+    return _CODES.get(problem.status, other)
 
 
 def as_problem(error: Exception) -> Problem:

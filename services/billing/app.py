@@ -155,6 +155,7 @@ async def main(stop: asyncio.Event, env: Mapping[str, str] = os.environ) -> None
         raise SettingsError([f"the folder of {url.database} cannot be created: {error.strerror}"]) from error
     async with open_engine(url) as engine, Broker.connect(shared.nats_url, "billing", tls=shared.tls()) as broker:
         broker.on_reconnect(_count_reconnect)
+        await broker.apply(shared.topology())  # who calls is looked up there from the first request on
         ledger = Ledger(engine, _holder(), hold=settings.hold)
         migrated = asyncio.Event()
 

@@ -15,11 +15,12 @@ from litestar import MediaType, Response, Router, get
 
 from services.kit.tls import ServerTls
 
-__all__ = ["PortTaken", "check_port", "probes", "serving"]
+__all__ = ["HEAD_BYTES", "PortTaken", "check_port", "probes", "serving"]
 
 Check = Callable[[], Awaitable[bool]]
 _STARTUP_TIMEOUT: Final = 10.0
 STREAMS_OF_A_CONNECTION: Final = 1_024
+HEAD_BYTES: Final = 8_192  # the least there is; the server reserves it for every connection of HTTP/1.1, idle ones too
 HEADER_BYTES: Final = 65_536
 HEADER_MS: Final = 10_000
 
@@ -64,7 +65,8 @@ async def serving(
     HTTP/2 is chosen by ALPN with ``tls``, and by prior knowledge without. ``shared``: other processes have the port
     too, and the kernel spreads connections over them. On leaving, no new connection is accepted and open answers may
     end within ``grace`` seconds: the application must have told its streams to end before. ``connections`` bounds
-    concurrent requests.
+    concurrent requests. A request's line and headers have at most `HEAD_BYTES` together in HTTP/1.1, and headers
+    `HEADER_BYTES` in HTTP/2: more is answered with 431. Neither bounds bodies.
 
     Raises:
         PortTaken: the address is in use.
@@ -79,7 +81,7 @@ async def serving(
         backlog=max(1_024, min(connections, 65_535)),
         backpressure=connections,
         log_enabled=False,
-        http1_settings=HTTP1Settings(header_read_timeout=HEADER_MS, max_buffer_size=HEADER_BYTES),
+        http1_settings=HTTP1Settings(header_read_timeout=HEADER_MS, max_buffer_size=HEAD_BYTES),
         http2_settings=HTTP2Settings(max_concurrent_streams=STREAMS_OF_A_CONNECTION, max_headers_size=HEADER_BYTES),
         ssl_cert=tls.certificate if tls else None,
         ssl_key=tls.key if tls else None,

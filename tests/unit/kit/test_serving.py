@@ -5,13 +5,14 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 import pytest
-from litestar import Litestar
+from litestar import Litestar, Request, post
 
-from services.kit.http import PortTaken, probes, serving
+from services.kit.http import HEAD_BYTES, PortTaken, probes, serving
 from tests.conftest import eventually, free_port
 
 
@@ -171,3 +172,23 @@ async def test_a_signal_ends_a_service_that_still_starts(signum: signal.Signals)
     await eventually(lambda: process.poll() is not None, timeout=30)
     out, errors = process.communicate()
     assert (process.returncode, out, errors) == (0, "tidies up\n", "")
+
+
+@post("/size")
+async def size(request: Request[Any, Any, Any]) -> int:
+    return len(await request.body())
+
+
+async def test_the_head_of_a_request_is_bounded_and_bodies_are_not() -> None:
+    port, measuring = free_port(), Litestar([size])
+    async with serving(measuring, "127.0.0.1", port), httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+        for body in (b"x" * 1_000_000, _pieces(b"x" * 50_000, 20)):
+            answer = await client.post("/size", content=body, headers={"X-Long": "x" * (HEAD_BYTES - 1_000)})
+            assert (answer.status_code, answer.json()) == (201, 1_000_000)
+        assert (await client.post("/size", headers={"X-Long": "x" * HEAD_BYTES})).status_code == 431
+        assert (await client.post("/size", params={"long": "x" * HEAD_BYTES})).status_code == 431
+
+
+async def _pieces(piece: bytes, count: int) -> AsyncIterator[bytes]:
+    for _ in range(count):
+        yield piece

@@ -1,10 +1,13 @@
 """Billing's fold, reconciliation and sequencing, without any input or output."""
 
+from collections import Counter
+
 import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from schemas.acceptance import BEGINNING, judge
 from schemas.codec import encode_event
 from schemas.events import Cancelled, Completed, Delta, Failed, Interrupted, Restarted, UsageReported
 from schemas.subjects import token_subject
@@ -227,6 +230,20 @@ def test_rows_are_the_same_however_the_log_is_cut_delivered_and_redelivered(
         rows = apply(rows, ready)
         applied += len(ready)
     assert rows == expected
+
+
+@given(logs())
+def test_every_event_is_judged_by_the_one_rule(log: list[Record]) -> None:
+    groups, _strays = group(log)
+    for one in groups:
+        position, verdicts = BEGINNING, Counter[str]()
+        for record in one.records:
+            assert record.header is not None
+            position, verdict = judge(position, record.header.type, record.header.epoch, record.header.seq)
+            verdicts[verdict.value] += 1
+        folded = fold(None, one.address, one.records)
+        assert folded.generation is not None
+        assert (folded.generation.position, folded.verdicts) == (position, verdicts)
 
 
 @given(logs())

@@ -44,7 +44,7 @@ from services.kit.broker import Broker
 from services.kit.clock import SystemClock
 from services.kit.http import probes, serving
 from services.kit.problem import EXCEPTION_HANDLERS
-from services.kit.settings import Shared, load_settings, own_tls
+from services.kit.settings import SettingsError, Shared, load_settings, own_tls
 from services.kit.telemetry import configure_logging
 from services.kit.tls import ServerTls
 
@@ -189,8 +189,12 @@ async def _serving_grpc(
         yield
         return
     # Only here: who does without gRPC shall not pay for its library.
-    from services.delivery.transports.grpc_delivery import Delivery
-    from services.delivery.transports.grpc_server import serving_grpc
+    try:
+        from services.delivery.transports.grpc_delivery import Delivery
+        from services.delivery.transports.grpc_server import serving_grpc
+    except ImportError as error:
+        hint = "it needs the C++ runtime libstdc++; 0 serves no gRPC"
+        raise SettingsError([f"TAILRACE_DELIVERY_GRPC_PORT: gRPC cannot be loaded ({error}): {hint}"]) from error
 
     lookups = Lookups(hub.broker, hub.clock, hub.partition)
     intake = Intake(hub.broker, hub, lookups, hub.clock, shared.pool, settings.admission(hub))

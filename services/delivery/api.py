@@ -5,12 +5,13 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 from litestar import Request, Response, Router, get, post
 from litestar.handlers import HTTPRouteHandler
+from litestar.openapi.datastructures import ResponseSpec
 from litestar.openapi.spec import Example
 from litestar.params import Body, FromPath, FromQuery, HeaderParameter, QueryParameter
 
 from schemas.events import type_of
 from schemas.requests import GenerationRecord
-from services.delivery.answers import PROBLEMS, accepted, named, own, reach
+from services.delivery.answers import PROBLEMS, Accepted, accepted, named, own, reach
 from services.delivery.completion import Completion
 from services.delivery.core.transcript import ToolCallText
 from services.delivery.errors import Unknown
@@ -98,7 +99,8 @@ def _requests(intake: Intake, lookups: Lookups, completion: Completion) -> list[
         status_code=202,
         summary="Ask a model",
         operation_id="createGeneration",
-        responses=PROBLEMS,
+        responses=PROBLEMS
+        | {200: ResponseSpec(GenerationView, description="`wait=complete`: the generation has ended")},
         exception_handlers={UnicodeDecodeError: _unreadable, RecursionError: _unreadable},
         tags=["generations"],
         **needs("start"),
@@ -109,7 +111,7 @@ def _requests(intake: Intake, lookups: Lookups, completion: Completion) -> list[
         data: Annotated[GenerationWish, Body(examples=[Example(summary="A question", value=_EXAMPLE)])],
         idempotency_key: Annotated[str | None, HeaderParameter(name="Idempotency-Key", required=False)] = None,
         wait: FromQuery[Literal["complete"] | None] = None,
-    ) -> Response[Any]:
+    ) -> Response[Accepted | GenerationView]:
         principal = caller(request)
         own(principal, session)
         if idempotency_key is not None and not 0 < len(idempotency_key) <= _KEY_LIMIT:
@@ -117,7 +119,7 @@ def _requests(intake: Intake, lookups: Lookups, completion: Completion) -> list[
         found = await reach(intake.accept(principal, session, data, idempotency_key))
         answer = accepted(session, *found)
         if wait is None:
-            return answer
+            return Response(answer.content, status_code=answer.status_code, headers=answer.headers)
         headers = {name: str(value) for name, value in answer.headers.items()}
         view, ended = await _whole(request, lookups, completion, session, found[0])
         return Response(view, status_code=200 if ended else 202, headers=headers)
@@ -180,7 +182,7 @@ def _views(lookups: Lookups, completion: Completion) -> list[HTTPRouteHandler]:
         "/sessions/{session:str}/generations/{generation:str}",
         summary="A generation: state, text so far, usage",
         operation_id="getGeneration",
-        responses=PROBLEMS,
+        responses=PROBLEMS | {202: ResponseSpec(GenerationView, description="`wait=complete`: it has not ended yet")},
         tags=["generations"],
         **needs("read"),
     )

@@ -7,7 +7,7 @@ import asyncio
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from typing import Final, Self
+from typing import Any, Final, Self
 from urllib.parse import urlsplit
 
 import nats.errors
@@ -25,6 +25,15 @@ log = structlog.get_logger()
 
 Callback = Callable[[Msg], Awaitable[None]]
 PENDING_BYTES: Final = 8 * 1024 * 1024
+
+_PERSISTENT: Final[dict[str, Any]] = {
+    "max_reconnect_attempts": -1,
+    "reconnect_time_wait": 0.25,  # seconds; fractions work
+    "connect_timeout": 2,
+    "ping_interval": 2,  # a server that is frozen is left after about 5 s, well within the lease
+    "max_outstanding_pings": 2,
+    "pending_size": PENDING_BYTES,
+}
 
 
 class BrokerUnavailable(Exception):
@@ -87,12 +96,7 @@ class Connection:
                     name=f"tailrace-{name}",
                     inbox_prefix=f"_INBOX.{name}",
                     tls=tls,
-                    max_reconnect_attempts=-1,
-                    reconnect_time_wait=0.25,  # type: ignore[arg-type]  # seconds; fractions work
-                    connect_timeout=2,
-                    ping_interval=2,  # a server that is frozen is left after about 5 s, well within the lease
-                    max_outstanding_pings=2,
-                    pending_size=PENDING_BYTES,
+                    **_PERSISTENT,
                     reconnected_cb=reconnected,
                     disconnected_cb=disconnected,
                     error_cb=errored,

@@ -9,9 +9,11 @@ from services.delivery.core.formats import Format
 from services.delivery.core.frames import UNLIMITED, Chunk
 from services.delivery.core.granularity import TOKEN, Grain, Place
 
-__all__ = ["Send", "Subscriber"]
+__all__ = ["Send", "Stand", "Subscriber"]
 
 Send = Callable[[Any], Awaitable[None]]
+Stand = tuple[Format, str | None, int]
+"""What decides which chunk a subscriber gets: its format, the generation that it wants, its index."""
 
 
 class _Rest:
@@ -127,6 +129,24 @@ class Subscriber:
             self.start(chunk.message)
         if chunk.ends:
             self.finish("terminal")
+
+    def pass_on(self, chunk: Chunk, stand: Stand, now: float) -> bool:
+        """Deliver a chunk that another one at ``stand`` has just got, unless this one needs a closer look.
+
+        It must hold events, and not end the stream. The caller counts them among those delivered by the process.
+        """
+        format_, generation, index = stand
+        if self.index != index or self.format is not format_ or self.generation != generation:
+            return False
+        if self._blocked is not None or self.joining or self.done.done():
+            return False
+        if self.room != UNLIMITED or self.space != UNLIMITED:
+            return False
+        self.index, self.seq, self.offset = chunk.stop, chunk.last_seq, chunk.offset
+        self.sent_at = now
+        self.delivered += chunk.count
+        self.start(chunk.message)
+        return True
 
     def count(self, events: int, size: int) -> None:
         """Note what was sent: it takes from what the client has granted."""

@@ -8,7 +8,7 @@ from services.delivery.core.entries import Tail
 from services.delivery.core.formats import Address, Format
 from services.delivery.core.frames import Chunk, Frames
 from services.delivery.core.granularity import TOKEN, Grain, Merger, Place, rest
-from services.delivery.subscriber import Subscriber
+from services.delivery.subscriber import Stand, Subscriber
 from services.kit.clock import Clock
 
 __all__ = ["View", "Views"]
@@ -56,9 +56,14 @@ class View:
         """Write to every subscriber that is ready: one chunk for all that stand at the same index. Return how many."""
         self.follow(now)
         end = self.tail.end
-        chunks: dict[tuple[Format, str | None, int], Chunk] = {}
-        writes = 0
+        chunks: dict[Stand, Chunk] = {}
+        usual: tuple[Chunk, Stand] | None = None  # what the one before got: most stand at the same place
+        writes = events = 0
         for subscriber in tuple(self.subscribers):
+            if usual is not None and subscriber.pass_on(*usual, now):
+                writes += 1
+                events += usual[0].count
+                continue
             if subscriber.index >= end or not subscriber.ready:
                 continue
             if subscriber.index < self.tail.base:
@@ -79,6 +84,10 @@ class View:
             writes += 1
             if subscriber.index < end:
                 self.serve(subscriber)
+            elif chunk.count and not chunk.ends:
+                usual = chunk, key
+        if events:
+            metrics.EVENTS_OUT.inc(events)
         return writes
 
     def serve(self, subscriber: Subscriber) -> None:

@@ -23,6 +23,7 @@ STREAMS_OF_A_CONNECTION: Final = 1_024
 HEAD_BYTES: Final = 8_192  # the least there is; the server reserves it for every connection of HTTP/1.1, idle ones too
 HEADER_BYTES: Final = 65_536
 HEADER_MS: Final = 10_000
+LAST_SECONDS: Final = 5.0
 
 
 class PortTaken(Exception):
@@ -96,7 +97,8 @@ async def serving(
         _done, late = await asyncio.wait({task}, timeout=grace)
         for unfinished in late:
             unfinished.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        done, _late = await asyncio.wait({task}, timeout=LAST_SECONDS)  # the server may heed neither; we leave anyway
+        await asyncio.gather(*done, return_exceptions=True)
 
 
 async def _wait_until_listening(host: str, port: int, task: asyncio.Task[None]) -> None:

@@ -1,6 +1,7 @@
 """Running totals as they grow: one question a tenant and moment, however many listen."""
 
 import asyncio
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any, Final
@@ -9,6 +10,7 @@ import msgspec
 import structlog
 from litestar import Request, get
 from litestar.datastructures import State
+from litestar.openapi.datastructures import ResponseSpec
 from litestar.response import ServerSentEvent, ServerSentEventMessage
 
 from services.billing.adapters.reports import Reports, Totals
@@ -16,6 +18,7 @@ from services.billing.answers import PROBLEMS, only
 from services.billing.core.question import Filters
 from services.billing.core.spending import DAY, OPEN
 from services.billing.errors import LedgerUnavailable
+from services.kit.auth.principal import is_still_valid
 from services.kit.auth.rules import caller, needs
 from services.kit.clock import Clock
 from services.kit.problem import Problem
@@ -110,7 +113,7 @@ def _add(to: Totals, totals: Totals) -> None:
     summary="Today's usage as it grows",
     operation_id="live_usage",
     tags=["usage"],
-    responses=PROBLEMS,
+    responses=PROBLEMS | {200: ResponseSpec(str, description="The stream", media_type="text/event-stream")},
     **needs("usage"),
 )
 async def live_usage(request: Request[Any, Any, Any], state: State) -> ServerSentEvent:
@@ -121,10 +124,10 @@ async def live_usage(request: Request[Any, Any, Any], state: State) -> ServerSen
         raise Problem(403, "the credentials reach only some sessions, and this is about all of them")
     live: Live = state.live
     live.enter(principal.tenant)
-    return ServerSentEvent(_events(live, principal.tenant, principal.expires_at))
+    return ServerSentEvent(_events(live, principal.tenant, request.scope))
 
 
-async def _events(live: Live, tenant: str, expires_at: float | None) -> Any:
+async def _events(live: Live, tenant: str, scope: Mapping[str, Any]) -> Any:
     loop = asyncio.get_running_loop()
     said: tuple[Totals, Totals] | None = None
     said_at = loop.time()
@@ -136,7 +139,7 @@ async def _events(live: Live, tenant: str, expires_at: float | None) -> Any:
                 log.warning("live totals not told", error=str(error))
                 yield ServerSentEventMessage(event="bye", data='{"reason":"unavailable"}', retry=2_000)
                 return
-            if expires_at is not None and found.at >= expires_at:
+            if not is_still_valid(scope):
                 yield ServerSentEventMessage(event="bye", data='{"reason":"expired"}')
                 return
             if (found.totals, found.running) != said:

@@ -17,7 +17,7 @@ from services.billing.core.price_file import COLUMNS, BadPrices, render_moment, 
 from services.billing.core.provider_export import BadExport, parse_export
 from services.billing.price_loading import parse_prices
 from services.billing.terms import CurrentTerms
-from services.kit.auth.rules import caller, needs
+from services.kit.auth.rules import REFUSALS, caller, needs
 from services.kit.problem import Problem, ProblemDetails
 
 __all__ = ["put_prices", "put_usage", "show_prices"]
@@ -38,7 +38,7 @@ _PROBLEMS: Final = {
         (422, "The body has faults; `errors` lists each of them"),
         (503, "The database does not answer"),
     )
-}
+} | REFUSALS
 
 
 class PriceView(msgspec.Struct, kw_only=True, rename={"from_": "from", "class_": "class"}):

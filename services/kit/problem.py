@@ -9,7 +9,7 @@ from litestar import Request, Response
 from litestar.exceptions import HTTPException, ValidationException
 from litestar.types import ExceptionHandlersMap
 
-__all__ = ["EXCEPTION_HANDLERS", "Problem", "ProblemDetails", "problem_bytes"]
+__all__ = ["EXCEPTION_HANDLERS", "MEDIA_TYPE", "Problem", "ProblemDetails", "problem_bytes"]
 
 log = structlog.get_logger()
 MEDIA_TYPE: Final = "application/problem+json"

@@ -40,6 +40,9 @@ class Caller:
     async def authenticate(self, authorization: str | None, ticket: str | None = None) -> Principal:
         return self.principal
 
+    def is_valid(self, principal: Principal) -> bool:
+        return True
+
 
 @pytest.fixture
 def caller() -> Caller:

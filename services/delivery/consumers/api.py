@@ -5,6 +5,7 @@ from typing import Annotated, Any, Final, TypeVar
 
 from litestar import Request, Response, Router, delete, get, post, put
 from litestar.handlers import HTTPRouteHandler
+from litestar.openapi.datastructures import ResponseSpec
 from litestar.params import Body, FromPath, FromQuery, QueryParameter
 from litestar.types import ASGIApp
 
@@ -29,7 +30,8 @@ from services.delivery.errors import CursorExpired, CursorForeign, TooBusy
 from services.kit.auth.principal import Principal, authorize
 from services.kit.auth.rules import caller, needs
 from services.kit.consumers import DurableRefused
-from services.kit.problem import Problem
+from services.kit.problem import MEDIA_TYPE as PROBLEM_TYPE
+from services.kit.problem import Problem, ProblemDetails
 
 __all__ = ["consumers_router"]
 
@@ -48,7 +50,17 @@ def _definitions(consumers: Consumers) -> list[HTTPRouteHandler]:
     async def view(principal: Principal, name: str, found: Found) -> ConsumerView:
         return consumer_view(name, found, await reach(consumers.dead.count(principal.tenant, name)))
 
-    @put("/{name:str}", summary="Create or change a durable consumer", operation_id="putConsumer", responses=PROBLEMS)
+    @put(
+        "/{name:str}",
+        summary="Create or change a durable consumer",
+        operation_id="putConsumer",
+        responses=PROBLEMS
+        | {
+            201: ResponseSpec(ConsumerView, description="Created"),
+            409: ResponseSpec(ProblemDetails, description="It cannot be changed", media_type=PROBLEM_TYPE),
+            429: ResponseSpec(ProblemDetails, description="As many as may be", media_type=PROBLEM_TYPE),
+        },
+    )
     async def put_consumer(
         request: AnyRequest, name: FromPath[str], data: Annotated[Wish, Body()]
     ) -> Response[ConsumerView]:

@@ -60,6 +60,13 @@ class Authenticator:
             raise Problem(503, "the credentials cannot be checked now", headers={"Retry-After": "1"}) from None
         return principal
 
+    def is_valid(self, principal: Principal) -> bool:
+        """Tell whether credentials that were valid have neither expired nor been revoked, as far as is known here."""
+        if principal.expires_at is not None and principal.expires_at <= self._clock.wall():
+            return False
+        id_ = principal.key.removeprefix(KEY_PREFIX)
+        return id_ == principal.key or self.keys.get(id_) is not None
+
     def on_revoked(self, callback: Callable[[frozenset[str]], None]) -> None:
         """Call ``callback`` within a second with `Principal.key` of those whose API key has been revoked."""
         self.keys.on_revoked(lambda ids: callback(frozenset(KEY_PREFIX + id_ for id_ in ids)))

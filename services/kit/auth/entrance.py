@@ -5,10 +5,11 @@ for `principal_of` to raise where errors become answers that pages of other orig
 """
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, Final, Protocol
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
-from services.kit.auth.principal import CHALLENGE, PRINCIPAL, Principal
+from services.kit.auth.principal import CHALLENGE, PRINCIPAL, STILL_VALID, Principal
 from services.kit.loopback import is_address, is_loopback
 from services.kit.problem import Problem
 
@@ -41,6 +42,9 @@ class Authenticating(Protocol):
     async def authenticate(self, authorization: str | None, ticket: str | None = None) -> Principal:
         """Return who calls, or raise `Problem`."""
 
+    def is_valid(self, principal: Principal) -> bool:
+        """Tell whether its credentials are good now, as far as is known here."""
+
 
 def is_public(path: str) -> bool:
     """Tell whether a path is open to everybody: the probes, the page and its parts, and the API's description."""
@@ -65,7 +69,8 @@ def entering(app: Any, authenticator: Authenticating, origins: Iterable[str] = (
             try:
                 if authenticator.is_local:
                     _check_is_local(scope, allowed)
-                scope[PRINCIPAL] = await authenticator.authenticate(_authorization(scope), ticket)
+                principal = await authenticator.authenticate(_authorization(scope), ticket)
+                scope[PRINCIPAL], scope[STILL_VALID] = principal, partial(authenticator.is_valid, principal)
             except Problem as problem:
                 scope[PRINCIPAL] = problem
         await app(scope, receive, _with_headers(send, _HEADERS if public else _API_HEADERS))

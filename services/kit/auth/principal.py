@@ -13,9 +13,11 @@ __all__ = [
     "CHALLENGE",
     "PRINCIPAL",
     "SCOPES",
+    "STILL_VALID",
     "Principal",
     "Scope",
     "authorize",
+    "is_still_valid",
     "principal_of",
     "session_patterns",
 ]
@@ -24,6 +26,8 @@ Scope = Literal["start", "read", "cancel", "consume", "usage", "admin"]
 SCOPES: Final[frozenset[Scope]] = frozenset({"start", "read", "cancel", "consume", "usage", "admin"})
 PRINCIPAL: Final = "tailrace.principal"
 """Key of the ASGI scope under which the principal of a request stands, or the `Problem` of its credentials."""
+STILL_VALID: Final = "tailrace.still-valid"
+"""Key of the ASGI scope under which a function tells whether the credentials are good even now."""
 CHALLENGE: Final = 'Bearer realm="tailrace"'
 _PATTERN: Final = re.compile(r"[A-Za-z0-9_*-]{1,64}")
 _PATTERNS: Final = 100
@@ -78,6 +82,12 @@ def principal_of(scope: Mapping[str, Any]) -> Principal:
     if not isinstance(principal, Principal):
         raise Problem(401, "no credentials were given", headers={"WWW-Authenticate": CHALLENGE})
     return principal
+
+
+def is_still_valid(scope: Mapping[str, Any]) -> bool:
+    """Tell whether the credentials of a request that goes on have neither expired nor been revoked meanwhile."""
+    check = scope.get(STILL_VALID)
+    return check is None or bool(check())
 
 
 def authorize(principal: Principal, needed: Scope, session: str | None = None) -> Principal:

@@ -25,6 +25,8 @@ _STATUS: Final = {
 }
 _QUIET: Final = 3 * SILENCE
 """Seconds without an event after which the call is given up: gRPC shows no heartbeats."""
+_BROKEN: Final = "Internal error from Core"
+"""What gRPC's own client says when it writes into a connection that has just gone."""
 
 
 async def read_call(wanted: Wanted) -> None:
@@ -37,7 +39,7 @@ async def read_call(wanted: Wanted) -> None:
             await (_read(channel, metadata, wanted) if wanted.window is None else _attach(channel, metadata, wanted))
         except grpc.aio.AioRpcError as error:
             status = _STATUS.get(error.code())
-            if status is None:
+            if status is None or error.details() == _BROKEN:
                 raise
             raise Refused(status, error.details() or "") from error
 

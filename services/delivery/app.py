@@ -65,6 +65,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ``workers``: processes that share the ports; ``workers_port``: probes and metrics of who watches over them, and
     those of the first worker one above, and so on. ``connections``: how many requests and streams one process serves at
     once. ``feed_bytes``: events kept in memory for one session. ``wait``: how long a poll may wait.
+    ``compress``: gzip for events over HTTP.
 
     ``consumers``: durable consumers of one tenant; each goes after ``consumer_inactive`` without a reader (0: never),
     and keeps at most ``consumer_dead`` dead events. ``cors_origins``: origins whose pages may call this API.
@@ -90,6 +91,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     stall: Positive = 30.0
     drain: Positive = 10.0
     wait: Positive = 60.0
+    compress: bool = False
     consumers: Annotated[int, msgspec.Meta(ge=0)] = 100
     consumer_inactive: Annotated[float, msgspec.Meta(ge=0)] = 604_800.0
     consumer_dead: Annotated[int, msgspec.Meta(ge=1)] = 1_000
@@ -229,7 +231,9 @@ def build_app(hub: Hub, shared: Shared, settings: Settings, authenticator: Authe
     intake = Intake(hub.broker, hub, lookups, hub.clock, shared.pool, settings.admission(hub))
     streams = Streams(hub, lookups)
     completion = Completion(streams, settings.wait)
-    events = SessionEvents(streams, lookups, completion, max_wait=settings.wait, heartbeat=settings.heartbeat)
+    events = SessionEvents(
+        streams, lookups, completion, max_wait=settings.wait, heartbeat=settings.heartbeat, compress=settings.compress
+    )
     sockets = WebSockets(hub, streams, intake, max_message=settings.max_body)
 
     @asgi("/v1/ws", copy_scope=False)
@@ -290,6 +294,10 @@ def _console(settings: Settings, *, asks: bool) -> list[Any]:
     def page() -> Response[bytes]:
         return Response((_CONSOLE / "index.html").read_bytes(), media_type=MediaType.HTML, headers=headers)
 
+    @route("/console/usage", http_method=["GET", "HEAD"], include_in_schema=False, sync_to_thread=False)
+    def usage_page() -> Response[bytes]:
+        return Response((_CONSOLE / "usage.html").read_bytes(), media_type=MediaType.HTML, headers=headers)
+
     @get("/console/config.json", include_in_schema=False, sync_to_thread=False)
     def config() -> dict[str, Any]:
         return {"billing": settings.billing_url, "models": settings.console_models, "credentials": asks}
@@ -297,4 +305,4 @@ def _console(settings: Settings, *, asks: bool) -> list[Any]:
     files = create_static_files_router(
         "/console", [_CONSOLE], include_in_schema=False, cache_control=CacheControlHeader(no_cache=True)
     )
-    return [page, config, files]
+    return [page, usage_page, config, files]

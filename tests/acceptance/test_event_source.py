@@ -165,8 +165,8 @@ def npm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-async def stage(broker: Broker, nats_server: NatsServer) -> AsyncIterator[Stage]:
-    async with delivering(nats_server.url) as running:
+async def stage(request: pytest.FixtureRequest, broker: Broker, nats_server: NatsServer) -> AsyncIterator[Stage]:
+    async with delivering(nats_server.url, compress=getattr(request, "param", False)) as running:
         yield running
 
 
@@ -211,6 +211,7 @@ def dismiss(stage: Stage, reason: str) -> None:
             subscriber.finish(reason)
 
 
+@pytest.mark.parametrize("stage", [False, True], ids=["plain", "gzip"], indirect=True)
 async def test_answer_survives_cuts_drops_and_farewells(
     stage: Stage, broker: Broker, proxy: CuttingProxy, client: Any
 ) -> None:

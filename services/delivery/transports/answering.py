@@ -8,6 +8,7 @@ from typing import Any, Final
 from litestar.types import ASGIApp
 
 from services.delivery.core.formats import Format
+from services.delivery.core.gzip import GZIPPED, Block, Wrapping, whole_gzip
 from services.delivery.streams import Stream, Streams
 from services.delivery.subscriber import Subscriber
 from services.kit.problem import Problem, problem_bytes
@@ -15,6 +16,7 @@ from services.kit.problem import Problem, problem_bytes
 __all__ = ["NOTHING_FOLLOWS", "RAW_SEND", "STREAM_HEADERS", "send_whole", "streaming", "watching", "whole"]
 
 RAW_SEND: Final = "tailrace.send"
+_WORTH_WHILE: Final = 1_000  # bytes
 STREAM_HEADERS: Final = ((b"cache-control", b"no-store"), (b"x-accel-buffering", b"no"))
 
 
@@ -28,10 +30,13 @@ def whole(status: int, body: bytes, media_type: str, headers: Iterable[tuple[str
 
 
 async def send_whole(
-    send: Any, status: int, body: bytes, media_type: str, headers: Iterable[tuple[str, str]] = ()
+    send: Any, status: int, body: bytes, media_type: str, headers: Iterable[tuple[str, str]] = (), *, gzip: bool = False
 ) -> None:
-    """Send a whole answer."""
+    """Send a whole answer; ``gzip``: compressed where that is worth while."""
     own = [(b"cache-control", b"no-store")]
+    if gzip and len(body) > _WORTH_WHILE:
+        body = whole_gzip(body)
+        own.append(GZIPPED)
     if body:
         own += [(b"content-type", media_type.encode()), (b"content-length", str(len(body)).encode())]
     own += [(name.lower().encode(), value.encode()) for name, value in headers]
@@ -48,18 +53,31 @@ async def send_problem(send: Any, problem: Problem) -> None:
 NOTHING_FOLLOWS: Final = whole(204, b"", "")
 
 
-def streaming(streams: Streams, stream: Stream, format_: Format, media_type: bytes) -> ASGIApp:
-    """Return the answer that shows a stream over HTTP; 204 when nothing follows."""
+def streaming(streams: Streams, stream: Stream, format_: Format, media_type: bytes, *, gzip: bool = False) -> ASGIApp:
+    """Return the answer that shows a stream over HTTP; 204 when nothing follows.
+
+    ``gzip``: it goes out compressed, and ``format_`` is a `Gzipped` one.
+    """
     if stream.seq is None:
         return NOTHING_FOLLOWS
 
     async def answer(scope: Any, receive: Any, send: Any) -> None:
-        headers = [(b"content-type", media_type), *STREAM_HEADERS]
+        headers = [(b"content-type", media_type), *STREAM_HEADERS, *([GZIPPED] if gzip else [])]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
+        raw = scope.get(RAW_SEND, send)
         with watching(receive) as joined:
-            await streams.serve(stream, scope.get(RAW_SEND, send), format_, joined)
+            await streams.serve(stream, _wrapped(raw) if gzip else raw, format_, joined)
 
     return answer
+
+
+def _wrapped(send: Any) -> Any:
+    wrapping = Wrapping()
+
+    async def wrapped(block: Block) -> None:
+        await send(wrapping.body(block))
+
+    return wrapped
 
 
 @contextmanager

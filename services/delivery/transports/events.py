@@ -10,6 +10,7 @@ from services.delivery.api import view_of
 from services.delivery.completion import Completion
 from services.delivery.core.accept import chosen
 from services.delivery.core.formats import Format
+from services.delivery.core.gzip import Gzipped, takes_gzip
 from services.delivery.core.ndjson import NDJSON
 from services.delivery.core.several import SEVERAL_NDJSON, SEVERAL_SSE, Several
 from services.delivery.core.sse import SSE
@@ -30,17 +31,27 @@ _STREAMS: Final[dict[str, tuple[Format, Several, bytes]]] = {
     "application/x-ndjson": (NDJSON, SEVERAL_NDJSON, b"application/x-ndjson"),
     "application/ndjson": (NDJSON, SEVERAL_NDJSON, b"application/ndjson"),
 }
+_GZIPPED: Final = {SSE: Gzipped(SSE), NDJSON: Gzipped(NDJSON)}  # one object each, so that feeds compress once
 
 
 class SessionEvents:
     """Answers to ``…/sessions/{session}/events`` and ``/events``.
 
-    ``max_wait``: seconds for which a poll may wait; ``heartbeat``: silence in seconds that a stream fills.
+    ``max_wait``: seconds for which a poll may wait; ``heartbeat``: silence in seconds that a stream fills;
+    ``compress``: whether clients that take gzip get it.
     """
 
     def __init__(
-        self, streams: Streams, lookups: Lookups, completion: Completion, *, max_wait: float, heartbeat: float
+        self,
+        streams: Streams,
+        lookups: Lookups,
+        completion: Completion,
+        *,
+        max_wait: float,
+        heartbeat: float,
+        compress: bool = False,
     ) -> None:
+        self._compress = compress
         self._streams = streams
         self._lookups = lookups
         self._completion = completion
@@ -60,9 +71,12 @@ class SessionEvents:
         wait = min(ask.seconds or 0.0, self._max_wait)
         limit = _limit(ask)
         stream = await self._streams.open(principal, wish_of(scope, ask, session))
+        gzip = self._compress and takes_gzip(header(scope, b"accept-encoding"))
         if media_type == _JSON:
-            return polling(self._streams, stream, wait, limit)
+            return polling(self._streams, stream, wait, limit, gzip=gzip)
         format_, _, content_type = _STREAMS[media_type]
+        if gzip:
+            return streaming(self._streams, stream, _GZIPPED[format_], content_type, gzip=True)
         return streaming(self._streams, stream, format_, content_type)
 
     async def of_several(self, scope: Any, ask: Ask) -> ASGIApp:

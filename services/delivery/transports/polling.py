@@ -95,7 +95,7 @@ class _Poll:
             self.subscriber.finish("batch")
 
 
-def polling(streams: Streams, stream: Stream, wait: float, limit: int) -> ASGIApp:
+def polling(streams: Streams, stream: Stream, wait: float, limit: int, *, gzip: bool = False) -> ASGIApp:
     """Return the answer that waits so many seconds for at most so many events of the log."""
 
     async def answer(_scope: Any, receive: Any, send: Any) -> None:
@@ -119,7 +119,7 @@ def polling(streams: Streams, stream: Stream, wait: float, limit: int) -> ASGIAp
             problem = Problem(503, "the log cannot be read now", headers={"Retry-After": "1"})
             await send_problem(send, problem)
         elif reason != "disconnected":
-            await _send(send, _batch(stream, poll, reason))
+            await _send(send, _batch(stream, poll, reason), gzip=gzip)
 
     return answer
 
@@ -158,5 +158,5 @@ def _item(entry: Entry, at: Address) -> _Item:
     return _Item(at.after(entry).decode(), msgspec.Raw(entry.data))
 
 
-async def _send(send: Any, batch: Batch) -> None:
-    await send_whole(send, 200, msgspec.json.encode(batch), "application/json")
+async def _send(send: Any, batch: Batch, *, gzip: bool = False) -> None:
+    await send_whole(send, 200, msgspec.json.encode(batch), "application/json", gzip=gzip)

@@ -21,6 +21,8 @@ READ_BATCH: Final = 1_000
 READ_BYTES: Final = 512 * 1024
 READS: Final = 16  # at once: what the server sends ahead must stay far below its limit for a connection (64 MB)
 READ_TIMEOUT: Final = 5.0
+READ_TRIES: Final = (1.0, 1.5, 2.5)
+"""Seconds that each try waits for anything, `READ_TIMEOUT` in all: whoever is asked may be frozen, the next is not."""
 LAG_PAUSE: Final = 0.05
 REPLICAS_SECONDS: Final = 30.0
 
@@ -172,15 +174,30 @@ class Broker(Connection):
         return await self._get(stream, query)
 
     async def _get(self, stream: str, query: dict[str, Any]) -> tuple[list[Stored], int]:
-        """Return what a batched Direct Get brings, and how much was left over."""
+        """Return what a batched Direct Get brings, and how much was left over; who does not answer is asked again."""
+        for seconds in READ_TRIES:
+            try:
+                async with self._reads:
+                    return await self._ask(stream, query, seconds)
+            except TimeoutError:
+                continue
+            except (nats.errors.Error, OSError) as error:
+                raise ReadFailed(f"reading {stream} ({query}): {error!r}") from error
+        raise ReadFailed(f"reading {stream} ({query}): no answer in {READ_TIMEOUT} s")
+
+    async def _ask(self, stream: str, query: dict[str, Any], seconds: float) -> tuple[list[Stored], int]:
         got: list[Stored] = []
-        done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[int] = loop.create_future()
+        patience = asyncio.timeout(seconds)
 
         async def receive(msg: Msg) -> None:
             headers = msg.headers or {}
             status = headers.get("Status")
             if done.done():
                 return
+            if not got:  # it answers: a slow answer is not asked for twice
+                patience.reschedule(loop.time() + READ_TIMEOUT)
             if status is None:
                 got.append(Stored(int(headers["Nats-Sequence"]), headers["Nats-Subject"], msg.data))
             elif status == "204":
@@ -191,20 +208,14 @@ class Broker(Connection):
                 done.set_exception(ReadFailed(f"reading {stream}: {status} {headers.get('Description', '')}"))
 
         inbox = self.client.new_inbox()
+        subscription = await self.subscribe(inbox, receive)
         try:
-            async with self._reads:
-                subscription = await self.subscribe(inbox, receive)
-                try:
-                    await self.client.publish(f"$JS.API.DIRECT.GET.{stream}", msgspec.json.encode(query), reply=inbox)
-                    async with asyncio.timeout(READ_TIMEOUT):
-                        return got, await done
-                finally:
-                    if not self.client.is_closed:
-                        await subscription.unsubscribe()
-        except TimeoutError as error:
-            raise ReadFailed(f"reading {stream} ({query}): no answer in {READ_TIMEOUT} s") from error
-        except (nats.errors.Error, OSError) as error:
-            raise ReadFailed(f"reading {stream} ({query}): {error!r}") from error
+            async with patience:
+                await self.client.publish(f"$JS.API.DIRECT.GET.{stream}", msgspec.json.encode(query), reply=inbox)
+                return got, await done
+        finally:
+            if not self.client.is_closed:
+                await subscription.unsubscribe()
 
     async def bucket(self, name: str = BUCKET) -> KeyValue:
         """Return a look-up bucket: that of generations, or the registry of models."""

@@ -1,10 +1,16 @@
 """The broker port against a real nats-server."""
 
+import asyncio
+from typing import Any
+
 import pytest
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
 
 from schemas.subjects import Address, live_filter, log_filter, token_subject
 from schemas.topology import Topology
 from services.kit.broker import Broker, BrokerUnavailable, Stored
+from services.kit.connection import Callback
 from tests.conftest import eventually
 
 STREAM = "TOKENS_0"
@@ -76,6 +82,40 @@ async def test_reading_up_to_a_sequence_asks_for_no_more_than_can_be_there(
     fetched.clear()
     assert await read(everything, 31, 30) == []
     assert fetched == []
+
+
+async def test_a_question_that_got_lost_is_asked_again(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    await broker.publish_stored(token_subject(A), b"one")
+    asked: list[str] = []
+    publish = broker.client.publish
+
+    async def losing_the_first(subject: str, *arguments: object, **named: object) -> None:
+        asked.append(subject)
+        if len(asked) > 1:
+            await publish(subject, *arguments, **named)  # type: ignore[arg-type]  # as it was called
+
+    monkeypatch.setattr(broker.client, "publish", losing_the_first)
+    found = [m.data async for batch in broker.read(STREAM, token_subject(A)) for m in batch]
+    assert (found, asked[:2]) == ([b"one"], [f"$JS.API.DIRECT.GET.{STREAM}"] * 2)
+
+
+async def test_a_slow_answer_is_not_asked_for_twice(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    for _ in range(3):
+        await broker.publish_stored(token_subject(A), b"x")
+    monkeypatch.setattr("services.kit.broker.READ_TRIES", (0.3, 0.3))
+    subscribe, inboxes = broker.subscribe, []
+
+    async def late(subject: str, callback: Callback, **named: Any) -> Subscription:
+        async def slow(msg: Msg) -> None:
+            await callback(msg)
+            await asyncio.sleep(0.2)
+
+        inboxes.append(subject)
+        return await subscribe(subject, slow, **named)
+
+    monkeypatch.setattr(broker, "subscribe", late)
+    found = [m.data async for batch in broker.read(STREAM, token_subject(A)) for m in batch]
+    assert (found, len(inboxes)) == ([b"x"] * 3, 1)
 
 
 async def test_reading_nothing_yields_nothing(broker: Broker) -> None:

@@ -32,7 +32,8 @@ export class Problem extends Error {
   }
 }
 
-async function request(url, options) {
+/** Ask, as whoever the key stands for, and return the answer as `read` takes it from the response. */
+export async function request(url, options, read = (response) => response.json()) {
   let response;
   try {
     response = await fetch(url, { ...options, headers: { ...options?.headers, ...credentials() } });
@@ -41,7 +42,7 @@ async function request(url, options) {
     throw new Problem({ title: "No answer.", detail: "The service cannot be reached at the moment." });
   }
   if (!response.ok) throw await Problem.of(response);
-  return response.status === 204 ? null : response.json();
+  return response.status === 204 ? null : read(response);
 }
 
 const part = encodeURIComponent;

@@ -238,6 +238,7 @@ async function start() {
     return {};
   });
   shown.billing = config.billing ?? null;
+  byId("usage-link").hidden = !config.billing;
   byId("change-key").hidden = !config.credentials;
   if (config.credentials && !hasKey()) await askForKey();
   composer.offer(config.models ?? []);

@@ -189,10 +189,10 @@ async def test_two_processes_at_once_write_each_number_once(
     async with Broker.connect(nats_url, "second") as other, running(broker, database, holder="one") as one:
         async with running(other, database, holder="two") as two:
             await write(broker, scenario.events[:300])
-            await eventually(lambda: max(one.consumer.applied, two.consumer.applied) >= 300)
+            await eventually(lambda: max(one.consumer.applied, two.consumer.applied) >= 300, timeout=30)
             assert min(one.consumer.applied, two.consumer.applied) <= 0  # one reads, the other waits
         await write(broker, scenario.events[300:])
-        await eventually(lambda: scenario.settled(one.reports))
+        await eventually(lambda: scenario.settled(one.reports), timeout=30)
 
 
 async def test_a_database_locked_by_another_is_waited_for(broker: Broker, tmp_path: Path) -> None:

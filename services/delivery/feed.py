@@ -146,9 +146,14 @@ class Feed:
         """The stream sequence up to which the log has been seen."""
         return self._last_seq
 
-    async def reread(self, start: int | None = None) -> None:
-        """Read what was stored since the last message that arrived (or from ``start`` on)."""
+    async def reread(self, start: int | None = None, *, until: int | None = None) -> None:
+        """Read what was stored since the last message that arrived (or from ``start`` on).
+
+        ``until``: nothing is to be done once the log has been seen up to this stream sequence.
+        """
         async with self._reading:
+            if until is not None and self._last_seq >= until:
+                return
             if self._behind is None:
                 self._behind = deque()
             self._connection = self._reconnects()
@@ -165,7 +170,7 @@ class Feed:
             BrokerUnavailable: the broker does not answer.
         """
         if seq > self._last_seq:
-            await self.reread()
+            await self.reread(until=seq)  # of many that come together one reads
 
     def is_quiet(self, now: float) -> bool:
         """Tell whether nothing has come for so long that the log should be asked; to be called about every second."""

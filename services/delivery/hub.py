@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import random
-from collections.abc import Iterator
 from typing import Any, Final
 
 import structlog
@@ -18,6 +17,7 @@ from services.delivery.log_reader import LogReader
 from services.delivery.partitions import Partitions
 from services.delivery.presence import Presence
 from services.delivery.replay import replay
+from services.delivery.shared_reads import SharedReads
 from services.delivery.starts import StartBounds, Starts
 from services.delivery.subscriber import Subscriber
 from services.kit.auth.principal import Principal
@@ -81,13 +81,12 @@ class Hub:
         self._feeds: dict[tuple[str, str], Feed] = {}  # bounded by limits.feeds
         self._opening: dict[tuple[str, str], asyncio.Task[Feed]] = {}
         self._states: dict[int, tuple[float, StreamState]] = {}
+        self._shared = SharedReads(broker)
         self.presence = Presence(broker)
         self.connections = Connections(
             total=limits.streams, tenant=limits.streams_per_tenant, key=limits.streams_per_key
         )
         self.starts = Starts(broker, clock, limits.starts)
-        self._quiet = asyncio.Event()
-        self._quiet.set()
         self._tasks: set[asyncio.Task[None]] = set()
         broker.on_reconnect(self._reconnected)
 
@@ -147,7 +146,9 @@ class Hub:
 
     def reader(self, tenant: str, session: str, partition: int) -> LogReader:
         """Return a reader of a session's log for one subscriber."""
-        return LogReader(self.broker, partition, tenant, session)
+        known = self._states.get(partition)
+        shared = None if known is None else self._shared  # what is kept must be of the incarnation that is there now
+        return LogReader(self.broker, partition, tenant, session, shared, known[1].created if known else "")
 
     async def catch_up(self, feed: Feed, subscriber: Subscriber) -> bool:
         """Serve a subscriber from the log until the feed's memory reaches back far enough for it.
@@ -168,19 +169,12 @@ class Hub:
         """Tell whether new streams can be opened."""
         return self.broker.is_connected and not self.draining
 
-    @contextlib.contextmanager
-    def stream(self, principal: Principal, end: End) -> Iterator[None]:
+    def stream(self, principal: Principal, end: End) -> contextlib.AbstractContextManager[None]:
         """Count a stream as open while the block runs; `drain` waits for all of them.
 
         ``end`` is called with a reason when the principal's credentials are revoked.
         """
-        self._quiet.clear()
-        try:
-            with self.connections.held(principal, end):
-                yield
-        finally:
-            if not self.connections.open:
-                self._quiet.set()
+        return self.connections.held(principal, end)
 
     def set_end(self, subscriber: Subscriber, expires_at: float | None) -> None:
         """Set when a stream that begins now is to end; ``expires_at``: of its credentials, in seconds since 1970."""
@@ -208,7 +202,7 @@ class Hub:
                 subscriber.finish("drain")
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                await self._quiet.wait()
+                await self.connections.quiet.wait()
         for feed in list(self._feeds.values()):
             await feed.close()
 
@@ -243,6 +237,7 @@ class Hub:
             self._spawn(self.starts.look())
             self._spawn(self._look_for_new_logs())
             self._spawn(self._look_for_moves(now))
+        self._shared.sweep()
         metrics.FEEDS.set(len(self._feeds))
         metrics.FEED_BYTES.set(size)
 

@@ -1,5 +1,6 @@
 """Reads accepted events of one session from the log."""
 
+from collections.abc import AsyncIterator
 from typing import Final
 
 import structlog
@@ -10,6 +11,7 @@ from schemas.subjects import log_filter
 from schemas.topology import token_stream
 from services.delivery import metrics
 from services.delivery.core.entries import Entry, Positions
+from services.delivery.shared_reads import LogKey, SharedReads
 from services.kit.broker import Broker, Stored
 
 __all__ = ["LogReader"]
@@ -22,11 +24,22 @@ class LogReader:
     """Reads accepted events of one session, or of one generation of it, from the log.
 
     Where reading begins in the middle of a generation, that generation's own log is folded up to there first, so that
-    repeats and zombies are told apart exactly.
+    repeats and zombies are told apart exactly. With ``shared`` what is read is kept for others that read it soon, of
+    the stream's ``incarnation``.
     """
 
-    def __init__(self, broker: Broker, partition: int, tenant: str, session: str) -> None:
+    def __init__(
+        self,
+        broker: Broker,
+        partition: int,
+        tenant: str,
+        session: str,
+        shared: SharedReads | None = None,
+        incarnation: str = "",
+    ) -> None:
         self.broker = broker
+        self._shared = shared
+        self._incarnation = incarnation
         self.stream = token_stream(partition)
         self.positions = Positions()
         self.headless: set[str] = set()  # generations whose beginning the log no longer keeps; bounded by what it keeps
@@ -70,16 +83,48 @@ class LogReader:
 
     async def position_before(self, generation: str, seq: int) -> Position:
         """Return the position in a generation before the message with stream sequence ``seq``."""
-        position = BEGINNING
         if seq <= 1:
-            return position
-        async for batch in self.broker.read(self.stream, self.subject(generation), up_to=seq - 1):
+            return BEGINNING
+        subject = self.subject(generation)
+        at, position = self._known(subject, seq)
+        async for batch in self.read(subject, at, seq - 1):
+            known_at, known = self._known(subject, batch[-1].seq + 1)
+            if known_at > at:  # another one has come further meanwhile
+                at, position = known_at, known
             for stored in batch:
-                try:
-                    header = decode_header(stored.data)
-                except MalformedEvent:
-                    continue
-                if position is BEGINNING and header.seq > 0:
-                    position = joining(header.epoch, header.seq)
-                position, _ = judge(position, header.type, header.epoch, header.seq)
+                if stored.seq >= at:
+                    position = _after(position, stored)
+            at = batch[-1].seq + 1
+            self._keep(subject, at, position)
+        self._keep(subject, seq, position)
         return position
+
+    def read(self, filter_: str, from_seq: int, up_to: int) -> AsyncIterator[list[Stored]]:
+        """Yield what is stored from one stream sequence to another, in order and in batches.
+
+        Raises:
+            BrokerUnavailable: the log cannot be read.
+        """
+        if self._shared is None:
+            return self.broker.read(self.stream, filter_, from_seq, up_to=up_to)
+        return self._shared.read(self._key(filter_), from_seq, up_to)
+
+    def _key(self, filter_: str) -> LogKey:
+        return LogKey(self.stream, self._incarnation, filter_)
+
+    def _known(self, subject: str, seq: int) -> tuple[int, Position]:
+        return (1, BEGINNING) if self._shared is None else self._shared.position(self._key(subject), seq)
+
+    def _keep(self, subject: str, seq: int, position: Position) -> None:
+        if self._shared is not None:
+            self._shared.note(self._key(subject), seq, position)
+
+
+def _after(position: Position, stored: Stored) -> Position:
+    try:
+        header = decode_header(stored.data)
+    except MalformedEvent:
+        return position
+    if position is BEGINNING and header.seq > 0:
+        position = joining(header.epoch, header.seq)
+    return judge(position, header.type, header.epoch, header.seq)[0]

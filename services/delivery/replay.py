@@ -103,7 +103,7 @@ async def replay(reader: LogReader, subscriber: Subscriber, at: Address, floor: 
     shown = _Replay(reader, subscriber, at)
     filter_ = reader.subject(subscriber.generation or "*")
     last = subscriber.seq
-    async for batch in reader.broker.read(reader.stream, filter_, subscriber.seq + 1, up_to=floor):
+    async for batch in reader.read(filter_, subscriber.seq + 1, floor):
         for stored in batch:
             entry = await reader.accept(stored)
             if entry is not None and await shown.take(entry):

@@ -7,8 +7,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import httpx
+
 from schemas.cursor import Cursor
-from services.kit.broker import Broker
+from services.kit.broker import Broker, Stored
 from tests.conftest import NatsServer, eventually
 from tests.delivery_stage import Log, Stage, delivering, keys, metric, story, subscribers
 from tests.sse import SseClient, small_buffers
@@ -298,3 +300,41 @@ async def test_first_cursor_of_a_new_session_begins_at_its_first_event(broker: B
         async with reader.connected() as connection:
             assert await connection.count(len(events))
         assert keys(reader.events) == keys(events)
+
+
+async def test_200_clients_that_return_together_share_the_reads_of_the_log(
+    broker: Broker, nats_server: NatsServer
+) -> None:
+    events = story("g1", 1_200)
+    await Log(broker).append(*events[:-1])
+    async with delivering(nats_server.url, feed_bytes=1) as stage:
+        first = stage.events()
+        async with first.connected() as reading:
+            assert await reading.count(len(events) - 1)
+        reads: list[int] = []
+        read_batch = stage.broker._read_batch
+
+        async def counted(stream: str, filter_: str, from_seq: int, size: int) -> tuple[list[Stored], int]:
+            reads.append(from_seq)
+            return await read_batch(stream, filter_, from_seq, size)
+
+        stage.broker._read_batch = counted  # type: ignore[method-assign]  # the test counts what the broker is asked
+        places = [900 + number for number in range(200)]
+        clients = [stage.events(after=first.ids[place]) for place in places]
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(timeout=30, limits=limits) as http:
+            for client in clients:
+                client.http = http
+
+            async def return_(client: SseClient, place: int) -> None:
+                async with client.connected() as reading:
+                    assert await reading.count(len(events) - 1 - place - 1)
+
+            async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+                for client, place in zip(clients, places, strict=True):
+                    group.create_task(return_(client, place))
+        assert all(
+            keys(client.events) == keys(events[place + 1 : -1]) for client, place in zip(clients, places, strict=True)
+        )
+        assert len(reads) <= 20
+        await stage.settled()

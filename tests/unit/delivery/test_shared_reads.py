@@ -1,0 +1,142 @@
+"""Shared reads give everybody what the log holds, and the broker is asked once for what many want."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any, cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from schemas.acceptance import BEGINNING, joining
+from services.delivery.shared_reads import POSITIONS, LogKey, SharedReads
+from services.kit.broker import Broker, ReadFailed, Stored
+
+KEY = LogKey("S", "then", "log.>")
+
+
+class Log:
+    """A broker that holds messages at some stream sequences, and gives ``batch`` of them at once."""
+
+    def __init__(self, seqs: list[int], batch: int = 10, size: int = 10) -> None:
+        self.stored = [Stored(seq, "s", b"x" * size) for seq in seqs]
+        self.asked: list[tuple[int, int]] = []
+        self.fails = False
+        self._batch = batch
+
+    async def read(self, stream: str, filter_: str, from_seq: int = 1, *, up_to: int) -> AsyncIterator[list[Stored]]:
+        self.asked.append((from_seq, up_to))
+        await asyncio.sleep(0)
+        if self.fails:
+            raise ReadFailed("away")
+        wanted = [stored for stored in self.stored if from_seq <= stored.seq <= up_to]
+        for start in range(0, len(wanted), self._batch):
+            yield wanted[start : start + self._batch]
+
+
+def shared(log: Log, **bounds: Any) -> SharedReads:
+    return SharedReads(cast("Broker", log), **bounds)
+
+
+async def read(reads: SharedReads, from_seq: int, up_to: int, key: LogKey = KEY) -> list[int]:
+    batches = [batch async for batch in reads.read(key, from_seq, up_to)]
+    assert all(batches)
+    return [stored.seq for batch in batches for stored in batch]
+
+
+@given(
+    seqs=st.sets(st.integers(1, 3_000), max_size=120),
+    spans=st.lists(st.tuples(st.integers(0, 3_000), st.integers(0, 3_000)), min_size=1, max_size=12),
+    batch=st.integers(1, 40),
+    max_bytes=st.sampled_from([1, 2_000, 1_000_000]),
+    together=st.booleans(),
+)
+def test_everybody_gets_what_is_stored_in_order_and_once(
+    seqs: set[int], spans: list[tuple[int, int]], batch: int, max_bytes: int, together: bool
+) -> None:
+    stored = sorted(seqs)
+
+    async def run() -> None:
+        reads = shared(Log(stored, batch), max_bytes=max_bytes)
+        readers = [read(reads, *span) for span in spans]
+        got = await asyncio.gather(*readers) if together else [await reader for reader in readers]
+        assert got == [[seq for seq in stored if max(1, start) <= seq <= stop] for start, stop in spans]
+        assert reads._bytes <= max_bytes
+        assert reads._bytes == sum(segment.size for log in reads._logs.values() for segment in log.segments)
+
+    asyncio.run(run())
+
+
+async def test_many_at_different_places_cause_few_reads() -> None:
+    log = Log(list(range(1, 10_001)), batch=1_000)
+    reads = shared(log)
+    starts = range(1, 10_001, 7)
+    got = await asyncio.gather(*(read(reads, start, 10_000) for start in starts))
+    assert all(seqs == list(range(start, 10_001)) for seqs, start in zip(got, starts, strict=True))
+    assert len(log.asked) <= 30
+
+
+async def test_one_reader_alone_asks_for_no_more_than_it_wants() -> None:
+    log = Log(list(range(1, 2_001)), batch=1_000)
+    assert await read(shared(log), 700, 720) == list(range(700, 721))
+    assert log.asked == [(700, 720)]
+
+
+async def test_a_read_that_fails_fails_for_all_who_wait_and_is_tried_again_by_the_next() -> None:
+    log = Log([1, 2, 3])
+    log.fails = True
+    reads = shared(log)
+    results = await asyncio.gather(*(read(reads, 1, 3) for _ in range(20)), return_exceptions=True)
+    assert all(isinstance(result, ReadFailed) for result in results)
+    assert len(log.asked) == 1
+    log.fails = False
+    assert await read(reads, 1, 3) == [1, 2, 3]
+
+
+async def test_a_reader_that_leaves_takes_nothing_from_the_others() -> None:
+    log = Log([1, 2, 3])
+    reads = shared(log)
+    leaving, staying = (asyncio.create_task(read(reads, 1, 3)) for _ in range(2))
+    await asyncio.sleep(0)
+    leaving.cancel()
+    assert await staying == [1, 2, 3]
+    assert len(log.asked) == 1
+
+
+async def test_a_log_that_was_created_anew_is_read_anew() -> None:
+    log = Log([1, 2])
+    reads = shared(log)
+    await read(reads, 1, 2)
+    await read(reads, 1, 2, KEY._replace(incarnation="now"))
+    assert len(log.asked) == 2
+
+
+async def test_what_is_not_used_is_forgotten() -> None:
+    log = Log([1, 2])
+    reads = shared(log, keep=0.0)
+    await read(reads, 1, 2)
+    while asyncio.get_running_loop().time() <= reads._logs[KEY].used_at:
+        await asyncio.sleep(0)
+    reads.sweep()
+    assert (len(reads._logs), reads._bytes) == (0, 0)
+
+
+async def test_positions_are_found_from_the_nearest_place_before_and_bounded() -> None:
+
+    reads = shared(Log([]))
+    assert reads.position(KEY, 50) == (1, BEGINNING)
+    for seq in (10, 30, 20, 30):
+        reads.note(KEY, seq, joining(1, seq))
+    assert reads.position(KEY, 9) == (1, BEGINNING)
+    assert reads.position(KEY, 29) == (20, joining(1, 20))
+    assert reads.position(KEY, 30) == (30, joining(1, 30))
+    for seq in range(100, 100 + 2 * POSITIONS):
+        reads.note(KEY, seq, joining(1, seq))
+    assert len(reads._logs[KEY].positions) <= POSITIONS
+
+
+@pytest.mark.parametrize("span", [(5, 4), (1, 0), (0, -1)])
+async def test_an_empty_span_asks_nobody(span: tuple[int, int]) -> None:
+    log = Log([1, 2, 3])
+    assert await read(shared(log), *span) == []
+    assert not log.asked

@@ -32,7 +32,7 @@ from services.delivery.lookups import Lookups
 from services.delivery.starts import StartBounds
 from services.delivery.streams import Streams
 from services.delivery.tickets_api import tickets_router
-from services.delivery.transports.answering import RAW_SEND
+from services.delivery.transports.answering import outliving
 from services.delivery.transports.events import SessionEvents
 from services.delivery.transports.websocket import WebSockets
 from services.kit.auth.authenticator import Authenticator
@@ -271,13 +271,7 @@ def build_app(hub: Hub, shared: Shared, settings: Settings, authenticator: Authe
     describe_streams(litestar.openapi_schema)
     describe_consumer_events(litestar.openapi_schema)
 
-    guarded = entering(reading_bodies(litestar, settings.max_body), authenticator, settings.cors_origins)
-
-    async def outermost(scope: Any, receive: Any, send: Any) -> None:
-        scope[RAW_SEND] = send  # streams write their body past the wrappers that every ordinary answer needs
-        await guarded(scope, receive, send)
-
-    return outermost
+    return outliving(entering(reading_bodies(litestar, settings.max_body), authenticator, settings.cors_origins))
 
 
 def _console(settings: Settings, *, asks: bool) -> list[Any]:

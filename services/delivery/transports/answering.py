@@ -1,8 +1,8 @@
 """Answers of raw ASGI handlers: a stream that a feed writes to, and a whole one."""
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any, Final
 
 from litestar.types import ASGIApp
@@ -13,9 +13,12 @@ from services.delivery.streams import Stream, Streams
 from services.delivery.subscriber import Subscriber
 from services.kit.problem import Problem, problem_bytes
 
-__all__ = ["NOTHING_FOLLOWS", "RAW_SEND", "STREAM_HEADERS", "send_whole", "streaming", "watching", "whole"]
+__all__ = ["NOTHING_FOLLOWS", "RAW_SEND", "STREAM_HEADERS", "outliving", "send_whole", "streaming", "watching", "whole"]
 
 RAW_SEND: Final = "tailrace.send"
+RESTS: Final = "tailrace.rests"
+Rest = Callable[[Any, Any], Awaitable[None]]
+"""What is left of an answer that has begun; takes the connection's own ``receive`` and ``send``."""
 _WORTH_WHILE: Final = 1_000  # bytes
 STREAM_HEADERS: Final = ((b"cache-control", b"no-store"), (b"x-accel-buffering", b"no"))
 
@@ -64,11 +67,35 @@ def streaming(streams: Streams, stream: Stream, format_: Format, media_type: byt
     async def answer(scope: Any, receive: Any, send: Any) -> None:
         headers = [(b"content-type", media_type), *STREAM_HEADERS, *([GZIPPED] if gzip else [])]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        raw = scope.get(RAW_SEND, send)
+        rests: list[Rest] | None = scope.get(RESTS)
+        if rests is None:
+            await rest(receive, send)
+        else:
+            rests.append(rest)
+
+    async def rest(receive: Any, send: Any) -> None:
         with watching(receive) as joined:
-            await streams.serve(stream, _wrapped(raw) if gzip else raw, format_, joined)
+            await streams.serve(stream, _wrapped(send) if gzip else send, format_, joined)
 
     return answer
+
+
+def outliving(app: Any) -> Any:
+    """Return ``app`` (ASGI), whose streams go on without it, once they have begun.
+
+    A stream lasts for hours, and everything that found out what to send would be kept in memory until its end.
+    """
+
+    async def outermost(scope: Any, receive: Any, send: Any) -> None:
+        scope[RAW_SEND] = send  # streams write their body past the wrappers that every ordinary answer needs
+        rests: list[Rest] = []
+        scope[RESTS] = rests
+        await app(scope, receive, send)
+        if rests:
+            scope.clear()
+            await rests.pop()(receive, send)
+
+    return outermost
 
 
 def _wrapped(send: Any) -> Any:
@@ -80,19 +107,29 @@ def _wrapped(send: Any) -> Any:
     return wrapped
 
 
-@contextmanager
-def watching(receive: Any) -> Iterator[Callable[[Subscriber], None]]:
+def watching(receive: Any) -> AbstractContextManager[Callable[[Subscriber], None]]:
     """Give what ends a subscriber when its client leaves; to be called when it has joined."""
-    watches: list[asyncio.Task[None]] = []
+    return _Watching(receive)
 
-    def joined(subscriber: Subscriber) -> None:
-        watches.append(asyncio.create_task(_watch(receive, subscriber)))
 
-    try:
-        yield joined
-    finally:
-        for watch in watches:
+class _Watching:
+    """Watches over the subscribers of one connection."""
+
+    __slots__ = ("_receive", "_watches")
+
+    def __init__(self, receive: Any) -> None:
+        self._receive = receive
+        self._watches: list[asyncio.Task[None]] = []
+
+    def __enter__(self) -> Callable[[Subscriber], None]:
+        return self._watch
+
+    def __exit__(self, *_: object) -> None:
+        for watch in self._watches:
             watch.cancel()
+
+    def _watch(self, subscriber: Subscriber) -> None:
+        self._watches.append(asyncio.create_task(_watch(self._receive, subscriber)))
 
 
 async def _watch(receive: Any, subscriber: Subscriber) -> None:

@@ -1,0 +1,53 @@
+"""A stream that has begun goes on by itself: what led to it is let go."""
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+
+from services.delivery.transports.answering import RESTS, outliving
+
+
+class Known:
+    """Something that a request needed until its stream began."""
+
+
+async def receive() -> Any:
+    return {"type": "http.disconnect"}
+
+
+async def test_the_rest_of_an_answer_outlives_the_application_and_what_it_knew() -> None:
+    sent: list[Any] = []
+    alive: list[weakref.ref[Known]] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def app(scope: Any, _receive: Any, send: Any) -> None:
+        known = Known()
+        scope["known"] = known
+        alive.append(weakref.ref(known))
+        await send("head")
+
+        async def rest(receive_: Any, send_: Any) -> None:
+            gc.collect()
+            assert receive_ is receive
+            await send_(f"body, {alive[0]()} left")
+
+        scope[RESTS].append(rest)
+
+    await outliving(app)({"type": "http"}, receive, send)
+    assert sent == ["head", "body, None left"]
+
+
+async def test_an_application_that_fails_leaves_nothing_to_go_on_with() -> None:
+    async def app(scope: Any, _receive: Any, _send: Any) -> None:
+        async def rest(_receive: Any, _send: Any) -> None:
+            pytest.fail("must not be reached")
+
+        scope[RESTS].append(rest)
+        raise KeyError("x")
+
+    with pytest.raises(KeyError):
+        await outliving(app)({"type": "http"}, receive, receive)

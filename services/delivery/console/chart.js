@@ -64,7 +64,7 @@ function drawColumn(column, series, { x, step, y, words, value }) {
     const [from, to] = [y(below), y(below + amount)];
     below += amount;
     if (!amount) return null;
-    const said = `${words(column.name)}, ${series[index] || "(none)"}: ${value(amount)}`;
+    const said = `${words(column.name)}, ${series[index]}: ${value(amount)}`;
     const box = { x: left, y: to, width, height: Math.max(from - to, 0.75) };
     return shape("rect", { class: `part series-${index}`, ...box }, shape("title", {}, said));
   });
@@ -89,7 +89,7 @@ function axis(columns, step, words) {
 export function legend(series) {
   const swatch = (index) =>
     shape("svg", { width: 10, height: 10, "aria-hidden": "true" }, shape("rect", { class: `part series-${index}`, width: 10, height: 10, rx: 2 }));
-  return el("ul", { class: "legend" }, ...series.map((name, index) => el("li", {}, swatch(index), el("span", {}, name || "(none)"))));
+  return el("ul", { class: "legend" }, ...series.map((name, index) => el("li", {}, swatch(index), el("span", {}, name))));
 }
 
 /** Draw where a budget stands: `spent`, `reserved`, and the limits `soft` and `hard` (null: none), all as numbers. */

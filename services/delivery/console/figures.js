@@ -2,7 +2,7 @@
 import { columnChart, legend } from "./chart.js";
 import { byId, el } from "./dom.js";
 import { BILLING_WORDS, number } from "./format.js";
-import { amountWords, brief, decimal, share, signed } from "./money.js";
+import { amountLines, brief, decimal, share, signed } from "./money.js";
 import { byModel, currenciesOf, shortName, stack } from "./series.js";
 
 /** Show named values; one of them may have a `note` and a `tone`. */
@@ -33,7 +33,7 @@ export function showPeriod(totals, statuses) {
   const partial = count("partial");
   const open = count("running") + count("awaiting_provider");
   showTiles(byId("tiles"), [
-    { name: "Spend", value: amountWords(totals.amounts) },
+    { name: "Spend", value: amountLines(totals.amounts) },
     { name: "Tokens charged", value: number(totals.tokens), note: `${number(totals.input)} in · ${number(totals.output)} out reported` },
     { name: "Generations", value: number(totals.generations), note: open ? `${number(open)} not settled yet` : "" },
     { name: "Drift", value: number(drifted), note: `${signed(totals.drift)} tokens in all`, tone: drifted ? "bad" : "" },
@@ -59,8 +59,9 @@ function chart({ rows, unit, by, names }, { title, value, exact, words }) {
   if (!stacked.most) return null;
   const heading = `${title} by ${by}`;
   const width = Math.max(260, byId("charts").clientWidth - 42); // the panel's padding and border
+  stacked.series = stacked.series.map((name) => wordFor(by, name));
   const drawing = { title: heading, stacked, width, words: (name) => shortName(unit, name), value: words, brief };
-  const told = rows.filter((row) => value(row.totals)).map((row) => [row.key[unit], row.key[by] || "(none)", exact(row.totals)]);
+  const told = rows.filter((row) => value(row.totals)).map((row) => [row.key[unit], wordFor(by, row.key[by]), exact(row.totals)]);
   const alternative = el(
     "details",
     { class: "alternative" },
@@ -70,13 +71,15 @@ function chart({ rows, unit, by, names }, { title, value, exact, words }) {
   return el("section", { class: "panel chart", "aria-label": heading }, el("h3", {}, heading), columnChart(drawing), legend(stacked.series), alternative);
 }
 
+const wordFor = (by, name) => (by === "status" && BILLING_WORDS[name]) || name || "(none)";
+
 const STATUSES = ["matched", "drift", "provider_missing", "awaiting_provider", "partial", "running"];
 
 /** Tell for each model how its generations were settled, and how far the numbers are apart. */
 export function showAgreement(rows) {
   const models = byModel(rows);
   const used = STATUSES.filter((status) => models.some(({ statuses }) => statuses[status]));
-  const head = ["Model", "Generations", "Counted", "Reported", "Drift", "Share", ...used.map((s) => BILLING_WORDS[s]), "Unpriced"];
+  const head = ["Model", "Generations", "Counted", "Reported", "Difference", "Share", ...used.map((s) => BILLING_WORDS[s]), "Unpriced"];
   const lines = models.map((model) => [
     model.provider ? `${model.provider} ${model.model}` : model.model || "(unknown)",
     number(model.generations),

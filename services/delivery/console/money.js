@@ -53,12 +53,12 @@ const BRIEF = new Intl.NumberFormat("en", { notation: "compact", maximumFraction
 /** `1,234.50`, `0.000021`, from exact text or a number. */
 export const decimal = (amount) => (amount != 0 && Math.abs(amount) < 0.001 ? TINY : PLAIN).format(amount);
 
-/** `12.50 EUR · 3.00 USD`, or a dash for nothing. */
-export const amountWords = (amounts) =>
+/** `12.50 EUR` and `3.00 USD` on lines of their own, or a dash for nothing. */
+export const amountLines = (amounts) =>
   Object.entries(amounts)
     .sort(([a], [b]) => (a < b ? -1 : 1))
-    .map(([currency, amount]) => `${decimal(amount)} ${currency}`)
-    .join(" · ") || "–";
+    .map(([currency, amount]) => `${decimal(amount)}\u00a0${currency}`)
+    .join("\n") || "–";
 
 /** `1.2K`, `35M`, for axes. */
 export const brief = (amount) => (amount !== 0 && Math.abs(amount) < 0.01 ? TINY : BRIEF).format(amount);

@@ -6,7 +6,7 @@ import { showAgreement, showCharts, showPeriod, showTiles } from "./figures.js";
 import { number } from "./format.js";
 import { askForKey, hasKey } from "./key.js";
 import { LiveTotals } from "./live.js";
-import { amountWords, Billing } from "./money.js";
+import { amountLines, Billing } from "./money.js";
 import { columnNames, SPANS, startOf } from "./series.js";
 import { Statements } from "./statement.js";
 
@@ -77,7 +77,7 @@ function showLive({ totals, running }) {
     { name: "Running now", value: number(running.generations), note: `${number(running.counted_output)} tokens so far` },
     { name: "Generations", value: number(totals.generations), note: "started today, UTC" },
     { name: "Output counted", value: number(totals.counted_output), note: "tokens" },
-    { name: "Spend", value: amountWords(totals.amounts), note: "settled" },
+    { name: "Spend", value: amountLines(totals.amounts), note: "settled" },
   ]);
 }
 

@@ -2,7 +2,6 @@
 import { byId, el, setText } from "./dom.js";
 import { table } from "./figures.js";
 import { BILLING_WORDS, number } from "./format.js";
-import { amountWords } from "./money.js";
 
 const MONTHS = 24;
 
@@ -76,7 +75,7 @@ function page(made) {
   return [
     el("h4", {}, caption),
     el("p", {}, `Tenant ${made.tenant}, generations started from ${made.since} up to ${made.until}.`),
-    el("p", {}, "In all: ", el("strong", { class: "statement-total", title: amountWords(made.amounts) }, exactWords(made.amounts))),
+    el("p", {}, "In all: ", el("strong", { class: "statement-total" }, exactWords(made.amounts))),
     ...notes.map((note) => el("p", { class: "statement-note" }, note)),
     el("div", { class: "wide-content", role: "region", "aria-label": caption, tabIndex: 0 }, table(caption, HEAD, lines, 3)),
   ];

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.billing_log import Shape, fill
+from bench.billing_queries import Asked, ask_many
 from bench.postgres import CannotStart, Postgres
 from bench.processes import Died, Process, Processes, TooLate, fetch, free_port, python
 from bench.targets import start_nats
@@ -70,14 +71,27 @@ class Folding(msgspec.Struct, kw_only=True):
 @click.option("--deltas", default=60, show_default=True, type=click.IntRange(0), help="Events of each besides three.")
 @click.option("--abreast", default=300, show_default=True, type=click.IntRange(1), help="Streaming side by side.")
 @click.option("--database", "only", multiple=True, type=click.Choice(["sqlite", "postgresql"]), help="Only this.")
+@click.option(
+    "--questions", type=click.IntRange(1), metavar="GENERATIONS", help="Instead: how long questions take over so many."
+)
 @click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the result as JSON.")
-def billing(generations: int, deltas: int, abreast: int, only: tuple[str, ...], json_file: Path | None) -> None:
+def billing(
+    generations: int,
+    deltas: int,
+    abreast: int,
+    only: tuple[str, ...],
+    questions: int | None,
+    json_file: Path | None,
+) -> None:
     """Measure billing: events folded a second into SQLite and PostgreSQL, and the processor time of each.
 
     Exit code: 0 all totals right, 1 not so, 2 it could not be run.
     """
     shape = Shape(generations=generations, deltas=deltas, abreast=abreast)
     console = Console(width=None if sys.stdout.isatty() else 130)
+    if questions is not None:
+        _question(console, questions, only or ("postgresql",), json_file)
+        return
     try:
         results = [_measure(name, shape) for name in only or ("sqlite", "postgresql")]
     except (Died, TooLate, CannotStart) as error:
@@ -87,6 +101,29 @@ def billing(generations: int, deltas: int, abreast: int, only: tuple[str, ...], 
     if json_file:
         json_file.write_bytes(msgspec.json.format(msgspec.json.encode(results), indent=2) + b"\n")
     sys.exit(0 if all(r.right for r in results) else EXIT_WRONG)
+
+
+def _question(console: Console, generations: int, databases: tuple[str, ...], json_file: Path | None) -> None:
+    """Show how long questions take, by database."""
+    asked: dict[str, list[Asked]] = {}
+    for database in databases:
+        folder = Path(tempfile.mkdtemp(prefix="tailrace-bench-billing-"))
+        try:
+            with ExitStack() as stack:
+                server = stack.enter_context(Postgres(folder)) if database == "postgresql" else None
+                url = database_url(server.url if server else f"sqlite:///{folder}/billing.db")
+                asked[database] = uvloop.run(ask_many(url, generations))
+        except CannotStart as error:
+            console.print(f"[red]not measured:[/] {error}", highlight=False)
+            sys.exit(EXIT_NOT_RUN)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        table = Table("question", "median ms", "slowest ms", "rows", title=f"{generations:,} generations, {database}")
+        for one in asked[database]:
+            table.add_row(one.question, f"{one.median_ms:.1f}", f"{one.slowest_ms:.1f}", str(one.rows))
+        console.print(table)
+    if json_file:
+        json_file.write_bytes(msgspec.json.format(msgspec.json.encode(asked), indent=2) + b"\n")
 
 
 def _measure(database: str, shape: Shape) -> Folding:

@@ -15,7 +15,7 @@ from bench.chaos.violation import Violation
 __all__ = ["BOUND", "REST", "RULES", "check", "end_times"]
 
 BOUND: Final = 15.0
-"""Seconds that an end may take beyond the provider's own time and the lease while nothing is broken."""
+"""Seconds that an end may take beyond the provider's own time and the lease while nothing is broken (see `pace`)."""
 REST: Final = 12.0
 """Seconds after a fault that count as disturbed: leaders are elected, processes start, refused requests wait."""
 DRAIN_BOUND: Final = 10.0
@@ -106,7 +106,7 @@ def _deadlines(evidence: Evidence) -> Iterator[Violation]:
     """Each generation ended in time: its own, twice where it ran twice, the lease, and a bound."""
     for name, took in end_times(evidence).items():
         posted, told = evidence.posted[name], evidence.told[name]
-        allowed = posted.seconds * (1 + told.takeovers) + evidence.opened.lease + BOUND
+        allowed = posted.seconds * (1 + told.takeovers) + evidence.opened.lease + BOUND * evidence.slowness
         if took > allowed:
             yield Violation("deadline", name, f"ended after {took:.1f} s in which nothing was broken, of {allowed:.1f}")
 
@@ -117,7 +117,7 @@ def _processes(evidence: Evidence) -> Iterator[Violation]:
         if not record.asked and record.code != UNAVAILABLE:
             yield Violation("crash", record.process, f"exit code {record.code} by itself: {record.output[-600:]}")
         untaught = record.code == -signal.SIGTERM and record.age < STARTED
-        if record.asked and ((record.code != 0 and not untaught) or record.seconds > DRAIN_BOUND):
+        if record.asked and ((record.code != 0 and not untaught) or record.seconds > DRAIN_BOUND * evidence.slowness):
             yield Violation("drain", record.process, f"exit code {record.code} {record.seconds:.1f} s after SIGTERM")
     for memory in evidence.memory:
         bound = evidence.opened.memory.get(memory.process.partition("-")[0])

@@ -25,6 +25,7 @@ from bench.chaos.history import (
     Sent,
     SentEnd,
     Served,
+    Stuck,
     Worked,
 )
 from bench.chaos.told import Told, tell
@@ -49,9 +50,11 @@ class Evidence(msgspec.Struct):
     connected: list[Connected] = []
     got: dict[int, list[Got]] = {}
     said: list[Said] = []
+    stuck: list[Stuck] = []
     left: list[Left] = []
     faults: list[tuple[Hit, float | None]] = []
     quiet: float | None = None
+    slowness: float = 1.0
     exited: list[Exited] = []
     memory: list[Memory] = []
     told: dict[str, Told] = {}
@@ -98,6 +101,8 @@ class Evidence(msgspec.Struct):
                 self.got.setdefault(record.watch, []).append(record)
             case Said():
                 self.said.append(record)
+            case Stuck():
+                self.stuck.append(record)
             case Left():
                 self.left.append(record)
             case Hit():
@@ -107,7 +112,7 @@ class Evidence(msgspec.Struct):
                     (hit, record.t if hit.fault.number == record.number else healed) for hit, healed in self.faults
                 ]
             case Quiet():
-                self.quiet = record.t
+                self.quiet, self.slowness = record.t, record.slowness
             case Exited():
                 self.exited.append(record)
             case Memory():

@@ -29,6 +29,7 @@ __all__ = [
     "Sent",
     "SentEnd",
     "Served",
+    "Stuck",
     "Worked",
     "read_history",
 ]
@@ -120,6 +121,13 @@ class Said(Record, tag="said"):
     data: str
 
 
+class Stuck(Record, tag="stuck"):
+    """A subscriber has read nothing of a connection for a while. ``ended``: the server had given it up meanwhile."""
+
+    watch: int
+    ended: bool
+
+
 class Left(Record, tag="left"):
     """A subscriber is done. ``complete``: it had everything that it came for, as far as it could tell."""
 
@@ -169,7 +177,9 @@ class Healed(Record, tag="healed"):
 
 
 class Quiet(Record, tag="quiet"):
-    """The schedule is over; nothing is broken from here on."""
+    """The schedule is over; nothing is broken from here on. ``slowness``: of the machine then."""
+
+    slowness: float = 1.0
 
 
 class Exited(Record, tag="exited"):
@@ -222,6 +232,7 @@ AnyRecord = (
     | Connected
     | Got
     | Said
+    | Stuck
     | Left
     | Served
     | Worked

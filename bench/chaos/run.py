@@ -23,6 +23,7 @@ from bench.chaos.history import (
     Quiet,
     read_history,
 )
+from bench.chaos.pace import slow_for, slowness
 from bench.chaos.schedule import (
     BILLINGS,
     DELIVERIES,
@@ -58,7 +59,8 @@ SLOW_SECONDS: Final = 0.15
 class Run:
     """One run of a schedule in a folder of its own.
 
-    ``planted``: a bug to start the services with. ``patience``: seconds after the last fault until all must have ended.
+    ``planted``: a bug to start the services with. ``patience``: seconds after the last fault until all must have ended,
+    on a quiet machine.
 
     Raises:
         Died: the folder exists, or there are no ports.
@@ -107,7 +109,7 @@ class Run:
                 watch = asyncio.create_task(self.stage.watch(self._add))
                 try:
                     await self._play()
-                    self._add(Quiet())
+                    self._add(Quiet(slowness=slowness()))
                     await self._settle(broker)
                 finally:
                     watch.cancel()
@@ -199,6 +201,9 @@ class Run:
             case "drain":
                 if (exited := await members[0].stop()) is not None and fault.target in SERVICES:
                     self._add(exited)
+            case "roll":
+                for exited in await self.stage.roll(fault.target):
+                    self._add(exited)
             case "cut":
                 for link in links:
                     link.cut()
@@ -228,10 +233,10 @@ class Run:
             for subscriber in self._subscribers:
                 subscriber.finish(sessions.get(subscriber.session, 0))
             if self._reading:
-                await asyncio.wait(self._reading, timeout=min(READERS_SECONDS, self._patience))
+                await asyncio.wait(self._reading, timeout=slow_for(min(READERS_SECONDS, self._patience)))
             self._worked.set()
             if self._working:
-                await asyncio.wait(self._working, timeout=min(WORKERS_SECONDS, self._patience))
+                await asyncio.wait(self._working, timeout=slow_for(min(WORKERS_SECONDS, self._patience)))
             for task in (*self._reading, *self._working):
                 task.cancel()
             await asyncio.gather(*self._reading, *self._working, return_exceptions=True)
@@ -242,7 +247,7 @@ class Run:
 
     async def _ended(self, broker: Broker) -> list[Logged]:
         """Return the log once every request is gone from the queue and every generation has ended."""
-        deadline = time.monotonic() + self._patience
+        deadline = time.monotonic() + slow_for(self._patience)
         logged: list[Logged] = []
         while time.monotonic() < deadline:
             try:
@@ -265,7 +270,7 @@ class Run:
         Raises:
             Died: the log cannot be read.
         """
-        deadline = time.monotonic() + BILLING_SECONDS
+        deadline = time.monotonic() + slow_for(BILLING_SECONDS)
         while True:
             late = time.monotonic() > deadline
             try:

@@ -35,10 +35,16 @@ DELIVERIES: Final = ("delivery-0", "delivery-1")
 BILLINGS: Final = ("billing-0", "billing-1")
 SERVICES: Final = (*PRODUCERS, *DELIVERIES, *BILLINGS)
 NODES: Final = "nodes"
+ROLLED: Final = "delivery"
+"""The target of a rolling restart: all deliveries, one after the other."""
+ROLL_SECONDS: Final = 9.0
+LONG_TOKENS: Final = 3_000
+"""Of an answer with more events than the buffers between a delivery and a client that does not read can take."""
+STUCK_SECONDS: Final = 6.0
 
 Ending = Literal["end", "cut", "error"]
 Protocol = Literal["sse", "ndjson", "websocket", "grpc"]
-FaultKind = Literal["kill", "pause", "drain", "cut", "hold", "slow", "outage"]
+FaultKind = Literal["kill", "pause", "drain", "cut", "hold", "slow", "outage", "roll"]
 
 KINDS: Final[dict[FaultKind, float]] = {
     "kill": 3.0,
@@ -87,6 +93,7 @@ class Watch(msgspec.Struct, frozen=True, kw_only=True):
     ``ask``: index of that request. ``scope``: its generation alone, its session from that request's cursor on, or its
     session from the beginning. ``stays``: how long each connection is kept before it is dropped; the last one is not.
     ``window``: events that it lets come before it has dealt with them, where the protocol has such; ``None``: no bound.
+    ``stuck``: for how long it reads nothing of its first connection, whatever comes.
     """
 
     at: float
@@ -96,6 +103,7 @@ class Watch(msgspec.Struct, frozen=True, kw_only=True):
     replicas: tuple[int, ...] = (0,)
     protocol: Protocol = "sse"
     window: int | None = None
+    stuck: float = 0.0
 
 
 class Worker(msgspec.Struct, frozen=True, kw_only=True):
@@ -132,8 +140,9 @@ class Cancel(msgspec.Struct, frozen=True, kw_only=True):
 class Fault(msgspec.Struct, frozen=True, kw_only=True):
     """Something goes wrong ``at`` seconds from the start and is healed ``seconds`` later.
 
-    ``kill``: SIGKILL. ``pause``: SIGSTOP. ``drain``: SIGTERM. ``cut``: connections break and none can be made.
-    ``hold``: what is sent arrives when it is over. ``slow``: every read is late. ``outage``: SIGKILL of all nodes.
+    ``kill``: SIGKILL. ``pause``: SIGSTOP. ``drain``: SIGTERM. ``roll``: SIGTERM of one after the other, each when the
+    one before is back, which lasts as long as it takes. ``cut``: connections break and none can be made. ``hold``: what
+    is sent arrives when it is over. ``slow``: every read is late. ``outage``: SIGKILL of all nodes.
     ``node``: the index of the one node that a service loses; ``None`` for all.
     """
 
@@ -147,7 +156,7 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True):
 
 class Shape(msgspec.Struct, frozen=True, kw_only=True):
     """How dense a run is. ``asks`` and ``faults`` a second; ``nodes`` of the broker; ``kinds`` of fault, with weights;
-    ``targets``: names that faults are limited to.
+    ``targets``: names that faults are limited to. ``rolls``: whether there is a rolling restart.
     """
 
     nodes: int = 3
@@ -157,6 +166,7 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
     restarts: float = 0.5
     kinds: dict[FaultKind, float] = msgspec.field(default_factory=lambda: dict(KINDS))
     targets: tuple[str, ...] = ()
+    rolls: bool = True
 
 
 def shape_of(nodes: int, kinds: Sequence[FaultKind] = (), targets: Sequence[str] = ()) -> Shape:
@@ -171,9 +181,10 @@ def shape_of(nodes: int, kinds: Sequence[FaultKind] = (), targets: Sequence[str]
             raise ValueError(f"nothing is called {target!r}: use one of {', '.join(known)}")
     names = tuple(name for name in known if name.startswith(tuple(targets))) if targets else ()
     weights = {kind: weight for kind, weight in KINDS.items() if kind in (kinds or KINDS) and _befalls(kind, names)}
-    if not weights:
+    rolls = "roll" in (kinds or ("roll",)) and (not names or any(name in DELIVERIES for name in names))
+    if not weights and not rolls:
         raise ValueError(f"no fault of {', '.join(kinds)} can befall {', '.join(names)}")
-    return Shape(nodes=nodes, kinds=weights, targets=names)
+    return Shape(nodes=nodes, kinds=weights, targets=names, rolls=rolls)
 
 
 def _befalls(kind: FaultKind, names: Sequence[str]) -> bool:
@@ -204,19 +215,20 @@ def draw(seed: int, seconds: float, shape: Shape | None = None) -> Schedule:
     rng, shape = random.Random(seed), shape or Shape()
     asks = _asks(rng, seconds, shape)
     watches = tuple(watch for index, ask in enumerate(asks) for watch in _watches(rng, index, ask))
-    ways = random.Random(f"{seed}: ways")
+    ways, more = random.Random(f"{seed}: ways"), random.Random(f"{seed}: more")
+    long = _long(more, seconds)
     return Schedule(
         seed=seed,
         seconds=seconds,
         nodes=shape.nodes,
-        asks=asks,
-        watches=tuple(_on_a_way(ways, watch) for watch in watches),
+        asks=(*asks, long),
+        watches=(*(_on_a_way(ways, watch) for watch in watches), *_stuck(more, len(asks), long)),
         cancels=tuple(
             Cancel(at=_round(ask.at + rng.uniform(0, 1.2 * ask.seconds)), ask=index, replica=rng.randrange(2))
             for index, ask in enumerate(asks)
             if rng.random() < 0.15
         ),
-        faults=_faults(rng, seconds, shape),
+        faults=_with_roll(more, _faults(rng, seconds, shape), seconds, shape),
         workers=tuple(_worker(ways, f"c{n // 2}", seconds) for n in range(2 * CONSUMERS)),
         exports=tuple(
             Export(
@@ -230,6 +242,41 @@ def draw(seed: int, seconds: float, shape: Shape | None = None) -> Schedule:
         ),
         tokens=ways.choice((None, 6.0, 12.0)),
     )
+
+
+def _long(rng: random.Random, seconds: float) -> Ask:
+    """Return a request for more than what buffers take."""
+    at = _round(rng.uniform(0, 0.3 * seconds))
+    return Ask(
+        at=at, key="long", session="long", tokens=LONG_TOKENS, rate=300.0, restart=True, replica=rng.randrange(2)
+    )
+
+
+def _stuck(rng: random.Random, index: int, ask: Ask) -> tuple[Watch, ...]:
+    """Return those who read it: one as it comes, and some that take nothing for a while, until they are sent away."""
+    patient = Watch(at=ask.at, ask=index, scope="generation", replicas=(rng.randrange(2),))
+    late = [
+        Watch(
+            at=_round(ask.at + rng.uniform(0, ask.seconds)),
+            ask=index,
+            scope="start",
+            replicas=(rng.randrange(2),),
+            stuck=STUCK_SECONDS,
+        )
+        for _ in range(2)
+    ]
+    return patient, *late
+
+
+def _with_roll(rng: random.Random, faults: tuple[Fault, ...], seconds: float, shape: Shape) -> tuple[Fault, ...]:
+    """Return faults with a rolling restart among them, where there is time for one; deliveries have no other then."""
+    if not shape.rolls or seconds < 2 * ROLL_SECONDS or (shape.targets and not set(shape.targets) & set(DELIVERIES)):
+        return faults
+    begin = _round(rng.uniform(2.0, seconds - ROLL_SECONDS - 2.0))
+    end = begin + ROLL_SECONDS
+    kept = [f for f in faults if f.target not in DELIVERIES or f.at + f.seconds + _rest(f) < begin or f.at > end + 3.0]
+    roll = Fault(number=len(faults), at=begin, seconds=ROLL_SECONDS, kind="roll", target=ROLLED)
+    return tuple(sorted([*kept, roll], key=lambda fault: fault.at))
 
 
 def _on_a_way(rng: random.Random, watch: Watch) -> Watch:
@@ -286,6 +333,8 @@ def _watches(rng: random.Random, index: int, ask: Ask) -> list[Watch]:
 
 
 def _faults(rng: random.Random, seconds: float, shape: Shape) -> tuple[Fault, ...]:
+    if not shape.kinds:
+        return ()
     healed = seconds - 2.0
     free: dict[str, float] = {}  # until when a target, or all nodes as one, must be left alone
     found: list[Fault] = []

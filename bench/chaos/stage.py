@@ -15,8 +15,9 @@ from typing import Final, Self
 from bench.chaos.credentials import Credentials
 from bench.chaos.history import AnyRecord, Exited, Memory
 from bench.chaos.money import PRICES
+from bench.chaos.pace import slow_for
 from bench.chaos.proxy import Link
-from bench.chaos.schedule import DELIVERIES, LEASE, NODES, SERVICES
+from bench.chaos.schedule import DELIVERIES, LEASE, NODES, ROLLED, SERVICES
 from bench.processes import Died, Process, fetch, python
 from services.standalone.embedded import find_nats_server, render_config, render_node
 
@@ -24,7 +25,9 @@ __all__ = ["MEMORY_BOUND", "Member", "Stage"]
 
 MEMORY_BOUND: Final = {"node": 400 << 20, "producer": 250 << 20, "delivery": 250 << 20, "billing": 300 << 20}
 READY_SECONDS: Final = 60.0
+ROLLED_SECONDS: Final = 20.0
 PARTITIONS: Final = 2
+LIFETIME: Final = 10.0
 _SETTINGS: Final = {
     "TAILRACE_LEASE": f"{LEASE:g}",
     "TAILRACE_PARTITIONS": str(PARTITIONS),
@@ -37,8 +40,8 @@ _SETTINGS: Final = {
     "TAILRACE_DELIVERY_FEED_BYTES": "65536",
     "TAILRACE_DELIVERY_LINGER": "1",
     "TAILRACE_DELIVERY_HEARTBEAT": "1",
-    "TAILRACE_DELIVERY_LIFETIME": "10",
     "TAILRACE_DELIVERY_DRAIN": "2",
+    "TAILRACE_DELIVERY_STALL": "2",
     "TAILRACE_BILLING_INTERVAL": "0.3",
     "TAILRACE_BILLING_HOLD": "2",
     "TAILRACE_BILLING_GRACE": "1",
@@ -61,8 +64,10 @@ class Member:
         self._stopping = False
 
     def start(self) -> None:
-        """Start it; its output goes on in the same file."""
+        """Start it, unless it runs; its output goes on in the same file."""
         self.wanted = True
+        if self.process is not None and self.process.code is None:
+            return
         self._started = time.monotonic()
         self.process = Process(self.name, self._command, self._folder, self._env)
 
@@ -169,6 +174,7 @@ class Stage:
             "TAILRACE_BILLING_DATABASE_URL": f"sqlite:///{self.database}",
             "TAILRACE_BILLING_PRICES": str(prices),
             f"TAILRACE_{name.partition('-')[0].upper()}_PORT": str(self.ports[name]),
+            "TAILRACE_DELIVERY_LIFETIME": f"{slow_for(LIFETIME):g}",
         }
         if name in DELIVERIES:
             env["TAILRACE_DELIVERY_GRPC_PORT"] = str(self.call_ports[name])
@@ -193,13 +199,26 @@ class Stage:
         return self
 
     async def _until_ready(self) -> None:
-        deadline = time.monotonic() + READY_SECONDS
+        deadline = time.monotonic() + slow_for(READY_SECONDS)
         for name in SERVICES:
             while not await self.is_ready(name):
                 process = self.members[name].process
                 if time.monotonic() > deadline or (process is not None and process.code is not None):
                     raise Died(f"{name} does not get ready: {process.ending() if process else ''}")
                 await asyncio.sleep(0.1)
+
+    async def roll(self, name: str) -> list[Exited]:
+        """Restart every process that a target names, one after the other; return how those ended that tell."""
+        found = []
+        for member in self.targets(name):
+            if (exited := await member.stop()) is not None:
+                found.append(exited)
+            member.start()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(slow_for(ROLLED_SECONDS)):
+                    while not await self.is_ready(member.name):  # noqa: ASYNC110  # a process of its own
+                        await asyncio.sleep(0.1)
+        return found
 
     async def is_ready(self, name: str) -> bool:
         """Tell whether a service says that it is ready."""
@@ -232,7 +251,8 @@ class Stage:
 
     def targets(self, name: str) -> list[Member]:
         """Return the processes that a fault's target names."""
-        return self.nodes if name == NODES else [self.members[name]]
+        every = {NODES: self.nodes, ROLLED: [self.members[delivery] for delivery in DELIVERIES]}
+        return every.get(name) or [self.members[name]]
 
 
 def _clean_environment() -> dict[str, str]:

@@ -6,10 +6,11 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 
 from bench.chaos.clients import Accepted, Client
-from bench.chaos.history import Connected, Got, Left, Said
+from bench.chaos.history import Connected, Got, Left, Said, Stuck
 from bench.chaos.protocols.calls import read_call
 from bench.chaos.protocols.sockets import read_socket
 from bench.chaos.protocols.streams import read_lines, read_sse
+from bench.chaos.protocols.stuck import read_late
 from bench.chaos.protocols.wanted import AWAY, Refused, Wanted
 from bench.chaos.schedule import Protocol, Watch
 from schemas.codec import decode_header
@@ -50,6 +51,8 @@ class Subscriber:
         stays: list[float | None] = [*self.watch.stays, None]
         tries = 0
         try:
+            if self.watch.stuck:
+                await self._take_nothing(self.watch.stuck)
             while not self._there():
                 stay = stays.pop(0) if len(stays) > 1 else None
                 replica = self.watch.replicas[min(tries, len(self.watch.replicas) - 1)] + max(
@@ -85,21 +88,7 @@ class Subscriber:
             told = True
             client.add(Connected(watch=self.number, replica=replica % 2, cursor=cursor, status=status))
 
-        wanted = Wanted(
-            http=client.http,
-            url=client.url(replica),
-            call=client.calls[replica % len(client.calls)] if client.calls else "",
-            headers=client.credentials.headers(),
-            session=self.session,
-            generation=self.generation,
-            cursor=cursor,
-            window=self.watch.window,
-            opened=opened,
-            got=self._take,
-            said=self._say,
-            over=self._over,
-            there=self._there,
-        )
+        wanted = self._wanted(replica, opened)
         try:
             await _PROTOCOLS[self.watch.protocol](wanted)
         except Refused as refused:
@@ -109,6 +98,31 @@ class Subscriber:
         finally:
             if not told:
                 opened(0)
+
+    async def _take_nothing(self, seconds: float) -> None:
+        """Open a stream and leave it alone until the server has given it up, or should have."""
+        ended = False
+        with contextlib.suppress(*AWAY):
+            ended = await read_late(self._wanted(self.watch.replicas[0], lambda _: None), seconds)
+        self._client.add(Stuck(watch=self.number, ended=ended))
+
+    def _wanted(self, replica: int, opened: Callable[[int], None]) -> Wanted:
+        client = self._client
+        return Wanted(
+            http=client.http,
+            url=client.url(replica),
+            call=client.calls[replica % len(client.calls)] if client.calls else "",
+            headers=client.credentials.headers(),
+            session=self.session,
+            generation=self.generation,
+            cursor=self.cursor,
+            window=self.watch.window,
+            opened=opened,
+            got=self._take,
+            said=self._say,
+            over=self._over,
+            there=self._there,
+        )
 
     def _take(self, got: Got) -> None:
         got.watch, self.cursor = self.number, got.cursor

@@ -25,7 +25,9 @@ class Summary(msgspec.Struct, kw_only=True):
     """Sums over runs; ``slowest_end`` and ``peak_mb`` are the largest of all.
 
     ``events``: accepted ones in the log. ``received``: events that subscribers got. ``resumes``: connections with a
-    last id. ``slowest_end``: seconds in which nothing was broken, from a request's acceptance to its terminal.
+    last id. ``served``: events that workers got from durable consumers. ``evicted``: clients that took nothing and were
+    given up. ``entries``: of the ledger. ``slowest_machine``: how many times slower than a quiet one (see `pace`).
+    ``slowest_end``: seconds in which nothing was broken, from a request's acceptance to its terminal.
     """
 
     runs: int = 0
@@ -36,6 +38,11 @@ class Summary(msgspec.Struct, kw_only=True):
     received: int = 0
     faults: dict[str, int] = {}
     resumes: int = 0
+    served: int = 0
+    evicted: int = 0
+    exported: int = 0
+    entries: int = 0
+    slowest_machine: float = 1.0
     takeovers: int = 0
     terminals: dict[str, int] = {}
     dropped: dict[str, int] = {}
@@ -55,6 +62,10 @@ class Summary(msgspec.Struct, kw_only=True):
             "events",
             "received",
             "resumes",
+            "served",
+            "evicted",
+            "exported",
+            "entries",
             "takeovers",
             "not_run",
         ):
@@ -62,6 +73,7 @@ class Summary(msgspec.Struct, kw_only=True):
         for name in ("faults", "terminals", "dropped"):
             setattr(self, name, dict(Counter(getattr(self, name)) + Counter(getattr(other, name))))
         self.slowest_end = max(self.slowest_end, other.slowest_end)
+        self.slowest_machine = max(self.slowest_machine, other.slowest_machine)
         self.peak_mb = {
             name: max(self.peak_mb.get(name, 0), other.peak_mb.get(name, 0))
             for name in sorted(self.peak_mb.keys() | other.peak_mb.keys())
@@ -85,6 +97,11 @@ def summary_of(evidence: Evidence, violations: list[Violation]) -> Summary:
         received=sum(map(len, evidence.got.values())),
         faults=Counter(f"{hit.fault.kind} {hit.fault.target.partition('-')[0]}" for hit, _ in evidence.faults),
         resumes=_resumes(evidence),
+        served=sum(map(len, evidence.served.values())),
+        evicted=sum(record.ended for record in evidence.stuck),
+        exported=sum(map(len, evidence.exported.values())),
+        entries=len(evidence.amounts.entries) if evidence.amounts else 0,
+        slowest_machine=round(evidence.slowness, 1),
         takeovers=sum(told.takeovers for told in evidence.told.values()),
         terminals=Counter(e.type for told in evidence.told.values() for e in told.terminals),
         dropped=sum((told.dropped for told in evidence.told.values()), Counter()),

@@ -7,6 +7,7 @@ from typing import Any, Final
 import grpc
 
 from bench.chaos.history import Got
+from bench.chaos.pace import slow_for
 from bench.chaos.protocols.wanted import SILENCE, Refused, Wanted
 from schemas.rpc.tailrace.v1 import tailrace_pb2 as pb
 
@@ -62,7 +63,7 @@ async def _read(channel: grpc.aio.Channel, metadata: list[tuple[str, str]], want
         wanted.opened(200)
         said_bye = False
         while not wanted.there():
-            async with asyncio.timeout(_QUIET):
+            async with asyncio.timeout(slow_for(_QUIET)):
                 response: Any = await call.read()
             if response is grpc.aio.EOF:
                 if await call.code() == grpc.StatusCode.OK and not said_bye and wanted.generation is not None:
@@ -104,7 +105,7 @@ async def _attach(channel: grpc.aio.Channel, metadata: list[tuple[str, str]], wa
 
 async def _items(call: Any, wanted: Wanted) -> AsyncIterator[Any]:
     while not wanted.there():
-        async with asyncio.timeout(_QUIET):
+        async with asyncio.timeout(slow_for(_QUIET)):
             response = await call.read()
         if response is grpc.aio.EOF:
             return

@@ -9,6 +9,7 @@ from websockets.exceptions import InvalidStatus
 from websockets.typing import Subprotocol
 
 from bench.chaos.history import Got
+from bench.chaos.pace import slow_for
 from bench.chaos.protocols.wanted import SILENCE, Refused, Wanted
 
 __all__ = ["read_socket"]
@@ -47,7 +48,7 @@ async def read_socket(wanted: Wanted) -> None:
         ) as socket:
             await _subscribe(socket, wanted)
             while not wanted.there():
-                async with asyncio.timeout(SILENCE):
+                async with asyncio.timeout(slow_for(SILENCE)):
                     text = await socket.recv()
                 message = msgspec.json.decode(text, type=_Message)
                 if await _take(socket, wanted, message):

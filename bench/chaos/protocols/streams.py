@@ -7,24 +7,40 @@ import aiohttp
 import msgspec
 
 from bench.chaos.history import Got
+from bench.chaos.pace import slow_for
 from bench.chaos.protocols.wanted import SILENCE, Refused, Wanted
 
-__all__ = ["read_lines", "read_sse"]
+__all__ = ["EventLines", "read_lines", "read_sse"]
 
 
 async def read_sse(wanted: Wanted) -> None:
     """Read server-sent events until the server ends them, or everything is there."""
+    lines = EventLines(wanted)
     async with _opened(wanted, "text/event-stream") as response:
-        block: list[str] = []
         async for line in response.content:
-            text = line.decode().rstrip("\r\n")
-            if text:
-                block.append(text)
-                continue
-            _take(wanted, block)
-            block = []
+            lines.feed(line)
             if wanted.there():
                 return
+
+
+class EventLines:
+    """Takes bytes as they come; what is no line of an event, as those of a chunk or a head, is passed over."""
+
+    def __init__(self, wanted: Wanted) -> None:
+        self._wanted = wanted
+        self._rest = b""
+        self._block: list[str] = []
+
+    def feed(self, data: bytes) -> None:
+        """Take the next bytes."""
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            text = line.decode().rstrip("\r")
+            if text:
+                self._block.append(text)
+            else:
+                _take(self._wanted, self._block)
+                self._block = []
 
 
 def _take(wanted: Wanted, block: list[str]) -> None:
@@ -65,7 +81,7 @@ async def _opened(wanted: Wanted, media: str) -> AsyncIterator[aiohttp.ClientRes
     elif wanted.generation is None:
         query["from"] = "start"
     url = f"{wanted.url}/v1/sessions/{wanted.session}/events"
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=3, sock_read=SILENCE)
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=3, sock_read=slow_for(SILENCE))
     async with wanted.http.get(url, params=query, headers=headers, timeout=timeout) as response:
         if response.status not in (200, 204):
             raise Refused(response.status, await response.text())

@@ -12,7 +12,7 @@ from bench.chaos.history import Got
 __all__ = ["AWAY", "SILENCE", "Refused", "Wanted"]
 
 SILENCE: Final = 4.0
-"""Seconds without even a heartbeat after which a subscriber tries elsewhere."""
+"""Seconds without even a heartbeat after which a subscriber tries elsewhere, on a quiet machine."""
 AWAY: Final = (aiohttp.ClientError, OSError, TimeoutError, EOFError, WebSocketException, grpc.aio.AioRpcError)
 
 

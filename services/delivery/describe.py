@@ -78,6 +78,7 @@ _OF_MANY: Final = (
 
 def describe_streams(document: OpenAPI) -> None:
     """Add the paths of events."""
+    _loosen_choices(document)
     paths = document.paths = document.paths or {}
     name = Parameter("session", "path", _TEXT, required=True)
     paths["/v1/sessions/{session}/events"] = PathItem(
@@ -164,3 +165,13 @@ def _body(fields: tuple[tuple[str, Schema, str], ...]) -> RequestBody:
     properties: dict[str, Any] = {name: schema for name, schema, _ in fields}
     schema = Schema(type=OpenAPIType.OBJECT, properties=properties, additional_properties=False)
     return RequestBody(content={"application/json": OpenAPIMediaType(schema=schema)})
+
+
+def _loosen_choices(document: OpenAPI) -> None:
+    """Say ``anyOf`` where an answer has one of several forms: what is of one may well look like the other, too."""
+    for item in (document.paths or {}).values():
+        for operation in (item.get, item.post, item.put):
+            for response in ((operation.responses or {}) if operation else {}).values():
+                for media in (getattr(response, "content", None) or {}).values():
+                    if isinstance(media.schema, Schema) and media.schema.one_of:
+                        media.schema.any_of, media.schema.one_of = media.schema.one_of, None

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import random
+from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 import structlog
@@ -87,7 +88,9 @@ class Hub:
             total=limits.streams, tenant=limits.streams_per_tenant, key=limits.streams_per_key
         )
         self.starts = Starts(broker, clock, limits.starts)
+        self._asking: dict[int, asyncio.Task[StreamState]] = {}  # of each partition, what is asked just now
         self._tasks: set[asyncio.Task[None]] = set()
+        self._looking: set[object] = set()  # at what: one look at a time at each, however long the broker takes
         broker.on_reconnect(self._reconnected)
 
     async def state(self, partition: int, *, fresh: bool = False) -> StreamState:
@@ -100,6 +103,22 @@ class Hub:
         known = self._states.get(partition)
         if known is not None and not fresh and now - known[0] < STATE_SECONDS:
             return known[1]
+        if fresh:
+            return await self._ask(partition)
+        asking = self._asking.get(partition)
+        if asking is None:
+            asking = self._asking[partition] = asyncio.create_task(self._ask(partition))
+            asking.add_done_callback(lambda task: self._answered(partition, task))
+        return await asyncio.shield(asking)
+
+    def _answered(self, partition: int, task: asyncio.Task[StreamState]) -> None:
+        if self._asking.get(partition) is task:
+            del self._asking[partition]
+        if not task.cancelled():
+            task.exception()  # whoever waits for it sees it; nobody may be left to
+
+    async def _ask(self, partition: int) -> StreamState:
+        now = self.clock.monotonic()
         state = await self.broker.state(token_stream(partition))
         self._states[partition] = (now, state)
         metrics.LOG_USED.labels(str(partition)).set(state.used)
@@ -228,15 +247,15 @@ class Hub:
                 self._spawn(feed.close())
                 continue
             if not feed.in_step and self.broker.is_connected:
-                self._spawn(self._reread(feed))
+                self._look(feed, self._reread, feed)
             elif feed.is_quiet(now) and self.broker.is_connected:
-                self._spawn(self._check(feed))
+                self._look(feed, self._check, feed)
             for subscriber in feed.everyone():
                 self._look_after(subscriber, now)
         if self.broker.is_connected:
-            self._spawn(self.starts.look())
-            self._spawn(self._look_for_new_logs())
-            self._spawn(self._look_for_moves(now))
+            self._look("starts", self.starts.look)
+            self._look("logs", self._look_for_new_logs)
+            self._look("moves", self._look_for_moves, now)
         self._shared.sweep()
         metrics.FEEDS.set(len(self._feeds))
         metrics.FEED_BYTES.set(size)
@@ -255,6 +274,7 @@ class Hub:
 
     async def _reconnected(self) -> None:
         self._states.clear()
+        self._asking.clear()  # what was asked over the lost connection is not answered any more
         for feed in list(self._feeds.values()):
             self._spawn(self._reread(feed))
 
@@ -324,7 +344,14 @@ class Hub:
             subscriber.finish("gap")
         await feed.close()
 
-    def _spawn(self, coroutine: Any) -> None:
+    def _look(self, at: object, look: Callable[..., Coroutine[Any, Any, None]], *arguments: Any) -> None:
+        """Start to look at something, unless the look before has not ended: a slow broker is not asked ever more."""
+        if at not in self._looking:
+            self._looking.add(at)
+            self._spawn(look(*arguments)).add_done_callback(lambda _: self._looking.discard(at))
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task: asyncio.Task[None] = asyncio.create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task

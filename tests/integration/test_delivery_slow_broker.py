@@ -1,0 +1,75 @@
+"""A broker that takes its time is asked no more for that."""
+
+import asyncio
+
+import pytest
+
+from services.delivery.hub import Hub, Limits
+from services.kit.broker import Broker, BrokerUnavailable, StreamState
+from services.kit.clock import SystemClock
+from tests.conftest import eventually
+
+
+class Slow:
+    """Stands between a hub and the state of streams: answers when it is told to."""
+
+    def __init__(self, broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked = 0
+        self.answers = asyncio.Event()
+        self.lost = False
+        self._state = broker.state
+        monkeypatch.setattr(broker, "state", self.state)
+
+    async def state(self, stream: str) -> StreamState:
+        self.asked += 1
+        if self.lost:
+            raise BrokerUnavailable("no answer")
+        await self.answers.wait()
+        return await self._state(stream)
+
+
+@pytest.fixture
+def hub(broker: Broker) -> Hub:
+    return Hub(broker, SystemClock(), 1, Limits())
+
+
+async def test_many_that_want_to_know_the_bounds_of_a_log_ask_once(
+    hub: Hub, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = Slow(broker, monkeypatch)
+    waiting = [asyncio.create_task(hub.state(0)) for _ in range(20)]
+    await eventually(lambda: slow.asked > 0)
+    slow.answers.set()
+    assert len(set(await asyncio.gather(*waiting))) == 1
+    assert slow.asked == 1
+
+
+async def test_a_question_that_failed_is_asked_anew_by_the_next(
+    hub: Hub, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = Slow(broker, monkeypatch)
+    slow.lost = True
+    answers = await asyncio.gather(*(hub.state(0) for _ in range(5)), return_exceptions=True)
+    assert [type(answer) for answer in answers] == [BrokerUnavailable] * 5
+    slow.lost = False
+    slow.answers.set()
+    assert (await hub.state(0)).last_seq == 0
+    assert slow.asked == 2
+
+
+async def test_a_look_that_has_not_ended_is_not_begun_again(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, ends = [], asyncio.Event()
+
+    async def look() -> None:
+        begun.append(1)
+        await ends.wait()
+
+    monkeypatch.setattr(hub.starts, "look", look)
+    for _ in range(5):
+        hub._sweep(0.0)
+        await asyncio.sleep(0)
+    assert len(begun) == 1
+    ends.set()
+    await eventually(lambda: "starts" not in hub._looking)
+    hub._sweep(0.0)
+    await eventually(lambda: len(begun) == 2)

@@ -7,13 +7,18 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
-from litestar import Litestar
+from litestar import Litestar, asgi
 
 from schemas.topology import Topology
+from services.delivery.admission import Admission
 from services.delivery.consumers.api import consumers_router
 from services.delivery.consumers.registry import Consumers, Limits
 from services.delivery.hub import Hub
 from services.delivery.hub import Limits as HubLimits
+from services.delivery.intake import Intake
+from services.delivery.lookups import Lookups
+from services.delivery.streams import Streams
+from services.delivery.transports.websocket import WebSockets
 from services.kit.auth.principal import PRINCIPAL, Principal
 from services.kit.broker import Broker
 from services.kit.clock import SystemClock
@@ -44,8 +49,17 @@ async def consuming(
         await broker.apply(topology)
         hub = Hub(broker, SystemClock(), topology.partitions, HubLimits(heartbeat=heartbeat, stall=stall))
         consumers = Consumers(hub, Limits(**limits))
+        lookups = Lookups(broker, hub.clock, hub.partition)
+        admission = Admission(broker, hub.clock, output=4_096, fallback="refuse")
+        intake = Intake(broker, hub, lookups, hub.clock, "default", admission)
+        sockets = WebSockets(hub, Streams(hub, lookups), intake, consumers, max_message=1_048_576)
+
+        @asgi("/v1/ws", copy_scope=False)
+        async def websocket(scope: Any, receive: Any, send: Any) -> None:
+            await sockets(scope, receive, send)
+
         litestar = Litestar(
-            [consumers_router(consumers)],
+            [consumers_router(consumers), websocket],
             exception_handlers=EXCEPTION_HANDLERS,
             logging_config=None,
             openapi_config=None,

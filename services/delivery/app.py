@@ -224,17 +224,20 @@ async def _own_probes(hub: Hub, settings: Settings, worker: int | None) -> Async
         yield
 
 
-def build_app(hub: Hub, shared: Shared, settings: Settings, authenticator: Authenticator) -> Any:
-    """Return the ASGI application."""
+def build_app(
+    hub: Hub, shared: Shared, settings: Settings, authenticator: Authenticator, consumers: Consumers | None = None
+) -> Any:
+    """Return the ASGI application. ``consumers``: where gRPC shares them."""
     authenticator.on_revoked(hub.connections.revoke)
     lookups = Lookups(hub.broker, hub.clock, hub.partition)
     intake = Intake(hub.broker, hub, lookups, hub.clock, shared.pool, settings.admission(hub))
     streams = Streams(hub, lookups)
     completion = Completion(streams, settings.wait)
+    consumers = consumers or Consumers(hub, settings.consumer_limits())
     events = SessionEvents(
         streams, lookups, completion, max_wait=settings.wait, heartbeat=settings.heartbeat, compress=settings.compress
     )
-    sockets = WebSockets(hub, streams, intake, max_message=settings.max_body)
+    sockets = WebSockets(hub, streams, intake, consumers, max_message=settings.max_body)
 
     @asgi("/v1/ws", copy_scope=False)
     async def websocket(scope: Any, receive: Any, send: Any) -> None:
@@ -247,7 +250,7 @@ def build_app(hub: Hub, shared: Shared, settings: Settings, authenticator: Authe
         tickets_router(authenticator, hub.clock, settings.ticket),
         *events_handlers(events),
         websocket,
-        consumers_router(Consumers(hub, settings.consumer_limits())),
+        consumers_router(consumers),
         probes({"broker": hub.is_ready}),
     ]
     if settings.console:

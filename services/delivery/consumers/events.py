@@ -20,7 +20,17 @@ from services.kit.auth.principal import Principal
 from services.kit.broker import BrokerUnavailable
 from services.kit.problem import Problem
 
-__all__ = ["ConsumerEvents", "Shape", "envelope", "wanted_shape"]
+__all__ = [
+    "PIECE_BYTES",
+    "SLICE",
+    "STREAM_BATCH",
+    "ConsumerEvents",
+    "Shape",
+    "about",
+    "envelope",
+    "pulled",
+    "wanted_shape",
+]
 
 log = structlog.get_logger()
 STREAM_BATCH: Final = 200
@@ -88,16 +98,21 @@ def _number(query: dict[str, list[str]], name: str, least: float, most: float, *
     raise Problem(400, f"{name}={text[:40]!r} is not a{' whole' if whole else ''} number from {least:g} to {most:g}")
 
 
+def about(delivery: Delivery, *, auto: bool) -> dict[str, Any]:
+    """Return what services get with an event; with ``auto`` there is no token, since nothing is to be settled."""
+    fields: dict[str, Any] = {} if auto else {"token": delivery.token}
+    fields |= {"session": delivery.session, "cursor": delivery.cursor, "deliveries": delivery.deliveries}
+    if delivery.gap is not None:
+        fields["gap"] = delivery.gap
+    return fields
+
+
 def envelope(delivery: Delivery, *, auto: bool) -> bytes:
     """Return one event as services get it, as a line of JSON: the stored bytes, and what belongs to the delivery."""
-    about: dict[str, Any] = {} if auto else {"token": delivery.token}
-    about |= {"session": delivery.session, "cursor": delivery.cursor, "deliveries": delivery.deliveries}
-    if delivery.gap is not None:
-        about["gap"] = delivery.gap
     data = delivery.data
     if b"\n" in data or b"\r" in data:
         data = msgspec.json.format(data, indent=-1)
-    return msgspec.json.encode(about)[:-1] + b',"event":' + data + b"}"
+    return msgspec.json.encode(about(delivery, auto=auto))[:-1] + b',"event":' + data + b"}"
 
 
 class ConsumerEvents:
@@ -243,7 +258,7 @@ class _Stream:
         self._sent_at = self._hub.clock.monotonic()
 
 
-async def pulled(session: ConsumerSession, limit: int, wait: float, watch: asyncio.Task[None]) -> list[Delivery]:
+async def pulled(session: ConsumerSession, limit: int, wait: float, watch: asyncio.Future[Any]) -> list[Delivery]:
     """Return what a pull brings; when ``watch`` ends before, what it had goes back, and nothing is returned."""
     pull = asyncio.create_task(session.pull(limit, wait))
     try:

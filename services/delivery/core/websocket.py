@@ -14,18 +14,26 @@ __all__ = [
     "Cancel",
     "Cancelling",
     "ClientMessage",
+    "Consume",
+    "Consuming",
     "Credit",
     "CreditBody",
+    "Deliveries",
     "Dialect",
+    "EventCredit",
     "End",
     "Error",
     "Gap",
     "Ping",
     "Pong",
     "RequestId",
+    "Settle",
+    "Settled",
     "StartGeneration",
+    "Stopped",
     "Subscribe",
     "Subscribed",
+    "Unconsume",
     "Unreadable",
     "Unsubscribe",
 ]
@@ -37,6 +45,9 @@ SUBPROTOCOLS: Final = (JSON, MSGPACK)
 RequestId = Annotated[str, msgspec.Meta(max_length=100)] | Annotated[int, msgspec.Meta(ge=-(2**53), le=2**53)]
 Amount = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 Name = Annotated[str, msgspec.Meta(max_length=200)]  # its characters are checked where it is used
+
+
+Tokens = Annotated[list[str], msgspec.Meta(max_length=1_000)]
 
 
 class CreditBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -69,9 +80,10 @@ class Subscribe(ClientMessage, tag="subscribe"):
 
 
 class Credit(ClientMessage, tag="credit"):
-    """Let so much more be sent."""
+    """Let so much more be sent: of a session, or of a durable consumer, for which only events are counted."""
 
-    session: Name
+    session: Name | None = None
+    consumer: Name | None = None
     events: Amount | None = None
     bytes: Amount | None = None
 
@@ -87,6 +99,36 @@ class Unsubscribe(ClientMessage, tag="unsubscribe"):
     """Read a session no longer."""
 
     session: Name
+
+
+class EventCredit(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """How many events may be sent."""
+
+    events: Amount
+
+
+class Consume(ClientMessage, tag="consume"):
+    """Read through a durable consumer. ``ack``: ``auto`` acknowledges what has been written. ``credit``: at first."""
+
+    consumer: Name
+    ack: Literal["explicit", "auto"] = "explicit"
+    credit: EventCredit | None = None
+
+
+class Settle(ClientMessage, tag="settle"):
+    """Say what became of events by their tokens, as over HTTP."""
+
+    consumer: Name
+    acks: Tokens = []
+    nacks: Tokens = []
+    working: Tokens = []
+    delay: Annotated[float, msgspec.Meta(ge=0, le=3_600)] = 0.0
+
+
+class Unconsume(ClientMessage, tag="unconsume"):
+    """Read through a durable consumer no longer."""
+
+    consumer: Name
 
 
 class StartGeneration(ClientMessage, tag="start"):
@@ -165,15 +207,44 @@ class Cancelling(_ServerMessage, tag="cancelling"):
     state: str
 
 
+class Consuming(_ServerMessage, tag="consuming"):
+    """Reading through a durable consumer begins."""
+
+    consumer: str
+
+
+class Deliveries(_ServerMessage, tag="deliveries"):
+    """Events of a durable consumer, each with what belongs to its delivery."""
+
+    consumer: str
+    events: list[msgspec.Raw]
+
+
+class Settled(_ServerMessage, tag="settled"):
+    """How many of the tokens the broker has taken, and those that it does not know."""
+
+    consumer: str
+    settled: int
+    unknown: list[str]
+
+
+class Stopped(_ServerMessage, tag="stopped"):
+    """A durable consumer is read no longer over this socket."""
+
+    consumer: str
+    reason: str
+
+
 class Error(_ServerMessage, tag="error"):
     """What a client said cannot be done, as problem details. ``retry_after``: seconds, where repeating may help."""
 
     problem: Any
     session: str | None = None
+    consumer: str | None = None
     retry_after: int | None = None
 
 
-_Said = Subscribe | Credit | Ack | Unsubscribe | StartGeneration | Cancel | Ping | Pong
+_Said = Subscribe | Credit | Ack | Unsubscribe | StartGeneration | Cancel | Consume | Settle | Unconsume | Ping | Pong
 _KINDS: Final = ", ".join(str(kind.__struct_config__.tag) for kind in _Said.__args__)
 _REFUSALS: Final = (msgspec.DecodeError, UnicodeError, RecursionError, OverflowError)
 

@@ -11,7 +11,7 @@ from services.delivery.core.entries import Entry
 from services.delivery.core.formats import Address
 from services.delivery.core.websocket import Bye, Dialect, Gap
 
-__all__ = ["Formats", "Outgoing", "SessionFormat", "frame_message", "json_frame", "msgpack_frame", "place_of"]
+__all__ = ["Formats", "Outgoing", "SessionFormat", "frame_message", "json_frame", "msgpack_frame", "packed", "place_of"]
 
 _REFUSALS: Final = (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, RecursionError, OverflowError)
 _pack: Final = msgspec.msgpack.Encoder()
@@ -48,11 +48,6 @@ class _Events(msgspec.Struct, tag="events", tag_field="type"):
     events: list[msgspec.Raw]
 
 
-class _Item(msgspec.Struct):
-    cursor: str
-    event: Any
-
-
 def json_frame(entry: Entry, at: Address) -> bytes:
     """Return one event with its cursor: the stored bytes, unchanged."""
     return b'{"cursor":"%b","event":%b}' % (at.after(entry), entry.data)
@@ -63,14 +58,19 @@ def msgpack_frame(entry: Entry, at: Address) -> bytes:
 
     What MessagePack cannot hold stays as it is stored, JSON in a ``bin``.
     """
+    return packed({"cursor": at.after(entry).decode()}, entry.data)
+
+
+def packed(fields: dict[str, Any], data: bytes) -> bytes:
+    """Return stored data in MessagePack, as ``event`` behind other fields."""
     try:
-        event = msgspec.json.decode(entry.data)
+        event = msgspec.json.decode(data)
         binary = event.get("binary")
         if isinstance(binary, dict) and isinstance(binary.get("data"), str):
             binary["data"] = msgspec.convert(binary["data"], bytes)
-        return _pack.encode(_Item(at.after(entry).decode(), event))
+        return _pack.encode(fields | {"event": event})
     except _REFUSALS:
-        return _pack.encode(_Item(at.after(entry).decode(), entry.data))
+        return _pack.encode(fields | {"event": data})
 
 
 def frame_message(data: bytes, text: bool) -> dict[str, Any]:

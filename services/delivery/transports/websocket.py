@@ -6,6 +6,7 @@ from typing import Any, Final
 import structlog
 
 from services.delivery import metrics
+from services.delivery.consumers.registry import Consumers
 from services.delivery.core.websocket import JSON, SUBPROTOCOLS, Dialect
 from services.delivery.core.websocket_events import Formats
 from services.delivery.hub import Hub
@@ -26,8 +27,8 @@ SWEEP_SECONDS: Final = 1.0
 class WebSockets:
     """``GET /v1/ws``, as a raw ASGI application."""
 
-    def __init__(self, hub: Hub, streams: Streams, intake: Intake, *, max_message: int) -> None:
-        self._desk = Desk(hub, streams, intake, max_message)
+    def __init__(self, hub: Hub, streams: Streams, intake: Intake, consumers: Consumers, *, max_message: int) -> None:
+        self._desk = Desk(hub, streams, intake, consumers, max_message)
         self._formats = {name: Formats(Dialect(name)) for name in SUBPROTOCOLS}
         self._connections: set[Connection] = set()  # bounded by the server's connections
         self._sweeper: asyncio.Task[None] | None = None

@@ -9,21 +9,25 @@ import structlog
 from schemas.cursor import InvalidCursor
 from services.delivery import metrics
 from services.delivery.answers import named, reach
+from services.delivery.consumers.registry import Consumers
 from services.delivery.core.pace import Pace
 from services.delivery.core.websocket import (
     Accepted,
     Ack,
     Cancel,
     Cancelling,
+    Consume,
     Credit,
     End,
     Error,
     Ping,
     Pong,
     RequestId,
+    Settle,
     StartGeneration,
     Subscribe,
     Subscribed,
+    Unconsume,
     Unreadable,
     Unsubscribe,
 )
@@ -31,6 +35,7 @@ from services.delivery.core.websocket_events import Formats, frame_message, plac
 from services.delivery.hub import Hub
 from services.delivery.intake import GenerationWish, Intake
 from services.delivery.streams import LAST_WRITE_SECONDS, Streams, Wish
+from services.delivery.transports.websocket_consumptions import Consumptions
 from services.delivery.transports.websocket_outlet import Outlet
 from services.delivery.transports.websocket_subscription import Subscription
 from services.kit.auth.principal import Principal, authorize
@@ -57,7 +62,9 @@ CLOSES: Final[dict[str, tuple[int, str]]] = {
 }
 _ENDS: Final = {"complete": "complete", "terminal": "complete", "gap": "gap", "failed": "failed"}
 _ABOUT_ONE: Final = (Ack, Credit, Unsubscribe)
-_EXPENSIVE: Final = (Subscribe, StartGeneration, Cancel, Unreadable)
+_EXPENSIVE: Final = (Subscribe, StartGeneration, Cancel, Consume, Unreadable)
+_ABOUT_A_CONSUMER: Final = (Credit, Unconsume)
+TOKENS_OF_A_MESSAGE: Final = 100.0  # so many tokens to settle count as one message more
 
 
 class Desk(NamedTuple):
@@ -66,6 +73,7 @@ class Desk(NamedTuple):
     hub: Hub
     streams: Streams
     intake: Intake
+    consumers: Consumers
     max_message: int
 
 
@@ -85,6 +93,7 @@ class Connection:
         self._heard_at = self._asked_at = now
         self._pings = 0
         self._subscriptions: dict[str, Subscription] = {}  # bounded by SUBSCRIPTIONS
+        self._consumptions = Consumptions(desk.consumers, principal, formats.dialect, outlet, _error)
         self._operations: set[asyncio.Task[None]] = set()  # bounded by OPERATIONS
         self._over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
@@ -109,21 +118,26 @@ class Connection:
         """End what still goes on, so that every subscription says where it stood."""
         if reason in ("too-large", "failed"):
             reason = "disconnected"
-        tasks = {s.task for s in self._subscriptions.values() if s.task is not None}
+        tasks = self._tasks()
+        self._consumptions.finish(reason)
         for subscription in list(self._subscriptions.values()):
             subscription.finish(reason)
         if reason in ("evicted", "silent"):
             return
-        if tasks | self._operations:
-            await asyncio.wait(tasks | self._operations, timeout=2 * LAST_WRITE_SECONDS)
+        if tasks:
+            await asyncio.wait(tasks, timeout=2 * LAST_WRITE_SECONDS)
         await self._outlet.flush(LAST_WRITE_SECONDS)
 
     async def abandon(self) -> None:
         """Give up what has not ended by itself."""
-        tasks = {s.task for s in self._subscriptions.values() if s.task is not None} | self._operations
+        tasks = self._tasks()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _tasks(self) -> set[asyncio.Task[None]]:
+        reading = {s.task for s in self._subscriptions.values() if s.task is not None}
+        return reading | self._consumptions.tasks | self._operations
 
     def look_after(self, now: float) -> None:
         """Ask the client whether it is there, and end the socket when its time is over."""
@@ -159,7 +173,7 @@ class Connection:
                 return "too-large"
             said = self._dialect.decode(data)
             metrics.SOCKET_MESSAGES.labels(type(said).__name__.lower()).inc()
-            wait = self._pace.take(COSTLY if isinstance(said, _EXPENSIVE) else 1.0, self._heard_at)
+            wait = self._pace.take(_cost(said), self._heard_at)
             if wait:
                 metrics.SOCKET_THROTTLED.inc()
                 await asyncio.sleep(wait)
@@ -169,17 +183,27 @@ class Connection:
                 return "disconnected"
 
     async def _answer(self, said: Any) -> None:
-        if isinstance(said, _ABOUT_ONE) and said.id is None and said.session not in self._subscriptions:
-            return  # it crossed the end of its subscription on the way
+        if said.id is None and self._has_ended(said):
+            return  # it crossed the end on the way
         try:
             await self._take(said)
         except Problem as problem:
-            await self._say(_error(problem, said.id, getattr(said, "session", None)))
+            await self._say(_error(problem, said))
+
+    def _has_ended(self, said: Any) -> bool:
+        """Tell whether something concerns what is not read, or not any more."""
+        if isinstance(said, _ABOUT_A_CONSUMER) and said.consumer is not None:
+            return said.consumer not in self._consumptions
+        return isinstance(said, _ABOUT_ONE) and said.session is not None and said.session not in self._subscriptions
 
     async def _take(self, said: Any) -> None:
         match said:
             case Ack():
                 self._acknowledge(said)
+            case Consume() | Settle() | Unconsume():
+                await self._take_for_consumer(said)
+            case Credit() if said.consumer is not None:
+                self._consumptions.grant(said)
             case Credit():
                 self._subscription(said.session).grant(said.events, said.bytes)
             case Subscribe():
@@ -199,12 +223,23 @@ class Connection:
             case Unreadable():
                 raise Problem(400, said.detail, slug=said.slug)
 
+    async def _take_for_consumer(self, said: Consume | Settle | Unconsume) -> None:
+        match said:
+            case Consume():
+                self._consumptions.consume(said)
+            case Settle():
+                await self._operate(said, self._consumptions.settle(said))
+            case Unconsume():
+                self._consumptions.unconsume(said)
+
     def _take_pong(self, pong: Pong) -> None:
         if pong.id == self._pings:
             for subscription in self._subscriptions.values():
                 subscription.trip(self._heard_at - self._asked_at)
 
-    def _subscription(self, session: str) -> Subscription:
+    def _subscription(self, session: str | None) -> Subscription:
+        if session is None:
+            raise Problem(400, "credit needs `session` or `consumer`")
         found = self._subscriptions.get(session)
         if found is None:
             raise Problem(404, f"this socket has no subscription of session {session[:80]!r}")
@@ -254,7 +289,7 @@ class Connection:
         except ConnectionError:
             return
         except Problem as problem:
-            await self._say_if_open(_error(problem, id_, wish.session))
+            await self._say_if_open(Error(**_refusal(problem), id=id_, session=wish.session))
             return
         except Exception:
             log.exception("subscription failed", session=wish.session)
@@ -290,10 +325,10 @@ class Connection:
         try:
             answer = await operation
         except Problem as problem:
-            answer = _error(problem, said.id, said.session)
+            answer = _error(problem, said)
         except Exception:
-            log.exception("request over a socket failed", session=said.session)
-            answer = _error(Problem(500, "the error has been logged"), said.id, said.session)
+            log.exception("request over a socket failed", request=type(said).__name__)
+            answer = _error(Problem(500, "the error has been logged"), said)
         await self._say_if_open(answer)
 
     async def _start(self, said: StartGeneration) -> msgspec.Struct:
@@ -317,9 +352,22 @@ class Connection:
         return Cancelling(id=said.id, session=said.session, generation=said.generation, state=state)
 
 
-def _error(problem: Problem, id_: RequestId | None, session: str | None) -> Error:
+def _cost(said: Any) -> float:
+    """Return as how many messages something counts."""
+    if isinstance(said, Settle):
+        return 1.0 + (len(said.acks) + len(said.nacks) + len(said.working)) / TOKENS_OF_A_MESSAGE
+    return COSTLY if isinstance(said, _EXPENSIVE) else 1.0
+
+
+def _error(problem: Problem, said: Any) -> Error:
+    """Return the answer to what cannot be done."""
+    about = {name: getattr(said, name, None) for name in ("id", "session", "consumer")}
+    return Error(**_refusal(problem), **about)
+
+
+def _refusal(problem: Problem) -> dict[str, Any]:
     retry = problem.headers.get("Retry-After", "")
-    return Error(id=id_, problem=problem.details, session=session, retry_after=int(retry) if retry.isdigit() else None)
+    return {"problem": problem.details, "retry_after": int(retry) if retry.isdigit() else None}
 
 
 def _generation_wish(request: Any) -> GenerationWish:

@@ -28,6 +28,8 @@ class Outlet:
         self._queue: deque[dict[str, Any]] = deque()  # bounded by BOUND
         self._size = 0
         self._turns: deque[asyncio.Future[None]] = deque()  # one for each subscription and operation at most
+        self._taken = self._written = 0  # messages
+        self._marks: deque[tuple[int, asyncio.Future[bool]]] = deque()  # one for each consumer read at most
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -60,6 +62,18 @@ class Outlet:
         finally:
             self._next_turn()
 
+    async def write(self, messages: Messages) -> None:
+        """Take messages, and wait until they have been written.
+
+        Raises:
+            ConnectionError: the socket is closed.
+        """
+        await self.send(messages)
+        done: asyncio.Future[bool] = self._loop.create_future()
+        self._marks.append((self._taken, done))
+        if not await done:
+            raise ConnectionResetError("the socket is closed")
+
     def offer(self, messages: Messages) -> bool:
         """Take messages if nobody else waits; tell whether they were taken."""
         if self._closed or self._turns or self._size >= BOUND:
@@ -81,6 +95,7 @@ class Outlet:
 
     def _put(self, messages: Messages) -> None:
         self._queue.extend(messages)
+        self._taken += len(messages)
         self._size += _size(messages)
         self._idle.clear()
         self._wake.set()
@@ -104,7 +119,14 @@ class Outlet:
         self._closed = True
         self._queue.clear()
         self._idle.set()
+        self._pass_marks(written=False)
         self._next_turn()
+
+    def _pass_marks(self, *, written: bool) -> None:
+        while self._marks and (not written or self._marks[0][0] <= self._written):
+            _, done = self._marks.popleft()
+            if not done.done():
+                done.set_result(written)
 
     async def _run(self) -> None:
         try:
@@ -117,6 +139,8 @@ class Outlet:
                     await self._send(message)
                     self.blocked_at = None
                     self._size -= _size((message,))
+                    self._written += 1
+                    self._pass_marks(written=True)
                     self._next_turn()
                 self._idle.set()
         except (OSError, RuntimeError):  # the client is gone

@@ -1,0 +1,161 @@
+"""A durable consumer read over a connection that lasts: no more events at once than its client lets through."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from typing import Final
+
+import structlog
+
+from services.delivery.consumers.access import open_session
+from services.delivery.consumers.events import PIECE_BYTES, SLICE, STREAM_BATCH, pulled
+from services.delivery.consumers.registry import Consumers
+from services.delivery.consumers.session import ConsumerSession, Delivery
+from services.kit.auth.principal import Principal
+from services.kit.broker import BrokerUnavailable
+from services.kit.problem import Problem
+
+__all__ = ["LOST", "Consumption", "Give"]
+
+log = structlog.get_logger()
+LOST: Final = frozenset({"disconnected", "evicted", "silent"})
+"""Reasons to end after which nothing that has been written lately can be taken for received."""
+HELD: Final = 10_000
+"""Bound of remembered tokens: as many as a consumer may have in flight."""
+PATIENCE: Final = 5.0
+"""Seconds without credit after which what has come ahead of it goes back, for others to be given."""
+
+Give = Callable[[Sequence[Delivery]], Awaitable[None]]
+"""Writes events to the connection, and returns when they are written. Raises `ConnectionError` when it is closed."""
+
+
+class Consumption:
+    """Reads one consumer for one connection until `finish`.
+
+    ``credit``: how many events may be given at first; each that is settled here with an explicit acknowledgement gives
+    its place back, `grant` adds more. ``None``: whatever the connection takes. ``auto``: what has been written is
+    acknowledged.
+    """
+
+    def __init__(self, consumers: Consumers, name: str, *, auto: bool, credit: int | None) -> None:
+        self.name = name
+        self._consumers = consumers
+        self._auto = auto
+        self._room = credit
+        self._held: dict[str, None] = {}  # tokens of what takes up credit; bounded by HELD
+        self._changed = asyncio.Event()
+        self._over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    def finish(self, reason: str) -> None:
+        """End it; the first reason holds."""
+        if not self._over.done():
+            self._over.set_result(reason)
+        self._changed.set()
+
+    def grant(self, events: int) -> None:
+        """Let so many more events be given.
+
+        Raises:
+            Problem: 409, there is no credit to add to.
+        """
+        if self._room is None:
+            raise Problem(409, "this consumer is read without credit: give `credit` when you begin")
+        self._room += events
+        self._changed.set()
+
+    def settled(self, tokens: Iterable[str]) -> None:
+        """Give back the credit of events that are settled; tokens that were not given here do nothing."""
+        if self._room is None:
+            return
+        for token in tokens:
+            if token in self._held:
+                del self._held[token]
+                self._room += 1
+        self._changed.set()
+
+    async def run(self, principal: Principal, opened: Callable[[], Awaitable[None]], give: Give) -> str:
+        """Read to the end; return why it ended. ``opened`` is called when reading begins.
+
+        Reasons beside those of `finish`: ``deleted``, and ``unavailable`` when the broker is away.
+
+        Raises:
+            Problem: this caller has no such consumer, or cannot read it now.
+            ConnectionError: the connection is closed.
+        """
+        session = await open_session(self._consumers, principal, self.name)
+        try:
+            await opened()
+            while True:
+                reason = await self._follow(session, give)
+                await session.close()
+                if reason is not None or not await self._room_within(None):
+                    return reason or self._over.result()
+                try:
+                    session = await open_session(self._consumers, principal, self.name)
+                except Problem as problem:
+                    return "deleted" if problem.status == 404 else "unavailable"
+        except BrokerUnavailable as error:
+            log.warning("consumer no longer read: the log cannot be read", consumer=self.name, detail=str(error))
+            return "unavailable"
+        finally:
+            await session.close()
+
+    async def _follow(self, session: ConsumerSession, give: Give) -> str | None:
+        """Give events; return why that is over, ``None`` when there has been no credit for a while."""
+        patience = min(PATIENCE, session.opened.definition.wish.ack_wait / 2)
+        while not self._over.done():
+            if session.is_gone:
+                return "deleted"
+            if self._room == 0 and not await self._room_within(patience):
+                return self._over.result() if self._over.done() else None
+            limit = STREAM_BATCH if self._room is None else min(STREAM_BATCH, self._room)
+            given = await pulled(session, limit, SLICE, self._over)
+            await self._pass_on(session, given, give)
+        return self._over.result()
+
+    async def _room_within(self, seconds: float | None) -> bool:
+        """Wait for credit; tell whether there is some and it has not ended."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self._room == 0 and not self._over.done():
+                    self._changed.clear()
+                    await self._changed.wait()
+        return self._room != 0 and not self._over.done()
+
+    async def _pass_on(self, session: ConsumerSession, given: list[Delivery], give: Give) -> None:
+        """Give events in pieces, settle those that were written if that is wanted, and return those that were not."""
+        written = 0
+        try:
+            for piece in _pieces(given):
+                if self._over.done():
+                    return
+                self._hold(piece)
+                await give(piece)
+                if self._over.done() and self._over.result() in LOST:
+                    return
+                written += len(piece)
+                if self._auto:
+                    await session.ack(list(piece))
+        finally:
+            with suppress(BrokerUnavailable):
+                await session.nack(given[written:])
+
+    def _hold(self, piece: Sequence[Delivery]) -> None:
+        if self._room is None:
+            return
+        self._room -= len(piece)
+        if self._auto:
+            return
+        self._held |= dict.fromkeys(delivery.token for delivery in piece)
+        while len(self._held) > HELD:
+            del self._held[next(iter(self._held))]
+
+
+def _pieces(given: Sequence[Delivery]) -> Iterator[Sequence[Delivery]]:
+    """Cut what is written at once to about `PIECE_BYTES`, one event at least."""
+    start, size = 0, 0
+    for stop, delivery in enumerate(given, 1):
+        size += len(delivery.data)
+        if size >= PIECE_BYTES or stop == len(given):
+            yield given[start:stop]
+            start, size = stop, 0

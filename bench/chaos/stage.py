@@ -211,14 +211,19 @@ class Stage:
         """Restart every process that a target names, one after the other; return how those ended that tell."""
         found = []
         for member in self.targets(name):
+            await self._all_ready(name)
             if (exited := await member.stop()) is not None:
                 found.append(exited)
             member.start()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(slow_for(ROLLED_SECONDS)):
+        return found
+
+    async def _all_ready(self, name: str) -> None:
+        """Wait until all processes that a target names are ready, for a while."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(slow_for(ROLLED_SECONDS)):
+                for member in self.targets(name):
                     while not await self.is_ready(member.name):  # noqa: ASYNC110  # a process of its own
                         await asyncio.sleep(0.1)
-        return found
 
     async def is_ready(self, name: str) -> bool:
         """Tell whether a service says that it is ready."""

@@ -26,6 +26,7 @@ _PROTOCOLS: Final[Mapping[Protocol, Read]] = {
     "websocket": read_socket,
     "grpc": read_call,
 }
+STUCK_TRIES: Final = 30
 
 
 class Subscriber:
@@ -101,10 +102,12 @@ class Subscriber:
 
     async def _take_nothing(self, seconds: float) -> None:
         """Open a stream and leave it alone until the server has given it up, or should have."""
-        ended = False
-        with contextlib.suppress(*AWAY):
-            ended = await read_late(self._wanted(self.watch.replicas[0], lambda _: None), seconds)
-        self._client.add(Stuck(watch=self.number, ended=ended))
+        for tries in range(STUCK_TRIES):
+            with contextlib.suppress(*AWAY):
+                ended = await read_late(self._wanted(self.watch.replicas[0] + tries, lambda _: None), seconds)
+                self._client.add(Stuck(watch=self.number, ended=ended))
+                return
+            await asyncio.sleep(0.3)
 
     def _wanted(self, replica: int, opened: Callable[[int], None]) -> Wanted:
         client = self._client

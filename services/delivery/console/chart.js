@@ -85,11 +85,12 @@ function axis(columns, step, words) {
     });
 }
 
-/** Return what the colours of a chart stand for. */
-export function legend(series) {
+/** Return what the colours of a chart stand for, as far as they occur in it. */
+export function legend({ series, columns }) {
   const swatch = (index) =>
     shape("svg", { width: 10, height: 10, "aria-hidden": "true" }, shape("rect", { class: `part series-${index}`, width: 10, height: 10, rx: 2 }));
-  return el("ul", { class: "legend" }, ...series.map((name, index) => el("li", {}, swatch(index), el("span", {}, name))));
+  const items = series.map((name, index) => columns.some(({ values }) => values[index]) && el("li", {}, swatch(index), el("span", {}, name)));
+  return el("ul", { class: "legend" }, ...items.filter(Boolean));
 }
 
 /** Draw where a budget stands: `spent`, `reserved`, and the limits `soft` and `hard` (null: none), all as numbers. */

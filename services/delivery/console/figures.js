@@ -55,7 +55,7 @@ export function showCharts(view) {
 }
 
 function chart({ rows, unit, by, names }, { title, value, exact, words }) {
-  const stacked = stack(rows, { unit, by, names, value });
+  const stacked = stack(rows, { unit, by, names, value, weight: (totals) => totals.tokens });
   if (!stacked.most) return null;
   const heading = `${title} by ${by}`;
   const width = Math.max(260, byId("charts").clientWidth - 42); // the panel's padding and border
@@ -68,7 +68,7 @@ function chart({ rows, unit, by, names }, { title, value, exact, words }) {
     el("summary", {}, "As a table"),
     el("div", { class: "wide-content", role: "region", "aria-label": heading, tabIndex: 0 }, table(heading, [unit, by, title], told, 2)),
   );
-  return el("section", { class: "panel chart", "aria-label": heading }, el("h3", {}, heading), columnChart(drawing), legend(stacked.series), alternative);
+  return el("section", { class: "panel chart", "aria-label": heading }, el("h3", {}, heading), columnChart(drawing), legend(stacked), alternative);
 }
 
 const wordFor = (by, name) => (by === "status" && BILLING_WORDS[name]) || name || "(none)";

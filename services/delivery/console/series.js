@@ -51,17 +51,18 @@ export function shortName(unit, name) {
 
 /**
  * Return `{series, columns, most}`: names of the series, the largest first and at most `width` of them with the rest
- * as `others`; for each column its name, the value of each series, and the sum of them; and the largest sum.
+ * as `others`; for each column its name, the value of each series, and the sum of them; and the largest sum. Series
+ * are as large as their `weight`: stacks of the same rows by one weight have the same series in the same order.
  */
-export function stack(rows, { unit, by, names, value, width = 7 }) {
+export function stack(rows, { unit, by, names, value, weight = value, width = 7 }) {
   const sums = new Map();
   const cells = new Map();
   for (const row of rows) {
     const amount = Math.max(0, value(row.totals));
-    if (!amount) continue;
     const series = row.key[by];
-    sums.set(series, (sums.get(series) ?? 0) + amount);
-    cells.set(`${row.key[unit]}\n${series}`, amount);
+    const weighs = Math.max(0, weight(row.totals));
+    if (weighs || amount) sums.set(series, (sums.get(series) ?? 0) + weighs);
+    if (amount) cells.set(`${row.key[unit]}\n${series}`, amount);
   }
   const ranked = [...sums.keys()].sort((a, b) => sums.get(b) - sums.get(a) || (a < b ? -1 : 1));
   const own = ranked.length > width ? ranked.slice(0, width - 1) : ranked;

@@ -29,6 +29,14 @@ test("the largest series comes first, and what is beyond the width is summed up"
   assert.equal(most, 6);
 });
 
+test("stacks of one weight have their series in the same order, whatever they show", () => {
+  const rows = [row("d1", "a", 1, { USD: 9 }), row("d1", "b", 5, { USD: 1 }), row("d1", "c", 0, { USD: 2 })];
+  const shared = { unit: "day", by: "model", names: ["d1"], weight: value };
+  const spend = stack(rows, { ...shared, value: ({ amounts }) => amounts.USD });
+  assert.deepEqual([spend.series, spend.columns[0].values], [["b", "a", "c"], [1, 9, 2]]);
+  assert.deepEqual(stack(rows.slice(0, 2), { ...shared, value }).series, ["b", "a"]);
+});
+
 test("nothing stacks to nothing", () => {
   const { series, most } = stack([row("d1", "a", 0)], { unit: "day", by: "model", names: ["d1"], value });
   assert.deepEqual([series, most], [[], 0]);

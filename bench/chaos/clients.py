@@ -57,7 +57,9 @@ class Client:
 
     async def ask(self, number: int, ask: Ask) -> Accepted | None:
         """Ask until it is accepted, each time at another replica, with one idempotency key; ``None`` in the end."""
-        order = Order(key=ask.key, tokens=ask.tokens, rate=ask.rate, ending=ask.ending, refusals=ask.refusals)
+        order = Order(
+            key=ask.key, tokens=ask.tokens, rate=ask.rate, ending=ask.ending, refusals=ask.refusals, size=ask.size
+        )
         body = {
             "model": MODEL,
             "messages": [{"role": "user", "content": msgspec.json.encode(order).decode()}],

@@ -30,6 +30,7 @@ class Order(msgspec.Struct, frozen=True, omit_defaults=True):
     rate: float | None = None
     ending: Ending = "end"
     refusals: int = 0
+    size: int = 0
 
 
 class _Message(msgspec.Struct):
@@ -41,9 +42,10 @@ class _Asked(msgspec.Struct):
     stream_options: dict[str, Any] | None = None
 
 
-def text_of(key: str, call: int, first: int, count: int) -> str:
-    """Return tokens ``first`` … of a call, joined."""
-    return "".join(f" {call}:{n}" if n else f"[{key}/{call}]" for n in range(first, first + count))
+def text_of(key: str, call: int, first: int, count: int, size: int = 0) -> str:
+    """Return tokens ``first`` … of a call, joined, each of at least ``size`` characters."""
+    tokens = (f" {call}:{n}" if n else f"[{key}/{call}]" for n in range(first, first + count))
+    return "".join(token.ljust(size, ".") for token in tokens)
 
 
 class Provider:
@@ -86,7 +88,7 @@ class Provider:
         for first in range(0, wanted, step):
             if order.rate:
                 await asyncio.sleep(begun + first / order.rate - loop.time())
-            text = text_of(order.key, call, first, min(step, wanted - first))
+            text = text_of(order.key, call, first, min(step, wanted - first), order.size)
             self._note(Sent(key=order.key, call=call, text=text))
             await response.write(_chunk([{"index": 0, "delta": {"content": text}, "finish_reason": None}]))
 

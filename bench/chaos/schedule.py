@@ -38,8 +38,9 @@ NODES: Final = "nodes"
 ROLLED: Final = "delivery"
 """The target of a rolling restart: all deliveries, one after the other."""
 ROLL_SECONDS: Final = 9.0
-LONG_TOKENS: Final = 3_000
-"""Of an answer with more events than the buffers between a delivery and a client that does not read can take."""
+LONG_TOKENS: Final = 1_500
+LONG_SIZE: Final = 2_000
+"""Tokens, and characters of each, of an answer that the buffers between delivery and a client cannot take whole."""
 STUCK_SECONDS: Final = 6.0
 
 Ending = Literal["end", "cut", "error"]
@@ -67,7 +68,7 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     ``key`` recognises it at the provider, and is the idempotency key. ``rate``: tokens a second, ``None`` for all at
     once. ``ending``: how the provider's stream ends. ``refusals``: how many calls the provider refuses before that.
     ``restart``: whether it is asked for again when its producer is lost. ``grace``: it is cancelled when nobody has
-    listened for so many seconds.
+    listened for so many seconds. ``size``: characters of each token at least.
     """
 
     at: float
@@ -80,6 +81,7 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
     restart: bool = False
     grace: float | None = None
     replica: int = 0
+    size: int = 0
 
     @property
     def seconds(self) -> float:
@@ -248,7 +250,14 @@ def _long(rng: random.Random, seconds: float) -> Ask:
     """Return a request for more than what buffers take."""
     at = _round(rng.uniform(0, 0.3 * seconds))
     return Ask(
-        at=at, key="long", session="long", tokens=LONG_TOKENS, rate=300.0, restart=True, replica=rng.randrange(2)
+        at=at,
+        key="long",
+        session="long",
+        tokens=LONG_TOKENS,
+        rate=150.0,
+        restart=True,
+        replica=replica,
+        size=LONG_SIZE,
     )
 
 

@@ -106,7 +106,7 @@ def history(count: int = 400) -> list[Generation]:
                     "provider": PROVIDERS[model],
                     "credential": f"key-{n % 4}",
                     "metadata": "",
-                    "started_at": NOW - int(drawn.random() ** 1.3 * 29 * DAY),
+                    "started_at": NOW - int(drawn.random() ** 1.3 * 27 * DAY),
                     "counted_output": counted,
                     "output": counted + drift,
                     "drift_output": drift,
@@ -222,8 +222,7 @@ def overflow(browser: "Browser") -> list[str]:
 
 
 async def test_sums_charts_and_tables_say_what_billing_says(month: Site, browser: "Browser") -> None:
-    asked = {"from": datetime.fromtimestamp((NOW // DAY - 29) * DAY / 1_000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")}
-    answer = (await month.stage.http.get(f"{month.billing}/v1/usage", params=asked)).json()
+    answer = (await month.stage.http.get(f"{month.billing}/v1/usage")).json()
     totals = answer["rows"][0]["totals"]
 
     def look() -> None:
@@ -315,7 +314,7 @@ async def test_live_totals_grow_while_one_looks(month: Site, browser: "Browser")
 
 
 async def test_a_statement_is_shown_printed_and_saved(month: Site, browser: "Browser", tmp_path: Path) -> None:
-    name = datetime.fromtimestamp(NOW / 1_000, UTC).strftime("%Y-%m")
+    name = datetime.now(UTC).strftime("%Y-%m")
     expected = (await month.stage.http.get(f"{month.billing}/v1/statements/{name}")).json()
 
     def look() -> None:

@@ -56,20 +56,22 @@ export class Statements {
   }
 }
 
-const HEAD = ["Provider", "Model", "Status", "Generations", "Input", "Cached", "Cache write", "Output", "Reasoning", "Charged", "Unpriced", "Amount"];
+const HEAD = ["Provider", "Model", "Status", "Amount", "Generations", "Input", "Cached", "Cache write", "Output", "Reasoning", "Charged", "Unpriced"];
+
+const many = (count) => (count === 1 ? "1 generation has" : `${number(count)} generations have`);
 
 function page(made) {
   const notes = [
-    made.open ? `${number(made.open)} generations have not settled yet.` : "",
-    made.unpriced ? `${number(made.unpriced)} generations have no price yet and are not in the amounts.` : "",
+    made.open ? `${many(made.open)} not settled yet.` : "",
+    made.unpriced ? `${many(made.unpriced)} no price yet, and no part in the amounts.` : "",
     made.final ? "" : "This statement is not final.",
   ].filter(Boolean);
   const lines = made.lines.map(({ provider, model, status, totals: t }) => [
     provider,
     model,
     BILLING_WORDS[status] ?? status,
-    ...[t.generations, t.input, t.cached_input, t.cache_write, t.output, t.reasoning, t.tokens, t.unpriced].map(number),
     exactWords(t.amounts),
+    ...[t.generations, t.input, t.cached_input, t.cache_write, t.output, t.reasoning, t.tokens, t.unpriced].map(number),
   ]);
   const caption = `Statement ${made.month}`;
   return [

@@ -256,7 +256,7 @@ def _long(rng: random.Random, seconds: float) -> Ask:
         tokens=LONG_TOKENS,
         rate=150.0,
         restart=True,
-        replica=replica,
+        replica=rng.randrange(2),
         size=LONG_SIZE,
     )
 

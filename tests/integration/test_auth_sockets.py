@@ -49,13 +49,12 @@ async def said(connection: ClientConnection, *kinds: str) -> dict[str, Any]:
 
 async def closed(connection: ClientConnection) -> int:
     """Read to the end and return the code that it was closed with."""
-    async with asyncio.timeout(15):
-        try:
+    with pytest.raises(ConnectionClosed) as end:
+        async with asyncio.timeout(15):
             while True:
                 await connection.recv()
-        except ConnectionClosed as end:
-            assert end.rcvd is not None
-            return end.rcvd.code
+    assert end.value.rcvd is not None
+    return end.value.rcvd.code
 
 
 @pytest.mark.parametrize("query", [{}, {"ticket": "nonsense"}, {"ticket": ""}, {"token": "x"}])

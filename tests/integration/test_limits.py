@@ -136,9 +136,7 @@ async def test_so_many_generations_of_a_tenant_run_and_the_next_waits_for_an_end
         await eventually(admitted, timeout=10, interval=0.2)
 
 
-async def test_what_runs_is_known_to_a_replica_that_starts_later(
-    broker: Broker, nats_url: str, tmp_path: Path
-) -> None:
+async def test_what_runs_is_known_to_a_replica_that_starts_later(broker: Broker, nats_url: str, tmp_path: Path) -> None:
     for n in range(2):
         await put(broker, f"g{n}", state="running", key="jwt:test")
     await put(broker, "old", state="running", created_at=time.time() - 10_000)

@@ -226,9 +226,7 @@ def test_weak_or_other_kinds_of_keys_are_refused(key: Any) -> None:
 
 
 def test_a_private_key_is_refused_as_public_key() -> None:
-    text = EC.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
+    text = EC.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     with pytest.raises(ValueError):
         pem_key(text)
 

@@ -20,9 +20,9 @@ class DeliveredReport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     generation's numbers are the sums over its counters. Each report has all that its counter has seen, and the highest
     ``number`` (1, 2 …) holds, so that a lost or repeated one does no harm.
 
-    ``subscribers``: streams that were sent anything of it. ``events`` and ``bytes``: to all of them together, bytes as
-    framed. ``tokens``: the running count that the furthest of them has reached; ``sent_tokens``: those sent to all of
-    them together. ``at``: seconds since 1970.
+    ``subscribers``: streams that were sent anything of it. ``events`` and ``bytes``: to all of them together, bytes of
+    the events as stored. ``tokens``: the running count that the furthest of them has reached; ``sent_tokens``: those
+    sent to all of them together. ``at``: seconds since 1970.
     """
 
     tenant: Name

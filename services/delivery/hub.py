@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import random
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, Final
 
 import structlog
@@ -11,7 +11,9 @@ import structlog
 from schemas.cursor import CursorIssuer
 from schemas.topology import token_stream
 from services.delivery import metrics
+from services.delivery.accounts import Accounts
 from services.delivery.connections import Connections, End
+from services.delivery.core.entries import Entry
 from services.delivery.errors import TooBusy
 from services.delivery.feed import Feed
 from services.delivery.log_reader import LogReader
@@ -29,6 +31,8 @@ __all__ = ["Hub", "Limits"]
 
 log = structlog.get_logger()
 SWEEP_SECONDS: Final = 1.0
+SETTLE_FEEDS_SECONDS: Final = 2.0
+"""How often what was sent is counted for billing, while streams go on."""
 STATE_SECONDS: Final = 1.0
 SETTLE_SECONDS: Final = 60.0
 
@@ -83,6 +87,8 @@ class Hub:
         self._opening: dict[tuple[str, str], asyncio.Task[Feed]] = {}
         self._states: dict[int, tuple[float, StreamState]] = {}
         self._shared = SharedReads(broker)
+        self.accounts: Accounts | None = None  # where what was sent is counted for billing
+        self._settled_feeds_at = 0.0
         self.presence = Presence(broker)
         self.connections = Connections(
             total=limits.streams, tenant=limits.streams_per_tenant, key=limits.streams_per_key
@@ -178,11 +184,25 @@ class Hub:
         reader = self.reader(feed.tenant, feed.session, feed.issuer.partition)
         while subscriber.seq < feed.floor(subscriber) and not subscriber.done.done():
             floor = feed.floor(subscriber)
-            if await replay(reader, subscriber, feed.address, floor):
+            self.settle(feed, [subscriber])
+
+            def counted(entries: Sequence[Entry]) -> None:
+                if self.accounts is not None:
+                    self.accounts.replayed(feed.tenant, feed.session, subscriber, entries)
+
+            ended = await replay(reader, subscriber, feed.address, floor, counted)
+            subscriber.accounted = subscriber.seq
+            if ended:
                 return True
             if not subscriber.done.done() and subscriber.seq < floor:
                 subscriber.seq, subscriber.offset = floor, 0
+                subscriber.accounted = floor
         return False
+
+    def settle(self, feed: Feed, subscribers: Iterable[Subscriber]) -> None:
+        """Count for billing what subscribers were sent from memory since the last time."""
+        if self.accounts is not None:
+            self.accounts.settle(feed.tenant, feed.session, feed.tail, subscribers)
 
     async def is_ready(self) -> bool:
         """Tell whether new streams can be opened."""
@@ -256,6 +276,10 @@ class Hub:
             self._look("starts", self.starts.look)
             self._look("logs", self._look_for_new_logs)
             self._look("moves", self._look_for_moves, now)
+        if now - self._settled_feeds_at >= SETTLE_FEEDS_SECONDS:
+            self._settled_feeds_at = now
+            for feed in self._feeds.values():
+                self.settle(feed, feed.everyone())
         self._shared.sweep()
         metrics.FEEDS.set(len(self._feeds))
         metrics.FEED_BYTES.set(size)

@@ -76,8 +76,8 @@ class Intake:
         """Queue a request; return the generation's name, the cursor before it, and whether it is a repeat.
 
         Raises:
-            Problem: too many are started or running, unknown model, no room in a budget, another request under the same key, queue or log full, or too
-                large.
+            Problem: too many are started or running, unknown model, no room in a budget, another request under the same
+                key, queue or log full, or too large.
             BrokerUnavailable: nothing was queued.
         """
         async with self._hub.starts.starting(principal):

@@ -1,5 +1,6 @@
 """Events from the log for one subscriber that is behind what its feed keeps in memory."""
 
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from services.delivery.core.entries import Entry
@@ -92,10 +93,13 @@ class _Replay:
         return False
 
 
-async def replay(reader: LogReader, subscriber: Subscriber, at: Address, floor: int) -> bool:
+async def replay(
+    reader: LogReader, subscriber: Subscriber, at: Address, floor: int, counted: Callable[[Sequence[Entry]], None]
+) -> bool:
     """Serve a subscriber from the log up to the stream sequence ``floor``.
 
-    Returns whether the wanted generation has ended with what was sent.
+    ``counted`` is told what it has been sent, some events at a time. Returns whether the wanted generation has ended
+    with what was sent.
 
     Raises:
         BrokerUnavailable: the log cannot be read.
@@ -104,12 +108,18 @@ async def replay(reader: LogReader, subscriber: Subscriber, at: Address, floor: 
     filter_ = reader.subject(subscriber.generation or "*")
     last = subscriber.seq
     async for batch in reader.read(filter_, subscriber.seq + 1, floor):
-        for stored in batch:
-            entry = await reader.accept(stored)
-            if entry is not None and await shown.take(entry):
-                return True
-            if shown.is_over:
-                return False
+        sent: list[Entry] = []
+        try:
+            for stored in batch:
+                entry = await reader.accept(stored)
+                if entry is not None:
+                    sent.append(entry)
+                    if await shown.take(entry):
+                        return True
+                if shown.is_over:
+                    return False
+        finally:
+            counted(sent)
         last = batch[-1].seq
         await shown.pause(last)
         if shown.is_over:

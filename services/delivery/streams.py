@@ -138,6 +138,7 @@ class Streams:
                         joined(subscriber)
                     reason = await self._serve(feed, subscriber, caught_up, fresh=wish.cursor is None)
                 finally:
+                    self._hub.settle(feed, [subscriber])
                     feed.remove(subscriber)
                     metrics.SUBSCRIBERS.labels(format_.protocol).dec()
                     metrics.CLOSED.labels(reason).inc()

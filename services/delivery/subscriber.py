@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Generator, Iterator
-from typing import Any
+from typing import Any, Final
 
 from services.delivery import metrics
 from services.delivery.core.formats import Format
@@ -14,6 +14,9 @@ __all__ = ["Send", "Stand", "Subscriber"]
 Send = Callable[[Any], Awaitable[None]]
 Stand = tuple[Format, str | None, int]
 """What decides which chunk a subscriber gets: its format, the generation that it wants, its index."""
+
+MET: Final = 256
+"""Bound of generations that a subscriber is remembered to have met; beyond it it is counted again."""
 
 
 class _Rest:
@@ -61,6 +64,7 @@ class Subscriber:
         "_roomy",
         "_send",
         "_wake",
+        "accounted",
         "blocked_at",
         "delivered",
         "done",
@@ -70,6 +74,7 @@ class Subscriber:
         "index",
         "joined",
         "joining",
+        "met",
         "offset",
         "room",
         "sent_at",
@@ -98,6 +103,8 @@ class Subscriber:
         self.room = UNLIMITED
         self.space = UNLIMITED
         self.delivered = 0
+        self.accounted = seq  # up to where it has been counted for billing
+        self.met: set[str] | None = None  # the generations of which it was counted among the subscribers
         self._send = send
         self.blocked_at: float | None = None
         self._blocked: asyncio.Task[None] | None = None
@@ -114,6 +121,19 @@ class Subscriber:
     def place(self) -> Place:
         """What it has been served."""
         return Place(self.seq, self.offset)
+
+    def meets(self, generation: str) -> bool:
+        """Tell whether it is counted for this generation for the first time."""
+        met = self.met
+        if met is None:
+            self.met = {generation}
+            return True
+        if generation in met:
+            return False
+        if len(met) >= MET:
+            met.clear()
+        met.add(generation)
+        return True
 
     def on_ready(self, wake: Callable[["Subscriber"], None]) -> None:
         """Call ``wake`` whenever a write that had to wait is through."""

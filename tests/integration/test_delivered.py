@@ -1,0 +1,95 @@
+"""What subscribers were sent, as delivery reports it: from memory and from the log, alone and together."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+
+from schemas.codec import encode_event
+from schemas.delivered import DELIVERED_FILTER, DeliveredReport, decode_delivered
+from schemas.topology import DELIVERED
+from services.delivery.accounts import Accounts
+from services.delivery.delivered import Delivered
+from services.kit.broker import Broker
+from tests.conftest import eventually
+from tests.delivery_stage import Log, Stage, delivering, story
+
+
+@pytest.fixture
+async def log(broker: Broker) -> Log:
+    return Log(broker)
+
+
+@pytest.fixture
+async def stage(nats_url: str, broker: Broker) -> AsyncIterator[Stage]:
+    async with delivering(nats_url, linger=60.0) as made:
+        made.hub.accounts = Accounts(Delivered(made.broker.publish_stored, "replica"))
+        yield made
+
+
+async def reported(stage: Stage, broker: Broker, generation: str) -> DeliveredReport | None:
+    """Report, and return the newest word on a generation, summed over its counters."""
+    assert stage.hub.accounts is not None
+    await stage.hub.accounts._delivered.report()
+    newest: dict[str, DeliveredReport] = {}
+    async for batch in broker.read(DELIVERED, DELIVERED_FILTER):
+        for stored in batch:
+            report = decode_delivered(stored.data)
+            if report.generation == generation:
+                newest[report.counter] = report
+    return next(iter(newest.values()), None)
+
+
+@pytest.mark.parametrize("source", ["memory", "log"])
+async def test_what_several_subscribers_were_sent_is_reported(
+    stage: Stage, broker: Broker, log: Log, source: str
+) -> None:
+    events = story("g1", 20)
+    if source == "log":
+        await log.append(*events)
+        await log.append(*story("g2", 3))
+    readers = [stage.events(generation="g1") for _ in range(3)]
+
+    async def read(reader) -> None:  # type: ignore[no-untyped-def]
+        async with asyncio.timeout(20):
+            await reader.read_all()
+
+    tasks = [asyncio.create_task(read(reader)) for reader in readers]
+    if source == "memory":
+        await log.append(events[0])
+        await eventually(lambda: stage.hub._feeds and sum(len(f.everyone()) for f in stage.hub._feeds.values()) == 3)
+        await log.append(*events[1:])
+    await asyncio.gather(*tasks)
+    await stage.settled()
+    report = await reported(stage, broker, "g1")
+    assert report is not None
+    assert (report.subscribers, report.events, report.tokens) == (3, 3 * len(events), 20)
+    assert report.sent_tokens == 60
+    assert report.bytes == 3 * sum(len(encode_event(event)) for event in events)
+
+
+async def test_who_resumes_is_counted_for_what_it_had_not_had(stage: Stage, broker: Broker, log: Log) -> None:
+    events = story("g1", 20)
+    await log.append(*events)
+    async with asyncio.timeout(20):
+        whole = stage.events(generation="g1")
+        await whole.read_all()
+        rest = stage.events(generation="g1", after=whole.ids[10])
+        await rest.read_all()
+    await stage.settled()
+    report = await reported(stage, broker, "g1")
+    assert report is not None
+    assert (report.subscribers, report.events, report.tokens) == (2, len(events) + len(events) - 11, 20)
+
+
+async def test_a_session_that_goes_on_is_counted_while_it_is_read(stage: Stage, broker: Broker, log: Log) -> None:
+    async with stage.events().connected() as connection:
+        await log.append(*story("g1", 5), *story("g2", 7))
+        async with asyncio.timeout(20):
+            assert await connection.count(len(story("g1", 5)) + len(story("g2", 7)))
+            first = second = None
+            while first is None or second is None or second.events < len(story("g2", 7)):
+                first, second = await reported(stage, broker, "g1"), await reported(stage, broker, "g2")
+                await asyncio.sleep(0.2)
+    assert (first.subscribers, first.tokens) == (1, 5)
+    assert (second.subscribers, second.tokens) == (1, 7)

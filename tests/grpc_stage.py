@@ -10,6 +10,8 @@ import grpc.aio
 
 from schemas.rpc.tailrace.v1 import tailrace_pb2 as pb
 from services.delivery.admission import Admission
+from services.delivery.consumers.registry import Consumers
+from services.delivery.consumers.registry import Limits as ConsumerLimits
 from services.delivery.hub import Hub, Limits
 from services.delivery.intake import Intake
 from services.delivery.lookups import Lookups
@@ -33,6 +35,9 @@ class Client:
         self.read = channel.unary_stream(PATH + "Read", pb.ReadRequest.SerializeToString, pb.ReadResponse.FromString)
         self.attach = channel.stream_stream(
             PATH + "Attach", pb.AttachRequest.SerializeToString, pb.AttachResponse.FromString
+        )
+        self.consume = channel.stream_stream(
+            PATH + "Consume", pb.ConsumeRequest.SerializeToString, pb.ConsumeResponse.FromString
         )
         self.start = self._unary("Start", pb.StartRequest, pb.StartResponse)
         self.cancel = self._unary("Cancel", pb.CancelRequest, pb.CancelResponse)
@@ -75,7 +80,8 @@ async def serving_calls(
         lookups = Lookups(broker, clock, hub.partition)
         admission = Admission(broker, clock, output=4_096, fallback="refuse")
         intake = Intake(broker, hub, lookups, clock, shared.pool, admission)
-        delivery = Delivery(hub, Streams(hub, lookups), lookups, intake, authenticate)
+        consumers = Consumers(hub, ConsumerLimits())
+        delivery = Delivery(hub, Streams(hub, lookups), lookups, intake, consumers, authenticate)
 
         async with serving_grpc(delivery, "127.0.0.1", 0, **{"grace": 2.0} | options) as port:
             sweeper = asyncio.create_task(hub.run())

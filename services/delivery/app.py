@@ -156,17 +156,18 @@ async def main(stop: asyncio.Event, *, worker: int | None = None) -> None:
         await broker.apply(shared.topology())
         clock = SystemClock()
         hub = Hub(broker, clock, shared.partitions, settings.limits())
+        consumers = Consumers(hub, settings.consumer_limits())
         async with (
             authenticating(shared, settings.host, broker, clock) as authenticator,
             serving(
-                build_app(hub, shared, settings, authenticator),
+                build_app(hub, shared, settings, authenticator, consumers),
                 settings.host,
                 settings.port,
                 connections=settings.connections,
                 tls=tls,
                 shared=worker is not None,
             ),
-            _serving_grpc(hub, shared, settings, authenticator, tls, shared_port=worker is not None),
+            _serving_grpc(hub, shared, settings, authenticator, consumers, tls, shared_port=worker is not None),
             _own_probes(hub, settings, worker),
             asyncio.TaskGroup() as group,
         ):
@@ -182,6 +183,7 @@ async def _serving_grpc(
     shared: Shared,
     settings: Settings,
     authenticator: Authenticator,
+    consumers: Consumers,
     tls: ServerTls | None,
     *,
     shared_port: bool,
@@ -201,7 +203,7 @@ async def _serving_grpc(
     lookups = Lookups(hub.broker, hub.clock, hub.partition)
     intake = Intake(hub.broker, hub, lookups, hub.clock, shared.pool, settings.admission(hub))
     async with serving_grpc(
-        Delivery(hub, Streams(hub, lookups), lookups, intake, authenticator.authenticate),
+        Delivery(hub, Streams(hub, lookups), lookups, intake, consumers, authenticator.authenticate),
         settings.host,
         settings.grpc_port,
         tls=tls,

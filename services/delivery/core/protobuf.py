@@ -28,7 +28,7 @@ from schemas.usage import Counted, Usage
 from services.delivery.core.entries import Entry
 from services.delivery.core.formats import Address
 
-__all__ = ["PROTOBUF", "Batch", "ProtobufFrames", "item", "item_read"]
+__all__ = ["PROTOBUF", "Batch", "ProtobufFrames", "item", "item_read", "typed"]
 
 _FRAMES: Final = b"\x0a"  # field 1, with a length: ReadResponse.frames, AttachResponse.items, Frame.event
 _CURSOR: Final = b"\x52"  # Event.cursor: field 10, with a length
@@ -56,7 +56,7 @@ class ProtobufFrames:
 
     def frame(self, entry: Entry, at: Address) -> bytes:
         """Return one event; what cannot be put into typed fields is carried as the stored JSON."""
-        event = _typed(entry.data).SerializeToString()
+        event = typed(entry.data).SerializeToString()
         cursor = at.after(entry)
         return _piece(_FRAMES, _piece(_FRAMES, event + _piece(_CURSOR, cursor)))
 
@@ -119,7 +119,8 @@ def _cursor(frame: bytes) -> bytes:
     return b""
 
 
-def _typed(data: bytes) -> pb.Event:
+def typed(data: bytes) -> pb.Event:
+    """Return an event with typed fields, without its cursor; what they cannot hold is carried as the stored JSON."""
     try:
         event: Any = decode_event(data)
         message = _event(event)

@@ -1,6 +1,7 @@
 """The methods of `tailrace.v1.Delivery`. Messages that stream are finished bytes: gRPC only carries them."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 import grpc
@@ -9,12 +10,14 @@ import msgspec
 from schemas.names import InvalidName, check_name
 from schemas.rpc.tailrace.v1 import tailrace_pb2 as pb
 from services.delivery.api import view_of
+from services.delivery.consumers.registry import Consumers
 from services.delivery.core.protobuf import PROTOBUF, Batch
 from services.delivery.hub import Hub
 from services.delivery.intake import GenerationWish, Intake
 from services.delivery.lookups import Lookups
 from services.delivery.streams import Streams
 from services.delivery.transports.grpc_attach import TOO_SLOW, Attachment, Operation, decoded, wish_of
+from services.delivery.transports.grpc_consume import Consuming
 from services.delivery.transports.grpc_outbox import Outbox
 from services.delivery.transports.grpc_problems import answering
 from services.kit.auth.principal import Principal, authorize
@@ -35,14 +38,21 @@ class Delivery:
     """What may be asked over gRPC, over the same streams, look-ups and queue as over HTTP."""
 
     def __init__(
-        self, hub: Hub, streams: Streams, lookups: Lookups, intake: Intake, authenticate: Authenticate
+        self,
+        hub: Hub,
+        streams: Streams,
+        lookups: Lookups,
+        intake: Intake,
+        consumers: Consumers,
+        authenticate: Authenticate,
     ) -> None:
         self._hub = hub
         self._streams = streams
         self._lookups = lookups
         self._intake = intake
+        self._consumers = consumers
         self._authenticate = authenticate
-        self._attachments: set[Attachment] = set()
+        self._attachments: set[Attachment | Consuming] = set()  # bounded by the server's calls
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """Return the methods; requests and answers are bytes."""
@@ -51,6 +61,7 @@ class Delivery:
             {
                 "Read": grpc.unary_stream_rpc_method_handler(self.read),
                 "Attach": grpc.stream_stream_rpc_method_handler(self.attach),
+                "Consume": grpc.stream_stream_rpc_method_handler(self.consume),
                 "Start": self._unary("Start", self.start, pb.StartRequest),
                 "Cancel": self._unary("Cancel", self.cancel, pb.CancelRequest),
                 "GetGeneration": self._unary("GetGeneration", self.generation, pb.GetGenerationRequest),
@@ -58,7 +69,7 @@ class Delivery:
         )
 
     async def sweep(self) -> bool:
-        """Look after calls of `Attach`; return whether new calls are taken. To be called about every second."""
+        """Look after calls of `Attach` and `Consume`; return whether new ones are taken. Call it about every second."""
         now = self._hub.clock.monotonic()
         for attachment in tuple(self._attachments):
             if self._hub.draining:
@@ -88,21 +99,44 @@ class Delivery:
     async def attach(self, requests: AsyncIterator[bytes], context: Context) -> None:
         """Serve one call of `Attach` to its end."""
         async with answering("Attach", context):
-            principal = await self._principal(context)
-            self._hub.connections.check(principal)
-            if self._hub.draining:
-                raise Problem(503, "this replica is going away", headers={"Retry-After": "1"})
-            await context.send_initial_metadata(())
+            principal = await self._entering(context)
             async with Outbox(context.write) as outbox:
                 operations: dict[str, Operation] = {"start": self.start, "cancel": self.cancel}
                 end = self._hub.end_of(principal.expires_at)
                 attachment = Attachment(self._streams, principal, outbox, operations, end)
-                self._attachments.add(attachment)
-                try:
-                    with self._hub.stream(principal, attachment.stop):
-                        await attachment.run(requests)
-                finally:
-                    self._attachments.discard(attachment)
+                with self._attached(principal, attachment):
+                    await attachment.run(requests)
+
+    async def consume(self, requests: AsyncIterator[bytes], context: Context) -> None:
+        """Serve one call of `Consume` to its end."""
+        async with answering("Consume", context):
+            principal = await self._entering(context)
+            consuming = Consuming(self._consumers, principal, context.write, self._hub.end_of(principal.expires_at))
+            with self._attached(principal, consuming):
+                await consuming.run(requests)
+
+    async def _entering(self, context: Context) -> Principal:
+        """Return who opens a call that lasts.
+
+        Raises:
+            Problem: 401, 429 or 503.
+        """
+        principal = await self._principal(context)
+        self._hub.connections.check(principal)
+        if self._hub.draining:
+            raise Problem(503, "this replica is going away", headers={"Retry-After": "1"})
+        await context.send_initial_metadata(())
+        return principal
+
+    @contextmanager
+    def _attached(self, principal: Principal, call: Attachment | Consuming) -> Iterator[None]:
+        """Count a call as open, and look after it, while the block runs."""
+        self._attachments.add(call)
+        try:
+            with self._hub.stream(principal, call.stop):
+                yield
+        finally:
+            self._attachments.discard(call)
 
     async def start(self, principal: Principal, request: pb.StartRequest) -> pb.StartResponse:
         """Queue a request for a generation.

@@ -369,6 +369,114 @@ class Problem(_message.Message):
     retry_after: int
     def __init__(self, status: _Optional[int] = ..., type: _Optional[str] = ..., detail: _Optional[str] = ..., retry_after: _Optional[int] = ...) -> None: ...
 
+class ConsumeRequest(_message.Message):
+    __slots__ = ("open", "settle", "credit", "stop")
+    OPEN_FIELD_NUMBER: _ClassVar[int]
+    SETTLE_FIELD_NUMBER: _ClassVar[int]
+    CREDIT_FIELD_NUMBER: _ClassVar[int]
+    STOP_FIELD_NUMBER: _ClassVar[int]
+    open: OpenConsumer
+    settle: Settle
+    credit: ConsumerCredit
+    stop: StopConsuming
+    def __init__(self, open: _Optional[_Union[OpenConsumer, _Mapping]] = ..., settle: _Optional[_Union[Settle, _Mapping]] = ..., credit: _Optional[_Union[ConsumerCredit, _Mapping]] = ..., stop: _Optional[_Union[StopConsuming, _Mapping]] = ...) -> None: ...
+
+class StopConsuming(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class OpenConsumer(_message.Message):
+    __slots__ = ("consumer", "window", "auto_ack")
+    CONSUMER_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_FIELD_NUMBER: _ClassVar[int]
+    AUTO_ACK_FIELD_NUMBER: _ClassVar[int]
+    consumer: str
+    window: int
+    auto_ack: bool
+    def __init__(self, consumer: _Optional[str] = ..., window: _Optional[int] = ..., auto_ack: _Optional[bool] = ...) -> None: ...
+
+class ConsumerCredit(_message.Message):
+    __slots__ = ("events",)
+    EVENTS_FIELD_NUMBER: _ClassVar[int]
+    events: int
+    def __init__(self, events: _Optional[int] = ...) -> None: ...
+
+class Settle(_message.Message):
+    __slots__ = ("id", "acks", "nacks", "working", "delay")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    ACKS_FIELD_NUMBER: _ClassVar[int]
+    NACKS_FIELD_NUMBER: _ClassVar[int]
+    WORKING_FIELD_NUMBER: _ClassVar[int]
+    DELAY_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    acks: _containers.RepeatedScalarFieldContainer[str]
+    nacks: _containers.RepeatedScalarFieldContainer[str]
+    working: _containers.RepeatedScalarFieldContainer[str]
+    delay: float
+    def __init__(self, id: _Optional[str] = ..., acks: _Optional[_Iterable[str]] = ..., nacks: _Optional[_Iterable[str]] = ..., working: _Optional[_Iterable[str]] = ..., delay: _Optional[float] = ...) -> None: ...
+
+class ConsumeResponse(_message.Message):
+    __slots__ = ("consuming", "deliveries", "settled", "refused", "stopped")
+    CONSUMING_FIELD_NUMBER: _ClassVar[int]
+    DELIVERIES_FIELD_NUMBER: _ClassVar[int]
+    SETTLED_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    STOPPED_FIELD_NUMBER: _ClassVar[int]
+    consuming: Consuming
+    deliveries: Deliveries
+    settled: Settled
+    refused: Refused
+    stopped: Stopped
+    def __init__(self, consuming: _Optional[_Union[Consuming, _Mapping]] = ..., deliveries: _Optional[_Union[Deliveries, _Mapping]] = ..., settled: _Optional[_Union[Settled, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., stopped: _Optional[_Union[Stopped, _Mapping]] = ...) -> None: ...
+
+class Consuming(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Deliveries(_message.Message):
+    __slots__ = ("events",)
+    EVENTS_FIELD_NUMBER: _ClassVar[int]
+    events: _containers.RepeatedCompositeFieldContainer[ConsumerEvent]
+    def __init__(self, events: _Optional[_Iterable[_Union[ConsumerEvent, _Mapping]]] = ...) -> None: ...
+
+class ConsumerEvent(_message.Message):
+    __slots__ = ("token", "session", "deliveries", "gap", "event")
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    DELIVERIES_FIELD_NUMBER: _ClassVar[int]
+    GAP_FIELD_NUMBER: _ClassVar[int]
+    EVENT_FIELD_NUMBER: _ClassVar[int]
+    token: str
+    session: str
+    deliveries: int
+    gap: str
+    event: Event
+    def __init__(self, token: _Optional[str] = ..., session: _Optional[str] = ..., deliveries: _Optional[int] = ..., gap: _Optional[str] = ..., event: _Optional[_Union[Event, _Mapping]] = ...) -> None: ...
+
+class Settled(_message.Message):
+    __slots__ = ("id", "settled", "unknown")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    SETTLED_FIELD_NUMBER: _ClassVar[int]
+    UNKNOWN_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    settled: int
+    unknown: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, id: _Optional[str] = ..., settled: _Optional[int] = ..., unknown: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class Refused(_message.Message):
+    __slots__ = ("id", "problem")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    problem: Problem
+    def __init__(self, id: _Optional[str] = ..., problem: _Optional[_Union[Problem, _Mapping]] = ...) -> None: ...
+
+class Stopped(_message.Message):
+    __slots__ = ("reason",)
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    def __init__(self, reason: _Optional[str] = ...) -> None: ...
+
 class StartRequest(_message.Message):
     __slots__ = ("session", "idempotency_key", "model", "messages", "metadata", "options")
     class MetadataEntry(_message.Message):

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from bench.billing import billing
 from bench.chaos.command import chaos
+from bench.chaos.kills_command import billing_kills
 from bench.fanout.command import fanout
 from bench.peers import LiteLLM, PeerNotInstalled
 from bench.processes import Died, TooLate
@@ -40,6 +41,7 @@ def main() -> None:
 
 
 main.add_command(billing)
+main.add_command(billing_kills)
 main.add_command(chaos)
 main.add_command(fanout)
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import aiohttp
-import msgspec
 
 from bench.chaos.clients import Accepted, Client
 from bench.chaos.credentials import Credentials
@@ -23,6 +22,7 @@ from bench.chaos.history import (
     Quiet,
     read_history,
 )
+from bench.chaos.log import read_log, waiting
 from bench.chaos.pace import slow_for, slowness
 from bench.chaos.schedule import (
     BILLINGS,
@@ -37,12 +37,11 @@ from bench.chaos.schedule import (
     Watch,
     Worker,
 )
-from bench.chaos.stage import MEMORY_BOUND, PARTITIONS, Stage
+from bench.chaos.stage import MEMORY_BOUND, Stage
 from bench.chaos.subscribers import Subscriber
 from bench.chaos.told import tell
 from bench.chaos.workers import ConsumerWorker, create_consumer
 from bench.processes import Died
-from schemas.topology import REQUESTS, token_stream
 from services.kit.broker import Broker, BrokerUnavailable
 
 __all__ = ["Run"]
@@ -251,15 +250,15 @@ class Run:
         logged: list[Logged] = []
         while time.monotonic() < deadline:
             try:
-                waiting = await _waiting(broker)
-                logged = await _read_log(broker)
+                queued = await waiting(broker)
+                logged = await read_log(broker)
             except BrokerUnavailable:
                 await asyncio.sleep(0.5)
                 continue
             told = tell(logged)
             posted = [f.result() for f in self._accepted.values() if f.done()]
             known = all(a is None or a.generation in told for a in posted)
-            if waiting == 0 and known and all(t.terminals for t in told.values()):
+            if queued == 0 and known and all(t.terminals for t in told.values()):
                 return logged
             await asyncio.sleep(0.5)
         return logged
@@ -274,7 +273,7 @@ class Run:
         while True:
             late = time.monotonic() > deadline
             try:
-                logged = await _read_log(broker)
+                logged = await read_log(broker)
                 found = await asyncio.to_thread(read_database, self.stage.database)
                 last = {m.partition: m.seq for m in logged}
                 if late or (found.settled and all(found.applied.get(p, 0) == seq for p, seq in last.items())):
@@ -283,32 +282,3 @@ class Run:
                 if late:
                     raise Died(f"the log cannot be read in the end: {error}") from error
             await asyncio.sleep(0.3)
-
-
-class _Info(msgspec.Struct):
-    class _State(msgspec.Struct):
-        messages: int
-
-    state: _State
-
-
-async def _waiting(broker: Broker) -> int:
-    """Return how many requests are in the work queue, running ones included."""
-    data = await broker.request(f"$JS.API.STREAM.INFO.{REQUESTS}")
-    try:
-        return msgspec.json.decode(data or b"", type=_Info).state.messages
-    except msgspec.DecodeError as error:
-        raise BrokerUnavailable(str(error)) from error
-
-
-async def _read_log(broker: Broker) -> list[Logged]:
-    found: list[Logged] = []
-    for partition in range(PARTITIONS):
-        state = await broker.state(token_stream(partition))
-        reached = 0
-        async for batch in broker.read(token_stream(partition), f"tokens.{partition}.*.*.*"):
-            found += [Logged(partition=partition, seq=m.seq, subject=m.subject, data=m.data.decode()) for m in batch]
-            reached = batch[-1].seq
-        if reached < state.last_seq:
-            raise BrokerUnavailable(f"the replica that answered has {reached} of {state.last_seq}")
-    return found

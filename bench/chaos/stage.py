@@ -21,7 +21,7 @@ from bench.chaos.schedule import DELIVERIES, LEASE, NODES, ROLLED, SERVICES
 from bench.processes import Died, Process, fetch, python
 from services.standalone.embedded import find_nats_server, render_config, render_node
 
-__all__ = ["MEMORY_BOUND", "Member", "Stage"]
+__all__ = ["MEMORY_BOUND", "PARTITIONS", "Member", "Stage", "clean_environment"]
 
 MEMORY_BOUND: Final = {"node": 400 << 20, "producer": 250 << 20, "delivery": 250 << 20, "billing": 300 << 20}
 READY_SECONDS: Final = 60.0
@@ -135,7 +135,7 @@ class Stage:
         self.call_ports = {name: ports.pop() for name in DELIVERIES}
         self.members = {m.name: m for m in [*self._nodes(), *(self._service(name, planted) for name in SERVICES)]}
         command = python("bench.chaos.provider", "--port", str(self.provider_port), "--record", str(self.sent))
-        self.provider = Member("provider", command, _clean_environment(), folder)
+        self.provider = Member("provider", command, clean_environment(), folder)
 
     @property
     def nats_url(self) -> str:
@@ -157,7 +157,7 @@ class Stage:
             config.write_text(render_config(port, store) if alone else render_node(index + 1, port, store, self.routes))
             # Nodes do not tell of each other: services would go past the links.
             command = [binary, "-c", str(config), *([] if alone else ["--no_advertise=true"])]
-            found.append(Member(name, command, _clean_environment(), self.folder))
+            found.append(Member(name, command, clean_environment(), self.folder))
         return found
 
     def _service(self, name: str, planted: str) -> Member:
@@ -180,7 +180,7 @@ class Stage:
             env["TAILRACE_DELIVERY_GRPC_PORT"] = str(self.call_ports[name])
         env |= self._credentials.settings()
         command = python("bench.chaos.planted", planted, module) if planted else python(module)
-        return Member(name, command, _clean_environment() | env, self.folder)
+        return Member(name, command, clean_environment() | env, self.folder)
 
     async def __aenter__(self) -> Self:
         self.provider.start()
@@ -260,7 +260,8 @@ class Stage:
         return every.get(name) or [self.members[name]]
 
 
-def _clean_environment() -> dict[str, str]:
+def clean_environment() -> dict[str, str]:
+    """Return this process's environment without settings of services, and with its module path."""
     drop = ("TAILRACE_", "OPENAI_", "ANTHROPIC_", "CO_API", "OPENROUTER_")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(drop)}
     return kept | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}

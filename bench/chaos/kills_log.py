@@ -27,6 +27,8 @@ SESSIONS: Final = 40
 BEGUN: Final = 1_700_000_000.0
 REPEATED: Final = 0.05
 """How often a writer sends again what is stored already."""
+EARLY: Final = 0.02
+"""How often something is stored before what it follows; it is sent again."""
 
 
 def name_of(number: int) -> str:
@@ -59,6 +61,8 @@ def _repeating(rng: random.Random, events: list[Event]) -> Iterator[Event]:
         yield events[end - 1]
         if rng.random() < REPEATED:
             yield from events[rng.randrange(end) : end]
+        if rng.random() < EARLY:
+            yield from events[end + 1 : end + 2]
 
 
 def _events(rng: random.Random, number: int) -> Iterator[Event]:
@@ -75,6 +79,8 @@ def _events(rng: random.Random, number: int) -> Iterator[Event]:
     if reported and rng.random() < 0.7:
         yield writer.usage(rng)
     yield writer.end(rng)
+    if rng.random() < 0.03:
+        yield from writer.copy().deltas(1)  # a writer that did not know of the end
     while reported and rng.random() < 0.3:
         yield writer.usage(rng)
 

@@ -42,6 +42,7 @@ class Subscriber:
         self._client = client
         self._goal: int | None = None
         self._complete = False
+        self._said_bye = False
 
     def finish(self, goal: int) -> None:
         """The session has nothing more after the stream sequence ``goal``."""
@@ -105,7 +106,7 @@ class Subscriber:
         for tries in range(STUCK_TRIES):
             with contextlib.suppress(*AWAY):
                 ended = await read_late(self._wanted(self.watch.replicas[0] + tries, lambda _: None), seconds)
-                self._client.add(Stuck(watch=self.number, ended=ended))
+                self._client.add(Stuck(watch=self.number, ended=ended and not self._said_bye))
                 return
             await asyncio.sleep(0.3)
 
@@ -139,4 +140,5 @@ class Subscriber:
         self._complete = True
 
     def _say(self, event: str, data: str) -> None:
+        self._said_bye |= event == "bye"
         self._client.add(Said(watch=self.number, event=event, data=data))

@@ -6,6 +6,7 @@ import socket
 from typing import Final
 from urllib.parse import urlencode, urlsplit
 
+from bench.chaos.pace import slow_for
 from bench.chaos.protocols.streams import EventLines
 from bench.chaos.protocols.wanted import Wanted
 
@@ -13,12 +14,14 @@ __all__ = ["read_late"]
 
 BUFFER: Final = 4_096
 """Bytes that the kernel takes for this client: as few as it lets one have."""
-LEFT: Final = 1.0
+AWAKE: Final = 1 << 20
+LEFT: Final = 4.0
+"""Seconds for what is on its way; somebody who was not given up gets more for ever."""
 PIECE: Final = 65_536
 
 
 async def read_late(wanted: Wanted, seconds: float) -> bool:
-    """Ask for server-sent events, read nothing for so long, then what is there; tell whether the server had ended it.
+    """Ask for server-sent events, read nothing for so long, then what is there; tell whether the server ended it.
 
     Raises:
         OSError: there is no connection.
@@ -32,10 +35,11 @@ async def read_late(wanted: Wanted, seconds: float) -> bool:
             await loop.sock_connect(link, (address.hostname, address.port))
             await loop.sock_sendall(link, _request(wanted, address.netloc))
         await asyncio.sleep(seconds)
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, AWAKE)
         lines, ended = EventLines(wanted), False
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LEFT):
-                while not ended:
+            async with asyncio.timeout(slow_for(LEFT)):
+                while not ended and not wanted.there():
                     try:
                         data = await loop.sock_recv(link, PIECE)
                     except OSError:

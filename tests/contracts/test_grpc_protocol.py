@@ -111,6 +111,7 @@ def test_a_client_generated_from_the_protocol_has_all_methods(tmp_path: Path) ->
     assert [n for n in vars(module.DeliveryServicer) if not n.startswith("_")] == [
         "Read",
         "Attach",
+        "Consume",
         "Start",
         "Cancel",
         "GetGeneration",

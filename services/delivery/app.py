@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from litestar.openapi.plugins import ScalarRenderPlugin
 from litestar.static_files import create_static_files_router
 
 from schemas.requests import GenerationRecord
+from services.delivery.accounts import Accounts
 from services.delivery.admission import Admission, Fallback
 from services.delivery.api import router
 from services.delivery.completion import Completion
@@ -23,6 +25,7 @@ from services.delivery.consumers.describe import describe_consumer_events
 from services.delivery.consumers.registry import Consumers
 from services.delivery.consumers.registry import Limits as ConsumerLimits
 from services.delivery.dead_api import dead_router
+from services.delivery.delivered import Delivered
 from services.delivery.describe import describe_streams
 from services.delivery.events_api import events_handlers
 from services.delivery.hub import Hub, Limits
@@ -157,6 +160,9 @@ async def main(stop: asyncio.Event, *, worker: int | None = None) -> None:
         clock = SystemClock()
         hub = Hub(broker, clock, shared.partitions, settings.limits())
         consumers = Consumers(hub, settings.consumer_limits())
+        delivered = Delivered(broker.publish_stored, f"d{secrets.token_hex(8)}")
+        drained = asyncio.Event()
+        hub.accounts = Accounts(delivered)
         async with (
             authenticating(shared, settings.host, broker, clock) as authenticator,
             serving(
@@ -172,9 +178,11 @@ async def main(stop: asyncio.Event, *, worker: int | None = None) -> None:
             asyncio.TaskGroup() as group,
         ):
             sweeper = group.create_task(hub.run())
+            group.create_task(delivered.run(drained))
             await stop.wait()
             await hub.drain(settings.drain)
             sweeper.cancel()
+            drained.set()
 
 
 @asynccontextmanager

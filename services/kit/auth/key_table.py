@@ -134,11 +134,20 @@ class KeyTable:
             await self._look()
 
     async def _look_again(self) -> None:
+        """Look once more, with all who ask meanwhile; what was stored before this was called is then known.
+
+        Raises:
+            BrokerUnavailable: the broker did not answer, now or to somebody who looked meanwhile.
+        """
+        asked_at = self._clock.monotonic()
         async with self._looking:
-            if self._tried_at is None or self._clock.monotonic() - self._tried_at > UNKNOWN_SECONDS:
-                await self._look()
-            elif self._looked_at is None or self._looked_at < self._tried_at:
-                raise BrokerUnavailable("the API keys cannot be read")
+            if self._tried_at is not None and self._tried_at > asked_at:
+                if self._looked_at is None or self._looked_at < self._tried_at:
+                    raise BrokerUnavailable("the API keys cannot be read")
+                return
+            if self._tried_at is not None:
+                await asyncio.sleep(max(0.0, self._tried_at + UNKNOWN_SECONDS - asked_at))
+            await self._look()
 
     async def _look(self) -> None:
         self._tried_at = self._clock.monotonic()

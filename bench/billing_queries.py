@@ -23,6 +23,10 @@ __all__ = ["Asked", "ask_many"]
 ROUNDS: Final = 9
 CHUNK: Final = 20_000
 TENANTS: Final = 20
+BIG: Final = "t3"
+"""The tenant of nine generations out of ten."""
+KEYS: Final = 5
+"""Credentials of each tenant."""
 MODELS: Final = 12
 DAYS: Final = 90
 _START: Final = round(datetime(2026, 1, 1, tzinfo=UTC).timestamp() * 1_000)
@@ -38,7 +42,7 @@ class Asked(msgspec.Struct, kw_only=True):
 
 
 async def ask_many(url: sa.URL, generations: int) -> list[Asked]:
-    """Fill an empty database with ``generations`` of 20 tenants, 12 models and 90 days, and ask it."""
+    """Fill an empty database and ask it: ``generations`` of 12 models over 90 days, nine out of ten of one tenant."""
     async with open_engine(url) as engine:
         await migrate(engine)
         await _fill(engine, generations)
@@ -61,17 +65,18 @@ async def _fill(engine: AsyncEngine, generations: int) -> None:
 
 def _row(number: int, rng: random.Random) -> dict[str, Any]:
     model = rng.randrange(MODELS)
+    tenant = BIG if rng.random() < 0.9 else f"t{rng.randrange(TENANTS)}"
     output = rng.randrange(10, 900)
     row: dict[str, Any] = {c.name: _default(c) for c in GENERATIONS.c}
     return row | {
-        "tenant": f"t{rng.randrange(TENANTS)}",
+        "tenant": tenant,
         "session": f"s{number % 50_000}",
         "generation": f"gen_{number}",
         "state": "completed",
         "status": rng.choices(("matched", "drift", "partial"), (90, 6, 4))[0],
         "model": f"model-{model}",
         "provider": f"p{model % 4}",
-        "credential": f"key-{rng.randrange(100)}",
+        "credential": f"key-{tenant}-{rng.randrange(KEYS)}",
         "started_at": _START + rng.randrange(DAYS) * DAY + rng.randrange(DAY),
         "counted_input": 100,
         "counted_output": output,
@@ -106,20 +111,18 @@ def _summing() -> sa.Executable:
 
 
 async def _ask(reports: Reports) -> list[Asked]:
-    month = Filters(tenant="t3", start=_START, end=_START + 31 * DAY)
-    odd = Filters(tenant="t3", start=_START + 1, end=_START + 31 * DAY)
-    page = (await reports.generations(Filters(tenant="t3"), None, 20_000))[-1]
+    month = Filters(tenant=BIG, start=_START, end=_START + 31 * DAY)
+    odd = Filters(tenant=BIG, start=_START + 1, end=_START + 31 * DAY)
+    page = (await reports.generations(Filters(tenant=BIG), None, 20_000))[-1]
     after = (page.started_at, page.generation)
     questions: dict[str, Any] = {
         "all generations by model and day": lambda: reports.groups(Filters(), ("model", "day"), None, 2_000),
-        "a tenant's by model and day": lambda: reports.groups(Filters(tenant="t3"), ("model", "day"), None, 2_000),
+        "a tenant's by model and day": lambda: reports.groups(Filters(tenant=BIG), ("model", "day"), None, 2_000),
         "a tenant's month by key": lambda: reports.groups(month, ("key",), None, 1_000),
         "a tenant's, not by whole days, by model and hour": lambda: reports.groups(odd, ("model", "hour"), None, 1_000),
-        "a tenant's generations, first page": lambda: reports.generations(Filters(tenant="t3"), None, 100),
-        "a tenant's generations, a page far in": lambda: reports.generations(Filters(tenant="t3"), after, 100),
-        "a tenant's partial generations": lambda: reports.generations(
-            Filters(tenant="t3", status="partial"), None, 100
-        ),
+        "a tenant's generations, first page": lambda: reports.generations(Filters(tenant=BIG), None, 100),
+        "a tenant's generations, a page far in": lambda: reports.generations(Filters(tenant=BIG), after, 100),
+        "a tenant's partial generations": lambda: reports.generations(Filters(tenant=BIG, status="partial"), None, 100),
         "one generation, looked for with every tenant": lambda: _one(reports),
     }
     return [await _timed(name, ask) for name, ask in questions.items()]

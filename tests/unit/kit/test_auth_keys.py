@@ -51,7 +51,7 @@ def test_a_newline_behind_a_key_makes_it_none() -> None:
 
 def test_a_key_never_looks_like_one_in_a_log() -> None:
     text = mint().text
-    assert text.rpartition("_")[2] not in scrub(f"refused {text} at the door")
+    assert text.split("_", 2)[2] not in scrub(f"refused {text} at the door")
 
 
 def test_the_operators_key_comes_from_its_hash() -> None:

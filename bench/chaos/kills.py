@@ -17,7 +17,7 @@ from bench.chaos.clients import Client
 from bench.chaos.credentials import Credentials
 from bench.chaos.database import Found, read_database
 from bench.chaos.evidence import Evidence
-from bench.chaos.history import AnyRecord, Billed, Exported, Logged, Opened
+from bench.chaos.history import AnyRecord, Billed, Exported, Logged, Opened, Said
 from bench.chaos.kills_log import messages, name_of
 from bench.chaos.log import read_log
 from bench.chaos.money import PRICES, check_money
@@ -38,6 +38,7 @@ ACKNOWLEDGED: Final = 200
 """Messages in flight at most: beyond 10,000 the broker drops some."""
 EXPORTED: Final = 100
 """Of so many generations one is exported."""
+WHILE_WORKING: Final = 0.8
 _SETTINGS: Final = {
     "TAILRACE_PARTITIONS": str(PARTITIONS),
     "TAILRACE_LOG_FORMAT": "json",
@@ -51,7 +52,7 @@ _SETTINGS: Final = {
 class Outcome(msgspec.Struct, kw_only=True):
     """One run. ``messages``: in the log; ``events``: accepted ones. ``amount`` and ``tokens``: what budgets know.
 
-    ``kills``: of billing processes, ``ended``: how often one ended by itself.
+    ``kills``: of billing processes, ``ended``: how often one ended by itself. ``refused``: what was said to exports.
     """
 
     seed: int
@@ -61,6 +62,7 @@ class Outcome(msgspec.Struct, kw_only=True):
     kills: int
     ended: int
     exports: int
+    refused: list[str] = []
     entries: int
     amount: str
     tokens: int
@@ -149,6 +151,15 @@ class Kills:
         except TimeoutError as error:
             raise Died(f"{member.name} does not get ready") from error
 
+    async def _any_ready(self, members: list[Member]) -> None:
+        waiting = [asyncio.create_task(self._ready(member)) for member in members]
+        try:
+            for first in asyncio.as_completed(waiting):
+                return await first
+        finally:
+            for task in waiting:
+                task.cancel()
+
     async def _break(self, broker: Broker, members: list[Member], client: Client) -> None:
         written = asyncio.Event()
         async with asyncio.TaskGroup() as group:
@@ -179,12 +190,15 @@ class Kills:
             await asyncio.sleep(self.seconds / (2 * count))
 
     async def _kill(self, members: list[Member], written: asyncio.Event) -> None:
-        """SIGKILL one or both again and again, at moments that nobody chose."""
+        """SIGKILL one or both again and again, at moments that nobody chose, mostly while one of them works."""
         rng = random.Random(f"{self.seed}: kills")
         while not written.is_set():
             with suppress(TimeoutError):
                 async with asyncio.timeout(rng.uniform(0.1, 4.0)):
                     await written.wait()
+            if rng.random() < WHILE_WORKING:
+                await self._any_ready(members)
+                await asyncio.sleep(rng.uniform(0.0, 1.5))
             victims = members if rng.random() < 0.25 else [rng.choice(members)]
             for victim in victims:
                 victim.kill()
@@ -218,6 +232,7 @@ class Kills:
             kills=self._kills,
             ended=self._ended,
             exports=sum(isinstance(record, Exported) for record in self._records),
+            refused=[record.data for record in self._records if isinstance(record, Said)],
             entries=len(found.amounts.entries),
             amount=str(sum((Decimal(row["amount"]) for row in spending), Decimal(0))),
             tokens=sum(row["tokens"] for row in spending),

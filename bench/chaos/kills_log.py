@@ -62,7 +62,8 @@ def _repeating(rng: random.Random, events: list[Event]) -> Iterator[Event]:
         if rng.random() < REPEATED:
             yield from events[rng.randrange(end) : end]
         if rng.random() < EARLY:
-            yield from events[end + 1 : end + 2]
+            place = (events[end - 1].epoch, events[end - 1].seq + 2)
+            yield from (event for event in events[end + 1 : end + 2] if (event.epoch, event.seq) == place)
 
 
 def _events(rng: random.Random, number: int) -> Iterator[Event]:

@@ -20,6 +20,7 @@ from bench.chaos.schedule import Ending
 __all__ = ["Order", "Provider", "main", "text_of"]
 
 BURST: Final = 32
+PADDING: Final = " and so it goes on"
 
 
 class Order(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -45,7 +46,7 @@ class _Asked(msgspec.Struct):
 def text_of(key: str, call: int, first: int, count: int, size: int = 0) -> str:
     """Return tokens ``first`` … of a call, joined, each of at least ``size`` characters."""
     tokens = (f" {call}:{n}" if n else f"[{key}/{call}]" for n in range(first, first + count))
-    return "".join(token.ljust(size, ".") for token in tokens)
+    return "".join(token + (PADDING * (size // len(PADDING) + 1))[: max(0, size - len(token))] for token in tokens)
 
 
 class Provider:

@@ -38,8 +38,8 @@ NODES: Final = "nodes"
 ROLLED: Final = "delivery"
 """The target of a rolling restart: all deliveries, one after the other."""
 ROLL_SECONDS: Final = 9.0
-LONG_TOKENS: Final = 1_500
-LONG_SIZE: Final = 2_000
+LONG_TOKENS: Final = 600
+LONG_SIZE: Final = 10_000
 """Tokens, and characters of each, of an answer that the buffers between delivery and a client cannot take whole."""
 STUCK_SECONDS: Final = 6.0
 
@@ -254,7 +254,7 @@ def _long(rng: random.Random, seconds: float) -> Ask:
         key="long",
         session="long",
         tokens=LONG_TOKENS,
-        rate=150.0,
+        rate=60.0,
         restart=True,
         replica=rng.randrange(2),
         size=LONG_SIZE,
@@ -266,7 +266,7 @@ def _stuck(rng: random.Random, index: int, ask: Ask) -> tuple[Watch, ...]:
     patient = Watch(at=ask.at, ask=index, scope="generation", replicas=(rng.randrange(2),))
     late = [
         Watch(
-            at=_round(ask.at + rng.uniform(0, ask.seconds)),
+            at=_round(ask.at + rng.uniform(0.8, 1.3) * ask.seconds),
             ask=index,
             scope="start",
             replicas=(rng.randrange(2),),

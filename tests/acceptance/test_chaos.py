@@ -10,6 +10,7 @@ import pytest
 
 from bench.chaos.check import check
 from bench.chaos.evidence import Evidence
+from bench.chaos.kills import Kills
 from bench.chaos.run import Run
 from bench.chaos.schedule import DELIVERIES, PRODUCERS, Ask, Fault, FaultKind, Schedule, Watch
 from bench.chaos.summary import Summary
@@ -41,6 +42,37 @@ def test_a_short_run_on_three_brokers_keeps_every_promise(tmp_path: Path) -> Non
         check=False,
     )
     assert again.returncode == 0, again.stdout + again.stderr
+
+
+@pytest.mark.timeout(300)
+async def test_who_reads_nothing_is_sent_away_and_has_everything_later_through_a_rolling_restart(
+    tmp_path: Path,
+) -> None:
+    long = Ask(at=0.0, key="long", session="long", tokens=600, rate=60.0, size=10_000)
+    stuck = tuple(Watch(at=9.0, ask=0, scope="start", replicas=(n,), stuck=6.0) for n in range(2))
+    plan = Schedule(
+        seed=0,
+        seconds=17.0,
+        nodes=1,
+        asks=(long,),
+        watches=(*stuck, Watch(at=0.0, ask=0, scope="generation", protocol="websocket", window=3)),
+        cancels=(),
+        faults=(Fault(number=0, at=16.0, seconds=1.0, kind="roll", target="delivery"),),
+    )
+    evidence = Evidence.of(await Run(plan, tmp_path / "run").execute())
+    assert check(evidence) == []
+    assert [record.ended for record in evidence.stuck] == [True, True]
+    assert [left.complete for left in evidence.left] == [True] * 3
+    assert {exited.process for exited in evidence.exited if exited.asked} >= set(DELIVERIES)
+
+
+@pytest.mark.timeout(300)
+def test_money_equals_a_count_over_the_log_though_billing_was_killed(tmp_path: Path) -> None:
+    found = Kills(tmp_path, seed=3, generations=300, seconds=6.0).execute()
+    assert found.violations == []
+    assert (found.generations, sum(found.statuses.values())) == (300, 300)
+    assert found.kills > 0
+    assert found.entries >= 200
 
 
 def schedule(kind: FaultKind, targets: tuple[str, ...], at: float, seconds: float) -> Schedule:

@@ -21,6 +21,7 @@ from schemas.requests import (
     RequestDeadlines,
 )
 from schemas.subjects import control_subject, lane_of, request_subject
+from schemas.topology import REQUESTS as REQUESTS_STREAM
 from services.delivery import metrics
 from services.delivery.admission import Admission
 from services.delivery.hub import Hub
@@ -105,16 +106,17 @@ class Intake:
         )
         await self._check_room(issuer.partition, record)
         created = await self._lookups.create(record)
-        if not created and not await self._is_waiting_repeat(record):
+        if created is None and not await self._is_waiting_repeat(record):
             return generation, cursor, True
         try:
             await self._admission.reserve(record, models, wish)
         except (Problem, BrokerUnavailable):
-            await self._lookups.forget(tenant, session, generation)
+            if created is not None:
+                await self._lookups.forget(record, created)
             raise
-        await self._enqueue(record, wish, issuer.partition)
+        await self._enqueue(record, wish, issuer.partition, created)
         self._hub.starts.began(record)
-        return generation, cursor, not created
+        return generation, cursor, created is None
 
     async def cancel(self, tenant: str, session: str, generation: str) -> str:
         """Ask for a generation to end; return its state now. Asking again changes nothing.
@@ -187,20 +189,32 @@ class Intake:
     async def _is_waiting_repeat(self, record: GenerationRecord) -> bool:
         """Tell whether an earlier request under the same key may not have reached the queue.
 
+        Its record is then written anew: whoever wrote it first may still be about to take it back, and must not.
+
         Raises:
             Problem: the earlier request had another body.
+            BrokerUnavailable: the record was there and is not: it is being stored, or taken back.
         """
         found = await self._lookups.get(record.tenant, record.session, record.generation)
-        if found is not None and found[0].request_hash != record.request_hash:
+        if found is None:
+            raise BrokerUnavailable("an earlier request under this key is about to be stored or taken back: ask again")
+        earlier, revision = found
+        if earlier.request_hash != record.request_hash:
             raise Problem(
                 422,
                 "this Idempotency-Key was used with another body",
                 slug="idempotency-conflict",
                 title="The key belongs to another request",
             )
-        return found is not None and found[0].state == "queued"
+        if earlier.state != "queued":
+            return False
+        if not await self._lookups.update(earlier, revision):
+            raise BrokerUnavailable("an earlier request under this key was taken back or began just now: ask again")
+        return True
 
-    async def _enqueue(self, record: GenerationRecord, wish: GenerationWish, partition: int) -> None:
+    async def _enqueue(
+        self, record: GenerationRecord, wish: GenerationWish, partition: int, created: int | None
+    ) -> None:
         request = Request(
             tenant=record.tenant,
             session=record.session,
@@ -221,25 +235,34 @@ class Intake:
         data = msgspec.json.encode(request)
         limit = self._broker.client.max_payload
         if len(data) > limit:
-            await self._forget(record)
+            await self._take_back(record, created)
             raise Problem(413, f"the request has {len(data)} bytes, the broker takes {limit}")
+        subject = request_subject(lane_of(self._pool, wish.priority), record.generation)
         try:
-            await self._broker.publish_stored(
-                request_subject(lane_of(self._pool, wish.priority), record.generation), data
-            )
+            await self._broker.publish_stored(subject, data)
         except APIError as error:
             if "per subject" in (error.description or ""):
-                return  # it waits there already
-            await self._forget(record)
+                await self._check_queued(subject)
+                return
+            await self._take_back(record, created)
             raise Problem(
                 429, "the queue of requests is full", slug="queue-full", headers={"Retry-After": "5"}
             ) from error
         metrics.REQUESTS.inc()
 
-    async def _forget(self, record: GenerationRecord) -> None:
-        """Take back a request that could not be queued."""
-        await self._lookups.forget(record.tenant, record.session, record.generation)
-        await self._admission.release(record)
+    async def _check_queued(self, subject: str) -> None:
+        """Make sure that an earlier request waits in the queue: a leader that is alone refuses what it cannot store.
+
+        Raises:
+            BrokerUnavailable: it does not, or not yet.
+        """
+        if not await self._broker.holds(REQUESTS_STREAM, subject):
+            raise BrokerUnavailable("an earlier request under this key is not in the queue yet: ask again")
+
+    async def _take_back(self, record: GenerationRecord, created: int | None) -> None:
+        """Take back a request that could not be queued, unless another one under the same key goes on with it."""
+        if created is not None and await self._lookups.forget(record, created):
+            await self._admission.release(record)
 
 
 def _name(tenant: str, session: str, key: str | None) -> str:

@@ -23,6 +23,7 @@ RECENT: Final = 20_000
 REGISTRY_SECONDS: Final = 2.0
 _STREAM: Final = f"KV_{BUCKET}"
 _PREFIX: Final = f"$KV.{BUCKET}."
+WRONG_LAST_SEQUENCE: Final = (10071, 10164)
 _AWAY = (nats.errors.Error, OSError, TimeoutError)
 
 
@@ -51,17 +52,16 @@ class Lookups:
         except msgspec.DecodeError:
             return None
 
-    async def create(self, record: GenerationRecord) -> bool:
-        """Store a new record; tell whether there was none before."""
+    async def create(self, record: GenerationRecord) -> int | None:
+        """Store a new record and return its revision; ``None`` when there is one already."""
         key = generation_key(record.tenant, record.session, record.generation)
         try:
             bucket = await self._broker.bucket()
-            await bucket.create(key, msgspec.json.encode(record))
+            return await bucket.create(key, msgspec.json.encode(record))
         except js_errors.KeyWrongLastSequenceError:
-            return False
+            return None
         except _AWAY as error:
             raise BrokerUnavailable(f"look-ups are away: {error!r}") from error
-        return True
 
     async def update(self, record: GenerationRecord, revision: int) -> bool:
         """Replace a record; tell whether it still had this revision."""
@@ -75,11 +75,15 @@ class Lookups:
             raise BrokerUnavailable(f"look-ups are away: {error!r}") from error
         return True
 
-    async def forget(self, tenant: str, session: str, generation: str) -> None:
-        """Remove a record whose request could not be queued."""
+    async def forget(self, record: GenerationRecord, revision: int) -> bool:
+        """Remove a record whose request could not be queued, unless it has changed; tell whether it is gone."""
         try:
             bucket = await self._broker.bucket()
-            await bucket.delete(generation_key(tenant, session, generation))
+            return await bucket.delete(generation_key(record.tenant, record.session, record.generation), last=revision)
+        except js_errors.APIError as error:
+            if error.err_code in WRONG_LAST_SEQUENCE:
+                return False
+            raise BrokerUnavailable(f"look-ups are away: {error!r}") from error
         except _AWAY as error:
             raise BrokerUnavailable(f"look-ups are away: {error!r}") from error
 

@@ -56,6 +56,7 @@ class _Info(msgspec.Struct):
         first_seq: int
         last_seq: int
         bytes: int = 0
+        subjects: dict[str, int] = {}
 
     class _Config(msgspec.Struct):
         max_bytes: int = -1
@@ -90,6 +91,19 @@ class Broker(Connection):
         data = await self.request(f"$JS.API.STREAM.INFO.{stream}")
         try:
             return msgspec.json.decode(data or b"", type=_Info)
+        except msgspec.DecodeError as error:
+            raise BrokerUnavailable(f"no stream {stream}: {(data or b'')[:200]!r}") from error
+
+    async def holds(self, stream: str, subject: str) -> bool:
+        """Tell whether a stream's leader has stored a message of this subject, and still has it.
+
+        Raises:
+            BrokerUnavailable: no answer.
+        """
+        query = msgspec.json.encode({"subjects_filter": subject})
+        data = await self.request(f"$JS.API.STREAM.INFO.{stream}", query)
+        try:
+            return subject in msgspec.json.decode(data or b"", type=_Info).state.subjects
         except msgspec.DecodeError as error:
             raise BrokerUnavailable(f"no stream {stream}: {(data or b'')[:200]!r}") from error
 

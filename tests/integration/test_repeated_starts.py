@@ -1,10 +1,22 @@
 """A request that is repeated under its key after a producer has taken it."""
 
+import asyncio
 from typing import Any
 
 import httpx
+import msgspec
+import pytest
+from nats.js.errors import APIError
 
-from services.kit.broker import Broker
+from schemas.subjects import lane_of, request_subject
+from services.delivery.admission import Admission
+from services.delivery.hub import Hub, Limits
+from services.delivery.intake import GenerationWish, Intake
+from services.delivery.lookups import Lookups
+from services.kit.auth.principal import Principal
+from services.kit.broker import Broker, BrokerUnavailable
+from services.kit.clock import SystemClock
+from services.kit.problem import Problem
 from tests.conftest import eventually
 from tests.delivery_stage import Stage, delivering
 from tests.pipeline import producing
@@ -39,3 +51,92 @@ async def test_a_request_repeated_after_its_end_is_answered_with_the_same_genera
         assert again.json()["generation"] == first.json()["generation"]
         other = await ask(stage, WISH | {"priority": "batch"})
         assert other.json()["type"] == "urn:tailrace:problem:idempotency-conflict"
+
+
+class Taking:
+    """An intake whose budgets can be made to wait and refuse."""
+
+    def __init__(self, broker: Broker) -> None:
+        clock = SystemClock()
+        hub = Hub(broker, clock, 1, Limits())
+        self.lookups = Lookups(broker, clock, hub.partition)
+        self.admission = Admission(broker, clock, output=100, fallback="refuse")
+        self.intake = Intake(broker, hub, self.lookups, clock, "default", self.admission)
+        self.broker = broker
+
+    async def accept(self) -> str:
+        wish = msgspec.convert(WISH, GenerationWish)
+        return (await self.intake.accept(Principal(tenant="default"), "s", wish, "once"))[0]
+
+    async def is_queued(self, generation: str) -> bool:
+        return await self.broker.holds("REQUESTS", request_subject(lane_of("default", "interactive"), generation))
+
+    async def is_known(self, generation: str) -> bool:
+        return await self.lookups.get("default", "s", generation) is not None
+
+
+@pytest.fixture
+def taking(broker: Broker) -> Taking:
+    return Taking(broker)
+
+
+async def test_a_first_attempt_that_fails_late_does_not_take_back_what_its_repeat_has_queued(
+    taking: Taking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, fails = asyncio.Event(), asyncio.Event()
+
+    async def late(*_: object) -> None:
+        if not asked.is_set():
+            asked.set()
+            await fails.wait()
+            raise Problem(503, "billing does not answer")
+
+    monkeypatch.setattr(taking.admission, "reserve", late)
+    first = asyncio.create_task(taking.accept())
+    await asked.wait()
+    generation = await taking.accept()
+    fails.set()
+    with pytest.raises(Problem):
+        await first
+    assert await taking.is_queued(generation)
+    assert await taking.is_known(generation)
+
+
+async def test_an_attempt_that_fails_alone_leaves_nothing(taking: Taking, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def refused(*_: object) -> None:
+        raise Problem(402, "no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(taking.admission, "reserve", refused)
+        with pytest.raises(Problem):
+            await taking.accept()
+    assert await taking.lookups.of_session("default", "s") == []
+    generation = await taking.accept()
+    assert await taking.is_queued(generation)
+    assert await taking.is_known(generation)
+
+
+async def test_a_repeat_that_finds_the_first_attempt_taken_back_is_not_accepted(
+    taking: Taking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def exists(*_: object) -> None:
+        return None
+
+    monkeypatch.setattr(taking.lookups, "create", exists)
+    with pytest.raises(BrokerUnavailable, match="ask again"):
+        await taking.accept()
+
+
+async def test_a_queue_that_refuses_a_repeat_without_having_the_first_is_not_believed(
+    taking: Taking, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(*_: object, **__: object) -> int:
+        raise APIError(code=503, err_code=10077, description="maximum messages per subject exceeded")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(broker, "publish_stored", refuse)
+        with pytest.raises(BrokerUnavailable, match="not in the queue yet"):
+            await taking.accept()
+    generation = await taking.accept()
+    assert await taking.is_queued(generation)
+    assert await taking.accept() == generation

@@ -17,7 +17,7 @@ from typing import Final, Self
 import msgspec
 import psutil
 
-__all__ = ["Died", "Process", "Processes", "Spent", "TooLate", "fetch", "free_port", "python"]
+__all__ = ["STOP_SECONDS", "Died", "Process", "Processes", "Spent", "TooLate", "fetch", "free_port", "python"]
 
 STOP_SECONDS: Final = 8.0
 POLL: Final = 0.02
@@ -72,12 +72,12 @@ class Process:
         """Return the end of its output."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
-    def stop(self, signum: int = signal.SIGTERM) -> None:
-        """Ask it to end, and make it end together with its children if it does not."""
+    def stop(self, signum: int = signal.SIGTERM, seconds: float = STOP_SECONDS) -> None:
+        """Ask it to end, and make it end together with its children if it does not within so many seconds."""
         if self.code is None:
             self._popen.send_signal(signum)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._popen.wait(STOP_SECONDS)
+                self._popen.wait(seconds)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self._popen.wait(STOP_SECONDS)

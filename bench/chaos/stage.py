@@ -18,7 +18,7 @@ from bench.chaos.money import PRICES
 from bench.chaos.pace import slow_for
 from bench.chaos.proxy import Link
 from bench.chaos.schedule import DELIVERIES, LEASE, NODES, ROLLED, SERVICES
-from bench.processes import Died, Process, fetch, python
+from bench.processes import STOP_SECONDS, Died, Process, fetch, python
 from services.standalone.embedded import find_nats_server, render_config, render_node
 
 __all__ = ["MEMORY_BOUND", "PARTITIONS", "Member", "Stage", "clean_environment"]
@@ -64,7 +64,9 @@ class Member:
         self._stopping = False
 
     def start(self) -> None:
-        """Start it, unless it runs; its output goes on in the same file."""
+        """Start it, unless it runs; its output goes on in the same file. Who has it stopped starts it again."""
+        if self._stopping:
+            return
         self.wanted = True
         if self.process is not None and self.process.code is None:
             return
@@ -72,8 +74,8 @@ class Member:
         self.process = Process(self.name, self._command, self._folder, self._env)
 
     def pause(self) -> None:
-        """SIGSTOP."""
-        if self.process is not None and self.process.code is None:
+        """SIGSTOP, unless it was asked to end: it could not heed that in time."""
+        if self.process is not None and self.process.code is None and not self._stopping:
             self.paused = True
             os.kill(self.process.pid, signal.SIGSTOP)
 
@@ -101,7 +103,7 @@ class Member:
         self.resume()
         self.look()
         begun, age = time.monotonic(), time.monotonic() - self._started
-        await asyncio.to_thread(process.stop)
+        await asyncio.to_thread(process.stop, seconds=slow_for(STOP_SECONDS))
         took = time.monotonic() - begun
         if not self._stopping:
             return None

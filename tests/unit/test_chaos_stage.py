@@ -39,3 +39,18 @@ async def test_who_is_asked_again_while_it_drains_is_told_of_once(tmp_path: Path
     first, second = await asyncio.gather(member.stop(), member.stop())
     assert first is not None
     assert second is None
+
+
+async def test_who_drains_is_neither_started_nor_frozen_by_others_meanwhile(tmp_path: Path) -> None:
+    member = await started(tmp_path, WILLING)
+    stopping = asyncio.create_task(member.stop())
+    await asyncio.sleep(0)
+    member.start()
+    member.pause()
+    assert (member.wanted, member.paused) == (False, False)
+    exited = await stopping
+    assert exited is not None
+    assert exited.code == 0
+    member.start()
+    assert member.wanted
+    member.kill()

@@ -244,12 +244,24 @@ async def test_sentences_of_several_sessions_survive_drops(
     said = ["One. T", "wo! ", "Thr", "ee? 四。五", "。\nSix"] * 4
     told = {name: Log(broker, name) for name in ("a", "b")}
     await client.open(proxy.url, f"{proxy.url}/v1/events?session=a&session=b&granularity=sentence")
+
+    def is_read() -> bool:
+        return sum(len(feed.everyone()) for feed in stage.hub._feeds.values()) >= len(told)
+
+    await eventually(is_read, timeout=20)
+
+    async def has_said() -> bool:
+        return len(await messages(client)) > 0
+
     for name, log in told.items():
         await log.append(Started(generation=name, seq=0, model="m", provider="p", upstream_model="u"))
     for number, text in enumerate(said, 1):
         for name, log in told.items():
             await log.append(Delta(generation=name, seq=number, text=text, tokens=number))
         if number % 7 == 0:
+            # A browser gives up for good when a connection is lost before its answer has begun.
+            await eventually(is_read, timeout=20)
+            await eventually(has_said, timeout=20)
             proxy.drop()
     for name, log in told.items():
         await log.append(Completed(generation=name, seq=len(said) + 1, finish_reason="stop"))

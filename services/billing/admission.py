@@ -15,7 +15,7 @@ from schemas.subjects import control_subject
 from schemas.topology import REGISTRY_BUCKET
 from services.billing import metrics
 from services.billing.adapters.budgets import Budgets, Running
-from services.billing.core.budgets import TOKENS, Budget, Standing, Use, beyond, need_of, period_at
+from services.billing.core.budgets import TOKENS, Budget, Standing, Use, Verdict, beyond, need_of, period_at
 from services.billing.core.money import render
 from services.billing.errors import LedgerUnavailable
 from services.billing.terms import CurrentTerms
@@ -26,6 +26,8 @@ __all__ = ["Admission"]
 
 log = structlog.get_logger()
 QUEUE: Final = "billing"
+BATCH: Final = 100
+WAITING: Final = 2_000
 WATCH_SECONDS: Final = 0.5
 EXPIRE_SECONDS: Final = 30.0
 T = TypeVar("T")
@@ -43,16 +45,24 @@ class Admission:
         self._terms = terms
         self._clock = clock
         self._keep = keep
+        self._asked: asyncio.Queue[tuple[Msg, Reserve]] = asyncio.Queue(WAITING)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Answer and watch until ``stop`` is set."""
         subscriptions = [
-            await self._broker.subscribe(RESERVE_SUBJECT, self._reserve, queue=QUEUE),
+            await self._broker.subscribe(RESERVE_SUBJECT, self._ask, queue=QUEUE),
             await self._broker.subscribe(RELEASE_SUBJECT, self._release, queue=QUEUE),
         ]
+        deciding = asyncio.create_task(self._decide())
+        watching = asyncio.create_task(self._watch(stop))
         try:
-            await self._watch(stop)
+            done, _ = await asyncio.wait((deciding, watching), return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
         finally:
+            deciding.cancel()
+            watching.cancel()
+            await asyncio.gather(deciding, watching, return_exceptions=True)
             if not self._broker.client.is_closed:
                 for subscription in subscriptions:
                     await subscription.unsubscribe()
@@ -126,26 +136,40 @@ class Admission:
                 budget=standing.budget.name,
             )
 
-    async def _reserve(self, msg: Msg) -> None:
+    async def _ask(self, msg: Msg) -> None:
         wish = _read(msg, Reserve)
         if wish is None:
             return
+        try:
+            self._asked.put_nowait((msg, wish))
+        except asyncio.QueueFull:
+            metrics.RESERVATIONS.labels("unanswered").inc()
+            log.warning("no decision on a reservation", generation=wish.generation, error="too many wait for one")
+
+    async def _decide(self) -> None:
+        """Decide, in one transaction for each tenant, on all that has been asked meanwhile."""
+        while True:
+            asked = [await self._asked.get()]
+            while len(asked) < BATCH and not self._asked.empty():
+                asked.append(self._asked.get_nowait())
+            tenants: dict[str, list[tuple[Msg, Reserve]]] = {}
+            for msg, wish in asked:
+                tenants.setdefault(wish.tenant, []).append((msg, wish))
+            for tenant, own in tenants.items():
+                await self._reserve(tenant, own)
+
+    async def _reserve(self, tenant: str, asked: list[tuple[Msg, Reserve]]) -> None:
         now = self._now()
         try:
-            terms = await self._terms.refresh()
-            need = need_of(wish, terms.book, now)
-            verdict = await self._budgets.reserve(wish, need, now, now + round(self._keep * 1_000))
+            book = (await self._terms.refresh()).book
+            wishes = [(wish, need_of(wish, book, now)) for _, wish in asked]
+            verdicts = await self._budgets.reserve(tenant, wishes, now, now + round(self._keep * 1_000))
         except LedgerUnavailable as error:
-            metrics.RESERVATIONS.labels("unanswered").inc()
-            log.warning("no decision on a reservation", generation=wish.generation, error=str(error))
+            metrics.RESERVATIONS.labels("unanswered").inc(len(asked))
+            log.warning("no decision on reservations", tenant=tenant, count=len(asked), error=str(error))
             return
-        if verdict.refused is not None:
-            metrics.RESERVATIONS.labels("refused").inc()
-            decision = _refused(verdict.refused, now)
-        else:
-            metrics.RESERVATIONS.labels("admitted").inc()
-            decision = _admitted(verdict.passed, now)
-        await self._answer(msg, decision)
+        for (msg, _), verdict in zip(asked, verdicts, strict=True):
+            await self._answer(msg, _decision(verdict, now))
 
     async def _release(self, msg: Msg) -> None:
         wish = _read(msg, Release)
@@ -175,6 +199,14 @@ def _read(msg: Msg, type_: type[T]) -> T | None:
     except msgspec.DecodeError as error:
         log.error("a question about budgets is not readable", subject=msg.subject, error=str(error))
         return None
+
+
+def _decision(verdict: Verdict, now: int) -> Decision:
+    if verdict.refused is not None:
+        metrics.RESERVATIONS.labels("refused").inc()
+        return _refused(verdict.refused, now)
+    metrics.RESERVATIONS.labels("admitted").inc()
+    return _admitted(verdict.passed, now)
 
 
 def _refused(standing: Standing, now: int) -> Decision:

@@ -18,9 +18,11 @@ from services.kit.problem import Problem
 __all__ = ["Admission", "worst_case"]
 
 log = structlog.get_logger()
+ASK_SECONDS: Final = 5.0
 KNOWN_SECONDS: Final = 2.0
 KNOWN_TENANTS: Final = 10_000
 RETRY_SECONDS: Final = 2
+MOST_OUTPUT: Final = 10**9  # no model writes so much; what is asked for may be any number
 BYTES_PER_TOKEN: Final = 3
 _OUTPUT_PARAMS: Final = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 Fallback = Literal["refuse", "allow"]
@@ -85,7 +87,7 @@ class Admission:
 
     async def _ask(self, wish: Reserve) -> Decision | None:
         try:
-            answer = await self._broker.request(RESERVE_SUBJECT, msgspec.json.encode(wish))
+            answer = await self._broker.request(RESERVE_SUBJECT, msgspec.json.encode(wish), timeout=ASK_SECONDS)
             return None if answer is None else msgspec.json.decode(answer, type=Decision)
         except BrokerUnavailable:
             if not self._broker.is_connected:
@@ -130,7 +132,8 @@ def worst_case(messages: Any, params: dict[str, Any], output: int) -> tuple[int,
     allowed = [v for v in (params.get(name) for name in _OUTPUT_PARAMS) if type(v) is int and v > 0]
     choices = params.get("n")
     times = choices if type(choices) is int and choices > 0 else 1
-    return math.ceil(size / BYTES_PER_TOKEN), (max(allowed) if allowed else output) * times
+    outputs = (max(allowed) if allowed else output) * times
+    return math.ceil(size / BYTES_PER_TOKEN), min(outputs, MOST_OUTPUT)
 
 
 def _refusal(decision: Decision, now: float) -> Problem:

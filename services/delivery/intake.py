@@ -35,6 +35,7 @@ __all__ = ["GenerationWish", "Intake"]
 
 _MAX_METADATA: Final = 16
 CANCEL_TRIES: Final = 5
+REPEAT_TRIES: Final = 5
 LOG_FULL: Final = 0.95
 LOG_FULL_RETRY_SECONDS: Final = 30
 Label = Annotated[str, msgspec.Meta(max_length=64)]
@@ -140,7 +141,10 @@ class Intake:
             wanted = msgspec.structs.replace(record, state="cancelling")
             if record.state == "cancelling" or await self._lookups.update(wanted, revision):
                 break
-        answer = await self._broker.request(control_subject(tenant, session, generation), CANCEL)
+        try:
+            answer = await self._broker.request(control_subject(tenant, session, generation), CANCEL)
+        except BrokerUnavailable:
+            answer = None  # its producer may just have gone; the wish is noted
         if answer is None:
             return await self._state_without_producer(tenant, session, generation)
         return "cancelling"
@@ -195,22 +199,26 @@ class Intake:
             Problem: the earlier request had another body.
             BrokerUnavailable: the record was there and is not: it is being stored, or taken back.
         """
-        found = await self._lookups.get(record.tenant, record.session, record.generation)
-        if found is None:
-            raise BrokerUnavailable("an earlier request under this key is about to be stored or taken back: ask again")
-        earlier, revision = found
-        if earlier.request_hash != record.request_hash:
-            raise Problem(
-                422,
-                "this Idempotency-Key was used with another body",
-                slug="idempotency-conflict",
-                title="The key belongs to another request",
-            )
-        if earlier.state != "queued":
-            return False
-        if not await self._lookups.update(earlier, revision):
-            raise BrokerUnavailable("an earlier request under this key was taken back or began just now: ask again")
-        return True
+        seen: tuple[float, int] | None = None
+        for _ in range(REPEAT_TRIES):
+            found = await self._lookups.get(record.tenant, record.session, record.generation)
+            if found is None:
+                break
+            earlier, revision = found
+            if earlier.request_hash != record.request_hash:
+                raise Problem(
+                    422,
+                    "this Idempotency-Key was used with another body",
+                    slug="idempotency-conflict",
+                    title="The key belongs to another request",
+                )
+            if earlier.state != "queued":
+                return False
+            written_anew = seen is not None and seen[0] == earlier.created_at and seen[1] != revision
+            if written_anew or await self._lookups.update(earlier, revision):  # by another repeat, or by this one
+                return True
+            seen = (earlier.created_at, revision)
+        raise BrokerUnavailable("an earlier request under this key is about to be stored or taken back: ask again")
 
     async def _enqueue(
         self, record: GenerationRecord, wish: GenerationWish, partition: int, created: int | None

@@ -24,6 +24,7 @@ __all__ = ["BrokerUnavailable", "Connection"]
 log = structlog.get_logger()
 
 Callback = Callable[[Msg], Awaitable[None]]
+HEAR_OUT_SECONDS: Final = 1.0
 PENDING_BYTES: Final = 8 * 1024 * 1024
 
 _PERSISTENT: Final[dict[str, Any]] = {
@@ -164,6 +165,16 @@ class Connection:
     async def unlisten(self, subscription: Subscription) -> None:
         """End a subscription made by `listen`."""
         await self.client.unlisten(subscription)
+
+    async def hear_out(self, subscription: Subscription) -> None:
+        """End a subscription made by `subscribe`, once what has come on it is handled; at once if not connected."""
+        if self.client.is_closed:
+            return
+        try:
+            async with asyncio.timeout(HEAR_OUT_SECONDS if self.client.is_connected else 0):
+                await subscription.drain()
+        except (nats.errors.Error, OSError, TimeoutError):
+            await self.client.forget(subscription)
 
     def send(self, subject: str, data: bytes, reply: str) -> None:
         """Publish on a valid subject with the next flush, the acknowledgement to ``reply``; only while connected.

@@ -181,8 +181,7 @@ class Worker:
             bound.error("request failed", exc_info=error)
             return _LATER
         finally:
-            if not self._broker.client.is_closed:
-                await subscription.unsubscribe()
+            await self._broker.hear_out(subscription)
         return b"+ACK"
 
     async def _excuse(self, relay: Relay, begun: int | None) -> None:

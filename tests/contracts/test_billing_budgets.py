@@ -12,7 +12,7 @@ from services.billing.adapters.budgets import Budgets
 from services.billing.adapters.database import database_url, open_engine
 from services.billing.adapters.ledger import Ledger
 from services.billing.adapters.worklist import Money
-from services.billing.core.budgets import Budget, Need
+from services.billing.core.budgets import Budget, Need, Verdict
 from services.billing.core.generation import Generation
 from services.billing.core.spending import released, steps
 from tests.billing_histories import START
@@ -40,6 +40,11 @@ def wish(generation: str, key: str = "", tenant: str = "default") -> Reserve:
 
 def need(tokens: int = 100, **money: str) -> Need:
     return Need(tokens, {currency: Decimal(amount) for currency, amount in money.items()})
+
+
+async def reserve(budgets: Budgets, wish: Reserve, need: Need) -> Verdict:
+    (verdict,) = await budgets.reserve(wish.tenant, [(wish, need)], NOW, LATER)
+    return verdict
 
 
 def ended(name: str, tokens: int, amount: str = "0", **fields: object) -> Generation:
@@ -70,7 +75,7 @@ async def test_a_hundred_at_once_cannot_pass_a_budget_for_ten(database: str, bud
     await budgets.put(budget(), NOW)
     async with open_engine(database_url(database)) as second:
         replicas = (budgets, Budgets(second))
-        asked = (replicas[n % 2].reserve(wish(f"g{n}"), need(100), NOW, LATER) for n in range(100))
+        asked = (reserve(replicas[n % 2], wish(f"g{n}"), need(100)) for n in range(100))
         verdicts = await asyncio.gather(*asked)
     assert sum(v.refused is None for v in verdicts) == 10
     (standing,) = await budgets.standings("default", NOW)
@@ -79,10 +84,10 @@ async def test_a_hundred_at_once_cannot_pass_a_budget_for_ten(database: str, bud
 
 async def test_what_is_settled_frees_what_it_did_not_need(budgets: Budgets, engine: AsyncEngine) -> None:
     await budgets.put(budget(hard=Decimal(150)), NOW)
-    assert (await budgets.reserve(wish("a"), need(100), NOW, LATER)).refused is None
-    assert (await budgets.reserve(wish("b"), need(100), NOW, LATER)).refused is not None
+    assert (await reserve(budgets, wish("a"), need(100))).refused is None
+    assert (await reserve(budgets, wish("b"), need(100))).refused is not None
     await settle(Ledger(engine, "one"), ended("a", 40))
-    assert (await budgets.reserve(wish("b"), need(100), NOW, LATER)).refused is None
+    assert (await reserve(budgets, wish("b"), need(100))).refused is None
     (standing,) = await budgets.standings("default", NOW)
     assert (standing.spent, standing.reserved) == (40, 100)
 
@@ -113,7 +118,7 @@ async def test_a_change_of_currency_leaves_nothing_behind(budgets: Budgets, engi
 async def test_asking_again_for_the_same_generation_reserves_once(budgets: Budgets) -> None:
     await budgets.put(budget(hard=Decimal(150)), NOW)
     for _ in range(3):
-        assert (await budgets.reserve(wish("a"), need(100), NOW, LATER)).refused is None
+        assert (await reserve(budgets, wish("a"), need(100))).refused is None
     assert (await budgets.standings("default", NOW))[0].reserved == 100
 
 
@@ -122,12 +127,12 @@ async def test_every_budget_that_covers_it_counts_and_no_other(budgets: Budgets)
     await budgets.put(budget("key", hard=Decimal(100), key="k1"), NOW)
     await budgets.put(budget("money", unit="USD", hard=Decimal(1)), NOW)
     await budgets.put(budget("foreign", tenant="other", hard=Decimal(0)), NOW)
-    assert (await budgets.reserve(wish("a", "k1"), need(100, USD="0.5"), NOW, LATER)).refused is None
-    refused = (await budgets.reserve(wish("b", "k1"), need(1), NOW, LATER)).refused
+    assert (await reserve(budgets, wish("a", "k1"), need(100, USD="0.5"))).refused is None
+    refused = (await reserve(budgets, wish("b", "k1"), need(1))).refused
     assert refused is not None
     assert refused.budget.name == "key"
-    assert (await budgets.reserve(wish("b", "k2"), need(100, USD="0.5"), NOW, LATER)).refused is None
-    refused = (await budgets.reserve(wish("c", "k2"), need(100, USD="0.01"), NOW, LATER)).refused
+    assert (await reserve(budgets, wish("b", "k2"), need(100, USD="0.5"))).refused is None
+    refused = (await reserve(budgets, wish("c", "k2"), need(100, USD="0.01"))).refused
     assert refused is not None
     assert refused.budget.name == "money"
 
@@ -148,7 +153,7 @@ async def test_days_and_months_begin_anew(budgets: Budgets, engine: AsyncEngine)
 async def test_what_never_began_is_given_back_and_what_runs_is_not(budgets: Budgets, engine: AsyncEngine) -> None:
     await budgets.put(budget(), NOW)
     for name in ("never", "runs", "released"):
-        await budgets.reserve(wish(name), need(100), NOW, LATER)
+        await reserve(budgets, wish(name), need(100))
     await budgets.release(Release(tenant="default", session="s", generation="released"))
     ledger = Ledger(engine, "one")
     assert await ledger.acquire(0, "log", NOW) == 0

@@ -109,7 +109,7 @@ async def test_reflection_lists_and_describes_the_service(stage: GrpcStage) -> N
 
     services, methods = await asyncio.to_thread(look)
     assert {"tailrace.v1.Delivery", "grpc.health.v1.Health"} <= set(services)
-    assert methods == ["Read", "Attach", "Start", "Cancel", "GetGeneration"]
+    assert methods == ["Read", "Attach", "Consume", "Start", "Cancel", "GetGeneration"]
 
 
 async def test_request_that_is_too_large_is_refused(client: Client) -> None:

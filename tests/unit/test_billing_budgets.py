@@ -152,4 +152,5 @@ def test_a_request_that_bounds_nothing_is_expected_to_use_the_default() -> None:
     assert worst_case(messages, {"max_tokens": 50, "n": 3}, 4_096)[1] == 150
     assert worst_case(messages, {"max_completion_tokens": 70, "max_tokens": 50}, 4_096)[1] == 70
     assert worst_case(messages, {"max_tokens": True, "n": "4"}, 9)[1] == 9
+    assert worst_case(messages, {"max_tokens": 10**30, "n": 10**30}, 9)[1] == 10**9
     assert worst_case(messages, {"tools": [{"x": "y" * 600}]}, 9)[0] > inputs

@@ -66,18 +66,29 @@ class Budgets:
         async with reading(self.engine) as connection:
             return [await _standing(connection, b, now) for b in await _budgets(connection, tenant, name)]
 
-    async def reserve(self, wish: Reserve, need: Need, now: int, expires_at: int) -> Verdict:
-        """Decide on a generation; reserve for it when there is room. Asked again for the same one it is admitted."""
+    async def reserve(
+        self, tenant: str, asked: Sequence[tuple[Reserve, Need]], now: int, expires_at: int
+    ) -> list[Verdict]:
+        """Decide on a tenant's generations in their order; reserve for those that there is room for.
+
+        Asked again for the same one it is admitted.
+        """
         async with writing(self.engine) as connection:
             # The lock makes this tenant's decisions one after the other; SQLite has only one writer anyway.
-            query = _of(wish.tenant).order_by(B.c.name).with_for_update()
-            covering = [b for b in _read(await connection.execute(query)) if b.covers(wish.key)]
-            if not covering or await _is_known(connection, wish):
-                return Verdict(None, None)
-            verdict = admit([await _standing(connection, b, now) for b in covering], need)
-            if verdict.refused is None:
-                await connection.execute(self._insert(R), _reservation(wish, need, expires_at))
-            return verdict
+            query = _of(tenant).order_by(B.c.name).with_for_update()
+            budgets = _read(await connection.execute(query))
+            return [await self._decide(connection, budgets, *one, now, expires_at) for one in asked]
+
+    async def _decide(
+        self, connection: AsyncConnection, budgets: Sequence[Budget], wish: Reserve, need: Need, now: int, until: int
+    ) -> Verdict:
+        covering = [b for b in budgets if b.covers(wish.key)]
+        if not covering or await _is_known(connection, wish):
+            return Verdict(None, None)
+        verdict = admit([await _standing(connection, b, now) for b in covering], need)
+        if verdict.refused is None:
+            await connection.execute(self._insert(R), _reservation(wish, need, until))
+        return verdict
 
     async def release(self, release: Release) -> None:
         """Give back what was reserved for a generation that did not begin."""

@@ -172,7 +172,7 @@ class Connection:
             return
         try:
             async with asyncio.timeout(HEAR_OUT_SECONDS if self.client.is_connected else 0):
-                await subscription.drain()
+                await subscription.drain()  # type: ignore[no-untyped-call]
         except (nats.errors.Error, OSError, TimeoutError):
             await self.client.forget(subscription)
 

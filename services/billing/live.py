@@ -118,7 +118,7 @@ def _add(to: Totals, totals: Totals) -> None:
 )
 async def live_usage(request: Request[Any, Any, Any], state: State) -> ServerSentEvent:
     """Server-sent events: running totals (`LiveTotals`) whenever they have changed, within a second of the token."""
-    only(request, ("ticket",))
+    only(request, ())
     principal = caller(request)
     if not principal.reaches_all:
         raise Problem(403, "the credentials reach only some sessions, and this is about all of them")

@@ -63,6 +63,6 @@ def describe(found: Rebuilt) -> str:
     reach = "nothing" if found.last < found.first else f"{found.first} to {found.last}"
     lost = "; what came before is no longer in the log and was left as it was" if found.missing_before else ""
     return (
-        f"partition {found.partition}: log {reach}{lost}; {found.events} events, {found.generations} generations,"
-        f" {found.changed} of them set right, {found.entries} entries written"
+        f"partition {found.partition}: log {reach}{lost}; events: {found.events}, generations: {found.generations},"
+        f" set right: {found.changed}, entries written: {found.entries}"
     )

@@ -164,8 +164,8 @@ def _page(made: Statement) -> str:
     body = "".join("<tr>" + "".join(f"<td>{_cell(value)}</td>" for value in row) + "</tr>" for row in _rows(made))
     total = ", ".join(f"{amount} {currency}" for currency, amount in made.amounts.items()) or "nothing"
     notes = [
-        f"{made.open} generations have not settled yet." if made.open else "",
-        f"{made.unpriced} generations have no price yet and are not in the amounts." if made.unpriced else "",
+        f"Generations that have not settled yet: {made.open}." if made.open else "",
+        f"Generations without a price, which are not in the amounts: {made.unpriced}." if made.unpriced else "",
         "" if made.final else "This statement is not final.",
     ]
     said = "".join(f"<p>{escape(note)}</p>" for note in notes if note)

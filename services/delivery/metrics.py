@@ -45,7 +45,9 @@ CONSUMER_SETTLED: Final = Counter("tailrace_delivery_consumer_settled", "Deliver
 GRPC_CALLS: Final = Counter(
     "tailrace_delivery_grpc_calls", "Ended gRPC calls, by method and status", ["method", "code"]
 )
-GRPC_REQUESTS: Final = Counter("tailrace_delivery_grpc_requests", "What clients said on Attach, by kind", ["kind"])
+GRPC_REQUESTS: Final = Counter(
+    "tailrace_delivery_grpc_requests", "What clients said over gRPC: streams and single calls, by kind", ["kind"]
+)
 SOCKETS: Final = Gauge("tailrace_delivery_sockets", "Open WebSockets")
 SOCKETS_CLOSED: Final = Counter("tailrace_delivery_sockets_closed", "Ended WebSockets, by reason", ["reason"])
 SOCKET_MESSAGES: Final = Counter(

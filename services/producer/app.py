@@ -6,6 +6,7 @@ from contextlib import suppress
 from typing import Annotated, Final, Literal
 
 import msgspec
+import structlog
 from litestar import Litestar
 from litestar.openapi import OpenAPIConfig
 
@@ -23,6 +24,7 @@ from services.producer.asking import Upstreams
 from services.producer.core.deadlines import Deadlines
 from services.producer.core.registry import Registry, RegistryError
 from services.producer.core.retry import RetryPolicy
+from services.producer.core.sse import MAX_EVENT_BYTES
 from services.producer.gate import Gates
 from services.producer.late_usage import LateUsage
 from services.producer.relay import Outside
@@ -32,6 +34,8 @@ __all__ = ["Settings", "main"]
 
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 FLUSH_SECONDS: Final = 1.0
+LEAST_PAYLOAD: Final = 2 * MAX_EVENT_BYTES
+log = structlog.get_logger()
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,6 +98,12 @@ async def main(stop: asyncio.Event) -> None:
         HttpUpstreams.opened(registry, clock) as upstreams,
     ):
         await broker.apply(shared.topology())
+        if broker.client.max_payload < LEAST_PAYLOAD:
+            log.warning(
+                "the broker takes too small messages: an answer with a larger event would not be stored",
+                max_payload=broker.client.max_payload,
+                needed=LEAST_PAYLOAD,
+            )
         publisher = Publisher(broker, ack_timeout=settings.ack_timeout, give_up=settings.append_timeout)
         records = Records(broker)
         circuits = Circuits(broker, settings.circuit_failures, settings.circuit_seconds)

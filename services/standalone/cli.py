@@ -64,6 +64,20 @@ def cli() -> None:
     """
 
 
+_data = click.option("--data", type=FOLDER, envvar="TAILRACE_DATA", help="Folder for all data [.tailrace].")
+_config = click.option(
+    "--config", type=click.Path(path_type=Path, dir_okay=False), envvar="TAILRACE_CONFIG", help="Settings as TOML."
+)
+_cluster = click.option(
+    "--cluster",
+    type=click.Choice(["1", "3", "5"]),
+    envvar="TAILRACE_CLUSTER",
+    default="1",
+    show_default=True,
+    help="nats-servers that keep copies of everything; their ports follow one another, their data lies apart.",
+)
+
+
 @cli.command()
 @click.option("--port", type=PORT, envvar="TAILRACE_DELIVERY_PORT", help="Port of delivery and the page [8080].")
 @click.option("--grpc-port", type=PORT, envvar="TAILRACE_DELIVERY_GRPC_PORT", help="Port of gRPC [8090].")
@@ -72,10 +86,8 @@ def cli() -> None:
     "--producer-port", type=PORT, envvar="TAILRACE_PRODUCER_PORT", help="Port of the (first) producer [8082]."
 )
 @click.option("--nats-port", type=PORT, envvar="TAILRACE_NATS_PORT", help="Port of the embedded nats-server [4222].")
-@click.option("--data", type=FOLDER, envvar="TAILRACE_DATA", help="Folder for all data [.tailrace].")
-@click.option(
-    "--config", type=click.Path(path_type=Path, dir_okay=False), envvar="TAILRACE_CONFIG", help="Settings as TOML."
-)
+@_data
+@_config
 @click.option(
     "--producers",
     type=click.IntRange(1, 32),
@@ -84,14 +96,7 @@ def cli() -> None:
     show_default=True,
     help="Producer processes; their ports follow one another.",
 )
-@click.option(
-    "--cluster",
-    type=click.Choice(["1", "3", "5"]),
-    envvar="TAILRACE_CLUSTER",
-    default="1",
-    show_default=True,
-    help="nats-servers that keep copies of everything; their ports follow one another, their data lies apart.",
-)
+@_cluster
 def up(data: Path | None, config: Path | None, producers: int, cluster: str, **ports: int | None) -> None:
     """Run everything here: broker, producer, delivery, billing and the page.
 
@@ -239,6 +244,28 @@ def drop(generation: str, url: str) -> int:
 
 
 cli.add_command(consumers)
+
+
+@cli.group("billing")
+def billing_() -> None:
+    """The ledger as a whole."""
+
+
+@billing_.command()
+@_data
+@_config
+@_cluster
+def rebuild(data: Path | None, config: Path | None, cluster: str) -> int:
+    """Fold the log of a folder anew into its ledger; what differs is corrected.
+
+    Nothing else may run in the folder meanwhile. Elsewhere, with billing stopped, use python -m services.billing
+    rebuild with billing's own settings.
+    """
+    from services.standalone.up import DEFAULT_PORTS, Wishes
+    from services.standalone.up import rebuild as run
+
+    ports: dict[str, int | None] = dict.fromkeys(DEFAULT_PORTS, 0)
+    return run(Wishes(data=data, config=config, producers=1, ports=ports, cluster=int(cluster)), Terminal())
 
 
 @cli.group("keys")

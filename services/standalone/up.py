@@ -1,21 +1,23 @@
-"""``tailrace up``: from options to a running process tree and back to nothing."""
+"""``tailrace up`` and ``tailrace billing rebuild``: from options to running processes and back to nothing."""
 
 import asyncio
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from services.kit.settings import SettingsError, read_config
-from services.standalone.embedded import find_nats_server, render_config, render_node
-from services.standalone.errors import CannotStart
+from services.standalone.embedded import NatsBinary, find_nats_server, render_config, render_node
+from services.standalone.errors import EXIT_FAILED, CannotStart
 from services.standalone.folder import locked
 from services.standalone.plan import Addresses, Options, ServiceSpec, node_files, plan_services, summary
 from services.standalone.ports import PortWish, settle_ports
 from services.standalone.supervisor import Supervisor
 from services.standalone.terminal import Terminal
 
-__all__ = ["DEFAULT_PORTS", "Wishes", "up"]
+__all__ = ["DEFAULT_PORTS", "Wishes", "rebuild", "up"]
 
 DEFAULT_DATA: Final = ".tailrace"
 DEFAULT_PORTS: Final = {"delivery": 8080, "grpc": 8090, "billing": 8081, "producer": 8082, "nats": 4222}
@@ -41,6 +43,16 @@ class Wishes:
         self.ports = ports
 
 
+class _Prepared(NamedTuple):
+    """What is about to run, in a folder that nobody else uses meanwhile."""
+
+    options: Options
+    specs: list[ServiceSpec]
+    binary: NatsBinary
+    env: dict[str, str]
+    config: dict[str, Any]
+
+
 def up(wishes: Wishes, version: str, terminal: Terminal) -> None:
     """Run everything until it is told to stop.
 
@@ -48,6 +60,25 @@ def up(wishes: Wishes, version: str, terminal: Terminal) -> None:
         CannotStart: a port, the folder, the configuration or nats-server is not usable; nothing was started.
         CommandFailed: a service did not start or could not be kept running; everything has been stopped.
     """
+    with _prepared(wishes) as ready:
+        head = terminal.bold(f"Tailrace {version} is running")
+        rows = summary(ready.options, ready.binary.version_text, ready.env, ready.config)
+        asyncio.run(_run(ready.specs, ready.options.data, terminal, lambda: _announce(terminal, head, rows)))
+
+
+def rebuild(wishes: Wishes, terminal: Terminal) -> int:
+    """Fold the log of a folder anew into its ledger, with nothing else running; return the exit code.
+
+    Raises:
+        CannotStart: the folder is in use, or it, the configuration or nats-server is not usable.
+        CommandFailed: the broker did not start.
+    """
+    with _prepared(wishes) as ready:
+        return asyncio.run(_rebuild(ready, terminal))
+
+
+@contextmanager
+def _prepared(wishes: Wishes) -> Iterator[_Prepared]:
     env = dict(os.environ) | ({"TAILRACE_CONFIG": str(wishes.config)} if wishes.config else {})
     try:
         config = read_config(env)
@@ -60,10 +91,7 @@ def up(wishes: Wishes, version: str, terminal: Terminal) -> None:
         options = _settle(wishes, data, config)
         _write_node_files(options)
         describe(f"process {os.getpid()}, {Addresses.of(options).page}")
-        specs = plan_services(options, env, config, str(binary.path))
-        head = terminal.bold(f"Tailrace {version} is running")
-        rows = summary(options, binary.version_text, env, config)
-        asyncio.run(_run(specs, options.data, terminal, lambda: _announce(terminal, head, rows)))
+        yield _Prepared(options, plan_services(options, env, config, str(binary.path)), binary, env, config)
 
 
 def _write_node_files(options: Options) -> None:
@@ -82,6 +110,29 @@ async def _run(specs: list[ServiceSpec], data: Path, terminal: Terminal, on_read
     terminal.remark(f"starting (data in {data})")
     await supervisor.run(on_ready)
     terminal.remark("stopped")
+
+
+async def _rebuild(ready: _Prepared, terminal: Terminal) -> int:
+    (billing,) = (spec for spec in ready.specs if spec.name == "billing")
+    supervisor = Supervisor([spec for spec in ready.specs if spec.start_phase == 0], ready.options.data / "logs", _hush)
+    supervisor.stop_on_signals()
+    rebuilding: list[asyncio.Task[int]] = []
+
+    async def run() -> int:
+        try:
+            command = (sys.executable, "-m", "services.billing", "rebuild")
+            process = await asyncio.create_subprocess_exec(*command, env=billing.env)
+            return await process.wait()
+        finally:
+            supervisor.stop()
+
+    terminal.remark(f"rebuilding (data in {ready.options.data})")
+    await supervisor.run(lambda: rebuilding.append(asyncio.create_task(run())))
+    return await rebuilding[0] if rebuilding else EXIT_FAILED
+
+
+def _hush(_line: str) -> None:
+    """Say nothing of a broker that runs only meanwhile; what it logs is in its file."""
 
 
 def _announce(terminal: Terminal, head: str, rows: list[tuple[str, str]]) -> None:

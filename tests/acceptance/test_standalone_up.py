@@ -6,6 +6,7 @@ import pty
 import re
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -112,6 +113,27 @@ def test_ask_stop_and_start_again_keeps_sessions_and_usage(tmp_path: Path) -> No
         assert "completed" in replay.stdout
         assert second.interrupt() == 0
         assert all_gone(second.children)
+
+
+def test_a_ledger_that_says_otherwise_than_the_log_is_rebuilt(tmp_path: Path) -> None:
+    ledger = tmp_path / "data" / "billing.db"
+    with up(tmp_path) as first:
+        assert (
+            tailrace("ask", "tell me about rivers", "--session", "kept", "--url", first.address("page")).returncode == 0
+        )
+        refused = tailrace("billing", "rebuild", "--data", str(tmp_path / "data"))
+        assert refused.returncode == 2
+        assert "in use by another `tailrace up`" in refused.stderr
+        assert first.interrupt() == 0
+    with contextlib.closing(sqlite3.connect(ledger)) as database, database:
+        counted = database.execute("SELECT counted_output FROM generations").fetchall()
+        assert database.execute("UPDATE generations SET counted_output = counted_output + 7").rowcount == 1
+    for changed in (1, 0):
+        rebuilt = tailrace("billing", "rebuild", "--data", str(tmp_path / "data"))
+        assert (rebuilt.returncode, rebuilt.stdout.count("partition 0: log 1 to ")) == (0, 1), rebuilt.stderr
+        assert f"generations: 1, set right: {changed}, " in rebuilt.stdout
+    with contextlib.closing(sqlite3.connect(ledger)) as database:
+        assert database.execute("SELECT counted_output FROM generations").fetchall() == counted
 
 
 def test_second_start_on_the_same_folder_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:

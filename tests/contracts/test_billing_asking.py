@@ -291,7 +291,7 @@ async def test_a_statement_is_json_csv_and_a_page(client: httpx.AsyncClient) -> 
     page = await client.get("/v1/statements/2026-02", headers={"accept": "text/html"})
     assert page.headers["content-type"].startswith("text/html")
     assert "default-src 'none'" in page.headers["content-security-policy"]
-    assert "1 generations have not settled yet" in page.text
+    assert "Generations that have not settled yet: 1." in page.text
     assert "no price yet" in page.text
     assert (await ask(client, "/v1/statements/2025-01"))["lines"] == []
 

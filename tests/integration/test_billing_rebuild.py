@@ -257,5 +257,5 @@ async def test_the_command_rebuilds_every_partition(broker: Broker, nats_url: st
 
     first, second = await run(), await run()
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
-    assert b"10 generations, 10 of them set right" in first.stdout
-    assert b"10 generations, 0 of them set right, 0 entries written" in second.stdout
+    assert b"generations: 10, set right: 10," in first.stdout
+    assert b"generations: 10, set right: 0, entries written: 0" in second.stdout

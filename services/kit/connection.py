@@ -110,7 +110,7 @@ class Connection:
             self._closing = True
             if not client.is_closed:
                 with suppress(nats.errors.Error, OSError, RuntimeError):  # a connection being lost takes no write
-                    await client.close()
+                    await _close(client)
 
     @property
     def is_connected(self) -> bool:
@@ -212,6 +212,16 @@ class Connection:
             return None
         except (nats.errors.Error, OSError, TimeoutError) as error:
             raise BrokerUnavailable(f"no answer on {subject}: {error!r}") from error
+
+
+async def _close(client: RelayClient) -> None:
+    try:
+        await client.close()
+    except asyncio.CancelledError:
+        # The library stops its reconnecting, which may wait for the same socket, and so cancels its own waiting too.
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
 
 
 def _hide(url: str) -> str:

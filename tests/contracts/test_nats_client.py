@@ -116,3 +116,12 @@ async def test_who_asked_before_a_subscription_ends_is_answered_while_there_is_t
         assert not listener.client._subs.keys() & {subscription._id}
         unanswered = await asyncio.gather(*questions, return_exceptions=True)
         assert all(isinstance(a, BrokerUnavailable) for a in unanswered) == (not patience)
+
+
+async def test_closing_while_the_library_gives_up_a_socket_is_no_cancellation(own_nats: NatsServer) -> None:
+    async with Broker.connect(own_nats.url, "test") as broker:
+        writer = broker.client._transport._io_writer
+        closing = asyncio.get_running_loop().create_future()
+        writer._protocol._get_close_waiter = lambda _writer: closing
+        asyncio.get_running_loop().call_later(0.05, closing.cancel)
+    assert broker.client.is_closed

@@ -24,6 +24,7 @@ __all__ = ["BrokerUnavailable", "Connection"]
 log = structlog.get_logger()
 
 Callback = Callable[[Msg], Awaitable[None]]
+CANCEL_TRIES: Final = 10
 HEAR_OUT_SECONDS: Final = 1.0
 PENDING_BYTES: Final = 8 * 1024 * 1024
 
@@ -170,11 +171,18 @@ class Connection:
         """End a subscription made by `subscribe`, once what has come on it is handled; at once if not connected."""
         if self.client.is_closed:
             return
+        draining = asyncio.ensure_future(subscription.drain())  # type: ignore[no-untyped-call]
         try:
-            async with asyncio.timeout(HEAR_OUT_SECONDS if self.client.is_connected else 0):
-                await subscription.drain()  # type: ignore[no-untyped-call]
-        except (nats.errors.Error, OSError, TimeoutError):
-            await self.client.forget(subscription)
+            await asyncio.wait({draining}, timeout=HEAR_OUT_SECONDS if self.client.is_connected else 0)
+        finally:
+            through = draining.done() and not draining.cancelled() and draining.exception() is None
+            if not through:
+                await self.client.forget(subscription)
+            for _ in range(CANCEL_TRIES):  # its waiting for an answer may swallow a cancellation
+                if draining.done():
+                    break
+                draining.cancel()
+                await asyncio.wait({draining}, timeout=0.1)
 
     def send(self, subject: str, data: bytes, reply: str) -> None:
         """Publish on a valid subject with the next flush, the acknowledgement to ``reply``; only while connected.

@@ -25,7 +25,7 @@ ENV PATH=/opt/tailrace/bin:$PATH \
     TAILRACE_BILLING_HOST=0.0.0.0 TAILRACE_BILLING_PORT=8080
 USER 10001:10001
 WORKDIR /tmp
-EXPOSE 8080 8090
+EXPOSE 8080 50051
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=3s --start-period=20s --retries=3 \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8080/healthz', timeout=2)"]

@@ -83,6 +83,7 @@ def _options() -> webdriver.ChromeOptions:
     options.add_argument("--hide-scrollbars")
     if os.geteuid() == 0:
         options.add_argument("--no-sandbox")  # Chromium refuses to sandbox what root runs
+    options.accept_insecure_certs = True  # those of tests, made a moment ago
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     return options
 

@@ -17,6 +17,7 @@ class CuttingProxy:
         self._rng = random.Random(seed)
         self._most = most
         self._open: set[asyncio.StreamWriter] = set()
+        self.away = False  # whether it lets nobody through
 
     def drop(self) -> None:
         """Break every connection, as a lost network does."""
@@ -24,6 +25,9 @@ class CuttingProxy:
             writer.transport.abort()
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self.away:
+            writer.transport.abort()
+            return
         with suppress(OSError):
             there, back = await asyncio.open_connection("127.0.0.1", self._port)
             self._open |= {writer, back}

@@ -80,7 +80,7 @@ _cluster = click.option(
 
 @cli.command()
 @click.option("--port", type=PORT, envvar="TAILRACE_DELIVERY_PORT", help="Port of delivery and the page [8080].")
-@click.option("--grpc-port", type=PORT, envvar="TAILRACE_DELIVERY_GRPC_PORT", help="Port of gRPC [8090].")
+@click.option("--grpc-port", type=PORT, envvar="TAILRACE_DELIVERY_GRPC_PORT", help="Port of gRPC [50051].")
 @click.option("--billing-port", type=PORT, envvar="TAILRACE_BILLING_PORT", help="Port of billing [8081].")
 @click.option(
     "--producer-port", type=PORT, envvar="TAILRACE_PRODUCER_PORT", help="Port of the (first) producer [8082]."

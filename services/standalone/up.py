@@ -20,7 +20,7 @@ from services.standalone.terminal import Terminal
 __all__ = ["DEFAULT_PORTS", "Wishes", "rebuild", "up"]
 
 DEFAULT_DATA: Final = ".tailrace"
-DEFAULT_PORTS: Final = {"delivery": 8080, "grpc": 8090, "billing": 8081, "producer": 8082, "nats": 4222}
+DEFAULT_PORTS: Final = {"delivery": 8080, "grpc": 50051, "billing": 8081, "producer": 8082, "nats": 4222}
 _KEYS: Final = {"nats": ("shared", "nats_port"), "grpc": ("delivery", "grpc_port")}
 
 

@@ -25,7 +25,7 @@ def grpc_port() -> str:
     """gRPC's port in the containers; 0 where the base image lacks the C++ runtime that apt needs, and so has no apt."""
     look = "import ctypes; ctypes.CDLL('libstdc++.so.6')"
     argv = ["docker", "run", "--rm", "python:3.13-slim", "python3", "-c", look]
-    return "8090" if subprocess.run(argv, check=False, capture_output=True, timeout=60).returncode == 0 else "0"
+    return "50051" if subprocess.run(argv, check=False, capture_output=True, timeout=60).returncode == 0 else "0"
 
 
 class Deployment:

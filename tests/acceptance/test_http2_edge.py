@@ -7,6 +7,7 @@ import ssl
 import subprocess
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import grpc.aio
 import httpx
@@ -17,10 +18,16 @@ from schemas.rpc.tailrace.v1 import tailrace_pb2 as pb
 from services.kit.broker import Broker
 from tests.acceptance.processes import REPOSITORY
 from tests.conftest import NatsServer, eventually, free_port, require
+from tests.cutting_proxy import cutting
 from tests.delivery_stage import Log, Stage, delivering, keys, metric, story
 from tests.grpc_stage import Client, GrpcStage, Read, serving_calls
+from tests.pipeline import producing
 from tests.sse import SseClient
 
+if TYPE_CHECKING:
+    from tests.browser import Browser
+
+pytest_plugins = ("tests.browser",)
 pytestmark = pytest.mark.acceptance
 
 
@@ -40,7 +47,7 @@ class Edge:
         replaced = {
             "/tmp/": f"{folder}/",  # first: the folder itself may lie there
             '"delivery:8080"': f'"{delivery.removeprefix("http://")}"',
-            '"delivery:8090"': f'"{grpc_target}"',
+            '"delivery:50051"': f'"{grpc_target}"',
             "listen 8080;": f"listen 127.0.0.1:{free_port()};",
             "listen 8082 http2;": f"listen 127.0.0.1:{self.http2} http2;",
             "include /etc/nginx/tls/*.conf;": tls.replace("8443", f"127.0.0.1:{self.tls}"),
@@ -76,7 +83,7 @@ class Edge:
 
 @pytest.fixture
 async def stage(broker: Broker, nats_server: NatsServer) -> AsyncIterator[Stage]:
-    async with delivering(nats_server.url) as running:
+    async with delivering(nats_server.url, console=True) as running:
         yield running
 
 
@@ -158,6 +165,46 @@ async def test_stream_over_http_2_and_tls_resumes_through_the_edge(edge: Edge, b
         await Log(broker).append(*events[20:])
         await reader.follow(lambda r: len(r.events) >= len(events))
     assert keys(reader.events) == keys(events)
+
+
+@pytest.mark.browser
+async def test_a_page_over_http_2_and_tls_loses_its_network_and_resumes(
+    edge: Edge, broker: Broker, stage: Stage, browser: "Browser"
+) -> None:
+    shown = ".generation:last-child"
+    wish = {
+        "model": "scripted/story",
+        "messages": [{"role": "user", "content": "rivers"}],
+        "params": {"tokens": 150, "tokens_per_second": 20},
+    }
+
+    def read(script: str) -> Any:
+        return browser.driver.execute_script(f"return {script}")
+
+    def look() -> None:
+        browser.open(f"https://localhost:{httpx.URL(network.url).port}/?session=s")
+        browser.until(lambda: int(browser.text("#received")) > 10)
+        assert read("performance.getEntriesByType('navigation')[0].nextHopProtocol") == "h2"
+        assert browser.text("#link-state") == "Live"
+        network.away = True
+        loop.call_soon_threadsafe(network.drop)
+        browser.until_text("#link-state", "Lost")
+        lost.append(browser.text(f"{shown} .text"))
+        network.away = False
+        browser.until_text("#link-state", "Live")
+        browser.until_text(f"{shown} .badge", "Completed")
+        hops = read("performance.getEntriesByType('resource').map((e) => e.nextHopProtocol)")
+        assert set(hops) <= {"h2", ""}  # what was lost does not tell
+
+    loop, lost = asyncio.get_running_loop(), list[str]()
+    async with producing(broker), cutting(edge.tls, most=4_096) as network:
+        asked = await stage.http.post(f"{stage.url}/v1/sessions/s/generations", json=wish)
+        await asyncio.to_thread(look)
+        kept = (await stage.http.get(f"{stage.url}{asked.json()['links']['generation']}")).json()
+        assert (await asyncio.to_thread(browser.text, f"{shown} .text")).strip() == kept["text"].strip()
+        assert len(lost[0]) < len(kept["text"])
+        assert await asyncio.to_thread(browser.text, "#duplicates") == "0"
+        await asyncio.to_thread(browser.open, "about:blank")
 
 
 async def test_over_a_hundred_streams_share_one_connection_to_the_edge(edge: Edge, broker: Broker) -> None:

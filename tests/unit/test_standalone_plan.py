@@ -22,7 +22,7 @@ from services.standalone.ports import PortWish, settle_ports
 
 def options(tmp_path: Path, **changes: object) -> Options:
     values: dict[str, object] = {
-        "data": tmp_path, "delivery_port": 8080, "grpc_port": 8090, "billing_port": 8081,
+        "data": tmp_path, "delivery_port": 8080, "grpc_port": 50051, "billing_port": 8081,
         "producer_ports": (8082,), "nats_port": 4222,
     }  # fmt: skip
     return Options(**(values | changes))  # type: ignore[arg-type]

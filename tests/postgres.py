@@ -1,8 +1,10 @@
 """A real PostgreSQL for tests: an own server in a temporary folder, or the one that TAILRACE_TEST_POSTGRES_URL names.
 
-``postgres_url`` is the address of an empty database, made for one test and dropped after it.
+``postgres_url`` is the address of a migrated database without content, made for one test and dropped after it.
 """
 
+import asyncio
+import atexit
 import os
 import pwd
 import secrets
@@ -12,6 +14,8 @@ import subprocess
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,7 @@ import asyncpg
 import pytest
 
 from tests.conftest import free_port, require
+from tests.migrated import elsewhere, migrated
 
 
 class PostgresServer:
@@ -110,10 +115,28 @@ async def _administer(url: str, statement: str) -> None:
         await connection.close()
 
 
-@pytest.fixture
-async def postgres_url(request: pytest.FixtureRequest) -> AsyncIterator[str]:
+@cache
+def _template(admin: str) -> str:
+    """Return the name of a migrated database that others are copied from; it is dropped with the process."""
+    name = f"tailrace_template_{secrets.token_hex(6)}"
+    elsewhere(_administer(admin, f"CREATE DATABASE {name}"))
+    elsewhere(migrated(f"{admin.rsplit('/', 1)[0]}/{name}"))
+    if os.environ.get("TAILRACE_TEST_POSTGRES_URL"):
+        atexit.register(lambda: asyncio.run(_administer(admin, f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")))
+    return name
+
+
+@asynccontextmanager
+async def created(request: pytest.FixtureRequest, *, empty: bool = False) -> AsyncIterator[str]:
+    """Yield the address of a database for one test; ``empty``: it has no tables."""
     admin = os.environ.get("TAILRACE_TEST_POSTGRES_URL") or request.getfixturevalue("postgres_server").url
     name = f"tailrace_{secrets.token_hex(6)}"
-    await _administer(admin, f"CREATE DATABASE {name}")
+    await _administer(admin, f"CREATE DATABASE {name}" + ("" if empty else f" TEMPLATE {_template(admin)}"))
     yield admin.rsplit("/", 1)[0] + "/" + name
     await _administer(admin, f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+
+
+@pytest.fixture
+async def postgres_url(request: pytest.FixtureRequest) -> AsyncIterator[str]:
+    async with created(request) as url:
+        yield url

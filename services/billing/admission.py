@@ -10,7 +10,7 @@ import structlog
 from nats.aio.msg import Msg
 
 from schemas.budgets import RELEASE_SUBJECT, RESERVE_SUBJECT, Decision, Release, Reserve, budgets_key
-from schemas.control import OVER_BUDGET
+from schemas.control import HEARD, OVER_BUDGET
 from schemas.subjects import control_subject
 from schemas.topology import REGISTRY_BUCKET
 from services.billing import metrics
@@ -126,7 +126,7 @@ class Admission:
     async def _stop(self, place: tuple[str, str, str], standing: Standing) -> None:
         tenant, session, generation = place
         heard = await self._broker.request(control_subject(tenant, session, generation), OVER_BUDGET)
-        if heard is not None:
+        if heard == HEARD:
             metrics.OVER_BUDGET.inc()
             log.warning(
                 "stopped at a hard limit",

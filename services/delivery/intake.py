@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final
 import msgspec
 from nats.js.errors import APIError
 
-from schemas.control import CANCEL
+from schemas.control import CANCEL, OVER
 from schemas.cursor import CursorIssuer
 from schemas.events import type_of
 from schemas.requests import (
@@ -145,7 +145,7 @@ class Intake:
             answer = await self._broker.request(control_subject(tenant, session, generation), CANCEL)
         except BrokerUnavailable:
             answer = None  # its producer may just have gone; the wish is noted
-        if answer is None:
+        if answer in (None, OVER):
             return await self._state_without_producer(tenant, session, generation)
         return "cancelling"
 

@@ -24,8 +24,6 @@ __all__ = ["BrokerUnavailable", "Connection"]
 log = structlog.get_logger()
 
 Callback = Callable[[Msg], Awaitable[None]]
-CANCEL_TRIES: Final = 10
-HEAR_OUT_SECONDS: Final = 1.0
 PENDING_BYTES: Final = 8 * 1024 * 1024
 
 _PERSISTENT: Final[dict[str, Any]] = {
@@ -166,23 +164,6 @@ class Connection:
     async def unlisten(self, subscription: Subscription) -> None:
         """End a subscription made by `listen`."""
         await self.client.unlisten(subscription)
-
-    async def hear_out(self, subscription: Subscription) -> None:
-        """End a subscription made by `subscribe`, once what has come on it is handled; at once if not connected."""
-        if self.client.is_closed:
-            return
-        draining = asyncio.ensure_future(subscription.drain())  # type: ignore[no-untyped-call]
-        try:
-            await asyncio.wait({draining}, timeout=HEAR_OUT_SECONDS if self.client.is_connected else 0)
-        finally:
-            through = draining.done() and not draining.cancelled() and draining.exception() is None
-            if not through:
-                await self.client.forget(subscription)
-            for _ in range(CANCEL_TRIES):  # its waiting for an answer may swallow a cancellation
-                if draining.done():
-                    break
-                draining.cancel()
-                await asyncio.wait({draining}, timeout=0.1)
 
     def send(self, subject: str, data: bytes, reply: str) -> None:
         """Publish on a valid subject with the next flush, the acknowledgement to ``reply``; only while connected.

@@ -82,13 +82,6 @@ class RelayClient(Client):
         if not self.is_closed:
             await subscription.unsubscribe()
 
-    async def forget(self, subscription: Subscription) -> None:
-        """End a subscription whose draining did not end: the server would send its messages until it is told."""
-        if not self.is_closed and subscription._id in self._subs:
-            subscription._stop_processing()
-            self._remove_sub(subscription._id)
-            await self._send_unsubscribe(subscription._id)
-
     def send(self, subject: str, reply: str, data: bytes) -> None:
         """Publish on a valid subject, with the next flush; only while connected, and below the server's payload limit.
 

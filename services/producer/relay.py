@@ -64,6 +64,7 @@ class Relay:
         self.request = request
         self.address = _address(request, outside.partitions)
         self.journal: Journal | None = None
+        self.ended = False  # whether it has come to its terminal, here or before
         self._attempt = attempt
         self._lease = lease
         self._outside = outside
@@ -100,6 +101,7 @@ class Relay:
             begun = await self._read_log()
             try:
                 await self._proceed(begun)
+                self.ended = True
                 return
             except LogRefused as error:
                 log.info("generation has grown meanwhile", generation=self.request.generation, detail=str(error))

@@ -9,7 +9,7 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.js.errors import APIError
 
-from schemas.control import CANCEL, HEARD, OVER_BUDGET
+from schemas.control import CANCEL, HEARD, OVER, OVER_BUDGET
 from schemas.requests import Request
 from schemas.subjects import Address, control_subject, dead_subject, lane_of
 from services.kit.broker import BrokerUnavailable
@@ -29,6 +29,7 @@ LAST_SECONDS: Final = 1.0
 WATCH_INTERVAL: Final = 0.1
 RENEW_SECONDS: Final = 2.0
 RENEW_PAUSE: Final = 0.25
+LINGER_SECONDS: Final = 1.0
 EXCUSED_SECONDS: Final = 6 * 3_600.0
 """Age of a request up to which outages of the log do not count as attempts at it."""
 
@@ -63,6 +64,7 @@ class Worker:
         self._held: dict[Address, Lease] = {}  # the same, by generation
         self._broker = outside.broker
         self._tries = Tries(outside.broker)
+        self._lingering: dict[Subscription, asyncio.Task[None]] = {}  # for LINGER_SECONDS after an end
         self._slot = asyncio.Semaphore(slots)
         self._tasks: set[asyncio.Task[None]] = set()
         self._lanes = [
@@ -86,7 +88,7 @@ class Worker:
                 for task in watches:
                     task.cancel()
         finally:
-            for task in self._tasks:
+            for task in (*self._tasks, *self._lingering.values()):
                 task.cancel()
             if self._tasks:  # an append whose outcome must be known may wait for a log without a leader
                 await asyncio.wait(self._tasks, timeout=LAST_SECONDS)
@@ -180,9 +182,23 @@ class Worker:
         except Exception as error:  # a fault of ours: others may have more luck, up to max_deliver
             bound.error("request failed", exc_info=error)
             return _LATER
+        else:
+            self._linger(subscription)
+            return b"+ACK"
         finally:
-            await self._broker.hear_out(subscription)
-        return b"+ACK"
+            if subscription not in self._lingering and not self._broker.client.is_closed:
+                await subscription.unsubscribe()
+
+    def _linger(self, subscription: Subscription) -> None:
+        """Answer for a moment more: whoever has just asked must not wait for an answer that nobody gives."""
+
+        async def end() -> None:
+            await asyncio.sleep(LINGER_SECONDS)
+            del self._lingering[subscription]
+            if not self._broker.client.is_closed:
+                await subscription.unsubscribe()
+
+        self._lingering[subscription] = asyncio.create_task(end())
 
     async def _excuse(self, relay: Relay, begun: int | None) -> None:
         """Let an attempt not count in which this process went away or the log was, unless that never ends."""
@@ -194,6 +210,9 @@ class Worker:
         request = relay.request
 
         async def control(msg: Msg) -> None:
+            if relay.ended:
+                await self._publish(msg.reply, OVER)
+                return
             if msg.data == CANCEL:
                 relay.interrupt(Interruption("cancelled", "requested"))
             elif msg.data == OVER_BUDGET:

@@ -292,7 +292,7 @@ async def test_a_statement_is_json_csv_and_a_page(client: httpx.AsyncClient) -> 
     assert page.headers["content-type"].startswith("text/html")
     assert "default-src 'none'" in page.headers["content-security-policy"]
     assert "Generations that have not settled yet: 1." in page.text
-    assert "no price yet" in page.text
+    assert "without a price" in page.text
     assert (await ask(client, "/v1/statements/2025-01"))["lines"] == []
 
 

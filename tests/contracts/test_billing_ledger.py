@@ -22,9 +22,9 @@ from services.billing.core.reconciliation import Policy, reconcile
 from services.billing.errors import Fenced, LedgerUnavailable
 from tests.billing_histories import START, address, history, records
 from tests.conftest import free_port
-from tests.contracts.billing_database import database, engine, postgres_server, postgres_url
+from tests.contracts.billing_database import database, empty_database, engine, postgres_server, postgres_url
 
-__all__ = ["database", "engine", "postgres_server", "postgres_url"]
+__all__ = ["database", "empty_database", "engine", "postgres_server", "postgres_url"]
 NOW = round(START * 1_000) + 10_000
 
 
@@ -45,8 +45,8 @@ async def test_migrations_make_exactly_the_tables_that_the_code_knows(engine: As
     assert difference == []
 
 
-async def test_migrating_again_and_at_once_changes_nothing(database: str) -> None:
-    async with open_engine(database_url(database)) as one, open_engine(database_url(database)) as two:
+async def test_migrating_again_and_at_once_changes_nothing(empty_database: str) -> None:
+    async with open_engine(database_url(empty_database)) as one, open_engine(database_url(empty_database)) as two:
         await asyncio.gather(migrate(one), migrate(two))
         await migrate(two)
         async with reading(one) as connection:

@@ -32,9 +32,9 @@ from services.billing.sweep import Sweep
 from services.billing.terms import CurrentTerms
 from tests.billing_histories import START, address, history, records
 from tests.billing_prices import SINCE, price
-from tests.contracts.billing_database import database, engine, postgres_server, postgres_url
+from tests.contracts.billing_database import database, empty_database, engine, postgres_server, postgres_url
 
-__all__ = ["database", "engine", "postgres_server", "postgres_url"]
+__all__ = ["database", "empty_database", "engine", "postgres_server", "postgres_url"]
 NOW = round(START * 1_000) + 10_000
 ROWS = [price("input", "2.50"), price("output", "10")]
 
@@ -289,8 +289,8 @@ def upgraded_to(revision: str):  # type: ignore[no-untyped-def]
     return upgrade
 
 
-async def test_a_filled_database_of_the_first_schema_is_taken_along(database: str) -> None:
-    async with open_engine(database_url(database)) as engine:
+async def test_a_filled_database_of_the_first_schema_is_taken_along(empty_database: str) -> None:
+    async with open_engine(database_url(empty_database)) as engine:
         async with writing(engine) as connection:
             await connection.run_sync(upgraded_to("0001"))
             old = sa.Table("generations", sa.MetaData(), *(await connection.run_sync(_columns)))

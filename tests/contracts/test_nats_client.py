@@ -3,7 +3,6 @@
 import asyncio
 
 import pytest
-from nats.aio.msg import Msg
 
 from schemas.subjects import live_filter
 from services.kit.broker import Broker, BrokerUnavailable
@@ -85,37 +84,6 @@ async def test_what_waits_to_be_sent_is_bounded(own_nats: NatsServer) -> None:
 @pytest.mark.parametrize("headers", [b"", b"NATS/1.0\r\nNats-Sequence: x\r\n\r\n", b"NATS/1.0\r\nNats-Sequence: 1"])
 def test_a_header_without_a_number_is_none(headers: bytes) -> None:
     assert header_number(headers, b"Nats-Sequence: ") is None
-
-
-@pytest.mark.parametrize("patience", [5.0, 0.0])
-async def test_who_asked_before_a_subscription_ends_is_answered_while_there_is_time(
-    own_nats: NatsServer, monkeypatch: pytest.MonkeyPatch, patience: float
-) -> None:
-    monkeypatch.setattr("services.kit.connection.HEAR_OUT_SECONDS", patience)
-    begun, goes_on = asyncio.Event(), asyncio.Event()
-
-    async with Broker.connect(own_nats.url, "listener") as listener, Broker.connect(own_nats.url, "asking") as asking:
-
-        async def answer(msg: Msg) -> None:
-            begun.set()
-            await goes_on.wait()
-            await listener.publish(msg.reply, b"heard")
-
-        subscription = await listener.subscribe("questions", answer)
-        await listener.flush()
-        questions = [asyncio.create_task(asking.request("questions", timeout=1.0)) for _ in range(3)]
-        await begun.wait()
-        await asking.flush()
-        ending = asyncio.create_task(listener.hear_out(subscription))
-        await asyncio.sleep(0)
-        if patience:
-            goes_on.set()
-            assert await asyncio.gather(*questions) == [b"heard"] * 3
-        await ending
-        assert await asking.request("questions") is None
-        assert not listener.client._subs.keys() & {subscription._id}
-        unanswered = await asyncio.gather(*questions, return_exceptions=True)
-        assert all(isinstance(a, BrokerUnavailable) for a in unanswered) == (not patience)
 
 
 async def test_closing_while_the_library_gives_up_a_socket_is_no_cancellation(own_nats: NatsServer) -> None:

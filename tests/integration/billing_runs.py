@@ -29,6 +29,7 @@ from services.kit.broker import Broker
 from services.kit.clock import SystemClock
 from tests.billing_histories import history
 from tests.conftest import eventually, free_port
+from tests.migrated import copy_sqlite
 
 INTERVAL = 0.05
 
@@ -69,6 +70,7 @@ async def running(
 
 
 def sqlite(folder: Path) -> str:
+    copy_sqlite(folder / "billing.db")
     return f"sqlite:///{folder}/billing.db"
 
 

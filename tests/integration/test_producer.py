@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from schemas.codec import encode_event
-from schemas.control import HEARD, OVER_BUDGET
+from schemas.control import HEARD, OVER, OVER_BUDGET
 from schemas.events import Completed, Delta, Failed, Started, UsageReported, type_of
 from schemas.requests import GenerationRecord
 from schemas.subjects import Address, control_subject, request_subject, token_subject
@@ -133,7 +133,7 @@ async def test_a_running_generation_is_cancelled_at_once(broker: Broker) -> None
         answer = await broker.request(control_subject("default", "s", "g1"), b"cancel")
         events = await ended_log(broker, request)
         await eventually(lambda: queue_is_empty(broker))
-        assert await broker.request(control_subject("default", "s", "g1"), b"cancel") is None
+        assert await broker.request(control_subject("default", "s", "g1"), b"cancel") == OVER
     assert answer == b"ok"
     assert type_of(events[-1]) == "cancelled"
     assert 5 <= events[-1].counted.output < 100

@@ -8,14 +8,17 @@ of nats-py, whose version is therefore pinned closely, and `tests/contracts/test
 """
 
 import asyncio
-from collections.abc import Callable
-from typing import Any, Final
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, TypeVar
 
 import nats.errors
 from nats.aio.client import Client
+from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
 __all__ = ["Arrival", "Delivery", "RelayClient", "header_number"]
+
+T = TypeVar("T")
 
 Arrival = Callable[[str, bytes, bytes], None]
 """A function of subject, data, and raw headers (empty without any). It must return quickly and never raise."""
@@ -59,6 +62,20 @@ class RelayClient(Client):
         if initial_connection and self.options.get("tls") is not None and not info.get("tls_required"):
             raise nats.errors.Error("this server offers no TLS, which is demanded")
         await super()._process_info(info, initial_connection)
+
+    async def request(self, *args: Any, **kwargs: Any) -> Msg:
+        """Ask, as the library does, and heed a cancellation that comes at the same moment as the answer."""
+        return await _heeding(super().request(*args, **kwargs))
+
+    async def flush(self, *args: Any, **kwargs: Any) -> None:
+        """Wait for the server, as the library does, and heed a cancellation that comes at the same moment."""
+        await _heeding(super().flush(*args, **kwargs))
+
+    async def _process_pong(self) -> None:
+        # Whoever waited may have been cancelled; the library would lose the connection over that.
+        if self._pongs and self._pongs[0].done():
+            self._pongs[0] = asyncio.get_running_loop().create_future()
+        await super()._process_pong()
 
     async def listen(self, subject: str, arrival: Arrival) -> Subscription:
         """Subscribe a function that is called from the parser for every message. End it with `unlisten`."""
@@ -122,3 +139,14 @@ class RelayClient(Client):
             await super()._process_msg(sid, subject, reply, data, headers)  # type: ignore[arg-type]  # None without any
             return
         arrival(subject.decode(), data, headers or b"")
+
+
+async def _heeding(work: Awaitable[T]) -> T:
+    """Await ``work``; before Python 3.12 `asyncio.wait_for` forgets a cancellation when it is through already."""
+    task = asyncio.current_task()
+    before = task.cancelling() if task is not None else 0
+    try:
+        return await work
+    finally:
+        if task is not None and task.cancelling() > before:
+            raise asyncio.CancelledError

@@ -3,6 +3,7 @@
 import asyncio
 
 import pytest
+from nats.aio.msg import Msg
 
 from schemas.subjects import live_filter
 from services.kit.broker import Broker, BrokerUnavailable
@@ -93,3 +94,30 @@ async def test_closing_while_the_library_gives_up_a_socket_is_no_cancellation(ow
         writer._protocol._get_close_waiter = lambda _writer: closing
         asyncio.get_running_loop().call_later(0.05, closing.cancel)
     assert broker.client.is_closed
+
+
+@pytest.mark.parametrize("call", ["request", "flush"])
+async def test_a_cancellation_that_comes_with_the_answer_is_heeded(broker: Broker, call: str) -> None:
+    async def answer(msg: Msg) -> None:
+        await broker.publish(msg.reply, b"heard")
+
+    subscription = await broker.subscribe("questions", answer)
+    await broker.flush()
+    answered = 0
+
+    async def ask() -> None:
+        nonlocal answered
+        while True:
+            await (broker.request("questions") if call == "request" else broker.flush())
+            answered += 1
+
+    for attempt in range(50):
+        task, begun = asyncio.create_task(ask()), answered
+        while answered == begun:
+            await asyncio.sleep(0)
+        for _ in range(attempt):
+            await asyncio.sleep(0)
+        task.cancel()
+        done, _ = await asyncio.wait({task}, timeout=2)
+        assert done, f"attempt {attempt} goes on"
+    await subscription.unsubscribe()

@@ -178,9 +178,9 @@ async def test_batches_of_several_partitions_never_hold_more_than_asked_for(nats
         taken: list[dict[str, object]] = []
         while events := await service.batch(batch=3):
             assert len(events) <= 3
-            assert {e["deliveries"] for e in events} == {1}
             taken += events
-        assert len(taken) == 64
+        # What came from one partition too many goes back at once, and counts as given then, but nobody has seen it.
+        assert len(taken) == len({str(e["cursor"]) for e in taken}) == 64
 
 
 async def test_a_consumer_whose_making_broke_off_is_completed(nats_url: str, broker: Broker) -> None:

@@ -76,6 +76,26 @@ async def test_the_position_outlives_the_broker(own_nats: NatsServer) -> None:
         await eventually(idle, timeout=20, interval=0.2)
 
 
+async def test_what_cannot_be_settled_while_the_broker_is_away_can_be_settled_again(own_nats: NatsServer) -> None:
+    async with Broker.connect(own_nats.url, "test") as broker, consuming(own_nats.url) as stage:
+        service = await Service(stage).created(ack_wait=60.0)
+        await Log(broker).append(*story("g1", 3))
+        first, *rest = await service.batch()
+        await service.ack([first])
+        words = {"acks": [event["token"] for event in rest]}
+        own_nats.kill()
+        answer = await stage.http.post(f"{service.path}/acks", json=words)
+        assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+        assert answer.json()["detail"] == "the broker cannot be reached"
+        await asyncio.to_thread(own_nats.start)
+        await eventually(lambda: stage.hub.broker.is_connected, timeout=20)
+        answer = await stage.http.post(f"{service.path}/acks", json=words)
+        settled = answer.json()
+        assert (answer.status_code, settled["settled"] + len(settled["unknown"])) == (200, len(rest))
+        again = await service.take(len(settled["unknown"]))  # the broker died before it had kept that they were given
+        assert [event["token"] for event in again] == settled["unknown"]
+
+
 @asynccontextmanager
 async def replica(nats_url: str, folder: Path) -> AsyncIterator[tuple[str, subprocess.Popen[bytes]]]:
     """A delivery process of its own."""

@@ -73,9 +73,13 @@ async def settle(consumers: Consumers, tenant: str, name: str, wish: Settlement)
         metrics.CONSUMER_SETTLED.labels(how).inc()
         return None
 
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(one(*each)) for each in todo]
-    unknown = [text for task in tasks if (text := task.result()) is not None]
+    answers = await asyncio.gather(*(one(*each) for each in todo), return_exceptions=True)
+    unknown: list[str] = []
+    for answer in answers:
+        if isinstance(answer, BaseException):
+            raise answer
+        if answer is not None:
+            unknown.append(answer)
     return Settled(len(todo) - len(unknown), unknown)
 
 

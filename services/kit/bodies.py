@@ -10,7 +10,7 @@ import contextlib
 from typing import Any, Final
 
 from services.kit.auth.principal import PRINCIPAL
-from services.kit.problem import Problem, problem_bytes
+from services.kit.problem import Problem, send_problem
 
 __all__ = ["reading_bodies"]
 
@@ -36,7 +36,7 @@ def reading_bodies(app: Any, max_body: int, seconds: float = BODY_SECONDS) -> An
         is_refused = isinstance(scope.get(PRINCIPAL), Problem)
         body = await _read(receive, 0 if is_refused else max_body, seconds)
         if isinstance(body, Problem):
-            await _refuse(body, send)
+            await send_problem(send, body)
             return
         messages = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -74,14 +74,3 @@ async def _read(receive: Any, max_body: int, seconds: float) -> bytes | Problem:
         title="The request takes too long",
         headers={"Connection": "close"},
     )
-
-
-async def _refuse(problem: Problem, send: Any) -> None:
-    body = problem_bytes(problem)
-    headers = [
-        (b"content-type", b"application/problem+json"),
-        (b"content-length", str(len(body)).encode()),
-        *((name.lower().encode(), value.encode()) for name, value in problem.headers.items()),
-    ]
-    await send({"type": "http.response.start", "status": problem.status, "headers": headers})
-    await send({"type": "http.response.body", "body": body, "more_body": False})

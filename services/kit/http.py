@@ -1,29 +1,22 @@
-"""Serving an ASGI application with granian inside our own event loop, and the probes that every service answers."""
+"""Serving an ASGI application on a port inside our own event loop, and the probes that every service answers."""
 
 import asyncio
-import logging
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
 import prometheus_client
-from granian.constants import Interfaces, SSLProtocols
-from granian.http import HTTP1Settings, HTTP2Settings
-from granian.server.embed import Server
 from litestar import MediaType, Response, Router, get
 
+from services.kit.http1 import HEAD_BYTES, Http1Server
+from services.kit.http2 import serving_http2
 from services.kit.tls import ServerTls
 
 __all__ = ["HEAD_BYTES", "PortTaken", "check_port", "probes", "serving"]
 
 Check = Callable[[], Awaitable[bool]]
-_STARTUP_TIMEOUT: Final = 10.0
-STREAMS_OF_A_CONNECTION: Final = 1_024
-HEAD_BYTES: Final = 8_192  # the least there is; the server reserves it for every connection of HTTP/1.1, idle ones too
-HEADER_BYTES: Final = 65_536
-HEADER_MS: Final = 10_000
-LAST_SECONDS: Final = 5.0
+HANDSHAKE_SECONDS: Final = 10.0
 
 
 class PortTaken(Exception):
@@ -41,13 +34,7 @@ def check_port(host: str, port: int, *, shared: bool = False) -> None:
     Raises:
         PortTaken: it is not.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT if shared else socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise PortTaken(host, port, error.strerror or str(error)) from error
+    _bound(host, port, shared=shared).close()
 
 
 @asynccontextmanager
@@ -61,59 +48,53 @@ async def serving(
     tls: ServerTls | None = None,
     shared: bool = False,
 ) -> AsyncIterator[None]:
-    """Serve ``app`` (ASGI) over HTTP/1.1 and HTTP/2 while the block runs.
+    """Serve ``app`` (ASGI) over HTTP/1.1, WebSockets and HTTP/2 while the block runs.
 
     HTTP/2 is chosen by ALPN with ``tls``, and by prior knowledge without. ``shared``: other processes have the port
     too, and the kernel spreads connections over them. On leaving, no new connection is accepted and open answers may
     end within ``grace`` seconds: the application must have told its streams to end before. ``connections`` bounds
     concurrent requests. A request's line and headers have at most `HEAD_BYTES` together in HTTP/1.1, and headers
-    `HEADER_BYTES` in HTTP/2: more is answered with 431. Neither bounds bodies.
+    `services.kit.http2.HEADER_BYTES` in HTTP/2: more is answered with 431. Neither bounds bodies.
 
     Raises:
         PortTaken: the address is in use.
     """
-    check_port(host, port, shared=shared)
-    logging.getLogger("_granian").setLevel(logging.ERROR)
-    server = Server(
-        app,
-        address=host,
-        port=port,
-        interface=Interfaces.ASGINL,
-        backlog=max(1_024, min(connections, 65_535)),
-        backpressure=connections,
-        log_enabled=False,
-        http1_settings=HTTP1Settings(header_read_timeout=HEADER_MS, max_buffer_size=HEAD_BYTES),
-        http2_settings=HTTP2Settings(max_concurrent_streams=STREAMS_OF_A_CONNECTION, max_headers_size=HEADER_BYTES),
-        ssl_cert=tls.certificate if tls else None,
-        ssl_key=tls.key if tls else None,
-        ssl_protocol_min=SSLProtocols.tls12,
-    )
-    task = asyncio.create_task(server.serve(), name=f"http:{port}")
+    listener = _bound(host, port, shared=shared)
     try:
-        await _wait_until_listening(host, port, task)
-        yield
-    finally:
-        server.stop()  # type: ignore[no-untyped-call]  # granian ships no annotation for it
-        _done, late = await asyncio.wait({task}, timeout=grace)
-        for unfinished in late:
-            unfinished.cancel()
-        done, _late = await asyncio.wait({task}, timeout=LAST_SECONDS)  # the server may heed neither; we leave anyway
-        await asyncio.gather(*done, return_exceptions=True)
-
-
-async def _wait_until_listening(host: str, port: int, task: asyncio.Task[None]) -> None:
-    async with asyncio.timeout(_STARTUP_TIMEOUT):
-        while True:
-            if task.done():
-                task.result()
-                raise RuntimeError("the HTTP server ended while it started")
+        async with serving_http2(app, connections, grace=grace, scheme="https" if tls else "http") as http2:
+            http1 = Http1Server(app, connections, http2.take)
+            server = await asyncio.get_running_loop().create_server(
+                http1.protocol,
+                sock=listener,
+                backlog=max(1_024, min(connections, 65_535)),
+                ssl=tls.context(["h2", "http/1.1"]) if tls else None,
+                ssl_handshake_timeout=HANDSHAKE_SECONDS if tls else None,
+            )
+            dating = asyncio.create_task(http1.keep_date())
             try:
-                _reader, writer = await asyncio.open_connection(host, port)
-            except OSError:
-                await asyncio.sleep(0.02)
-                continue
-            writer.close()
-            return
+                yield
+            finally:
+                server.close()
+                await asyncio.gather(http1.close(grace), http2.close(grace))
+                dating.cancel()
+    finally:
+        listener.close()
+
+
+def _bound(host: str, port: int, *, shared: bool) -> socket.socket:
+    """Return a socket with that address; ``shared``: that others may have too.
+
+    Raises:
+        PortTaken: the address is in use.
+    """
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT if shared else socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        raise PortTaken(host, port, error.strerror or str(error)) from error
+    return bound
 
 
 def probes(checks: Mapping[str, Check]) -> Router:

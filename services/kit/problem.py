@@ -9,7 +9,15 @@ from litestar import Request, Response
 from litestar.exceptions import HTTPException, ValidationException
 from litestar.types import ExceptionHandlersMap
 
-__all__ = ["EXCEPTION_HANDLERS", "MEDIA_TYPE", "Problem", "ProblemDetails", "problem_bytes"]
+__all__ = [
+    "EXCEPTION_HANDLERS",
+    "MEDIA_TYPE",
+    "Problem",
+    "ProblemDetails",
+    "problem_bytes",
+    "problem_headers",
+    "send_problem",
+]
 
 log = structlog.get_logger()
 MEDIA_TYPE: Final = "application/problem+json"
@@ -28,6 +36,7 @@ _TITLES: Final = {
     415: ("unsupported-media-type", "This media type is not understood"),
     422: ("unprocessable", "The request cannot be carried out"),
     429: ("too-many-requests", "Too many requests"),
+    431: ("headers-too-large", "The headers are too large"),
     500: ("internal", "Something went wrong here"),
     503: ("unavailable", "Not available at the moment"),
 }
@@ -72,6 +81,23 @@ class Problem(Exception):
 def problem_bytes(problem: Problem) -> bytes:
     """Return the JSON body of a problem, for answers that do not pass through Litestar."""
     return msgspec.json.encode(problem.details)
+
+
+def problem_headers(problem: Problem, body: bytes) -> list[tuple[bytes, bytes]]:
+    """Return the headers of an answer with that body, as ASGI has them."""
+    return [
+        (b"content-type", MEDIA_TYPE.encode()),
+        (b"content-length", str(len(body)).encode()),
+        *((name.lower().encode(), value.encode()) for name, value in problem.headers.items()),
+    ]
+
+
+async def send_problem(send: Any, problem: Problem, kind: str = "http") -> None:
+    """Answer with a problem from a raw ASGI application; ``kind``: what its messages' types begin with."""
+    body = problem_bytes(problem)
+    headers = problem_headers(problem, body)
+    await send({"type": f"{kind}.response.start", "status": problem.status, "headers": headers})
+    await send({"type": f"{kind}.response.body", "body": body, "more_body": False})
 
 
 def _response(problem: Problem) -> Response[bytes]:

@@ -1,6 +1,7 @@
 """TLS from files: towards the broker, and of our own ports."""
 
 import ssl
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,6 +46,14 @@ class ServerTls(NamedTuple):
     def read(self) -> tuple[bytes, bytes]:
         """Return the content of both files."""
         return self.certificate.read_bytes(), self.key.read_bytes()
+
+    def context(self, protocols: Sequence[str]) -> ssl.SSLContext:
+        """Return what a server of ``protocols`` (ALPN, the best one first) shows of itself; TLS 1.2 at least."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.load_cert_chain(self.certificate, self.key)
+        context.set_alpn_protocols(list(protocols))
+        return context
 
 
 def server_tls(cert: str | None, key: str | None, prefix: str = "TAILRACE_") -> ServerTls | None:

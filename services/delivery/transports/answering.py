@@ -11,7 +11,6 @@ from services.delivery.core.formats import Format
 from services.delivery.core.gzip import GZIPPED, Block, Wrapping, whole_gzip
 from services.delivery.streams import Stream, Streams
 from services.delivery.subscriber import Subscriber
-from services.kit.problem import Problem, problem_bytes
 
 __all__ = ["NOTHING_FOLLOWS", "RAW_SEND", "STREAM_HEADERS", "outliving", "send_whole", "streaming", "watching", "whole"]
 
@@ -19,6 +18,7 @@ RAW_SEND: Final = "tailrace.send"
 RESTS: Final = "tailrace.rests"
 Rest = Callable[[Any, Any], Awaitable[None]]
 """What is left of an answer that has begun; takes the connection's own ``receive`` and ``send``."""
+_OF_THE_CONNECTION: Final = frozenset({"type", "method", "http_version"})  # what the server frames answers by
 _WORTH_WHILE: Final = 1_000  # bytes
 STREAM_HEADERS: Final = ((b"cache-control", b"no-store"), (b"x-accel-buffering", b"no"))
 
@@ -45,12 +45,6 @@ async def send_whole(
     own += [(name.lower().encode(), value.encode()) for name, value in headers]
     await send({"type": "http.response.start", "status": status, "headers": own})
     await send({"type": "http.response.body", "body": body, "more_body": False})
-
-
-async def send_problem(send: Any, problem: Problem) -> None:
-    """Send a problem that turned up when the answer had been left to a raw handler already."""
-    headers = problem.headers.items()
-    await send_whole(send, problem.status, problem_bytes(problem), "application/problem+json", headers)
 
 
 NOTHING_FOLLOWS: Final = whole(204, b"", "")
@@ -92,7 +86,8 @@ def outliving(app: Any) -> Any:
         scope[RESTS] = rests
         await app(scope, receive, send)
         if rests:
-            scope.clear()
+            for name in scope.keys() - _OF_THE_CONNECTION:
+                del scope[name]
             await rests.pop()(receive, send)
 
     return outermost

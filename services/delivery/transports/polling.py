@@ -13,8 +13,8 @@ from services.delivery.core.granularity import TOKEN, Merger, Place
 from services.delivery.core.parts import Bye, Gap, Parts, part_of
 from services.delivery.streams import Stream, Streams
 from services.delivery.subscriber import Subscriber
-from services.delivery.transports.answering import send_problem, send_whole, watching
-from services.kit.problem import Problem
+from services.delivery.transports.answering import send_whole, watching
+from services.kit.problem import Problem, send_problem
 
 __all__ = ["BATCH_EVENTS", "MAX_EVENTS", "Batch", "polling"]
 

@@ -16,7 +16,7 @@ from services.delivery.transports.answering import RAW_SEND
 from services.delivery.transports.websocket_connection import CLOSES, Connection, Desk
 from services.delivery.transports.websocket_outlet import Outlet
 from services.kit.auth.principal import principal_of
-from services.kit.problem import Problem, problem_bytes
+from services.kit.problem import Problem, send_problem
 
 __all__ = ["WebSockets"]
 
@@ -38,7 +38,7 @@ class WebSockets:
         if scope["type"] == "http":
             upgrade = {"Upgrade": "websocket", "Connection": "Upgrade"}
             problem = Problem(426, "this address is for WebSockets", slug="upgrade-required", headers=upgrade)
-            await _refuse(problem, "http", send)
+            await send_problem(send, problem)
             return
         send = scope.get(RAW_SEND, send)
         await receive()  # the wish to connect
@@ -49,7 +49,7 @@ class WebSockets:
                 raise Problem(503, "this replica is going away", headers={"Retry-After": "1"})
             name = _subprotocol(scope["subprotocols"])
         except Problem as problem:
-            await _refuse(problem, "websocket.http", send)
+            await send_problem(send, problem, "websocket.http")
             return
         await send({"type": "websocket.accept", "subprotocol": name})
         async with Outlet(send) as outlet:
@@ -103,14 +103,6 @@ def _subprotocol(offered: list[str]) -> str | None:
         detail = f"subprotocol {shown!r} is not spoken here: offer {' or '.join(SUBPROTOCOLS)}, or none"
         raise Problem(400, detail, slug="unknown-subprotocol")
     return known[0] if known else None
-
-
-async def _refuse(problem: Problem, kind: str, send: Any) -> None:
-    body = problem_bytes(problem)
-    headers = [(b"content-type", b"application/problem+json"), (b"content-length", str(len(body)).encode())]
-    headers += [(name.lower().encode(), value.encode()) for name, value in problem.headers.items()]
-    await send({"type": f"{kind}.response.start", "status": problem.details.status, "headers": headers})
-    await send({"type": f"{kind}.response.body", "body": body, "more_body": False})
 
 
 async def _close(send: Any, code: int, why: str, seconds: float) -> None:

@@ -94,8 +94,8 @@ class Subscription:
         """End it; before it has begun there is nothing to end in order."""
         if self._subscriber is not None:
             self._subscriber.finish(reason)
-        elif self.task is not None:
-            self.task.cancel()
+        elif self.task is not None:  # not at once: before its first step it would end without a word
+            asyncio.get_running_loop().call_soon(self.task.cancel)
 
     def _note(self, in_flight: InFlight, message: Outgoing) -> None:
         filled = self._window is not None and self._window.is_filled(in_flight.size + message.size)

@@ -1,0 +1,354 @@
+"""HTTP/1.1 and WebSockets: uvicorn's protocols, with bounded heads, and with answers framed once for all who get them."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from email.utils import formatdate
+from typing import Any, Final
+
+import structlog
+from uvicorn import Config
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.utils import ClientDisconnected
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from uvicorn.server import ServerState
+
+from services.kit.problem import Problem, problem_bytes, problem_headers, send_problem
+
+__all__ = ["HEAD_BYTES", "Http1Server"]
+
+log = structlog.get_logger()
+HEAD_BYTES: Final = 16_384
+HEAD_SECONDS: Final = 10.0
+IDLE_SECONDS: Final = 75  # longer than proxies keep theirs, so that none sends a request into a closing connection
+LINGER_SECONDS: Final = 5.0
+PIPELINED: Final = 32  # requests that wait for the answers before theirs
+MESSAGE_BYTES: Final = 16 * 1024 * 1024
+_PREFACE: Final = b"PRI"  # no method of HTTP/1.1 begins so
+_CLOSE: Final = {"Connection": "close"}
+_MALFORMED: Final = Problem(
+    400, "this is not HTTP/1.1 or HTTP/2 as this server understands it", slug="malformed", headers=_CLOSE
+)
+_TOO_LARGE: Final = Problem(431, f"the request's line and headers have more than {HEAD_BYTES} bytes", headers=_CLOSE)
+_BUSY: Final = Problem(503, "too many requests are under way", headers={"Retry-After": "1", **_CLOSE})
+_FAILED: Final = Problem(500, "the error has been logged", headers=_CLOSE)
+
+
+class Http1Server:
+    """Serves ``app`` (ASGI) on connections that are made elsewhere; `protocol` is a factory of protocols for them.
+
+    A connection on which HTTP/2 is spoken goes to ``hand_over``, with what has been read of it. ``limit``: requests and
+    WebSockets under way at once; what comes beyond it is answered with 503.
+    """
+
+    def __init__(self, app: Any, limit: int, hand_over: Callable[[asyncio.Transport, bytes], None]) -> None:
+        self.limit = limit
+        self.hand_over = hand_over
+        self.config = Config(
+            app,
+            http=_Connection,
+            ws=_Socket,
+            ws_max_size=MESSAGE_BYTES,
+            ws_ping_interval=None,
+            ws_per_message_deflate=False,
+            interface="asgi3",
+            lifespan="off",
+            log_config=None,
+            log_level="error",  # below it, addresses are logged with what stands behind their question marks
+            access_log=False,
+            proxy_headers=False,
+            timeout_keep_alive=IDLE_SECONDS,
+        )
+        self.config.load()
+        self.state = ServerState()
+
+    def protocol(self) -> asyncio.Protocol:
+        """Return the protocol of a new connection."""
+        return _Connection(self)
+
+    async def keep_date(self) -> None:
+        """Keep the ``Date`` of answers right, until cancelled."""
+        while True:
+            self.state.default_headers = [(b"date", formatdate(time.time(), usegmt=True).encode())]
+            await asyncio.sleep(1.0)
+
+    async def close(self, seconds: float) -> None:
+        """Close connections that are idle, wait for the answers of the others so long, then close those too."""
+        for connection in tuple(self.state.connections):
+            connection.shutdown()
+        if self.state.tasks:
+            await asyncio.wait(self.state.tasks, timeout=seconds)
+        await asyncio.sleep(0)
+        for connection in tuple(self.state.connections):
+            if not self._is_leaving(connection.transport):
+                connection.transport.abort()
+
+    @staticmethod
+    def _is_leaving(transport: asyncio.Transport) -> bool:
+        return transport.is_closing() and not transport.get_write_buffer_size()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether as much is under way as may be."""
+        return len(self.state.tasks) >= self.limit
+
+
+class _Framing:
+    """What a message is on the wire, made once for all connections that get the same one."""
+
+    __slots__ = ("_framed", "_make", "_message")
+
+    def __init__(self, make: Callable[[Any], bytes]) -> None:
+        self._make = make
+        self._message: Any = None
+        self._framed = b""
+
+    def of(self, message: Any) -> bytes:
+        """Return a message's bytes."""
+        if message is not self._message:
+            self._framed = self._make(message)
+            self._message = message
+        return self._framed
+
+
+def _chunk(message: Any) -> bytes:
+    body = message["body"]
+    return b"%x\r\n%b\r\n" % (len(body), body)
+
+
+def _frame(message: Any) -> bytes:
+    """Return a message as one frame of a WebSocket (RFC 6455, 5.2), unmasked, as servers send it."""
+    text = message.get("text")
+    kind, payload = (b"\x82", message["bytes"]) if text is None else (b"\x81", text.encode())
+    size = len(payload)
+    if size < 126:
+        return b"%b%c%b" % (kind, size, payload)
+    if size < 65_536:
+        return b"%b\x7e%b%b" % (kind, size.to_bytes(2), payload)
+    return b"%b\x7f%b%b" % (kind, size.to_bytes(8), payload)
+
+
+_CHUNKS: Final = _Framing(_chunk)
+_FRAMES: Final = _Framing(_frame)
+
+
+class _Sender:
+    """The ``send`` of an answer: streams take the short way, everything else uvicorn's."""
+
+    __slots__ = ("_cycle", "_flow", "_transport", "_until_closed")
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+        self._flow: FlowControl = cycle.flow
+        self._transport = cycle.transport
+        self._until_closed = False
+
+    async def send(self, message: Any) -> None:
+        """Take an ASGI message; wait while the client does not read.
+
+        Raises:
+            ConnectionResetError: the client is gone.
+        """
+        cycle = self._cycle
+        if cycle.chunked_encoding and message.get("more_body") and message.get("body"):
+            if self._flow.write_paused:
+                await self._flow.drain()
+            if cycle.disconnected:
+                raise ConnectionResetError("the client is gone")
+            self._transport.write(_CHUNKS.of(message))
+            return
+        if cycle.scope["http_version"] == "1.0":
+            self._frame_for_http_1_0(message)
+        await cycle.send(message)
+
+    def _frame_for_http_1_0(self, message: Any) -> None:
+        """A client of HTTP/1.0 knows no chunks: an answer whose length is not known ends with the connection."""
+        cycle = self._cycle
+        if message["type"] == "http.response.start":
+            self._until_closed = all(name.lower() != b"content-length" for name, _ in message.get("headers", ()))
+            cycle.chunked_encoding = False if self._until_closed else None
+        elif self._until_closed and cycle.scope["method"] != "HEAD":
+            cycle.expected_content_length = len(message.get("body", b""))
+
+
+class _Connection(HttpToolsProtocol):
+    """One connection, until it turns out to be one of HTTP/2 or a WebSocket."""
+
+    def __init__(self, server: Http1Server) -> None:
+        super().__init__(server.config, server.state, {})
+        self._owner = server
+        self._begun: bytes | None = b""  # of a connection whose protocol is not known yet
+        self._unread = 0  # bytes since anything has been complete
+        self._head = 0  # bytes of line and headers
+        self._too_large = False
+        self._answering: RequestResponseCycle | None = None
+        self._deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+        super().connection_made(transport)
+        self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._head_is_there()
+        self._unset_keepalive_if_required()
+        answers = [cycle for cycle, _ in self.pipeline]
+        if self._answering is not None:
+            answers.append(self._answering)
+        for cycle in answers:
+            cycle.disconnected = not cycle.response_complete
+            cycle.message_event.set()
+        self.pipeline.clear()
+        self._answering = None
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._begun is not None:
+            data = self._begun + data
+            if len(data) < len(_PREFACE) and _PREFACE.startswith(data):
+                self._begun = data
+                return
+            self._begun = None
+            if data.startswith(_PREFACE):
+                self._leave(data)
+                return
+        if self.transport.is_closing():
+            return
+        if self.cycle is None or self.cycle.response_complete:
+            self._await_head()
+        self._unread += len(data)
+        super().data_received(data)
+        if self._unread > HEAD_BYTES and self.parser is not None:
+            self._refuse(_TOO_LARGE)
+
+    def _leave(self, data: bytes) -> None:
+        self._head_is_there()
+        self.connections.discard(self)
+        self._owner.hand_over(self.transport, data)
+
+    def _await_head(self) -> None:
+        if self._deadline is None:
+            self._deadline = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+    def _head_is_there(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._head = 0
+
+    def on_url(self, url: bytes) -> None:
+        self._measure(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._measure(len(name) + len(value) + 4)
+        super().on_header(name, value)
+
+    def _measure(self, size: int) -> None:
+        self._head += size
+        if self._head > HEAD_BYTES:
+            self._too_large = True
+            raise ValueError("the head is too large")
+
+    def on_headers_complete(self) -> None:
+        if len(self.pipeline) >= PIPELINED:
+            raise ValueError("too many requests before an answer")
+        self._unread = 0
+        self._head_is_there()
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._unread = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._unread = 0
+        self._head_is_there()
+        super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(_TOO_LARGE if self._too_large else _MALFORMED)
+
+    def _refuse(self, problem: Problem) -> None:
+        """Answer what cannot be taken, unless another answer is on its way; then close."""
+        self._head_is_there()
+        if self.transport.is_closing():
+            return
+        if self._answering is not None and not self._answering.response_complete:
+            self.transport.abort()
+            return
+        self.transport.write(_whole(problem, self.server_state.default_headers))
+        self.transport.close()
+
+    def handle_websocket_upgrade(self) -> None:
+        if self._owner.is_busy:
+            self._refuse(_BUSY)
+            return
+        self._head_is_there()
+        super().handle_websocket_upgrade()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._answering = cycle
+        if not self.parser.should_upgrade():
+            self.headers = []  # streams last: what the request said is kept by nobody but the application
+        task = self.loop.create_task(self._answer(cycle, _busy if self._owner.is_busy else app))
+        task.add_done_callback(self.tasks.discard)
+        self.tasks.add(task)
+
+    async def _answer(self, cycle: RequestResponseCycle, app: Any) -> None:
+        try:
+            await app(cycle.scope, cycle.receive, _Sender(cycle).send)
+        except OSError:
+            pass  # the client is gone
+        except Exception:
+            log.exception("request failed", path=cycle.scope.get("path"))
+            if not cycle.response_started:
+                await send_problem(cycle.send, _FAILED)
+        finally:
+            cycle.on_response = _nothing
+            if not cycle.response_complete:
+                self.transport.abort()  # the client must not take what it has for the whole
+            elif self.transport.is_closing() and self.transport.get_write_buffer_size():
+                self.loop.call_later(LINGER_SECONDS, self.transport.abort)
+
+
+class _Socket(WebSocketsSansIOProtocol):
+    """One WebSocket."""
+
+    async def send(self, message: Any) -> None:
+        if message["type"] != "websocket.send" or not self.handshake_complete or self.close_sent:
+            await super().send(message)
+            return
+        if not self.writable.is_set():
+            await self.writable.wait()
+        if self.disconnected or self.transport.is_closing():
+            raise ClientDisconnected
+        self.transport.write(_FRAMES.of(message))
+
+    def handle_ping(self) -> None:
+        pong = b"".join(self.conn.data_to_send())
+        if self.writable.is_set():  # who takes nothing is owed no more answers
+            self.transport.write(pong)
+
+    def on_task_complete(self, task: asyncio.Task[None]) -> None:
+        super().on_task_complete(task)
+        self.loop.call_later(LINGER_SECONDS, self.transport.abort)  # where the client does not close it
+
+
+def _nothing() -> None:
+    """Stand for a call that is not wanted any more."""
+
+
+def _whole(problem: Problem, headers: list[tuple[bytes, bytes]]) -> bytes:
+    """Return a whole answer, after which the connection is closed."""
+    body = problem_bytes(problem)
+    lines = [f"HTTP/1.1 {problem.status} {problem.details.title}".encode()]
+    lines += [name + b": " + value for name, value in [*headers, *problem_headers(problem, body)]]
+    return b"\r\n".join([*lines, b"", body])
+
+
+async def _busy(_scope: Any, _receive: Any, send: Any) -> None:
+    await send_problem(send, _BUSY)

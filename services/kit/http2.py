@@ -1,0 +1,152 @@
+"""HTTP/2: granian on a socket of its own that only this process reaches, and the connections that are led to it."""
+
+import asyncio
+import logging
+import tempfile
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Final, cast
+
+from granian.constants import HTTPModes, Interfaces
+from granian.http import HTTP2Settings
+from granian.server.embed import Server
+
+__all__ = ["Http2Server", "serving_http2"]
+
+STREAMS_OF_A_CONNECTION: Final = 1_024
+HEADER_BYTES: Final = 65_536
+STARTUP_SECONDS: Final = 10.0
+LAST_SECONDS: Final = 5.0
+
+
+class Http2Server:
+    """Leads connections to the server behind ``path``."""
+
+    def __init__(self, path: Path, server: Server, task: asyncio.Task[None]) -> None:
+        self._path = str(path)
+        self._server = server
+        self._task = task
+        self._loop = asyncio.get_running_loop()
+        self._ways: set[_Way] = set()  # both ends of each connection; bounded by the process's open files
+        self._joining: set[asyncio.Task[None]] = set()
+        self._is_closed = False
+
+    def take(self, transport: asyncio.Transport, data: bytes) -> None:
+        """Lead a connection on; ``data`` has been read from it."""
+        transport.pause_reading()
+        way = _Way(self._ways)
+        transport.set_protocol(way)
+        way.connection_made(transport)
+        task = self._loop.create_task(self._join(way, data))
+        self._joining.add(task)
+        task.add_done_callback(self._joining.discard)
+
+    async def _join(self, client: "_Way", data: bytes) -> None:
+        try:
+            _, server = await self._loop.create_unix_connection(lambda: _Way(self._ways), self._path)
+        except OSError:
+            client.transport.abort()
+            return
+        client.join(server)
+        server.transport.write(data)
+        client.transport.resume_reading()
+
+    async def close(self, seconds: float) -> None:
+        """Take no more, tell clients so, and wait for open answers so long; then close what is left."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._server.stop()  # type: ignore[no-untyped-call]  # granian ships no annotation for it
+        await asyncio.wait({self._task}, timeout=seconds)
+        self._task.cancel()
+        await asyncio.wait({self._task}, timeout=LAST_SECONDS)  # it may heed neither; we leave anyway
+        for way in tuple(self._ways):
+            way.transport.abort()
+
+
+class _Way(asyncio.Protocol):
+    """One end of a connection that is led on: what it reads, the other end writes."""
+
+    def __init__(self, ways: set["_Way"]) -> None:
+        self._ways = ways
+        self._other: _Way | None = None
+        self.transport: asyncio.Transport = cast(asyncio.Transport, None)  # until it is made
+        self.is_lost = False
+
+    def join(self, other: "_Way") -> None:
+        """Lead to each other."""
+        self._other, other._other = other, self
+        if self.is_lost:
+            other.transport.close()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        self._ways.add(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.is_lost = True
+        self._ways.discard(self)
+        if self._other is not None:
+            self._other.transport.close()
+
+    def data_received(self, data: bytes) -> None:
+        if self._other is not None:
+            self._other.transport.write(data)
+
+    def pause_writing(self) -> None:
+        if self._other is not None:
+            self._other.transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        if self._other is not None and not self._other.is_lost:
+            self._other.transport.resume_reading()
+
+
+@asynccontextmanager
+async def serving_http2(app: Any, limit: int, *, grace: float, scheme: str) -> AsyncIterator[Http2Server]:
+    """Serve ``app`` (ASGI) while the block runs; ``limit``: requests at once; ``scheme``: what clients came by.
+
+    A connection has at most `STREAMS_OF_A_CONNECTION` streams, a request headers of `HEADER_BYTES`. On leaving, open
+    answers may end within ``grace`` seconds.
+    """
+
+    def led(scope: Any, receive: Any, send: Any) -> Awaitable[None]:
+        scope["scheme"] = scheme
+        answer: Awaitable[None] = app(scope, receive, send)
+        return answer
+
+    logging.getLogger("_granian").setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory(prefix="tailrace-", ignore_cleanup_errors=True) as folder:
+        path = Path(folder) / "http2"  # in a folder that only this user may enter
+        server = Server(
+            led,
+            uds=path,
+            interface=Interfaces.ASGINL,
+            http=HTTPModes.http2,
+            backpressure=limit,
+            log_enabled=False,
+            http2_settings=HTTP2Settings(max_concurrent_streams=STREAMS_OF_A_CONNECTION, max_headers_size=HEADER_BYTES),
+        )
+        task = asyncio.create_task(server.serve(), name="http2")
+        await _wait_until_listening(path, task)
+        http2 = Http2Server(path, server, task)
+        try:
+            yield http2
+        finally:
+            await http2.close(grace)
+
+
+async def _wait_until_listening(path: Path, task: asyncio.Task[None]) -> None:
+    async with asyncio.timeout(STARTUP_SECONDS):
+        while True:
+            if task.done():
+                task.result()
+                raise RuntimeError("the HTTP/2 server ended while it started")
+            try:
+                _reader, writer = await asyncio.open_unix_connection(path)
+            except OSError:
+                await asyncio.sleep(0.01)
+                continue
+            writer.close()
+            return

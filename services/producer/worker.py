@@ -15,7 +15,7 @@ from schemas.subjects import Address, control_subject, dead_subject, lane_of
 from services.kit.broker import BrokerUnavailable
 from services.producer import metrics
 from services.producer.adapters.publisher import Lease
-from services.producer.adapters.tries import Tries
+from services.producer.adapters.tries import Tried, Tries
 from services.producer.errors import GiveUp, ProducerError, TryAgain
 from services.producer.lane import Lane
 from services.producer.presence import Presence
@@ -159,17 +159,19 @@ class Worker:
         request = relay.request
         bound = log.bind(session=request.session, generation=request.generation)
         subscription = await self._listen(relay)
-        begun: int | None = None
+        before = now = None
         try:
-            begun = await self._tries.begun(relay.address, attempt)
-            if begun >= self.max_deliver:
+            before = await self._tries.before(relay.address, attempt)
+            if before.begun >= self.max_deliver:
                 await relay.give_up(f"{self.max_deliver} producers failed to run it")
+                await self._tries.finish(relay.address, before)
                 await self._bury(msg, "max_deliver")
                 return None
-            await self._tries.begin(relay.address, attempt, begun)
+            now = await self._tries.begin(relay.address, attempt, before)
             await relay.run()
+            await self._tries.finish(relay.address, now)
         except HandBack:
-            await self._excuse(relay, begun)
+            await self._excuse(relay, before, now)
             return b"-NAK"
         except GiveUp as error:
             metrics.LEASES_LOST.inc()
@@ -177,7 +179,7 @@ class Worker:
             return None
         except (TryAgain, BrokerUnavailable) as error:
             bound.warning("request handed back", detail=str(error))
-            await self._excuse(relay, begun)
+            await self._excuse(relay, before, now)
             return _LATER
         except Exception as error:  # a fault of ours: others may have more luck, up to max_deliver
             bound.error("request failed", exc_info=error)
@@ -200,11 +202,11 @@ class Worker:
 
         self._lingering[subscription] = asyncio.create_task(end())
 
-    async def _excuse(self, relay: Relay, begun: int | None) -> None:
+    async def _excuse(self, relay: Relay, before: Tried | None, now: Tried | None) -> None:
         """Let an attempt not count in which this process went away or the log was, unless that never ends."""
         age = self.outside.clock.wall() - relay.request.created_at
-        if begun is not None and age < EXCUSED_SECONDS:
-            await self._tries.excuse(relay.address, begun)
+        if before is not None and now is not None and age < EXCUSED_SECONDS:
+            await self._tries.excuse(relay.address, before, now)
 
     async def _listen(self, relay: Relay) -> Subscription:
         request = relay.request

@@ -2,20 +2,23 @@
 
 import asyncio
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import msgspec
 import pytest
 from nats.aio.msg import Msg
 from nats.js.api import DiscardPolicy
+from nats.js.errors import APIError
 from prometheus_client import REGISTRY
 
-from schemas.codec import encode_event
-from schemas.events import Completed, Delta, Interrupted, is_terminal, type_of
+from schemas.codec import decode_event, encode_event
+from schemas.events import Completed, Delta, Interrupted, Restarted, is_terminal, type_of
 from schemas.requests import Request
 from schemas.subjects import Address, lane_of, request_subject, token_subject
 from schemas.topology import REQUESTS, Topology
 from services.kit.broker import Broker
+from services.producer.adapters.tries import Tries
 from services.producer.core.retry import RetryPolicy
 from services.producer.core.takeover import Begun
 from services.producer.relay import Relay
@@ -249,6 +252,36 @@ async def test_a_zombie_that_still_believes_in_its_lease_is_not_accepted(broker:
     late = stored[stored.index(events[-1]) + 1 :]
     assert any(isinstance(event, Delta) for event in late), "the zombie went on"
     assert sum(map(is_terminal, late)) == 1, "and even ended it"
+    assert sum(map(is_terminal, events)) == 1
+
+
+async def test_a_request_that_was_taken_over_and_left_is_not_ended_by_whoever_had_it_before(broker: Broker) -> None:
+    """The queue takes anybody's answer: a zombie's must not remove what its successor has begun and not ended."""
+    request = ask("g1", on_producer_loss="restart", params={"tokens": 60, "tokens_per_second": 60})
+    await broker.apply(SHORT_LEASE)
+    async with producing(broker, lease=1.5) as zombie:
+        await enqueue(broker, request)
+        await deltas(broker, request, 5)
+        # A queue that has lost what it gave gives it to another producer, which begins anew, and is killed.
+        address, tries = Address.of("default", "s", "g1", 1), Tries(broker)
+        await tries.begin(address, 2, await tries.before(address, 2))
+        while True:
+            last = await broker.last("TOKENS_0", subject_of(request))
+            assert last is not None
+            restarted = Restarted(generation="g1", seq=decode_event(last.data).seq + 1, epoch=2, reason="producer_lost")
+            headers = {"Nats-Expected-Last-Subject-Sequence": str(last.seq)}
+            with suppress(APIError):
+                await broker.publish_stored(subject_of(request), encode_event(restarted), headers=headers)
+                break
+        await eventually(lambda: not zombie.running)
+        stored = await raw_log(broker, request)
+        assert is_terminal(stored[-1]), "the zombie went to the end"
+        assert not any(map(is_terminal, await accepted_log(broker, request))), "for nobody"
+        assert not await queue_is_empty(broker)
+        events = await ended_log(broker, request)
+        await eventually(lambda: queue_is_empty(broker))
+    assert events[-1].epoch == 3
+    assert type_of(events[-1]) == "completed"
     assert sum(map(is_terminal, events)) == 1
 
 

@@ -20,14 +20,14 @@ from services.kit.broker import Broker, BrokerUnavailable
 from services.producer.errors import Fenced, LogRefused, LogUnavailable
 from services.producer.metrics import LOG_REFUSALS, PUBLISH_REPEATS, PUBLISH_WINDOW
 
-__all__ = ["Lease", "LogWriter", "Publisher"]
+__all__ = ["WRONG_LAST_SEQUENCE", "Lease", "LogWriter", "Publisher"]
 
 log = structlog.get_logger()
 WINDOW_EVENTS: Final = 512
 WINDOW_BYTES: Final = 4 * 1024 * 1024
 RARER: Final = 3
 """How often the pause between two repeats doubles."""
-_WRONG_LAST_SEQUENCE: Final = (10071, 10164)
+WRONG_LAST_SEQUENCE: Final = (10071, 10164)
 """The second one comes in a cluster, while another append to the same subject is on its way."""
 
 
@@ -212,7 +212,7 @@ class LogWriter:
                 await self._broker.publish_stored(self._subject, data, headers=headers)
                 return
             except APIError as error:
-                if error.err_code in _WRONG_LAST_SEQUENCE:
+                if error.err_code in WRONG_LAST_SEQUENCE:
                     raise LogRefused(f"{self._subject} has grown beyond {last_seq}") from error
                 self.refuse(error.description or "")
             except BrokerUnavailable as error:

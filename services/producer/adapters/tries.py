@@ -1,7 +1,7 @@
 """How often a request has been begun: the queue's own count holds deliveries too that nobody could begin."""
 
 import asyncio
-from typing import Final
+from typing import Final, NamedTuple, overload
 
 import structlog
 from nats.js.errors import APIError
@@ -9,55 +9,90 @@ from nats.js.errors import APIError
 from schemas.subjects import Address, generation_key
 from schemas.topology import BUCKET, bucket_stream
 from services.kit.broker import Broker, BrokerUnavailable
+from services.producer.adapters.publisher import WRONG_LAST_SEQUENCE
+from services.producer.errors import GiveUp
 
-__all__ = ["Tries"]
+__all__ = ["Tried", "Tries"]
 
 log = structlog.get_logger()
 EXCUSE_SECONDS: Final = 1.0
 
 
+class Tried(NamedTuple):
+    """How often a request has been begun, and the stream sequence of what says so (0: nothing does)."""
+
+    begun: int
+    seq: int
+
+
 class Tries:
     """Counts beside the look-up records. A first delivery is not written down: a request that comes again was begun
     once, unless somebody has written otherwise.
+
+    Who has begun a request last is the only one who may answer the queue for it: see `finish`. The queue itself takes
+    the answer of anybody to whom it has ever given the request.
     """
 
     def __init__(self, broker: Broker) -> None:
         self._broker = broker
 
-    async def begun(self, address: Address, delivery: int) -> int:
+    async def before(self, address: Address, delivery: int) -> Tried:
         """Return how often the request has been begun before its delivery of this number (1, 2 …).
 
         Raises:
             BrokerUnavailable: the bucket does not answer.
         """
         if delivery == 1:
-            return 0
+            return Tried(0, 0)
         stored = await self._broker.last(bucket_stream(BUCKET), _subject(address))
-        return int(stored.data) if stored is not None and stored.data.isdigit() else 1
+        if stored is None:
+            return Tried(1, 0)
+        return Tried(int(stored.data) if stored.data.isdigit() else 1, stored.seq)
 
-    async def begin(self, address: Address, delivery: int, begun: int) -> None:
-        """Count a delivery as begun; ``begun`` is the count before.
+    async def begin(self, address: Address, delivery: int, before: Tried) -> Tried:
+        """Count a delivery as begun.
 
         Raises:
             BrokerUnavailable: the bucket does not take it.
         """
-        if delivery > 1:
-            await self._write(address, begun + 1)
+        if delivery == 1:
+            return Tried(1, 0)
+        return Tried(before.begun + 1, await self._write(address, before.begun + 1))
 
-    async def excuse(self, address: Address, begun: int) -> None:
-        """Let a delivery not count after all, if the bucket takes that in a moment."""
+    async def finish(self, address: Address, tried: Tried) -> None:
+        """Close the request to whoever holds an earlier delivery of it.
+
+        A write under a condition and no question: a node that leads no longer may answer a question as if it did.
+
+        Raises:
+            GiveUp: another producer has begun it since ``tried``; it has the last word.
+            BrokerUnavailable: the bucket does not take it.
+        """
+        if await self._write(address, tried.begun, tried.seq) is None:
+            raise GiveUp(f"another producer has begun {address.generation} meanwhile")
+
+    async def excuse(self, address: Address, before: Tried, now: Tried) -> None:
+        """Let a delivery not count after all, if the bucket takes that in a moment and nobody has begun it since."""
         try:
             async with asyncio.timeout(EXCUSE_SECONDS):
-                await self._write(address, begun)
+                await self._write(address, before.begun, now.seq)
         except (BrokerUnavailable, TimeoutError) as error:
             log.warning(
                 "delivery counts although it was not at fault", generation=address.generation, detail=str(error)
             )
 
-    async def _write(self, address: Address, begun: int) -> None:
+    @overload
+    async def _write(self, address: Address, begun: int) -> int: ...
+    @overload
+    async def _write(self, address: Address, begun: int, after: int) -> int | None: ...
+    async def _write(self, address: Address, begun: int, after: int | None = None) -> int | None:
+        """Write a count, and return its stream sequence; ``after``: only behind that one, else ``None``."""
+        headers = None if after is None else {"Nats-Expected-Last-Subject-Sequence": str(after)}
         try:
-            await self._broker.publish_stored(_subject(address), b"%d" % begun)
+            return await self._broker.publish_stored(_subject(address), b"%d" % begun, headers=headers)
         except APIError as error:
+            if error.err_code in WRONG_LAST_SEQUENCE:
+                return None
             raise BrokerUnavailable(f"the bucket refuses: {error.description}") from error
 
 

@@ -90,8 +90,8 @@ class Relay:
         elif self._asking is not None:
             self._asking.check(now)
 
-    async def run(self) -> None:
-        """Bring the generation to its terminal, or leave it to whoever owns it now.
+    async def run(self) -> bool:
+        """Bring the generation to its terminal, or leave it to whoever owns it now; tell whether there was any need.
 
         Raises:
             TryAgain: the request must be delivered again.
@@ -100,9 +100,9 @@ class Relay:
         for _ in range(_TAKEOVER_TRIES):
             begun = await self._read_log()
             try:
-                await self._proceed(begun)
+                needed = await self._proceed(begun)
                 self.ended = True
-                return
+                return needed
             except LogRefused as error:
                 log.info("generation has grown meanwhile", generation=self.request.generation, detail=str(error))
         raise TryAgain(f"generation {self.request.generation} keeps changing under a takeover")
@@ -155,10 +155,10 @@ class Relay:
             raise TryAgain(f"the log of {subject} ends at {begun.last_seq} and not at {last.seq} on this replica")
         return begun
 
-    async def _proceed(self, begun: Begun) -> None:
+    async def _proceed(self, begun: Begun) -> bool:
         decision = decide(begun, may_restart=self.request.on_producer_loss == "restart")
         if decision == "done":
-            return
+            return False
         epoch = max(self._attempt, begun.position.epoch + (decision != "run"))
         writer = self._outside.publisher.writer(token_subject(self.address), self._lease)
         try:
@@ -175,6 +175,7 @@ class Relay:
         finally:
             writer.close()
         self._look_up_usage()
+        return True
 
     def _look_up_usage(self) -> None:
         """Ask afterwards what an answer used that did not come to its end, where its provider offers that."""

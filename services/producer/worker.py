@@ -1,9 +1,11 @@
 """Takes requests from the work queue, a bounded number at a time, and keeps their leases."""
 
 import asyncio
+from contextlib import suppress
 from typing import Any, Final
 
 import msgspec
+import nats.errors
 import structlog
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
@@ -168,8 +170,8 @@ class Worker:
                 await self._bury(msg, "max_deliver")
                 return None
             now = await self._tries.begin(relay.address, attempt, before)
-            await relay.run()
-            await self._tries.finish(relay.address, now)
+            if await relay.run():
+                await self._tries.finish(relay.address, now)
         except HandBack:
             await self._excuse(relay, before, now)
             return b"-NAK"
@@ -197,8 +199,8 @@ class Worker:
         async def end() -> None:
             await asyncio.sleep(LINGER_SECONDS)
             del self._lingering[subscription]
-            if not self._broker.client.is_closed:
-                await subscription.unsubscribe()
+            with suppress(nats.errors.Error):  # a connection that is away keeps nobody waiting
+                await subscription.drain()
 
         self._lingering[subscription] = asyncio.create_task(end())
 

@@ -14,6 +14,7 @@ from services.delivery import metrics
 from services.delivery.accounts import Accounts
 from services.delivery.connections import Connections, End
 from services.delivery.core.entries import Entry
+from services.delivery.core.granularity import Place
 from services.delivery.errors import TooBusy
 from services.delivery.feed import Feed
 from services.delivery.log_reader import LogReader
@@ -195,7 +196,7 @@ class Hub:
             if ended:
                 return True
             if not subscriber.done.done() and subscriber.seq < floor:
-                subscriber.seq, subscriber.offset = floor, 0
+                subscriber.place = Place(floor)
                 subscriber.accounted = floor
         return False
 
@@ -290,8 +291,8 @@ class Hub:
                 subscriber.finish("evicted")
         elif now > subscriber.until:
             subscriber.finish(subscriber.until_reason)
-        elif now - subscriber.sent_at > self.limits.heartbeat and not subscriber.done.done():
-            subscriber.sent_at = now
+        elif now - subscriber.stand.at > self.limits.heartbeat and not subscriber.done.done():
+            subscriber.touch(now)
             heartbeat = subscriber.format.heartbeat()
             if heartbeat is not None:
                 subscriber.start(heartbeat)

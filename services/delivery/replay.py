@@ -40,7 +40,7 @@ class _Piece:
         if self.frames:
             subscriber.count(self._events, self._size)  # first: what the client answers may grant more at once
             await subscriber.send(subscriber.format.message(self.frames, ends=ends))
-        subscriber.seq, subscriber.offset = place
+        subscriber.place = place
         self.frames, self._events, self._size = [], 0, 0
         if not ends:
             await subscriber.has_room()

@@ -12,11 +12,26 @@ from services.delivery.core.granularity import TOKEN, Grain, Place
 __all__ = ["Send", "Stand", "Subscriber"]
 
 Send = Callable[[Any], Awaitable[None]]
-Stand = tuple[Format, str | None, int]
-"""What decides which chunk a subscriber gets: its format, the generation that it wants, its index."""
+"""Takes a message. It may have ``offer`` beside it: a plain function that takes one too, or says that it cannot now."""
 
 MET: Final = 256
 """Bound of generations that a subscriber is remembered to have met; beyond it it is counted again."""
+
+
+class Stand:
+    """How far a subscriber has been served; those that were sent the same share one.
+
+    ``index``: the next entry of the feed's tail; ``seq``: the stream sequence up to which it was served, and ``offset``
+    the characters of the event behind it; ``at``: when it was last sent something (event-loop time).
+    """
+
+    __slots__ = ("at", "index", "offset", "seq")
+
+    def __init__(self, index: int, seq: int, offset: int, at: float) -> None:
+        self.index = index
+        self.seq = seq
+        self.offset = offset
+        self.at = at
 
 
 class _Rest:
@@ -45,13 +60,12 @@ class _Rest:
 class Subscriber:
     """A client reading a session (``generation`` is None) or one generation.
 
-    ``index`` is the next entry of the feed's tail that it is to get; ``seq`` the stream sequence up to which it has
-    been served. ``done`` resolves with the reason when its stream ends; ``until`` and ``until_reason`` say when it ends
-    at the latest (monotonic seconds), and why. A write that has to wait becomes a task; meanwhile the subscriber only
-    falls behind and later gets everything that it missed in few writes.
+    ``stand`` says how far it has been served. It is ``quick`` while nothing about it needs a closer look: it stands in
+    a view, no write waits, and it takes whatever comes. ``done`` resolves with the reason when its stream ends;
+    ``until`` and ``until_reason`` say when it ends at the latest (monotonic seconds), and why. A write that has to wait
+    becomes a task; meanwhile the subscriber only falls behind and later gets everything that it missed in few writes.
 
-    ``grain``: in which pieces it is shown text; ``offset``: how many characters of the event behind ``seq`` it has;
-    ``joining``: it may stand in the middle of the entry at ``index``.
+    ``grain``: in which pieces it is shown text; ``joining``: it may stand in the middle of the entry at its index.
 
     ``room`` and ``space``: how many events and bytes it may be sent, where the client grants them; the last event may
     go beyond ``space``.
@@ -60,26 +74,24 @@ class Subscriber:
     __slots__ = (
         "_after",
         "_blocked",
+        "_joined",
+        "_joining",
         "_loop",
         "_roomy",
         "_send",
         "_wake",
         "accounted",
         "blocked_at",
-        "delivered",
         "done",
         "format",
         "generation",
         "grain",
-        "index",
-        "joined",
-        "joining",
         "met",
-        "offset",
+        "offer",
+        "quick",
         "room",
-        "sent_at",
-        "seq",
         "space",
+        "stand",
         "until",
         "until_reason",
     )
@@ -90,19 +102,17 @@ class Subscriber:
         self._loop = loop = asyncio.get_running_loop()
         self.format = format_
         self.generation = generation
-        self.index = 0
-        self.seq = seq
-        self.offset = offset
+        self.stand = Stand(0, seq, offset, loop.time())
+        self.quick = False
+        self.offer: Callable[[Any], bool] | None = getattr(send, "offer", None)
         self.grain = grain
-        self.joined = False
-        self.joining = False
+        self._joined = False
+        self._joining = False
         self.done: asyncio.Future[str] = loop.create_future()
-        self.sent_at = loop.time()
         self.until = float("inf")
         self.until_reason = "lifetime"
         self.room = UNLIMITED
         self.space = UNLIMITED
-        self.delivered = 0
         self.accounted = seq  # up to where it has been counted for billing
         self.met: set[str] | None = None  # the generations of which it was counted among the subscribers
         self._send = send
@@ -118,9 +128,67 @@ class Subscriber:
         return self._blocked is None and self.room > 0 and self.space > 0 and not self.done.done()
 
     @property
+    def joined(self) -> bool:
+        """Whether it stands in a view."""
+        return self._joined
+
+    @joined.setter
+    def joined(self, joined: bool) -> None:
+        self._joined = joined
+        self._look()
+
+    @property
+    def joining(self) -> bool:
+        """Whether it may stand in the middle of the entry at its index."""
+        return self._joining
+
+    @joining.setter
+    def joining(self, joining: bool) -> None:
+        self._joining = joining
+        self._look()
+
+    @property
+    def index(self) -> int:
+        """The next entry of the feed's tail that it is to get."""
+        return self.stand.index
+
+    @index.setter
+    def index(self, index: int) -> None:
+        self.stand = Stand(index, self.stand.seq, self.stand.offset, self.stand.at)
+
+    @property
+    def seq(self) -> int:
+        """The stream sequence up to which it has been served."""
+        return self.stand.seq
+
+    @property
+    def offset(self) -> int:
+        """How many characters of the event behind `seq` it has been served."""
+        return self.stand.offset
+
+    @property
     def place(self) -> Place:
         """What it has been served."""
-        return Place(self.seq, self.offset)
+        return Place(self.stand.seq, self.stand.offset)
+
+    @place.setter
+    def place(self, place: Place) -> None:
+        self.stand = Stand(self.stand.index, place.seq, place.offset, self.stand.at)
+
+    def touch(self, now: float) -> None:
+        """Note that it is sent something beside the events."""
+        self.stand = Stand(self.stand.index, self.stand.seq, self.stand.offset, now)
+
+    def _look(self) -> None:
+        """Find out whether anything needs a closer look."""
+        self.quick = (
+            self._joined
+            and not self._joining
+            and self._blocked is None
+            and self.room == UNLIMITED
+            and self.space == UNLIMITED
+            and not self.done.done()
+        )
 
     def meets(self, generation: str) -> bool:
         """Tell whether it is counted for this generation for the first time."""
@@ -139,39 +207,28 @@ class Subscriber:
         """Call ``wake`` whenever a write that had to wait is through."""
         self._wake = wake
 
-    def deliver(self, chunk: Chunk) -> None:
-        """Start to write a chunk; it is through at once unless the client's buffers are full."""
-        self.index = chunk.stop
-        if chunk.last_seq:
-            self.seq, self.offset = chunk.last_seq, chunk.offset
+    def deliver(self, chunk: Chunk, stand: Stand | None = None) -> None:
+        """Start to write a chunk; it is through at once unless the client's buffers are full.
+
+        ``stand``: of somebody who has just got the same.
+        """
+        self.stand = stand or self.behind(chunk)
         if chunk.count:
             self.count(chunk.count, chunk.size)
             self.start(chunk.message)
         if chunk.ends:
             self.finish("terminal")
 
-    def pass_on(self, chunk: Chunk, stand: Stand, now: float) -> bool:
-        """Deliver a chunk that another one at ``stand`` has just got, unless this one needs a closer look.
-
-        It must hold events, and not end the stream. The caller counts them among those delivered by the process.
-        """
-        format_, generation, index = stand
-        if self.index != index or self.format is not format_ or self.generation != generation:
-            return False
-        if self._blocked is not None or self.joining or self.done.done():
-            return False
-        if self.room != UNLIMITED or self.space != UNLIMITED:
-            return False
-        self.index, self.seq, self.offset = chunk.stop, chunk.last_seq, chunk.offset
-        self.sent_at = now
-        self.delivered += chunk.count
-        self.start(chunk.message)
-        return True
+    def behind(self, chunk: Chunk) -> Stand:
+        """Return where it stands when it has got a chunk."""
+        before, now = self.stand, self._loop.time()
+        if chunk.last_seq:
+            return Stand(chunk.stop, chunk.last_seq, chunk.offset, now)
+        return Stand(chunk.stop, before.seq, before.offset, now)
 
     def count(self, events: int, size: int) -> None:
         """Note what was sent: it takes from what the client has granted."""
         metrics.EVENTS_OUT.inc(events)
-        self.delivered += events
         if self.room != UNLIMITED:
             self.room -= events
         if self.space != UNLIMITED:
@@ -180,6 +237,7 @@ class Subscriber:
     def limit(self, room: int, space: int) -> None:
         """Set what may be sent from now on, in events and bytes; serve it if it waited for that."""
         self.room, self.space = room, space
+        self._look()
         if self._roomy is not None:
             self._roomy.set()
         if self.ready and self.joined and self._wake is not None:
@@ -199,6 +257,9 @@ class Subscriber:
 
     def start(self, message: Any) -> None:
         """Start to send a message. Must not be called while another one waits."""
+        offer = self.offer
+        if offer is not None and offer(message):
+            return
         try:
             steps = iter(self._send(message).__await__())
             future = next(steps)
@@ -210,6 +271,7 @@ class Subscriber:
         metrics.BLOCKED.inc()
         self.blocked_at = self._loop.time()
         self._blocked = self._loop.create_task(self._wait(_Rest(steps, future)))
+        self.quick = False
 
     async def send(self, message: Any) -> None:
         """Send a message and wait until it is through or the stream is to end: for catching up."""
@@ -220,6 +282,7 @@ class Subscriber:
 
     def finish(self, reason: str) -> None:
         """End the stream; the first reason holds, except that having fallen behind is no end."""
+        self.quick = False
         if not self.done.done():
             self.done.set_result(reason)
         elif not self.done.cancelled() and self.done.result() == "behind" and self._after is None:
@@ -231,6 +294,7 @@ class Subscriber:
             self.done = self._loop.create_future()
             if self._after is not None:
                 self.done.set_result(self._after)
+            self._look()
 
     async def close(self) -> None:
         """Give up a write that still waits."""
@@ -252,5 +316,6 @@ class Subscriber:
         finally:
             self._blocked = None
             self.blocked_at = None
+            self._look()
         if self._wake is not None and not self.done.done():
             self._wake(self)

@@ -56,39 +56,44 @@ class View:
         """Write to every subscriber that is ready: one chunk for all that stand at the same index. Return how many."""
         self.follow(now)
         end = self.tail.end
-        chunks: dict[Stand, Chunk] = {}
-        usual: tuple[Chunk, Stand] | None = None  # what the one before got: most stand at the same place
-        writes = events = 0
+        chunks: dict[tuple[Format, str | None, int, int, int], tuple[Chunk, Stand]] = {}
+        usual = moved = None  # where most stand, and will when they have got what the one before got
+        message: object = None
+        writes = quick = count = 0
         for subscriber in tuple(self.subscribers):
-            if usual is not None and subscriber.pass_on(*usual, now):
-                writes += 1
-                events += usual[0].count
+            if subscriber.stand is usual and subscriber.quick and moved is not None:
+                subscriber.stand = moved
+                offer = subscriber.offer
+                if offer is None or not offer(message):
+                    subscriber.start(message)
+                quick += 1
                 continue
-            if subscriber.index >= end or not subscriber.ready:
+            stand = subscriber.stand
+            if stand.index >= end or not subscriber.ready:
                 continue
-            if subscriber.index < self.tail.base:
+            if stand.index < self.tail.base:
                 subscriber.finish("behind")
                 continue
-            key = (subscriber.format, subscriber.generation, subscriber.index)
-            chunk = chunks.get(key)
-            if chunk is None:
-                chunk = chunks[key] = self._framed(subscriber).chunk(
-                    subscriber.index, subscriber.generation, WRITE_BYTES
-                )
+            key = (subscriber.format, subscriber.generation, stand.index, stand.seq, stand.offset)
+            known = chunks.get(key)
+            if known is None:
+                chunk = self._framed(subscriber).chunk(stand.index, subscriber.generation, WRITE_BYTES)
+                known = chunks[key] = chunk, subscriber.behind(chunk)
+            chunk, behind = known
+            writes += 1
             if chunk.count > subscriber.room or chunk.size > subscriber.space or subscriber.joining:
                 self.serve(subscriber)
-                writes += 1
                 continue
-            subscriber.sent_at = now
-            subscriber.deliver(chunk)
-            writes += 1
-            if subscriber.index < end:
+            subscriber.deliver(chunk, behind)
+            if behind.index < end:
                 self.serve(subscriber)
             elif chunk.count and not chunk.ends:
-                usual = chunk, key
-        if events:
-            metrics.EVENTS_OUT.inc(events)
-        return writes
+                if usual is not None:
+                    metrics.EVENTS_OUT.inc(quick * count)
+                    writes, quick = writes + quick, 0
+                usual, moved, message, count = stand, behind, chunk.message, chunk.count
+        metrics.EVENTS_OUT.inc(quick * count)
+        return writes + quick
 
     def serve(self, subscriber: Subscriber) -> None:
         """Write to one subscriber what it has missed, until it is up to date or has to wait."""

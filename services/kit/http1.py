@@ -1,4 +1,4 @@
-"""HTTP/1.1 and WebSockets: uvicorn's protocols, with bounded heads, and with answers framed once for all who get them."""
+"""HTTP/1.1 and WebSockets: uvicorn's protocols, with bounded heads, and answers framed once for all who get them."""
 
 import asyncio
 import time
@@ -8,7 +8,6 @@ from typing import Any, Final
 
 import structlog
 from uvicorn import Config
-from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
@@ -134,17 +133,30 @@ _FRAMES: Final = _Framing(_frame)
 
 
 class _Sender:
-    """The ``send`` of an answer: streams take the short way, everything else uvicorn's."""
+    """The ``send`` of an answer. The pieces of a stream take a short way, everything else uvicorn's.
 
-    __slots__ = ("_cycle", "_flow", "_transport", "_until_closed")
+    ``is_open``: a stream is under way, and its client reads.
+    """
+
+    __slots__ = ("_cycle", "_until_closed", "_write", "is_open")
 
     def __init__(self, cycle: RequestResponseCycle) -> None:
         self._cycle = cycle
-        self._flow: FlowControl = cycle.flow
-        self._transport = cycle.transport
+        self._write = cycle.transport.write
         self._until_closed = False
+        self.is_open = False
 
-    async def send(self, message: Any) -> None:
+    def offer(self, message: Any) -> bool:
+        """Take a piece of a stream that is not its last one; tell whether it could be taken without waiting.
+
+        The same message object must mean the same piece for all streams.
+        """
+        if self.is_open:
+            self._write(_CHUNKS.of(message))
+            return True
+        return False
+
+    async def __call__(self, message: Any) -> None:
         """Take an ASGI message; wait while the client does not read.
 
         Raises:
@@ -152,12 +164,14 @@ class _Sender:
         """
         cycle = self._cycle
         if cycle.chunked_encoding and message.get("more_body") and message.get("body"):
-            if self._flow.write_paused:
-                await self._flow.drain()
+            if cycle.flow.write_paused:
+                await cycle.flow.drain()
             if cycle.disconnected:
                 raise ConnectionResetError("the client is gone")
-            self._transport.write(_CHUNKS.of(message))
+            self._write(_CHUNKS.of(message))
+            self.is_open = not cycle.flow.write_paused
             return
+        self.is_open = False
         if cycle.scope["http_version"] == "1.0":
             self._frame_for_http_1_0(message)
         await cycle.send(message)
@@ -183,6 +197,7 @@ class _Connection(HttpToolsProtocol):
         self._head = 0  # bytes of line and headers
         self._too_large = False
         self._answering: RequestResponseCycle | None = None
+        self._sender: _Sender | None = None
         self._deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
@@ -200,7 +215,17 @@ class _Connection(HttpToolsProtocol):
             cycle.message_event.set()
         self.pipeline.clear()
         self._answering = None
+        self._shut()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        self._shut()
+        super().pause_writing()
+
+    def _shut(self) -> None:
+        """Let no piece of a stream pass without a look."""
+        if self._sender is not None:
+            self._sender.is_open = False
 
     def data_received(self, data: bytes) -> None:
         if self._begun is not None:
@@ -299,8 +324,9 @@ class _Connection(HttpToolsProtocol):
         self.tasks.add(task)
 
     async def _answer(self, cycle: RequestResponseCycle, app: Any) -> None:
+        sender = self._sender = _Sender(cycle)
         try:
-            await app(cycle.scope, cycle.receive, _Sender(cycle).send)
+            await app(cycle.scope, cycle.receive, sender)
         except OSError:
             pass  # the client is gone
         except Exception:
@@ -308,6 +334,7 @@ class _Connection(HttpToolsProtocol):
             if not cycle.response_started:
                 await send_problem(cycle.send, _FAILED)
         finally:
+            sender.is_open = False
             cycle.on_response = _nothing
             if not cycle.response_complete:
                 self.transport.abort()  # the client must not take what it has for the whole

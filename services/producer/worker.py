@@ -200,7 +200,7 @@ class Worker:
             await asyncio.sleep(LINGER_SECONDS)
             del self._lingering[subscription]
             with suppress(nats.errors.Error):  # a connection that is away keeps nobody waiting
-                await subscription.drain()
+                await subscription.drain()  # type: ignore[no-untyped-call]  # nats-py has no annotation for it
 
         self._lingering[subscription] = asyncio.create_task(end())
 

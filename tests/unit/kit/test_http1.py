@@ -1,0 +1,327 @@
+"""HTTP/1.1 as bytes on a connection: heads, pipelines, old clients, garbage, and clients that stop reading."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from services.kit import http1
+from services.kit.http import HEAD_BYTES, serving
+from tests.conftest import eventually, free_port
+
+GET = b"GET /%b HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+class Echo:
+    """Answers with the path; below ``/stream`` with pieces that `pieces` yields, below ``/wait`` when told to."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.disconnected: list[str] = []
+        self.go_on = asyncio.Event()
+        self.pieces: list[dict[str, Any]] = []
+        self.sent = 0
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        path = scope["path"]
+        self.asked.append(path)
+        if path.startswith("/fail"):
+            raise RuntimeError("a fault of the application")
+        if path.startswith("/length"):
+            headers = [(b"content-length", b"4")]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.body", "body": b"four"})
+            return
+        watch = asyncio.create_task(self._watch(path, receive))
+        try:
+            if path.startswith("/wait"):
+                await self.go_on.wait()
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            if path.startswith("/cut"):
+                await send({"type": "http.response.body", "body": b"some", "more_body": True})
+                return
+            for piece in self.pieces:
+                await send(piece)
+                self.sent += 1
+            await send({"type": "http.response.body", "body": path.encode(), "more_body": False})
+        finally:
+            watch.cancel()
+
+    async def _watch(self, path: str, receive: Any) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.disconnected.append(path)
+
+
+class Wire:
+    """One connection as bytes."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+
+    def say(self, data: bytes) -> None:
+        self.writer.write(data)
+
+    async def until(self, end: bytes) -> bytes:
+        async with asyncio.timeout(20):
+            return await self.reader.readuntil(end)
+
+    async def rest(self) -> bytes:
+        async with asyncio.timeout(20):
+            return await self.reader.read()
+
+
+Dial = Callable[[], Awaitable[Wire]]
+
+
+@asynccontextmanager
+async def echoing(app: Any, **options: Any) -> AsyncIterator[Dial]:
+    port = free_port()
+    wires: list[Wire] = []
+
+    async def dial() -> Wire:
+        wires.append(Wire(*await asyncio.open_connection("127.0.0.1", port)))
+        return wires[-1]
+
+    async with serving(app, "127.0.0.1", port, grace=2, **options):
+        try:
+            yield dial
+        finally:
+            for wire in wires:
+                wire.writer.close()
+
+
+def pieces(*bodies: bytes) -> list[dict[str, Any]]:
+    return [{"type": "http.response.body", "body": body, "more_body": True} for body in bodies]
+
+
+async def test_pipelined_requests_are_answered_in_their_order() -> None:
+    async with echoing(echo := Echo()) as dial:
+        wire = await dial()
+        wire.say(GET % b"wait" + GET % b"b" + GET % b"c")
+        await eventually(lambda: echo.asked == ["/wait"])
+        echo.go_on.set()
+        for path in (b"/wait", b"/b", b"/c"):
+            assert (await wire.until(b"0\r\n\r\n")).endswith(b"\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(path), path))
+
+
+async def test_who_leaves_with_requests_behind_the_one_that_runs_is_noticed() -> None:
+    async with echoing(echo := Echo()) as dial:
+        wire = await dial()
+        wire.say(GET % b"wait" + GET % b"b")
+        await eventually(lambda: echo.asked == ["/wait"])
+        wire.writer.close()
+        await eventually(lambda: echo.disconnected == ["/wait"])
+        echo.go_on.set()
+    assert echo.asked == ["/wait"]
+
+
+async def test_more_requests_than_may_wait_for_their_answers_end_the_connection() -> None:
+    async with echoing(echo := Echo()) as dial:
+        wire = await dial()
+        wire.say(GET % b"wait" * (http1.PIPELINED + 2))
+        assert await wire.rest() == b""
+        await eventually(lambda: echo.disconnected == ["/wait"])
+
+
+@pytest.mark.parametrize(("path", "head", "body"), [(b"x", b"", b"/x"), (b"length", b"content-length: 4", b"four")])
+async def test_a_client_of_http_1_0_gets_no_chunks(path: bytes, head: bytes, body: bytes) -> None:
+    echo = Echo()
+    echo.pieces = [] if head else pieces(b"one ", b"two ")
+    async with echoing(echo) as dial:
+        wire = await dial()
+        wire.say(b"GET /%b HTTP/1.0\r\n\r\n" % path)
+        answer_head, _, answer = (await wire.rest()).partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in answer_head.lower()
+    assert head in answer_head
+    assert answer == (b"" if head else b"one two ") + body
+
+
+async def test_chunks_are_those_of_the_stream_and_end_with_it() -> None:
+    echo = Echo()
+    shared = pieces(b"data: 1\n\n" * 3)[0]
+    echo.pieces = [shared, shared, *pieces(b"", b"x" * 20)]
+    async with echoing(echo) as dial:
+        wire = await dial()
+        wire.say(GET % b"s")
+        _, _, answer = (await wire.until(b"\r\n0\r\n\r\n")).partition(b"\r\n\r\n")
+    chunk = b"1b\r\n" + b"data: 1\n\n" * 3 + b"\r\n"
+    assert answer == chunk * 2 + b"14\r\n" + b"x" * 20 + b"\r\n2\r\n/s\r\n0\r\n\r\n"
+
+
+async def test_an_answer_that_breaks_off_is_not_taken_for_a_whole_one() -> None:
+    async with echoing(Echo()) as dial:
+        wire = await dial()
+        wire.say(GET % b"cut")
+        assert (await wire.rest()).endswith(b"4\r\nsome\r\n")
+
+
+async def test_a_fault_of_the_application_is_answered_with_problem_details() -> None:
+    async with echoing(Echo()) as dial:
+        wire = await dial()
+        wire.say(GET % b"fail")
+        head, _, body = (await wire.rest()).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 500 ")
+    assert json.loads(body)["type"] == "urn:tailrace:problem:internal"
+    assert b"fault of the application" not in body
+
+
+@pytest.mark.parametrize(
+    ("said", "status"),
+    [
+        (b"this is no request at all\r\n\r\n", 400),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
+        (b"GET / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
+        (b"GET /" + b"x" * HEAD_BYTES + b" HTTP/1.1\r\n\r\n", 431),
+        (b"GET / HTTP/1.1\r\nX: " + b"x" * HEAD_BYTES, 431),
+        (b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * HEAD_BYTES, 431),
+    ],
+    ids=["words", "tls", "smuggled", "address", "header without end", "headers"],
+)
+async def test_what_is_no_request_is_refused_with_problem_details(said: bytes, status: int) -> None:
+    async with echoing(echo := Echo()) as dial:
+        wire = await dial()
+        wire.say(said)
+        head, _, body = (await wire.until(b"}")).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d " % status)
+    assert b"content-type: application/problem+json" in head
+    assert json.loads(body)["status"] == status
+    assert echo.asked == []
+
+
+async def test_trailers_without_end_are_cut_off() -> None:
+    async with echoing(echo := Echo()) as dial:
+        wire = await dial()
+        wire.say(b"POST /wait HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nX: ")
+        await eventually(lambda: echo.asked == ["/wait"])
+        with pytest.raises(ConnectionError):
+            for _ in range(1_000):
+                wire.say(b"x" * HEAD_BYTES)
+                await wire.writer.drain()
+                await asyncio.sleep(0.01)
+        await eventually(lambda: echo.disconnected == ["/wait"])
+
+
+async def test_garbage_behind_a_request_is_never_mixed_into_its_answer() -> None:
+    async with echoing(echo := Echo()) as dial:
+        wire = await dial()
+        wire.say(GET % b"wait")
+        await eventually(lambda: echo.asked == ["/wait"])
+        wire.say(b"!!!\r\n\r\n")
+        assert await wire.rest() == b""
+        await eventually(lambda: echo.disconnected == ["/wait"])
+
+
+async def test_who_is_beyond_the_bound_is_told_to_come_again() -> None:
+    async with echoing(echo := Echo(), connections=1) as dial:
+        first, second = await dial(), await dial()
+        first.say(GET % b"wait")
+        await eventually(lambda: echo.asked == ["/wait"])
+        second.say(GET % b"x")
+        head, _, body = (await second.rest()).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 503 ")
+        assert b"retry-after: 1" in head
+        assert json.loads(body)["detail"] == "too many requests are under way"
+        echo.go_on.set()
+        await first.until(b"0\r\n\r\n")
+        third = await dial()
+        third.say(GET % b"x")
+        assert b"200 OK" in await third.until(b"0\r\n\r\n")
+
+
+@pytest.mark.parametrize("said", [b"", b"P", b"PRI * HT", b"GET / HTTP/1.1\r\nX-Slow: ", b"\r\n"])
+async def test_who_says_too_little_is_cut_off(said: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http1, "HEAD_SECONDS", 0.3)
+    async with echoing(Echo()) as dial:
+        wire = await dial()
+        wire.say(said)
+        if said.startswith(b"PRI"):  # HTTP/2 has begun: what stands behind it has a limit of its own
+            wire.writer.write_eof()
+        assert await wire.rest() == b""
+
+
+async def test_a_connection_that_is_used_again_is_not_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http1, "HEAD_SECONDS", 0.3)
+    async with echoing(Echo()) as dial:
+        wire = await dial()
+        for _ in range(3):
+            wire.say(GET % b"x")
+            await wire.until(b"0\r\n\r\n")
+            await asyncio.sleep(0.4)
+
+
+async def test_a_client_that_reads_nothing_makes_the_stream_wait() -> None:
+    echo = Echo()
+    echo.pieces = pieces(*[b"x" * 100_000] * 200)
+    async with echoing(echo) as dial:
+        wire = await dial()
+        wire.say(GET % b"s")
+        stood = -1
+
+        async def stands() -> bool:
+            nonlocal stood
+            stood, before = echo.sent, stood
+            return 0 < echo.sent == before
+
+        await eventually(stands, interval=0.3)
+        assert echo.sent < 150
+        async with asyncio.timeout(20):
+            received = 0
+            while echo.sent < 200:
+                received += len(await wire.reader.read(1_000_000))
+        assert received > 10_000_000
+
+
+async def test_an_offer_is_taken_only_while_the_client_reads() -> None:
+    taken: list[bool] = []
+    go_on, done = asyncio.Event(), asyncio.Event()
+    piece = pieces(b"x" * 100_000)[0]
+
+    async def app(_scope: Any, _receive: Any, send: Any) -> None:
+        taken.append(send.offer(piece))  # before the answer has begun
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        taken.append(send.offer(piece))
+        await send(piece)
+        while send.offer(piece):
+            if len(taken) > 1_000:
+                break
+            taken.append(True)
+            await asyncio.sleep(0)
+        taken.append(send.offer(piece))
+        await go_on.wait()
+        await send(piece)
+        taken.append(send.offer(piece))
+        await send({"type": "http.response.body", "body": b"end", "more_body": False})
+        taken.append(send.offer(piece))
+        done.set()
+
+    async with echoing(app) as dial:
+        wire = await dial()
+        wire.say(GET % b"s")
+        await eventually(lambda: taken[-1:] == [False] and len(taken) > 3)
+        before = len(taken)
+        assert taken[:2] == [False, False]
+        assert all(taken[2:-1])
+        go_on.set()
+        received = 0
+        async with asyncio.timeout(20):
+            while not done.is_set():
+                received += len(await wire.reader.read(1_000_000))
+    assert taken[before:] == [True, False]
+
+
+@pytest.mark.parametrize("size", [0, 5, 125, 126, 65_535, 65_536])
+def test_a_frame_is_as_the_standard_has_it(size: int) -> None:
+    text = http1._frame({"text": "x" * size})
+    assert text == b"\x81" + _length(size) + b"x" * size
+    assert http1._frame({"bytes": b"x" * size}) == b"\x82" + text[1:]
+
+
+def _length(size: int) -> bytes:
+    if size < 126:
+        return bytes([size])
+    return b"\x7e" + size.to_bytes(2, "big") if size < 65_536 else b"\x7f" + size.to_bytes(8, "big")

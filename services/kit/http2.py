@@ -48,6 +48,9 @@ class Http2Server:
         except OSError:
             client.transport.abort()
             return
+        if client.is_lost:
+            server.transport.close()
+            return
         client.join(server)
         server.transport.write(data)
         client.transport.resume_reading()
@@ -77,8 +80,6 @@ class _Way(asyncio.Protocol):
     def join(self, other: "_Way") -> None:
         """Lead to each other."""
         self._other, other._other = other, self
-        if self.is_lost:
-            other.transport.close()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
@@ -87,20 +88,24 @@ class _Way(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.is_lost = True
         self._ways.discard(self)
-        if self._other is not None:
-            self._other.transport.close()
+        if (other := self._there()) is not None:
+            other.transport.close()
 
     def data_received(self, data: bytes) -> None:
-        if self._other is not None:
-            self._other.transport.write(data)
+        if (other := self._there()) is not None:
+            other.transport.write(data)
 
     def pause_writing(self) -> None:
-        if self._other is not None:
-            self._other.transport.pause_reading()
+        if (other := self._there()) is not None:
+            other.transport.pause_reading()
 
     def resume_writing(self) -> None:
-        if self._other is not None and not self._other.is_lost:
-            self._other.transport.resume_reading()
+        if (other := self._there()) is not None:
+            other.transport.resume_reading()
+
+    def _there(self) -> "_Way | None":
+        """Return the other end while it is open."""
+        return None if self._other is None or self._other.is_lost else self._other
 
 
 @asynccontextmanager

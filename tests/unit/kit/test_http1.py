@@ -66,6 +66,12 @@ class Wire:
     def say(self, data: bytes) -> None:
         self.writer.write(data)
 
+    async def flood(self, data: bytes) -> None:
+        for _ in range(1_000):
+            self.writer.write(data)
+            await self.writer.drain()
+            await asyncio.sleep(0.01)
+
     async def until(self, end: bytes) -> bytes:
         async with asyncio.timeout(20):
             return await self.reader.readuntil(end)
@@ -199,10 +205,7 @@ async def test_trailers_without_end_are_cut_off() -> None:
         wire.say(b"POST /wait HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nX: ")
         await eventually(lambda: echo.asked == ["/wait"])
         with pytest.raises(ConnectionError):
-            for _ in range(1_000):
-                wire.say(b"x" * HEAD_BYTES)
-                await wire.writer.drain()
-                await asyncio.sleep(0.01)
+            await wire.flood(b"x" * HEAD_BYTES)
         await eventually(lambda: echo.disconnected == ["/wait"])
 
 

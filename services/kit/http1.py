@@ -24,7 +24,7 @@ IDLE_SECONDS: Final = 75  # longer than proxies keep theirs, so that none sends 
 LINGER_SECONDS: Final = 5.0
 PIPELINED: Final = 32  # requests that wait for the answers before theirs
 MESSAGE_BYTES: Final = 16 * 1024 * 1024
-_PREFACE: Final = b"PRI"  # no method of HTTP/1.1 begins so
+_PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"  # RFC 9113, 3.4
 _CLOSE: Final = {"Connection": "close"}
 _MALFORMED: Final = Problem(
     400, "this is not HTTP/1.1 or HTTP/2 as this server understands it", slug="malformed", headers=_CLOSE

@@ -113,7 +113,7 @@ class _Framing:
 
 def _chunk(message: Any) -> bytes:
     body = message["body"]
-    return b"%x\r\n%b\r\n" % (len(body), body)
+    return b"%x\r\n%b\r\n" % (len(body), body) if body else b""  # an empty chunk would be the end
 
 
 def _frame(message: Any) -> bytes:
@@ -147,11 +147,11 @@ class _Sender:
         self.is_open = False
 
     def offer(self, message: Any) -> bool:
-        """Take a piece of a stream that is not its last one; tell whether it could be taken without waiting.
+        """Take a piece of a stream; tell whether it could be taken at once. The last one never is.
 
         The same message object must mean the same piece for all streams.
         """
-        if self.is_open:
+        if self.is_open and message["more_body"]:
             self._write(_CHUNKS.of(message))
             return True
         return False

@@ -278,6 +278,25 @@ async def test_a_client_that_reads_nothing_makes_the_stream_wait() -> None:
         assert received > 10_000_000
 
 
+async def test_what_is_offered_is_in_its_place_and_ends_nothing() -> None:
+    shared, empty = pieces(b"two", b"")
+    last = {"type": "http.response.body", "body": b"last", "more_body": False}
+    taken = []
+
+    async def app(_scope: Any, _receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send(pieces(b"one")[0])
+        taken.extend([send.offer(shared), send.offer(empty), send.offer(shared), send.offer(last)])
+        await send(last)
+
+    async with echoing(app) as dial:
+        wire = await dial()
+        wire.say(GET % b"s")
+        _, _, answer = (await wire.until(b"\r\n0\r\n\r\n")).partition(b"\r\n\r\n")
+    assert taken == [True, True, True, False]
+    assert answer == b"3\r\none\r\n3\r\ntwo\r\n3\r\ntwo\r\n4\r\nlast\r\n0\r\n\r\n"
+
+
 async def test_an_offer_is_taken_only_while_the_client_reads() -> None:
     taken: list[bool] = []
     go_on, done = asyncio.Event(), asyncio.Event()

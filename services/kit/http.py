@@ -17,6 +17,7 @@ __all__ = ["HEAD_BYTES", "PortTaken", "check_port", "probes", "serving"]
 
 Check = Callable[[], Awaitable[bool]]
 HANDSHAKE_SECONDS: Final = 10.0
+UNSENT_BYTES: Final = 128 * 1024
 
 
 class PortTaken(Exception):
@@ -90,6 +91,8 @@ def _bound(host: str, port: int, *, shared: bool) -> socket.socket:
     bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT if shared else socket.SO_REUSEADDR, 1)
+        # The kernel holds so much for a client that does not read, and not megabytes; connections inherit it.
+        bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
         bound.bind((host, port))
     except OSError as error:
         bound.close()

@@ -38,22 +38,15 @@ class Http2Server:
         way = _Way(self._ways)
         transport.set_protocol(way)
         way.connection_made(transport)
-        task = self._loop.create_task(self._join(way, data))
+        task = self._loop.create_task(self._lead(way, data))
         self._joining.add(task)
         task.add_done_callback(self._joining.discard)
 
-    async def _join(self, client: "_Way", data: bytes) -> None:
+    async def _lead(self, client: "_Way", data: bytes) -> None:
         try:
-            _, server = await self._loop.create_unix_connection(lambda: _Way(self._ways), self._path)
+            await self._loop.create_unix_connection(lambda: _WayIn(self._ways, client, data), self._path)
         except OSError:
             client.transport.abort()
-            return
-        if client.is_lost:
-            server.transport.close()
-            return
-        client.join(server)
-        server.transport.write(data)
-        client.transport.resume_reading()
 
     async def close(self, seconds: float) -> None:
         """Take no more, tell clients so, and wait for open answers so long; then close what is left."""
@@ -73,13 +66,9 @@ class _Way(asyncio.Protocol):
 
     def __init__(self, ways: set["_Way"]) -> None:
         self._ways = ways
-        self._other: _Way | None = None
+        self.other: _Way | None = None
         self.transport: asyncio.Transport = cast(asyncio.Transport, None)  # until it is made
         self.is_lost = False
-
-    def join(self, other: "_Way") -> None:
-        """Lead to each other."""
-        self._other, other._other = other, self
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
@@ -105,7 +94,26 @@ class _Way(asyncio.Protocol):
 
     def _there(self) -> "_Way | None":
         """Return the other end while it is open."""
-        return None if self._other is None or self._other.is_lost else self._other
+        return None if self.other is None or self.other.is_lost else self.other
+
+
+class _WayIn(_Way):
+    """The end at the server, which may speak before it has heard anything: it is joined when it is made."""
+
+    def __init__(self, ways: set[_Way], client: _Way, data: bytes) -> None:
+        super().__init__(ways)
+        self.other = client
+        self._data = data
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        client = self._there()
+        if client is None:
+            self.transport.close()
+            return
+        client.other = self
+        self.transport.write(self._data)
+        client.transport.resume_reading()
 
 
 @asynccontextmanager

@@ -5,11 +5,12 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import httpx
 import pytest
+import uvloop
 from litestar import Litestar, Request, post
 
 from services.kit.http import HEAD_BYTES, PortTaken, probes, serving
@@ -95,15 +96,20 @@ async def test_metrics_are_prometheus_text() -> None:
     assert "# TYPE process_cpu_seconds_total counter" in response.text
 
 
-async def test_cleartext_http2_is_answered_too() -> None:
-    port = free_port()
-    async with serving(app(), "127.0.0.1", port):
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00")
-        async with asyncio.timeout(10):
-            header = await reader.readexactly(9)
-        writer.close()
-    assert header[3] == 0x04, "a SETTINGS frame"
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
+def test_cleartext_http2_is_answered_from_its_first_frame_on(run: Callable[[Any], None]) -> None:
+    async def dial() -> None:
+        port = free_port()
+        async with serving(app(), "127.0.0.1", port):
+            for _ in range(30):
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00")
+                async with asyncio.timeout(10):
+                    header = await reader.readexactly(9)
+                writer.close()
+                assert (header[3], header[4]) == (0x04, 0), "SETTINGS, and not yet the acknowledgement of the client's"
+
+    run(dial())
 
 
 SERVICE = """

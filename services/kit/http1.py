@@ -327,7 +327,7 @@ class _Connection(HttpToolsProtocol):
         sender = self._sender = _Sender(cycle)
         try:
             await app(cycle.scope, cycle.receive, sender)
-        except OSError:
+        except ConnectionError:
             pass  # the client is gone
         except Exception:
             log.exception("request failed", path=cycle.scope.get("path"))

@@ -71,6 +71,21 @@ class RelayClient(Client):
         """Wait for the server, as the library does, and heed a cancellation that comes at the same moment."""
         await _heeding(super().flush(*args, **kwargs))
 
+    async def _flush_pending(self, force_flush: bool = False) -> Any:
+        try:
+            return await super()._flush_pending(force_flush)
+        except RuntimeError:
+            # uvloop says so of a connection that is lost, before the library has noticed: what waits goes out later.
+            if not self._is_lost():
+                raise
+            done = asyncio.get_running_loop().create_future()
+            done.set_result(None)
+            return done
+
+    def _is_lost(self) -> bool:
+        writer = getattr(self._transport, "_io_writer", None)
+        return writer is None or writer.is_closing()
+
     async def _process_pong(self) -> None:
         # Whoever waited may have been cancelled; the library would lose the connection over that.
         if self._pongs and self._pongs[0].done():

@@ -3,6 +3,7 @@
 import asyncio
 
 import pytest
+import uvloop
 from nats.aio.msg import Msg
 
 from schemas.subjects import live_filter
@@ -121,3 +122,30 @@ async def test_a_cancellation_that_comes_with_the_answer_is_heeded(broker: Broke
         done, _ = await asyncio.wait({task}, timeout=2)
         assert done, f"attempt {attempt} goes on"
     await subscription.unsubscribe()
+
+
+def test_what_is_said_while_a_loss_is_not_noticed_yet_goes_out_over_the_next_connection(nats_url: str) -> None:
+    """asyncio's loop says so as an error that the library knows; services run under uvloop."""
+
+    async def lose() -> None:
+        heard: list[bytes] = []
+        async with Broker.connect(nats_url, "test") as broker, Broker.connect(nats_url, "other") as other:
+            await other.listen("t.lost", lambda _s, data, _h: heard.append(data))
+            await other.flush()
+            client = broker.client
+            reading = client._reading_task
+            assert reading is not None
+            reading.cancel()  # so that nobody notices
+            client._transport._io_writer.transport.abort()
+            await asyncio.sleep(0.05)
+            for number in range(3):
+                await broker.publish("t.lost", b"%d" % number)
+                await asyncio.sleep(0.02)
+            assert broker.is_connected
+            await client._process_op_err(ConnectionResetError())
+            await eventually(lambda: broker.is_connected, timeout=20)
+            await broker.publish("t.lost", b"last")
+            await eventually(lambda: heard[-1:] == [b"last"])
+        assert heard[-2:] == [b"2", b"last"], "what came first may have been lost with the connection"
+
+    uvloop.run(lose())

@@ -11,7 +11,7 @@ from nats.js import errors as js_errors
 from schemas.requests import Announcement, GenerationRecord
 from schemas.subjects import generation_key
 from schemas.topology import REGISTRY_BUCKET
-from services.kit.broker import Broker
+from services.kit.broker import Broker, BrokerUnavailable
 
 __all__ = ["Records"]
 
@@ -52,9 +52,16 @@ class Records:
             self._wake.set()
 
     async def announce(self, pool: str, announcement: Announcement) -> None:
-        """Tell delivery which models this pool can call."""
-        bucket = await self._broker.bucket(REGISTRY_BUCKET)
-        await bucket.put(f"pool.{pool}", msgspec.json.encode(announcement))
+        """Tell delivery which models this pool can call.
+
+        Raises:
+            BrokerUnavailable: the bucket does not take it.
+        """
+        try:
+            bucket = await self._broker.bucket(REGISTRY_BUCKET)
+            await bucket.put(f"pool.{pool}", msgspec.json.encode(announcement))
+        except _UNREACHABLE as error:
+            raise BrokerUnavailable(f"the models cannot be announced: {error!r}") from error
 
     async def write(self) -> None:
         """Store what is noted; runs until cancelled."""

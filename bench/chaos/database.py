@@ -27,6 +27,7 @@ def read_database(path: Path) -> Found:
     connection = sqlite3.connect(path, timeout=10)
     try:
         connection.row_factory = sqlite3.Row
+        connection.execute("BEGIN")  # all of it as it was at one moment: billing goes on meanwhile
         applied = {row["partition"]: row["applied"] for row in connection.execute("SELECT * FROM partitions")}
         rows = [dict(row) for row in connection.execute("SELECT * FROM generations")]
         amounts = Amounts(

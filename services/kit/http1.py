@@ -345,6 +345,11 @@ class _Connection(HttpToolsProtocol):
 class _Socket(WebSocketsSansIOProtocol):
     """One WebSocket."""
 
+    def shutdown(self) -> None:
+        if self.handshake_complete:
+            super().shutdown()
+        # Else the application still has to say whether it takes it.
+
     async def send(self, message: Any) -> None:
         if message["type"] != "websocket.send" or not self.handshake_complete or self.close_sent:
             await super().send(message)

@@ -10,6 +10,7 @@ import pytest
 
 from services.kit import http1
 from services.kit.http import HEAD_BYTES, serving
+from services.kit.problem import Problem, send_problem
 from tests.conftest import eventually, free_port
 
 GET = b"GET /%b HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -333,6 +334,30 @@ async def test_an_offer_is_taken_only_while_the_client_reads() -> None:
             while not done.is_set():
                 received += len(await wire.reader.read(1_000_000))
     assert taken[before:] == [True, False]
+
+
+async def test_a_socket_that_waits_to_be_accepted_is_answered_by_the_application_while_the_server_stops() -> None:
+    asked, go_on = asyncio.Event(), asyncio.Event()
+
+    async def app(_scope: Any, receive: Any, send: Any) -> None:
+        assert (await receive())["type"] == "websocket.connect"
+        asked.set()
+        await go_on.wait()
+        await send_problem(send, Problem(503, "this replica is going away"), "websocket.http")
+
+    port = free_port()
+    async with serving(app, "127.0.0.1", port, grace=5):
+        wire = Wire(*await asyncio.open_connection("127.0.0.1", port))
+        wire.say(
+            b"GET /ws HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+        )
+        await asked.wait()
+        asyncio.get_running_loop().call_later(0.2, go_on.set)
+    head, _, body = (await wire.rest()).partition(b"\r\n\r\n")
+    wire.writer.close()
+    assert head.startswith(b"HTTP/1.1 503 ")
+    assert json.loads(body)["detail"] == "this replica is going away"
 
 
 @pytest.mark.parametrize("size", [0, 5, 125, 126, 65_535, 65_536])

@@ -116,7 +116,7 @@ def _processes(evidence: Evidence) -> Iterator[Violation]:
     for record in evidence.exited:
         if not record.asked and record.code != UNAVAILABLE:
             yield Violation("crash", record.process, f"exit code {record.code} by itself: {record.output[-600:]}")
-        untaught = record.code == -signal.SIGTERM and record.age < STARTED
+        untaught = record.code == -signal.SIGTERM and record.age < STARTED * evidence.slowness
         if record.asked and ((record.code != 0 and not untaught) or record.seconds > DRAIN_BOUND * evidence.slowness):
             yield Violation("drain", record.process, f"exit code {record.code} {record.seconds:.1f} s after SIGTERM")
     for memory in evidence.memory:

@@ -101,7 +101,7 @@ async def test_a_flood_of_batch_leaves_room_for_who_waits(broker: Broker) -> Non
         request = ask("i1", params=QUICK)
         await put(broker, [request])
         assert isinstance((await ended_log(broker, request))[-1], Completed)
-        assert len(producer.running) == 9
+        await eventually(lambda: len(producer.running) == 9)
 
 
 async def test_slots_are_never_exceeded_by_both_lanes_and_cancels(broker: Broker) -> None:

@@ -93,7 +93,7 @@ class Client:
                 data = await response.read()
                 if response.status == 202:
                     return msgspec.json.decode(data, type=Accepted)
-                if response.status not in (429, 503):
+                if response.status not in (429, 503) and not self.credentials.has_expired(response.status, data):
                     self.add(Said(watch=-1, event=f"ask {response.status}", data=data.decode()[:500]))
         except AWAY:
             pass

@@ -40,3 +40,7 @@ class Credentials:
             "exp": time.time() + (3_600 if lasting else self.seconds),
         }
         return {"Authorization": f"Bearer {jwt.encode(claims, self._secret, algorithm='HS256')}"}
+
+    def has_expired(self, status: int, body: bytes) -> bool:
+        """Tell whether an answer says that credentials have expired on the way, as they may where a replica froze."""
+        return status == 401 and self.seconds is not None and b"has expired" in body

@@ -113,6 +113,6 @@ class ConsumerWorker:
                 await self._refused(response.status, data)
 
     async def _refused(self, status: int, data: bytes) -> None:
-        if status not in (429, 503):
+        if status not in (429, 503) and not self._client.credentials.has_expired(status, data):
             self._client.add(Said(watch=-2, event=f"consumer {status}", data=data.decode()[:300]))
         raise TimeoutError

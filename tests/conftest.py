@@ -116,7 +116,7 @@ async def empty(broker: Broker) -> None:
     """Delete every stream (and so every consumer and bucket)."""
     for info in await broker.js.streams_info():
         assert info.config.name is not None
-        with suppress(NotFoundError):  # a cluster lists for a moment what was just deleted through another of its servers
+        with suppress(NotFoundError):  # in a cluster, what another server just deleted is listed for a moment
             await broker.js.delete_stream(info.config.name)
 
 

@@ -20,8 +20,8 @@ help: ## Show what can be made
 up: $(RUN) ## Run everything here: broker, services and the page; Ctrl-C stops it
 	@exec $(BIN)/python -m services.standalone.cli up $(if $(CLUSTER),--cluster $(CLUSTER)) $(ARGS)
 
-test: $(DEV) ## Run the tests
-	$(BIN)/python -m pytest $(ARGS)
+test: $(DEV) ## Run the tests, files beside each other
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(DEV) ## Check style, types and the direction of imports
 	$(BIN)/ruff check .

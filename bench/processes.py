@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -21,6 +22,8 @@ __all__ = ["STOP_SECONDS", "Died", "Process", "Processes", "Spent", "TooLate", "
 
 STOP_SECONDS: Final = 8.0
 POLL: Final = 0.02
+PORTS: Final = range(10_000, 32_000)
+_next_port = random.choice(PORTS)  # other processes look for theirs at the same time
 _loopback = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
@@ -153,11 +156,20 @@ def python(module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", module, *arguments]
 
 
-def free_port() -> int:
-    """Return a loopback port that was free just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_port(row: int = 1) -> int:
+    """Return the first of ``row`` neighbouring loopback ports that were free just now.
+
+    They are none of those that the system gives to whoever connects, and this process is given no other one soon.
+    """
+    global _next_port
+    while True:
+        if _next_port + row > PORTS.stop:
+            _next_port = PORTS.start
+        first, _next_port = _next_port, _next_port + row
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for port in range(first, first + row):
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return first
 
 
 def fetch(url: str, *, method: str = "GET", timeout: float = 5.0) -> bytes | None:

@@ -20,8 +20,9 @@ import nats.errors
 import pytest
 from nats.js import errors as js_errors
 
+from bench.processes import free_port
 from services.kit.broker import Broker, BrokerUnavailable
-from tests.conftest import empty, eventually, free_port, nats_server_path
+from tests.conftest import empty, eventually, nats_server_path
 
 __all__ = ["Cluster", "Node"]
 

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import settings
 from nats.js.errors import NotFoundError
 
+from bench.processes import free_port
 from schemas.topology import Topology
 from services.kit.broker import Broker
 
@@ -30,13 +31,6 @@ def require(condition: object, reason: str) -> None:
     if os.environ.get("CI") == "true":
         pytest.fail(f"missing in CI: {reason}")
     pytest.skip(reason)
-
-
-def free_port() -> int:
-    """Return a loopback port that was free just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def nats_server_path() -> str:

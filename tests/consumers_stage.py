@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 from litestar import Litestar, asgi
 
+from bench.processes import free_port
 from schemas.topology import Topology
 from services.delivery.admission import Admission
 from services.delivery.consumers.api import consumers_router
@@ -24,7 +25,6 @@ from services.kit.broker import Broker
 from services.kit.clock import SystemClock
 from services.kit.http import serving
 from services.kit.problem import EXCEPTION_HANDLERS
-from tests.conftest import free_port
 from tests.delivery_stage import TENANT
 
 

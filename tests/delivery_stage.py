@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 from prometheus_client import REGISTRY
 
+from bench.processes import free_port
 from schemas.codec import encode_event
 from schemas.events import AnyEvent, Completed, Delta, Started, UsageReported
 from schemas.subjects import Address, token_subject
@@ -21,7 +22,7 @@ from services.kit.broker import Broker
 from services.kit.clock import SystemClock
 from services.kit.http import serving
 from services.kit.settings import Shared
-from tests.conftest import eventually, free_port
+from tests.conftest import eventually
 from tests.sse import SseClient
 
 TENANT = "default"

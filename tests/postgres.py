@@ -22,7 +22,8 @@ from typing import Any
 import asyncpg
 import pytest
 
-from tests.conftest import free_port, require
+from bench.processes import free_port
+from tests.conftest import require
 from tests.migrated import elsewhere, migrated
 
 

@@ -12,7 +12,7 @@ import pytest
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
 
-from tests.conftest import free_port
+from bench.processes import free_port
 from tests.delivery_stand_in import STORY, WORDS, StandIn, stand_in
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from bench.processes import free_port
 from services.billing.adapters.database import database_url, migrate, open_engine
 from services.billing.adapters.ledger import Ledger
 from services.billing.adapters.reports import Reports
@@ -29,7 +30,6 @@ from services.kit.auth.principal import Principal
 from services.kit.broker import Broker
 from services.kit.http import serving
 from services.kit.problem import Problem
-from tests.conftest import free_port
 from tests.contracts.test_billing_asking import entry, generation
 from tests.delivery_stage import Stage, delivering
 from tests.integration.credentials import guarded

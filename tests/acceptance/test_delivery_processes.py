@@ -11,9 +11,10 @@ from pathlib import Path
 import httpx
 import pytest
 
+from bench.processes import free_port
 from services.kit.broker import Broker
 from tests.acceptance.processes import REPOSITORY, clean_environment, wait_until_answers
-from tests.conftest import NatsServer, eventually, free_port
+from tests.conftest import NatsServer, eventually
 from tests.delivery_stage import Log, keys, story
 from tests.sse import SseClient
 

@@ -21,6 +21,7 @@ import pytest
 import services.billing.metrics
 import services.delivery.metrics
 import services.producer.metrics
+from bench.processes import free_port
 from schemas.events import AnyEvent
 from services.billing.app import Settings as BillingSettings
 from services.delivery.app import Settings as DeliverySettings
@@ -28,7 +29,7 @@ from services.kit.settings import Shared
 from services.producer.app import Settings as ProducerSettings
 from services.producer.core.registry import Registry
 from tests.acceptance.processes import REPOSITORY, clean_environment, running
-from tests.conftest import free_port, require
+from tests.conftest import require
 
 pytestmark = pytest.mark.acceptance
 

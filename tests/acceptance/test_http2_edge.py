@@ -14,10 +14,11 @@ import httpx
 import pytest
 import trustme
 
+from bench.processes import free_port
 from schemas.rpc.tailrace.v1 import tailrace_pb2 as pb
 from services.kit.broker import Broker
 from tests.acceptance.processes import REPOSITORY
-from tests.conftest import NatsServer, eventually, free_port, require
+from tests.conftest import NatsServer, eventually, require
 from tests.cutting_proxy import cutting
 from tests.delivery_stage import Log, Stage, delivering, keys, metric, story
 from tests.grpc_stage import Client, GrpcStage, Read, serving_calls

@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 import httpx
 import pytest
 
+from bench.processes import free_port
 from schemas.codec import decode_event
 from schemas.events import Delta
 from schemas.subjects import log_filter
 from schemas.topology import token_stream
 from services.kit.broker import Broker
 from tests.acceptance.processes import REPOSITORY, Subscriber, clean_environment, log_events, running, service, text_of
-from tests.conftest import NatsServer, eventually, free_port, require
+from tests.conftest import NatsServer, eventually, require
 
 pytestmark = [pytest.mark.model, pytest.mark.acceptance]
 

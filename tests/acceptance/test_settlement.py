@@ -20,8 +20,9 @@ import httpx
 import pytest
 from aiohttp import web
 
+from bench.processes import free_port
 from tests.acceptance.processes import REPOSITORY, clean_environment, service, wait_until_answers
-from tests.conftest import NatsServer, eventually, free_port
+from tests.conftest import NatsServer, eventually
 from tests.providers import reset
 from tests.transcripts import GENERATION_ID, Transcript
 

@@ -3,10 +3,8 @@
 import asyncio
 import contextlib
 import os
-import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +16,7 @@ import httpx
 import psutil
 import pytest
 
+from bench.processes import free_port
 from schemas.rpc.tailrace.v1 import tailrace_pb2 as pb
 from services.delivery.workers import restart_delay
 from services.kit.broker import Broker
@@ -31,22 +30,12 @@ pytestmark = pytest.mark.acceptance
 EVENTS = story("g1", 300)
 
 
-def free_row(count: int) -> int:
-    """Return the first of so many neighbouring ports that are free; none that the system gives to whoever connects."""
-    while True:
-        first = random.randrange(20_000, 32_000)
-        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
-            for port in range(first, first + count):
-                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
-            return first
-
-
 class Workers:
     """``python -m services.delivery`` with several workers."""
 
     def __init__(self, nats_url: str, log: Path, count: int = 2, **variables: str) -> None:
         self.count = count
-        self.port, self.grpc_port, self.own = free_row(1), free_row(1), free_row(count + 1)
+        self.port, self.grpc_port, self.own = free_port(1), free_port(1), free_port(count + 1)
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
         env = clean_environment(
@@ -186,9 +175,9 @@ async def test_taken_port_is_said_before_any_worker_starts(broker: Broker, start
         variables = {
             "TAILRACE_NATS_URL": "nats://127.0.0.1:1",
             "TAILRACE_DELIVERY_WORKERS": "2",
-            "TAILRACE_DELIVERY_PORT": str(first.port if taken == "port" else free_row(1)),
-            "TAILRACE_DELIVERY_GRPC_PORT": str(first.grpc_port if taken == "grpc_port" else free_row(1)),
-            "TAILRACE_DELIVERY_WORKERS_PORT": str(first.own if taken == "own" else free_row(3)),
+            "TAILRACE_DELIVERY_PORT": str(first.port if taken == "port" else free_port(1)),
+            "TAILRACE_DELIVERY_GRPC_PORT": str(first.grpc_port if taken == "grpc_port" else free_port(1)),
+            "TAILRACE_DELIVERY_WORKERS_PORT": str(first.own if taken == "own" else free_port(3)),
         }
         argv: list[Any] = [sys.executable, "-m", "services.delivery"]
         env = clean_environment(**variables)

@@ -6,6 +6,7 @@ import httpx
 import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from bench.processes import free_port
 from schemas.events import Failed
 from schemas.usage import Usage
 from services.billing import metrics
@@ -18,7 +19,6 @@ from services.kit.auth.entrance import entering
 from services.kit.auth.principal import Principal
 from services.kit.http import serving
 from tests.billing_histories import START
-from tests.conftest import free_port
 from tests.contracts.billing_database import database, engine, postgres_server, postgres_url
 from tests.contracts.test_billing_ledger import NOW, generation
 

@@ -13,6 +13,7 @@ import msgspec
 import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from bench.processes import free_port
 from services.billing.adapters.ledger import Ledger
 from services.billing.adapters.reports import Reports
 from services.billing.adapters.worklist import Money
@@ -24,7 +25,6 @@ from services.kit.auth.entrance import entering
 from services.kit.auth.principal import Principal
 from services.kit.clock import SystemClock
 from services.kit.http import serving
-from tests.conftest import free_port
 from tests.contracts.billing_database import database, engine, postgres_server, postgres_url
 
 __all__ = ["database", "engine", "postgres_server", "postgres_url"]

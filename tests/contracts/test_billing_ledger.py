@@ -9,6 +9,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from bench.processes import free_port
 from schemas.usage import Usage
 from services.billing.adapters.database import database_url, migrate, open_engine, reading
 from services.billing.adapters.ledger import Ledger
@@ -21,7 +22,6 @@ from services.billing.core.question import Filters
 from services.billing.core.reconciliation import Policy, reconcile
 from services.billing.errors import Fenced, LedgerUnavailable
 from tests.billing_histories import START, address, history, records
-from tests.conftest import free_port
 from tests.contracts.billing_database import database, empty_database, engine, postgres_server, postgres_url
 
 __all__ = ["database", "empty_database", "engine", "postgres_server", "postgres_url"]

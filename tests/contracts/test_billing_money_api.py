@@ -8,6 +8,7 @@ import httpx
 import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from bench.processes import free_port
 from services.billing.adapters.reports import Reports
 from services.billing.api import build_api
 from services.billing.core.price_file import parse_toml
@@ -18,7 +19,6 @@ from services.kit.clock import SystemClock
 from services.kit.http import serving
 from services.kit.settings import SettingsError
 from tests.billing_prices import BOOK_TOML
-from tests.conftest import free_port
 from tests.contracts.billing_database import database, engine, postgres_server, postgres_url
 from tests.contracts.test_billing_money import Books, books, folded
 

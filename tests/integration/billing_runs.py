@@ -11,6 +11,7 @@ from pathlib import Path
 
 import httpx
 
+from bench.processes import free_port
 from schemas.codec import encode_event
 from schemas.events import Completed, Event, Failed
 from schemas.subjects import Address, token_subject
@@ -28,7 +29,7 @@ from services.billing.terms import CurrentTerms
 from services.kit.broker import Broker
 from services.kit.clock import SystemClock
 from tests.billing_histories import history
-from tests.conftest import eventually, free_port
+from tests.conftest import eventually
 from tests.migrated import copy_sqlite
 
 INTERVAL = 0.05

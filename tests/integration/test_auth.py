@@ -54,6 +54,18 @@ async def get(stage: Stage, path: str, credential: str | None = None, **query: s
         ADMIN.text,
         f"Token {ADMIN.text}",
     ],
+    ids=[
+        "none",
+        "empty",
+        "no token",
+        "basic",
+        "nonsense",
+        "unknown key",
+        "wrong secret",
+        "a letter more",
+        "no scheme",
+        "wrong scheme",
+    ],
 )
 async def test_without_a_valid_credential_nothing_is_told(stage: Stage, header: str | None) -> None:
     headers = {} if header is None else {"Authorization": header}

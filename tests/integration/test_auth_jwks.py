@@ -11,10 +11,11 @@ import pytest
 from aiohttp import web
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
+from bench.processes import free_port
 from services.kit.auth.jwks import STALE_SECONDS, KeySet, check_jwks_url
 from services.kit.auth.jwt_verifier import CredentialRefused, JwtPolicy, JwtVerifier
 from services.kit.problem import Problem
-from tests.conftest import eventually, free_port
+from tests.conftest import eventually
 
 POLICY = JwtPolicy(audience="tailrace", issuer="https://issuer.test")
 

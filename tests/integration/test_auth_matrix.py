@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import httpx
 import pytest
 
+from bench.processes import free_port
 from services.billing.adapters.database import migrate, open_engine, sqlite_url
 from services.billing.adapters.ledger import Ledger
 from services.billing.adapters.reports import Reports
@@ -23,7 +24,6 @@ from services.kit.auth.setup import build_authenticator
 from services.kit.broker import Broker
 from services.kit.clock import SystemClock
 from services.kit.http import serving
-from tests.conftest import free_port
 from tests.integration.credentials import SCOPES, bearer, guarded, requiring, token
 
 METHODS = ("get", "post", "put", "patch", "delete")

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import pytest
 
+from bench.processes import free_port
 from services.billing.adapters.database import database_url, migrate, open_engine
 from services.billing.adapters.ledger import Ledger
 from services.billing.adapters.reports import Reports
@@ -20,7 +21,6 @@ from services.billing.api import build_api
 from services.billing.core.spending import steps
 from services.kit.auth.entrance import entering
 from services.kit.http import serving
-from tests.conftest import free_port
 from tests.contracts.test_billing_asking import GENERATIONS, NOW, Callers, entry
 
 

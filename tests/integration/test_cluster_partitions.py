@@ -3,6 +3,7 @@
 import asyncio
 from pathlib import Path
 
+from bench.processes import free_port
 from schemas.partitions import candidates
 from schemas.topology import Topology, token_stream
 from services.delivery.partitions import Partitions
@@ -10,7 +11,7 @@ from services.kit.broker import Broker
 from services.kit.clock import SystemClock
 from services.kit.settings import Shared
 from tests.acceptance.processes import clean_environment, service
-from tests.conftest import eventually, free_port
+from tests.conftest import eventually
 from tests.delivery_stage import Stage, delivering
 from tests.pipeline import producing
 from tests.sse import SseClient

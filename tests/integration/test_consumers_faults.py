@@ -12,10 +12,11 @@ from pathlib import Path
 import httpx
 import pytest
 
+from bench.processes import free_port
 from schemas.topology import Topology, token_stream
 from services.kit.broker import Broker
 from tests.acceptance.processes import REPOSITORY, clean_environment
-from tests.conftest import NatsServer, eventually, free_port
+from tests.conftest import NatsServer, eventually
 from tests.consumers_stage import Service, Stage, consuming, seqs
 from tests.delivery_stage import Log, keys, metric, story
 from tests.sse import small_buffers

@@ -4,11 +4,12 @@ import asyncio
 
 from aiohttp import web
 
+from bench.processes import free_port
 from schemas.events import UsageReported, type_of
 from schemas.subjects import control_subject
 from services.kit.broker import Broker
 from services.producer.core.dialects.openrouter import late_usage
-from tests.conftest import eventually, free_port
+from tests.conftest import eventually
 from tests.pipeline import accepted_log, ask, ended_log, enqueue, producing
 
 ANSWER = {

@@ -18,12 +18,13 @@ import nats.errors
 import pytest
 import trustme
 
+from bench.processes import free_port
 from schemas.permissions import USERS
 from services.kit.broker import Broker, BrokerUnavailable
 from services.kit.settings import SettingsError, Shared
 from services.kit.tls import client_tls
 from tests.acceptance.processes import REPOSITORY, clean_environment, service
-from tests.conftest import eventually, free_port, nats_server_path
+from tests.conftest import eventually, nats_server_path
 
 PASSWORDS = {user: f"{user}-secret" for user in USERS}
 

@@ -6,12 +6,13 @@ from collections.abc import AsyncIterator
 import pytest
 
 from bench.chaos.proxy import Link
+from bench.processes import free_port
 from schemas.events import Completed, Delta, type_of
 from schemas.topology import REQUESTS, Topology, producers_durable
 from services.kit.broker import Broker
 from services.producer.adapters.publisher import Lease, Publisher
 from services.producer.errors import Fenced
-from tests.conftest import NatsServer, eventually, free_port
+from tests.conftest import NatsServer, eventually
 from tests.pipeline import accepted_log, ask, ended_log, enqueue, producing, raw_log
 
 LEASE = 2.0

@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 from prometheus_client import REGISTRY
 
+from bench.processes import free_port
 from schemas.topology import Topology
 from services.kit.broker import Broker
 from services.producer.adapters import publisher
-from tests.conftest import eventually, free_port, nats_server_path, require
+from tests.conftest import eventually, nats_server_path, require
 from tests.delivery_stage import Stage, delivering
 from tests.pipeline import producing
 from tests.sse import SseClient

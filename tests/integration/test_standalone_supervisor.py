@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import msgspec
 import psutil
 import pytest
 
+from bench.processes import free_port
 from services.standalone.embedded import find_nats_server, render_config
 from services.standalone.errors import CommandFailed, StartFailed
 from services.standalone.plan import ServiceSpec
@@ -24,12 +24,6 @@ from services.standalone.supervisor import Supervisor
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Tree:

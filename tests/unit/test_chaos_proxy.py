@@ -7,7 +7,8 @@ import pytest
 import uvloop
 
 from bench.chaos.proxy import Link
-from tests.conftest import eventually, free_port
+from bench.processes import free_port
+from tests.conftest import eventually
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 

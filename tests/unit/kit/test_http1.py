@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from bench.processes import free_port
 from services.kit import http1
 from services.kit.http import HEAD_BYTES, serving
 from services.kit.problem import Problem, send_problem
-from tests.conftest import eventually, free_port
+from tests.conftest import eventually
 
 GET = b"GET /%b HTTP/1.1\r\nHost: x\r\n\r\n"
 

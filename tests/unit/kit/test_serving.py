@@ -13,8 +13,9 @@ import pytest
 import uvloop
 from litestar import Litestar, Request, post
 
+from bench.processes import free_port
 from services.kit.http import HEAD_BYTES, PortTaken, probes, serving
-from tests.conftest import eventually, free_port
+from tests.conftest import eventually
 
 
 async def passing() -> bool:

@@ -276,6 +276,8 @@ def test_an_answer_whose_beginning_has_expired_is_shown_from_where_it_is_kept(
     browser.until_text(STATE, "Completed")
     browser.until_text(TEXT, "the end.")
     browser.until_text(".outcome", "no longer kept")
+    assert browser.text(TEXT).strip() == "the end."
+    assert browser.complaints() == []
 
 
 def test_earlier_turns_go_along_with_the_next_question(browser: "Browser", server: StandIn) -> None:

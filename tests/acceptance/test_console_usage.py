@@ -192,9 +192,9 @@ async def month(broker: Broker, nats_url: str, tmp_path: Path) -> AsyncIterator[
         yield made
 
 
-async def in_browser(act: Callable[[], None]) -> None:
-    """Run what drives the browser beside the services, which live in this event loop."""
-    await asyncio.to_thread(act)
+async def in_browser(act: Callable[[], Any]) -> Any:
+    """Run what drives the browser beside the services, which live in this event loop; returns what it returns."""
+    return await asyncio.to_thread(act)
 
 
 def tile(browser: "Browser", place: str, name: str) -> str:
@@ -311,6 +311,7 @@ async def test_live_totals_grow_while_one_looks(month: Site, browser: "Browser")
     await in_browser(lambda: browser.until_text("#live-tiles", "30 tokens so far"))
     await month.ledger.commit(0, (61, 62), NOW, [], [running(900, 77)])
     await in_browser(lambda: browser.until_text("#live-tiles", "77 tokens so far"))
+    assert "30 tokens" not in await in_browser(lambda: browser.text("#live-tiles"))
 
 
 async def test_a_statement_is_shown_printed_and_saved(month: Site, browser: "Browser", tmp_path: Path) -> None:
@@ -440,6 +441,7 @@ async def test_the_sessions_page_leads_here_and_back(month: Site, browser: "Brow
         browser.until(lambda: browser.visible("#charts svg"))
         browser.click(".pages a")
         browser.until(lambda: browser.visible("#composer"))
+        assert browser.complaints() == []
 
     await in_browser(look)
 

@@ -129,7 +129,8 @@ def test_the_configuration_files_in_the_documents_are_accepted() -> None:
         config = tomllib.loads(text)
         for table, (struct, _) in (("shared", SETTINGS["Shared"]), ("delivery", SETTINGS["Delivery"])):
             msgspec.convert(config.get(table, {}), struct)
-        Registry.load(config, {"OPENAI_API_KEY": "test"})
+        registry = Registry.load(config, {"OPENAI_API_KEY": "test"})
+        assert set(registry.aliases) == set(config.get("models", {}))
 
 
 def test_every_metric_in_the_documents_exists() -> None:

@@ -278,6 +278,8 @@ async def test_sentences_of_several_sessions_survive_drops(
         return await texts() == wanted
 
     await eventually(whole, timeout=20)
+    ids = [item["id"] for item in await client.heard() if item["kind"] == "message"]
+    assert len(ids) == len(set(ids))
 
 
 @pytest.mark.browser

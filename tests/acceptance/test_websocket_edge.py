@@ -59,6 +59,7 @@ async def test_live_events_pass_the_edge_one_by_one_and_leaving_is_noticed(edge:
         for count, event in enumerate(story("g1"), 1):
             await log.append(event)
             await client.gather("s", count)
+        assert keys(client.events["s"]) == keys(story("g1"))
     await eventually(lambda: metric("tailrace_delivery_subscribers", transport="websocket") == 0)
 
 

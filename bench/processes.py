@@ -159,7 +159,8 @@ def python(module: str, *arguments: str) -> list[str]:
 def free_port(row: int = 1) -> int:
     """Return the first of ``row`` neighbouring loopback ports that were free just now.
 
-    They are none of those that the system gives to whoever connects, and this process is given no other one soon.
+    They are none of those that the system gives to whoever connects: a server that is away for a while finds its own
+    again. This process is not given them a second time soon.
     """
     global _next_port
     while True:

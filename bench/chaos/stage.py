@@ -3,9 +3,7 @@
 import asyncio
 import contextlib
 import os
-import random
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -18,7 +16,7 @@ from bench.chaos.money import PRICES
 from bench.chaos.pace import slow_for
 from bench.chaos.proxy import Link
 from bench.chaos.schedule import DELIVERIES, LEASE, NODES, ROLLED, SERVICES
-from bench.processes import STOP_SECONDS, Died, Process, fetch, python
+from bench.processes import STOP_SECONDS, Died, Process, fetch, free_port, python
 from services.standalone.embedded import find_nats_server, render_config, render_node
 
 __all__ = ["MEMORY_BOUND", "PARTITIONS", "Member", "Stage", "clean_environment"]
@@ -126,7 +124,9 @@ class Stage:
     def __init__(self, folder: Path, nodes: int, credentials: Credentials, planted: str = "") -> None:
         self.folder = folder
         self._credentials = credentials
-        ports = _free_ports(2 * nodes + 1 + len(SERVICES) * (nodes + 1) + len(DELIVERIES))
+        count = 2 * nodes + 1 + len(SERVICES) * (nodes + 1) + len(DELIVERIES)
+        first = free_port(count)
+        ports = list(range(first, first + count))
         self.node_ports = [ports.pop() for _ in range(nodes)]
         self.routes = [ports.pop() for _ in range(nodes)]
         self.provider_port = ports.pop()
@@ -185,15 +185,15 @@ class Stage:
         return Member(name, command, clean_environment() | env, self.folder)
 
     async def __aenter__(self) -> Self:
-        self.provider.start()
-        for node in self.nodes:
-            node.start()
-        for links in self.links.values():
-            for link in links:
-                await link.open()
-        for name in SERVICES:
-            self.members[name].start()
         try:
+            self.provider.start()
+            for node in self.nodes:
+                node.start()
+            for links in self.links.values():
+                for link in links:
+                    await link.open()
+            for name in SERVICES:
+                self.members[name].start()
             await self._until_ready()
         except BaseException:
             await self.__aexit__()
@@ -267,17 +267,3 @@ def clean_environment() -> dict[str, str]:
     drop = ("TAILRACE_", "OPENAI_", "ANTHROPIC_", "CO_API", "OPENROUTER_")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(drop)}
     return kept | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-
-
-def _free_ports(count: int) -> list[int]:
-    """Return ports that nothing uses now, below those from which the kernel takes the ends of outgoing connections:
-    a service that is away for a while must find its own port again.
-    """
-    found: list[int] = []
-    for port in random.sample(range(15_000, 32_000), 4_000):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            found.append(port)
-            if len(found) == count:
-                return found
-    raise Died("no free loopback ports")

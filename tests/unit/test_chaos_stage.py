@@ -2,10 +2,14 @@
 
 import asyncio
 import os
+import socket
 import sys
 from pathlib import Path
 
-from bench.chaos.stage import Member
+import pytest
+
+from bench.chaos.credentials import Credentials
+from bench.chaos.stage import Member, Stage
 from tests.conftest import eventually
 
 STUBBORN = "import signal, sys, time; signal.signal(15, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
@@ -54,3 +58,12 @@ async def test_who_drains_is_neither_started_nor_frozen_by_others_meanwhile(tmp_
     member.start()
     assert member.wanted
     member.kill()
+
+
+async def test_a_stage_that_cannot_be_set_up_leaves_no_process(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, 1, Credentials(tmp_path, None))
+    taken = next(iter(stage.links.values()))[0].port
+    with socket.create_server(("127.0.0.1", taken)), pytest.raises(OSError, match="in use"):
+        await stage.__aenter__()
+    started = [member.process for member in [stage.provider, *stage.nodes]]
+    assert [process.code for process in started if process is not None] == [-9, -9]

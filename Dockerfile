@@ -4,9 +4,7 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_NO_COMPILE=1
 WORKDIR /src
 RUN python -m venv --without-pip /opt/tailrace
 COPY requirements.lock ./
-RUN pip --python /opt/tailrace/bin/python install --require-hashes --only-binary :all: -r requirements.lock
-COPY deploy/greenlet deploy/cxx.lock deploy/
-RUN deploy/greenlet /opt/tailrace/bin/python requirements.lock deploy/cxx.lock
+RUN pip --python /opt/tailrace/bin/python install --no-deps --require-hashes --only-binary :all: -r requirements.lock
 COPY pyproject.toml README.md LICENSE ./
 COPY schemas schemas
 COPY services services

@@ -23,11 +23,12 @@ up: $(RUN) ## Run everything here: broker, services and the page; Ctrl-C stops i
 test: $(DEV) ## Run the tests, files beside each other
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-lint: $(DEV) ## Check style, types and the direction of imports
+lint: $(DEV) ## Check style, types, the direction of imports and the lock files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python deploy/check_lock.py
 
 bench: $(DEV) ## Measure latency, throughput and CPU on this machine
 	$(BIN)/python -m bench $(ARGS)
@@ -45,10 +46,11 @@ $(DEV): requirements-dev.lock requirements.lock pyproject.toml | $(VENV)
 	$(call install,requirements-dev.lock)
 	@touch $(RUN) $@
 
-# The project itself is built with the hatchling that the lock file names: nothing comes from outside it.
+# The lock file is complete (deploy/check_lock.py), so nothing is resolved. The project itself is built with the hatchling
+# that the lock file names.
 define install
 	@echo "installing from $(1) into $(VENV) (the first time takes a minute) …"
-	@$(PIP) install --require-hashes -r $(1)
+	@$(PIP) install --no-deps --require-hashes --requirement $(1)
 	@$(PIP) install --no-deps --no-build-isolation --editable .
 endef
 

@@ -22,13 +22,6 @@ pytestmark = [pytest.mark.compose, pytest.mark.acceptance, pytest.mark.timeout(1
 REQUEST = {"model": "scripted/story", "messages": [{"role": "user", "content": "Tell me a story."}]}
 
 
-def grpc_port() -> str:
-    """gRPC's port in the containers; 0 where the base image lacks the C++ runtime that apt needs, and so has no apt."""
-    look = "import ctypes; ctypes.CDLL('libstdc++.so.6')"
-    argv = ["docker", "run", "--rm", "python:3.13-slim", "python3", "-c", look]
-    return "50051" if subprocess.run(argv, check=False, capture_output=True, timeout=60).returncode == 0 else "0"
-
-
 class Deployment:
     """What ``docker compose up`` started; the edge on free ports, the replicas by their containers' addresses."""
 
@@ -41,7 +34,6 @@ class Deployment:
             "EDGE_HTTP_PORT": self.http.rpartition(":")[2],
             "EDGE_HTTP2_PORT": self.http2.rpartition(":")[2],
             "EDGE_HTTPS_PORT": str(free_port()),
-            "TAILRACE_GRPC_PORT": grpc_port(),
             **variables,
         }
 

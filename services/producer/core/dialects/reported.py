@@ -129,7 +129,7 @@ def _validation(details: Any) -> Reported | None:
     if not told:
         return None
     lines = [_validated(item) for item in told[:5]]
-    return Reported(message="; ".join(lines))
+    return Reported(message="; ".join(lines), words=("validation_error",))
 
 
 def _validated(item: dict[str, Any]) -> str:

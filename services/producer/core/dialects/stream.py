@@ -31,6 +31,7 @@ FAILED_REASONS: Final = frozenset(
     }
 )
 """Finish reasons, in lower case, by which servers say that the answer failed."""
+_PINGS: Final = ("ping", "heartbeat", "keepalive", "keep-alive", "keep_alive")
 _DONE: Final = b"[DONE]"
 _REST_LIMIT: Final = 2_000
 """Bytes that are kept of what came beside events, for the message of a failure."""
@@ -51,6 +52,7 @@ class EventParser(ABC, Generic[E]):
         "_decode",
         "_ended",
         "_framing",
+        "_has_lines",
         "_noticed",
         "_notices",
         "_rest",
@@ -70,6 +72,7 @@ class EventParser(ABC, Generic[E]):
         self._rest = b""
         self._trailing = False
         self._truncated = False
+        self._has_lines = False
         self._notices: list[NoticePart] = []
         self._noticed: set[str] = set()
         self.joined = Joined()
@@ -87,12 +90,18 @@ class EventParser(ABC, Generic[E]):
         """Return the events of a stream that say what a whole answer does; empty where ``tree`` is none."""
 
     def end(self, part: End | UpstreamFailure) -> None:
-        """Add the last part; whatever follows is ignored. An end marker alone is no answer, so that it fails."""
+        """Add the last part; whatever follows is ignored.
+
+        An end marker alone is no answer and fails; so does one behind text beside the events, without a finish reason.
+        """
         self._ended = True
         joined = self.joined
         joined.release()
-        if isinstance(part, End) and not (joined.begun or joined.finished or joined.has_usage):
-            part = empty(self._rest)
+        if isinstance(part, End):
+            if not (joined.begun or joined.finished or joined.has_usage):
+                part = empty(self._rest)
+            elif self._has_lines and not joined.finished >= joined.begun:
+                part = cut_off(self._rest)
         joined.add(part)
 
     def feed(self, data: bytes) -> list[Part]:
@@ -129,6 +138,10 @@ class EventParser(ABC, Generic[E]):
         error = reported(tree)
         if error is not None:
             self.end(failure_in_stream(tree))
+        elif any(
+            isinstance(tree.get(name), str) and tree[name].lower() in _PINGS for name in ("type", "event", "object")
+        ):
+            self.joined.add(Alive())
         elif not self._take_whole(payload):
             self._remember(payload)
             self.notice(UNKNOWN_EVENT, f"an event of no known kind was passed over: {quoted(payload)}")
@@ -271,6 +284,7 @@ class EventParser(ABC, Generic[E]):
 
     def _keep(self, rest: bytes) -> None:
         """Keep what came beside events; behind a finish reason it stands in the place of the end marker."""
+        self._has_lines = True
         self._trailing = self._trailing or self._closing or bool(self.joined.finished)
         self._remember(rest)
 

@@ -174,7 +174,7 @@ def test_an_end_marker_with_any_of_them_is_one(events: tuple[Any, ...]) -> None:
 @pytest.mark.parametrize(
     ("event", "code", "message"),
     [
-        (data({"type": "error", "error": {"type": "overloaded_error", "message": "busy"}}, "error"), OVERLOADED, "busy"),
+        (data({"type": "error", "error": {"type": "overloaded_error", "message": "b"}}, "error"), OVERLOADED, "b"),
         (data({"error": {"type": "rate_limit_error", "message": "slow"}}), LIMITED, "slow"),
         (data({"type": "error", "message": "flat"}), ERROR, "flat"),
         (data({"detail": "no"}), ERROR, "no"),

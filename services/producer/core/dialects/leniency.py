@@ -73,8 +73,7 @@ def loads(payload: bytes) -> Any:
         ValueError: it is no JSON.
         RecursionError: it is nested too deeply.
     """
-    text = payload.decode("utf-8", "replace")
-    return json.loads(text, strict=False, parse_constant=_nothing, parse_float=_number, parse_int=_whole)
+    return _lenient.decode(payload.decode("utf-8", "replace"))
 
 
 def dumped(value: Any) -> bytes:
@@ -280,3 +279,6 @@ def _number(text: str) -> float | None:
 
 def _whole(text: str) -> int | float | None:
     return int(text) if len(text) <= _LONGEST_INT else _number(text)
+
+
+_lenient: Final = json.JSONDecoder(strict=False, parse_constant=_nothing, parse_float=_number, parse_int=_whole)

@@ -171,14 +171,14 @@ class OpenAIParser(EventParser[_Chunk]):
         """Take what a chunk says apart from its choices. ``failed``: a finish reason that means a failure."""
         tree = loads(payload)
         known = bool(tree.get("choices") or tree.get("usage"))
-        if reported(tree, known) is not None:
+        if not known and "choices" not in tree and tree.get("object") != "chat.completion.chunk":
+            self.unknown(payload)
+        elif reported(tree, known) is not None:
             self.end(failure_in_stream(tree))
         elif failed:
             choices = tree["choices"] if isinstance(tree.get("choices"), list) else [tree.get("choices")]
             told = [choice["error"] for choice in choices if isinstance(choice, dict) and choice.get("error")]
             self.end(failure_in_stream(told or {"message": f"the answer ended with {failed!r}", "code": failed}))
-        elif "choices" not in tree and not known and tree.get("object") != "chat.completion.chunk":
-            self.unknown(payload)
 
     def _delta(self, delta: _Delta, choice: int, at: float | None) -> None:
         joined = self.joined

@@ -42,6 +42,9 @@ _SIGNS: Final = (
     "errmsg",
     "__type",
 )
+_TOLD: Final = frozenset(
+    (*_SIGNS, *_STATUSES, "error", "base_resp", "object", "type", "event", "state", "detail", "success", "ok")
+) | {"message", "msg", "header"}
 _FAILED: Final = re.compile(r"(?i)error|exception|fail|abort")
 _FINE: Final = ("", "0", "200", "ok", "success", "none", "null")
 
@@ -60,6 +63,8 @@ def reported(event: dict[str, Any], known: bool = False) -> Reported | None:
 
     ``known``: the event has what an answer consists of, so that only an explicit error in it counts.
     """
+    if _TOLD.isdisjoint(event):
+        return None
     if _explicit(event, known) or (not known and _implied(event)):
         return described(event)
     return None
@@ -147,4 +152,4 @@ def _word(value: Any) -> str:
 
 def _status(value: Any) -> int | None:
     word = _word(value)
-    return int(word) if re.fullmatch(r"[45][0-9][0-9]", word) else None
+    return int(word) if len(word) == 3 and word[0] in "45" and word.isascii() and word.isdigit() else None

@@ -35,6 +35,8 @@ _PINGS: Final = ("ping", "heartbeat", "keepalive", "keep-alive", "keep_alive")
 _DONE: Final = b"[DONE]"
 _REST_LIMIT: Final = 2_000
 """Bytes that are kept of what came beside events, for the message of a failure."""
+_LONGEST_ARRAY: Final = 10_000
+"""Events in one array, so that one read does not take seconds."""
 _ERRORS: Final = (b"error", b"errors", b"exception")
 E = TypeVar("E")
 
@@ -213,7 +215,7 @@ class EventParser(ABC, Generic[E]):
             else:
                 self._unreadable(payload, error)
             return
-        if isinstance(tree, list) and tree and all(isinstance(item, dict) for item in tree):
+        if isinstance(tree, list) and 0 < len(tree) <= _LONGEST_ARRAY and all(isinstance(item, dict) for item in tree):
             self._take([(b"", dumped(item)) for item in tree])
         elif isinstance(tree, dict):
             self._fit(tree, error)

@@ -24,6 +24,7 @@ __all__ = ["HttpStream", "HttpUpstream", "upstream_session"]
 
 _ERROR_BODY_LIMIT: Final = 64 * 1024
 _LOOK_UP_SECONDS: Final = 10.0
+_SHORTEST_SECRET: Final = 6
 _READ_BUFFER: Final = 128 * 1024
 # Labels under which an answer comes. Below any other label the first bytes decide whether it is one.
 _ANSWER_TYPES: Final = (
@@ -63,6 +64,15 @@ def _socket_with_keepalive(address: aiohttp.AddrInfoType) -> socket.socket:
         if hasattr(socket, option):
             made.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
     return made
+
+
+def _without_cut(secret: str, message: str) -> str:
+    """Return a message without the beginning of a secret where the message was cut within it."""
+    cut = message.find("…")
+    for length in range(min(len(secret) - 1, cut), _SHORTEST_SECRET - 1, -1):
+        if message.endswith(secret[:length], 0, cut):
+            return f"{message[: cut - length]}***{message[cut:]}"
+    return message
 
 
 async def _beginning(response: aiohttp.ClientResponse) -> bytes:
@@ -149,8 +159,8 @@ class HttpUpstream:
         if self._provider.key is not None:
             secrets.append(self._provider.key.reveal())
         for secret in secrets:
-            if len(secret) >= 6:
-                message = message.replace(secret, "***")
+            if len(secret) >= _SHORTEST_SECRET:
+                message = _without_cut(secret, message.replace(secret, "***"))
         return message
 
     def _wire(self, call: Call) -> HttpCall:

@@ -11,7 +11,7 @@ from services.producer.core.dialects.failures import failure_in_stream
 TOO_LONG = [
     # OpenAI, Azure, DeepSeek, vLLM
     (400, {"error": {"message": "This model's maximum context length is 8192 tokens. However, your "
-                     "messages resulted in 8545 tokens.", "type": "invalid_request_error", "code": "context_length_exceeded"}}),
+                     "messages resulted in 8545 tokens.", "code": "context_length_exceeded"}}),
     (400, {"error": {"message": "This model's maximum context length is 131072 tokens.", "code": None}}),
     (400, {"error": {"message": "Your input exceeds the context window of this model."}}),
     (400, {"object": "error", "message": "This model's maximum context length is 1024 tokens. However, you requested "

@@ -8,7 +8,7 @@ import msgspec
 import schemas
 from services.producer.core.dialects import Dialect, Parser, dialect_of
 from services.producer.core.dialects.joined import join
-from services.producer.core.parts import Alive, Part
+from services.producer.core.parts import Alive, End, NoticePart, Part, UpstreamFailure
 
 FOLDER = Path(schemas.__file__).parent / "vectors" / "providers"
 GENERATION_ID = "gen-1764870200-mQ2VhT8sWcXrYbKd9LpA"
@@ -48,9 +48,21 @@ class Transcript(NamedTuple):
 TRANSCRIPTS = [Transcript(path.parent.name, path.stem) for path in sorted(FOLDER.glob("*/*.sse"))]
 
 
+def read(parser: Parser, chunks: list[bytes]) -> list[Part]:
+    """Return what a parser makes of a whole body that arrives in these chunks and ends properly."""
+    parts = [part for chunk in chunks for part in parser.feed(chunk)]
+    return [*parts, *parser.finish()]
+
+
 def described(parts: list[Part]) -> list[dict[str, Any]]:
-    """Return parts as the expectation files write them: joined, signs of life left out, fields that are unset too."""
-    spoken = join([part for part in parts if not isinstance(part, Alive)])
+    """Return parts as the expectation files write them: joined, signs of life left out, fields that are unset too.
+
+    Notices, which come at the end of a read, stand right ahead of the ending.
+    """
+    notices: list[Part] = [part for part in parts if isinstance(part, NoticePart)]
+    spoken = join([part for part in parts if not isinstance(part, Alive | NoticePart)])
+    at = len(spoken) - any(isinstance(part, End | UpstreamFailure) for part in spoken)
+    spoken[at:at] = notices
     return [{"part": type(part).__name__, **_without_defaults(part)} for part in spoken]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 import structlog
 import tenacity
 
-from schemas.events import AnyEvent
+from schemas.events import AnyEvent, Notice
 from schemas.requests import Request
 from services.kit.clock import Clock
 from services.producer import metrics
@@ -323,6 +323,12 @@ class Asking:
     async def _relay(self, parts: list[Part], provider: Provider) -> None:
         events = self._generation.absorb(parts, self._journal.now())
         if not events:
+            return
+        if isinstance(events[0], Notice) and all(isinstance(event, Notice) for event in events):
+            phase = self._phase  # it is no token
+            self._phase = "queued"
+            await self._journal.append(events)
+            self._phase = phase
             return
         now = self._clock.monotonic()
         if self._phase == "streaming":

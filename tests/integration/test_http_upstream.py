@@ -1,7 +1,10 @@
 """The HTTP upstream against a real server."""
 
 import asyncio
+import gzip
+import json
 import socket
+import zlib
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -12,7 +15,7 @@ from schemas.requests import Message
 from services.kit.clock import SystemClock
 from services.producer.adapters.http_upstream import HttpStream, upstream_session
 from services.producer.adapters.upstreams import build_upstream
-from services.producer.core.parts import End, Part, Text, UpstreamFailure
+from services.producer.core.parts import End, NoticePart, Part, Text, UpstreamFailure, UsagePart
 from services.producer.core.registry import Provider, Secret
 from services.producer.ports import Call, Upstream, UpstreamRefused
 from tests.conftest import eventually
@@ -20,6 +23,7 @@ from tests.providers import Replay, providing, unlistening_port
 from tests.transcripts import TRANSCRIPTS, Transcript, described
 
 KEY = "sk-test-0123456789abcdef"
+SECRET = "o-secret-header-0123456789"
 TEXT = Transcript("openai", "text")
 
 
@@ -131,16 +135,98 @@ async def test_an_error_body_is_read_up_to_a_bound(session: aiohttp.ClientSessio
     ("content_type", "body", "code"),
     [
         ("application/json", b'{"error": {"message": "slow down", "code": 429}}', "upstream_rate_limited"),
+        ("text/event-stream", b'{"error": {"message": "slow down", "code": 429}}', "upstream_rate_limited"),
         ("application/json", b'{"choices": []}', "upstream_malformed"),
-        ("text/html", b"<html>please log in</html>", "upstream_malformed"),
+        ("text/plain", b"Too many requests", "upstream_rate_limited"),
+        ("text/plain", b"hello", "upstream_malformed"),
+        ("text/html", b'{"error": {"message": "slow down", "code": 429}}', "upstream_rate_limited"),
     ],
 )
-async def test_an_answer_that_is_no_event_stream_is_a_refusal(
+async def test_what_comes_instead_of_an_answer_is_a_failure(
     session: aiohttp.ClientSession, content_type: str, body: bytes, code: str
 ) -> None:
-    async with providing(Replay([body], headers={"content-type": content_type})) as provider:
+    headers = {"content-type": content_type, "retry-after": "3"}
+    async with providing(Replay([body], headers=headers)) as provider:
+        [*_, failure] = await all_parts(upstream(session, provider.url))
+    assert isinstance(failure, UpstreamFailure)
+    assert (failure.code, failure.retry_after) == (code, 3.0)
+
+
+@pytest.mark.parametrize("body", [b"<html>please log in</html>", b"<", b" \n", b""])
+async def test_a_page_is_a_refusal(session: aiohttp.ClientSession, body: bytes) -> None:
+    async with providing(Replay([body], headers={"content-type": "text/html"})) as provider:
         error = await refused(upstream(session, provider.url))
-    assert error.failure.code == code
+    assert error.failure.code == "upstream_malformed"
+    assert "text/html" in error.failure.message
+
+
+@pytest.mark.parametrize("label", ["application/json", "text/html; charset=utf-8", "application/x-ndjson", "video/mp4"])
+@pytest.mark.parametrize("size", [1, 100_000])
+async def test_an_event_stream_under_another_label_is_an_answer(
+    session: aiohttp.ClientSession, label: str, size: int
+) -> None:
+    wire = b"\n" + TEXT.wire
+    async with providing(Replay.of(wire, size, headers={"content-type": label})) as provider:
+        parts = await all_parts(upstream(session, provider.url))
+    assert described(parts) == TEXT.expected
+
+
+@pytest.mark.parametrize("label", ["application/json", "application/json; charset=utf-8", "text/event-stream", ""])
+@pytest.mark.parametrize("status", [200, 201])
+async def test_a_whole_answer_is_an_answer(session: aiohttp.ClientSession, label: str, status: int) -> None:
+    choice = {"index": 0, "message": {"role": "assistant", "content": "Hello"}, "finish_reason": "stop"}
+    body = json.dumps({"id": "c", "object": "chat.completion", "choices": [choice]}).encode()
+    async with providing(Replay.of(body, 7, status=status, headers={"content-type": label})) as provider:
+        parts = await all_parts(upstream(session, provider.url))
+    assert [part.text for part in parts if isinstance(part, Text)] == ["Hello"]
+    assert isinstance(parts[-1], End)
+
+
+@pytest.mark.parametrize("wire", [TEXT.wire, TEXT.wire.removesuffix(b"data: [DONE]\n\n")])
+@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
+async def test_a_compressed_body_is_read_though_it_was_not_asked_for(
+    session: aiohttp.ClientSession, encoding: str, wire: bytes
+) -> None:
+    packed = gzip.compress(wire) if encoding == "gzip" else zlib.compress(wire)
+    headers = {"content-type": "text/event-stream", "content-encoding": encoding}
+    async with providing(Replay.of(packed, 50, headers=headers)) as provider:
+        parts = await all_parts(upstream(session, provider.url))
+    assert described(parts) == TEXT.expected
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "br", "zstd"])
+async def test_a_body_that_cannot_be_unpacked_is_cut_off_or_refused(
+    session: aiohttp.ClientSession, encoding: str
+) -> None:
+    headers = {"content-type": "text/event-stream", "content-encoding": encoding}
+    async with providing(Replay.of(TEXT.wire, headers=headers)) as provider:
+        try:
+            [*_, failure] = await all_parts(upstream(session, provider.url))
+        except UpstreamRefused as error:
+            failure = error.failure
+    assert isinstance(failure, UpstreamFailure)
+    assert failure.code in ("upstream_cut_off", "upstream_unreachable", "upstream_malformed")
+
+
+async def test_a_notice_never_shows_the_key(session: aiohttp.ClientSession) -> None:
+    wire = b'data: {"debug": "key %s"}\n\n' % KEY.encode() + TEXT.wire
+    async with providing(Replay([wire])) as provider:
+        parts = await all_parts(upstream(session, provider.url))
+    [notice] = [part for part in parts if isinstance(part, NoticePart)]
+    assert KEY not in notice.message
+    assert "key ***" in notice.message
+    assert isinstance(parts[-1], End)
+
+
+async def test_text_behind_the_last_event_never_shows_the_key(session: aiohttp.ClientSession) -> None:
+    answer = Transcript("openai", "cut-off").wire.rpartition(b"\n\n")[0]
+    for room in (0, 270):  # the second one is cut within the key
+        wire = answer + b"\n\nworker died:%s key %s" % (b" x" * (room // 2), SECRET.encode())
+        async with providing(Replay([wire])) as provider:
+            [*_, failure] = await all_parts(upstream(session, provider.url, headers={"x-other": SECRET}))
+        assert isinstance(failure, UpstreamFailure)
+        assert "worker died" in failure.message
+        assert SECRET[:8] not in failure.message
 
 
 async def test_redirects_are_not_followed(session: aiohttp.ClientSession) -> None:
@@ -167,10 +253,36 @@ async def test_a_connection_reset_mid_stream_is_cut_off(session: aiohttp.ClientS
     assert (parts[-1].code, parts[-1].recoverable) == ("upstream_cut_off", True)
 
 
-async def test_a_stream_that_closes_without_end_marker_has_no_end_part(session: aiohttp.ClientSession) -> None:
+async def test_a_stream_that_closes_without_end_marker_is_cut_off(session: aiohttp.ClientSession) -> None:
     async with providing(Replay.of(Transcript("openai", "cut-off").wire)) as provider:
-        parts = await all_parts(upstream(session, provider.url))
-    assert not any(isinstance(p, End | UpstreamFailure) for p in parts)
+        [*_, failure] = await all_parts(upstream(session, provider.url))
+    assert isinstance(failure, UpstreamFailure)
+    assert (failure.code, failure.recoverable) == ("upstream_cut_off", True)
+
+
+@pytest.mark.parametrize("dialect", ["openai", "openrouter", "anthropic"])
+@pytest.mark.parametrize("end", ["close", "reset"])
+async def test_an_answer_without_its_end_marker_is_complete_only_at_a_clean_end(
+    session: aiohttp.ClientSession, dialect: str, end: Any
+) -> None:
+    """A chunked body that lacks its last chunk is not clean: what stood in the rest is not known."""
+    transcript = Transcript(dialect, "text")
+    marker = transcript.wire.rfind(b"event: message_stop" if dialect == "anthropic" else b"data: [DONE]")
+    read = asyncio.Event()
+    replay = Replay([transcript.wire[:marker]], headers=transcript.headers, end=end, gate=read.wait)
+    async with providing(replay) as provider, upstream(session, provider.url, dialect).open(call()) as stream:
+        parts: list[Part] = []
+        async with asyncio.timeout(20):
+            while not any(isinstance(part, UsagePart) for part in parts):
+                parts += await stream.read() or []
+            read.set()
+            while (more := await stream.read()) is not None:
+                parts += more
+    if end == "close":
+        assert described(parts) == transcript.expected
+    else:
+        assert isinstance(parts[-1], UpstreamFailure)
+        assert parts[-1].code == "upstream_cut_off"
 
 
 async def test_nobody_listening_is_unreachable_and_keeps_the_cause(session: aiohttp.ClientSession) -> None:

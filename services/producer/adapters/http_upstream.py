@@ -1,7 +1,8 @@
 """A provider over HTTP: opens the stream, reads what has arrived, and says in our words what went wrong."""
 
+import contextlib
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from typing import Final
 
@@ -13,8 +14,9 @@ from services.kit.clock import Clock
 from services.kit.telemetry import scrub
 from services.producer.adapters.http_reading import StreamConnector
 from services.producer.core.dialects import Dialect, HttpCall, Parser, UntranslatableCall
+from services.producer.core.dialects.failures import retry_after
 from services.producer.core.dialects.openrouter import late_usage
-from services.producer.core.parts import Part, UpstreamFailure
+from services.producer.core.parts import End, NoticePart, Part, UpstreamFailure
 from services.producer.core.registry import Provider
 from services.producer.ports import Call, UpstreamRefused
 
@@ -22,9 +24,21 @@ __all__ = ["HttpStream", "HttpUpstream", "upstream_session"]
 
 _ERROR_BODY_LIMIT: Final = 64 * 1024
 _LOOK_UP_SECONDS: Final = 10.0
+_SHORTEST_SECRET: Final = 6
 _READ_BUFFER: Final = 128 * 1024
-# Some servers label their stream carelessly; what can only be something else is refused.
-_STREAM_TYPES: Final = ("text/event-stream", "text/plain", "application/octet-stream", "")
+# Labels under which an answer comes. Below any other label the first bytes decide whether it is one.
+_ANSWER_TYPES: Final = (
+    "text/event-stream",
+    "application/json",
+    "application/x-ndjson",
+    "application/octet-stream",
+    "text/plain",
+    "",
+)
+_ANSWER_BEGINS: Final = (b"data:", b"event:", b"id:", b"retry:", b":", b"{", b"[")
+_LONGEST_BEGIN: Final = max(map(len, _ANSWER_BEGINS))
+_IGNORED: Final = b"\xef\xbb\xbf \t\r\n"
+_RARE: Final = (UpstreamFailure, NoticePart, End)
 
 
 def upstream_session(limit: int = 0) -> aiohttp.ClientSession:
@@ -52,9 +66,27 @@ def _socket_with_keepalive(address: aiohttp.AddrInfoType) -> socket.socket:
     return made
 
 
-def _is_stream(response: aiohttp.ClientResponse) -> bool:
-    media_type = response.headers.get("content-type", "").partition(";")[0]
-    return media_type.strip().lower() in _STREAM_TYPES
+def _without_cut(secret: str, message: str) -> str:
+    """Return a message without the beginning of a secret where the message was cut within it."""
+    cut = message.find("…")
+    for length in range(min(len(secret) - 1, cut), _SHORTEST_SECRET - 1, -1):
+        if message.endswith(secret[:length], 0, cut):
+            return f"{message[: cut - length]}***{message[cut:]}"
+    return message
+
+
+async def _beginning(response: aiohttp.ClientResponse) -> bytes:
+    """Return the first bytes of a body whose label does not say that it is an answer; none where the label does."""
+    media_type = response.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type in _ANSWER_TYPES or media_type.endswith("+json"):
+        return b""
+    begun = b""
+    with contextlib.suppress(aiohttp.ClientError, OSError):  # then what has come decides
+        while len(begun) < _ERROR_BODY_LIMIT and (data := await response.content.readany()):
+            begun += data
+            if len(begun.lstrip(_IGNORED)) >= _LONGEST_BEGIN:
+                break
+    return begun or b"<"
 
 
 class HttpUpstream:
@@ -68,7 +100,9 @@ class HttpUpstream:
 
     @asynccontextmanager
     async def open(self, call: Call) -> AsyncIterator["HttpStream"]:
-        """Call the model and enter when the headers of an event stream are there.
+        """Call the model and enter when the headers of an answer are there.
+
+        What the body is decides, not its label: an event stream or JSON is an answer under any label.
 
         Leaving closes the connection at once, unless the answer was read to its end.
 
@@ -83,9 +117,12 @@ class HttpUpstream:
                 wire.url, data=wire.body, headers=wire.headers, timeout=timeout, allow_redirects=False
             )
         try:
-            if response.status != 200 or not _is_stream(response):
+            if not 200 <= response.status < 300:
                 raise UpstreamRefused(await self._refusal(response))
-            yield HttpStream(response, self._dialect.parser(response.headers), self.scrubbed)
+            begun = await _beginning(response)
+            if begun and not begun.lstrip(_IGNORED).startswith(_ANSWER_BEGINS):
+                raise UpstreamRefused(await self._refusal(response, begun))
+            yield HttpStream(response, self._dialect.parser(response.headers), self._shown, begun)
         finally:
             response.close()
 
@@ -105,14 +142,26 @@ class HttpUpstream:
 
     def scrubbed(self, failure: UpstreamFailure) -> UpstreamFailure:
         """Return ``failure`` without anything secret in its message: providers like to quote the key they were sent."""
-        message = scrub(failure.message)
+        return msgspec.structs.replace(failure, message=self._scrubbed_text(failure.message))
+
+    def _shown(self, part: Part, headers: Mapping[str, str]) -> Part:
+        """Return a part of a stream as it may be shown; a failure asks for the pause that the headers ask for."""
+        if isinstance(part, NoticePart):
+            return msgspec.structs.replace(part, message=self._scrubbed_text(part.message))
+        if isinstance(part, UpstreamFailure):
+            pause = retry_after(headers, self._clock.wall())
+            return msgspec.structs.replace(self.scrubbed(part), retry_after=pause)
+        return part
+
+    def _scrubbed_text(self, message: str) -> str:
+        message = scrub(message)
         secrets = [*self._provider.headers.values()]
         if self._provider.key is not None:
             secrets.append(self._provider.key.reveal())
         for secret in secrets:
-            if len(secret) >= 6:
-                message = message.replace(secret, "***")
-        return msgspec.structs.replace(failure, message=message)
+            if len(secret) >= _SHORTEST_SECRET:
+                message = _without_cut(secret, message.replace(secret, "***"))
+        return message
 
     def _wire(self, call: Call) -> HttpCall:
         key = self._provider.key.reveal() if self._provider.key is not None else None
@@ -122,8 +171,8 @@ class HttpUpstream:
             failure = UpstreamFailure(code="upstream_bad_request", message=str(error))
             raise UpstreamRefused(self.scrubbed(failure)) from error
 
-    async def _refusal(self, response: aiohttp.ClientResponse) -> UpstreamFailure:
-        body = b""
+    async def _refusal(self, response: aiohttp.ClientResponse, begun: bytes = b"") -> UpstreamFailure:
+        body = begun
         try:
             while len(body) < _ERROR_BODY_LIMIT:
                 chunk = await response.content.read(_ERROR_BODY_LIMIT - len(body))
@@ -156,27 +205,31 @@ class HttpStream:
     """An answer while it arrives. Implements `services.producer.ports.UpstreamStream`."""
 
     def __init__(
-        self, response: aiohttp.ClientResponse, parser: Parser, scrubbed: Callable[[UpstreamFailure], UpstreamFailure]
+        self,
+        response: aiohttp.ClientResponse,
+        parser: Parser,
+        shown: Callable[[Part, Mapping[str, str]], Part],
+        begun: bytes = b"",
     ) -> None:
         self._response = response
         self._parser = parser
-        self._scrubbed = scrubbed
-        self._broken = False
+        self._shown = shown
+        self._begun = begun
+        self._ended = False
 
     async def read(self) -> list[Part] | None:
         """Return what the next socket read held; ``None`` at the end of the stream."""
-        if self._broken:
+        if self._ended:
             return None
         try:
-            data = await self._response.content.readany()
+            data, self._begun = self._begun or await self._response.content.readany(), b""
         except (aiohttp.ClientError, OSError) as error:
-            self._broken = True
-            message = f"the connection broke: {error or type(error).__name__}"
-            return [self._scrubbed(UpstreamFailure(code="upstream_cut_off", message=message, recoverable=True))]
-        if not data:
-            return None
-        parts = self._parser.feed(data)
-        # a failure is always the last part, so that looking there is enough
-        if parts and isinstance(parts[-1], UpstreamFailure):
-            parts[-1] = self._scrubbed(parts[-1])
-        return parts
+            self._ended = True
+            parts = self._parser.finish(broken=f"{error}" or type(error).__name__)
+        else:
+            self._ended = not data
+            parts = self._parser.feed(data) if data else self._parser.finish()
+        # what has a message is the last part or stands ahead of the ending, so that looking there is enough
+        if parts and isinstance(parts[-1], _RARE):
+            parts = [self._shown(part, self._response.headers) for part in parts]
+        return parts if parts or not self._ended else None

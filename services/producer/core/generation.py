@@ -26,6 +26,7 @@ from services.producer.core.parts import (
     End,
     Finish,
     Identity,
+    NoticePart,
     Part,
     Reasoning,
     Text,
@@ -86,6 +87,7 @@ class Generation:
         self._exact = exact
         self._encoding = encoding
         self._finish: dict[int, str] = {}
+        self._odd: set[str] = set()
 
     def counted(self) -> Counted:
         """Return our own count so far, from the whole text."""
@@ -177,6 +179,9 @@ class Generation:
                     break
                 case Alive():
                     pass
+                case NoticePart():
+                    last = None
+                    self._told(part, events, at)
                 case _:
                     self._remember(part)
         return events
@@ -260,6 +265,12 @@ class Generation:
         self._take()
         events.append(terminal)
         return events
+
+    def _told(self, part: NoticePart, events: list[AnyEvent], at: float) -> None:
+        """Add a notice of what is odd about the stream, once a generation for each code."""
+        if part.code not in self._odd:
+            self._odd.add(part.code)
+            events.append(self.notice(part.code, part.message, at))
 
     def _remember(self, part: Part) -> None:
         match part:

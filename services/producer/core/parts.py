@@ -11,6 +11,7 @@ __all__ = [
     "End",
     "Finish",
     "Identity",
+    "NoticePart",
     "Part",
     "Reasoning",
     "Text",
@@ -95,6 +96,13 @@ class Identity(msgspec.Struct, frozen=True):
     model: str | None = None
 
 
+class NoticePart(msgspec.Struct, frozen=True):
+    """Something odd in the provider's stream that did not end the answer; ``code`` is stable."""
+
+    code: str
+    message: str
+
+
 class Alive(msgspec.Struct, frozen=True):
     """A sign of life without a token: a comment or ping. It never counts as a token for deadlines."""
 
@@ -113,6 +121,7 @@ Part = (
     | UsageBegun
     | UpstreamFailure
     | Identity
+    | NoticePart
     | Alive
     | End
 )

@@ -5,13 +5,17 @@ Bytes go in as they arrive, events come out as soon as their blank line is there
 
 from typing import Final
 
-__all__ = ["COMMENT", "MAX_EVENT_BYTES", "OversizedEvent", "SseDecoder"]
+__all__ = ["COMMENT", "MAX_EVENT_BYTES", "STRAY", "OversizedEvent", "SseDecoder"]
 
 MAX_EVENT_BYTES: Final = 4 * 1024 * 1024
 """What one event of a provider becomes must stay below what the broker takes as one message, 8 MB as deployed."""
-COMMENT: Final = b":"
-"""The name under which a comment is reported; its data is the comment's text."""
+COMMENT: Final = b"\n:"
+"""The name under which a comment is reported; its data is the comment's text. No event can have it: it has a LF."""
+STRAY: Final = b"\n?"
+"""The name of what the standard ignores: lines of an unknown field, joined with LF, or the name of an event without
+data. Providers put errors there."""
 _BOM: Final = b"\xef\xbb\xbf"
+_WITHOUT_USE: Final = (b"id", b"retry")
 
 
 class OversizedEvent(ValueError):
@@ -41,7 +45,8 @@ class SseDecoder:
     def feed(self, data: bytes) -> list[tuple[bytes, bytes]]:
         """Return the (name, data) of every event that ``data`` completes; name is empty where the event has none.
 
-        Comments are reported in their place under the name `COMMENT`. Data stays bytes: JSON decoders want them so.
+        Comments are reported in their place under the name `COMMENT`, unknown lines of an event under `STRAY` ahead
+        of it. Data stays bytes: JSON decoders want them so.
 
         Raises:
             OversizedEvent: an event is longer than the limit.
@@ -58,6 +63,17 @@ class SseDecoder:
         if not data:
             return []
         return self._cut(data)
+
+    def finish(self) -> list[tuple[bytes, bytes]]:
+        """Return the events of what is held at the end of the body, where the last blank line is missing."""
+        held = b"".join((self._start or b"", *self._pieces))
+        self._start = None
+        self._pieces.clear()
+        self._held = 0
+        events: list[tuple[bytes, bytes]] = []
+        if held:
+            _parse(held, events)
+        return events
 
     def _without_bom(self, data: bytes) -> bytes:
         if len(data) < len(_BOM) and _BOM.startswith(data):
@@ -102,6 +118,7 @@ class SseDecoder:
 def _parse(block: bytes, events: list[tuple[bytes, bytes]]) -> None:
     name = b""
     data: list[bytes] = []
+    stray: list[bytes] = []
     for line in block.split(b"\n"):
         field, _, value = line.partition(b":")
         if value.startswith(b" "):
@@ -110,7 +127,15 @@ def _parse(block: bytes, events: list[tuple[bytes, bytes]]) -> None:
             data.append(value)
         elif field == b"event":
             name = value
-        elif not field and line:
+        elif field in _WITHOUT_USE:
+            pass
+        elif field:
+            stray.append(line)
+        elif line:
             events.append((COMMENT, value))
+    if name and not data:
+        stray.append(b"event: " + name)
+    if stray:
+        events.append((STRAY, b"\n".join(stray)))
     if data:
         events.append((name, b"\n".join(data)))

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.producer.core.sse import COMMENT, OversizedEvent, SseDecoder
+from services.producer.core.sse import COMMENT, STRAY, OversizedEvent, SseDecoder
 
 
 def decoded(*chunks: bytes) -> list[tuple[bytes, bytes]]:
@@ -22,12 +22,15 @@ def decoded(*chunks: bytes) -> list[tuple[bytes, bytes]]:
         (b"data: a\ndata: b\n\n", [(b"", b"a\nb")]),
         (b"event: x\ndata: a\n\n", [(b"x", b"a")]),
         (b"data: a\nevent: x\n\n", [(b"x", b"a")]),
-        (b"event: x\n\ndata: a\n\n", [(b"", b"a")]),
+        (b"event: x\n\ndata: a\n\n", [(STRAY, b"event: x"), (b"", b"a")]),
+        (b"event: :\ndata: a\n\n", [(b":", b"a")]),
         (b"data\n\n", [(b"", b"")]),
         (b": hi\n\n", [(COMMENT, b"hi")]),
         (b":\n\n", [(COMMENT, b"")]),
         (b": hi\ndata: a\n\n", [(COMMENT, b"hi"), (b"", b"a")]),
-        (b"id: 7\nretry: 10\nother: x\ndata: a\n\n", [(b"", b"a")]),
+        (b"id: 7\nretry: 10\nother: x\ndata: a\n\n", [(STRAY, b"other: x"), (b"", b"a")]),
+        (b"error: {}\n\n", [(STRAY, b"error: {}")]),
+        (b"{\n}\n\ndata: a\n\n", [(STRAY, b"{\n}"), (b"", b"a")]),
         (b"\n\n\n\ndata: a\n\n\n\n\ndata: b\n\n", [(b"", b"a"), (b"", b"b")]),
         (b"data: a\r\n\r\ndata: b\r\rdata: c\n\n", [(b"", b"a"), (b"", b"b"), (b"", b"c")]),
         (b"\xef\xbb\xbfdata: a\n\n", [(b"", b"a")]),
@@ -41,6 +44,27 @@ def test_events_come_out_whole_however_they_are_cut(wire: bytes, events: list[tu
     assert decoded(*(wire[i : i + 1] for i in range(len(wire)))) == events
     for at in range(len(wire)):
         assert decoded(wire[:at], b"", wire[at:]) == events
+
+
+@pytest.mark.parametrize(
+    ("wire", "events"),
+    [
+        (b"data: a\n", [(b"", b"a")]),
+        (b"data: a\r\n", [(b"", b"a")]),
+        (b"event: x\ndata: a\ndata: b", [(b"x", b"a\nb")]),
+        (b"Bad Gateway", [(STRAY, b"Bad Gateway")]),
+        (b"data: a\n\n", []),
+        (b"\xef\xbb", [(STRAY, b"\xef\xbb")]),
+        (b"", []),
+    ],
+)
+def test_what_is_held_at_the_end_of_the_body_is_an_event(wire: bytes, events: list[tuple[bytes, bytes]]) -> None:
+    for size in (1, 3, 100):
+        decoder = SseDecoder()
+        for at in range(0, len(wire), size):
+            decoder.feed(wire[at : at + size])
+        assert decoder.finish() == events
+        assert decoder.finish() == []
 
 
 def test_a_carriage_return_ends_the_event_without_waiting_for_a_line_feed() -> None:
@@ -64,7 +88,7 @@ def test_agrees_with_another_decoder_under_every_chunking(lines: list[str], line
     peer = httpx_sse._decoders.SSEDecoder()
     theirs = [event for line in lines if (event := peer.decode(line)) is not None]
     # the peer also gives events without data, for their id
-    assert [(n.decode() or "message", d.decode()) for n, d in ours if n != COMMENT and d] == [
+    assert [(n.decode() or "message", d.decode()) for n, d in ours if n not in (COMMENT, STRAY) and d] == [
         (e.event, e.data) for e in theirs if e.data
     ]
 

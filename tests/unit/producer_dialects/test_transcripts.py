@@ -7,15 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.producer.core.dialects import Parser
-from services.producer.core.parts import Alive, End, Part, Text, UpstreamFailure, UsagePart
+from services.producer.core.parts import Alive, End, Text, UpstreamFailure, UsagePart
 from tests.transcripts import TRANSCRIPTS, Transcript, described
+from tests.transcripts import read as fed
 
 ALL = pytest.mark.parametrize("transcript", TRANSCRIPTS, ids=str)
-
-
-def fed(parser: Parser, chunks: list[bytes]) -> list[Part]:
-    return [part for chunk in chunks for part in parser.feed(chunk)]
 
 
 def test_every_dialect_has_transcripts() -> None:
@@ -25,7 +21,7 @@ def test_every_dialect_has_transcripts() -> None:
 
 @ALL
 def test_read_at_once(transcript: Transcript) -> None:
-    assert described(transcript.parser().feed(transcript.wire)) == transcript.expected
+    assert described(fed(transcript.parser(), [transcript.wire])) == transcript.expected
 
 
 @ALL
@@ -56,7 +52,7 @@ def test_line_ends_do_not_matter(transcript: Transcript) -> None:
     lines = transcript.wire.replace(b"\r\n", b"\n")
     for line_end in (b"\r\n", b"\r", b"\n"):
         wire = b"\xef\xbb\xbf" + lines.replace(b"\n", line_end)
-        assert described(transcript.parser().feed(wire)) == transcript.expected
+        assert described(fed(transcript.parser(), [wire])) == transcript.expected
         assert described(fed(transcript.parser(), [wire[i : i + 1] for i in range(len(wire))])) == transcript.expected
 
 
@@ -67,9 +63,11 @@ def test_nothing_follows_the_end_or_a_failure(transcript: Transcript) -> None:
     endings = [i for i, part in enumerate(parts) if isinstance(part, End | UpstreamFailure)]
     if transcript.case == "cut-off":
         assert endings == []
+        assert isinstance(parser.finish()[-1], UpstreamFailure)
     else:
         assert endings == [len(parts) - 1]
-        assert parser.feed(transcript.wire) == []
+    assert parser.feed(transcript.wire) == []
+    assert parser.finish() == []
 
 
 @ALL
@@ -88,7 +86,7 @@ def test_comments_and_pings_are_signs_of_life(name: str) -> None:
 @pytest.mark.parametrize("dialect", ["openai", "anthropic", "cohere"])
 @pytest.mark.parametrize(
     "payload",
-    [b"{", b"[]", b"17", b'"text"', b'{"type": 3, "choices": 3}', b'{"id": "\xff"}', b"[" * 100_000, b"<html>"],
+    [b"{", b"[]", b"17", b'"text"', b'{"type": 3, "choices": 3}', b'{"id": "\xff', b"[" * 100_000, b"<html>"],
     ids=["truncated", "list", "number", "text", "wrong-types", "not-utf8", "too-deep", "html"],
 )
 def test_what_is_not_the_dialect_ends_as_malformed(dialect: str, payload: bytes) -> None:
@@ -106,7 +104,9 @@ def test_what_is_not_the_dialect_ends_as_malformed(dialect: str, payload: bytes)
 @given(noise=st.binary(max_size=300))
 def test_no_bytes_raise(dialect: str, noise: bytes) -> None:
     parser = Transcript(dialect, "text").parser()
-    for part in [*parser.feed(noise), *parser.feed(b"\n\ndata: " + noise + b"\n\n")]:
+    parts = [*parser.feed(noise), *parser.feed(b"\n\ndata: " + noise + b"\n\n"), *parser.finish()]
+    assert isinstance(parts[-1], End | UpstreamFailure)
+    for part in parts:
         assert msgspec.json.encode(part)
 
 

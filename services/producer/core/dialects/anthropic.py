@@ -9,7 +9,9 @@ from schemas.events import ToolCall
 from schemas.usage import Usage
 from services.producer.core.dialects.anthropic_request import messages_body
 from services.producer.core.dialects.failures import failure_in_stream, refusal_of
-from services.producer.core.dialects.stream import EventParser
+from services.producer.core.dialects.leniency import fit
+from services.producer.core.dialects.stream import FAILED_REASONS, EventParser
+from services.producer.core.dialects.whole_answers import message_events
 from services.producer.core.dialects.wire import NO_HEADERS, HttpCall, Parser, endpoint, post, translating
 from services.producer.core.parts import (
     Alive,
@@ -73,7 +75,7 @@ class _Delta(msgspec.Struct):
 
 
 class _Event(msgspec.Struct):
-    type: str
+    type: str = ""
     index: int = 0
     delta: _Delta | None = None
     content_block: _Block | None = None
@@ -104,23 +106,30 @@ class Anthropic:
         return refusal_of(status, headers, body, now)
 
 
-class AnthropicParser(EventParser):
-    """Understands a messages stream, which ends with ``message_stop``; unknown events are passed over.
+class AnthropicParser(EventParser[_Event]):
+    """Understands a messages stream, which ends with ``message_stop``.
 
     Usage in ``message_delta`` is cumulative and may leave out what ``message_start`` said: both are merged.
     """
 
     __slots__ = ("_tools", "_usage", "_wordless")
+    event_type = _Event
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(_event)
         self._tools: dict[int, int] = {}
         self._wordless: set[int] = set()
         self._usage: dict[str, Any] = {}
 
-    def read(self, payload: bytes) -> None:
+    def whole(self, tree: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return a message as the events of a stream."""
+        return message_events(tree)
+
+    def read(self, event: _Event, payload: bytes) -> None:
         """Take one event; its ``type`` is in the data, so the event's name is not needed."""
-        event = _event.decode(payload)
+        if event.error:
+            self.unknown(payload)
+            return
         match event.type:
             case "content_block_delta":
                 if event.delta is not None:
@@ -140,10 +149,10 @@ class AnthropicParser(EventParser):
                 self._ending(event)
             case "message_stop":
                 self.end(End())
-            case "error":
-                self.end(failure_in_stream(event.error))
             case "ping":
                 self.joined.add(Alive())
+            case _:
+                self.unknown(payload)
 
     def _block(self, block: _Block, index: int) -> None:
         if block.type == "tool_use":
@@ -175,6 +184,9 @@ class AnthropicParser(EventParser):
     def _ending(self, event: _Event) -> None:
         if event.delta is not None and event.delta.stop_reason:
             reason = event.delta.stop_reason
+            if reason.lower() in FAILED_REASONS:
+                self.end(failure_in_stream({"message": f"the answer ended with {reason!r}", "code": reason}))
+                return
             self.joined.add(Finish(_FINISH.get(reason, reason)))
         if event.usage is not None:
             self._usage |= {name: value for name, value in event.usage.items() if value is not None}
@@ -182,7 +194,7 @@ class AnthropicParser(EventParser):
 
 
 def _normalised(raw: dict[str, Any]) -> Usage:
-    usage = msgspec.convert(raw, _Usage)
+    usage = fit(raw, _Usage)
     written = usage.cache_creation_input_tokens or 0
     cached = usage.cache_read_input_tokens or 0
     details = usage.output_tokens_details or _OutputDetails()

@@ -9,7 +9,9 @@ from schemas.events import ToolCall
 from schemas.requests import Message
 from schemas.usage import Usage
 from services.producer.core.dialects.failures import failure_in_stream, refusal_of
+from services.producer.core.dialects.leniency import fit
 from services.producer.core.dialects.stream import EventParser
+from services.producer.core.dialects.whole_answers import chat_events
 from services.producer.core.dialects.wire import (
     NO_HEADERS,
     HttpCall,
@@ -104,6 +106,7 @@ class _Event(msgspec.Struct):
     index: int = 0
     id: str | None = None
     delta: _Delta | None = None
+    error: Any = None
 
 
 _event: Final = msgspec.json.Decoder(_Event)
@@ -176,18 +179,25 @@ def _tools(tools: list[dict[str, Any]], choice: Any) -> dict[str, Any]:
     return {"tools": [t for t in tools if (t.get("function") or {}).get("name") == name], "tool_choice": "REQUIRED"}
 
 
-class CohereParser(EventParser):
-    """Understands a v2 chat stream, which ends with ``message-end``; unknown events are passed over."""
+class CohereParser(EventParser[_Event]):
+    """Understands a v2 chat stream, which ends with ``message-end``."""
 
     __slots__ = ("_tools",)
+    event_type = _Event
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(_event)
         self._tools: dict[int, int] = {}
 
-    def read(self, payload: bytes) -> None:
+    def whole(self, tree: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return a chat answer as the events of a stream."""
+        return chat_events(tree)
+
+    def read(self, event: _Event, payload: bytes) -> None:
         """Take one event; its ``type`` is in the data, so the event's name is not needed."""
-        event = _event.decode(payload)
+        if event.error:
+            self.unknown(payload)
+            return
         delta = event.delta or _Delta()
         message = delta.message or _Message()
         match event.type:
@@ -202,6 +212,10 @@ class CohereParser(EventParser):
                 self.joined.add(Identity(event.id))
             case "message-end":
                 self._ending(delta)
+            case "content-end" | "tool-call-end" | "citation-start" | "citation-end" | "debug":
+                pass
+            case _:
+                self.unknown(payload)
 
     def _text(self, message: _Message) -> None:
         if message.tool_plan:
@@ -219,17 +233,18 @@ class CohereParser(EventParser):
         )
 
     def _ending(self, delta: _Delta) -> None:
-        reason = delta.finish_reason or "COMPLETE"
-        failed = reason in _FAILED or bool(delta.error)
-        if not failed:
+        reason = delta.finish_reason or ""
+        failed = reason.upper() in _FAILED or bool(delta.error)
+        if reason and not failed:
             self.joined.add(Finish(_FINISH.get(reason, reason)))
         if delta.usage is not None:
             self.joined.add(UsagePart(_normalised(delta.usage)))
-        self.end(failure_in_stream(delta.error or f"the answer ended with {reason}") if failed else End())
+        ended = {"message": f"the answer ended with {reason}", "code": reason}
+        self.end(failure_in_stream(delta.error or ended) if failed else End())
 
 
 def _normalised(raw: dict[str, Any]) -> Usage:
-    usage = msgspec.convert(raw, _Usage)
+    usage = fit(raw, _Usage)
     billed = usage.billed_units or _Units()
     used = usage.tokens or billed
     return Usage(

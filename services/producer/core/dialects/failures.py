@@ -1,4 +1,4 @@
-"""What providers' error statuses and words mean, as our own stable codes."""
+"""What providers' errors become: failures with our own stable codes, and messages of a bounded length."""
 
 import email.utils
 import re
@@ -7,71 +7,38 @@ from typing import Any, Final
 
 import msgspec
 
+from services.producer.core.dialects.meanings import Meaning, meaning_of, meaning_of_text
+from services.producer.core.dialects.reported import Reported, described, reported
 from services.producer.core.parts import UpstreamFailure
 
-__all__ = ["MESSAGE_LIMIT", "failure_in_stream", "malformed", "refusal_of", "retry_after"]
+__all__ = [
+    "MESSAGE_LIMIT",
+    "cut_off",
+    "empty",
+    "failure_in_stream",
+    "malformed",
+    "quoted",
+    "refusal_of",
+    "retry_after",
+]
 
 MESSAGE_LIMIT: Final = 500
-_Meaning = tuple[str, bool]
-
-# status -> (code, whether asking again may help)
-_STATUSES: Final[dict[int, _Meaning]] = {
-    401: ("upstream_unauthorized", False),
-    402: ("upstream_unauthorized", False),
-    403: ("upstream_unauthorized", False),
-    404: ("upstream_not_found", False),
-    408: ("upstream_error", True),
-    409: ("upstream_error", True),
-    425: ("upstream_error", True),
-    429: ("upstream_rate_limited", True),
-    503: ("upstream_overloaded", True),
-    529: ("upstream_overloaded", True),
-}
-# a provider's own word (error.type or error.code) -> the same
-_WORDS: Final[dict[str, _Meaning]] = {
-    "api_error": ("upstream_error", True),
-    "authentication_error": ("upstream_unauthorized", False),
-    "billing_error": ("upstream_unauthorized", False),
-    "content_filter": ("content_filtered", False),
-    "content_policy_violation": ("content_filtered", False),
-    "context_length_exceeded": ("context_length_exceeded", False),
-    "insufficient_quota": ("upstream_rate_limited", False),
-    "invalid_api_key": ("upstream_unauthorized", False),
-    "invalid_request_error": ("upstream_bad_request", False),
-    "model_not_found": ("upstream_not_found", False),
-    "not_found_error": ("upstream_not_found", False),
-    "overloaded_error": ("upstream_overloaded", True),
-    "permission_error": ("upstream_unauthorized", False),
-    "rate_limit_error": ("upstream_rate_limited", True),
-    "rate_limit_exceeded": ("upstream_rate_limited", True),
-    "request_too_large": ("upstream_bad_request", False),
-    "server_error": ("upstream_error", True),
-    "timeout_error": ("upstream_error", True),
-}
-_TOO_LONG: Final = re.compile(
-    r"(?i)maximum context length|context[ _](length|window)|prompt is too long|too many (input )?tokens"
-)
-
-
-class _Error(msgspec.Struct):
-    message: str = ""
-    words: tuple[str, ...] = ()
-    status: int | None = None
-    stated: bool = False
-    moderated: bool = False
+_QUOTED: Final = 300
+_NO_MARKER: Final = "the provider's stream ended without its end marker"
+_EMPTY: Final = "the provider ended the answer without content, finish reason or usage"
 
 
 def refusal_of(status: int, headers: Mapping[str, str], body: bytes, now: float) -> UpstreamFailure:
     """Return what an answer with an error status, or one that is no event stream, means."""
-    error = _error_in(body)
-    if status < 400 and not error.stated:
+    error, stated = _error_in(body)
+    if status < 400 and not stated:
         kind = headers.get("content-type", "no content type")
         return UpstreamFailure(
             code="upstream_malformed",
             message=_bounded(f"answered {status} with {kind} instead of an event stream: {error.message}"),
             upstream_status=status,
         )
-    code, recoverable = _meaning(error, status)
+    code, recoverable = _meaning(error, status if status >= 400 else error.status)
     return UpstreamFailure(
         code=code,
         message=_bounded(error.message or f"answered with status {status}"),
@@ -82,21 +49,48 @@ def refusal_of(status: int, headers: Mapping[str, str], body: bytes, now: float)
 
 
 def failure_in_stream(error: Any) -> UpstreamFailure:
-    """Return what an error object (or text) inside a stream means."""
-    described = _describe(error)
-    code, recoverable = _meaning(described, None)
+    """Return what an error inside a stream means: the event that reports it, or only an error object or text."""
+    told = described(error)
+    code, recoverable = _meaning(told, told.status)
     return UpstreamFailure(
         code=code,
-        message=_bounded(described.message or "the provider reported an error without saying which"),
-        upstream_status=described.status,
+        message=_bounded(told.message or _shown(error) or "the provider reported an error without saying which"),
+        upstream_status=told.status,
         recoverable=recoverable,
     )
 
 
 def malformed(reason: object, data: bytes = b"") -> UpstreamFailure:
-    """Return the failure of a stream that does not follow its dialect. ``data``: what was not understood."""
-    shown = f" in {data[:80].decode(errors='replace')!r}" if data else ""
+    """Return the failure of a stream that does not follow its dialect. ``data``: what was not understood.
+
+    A text that is no JSON at all is taken for what it says, where that is known: a proxy's "rate limit exceeded".
+    """
+    if data and data.lstrip()[:1] not in b'{["' and (meaning := meaning_of_text(data.decode(errors="replace"))):
+        return _from_text(meaning, data)
+    shown = f" in {quoted(data)}" if data else ""
     return UpstreamFailure(code="upstream_malformed", message=_bounded(f"the stream is malformed: {reason}{shown}"))
+
+
+def cut_off(rest: bytes, broken: str = "", instead: bool = False) -> UpstreamFailure:
+    """Return the failure of a stream that ended before its answer did.
+
+    ``rest``: what was not understood, or followed its last event. ``broken``: why the connection broke, empty where the
+    body ended properly. ``instead``: ``rest`` is all that came, and complete.
+    """
+    if rest and instead:
+        if meaning := meaning_of_text(rest.decode(errors="replace")):
+            return _from_text(meaning, rest)
+        return UpstreamFailure("upstream_malformed", _bounded(f"answered with what is no answer: {quoted(rest)}"))
+    text = f"the connection broke: {broken}" if broken else _NO_MARKER
+    return UpstreamFailure("upstream_cut_off", _with_rest(text, rest), recoverable=True)
+
+
+def empty(rest: bytes) -> UpstreamFailure:
+    """Return the failure of an answer that was ended without anything in it. ``rest``: what came beside events."""
+    meaning = meaning_of_text(rest.decode(errors="replace")) if rest else None
+    if meaning is not None:
+        return _from_text(meaning, rest)
+    return UpstreamFailure("upstream_error", _with_rest(_EMPTY, rest), recoverable=True)
 
 
 def retry_after(headers: Mapping[str, str], now: float) -> float | None:
@@ -111,54 +105,49 @@ def retry_after(headers: Mapping[str, str], now: float) -> float | None:
         return None
 
 
-def _meaning(error: _Error, status: int | None) -> _Meaning:
-    if _TOO_LONG.search(error.message) and status in (None, 400, 413, 422):
-        return "context_length_exceeded", False
-    if error.moderated:
-        return "content_filtered", False
-    for word in error.words:
-        if word in _WORDS:
-            return _WORDS[word]
-    status = error.status if status is None or status < 400 else status
-    if status is None:
-        return "upstream_error", True
-    if status in _STATUSES:
-        return _STATUSES[status]
-    return ("upstream_error", True) if status >= 500 else ("upstream_bad_request", False)
+def quoted(data: bytes) -> str:
+    """Return the beginning of what a provider sent, as a literal on one line."""
+    text = " ".join(data[: _QUOTED * 4].decode(errors="replace").split())
+    return repr(text if len(text) <= _QUOTED else text[: _QUOTED - 1] + "…")
 
 
-def _error_in(body: bytes) -> _Error:
+def _from_text(meaning: Meaning, data: bytes) -> UpstreamFailure:
+    code, recoverable = meaning
+    return UpstreamFailure(code, _bounded(data[: MESSAGE_LIMIT * 4].decode(errors="replace")), recoverable=recoverable)
+
+
+def _with_rest(text: str, rest: bytes) -> str:
+    return _bounded(f"{text}: {quoted(rest)}" if rest else text)
+
+
+def _meaning(error: Reported, status: int | None) -> Meaning:
+    return ("content_filtered", False) if error.moderated else meaning_of(error.words, error.message, status)
+
+
+def _error_in(body: bytes) -> tuple[Reported, bool]:
+    """Return the error in a body, and whether the body says that it is one."""
     try:
         decoded = msgspec.json.decode(body)
     except (ValueError, RecursionError):
-        return _Error(message=body.decode(errors="replace").strip())
-    if isinstance(decoded, list) and decoded:
-        decoded = decoded[0]
-    if isinstance(decoded, dict) and decoded.get("error"):
-        return _describe(decoded["error"])
-    if isinstance(decoded, dict):
-        return _Error(message=str(decoded.get("message") or decoded.get("detail") or ""))
-    return _Error()
+        return Reported(message=body.decode(errors="replace").strip()), False
+    if isinstance(decoded, list):
+        decoded = next((item for item in decoded if isinstance(item, dict)), None)
+    if not isinstance(decoded, dict):
+        return Reported(), False
+    stated = reported(decoded)
+    return (stated, True) if stated is not None else (described(decoded), False)
 
 
-def _describe(error: Any) -> _Error:
-    if not isinstance(error, dict):
-        return _Error(message=str(error), stated=True)
-    metadata = error.get("metadata")
-    metadata = metadata if isinstance(metadata, dict) else {}
-    message = str(error.get("message") or "")
-    if isinstance(raw := metadata.get("raw"), str) and raw not in message:
-        message = f"{message}: {raw}"
-    named = (error.get("code"), error.get("type"), metadata.get("error_type"))
-    return _Error(
-        message=message,
-        words=tuple(str(word) for word in named if word),
-        status=next((int(str(word)) for word in named if re.fullmatch(r"[1-5]\d\d", str(word))), None),
-        stated=True,
-        moderated="flagged_input" in metadata,
-    )
+def _shown(error: Any) -> str:
+    """Return an error object that has no message as it came."""
+    if not error or not isinstance(error, dict | list):
+        return ""
+    try:
+        return msgspec.json.encode(error).decode()
+    except (ValueError, TypeError, RecursionError):
+        return ""
 
 
 def _bounded(text: str) -> str:
-    text = " ".join(text.split())
+    text = " ".join(text[: MESSAGE_LIMIT * 4].split())
     return text if len(text) <= MESSAGE_LIMIT else text[: MESSAGE_LIMIT - 1] + "…"

@@ -1,7 +1,8 @@
 """Joins adjacent fragments that one socket read brought, so that a read becomes few parts."""
 
 from schemas.events import ToolCall
-from services.producer.core.parts import Part, Reasoning, Text, ToolCallPart
+from services.producer.core.dialects.halves import Halves
+from services.producer.core.parts import Finish, Part, Reasoning, Text, ToolCallPart, UsagePart
 
 __all__ = ["Joined", "join"]
 
@@ -9,10 +10,12 @@ __all__ = ["Joined", "join"]
 class Joined:
     """Collects parts in order; neighbours of the same kind and choice (and tool call) become one.
 
-    The joined part keeps the time stamp of its first fragment.
+    The joined part keeps the time stamp of its first fragment. ``halves``: where texts may hold halves of surrogate
+    pairs. ``begun`` and ``finished``: the choices that have content and a finish reason. ``has_usage``: usage was
+    reported.
     """
 
-    __slots__ = ("_at", "_choice", "_kind", "_parts", "_texts", "_tool")
+    __slots__ = ("_at", "_choice", "_kind", "_parts", "_texts", "_tool", "begun", "finished", "halves", "has_usage")
 
     def __init__(self) -> None:
         self._parts: list[Part] = []
@@ -21,18 +24,27 @@ class Joined:
         self._at: float | None = None
         self._texts: list[str] = []
         self._tool: ToolCall | None = None
+        self.halves: Halves | None = None
+        self.begun: set[int] = set()
+        self.finished: set[int] = set()
+        self.has_usage = False
 
     def text(self, kind: type[Text | Reasoning], text: str, choice: int = 0, at: float | None = None) -> None:
         """Add a fragment of answer text or reasoning."""
+        if self.halves is not None and not (text := self.halves.mended((kind, choice, 0), text)):
+            return
         if kind is self._kind and choice == self._choice:
             self._texts.append(text)
             return
         self._flush()
+        self.begun.add(choice)
         self._kind, self._choice, self._at = kind, choice, at
         self._texts = [text]
 
     def tool_call(self, fragment: ToolCall, choice: int = 0, at: float | None = None) -> None:
         """Add a fragment of a tool call. One that brings an id or a name begins a part of its own."""
+        if self.halves is not None:
+            fragment = _mended(fragment, self.halves, choice)
         tool = self._tool
         if (
             tool is not None
@@ -44,6 +56,7 @@ class Joined:
             self._texts.append(fragment.arguments)
             return
         self._flush()
+        self.begun.add(choice)
         self._tool, self._choice, self._at = fragment, choice, at
         self._texts = [fragment.arguments]
 
@@ -56,12 +69,31 @@ class Joined:
         else:
             self._flush()
             self._parts.append(part)
+            self._note(part)
+
+    def release(self) -> None:
+        """Give up waiting for the other halves of surrogate pairs."""
+        if self.halves is None:
+            return
+        for (kind, choice, index), text in self.halves.left():
+            if kind is ToolCallPart:
+                self.tool_call(ToolCall(index=index, arguments=text), choice)
+            else:
+                self.text(kind, text, choice)
 
     def take(self) -> list[Part]:
         """Return what was collected, and begin anew."""
         self._flush()
         parts, self._parts = self._parts, []
         return parts
+
+    def _note(self, part: Part) -> None:
+        if isinstance(part, Finish):
+            self.finished.add(part.choice)
+        elif isinstance(part, UsagePart):
+            self.has_usage = True
+        elif (choice := getattr(part, "choice", None)) is not None:
+            self.begun.add(choice)
 
     def _flush(self) -> None:
         if self._kind is not None:
@@ -72,6 +104,11 @@ class Joined:
             whole = ToolCall(index=tool.index, id=tool.id, name=tool.name, arguments="".join(self._texts))
             self._parts.append(ToolCallPart(whole, self._choice, self._at))
             self._tool = None
+
+
+def _mended(fragment: ToolCall, halves: Halves, choice: int) -> ToolCall:
+    arguments = halves.mended((ToolCallPart, choice, fragment.index), fragment.arguments)
+    return ToolCall(index=fragment.index, id=fragment.id, name=fragment.name, arguments=arguments)
 
 
 def join(parts: list[Part]) -> list[Part]:

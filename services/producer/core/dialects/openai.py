@@ -9,10 +9,12 @@ import msgspec
 from schemas.events import ToolCall
 from schemas.usage import Usage
 from services.producer.core.dialects.failures import failure_in_stream, refusal_of
-from services.producer.core.dialects.stream import EventParser
+from services.producer.core.dialects.leniency import loads, object_in
+from services.producer.core.dialects.reported import reported
+from services.producer.core.dialects.stream import FAILED_REASONS, EventParser
+from services.producer.core.dialects.whole_answers import chunks_of
 from services.producer.core.dialects.wire import NO_HEADERS, HttpCall, Parser, post
 from services.producer.core.parts import (
-    End,
     Finish,
     Identity,
     Reasoning,
@@ -80,6 +82,7 @@ class _Usage(msgspec.Struct):
 
 class _Chunk(msgspec.Struct, gc=False):
     choices: list[_Choice] | None = None
+    base_resp: Any = None
     created: float | None = None
     id: str | None = None
     model: str | None = None
@@ -87,12 +90,7 @@ class _Chunk(msgspec.Struct, gc=False):
     error: Any = None
 
 
-class _RawUsage(msgspec.Struct):
-    usage: dict[str, Any]
-
-
 _chunk: Final = msgspec.json.Decoder(_Chunk)
-_raw_usage: Final = msgspec.json.Decoder(_RawUsage)
 
 
 class OpenAI:
@@ -126,41 +124,61 @@ def chat_body(call: Call, include_usage: bool) -> dict[str, Any]:
     return body
 
 
-class OpenAIParser(EventParser):
+class OpenAIParser(EventParser[_Chunk]):
     """Understands a stream of chat completion chunks, which ends with ``[DONE]``.
 
     ``upstream_id``: the answer's name where a response header gives it; otherwise the chunks do.
     """
 
-    __slots__ = ("_currency", "_finished", "_identified", "_upstream_id")
+    __slots__ = ("_currency", "_identified", "_upstream_id")
+    event_type = _Chunk
+    done_is_marker = True
 
     def __init__(self, upstream_id: str | None = None, currency: str | None = None) -> None:
-        super().__init__()
+        super().__init__(_chunk)
         self._upstream_id = upstream_id
         self._currency = currency
         self._identified = False
-        self._finished: set[int] = set()
 
-    def read(self, payload: bytes) -> None:
-        """Take one chunk, or the end marker."""
-        if payload == b"[DONE]":
-            self.end(End())
+    def whole(self, tree: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return a chat completion as a chunk."""
+        return chunks_of(tree, self.joined.begun)
+
+    def read(self, chunk: _Chunk, payload: bytes) -> None:
+        """Take one chunk."""
+        choices = chunk.choices
+        if choices and choices[0].delta is None and self._take_whole(payload):
             return
-        chunk = _chunk.decode(payload)
         if not self._identified and (chunk.id or chunk.model):
             self._identified = True
             self.joined.add(Identity(self._upstream_id or chunk.id or None, chunk.model or None))
-        for choice in chunk.choices or ():
+        failed = ""
+        for choice in choices or ():
             if choice.delta is not None:
                 self._delta(choice.delta, choice.index, chunk.created)
             # some servers repeat the reason on their usage chunk
-            if choice.finish_reason and not chunk.error and choice.index not in self._finished:
-                self._finished.add(choice.index)
-                self.joined.add(Finish(_FINISH.get(choice.finish_reason, choice.finish_reason), choice.index))
+            if choice.finish_reason and not chunk.error and choice.index not in self.joined.finished:
+                if choice.finish_reason.lower() in FAILED_REASONS:
+                    failed = choice.finish_reason
+                else:
+                    self.joined.add(Finish(_FINISH.get(choice.finish_reason, choice.finish_reason), choice.index))
         if chunk.usage is not None:
             self.joined.add(UsagePart(self._usage(chunk.usage, payload)))
-        if chunk.error:
-            self.end(failure_in_stream(chunk.error))
+        if chunk.error or failed or chunk.base_resp or not (choices or chunk.usage):
+            self._beside_content(payload, failed)
+
+    def _beside_content(self, payload: bytes, failed: str) -> None:
+        """Take what a chunk says apart from its choices. ``failed``: a finish reason that means a failure."""
+        tree = loads(payload)
+        known = bool(tree.get("choices") or tree.get("usage"))
+        if not known and "choices" not in tree and tree.get("object") != "chat.completion.chunk":
+            self.unknown(payload)
+        elif reported(tree, known) is not None:
+            self.end(failure_in_stream(tree))
+        elif failed:
+            choices = tree["choices"] if isinstance(tree.get("choices"), list) else [tree.get("choices")]
+            told = [choice["error"] for choice in choices if isinstance(choice, dict) and choice.get("error")]
+            self.end(failure_in_stream(told or {"message": f"the answer ended with {failed!r}", "code": failed}))
 
     def _delta(self, delta: _Delta, choice: int, at: float | None) -> None:
         joined = self.joined
@@ -205,7 +223,7 @@ class OpenAIParser(EventParser):
             reasoning=outputs.reasoning_tokens or 0,
             cost=cost,
             currency=self._currency if cost is not None else None,
-            raw=_raw_usage.decode(payload).usage,
+            raw=object_in(payload, "usage"),
         )
 
 

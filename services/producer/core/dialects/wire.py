@@ -35,7 +35,15 @@ class Parser(Protocol):
     def feed(self, data: bytes) -> list[Part]:
         """Return what ``data`` completes, adjacent fragments of the same kind joined.
 
-        An ``End`` or an ``UpstreamFailure`` is the last part a parser ever returns; whatever follows is ignored.
+        An ``End`` or an ``UpstreamFailure`` is the last part a parser ever returns; whatever follows is ignored. A
+        ``NoticePart`` is the last part of a list or stands right ahead of the ending.
+        """
+        ...
+
+    def finish(self, broken: str = "") -> list[Part]:
+        """Return what is left at the end of the body; the last part is the ending, unless `feed` has returned it.
+
+        ``broken``: why the connection broke; empty where the body ended properly.
         """
         ...
 

@@ -1,0 +1,50 @@
+"""Joins halves of surrogate pairs that a provider has split over two events."""
+
+from typing import Final, Literal
+
+__all__ = ["Halves", "Lane"]
+
+Lane = tuple[type, int, int]
+"""Kind of text, choice, and index of the tool call."""
+_ALONE: Final = "\ufffd"
+
+
+class Halves:
+    """Holds the half that ends a text until the next text of the same lane; one that stays alone becomes U+FFFD.
+
+    At most one character a lane is held.
+    """
+
+    __slots__ = ("_held",)
+
+    def __init__(self) -> None:
+        self._held: dict[Lane, str] = {}
+
+    def mended(self, lane: Lane, text: str) -> str:
+        """Return ``text`` with the half that was held before it, and without one that ends it; maybe empty."""
+        if not text:
+            return text
+        held = self._held.pop(lane, "")
+        first = _half(text[0])
+        if held and first == "low":
+            text = chr(0x10000 + ((ord(held) - 0xD800) << 10) + (ord(text[0]) - 0xDC00)) + text[1:]
+        elif held:
+            text = _ALONE + text
+        elif first == "low":
+            text = _ALONE + text[1:]
+        if _half(text[-1]) == "high":
+            self._held[lane] = text[-1]
+            text = text[:-1]
+        return text
+
+    def left(self) -> list[tuple[Lane, str]]:
+        """Return what stands in place of the halves that are still held, and forget them."""
+        lanes = list(self._held)
+        self._held.clear()
+        return [(lane, _ALONE) for lane in lanes]
+
+
+def _half(character: str) -> Literal["high", "low"] | None:
+    if "\ud800" <= character <= "\udbff":
+        return "high"
+    return "low" if "\udc00" <= character <= "\udfff" else None

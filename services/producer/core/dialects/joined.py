@@ -1,7 +1,9 @@
 """Joins adjacent fragments that one socket read brought, so that a read becomes few parts."""
 
+import msgspec
+
 from schemas.events import ToolCall
-from services.producer.core.parts import Part, Reasoning, Text, ToolCallPart
+from services.producer.core.parts import Part, Reasoning, Refusal, Text, ToolCallPart
 
 __all__ = ["Joined", "join"]
 
@@ -16,14 +18,14 @@ class Joined:
 
     def __init__(self) -> None:
         self._parts: list[Part] = []
-        self._kind: type[Text | Reasoning] | None = None
+        self._kind: type[Text | Reasoning | Refusal] | None = None
         self._choice = 0
         self._at: float | None = None
         self._texts: list[str] = []
         self._tool: ToolCall | None = None
 
-    def text(self, kind: type[Text | Reasoning], text: str, choice: int = 0, at: float | None = None) -> None:
-        """Add a fragment of answer text or reasoning."""
+    def text(self, kind: type[Text | Reasoning | Refusal], text: str, choice: int = 0, at: float | None = None) -> None:
+        """Add a fragment of answer text, reasoning or a refusal."""
         if kind is self._kind and choice == self._choice:
             self._texts.append(text)
             return
@@ -32,7 +34,7 @@ class Joined:
         self._texts = [text]
 
     def tool_call(self, fragment: ToolCall, choice: int = 0, at: float | None = None) -> None:
-        """Add a fragment of a tool call. One that brings an id or a name begins a part of its own."""
+        """Add a fragment of a tool call. One that brings more than arguments begins a part of its own."""
         tool = self._tool
         if (
             tool is not None
@@ -40,6 +42,7 @@ class Joined:
             and choice == self._choice
             and fragment.id is None
             and fragment.name is None
+            and fragment.signature is None
         ):
             self._texts.append(fragment.arguments)
             return
@@ -49,7 +52,7 @@ class Joined:
 
     def add(self, part: Part) -> None:
         """Add a part of any kind."""
-        if isinstance(part, Text | Reasoning):
+        if isinstance(part, Text | Reasoning | Refusal):
             self.text(type(part), part.text, part.choice, part.at)
         elif isinstance(part, ToolCallPart):
             self.tool_call(part.tool_call, part.choice, part.at)
@@ -69,7 +72,7 @@ class Joined:
             self._kind = None
         elif self._tool is not None:
             tool = self._tool
-            whole = ToolCall(index=tool.index, id=tool.id, name=tool.name, arguments="".join(self._texts))
+            whole = msgspec.structs.replace(tool, arguments="".join(self._texts))
             self._parts.append(ToolCallPart(whole, self._choice, self._at))
             self._tool = None
 

@@ -227,9 +227,7 @@ def _delta(event: Delta) -> pb.Delta:
 
 
 def _tool_call(call: ToolCall) -> pb.ToolCall:
-    return pb.ToolCall(
-        index=call.index, id=call.id, name=call.name, arguments=call.arguments, signature=call.signature
-    )
+    return pb.ToolCall(index=call.index, id=call.id, name=call.name, arguments=call.arguments, signature=call.signature)
 
 
 def _annotation(annotation: Annotation) -> pb.Annotation:

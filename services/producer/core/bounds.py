@@ -91,7 +91,7 @@ def fits(value: Any) -> bool:
 
 
 def usable(usage: Usage) -> Usage | None:
-    """Return ``usage`` as readers take it: without a provider's own object that is too large, ``None`` out of bounds."""
+    """Return ``usage`` without a provider's own object that is too large; ``None`` where a number is out of bounds."""
     if usage.raw is not None and not fits(usage.raw):
         usage = msgspec.structs.replace(usage, raw=None)
     required = (usage.input, usage.output, usage.cached_input, usage.cache_write, usage.reasoning)

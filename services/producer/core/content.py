@@ -58,9 +58,7 @@ def _tool_call(call: ToolCall) -> Iterator[Content | Omitted]:
 def _binary(binary: Binary) -> Iterator[Content]:
     continues = binary.continues
     for piece in pieces(binary.data, PIECE_BYTES):
-        yield Content(
-            "binary", Binary(media_type=binary.media_type[:NAME_CHARS], data=piece, continues=continues)
-        )
+        yield Content("binary", Binary(media_type=binary.media_type[:NAME_CHARS], data=piece, continues=continues))
         continues = True
 
 

@@ -138,7 +138,7 @@ def test_no_arguments_are_an_empty_object_at_the_end(nothing: Any) -> None:
 
 def test_a_call_that_was_cut_off_gets_no_arguments() -> None:
     calls = ToolCalls()
-    taken = list(calls.take(0, 0, "a", "f", ""))
+    taken = calls.take(0, 0, "a", "f", "")
     calls.abandon(0)
     assert joined([*taken, *calls.end_all(0)]) == [("a", "f", "")]
 
@@ -158,9 +158,10 @@ def test_braces_and_quotes_within_texts_do_not_end_an_object() -> None:
 
 def test_calls_are_bounded() -> None:
     calls = ToolCalls()
+    for n in range(CALLS):
+        assert len(calls.take(0, n, f"c{n}", "f", "{}")) == 1
     with pytest.raises(ValueError, match=str(CALLS)):
-        for n in range(CALLS + 1):
-            list(calls.take(0, n, f"c{n}", "f", "{}"))
+        calls.take(1, 0, "one more", "f", "{}")
 
 
 JSON = st.recursive(

@@ -5,11 +5,13 @@ from typing import Any, Final
 
 import msgspec
 
-from schemas.events import ToolCall
+from schemas.events import Annotation, ToolCall
 from schemas.requests import Message
 from schemas.usage import Usage
 from services.producer.core.dialects.failures import failure_in_stream, refusal_of
+from services.producer.core.dialects.media import annotation, file_part
 from services.producer.core.dialects.stream import EventParser
+from services.producer.core.dialects.tool_calls import ToolCalls
 from services.producer.core.dialects.wire import (
     NO_HEADERS,
     HttpCall,
@@ -20,6 +22,7 @@ from services.producer.core.dialects.wire import (
     translating,
 )
 from services.producer.core.parts import (
+    AnnotationPart,
     End,
     Finish,
     Identity,
@@ -60,13 +63,14 @@ _RENAMED: Final = {"top_p": "p", "top_k": "k", "max_tokens": "max_tokens", "max_
 
 
 class _Content(msgspec.Struct):
+    type: str = "text"
     text: str | None = None
     thinking: str | None = None
 
 
 class _Function(msgspec.Struct):
     name: str | None = None
-    arguments: str | None = None
+    arguments: Any = None
 
 
 class _ToolCall(msgspec.Struct):
@@ -79,6 +83,7 @@ class _Message(msgspec.Struct):
     content: _Content | list[Any] | None = None
     tool_plan: str | None = None
     tool_calls: _ToolCall | list[Any] | None = None
+    citations: Any = None
 
 
 class _Units(msgspec.Struct):
@@ -101,7 +106,7 @@ class _Delta(msgspec.Struct):
 
 class _Event(msgspec.Struct):
     type: str = ""
-    index: int = 0
+    index: Any = 0
     id: str | None = None
     delta: _Delta | None = None
 
@@ -179,11 +184,11 @@ def _tools(tools: list[dict[str, Any]], choice: Any) -> dict[str, Any]:
 class CohereParser(EventParser):
     """Understands a v2 chat stream, which ends with ``message-end``; unknown events are passed over."""
 
-    __slots__ = ("_tools",)
+    __slots__ = ("_calls",)
 
     def __init__(self) -> None:
         super().__init__()
-        self._tools: dict[int, int] = {}
+        self._calls = ToolCalls()
 
     def read(self, payload: bytes) -> None:
         """Take one event; its ``type`` is in the data, so the event's name is not needed."""
@@ -192,40 +197,66 @@ class CohereParser(EventParser):
         message = delta.message or _Message()
         match event.type:
             case "content-delta" | "content-start" | "tool-plan-delta":
-                self._text(message)
+                self._text(message, payload)
             case "tool-call-start" | "tool-call-delta":
-                if event.type == "tool-call-start":
-                    self._tools[event.index] = len(self._tools)
                 if isinstance(message.tool_calls, _ToolCall):
-                    self._tool_call(message.tool_calls, self._tools.setdefault(event.index, len(self._tools)))
+                    self._tool_call(message.tool_calls, event.index)
+            case "tool-call-end":
+                self._fragments(self._calls.end(0, event.index))
+            case "citation-start":
+                citations = message.citations
+                for citation in citations if isinstance(citations, list) else [citations]:
+                    if citation:
+                        self.joined.add(AnnotationPart(_annotation(citation)))
             case "message-start":
                 self.joined.add(Identity(event.id))
             case "message-end":
                 self._ending(delta)
 
-    def _text(self, message: _Message) -> None:
+    def _text(self, message: _Message, payload: bytes) -> None:
         if message.tool_plan:
             self.joined.text(Reasoning, message.tool_plan)
-        if isinstance(message.content, _Content):
-            if message.content.thinking:
-                self.joined.text(Reasoning, message.content.thinking)
-            if message.content.text:
-                self.joined.text(Text, message.content.text)
+        content = message.content
+        if not isinstance(content, _Content):
+            return
+        if content.thinking:
+            self.joined.text(Reasoning, content.thinking)
+        if content.text:
+            self.joined.text(Text, content.text)
+        if content.type not in ("text", "thinking"):
+            whole = msgspec.json.decode(payload)["delta"]["message"]["content"]
+            self.joined.add(file_part(content.type, whole))
 
-    def _tool_call(self, call: _ToolCall, number: int) -> None:
+    def _tool_call(self, call: _ToolCall, index: Any) -> None:
         function = call.function or _Function()
-        self.joined.tool_call(
-            ToolCall(index=number, id=call.id, name=function.name, arguments=function.arguments or "")
-        )
+        self._fragments(self._calls.take(0, index, call.id, function.name, function.arguments))
+
+    def _fragments(self, fragments: list[ToolCall]) -> None:
+        for fragment in fragments:
+            self.joined.tool_call(fragment)
 
     def _ending(self, delta: _Delta) -> None:
         reason = delta.finish_reason or "COMPLETE"
         failed = reason in _FAILED or bool(delta.error)
         if not failed:
-            self.joined.add(Finish(_FINISH.get(reason, reason)))
+            finish = _FINISH.get(reason, reason)
+            if finish not in ("length", "content_filter"):
+                self._fragments(self._calls.end_all(0))
+            self.joined.add(Finish(finish))
         if delta.usage is not None:
             self.joined.add(UsagePart(_normalised(delta.usage)))
         self.end(failure_in_stream(delta.error or f"the answer ended with {reason}") if failed else End())
+
+
+def _annotation(citation: Any) -> Annotation:
+    """Return a citation: characters of the answer, and the first of the sources that they rest on."""
+    cited = annotation(citation)
+    sources = citation.get("sources") if isinstance(citation, dict) else None
+    first = next((source for source in sources or () if isinstance(source, dict)), {})
+    source = annotation(first.get("document") or first.get("tool_output") or {})
+    if isinstance(citation, dict) and citation.get("type") == "PLAN":  # of the plan, which is reasoning
+        cited = msgspec.structs.replace(cited, start=None, end=None)
+    return msgspec.structs.replace(cited, url=source.url, title=source.title)
 
 
 def _normalised(raw: dict[str, Any]) -> Usage:

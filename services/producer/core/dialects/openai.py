@@ -1,21 +1,25 @@
 """OpenAI chat completions, and every server that speaks them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any, Final
 
 import msgspec
 
-from schemas.events import ToolCall
 from schemas.usage import Usage
+from services.producer.core.bounds import choice_of
 from services.producer.core.dialects.failures import failure_in_stream, refusal_of
+from services.producer.core.dialects.media import text_of
+from services.producer.core.dialects.openai_content import REASONING, OtherContent, is_thought, thought_signature
 from services.producer.core.dialects.stream import EventParser
+from services.producer.core.dialects.tool_calls import ToolCalls
 from services.producer.core.dialects.wire import NO_HEADERS, HttpCall, Parser, post
 from services.producer.core.parts import (
     End,
     Finish,
     Identity,
     Reasoning,
+    Refusal,
     Text,
     UpstreamFailure,
     UsagePart,
@@ -26,38 +30,15 @@ __all__ = ["OpenAI", "OpenAIParser", "chat_body", "exact_cost"]
 
 _RESERVED: Final = frozenset({"model", "messages", "stream", "stream_options"})
 _FINISH: Final = {"function_call": "tool_calls"}
+_PLAIN: Final = frozenset({"content", "role"})
+_CALLS_ALONE: Final = ["tool_calls"]
+_CUT: Final = frozenset({"length", "content_filter", "error"})
+"""Finish reasons behind which a tool call without arguments may have had some."""
 
 
-class _Function(msgspec.Struct):
-    name: str | None = None
-    arguments: str | None = None
-
-
-class _ToolCall(msgspec.Struct):
-    index: int | None = None
-    id: str | None = None
-    function: _Function | None = None
-
-
-class _ContentPart(msgspec.Struct):
-    """A part of content given as a list, as Mistral does; its thinking is a list of parts again."""
-
-    type: str = "text"
-    text: str | None = None
-    thinking: "str | list[_ContentPart] | None" = None
-
-
-class _Delta(msgspec.Struct, gc=False):  # a tree from JSON has no cycles for a collector to find
-    content: str | list[_ContentPart] | None = None
-    reasoning_content: str | None = None
-    reasoning: str | None = None
-    refusal: str | None = None
-    tool_calls: list[_ToolCall] | None = None
-
-
-class _Choice(msgspec.Struct, gc=False):
-    index: int = 0
-    delta: _Delta | None = None
+class _Choice(msgspec.Struct, gc=False):  # a tree from JSON has no cycles for a collector to find
+    index: Any = 0
+    delta: dict[str, Any] | None = None
     finish_reason: str | None = None
 
 
@@ -85,6 +66,8 @@ class _Chunk(msgspec.Struct, gc=False):
     model: str | None = None
     usage: _Usage | None = None
     error: Any = None
+    citations: Any = None
+    search_results: Any = None
 
 
 class _RawUsage(msgspec.Struct):
@@ -132,7 +115,7 @@ class OpenAIParser(EventParser):
     ``upstream_id``: the answer's name where a response header gives it; otherwise the chunks do.
     """
 
-    __slots__ = ("_currency", "_finished", "_identified", "_upstream_id")
+    __slots__ = ("_calls", "_currency", "_finished", "_identified", "_other", "_upstream_id")
 
     def __init__(self, upstream_id: str | None = None, currency: str | None = None) -> None:
         super().__init__()
@@ -140,6 +123,15 @@ class OpenAIParser(EventParser):
         self._currency = currency
         self._identified = False
         self._finished: set[int] = set()
+        self._calls = ToolCalls()
+        self._other = OtherContent(self.joined)
+
+    def end(self, part: End | UpstreamFailure) -> None:
+        """Add the last part, behind the ends of tool calls whose choice had no end of its own."""
+        if isinstance(part, End):
+            for choice in self._calls.choices:
+                self._end_calls(choice)
+        super().end(part)
 
     def read(self, payload: bytes) -> None:
         """Take one chunk, or the end marker."""
@@ -151,47 +143,98 @@ class OpenAIParser(EventParser):
             self._identified = True
             self.joined.add(Identity(self._upstream_id or chunk.id or None, chunk.model or None))
         for choice in chunk.choices or ():
+            index = choice_of(choice.index)
             if choice.delta is not None:
-                self._delta(choice.delta, choice.index, chunk.created)
+                self._delta(choice.delta, index, chunk.created)
             # some servers repeat the reason on their usage chunk
-            if choice.finish_reason and not chunk.error and choice.index not in self._finished:
-                self._finished.add(choice.index)
-                self.joined.add(Finish(_FINISH.get(choice.finish_reason, choice.finish_reason), choice.index))
+            if choice.finish_reason and not chunk.error and index not in self._finished:
+                self._finished.add(index)
+                self._finish(_FINISH.get(choice.finish_reason, choice.finish_reason), index)
+        if chunk.search_results or chunk.citations:
+            self._other.sources("search_results", chunk.search_results or [])
+            self._other.sources("citations", chunk.citations or [])
         if chunk.usage is not None:
             self.joined.add(UsagePart(self._usage(chunk.usage, payload)))
         if chunk.error:
             self.end(failure_in_stream(chunk.error))
 
-    def _delta(self, delta: _Delta, choice: int, at: float | None) -> None:
-        joined = self.joined
-        if reasoning := delta.reasoning_content or delta.reasoning:
-            joined.text(Reasoning, reasoning, choice, at)
-        if isinstance(delta.content, str):
-            if delta.content:
-                joined.text(Text, delta.content, choice, at)
-        else:
-            self._parts(delta.content or (), choice, at)
-        if delta.refusal:
-            joined.text(Text, delta.refusal, choice, at)
-        for position, call in enumerate(delta.tool_calls or ()):
-            function = call.function or _Function()
-            joined.tool_call(
-                ToolCall(
-                    index=position if call.index is None else call.index,
-                    id=call.id or None,
-                    name=function.name or None,
-                    arguments=function.arguments or "",
-                ),
-                choice,
-                at,
-            )
+    def _delta(self, delta: dict[str, Any], choice: int, at: float | None) -> None:
+        content = delta.get("content")
+        if len(delta) > 1 or content.__class__ is not str:
+            fields = [name for name, value in delta.items() if value and name not in _PLAIN]
+            if fields == _CALLS_ALONE and not content:
+                self._tool_calls(delta["tool_calls"], choice, at)
+                return
+            if fields or (content.__class__ is not str and content is not None):
+                self._rich(delta, content, choice, at)
+                return
+        if content:
+            self.joined.text(Text, content, choice, at)
 
-    def _parts(self, parts: Iterable[_ContentPart], choice: int, at: float | None) -> None:
-        for part in parts:
-            if part.thinking:
-                self.joined.text(Reasoning, _thought(part.thinking), choice, at)
-            if part.text:
-                self.joined.text(Text, part.text, choice, at)
+    def _rich(self, delta: dict[str, Any], content: Any, choice: int, at: float | None) -> None:
+        """Take a delta that holds more than text, or anything else."""
+        for name in REASONING:
+            if reasoning := text_of(delta.get(name)):
+                self.joined.text(Reasoning, reasoning, choice, at)
+                break
+        if isinstance(content, str):
+            if content:
+                kind = Reasoning if is_thought(delta.get("extra_content")) else Text
+                self.joined.text(kind, content, choice, at)
+        elif isinstance(content, list | dict):
+            self._other.parts(content, choice, at)
+        elif content is not None:
+            got = type(content).__name__
+            raise ValueError(f"Expected `str | array | null`, got `{got}` - at `$.choices[{choice}].delta.content`")
+        if refusal := text_of(delta.get("refusal")):
+            self.joined.text(Refusal, refusal, choice, at)
+        self._other.delta(delta, choice, at)
+        self._tool_calls(delta.get("tool_calls"), choice, at)
+        if isinstance(function := delta.get("function_call"), dict):
+            self._call({"function": function}, choice, at)
+
+    def _tool_calls(self, calls: Any, choice: int, at: float | None) -> None:
+        beside = False
+        for call in calls if isinstance(calls, list) else [calls] if calls else ():
+            self._call(call, choice, at, beside=beside)
+            beside = True
+
+    def _call(self, call: Any, choice: int, at: float | None, *, beside: bool = False) -> None:
+        if not isinstance(call, dict):
+            self._other.keep("tool_calls", call, choice, at)
+            return
+        function = call.get("function")
+        if not isinstance(function, dict):
+            # a tool that the provider runs itself, or one of another type than function
+            if call.get("type") not in (None, "function"):
+                self._other.keep(str(call["type"]), call, choice, at)
+                return
+            function = call
+        extra = call.get("extra_content")
+        fragments = self._calls.take(
+            choice,
+            call.get("index"),
+            call.get("id"),
+            function.get("name"),
+            function.get("arguments"),
+            beside=beside,
+            signature=thought_signature(extra) if extra else None,
+        )
+        for fragment in fragments:
+            self.joined.tool_call(fragment, choice, at)
+        if extra and not thought_signature(extra):
+            self._other.keep("extra_content", extra, choice, at)
+
+    def _finish(self, reason: str, choice: int) -> None:
+        if reason in _CUT:
+            self._calls.abandon(choice)
+        else:
+            self._end_calls(choice)
+        self.joined.add(Finish(reason, choice))
+
+    def _end_calls(self, choice: int) -> None:
+        for fragment in self._calls.end_all(choice):
+            self.joined.tool_call(fragment, choice)
 
     def _usage(self, usage: _Usage, payload: bytes) -> Usage:
         inputs = usage.prompt_tokens_details or _InputDetails()
@@ -207,10 +250,6 @@ class OpenAIParser(EventParser):
             currency=self._currency if cost is not None else None,
             raw=_raw_usage.decode(payload).usage,
         )
-
-
-def _thought(thinking: str | list[_ContentPart]) -> str:
-    return thinking if isinstance(thinking, str) else "".join(part.text or "" for part in thinking)
 
 
 def exact_cost(cost: Decimal | None) -> str | None:

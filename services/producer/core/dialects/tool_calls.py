@@ -5,8 +5,6 @@ every fragment, or leave the id empty; send arguments as an object, or nothing w
 """
 
 import re
-import zlib
-from collections.abc import Iterator
 from typing import Any, Final
 
 import msgspec
@@ -31,6 +29,7 @@ class ToolCalls:
 
     def __init__(self) -> None:
         self._choices: dict[int, list[_Call]] = {}
+        self._newest: dict[tuple[int, int | None], _Call] = {}  # by choice and the provider's index
         self._count = 0  # of all choices, at most `CALLS`
 
     def take(
@@ -43,69 +42,75 @@ class ToolCalls:
         *,
         beside: bool = False,
         signature: str | None = None,
-    ) -> Iterator[ToolCall]:
-        """Yield what a provider's fragment is in terms of our indexes; ``index`` is the provider's.
+    ) -> list[ToolCall]:
+        """Return what a provider's fragment is in terms of our indexes; ``index`` is the provider's.
 
         ``beside``: it stands in one list behind a fragment of another call, so with a name it begins a call.
 
         Raises:
             ValueError: there are more than `CALLS` calls.
         """
-        calls = self._choices.setdefault(choice, [])
         place = index if isinstance(index, int) else None
         identity, function, text = _text(id_), _text(name), _json_text(arguments)
-        call = _find(calls, place, identity, function, text)
-        if beside and function and identity is None and place is None:
+        if identity is None and function is None and place is not None and (choice, place) in self._newest:
+            call: _Call | None = self._newest[choice, place]  # nearly all fragments
+        elif beside and function and identity is None and place is None:
             call = None
+        else:
+            call = _find(
+                self._choices.get(choice, []), self._newest.get((choice, place)), place, identity, function, text
+            )
         if call is None:
-            call = self._begin(calls, place)
+            call = self._begin(choice, place)
         elif identity is not None and call.repeated(identity, text):
-            return
+            return []
+        taken: list[ToolCall] = []
         while True:
             cut = call.arguments.feed(text)
-            fragment = call.fragment(identity, function, text[:cut], signature)
+            whole = cut == len(text)
+            fragment = call.fragment(identity, function, text if whole else text[:cut], signature)
             if fragment is not None:
-                yield fragment
-            if cut == len(text):
-                return
+                taken.append(fragment)
+            if whole:
+                return taken
             # A second object behind the first one: the same function is called again.
             text, function, signature = text[cut:], call.name, None
-            call = self._begin(calls, place)
+            call = self._begin(choice, place)
 
-    def end(self, choice: int, index: object) -> Iterator[ToolCall]:
+    def end(self, choice: int, index: object) -> list[ToolCall]:
         """End the newest call of a provider's index: no arguments mean an empty object."""
-        place = index if isinstance(index, int) else None
-        call = next((c for c in reversed(self._choices.get(choice, ())) if c.place == place), None)
-        if call is not None:
-            yield from call.end()
+        call = self._newest.get((choice, index if isinstance(index, int) else None))
+        return [] if call is None else call.end()
 
-    def end_all(self, choice: int) -> Iterator[ToolCall]:
+    def end_all(self, choice: int) -> list[ToolCall]:
         """End all calls of a choice that has come to its end."""
-        for call in self._choices.get(choice, ()):
-            yield from call.end()
+        return [fragment for call in self._choices.get(choice, ()) for fragment in call.end()]
 
     def abandon(self, choice: int) -> None:
         """Leave the calls of a choice as they are: it was cut off."""
-        self._choices.pop(choice, None)
+        for call in self._choices.get(choice, ()):
+            call.ended = True
 
     @property
     def choices(self) -> list[int]:
         """The choices that call tools."""
         return list(self._choices)
 
-    def _begin(self, calls: "list[_Call]", place: int | None) -> "_Call":
+    def _begin(self, choice: int, place: int | None) -> "_Call":
         self._count += 1
         if self._count > CALLS:
             raise ValueError(f"an answer with more than {CALLS} tool calls")
+        calls = self._choices.setdefault(choice, [])
         call = _Call(len(calls), place)
         calls.append(call)
+        self._newest[choice, place] = call
         return call
 
 
 class _Call:
     """One call: ``number`` is our index, ``place`` the provider's."""
 
-    __slots__ = ("_ended", "_sum", "arguments", "id", "name", "number", "place")
+    __slots__ = ("_said", "arguments", "ended", "id", "name", "number", "place")
 
     def __init__(self, number: int, place: int | None) -> None:
         self.number = number
@@ -113,28 +118,29 @@ class _Call:
         self.id: str | None = None
         self.name: str | None = None
         self.arguments = _Json()
-        self._sum = 0  # of the arguments so far
-        self._ended = False
+        self.ended = False
+        self._said: list[str] = []
 
     def repeated(self, id_: str, text: str) -> bool:
         """Tell whether ``text`` is all of the arguments once more, as some servers send them at the end."""
-        return id_ == self.id and self.arguments.complete and bool(text) and _sum(text) == self._sum
+        return id_ == self.id and self.arguments.complete and bool(text) and text == "".join(self._said)
 
     def fragment(self, id_: str | None, name: str | None, text: str, signature: str | None) -> ToolCall | None:
         """Return what is new of the call, if anything is."""
-        new_id = id_ if self.id is None else None
-        new_name = name if self.name is None else None
-        self.id, self.name = self.id or id_, self.name or name
-        if not (new_id or new_name or text or signature):
+        new_id = new_name = None
+        if id_ is not None and self.id is None:
+            self.id = new_id = id_
+        if name is not None and self.name is None:
+            self.name = new_name = name
+        if not (text or new_id or new_name or signature):
             return None
-        self._sum = _sum(text, self._sum)
+        self._said.append(text)
         return ToolCall(index=self.number, id=new_id, name=new_name, arguments=text, signature=signature)
 
-    def end(self) -> Iterator[ToolCall]:
-        """Yield an empty object where no arguments came."""
-        if self.arguments.blank and not self._ended:
-            yield ToolCall(index=self.number, arguments="{}")
-        self._ended = True
+    def end(self) -> list[ToolCall]:
+        """Return an empty object where no arguments came."""
+        ended, self.ended = self.ended, True
+        return [] if ended or not self.arguments.blank else [ToolCall(index=self.number, arguments="{}")]
 
 
 class _Json:
@@ -154,7 +160,8 @@ class _Json:
 
     def feed(self, text: str) -> int:
         """Take a fragment; return where in it a new object begins behind a complete value, else its length."""
-        self.blank = self.blank and (not text or text.isspace())
+        if self.blank:
+            self.blank = not text or text.isspace()
         at, end = 0, len(text)
         if self._escaped and text:
             self._escaped, at = False, 1
@@ -178,12 +185,16 @@ class _Json:
 
 
 def _find(
-    calls: list[_Call], place: int | None, id_: str | None, name: str | None, text: str
+    calls: list[_Call], newest: _Call | None, place: int | None, id_: str | None, name: str | None, text: str
 ) -> _Call | None:
-    """Return the call that a fragment continues; ``None``: it begins a new one."""
+    """Return the call that a fragment continues; ``None``: it begins a new one.
+
+    ``newest``: the call that began last under the provider's index.
+    """
     if not calls:
         return None
-    newest = calls[-1] if place is None else next((c for c in reversed(calls) if c.place == place), None)
+    if place is None:
+        newest = calls[-1]
     if id_ is not None:
         for call in reversed(calls):
             if call.id == id_ and (place is None or call.place is None or call.place == place):
@@ -204,12 +215,8 @@ def _takes_id(call: _Call, name: str | None, text: str) -> bool:
     return name is None and not call.arguments.blank and not call.arguments.complete
 
 
-def _sum(text: str, before: int = 0) -> int:
-    return zlib.crc32(text.encode("utf-8", "surrogatepass"), before)
-
-
 def _text(value: object) -> str | None:
-    if isinstance(value, str):
+    if value is None or isinstance(value, str):
         return value or None
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else None
 

@@ -117,7 +117,7 @@ class Annotation(msgspec.Struct, kw_only=True, omit_defaults=True, frozen=True):
 class Signature(msgspec.Struct, kw_only=True, omit_defaults=True, frozen=True):
     """Opaque text that a provider wants back, unchanged, when the conversation goes on.
 
-    ``thinking``, ``reasoning.text``: the proof of the choice's reasoning since the last signature.
+    ``thinking``, ``thinking_blocks``, ``reasoning.text``: the proof of the choice's reasoning since the last signature.
     ``redacted_thinking``, ``reasoning.encrypted``: reasoning that only the provider can read. ``thought_signature``:
     of the choice as a whole. ``details`` are further fields that go back with it.
     """

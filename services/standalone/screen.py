@@ -1,7 +1,9 @@
 """Events as a person reads them."""
 
 from schemas.events import (
+    Annotation,
     AnyEvent,
+    Binary,
     Cancelled,
     Completed,
     Delta,
@@ -76,8 +78,24 @@ class Screen:
             self._put("reasoning", delta.reasoning)
         if delta.tool_call:
             self._show_tool_call(delta.tool_call)
+        if delta.refusal:
+            self._put("text", delta.refusal)
         if delta.binary:
-            self._put("binary", f"[{delta.binary.media_type}, {len(delta.binary.data)} bytes]")
+            self._show_binary(delta.binary)
+        if delta.annotation:
+            self._show_source(delta.annotation)
+        if delta.extra:
+            self._say(f"[{delta.extra.kind}]")
+
+    def _show_binary(self, binary: Binary) -> None:
+        if not binary.continues:
+            self._put("binary", f"[{binary.media_type}] ")
+        self._put("binary", f"{len(binary.data):,} bytes ")
+
+    def _show_source(self, source: Annotation) -> None:
+        mark = "" if source.number is None else f"[{source.number}] "
+        named = " · ".join(part for part in (source.title, source.url) if part)
+        self._say(f"{mark}{named or source.quote or source.kind}")
 
     def _show_tool_call(self, call: ToolCall) -> None:
         if call.name:

@@ -599,13 +599,14 @@ class GetGenerationRequest(_message.Message):
     def __init__(self, session: _Optional[str] = ..., generation: _Optional[str] = ...) -> None: ...
 
 class Generation(_message.Message):
-    __slots__ = ("session", "generation", "state", "text", "reasoning", "finish_reason", "json")
+    __slots__ = ("session", "generation", "state", "text", "reasoning", "finish_reason", "refusal", "json")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     REASONING_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
     JSON_FIELD_NUMBER: _ClassVar[int]
     session: str
     generation: str
@@ -613,5 +614,6 @@ class Generation(_message.Message):
     text: str
     reasoning: str
     finish_reason: str
+    refusal: str
     json: bytes
-    def __init__(self, session: _Optional[str] = ..., generation: _Optional[str] = ..., state: _Optional[str] = ..., text: _Optional[str] = ..., reasoning: _Optional[str] = ..., finish_reason: _Optional[str] = ..., json: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, session: _Optional[str] = ..., generation: _Optional[str] = ..., state: _Optional[str] = ..., text: _Optional[str] = ..., reasoning: _Optional[str] = ..., finish_reason: _Optional[str] = ..., refusal: _Optional[str] = ..., json: _Optional[bytes] = ...) -> None: ...

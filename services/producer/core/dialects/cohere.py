@@ -8,8 +8,9 @@ import msgspec
 from schemas.events import Annotation, ToolCall
 from schemas.requests import Message
 from schemas.usage import Usage
+from services.producer.core.dialects.anthropic_request import is_own_block
 from services.producer.core.dialects.failures import failure_in_stream, refusal_of
-from services.producer.core.dialects.media import annotation, file_part
+from services.producer.core.dialects.media import annotation, file_part, text_of
 from services.producer.core.dialects.stream import EventParser
 from services.producer.core.dialects.tool_calls import ToolCalls
 from services.producer.core.dialects.wire import (
@@ -152,15 +153,38 @@ def _body(call: Call) -> dict[str, Any]:
 def _message(message: Message) -> dict[str, Any]:
     role = "system" if message.role == "developer" else message.role
     translated: dict[str, Any] = {"role": role}
-    if message.content:
-        translated["content"] = message.content
+    if content := _content(message.content) or message.refusal:
+        translated["content"] = content
     elif not message.tool_calls:
         translated["content"] = ""
     if message.tool_calls:
-        translated["tool_calls"] = message.tool_calls
+        # signatures are those of other providers
+        known = ("id", "type", "function")
+        translated["tool_calls"] = [{n: call[n] for n in known if n in call} for call in message.tool_calls]
+    if message.tool_plan:
+        translated["tool_plan"] = message.tool_plan
     if message.role == "tool":
         translated["tool_call_id"] = message.tool_call_id or ""
     return translated
+
+
+def _content(content: str | list[dict[str, Any]] | None) -> str | list[dict[str, Any]] | None:
+    """Return content without what only other providers can read: signatures and encrypted thoughts."""
+    if not isinstance(content, list):
+        return content
+    parts: list[dict[str, Any]] = []
+    for part in content:
+        match part.get("type"):
+            case "thinking":
+                if thinking := text_of(part.get("thinking")):
+                    parts.append({"type": "thinking", "thinking": thinking})
+            case kind if is_own_block(kind):
+                pass
+            case "refusal":
+                parts.append({"type": "text", "text": text_of(part.get("refusal"))})
+            case _:
+                parts.append(part)
+    return parts
 
 
 def _response_format(format_: Any) -> Any:

@@ -6,8 +6,10 @@ from typing import Any, Final
 
 import msgspec
 
+from schemas.requests import Message
 from schemas.usage import Usage
 from services.producer.core.bounds import choice_of
+from services.producer.core.dialects.anthropic_request import is_own_block
 from services.producer.core.dialects.failures import failure_in_stream, refusal_of
 from services.producer.core.dialects.media import text_of
 from services.producer.core.dialects.openai_content import REASONING, OtherContent, is_thought, thought_signature
@@ -103,10 +105,23 @@ class OpenAI:
 def chat_body(call: Call, include_usage: bool) -> dict[str, Any]:
     """Return the body of a streamed chat completion. Parameters cannot override what Tailrace decides itself."""
     body = {name: value for name, value in call.params.items() if name not in _RESERVED}
-    body |= {"model": call.model, "messages": call.messages, "stream": True}
+    body |= {"model": call.model, "messages": [_message(m) for m in call.messages], "stream": True}
     if include_usage:
         body["stream_options"] = {"include_usage": True}
     return body
+
+
+def _message(message: Message) -> Message:
+    """Return a message without the parts that only Anthropic can read: thoughts with their proof, its own tools."""
+    content = message.content
+    if not isinstance(content, list) or not any(_foreign(part) for part in content):
+        return message
+    return msgspec.structs.replace(message, content=[part for part in content if not _foreign(part)] or None)
+
+
+def _foreign(part: dict[str, Any]) -> bool:
+    # Mistral's thoughts are lists
+    return (part.get("type") == "thinking" and isinstance(part.get("thinking"), str)) or is_own_block(part.get("type"))
 
 
 class OpenAIParser(EventParser):

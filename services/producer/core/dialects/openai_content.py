@@ -162,7 +162,7 @@ class OtherContent:
             kind = "redacted_thinking" if block.get("type") == "redacted_thinking" else "thinking"
             proof = block.get("signature") or block.get("data")
             if isinstance(proof, str) and proof:
-                self._sign(kind, proof, {}, choice, at)
+                self._sign("thinking_blocks", proof, {"type": kind}, choice, at)
 
     def _sound(self, value: Any, choice: int, at: float | None) -> None:
         """Take a chunk of audio: bytes, what is said, and the name under which the provider keeps it."""

@@ -1,8 +1,8 @@
 """In which pieces text is shown: as it came, by line or sentence, or joined over a time.
 
-Neighbouring deltas of one generation, epoch, choice and kind (text, reasoning, refusal) are joined; any other event first
-lets out what is held, so that the order of the log is kept. Joined, all pieces are the text of the log, whatever the
-granularity; every piece ends at a place from which reading can go on in any granularity.
+Neighbouring deltas of one generation, epoch, choice and kind (text, reasoning, refusal) are joined; any other event
+first lets out what is held, so that the order of the log is kept. Joined, all pieces are the text of the log, whatever
+the granularity; every piece ends at a place from which reading can go on in any granularity.
 """
 
 import re

@@ -70,13 +70,13 @@ def _annotation(annotation: Annotation) -> Content | Omitted:
         end=number(annotation.end),
         number=number(annotation.number),
     )
-    if not fits(msgspec.to_builtins(kept)):
+    if not fits(msgspec.structs.asdict(kept)):
         kept = msgspec.structs.replace(kept, raw=None, quote=None)
     return _kept("annotation", kept, annotation.kind)
 
 
 def _kept(field: str, value: Annotation | Signature | Extra, kind: str) -> Content | Omitted:
-    if fits(msgspec.to_builtins(value)):
+    if fits(msgspec.structs.asdict(value)):
         return Content(field, value)
     return Omitted(kind[:NAME_CHARS] or field, _TOO_LARGE)
 

@@ -4,6 +4,8 @@ A reader judges an event by its header (`decode_header`) before it looks at the 
 known one with a malformed body, still occupies its seq.
 """
 
+from typing import Any
+
 import msgspec
 
 from schemas.events import AnyEvent, Epoch, Event, Number
@@ -51,8 +53,14 @@ _header_decoder = msgspec.json.Decoder(Header)
 
 
 def encode_event(event: Event) -> bytes:
-    """Return the bytes that are stored and, unchanged, sent to native clients."""
-    return _encoder.encode(event)
+    """Return the bytes that are stored and, unchanged, sent to native clients.
+
+    Halves of a surrogate pair, which no UTF-8 can hold, are joined where both are there, else become U+FFFD.
+    """
+    try:
+        return _encoder.encode(event)
+    except UnicodeEncodeError:
+        return _encoder.encode(_scalar(msgspec.to_builtins(event)))
 
 
 def decode_event(data: bytes) -> AnyEvent:
@@ -81,3 +89,16 @@ def decode_header(data: bytes) -> Header:
         return _header_decoder.decode(data)
     except _REFUSALS as error:
         raise MalformedEvent(f"malformed event: {error}") from error
+
+
+def _scalar(value: Any) -> Any:
+    """Return a JSON value whose texts hold Unicode scalar values only."""
+    match value:
+        case str():
+            return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        case list():
+            return [_scalar(item) for item in value]
+        case dict():
+            return {_scalar(name): _scalar(item) for name, item in value.items()}
+        case _:
+            return value

@@ -5,6 +5,8 @@ ignored when read, so that a newer writer never breaks an older reader. An absen
 reader could misread is not a new version of a type but a new type, which it skips.
 """
 
+from typing import Any
+
 import msgspec
 
 from schemas.usage import Counted, Epoch, Number, Usage
@@ -12,6 +14,7 @@ from schemas.usage import Counted, Epoch, Number, Usage
 __all__ = [
     "TERMINAL_TYPES",
     "VERSION",
+    "Annotation",
     "AnyEvent",
     "Binary",
     "Cancelled",
@@ -19,11 +22,13 @@ __all__ = [
     "Delta",
     "Epoch",
     "Event",
+    "Extra",
     "Failed",
     "Interrupted",
     "Number",
     "Notice",
     "Restarted",
+    "Signature",
     "Started",
     "ToolCall",
     "UsageReported",
@@ -68,24 +73,72 @@ class Started(Event, tag="started"):
 class ToolCall(msgspec.Struct, kw_only=True, omit_defaults=True, frozen=True):
     """A fragment of one tool call.
 
-    Fragments of the same ``index`` belong together, their ``arguments`` are joined as text.
+    Fragments of the same choice and ``index`` belong together, their ``arguments`` are joined as text. ``signature``:
+    opaque text that the provider wants back with this call when the conversation goes on.
     """
 
     index: Number = 0
     id: str | None = None
     name: str | None = None
     arguments: str = ""
+    signature: str | None = None
 
 
-class Binary(msgspec.Struct, kw_only=True, frozen=True):
-    """Bytes that a model emitted (base64 in JSON), for instance audio or an image."""
+class Binary(msgspec.Struct, kw_only=True, omit_defaults=True, frozen=True):
+    """Bytes that a model emitted (base64 in JSON), for instance audio or an image.
+
+    ``continues``: they follow the bytes of the choice's binary before, as in streamed audio or in a file that is too
+    large for one event.
+    """
 
     media_type: str
     data: bytes
+    continues: bool = False
+
+
+class Annotation(msgspec.Struct, kw_only=True, omit_defaults=True, frozen=True):
+    """A source of the answer.
+
+    ``kind`` is the provider's word (``url_citation``, ``search_result``, ``char_location`` …). ``quote``: the words of
+    the source. ``start`` and ``end``: the characters of the answer that rest on it. ``number``: by which the answer
+    refers to it, as in [1]. ``raw`` keeps the provider's own object unchanged.
+    """
+
+    kind: str
+    url: str | None = None
+    title: str | None = None
+    quote: str | None = None
+    start: Number | None = None
+    end: Number | None = None
+    number: Number | None = None
+    raw: Any = None
+
+
+class Signature(msgspec.Struct, kw_only=True, omit_defaults=True, frozen=True):
+    """Opaque text that a provider wants back, unchanged, when the conversation goes on.
+
+    ``thinking``, ``thinking_blocks``, ``reasoning.text``: the proof of the choice's reasoning since the last signature.
+    ``redacted_thinking``, ``reasoning.encrypted``: reasoning that only the provider can read. ``thought_signature``:
+    of the choice as a whole. ``details`` are further fields that go back with it.
+    """
+
+    kind: str
+    data: str
+    details: dict[str, Any] = {}
+
+
+class Extra(msgspec.Struct, kw_only=True, omit_defaults=True, frozen=True):
+    """Content for which there is no field: ``kind`` is the provider's word for it, ``data`` any JSON."""
+
+    kind: str
+    data: Any = None
 
 
 class Delta(Event, tag="delta"):
-    """What the model emitted since the last delta: exactly one of text, reasoning, a tool-call fragment or binary.
+    """What the model emitted since the last delta: exactly one kind of content.
+
+    Text, reasoning, a refusal, a tool-call fragment, binary, an annotation, a signature, or something extra; a reader
+    skips the kinds that it does not know.
 
     ``choice``: index of the alternative answer. ``tokens``: output tokens counted so far over the whole generation.
     ``provider_at``: the provider's own time stamp of the chunk in seconds since 1970, where it gives one.
@@ -96,6 +149,10 @@ class Delta(Event, tag="delta"):
     reasoning: str | None = None
     tool_call: ToolCall | None = None
     binary: Binary | None = None
+    refusal: str | None = None
+    annotation: Annotation | None = None
+    signature: Signature | None = None
+    extra: Extra | None = None
     tokens: Number = 0
     provider_at: float | None = None
 

@@ -26,7 +26,12 @@ GenerationState = Literal["queued", "running", "cancelling", "completed", "faile
 class Message(msgspec.Struct, omit_defaults=True):
     """One message of the conversation. ``content`` is text, or a list of parts in the OpenAI chat form.
 
-    ``tool_calls``, ``tool_call_id`` and ``name`` are those of the OpenAI chat form; each provider's dialect translates.
+    ``tool_calls``, ``tool_call_id``, ``name``, ``refusal``, ``annotations`` and ``audio`` are those of the OpenAI chat
+    form; each provider's dialect translates. What a provider wants back of its own answers goes to it unchanged:
+    Anthropic's blocks as parts of ``content`` (``thinking`` with its ``signature``, ``redacted_thinking``, blocks of
+    tools that it runs itself), ``reasoning_details`` (OpenRouter), ``reasoning_content`` or ``reasoning`` (DeepSeek,
+    vLLM and others), ``thinking_blocks`` (LiteLLM), ``extra_content`` (Gemini, here and in ``tool_calls``),
+    ``tool_plan`` (Cohere).
     """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -34,6 +39,15 @@ class Message(msgspec.Struct, omit_defaults=True):
     name: str | None = None
     tool_call_id: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
+    refusal: str | None = None
+    annotations: list[dict[str, Any]] | None = None
+    audio: dict[str, Any] | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    reasoning_details: list[dict[str, Any]] | None = None
+    thinking_blocks: list[dict[str, Any]] | None = None
+    extra_content: dict[str, Any] | None = None
+    tool_plan: str | None = None
 
 
 class CancelAfter(msgspec.Struct, forbid_unknown_fields=True):

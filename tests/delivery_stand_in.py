@@ -5,6 +5,7 @@ service within a test; here one call does it. The same page is tested against th
 """
 
 import asyncio
+import base64
 import json
 import threading
 import time
@@ -263,6 +264,25 @@ class StandIn:
         yield {"type": "usage", "usage": {"input": 40, "output": 30, "reasoning": 11}}
         yield {**_completed(30), "finish_reason": "tool_calls"}
 
+    async def everything(self, record: Event) -> AsyncIterator[Event]:
+        """Every kind of content, with texts that would be markup or scripts if they were not texts."""
+        markup = "<img src=x onerror=\"document.title='run'\">"
+        yield _started()
+        yield {"type": "delta", "refusal": f"I cannot {markup}.", "tokens": 3}
+        half = len(PICTURE) // 2 // 3 * 3
+        for start, data in enumerate((PICTURE[:half], PICTURE[half:])):
+            piece = {"media_type": "image/png", "data": base64.b64encode(data).decode(), "continues": start > 0}
+            yield {"type": "delta", "binary": piece, "tokens": 3}
+            await asyncio.sleep(self.pace)
+        drawing = base64.b64encode(b"<svg onload='document.title=1'/>").decode()
+        yield {"type": "delta", "binary": {"media_type": "image/svg+xml", "data": drawing}, "tokens": 3}
+        for number, url in enumerate(("https://h.example/a", "javascript:document.title='run'"), 1):
+            source = {"kind": "url_citation", "url": url, "title": f"Source {markup}", "number": number}
+            yield {"type": "delta", "annotation": source, "tokens": 3}
+        yield {"type": "delta", "extra": {"kind": "executed_tools", "data": [markup]}, "tokens": 3}
+        yield {"type": "delta", "signature": {"kind": "thinking", "data": "c2ln"}, "tokens": 3}
+        yield _completed(3)
+
     async def failing(self, record: Event) -> AsyncIterator[Event]:
         yield _started()
         yield {"type": "delta", "text": "So far so good, and then", "tokens": 6}
@@ -285,9 +305,13 @@ SCRIPTS = {
     "story": StandIn.story,
     "held": StandIn.held,
     "thinking": StandIn.thinking,
+    "everything": StandIn.everything,
     "failing": StandIn.failing,
     "restarting": StandIn.restarting,
 }
+PICTURE = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAQAAAADCAIAAAA7ljmRAAAAEElEQVR4nGNQaDgARww4OQA6dhCB5qeGGQAAAABJRU5ErkJggg=="
+)
 ENDS = {"completed", "failed", "cancelled", "interrupted"}
 
 

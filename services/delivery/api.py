@@ -13,7 +13,8 @@ from schemas.events import type_of
 from schemas.requests import GenerationRecord
 from services.delivery.answers import PROBLEMS, Accepted, accepted, named, own, reach
 from services.delivery.completion import Completion
-from services.delivery.core.transcript import ToolCallText
+from services.delivery.core.answer import AnswerMessage, BinaryContent, ChoiceAnnotation, ChoiceExtra, ToolCallText
+from services.delivery.core.transcript import Alternative
 from services.delivery.errors import Unknown
 from services.delivery.intake import GenerationWish, Intake
 from services.delivery.lookups import Lookups
@@ -73,8 +74,14 @@ class GenerationView(msgspec.Struct, kw_only=True, omit_defaults=True):
     message: str | None = None
     text: str = ""
     choices: list[str] = []
+    alternatives: list[Alternative] = []
     reasoning: str = ""
+    refusal: str = ""
     tool_calls: list[ToolCallText] = []
+    annotations: list[ChoiceAnnotation] = []
+    binaries: list[BinaryContent] = []
+    extras: list[ChoiceExtra] = []
+    messages: list[AnswerMessage] = []
     events: int = 0
     counted: Any = None
     usage: Any = None
@@ -253,8 +260,14 @@ async def view_of(lookups: Lookups, tenant: str, session: str, generation: str) 
         message=getattr(terminal, "message", None),
         text=said.text,
         choices=said.choices,
+        alternatives=said.alternatives,
         reasoning=said.reasoning,
+        refusal=said.refusal,
         tool_calls=said.tool_calls,
+        annotations=[annotation for answer in said.answers for annotation in answer.annotations],
+        binaries=[binary for answer in said.answers for binary in answer.files()],
+        extras=[extra for answer in said.answers for extra in answer.extras],
+        messages=said.messages,
         events=said.events,
         counted=said.counted(),
         usage=said.usage,

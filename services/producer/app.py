@@ -21,10 +21,10 @@ from services.producer.adapters.publisher import Publisher
 from services.producer.adapters.records import Records
 from services.producer.adapters.upstreams import Upstreams as HttpUpstreams
 from services.producer.asking import Upstreams
+from services.producer.core.bounds import EVENT_BYTES
 from services.producer.core.deadlines import Deadlines
 from services.producer.core.registry import Registry, RegistryError
 from services.producer.core.retry import RetryPolicy
-from services.producer.core.sse import MAX_EVENT_BYTES
 from services.producer.gate import Gates
 from services.producer.late_usage import LateUsage
 from services.producer.relay import Outside
@@ -34,7 +34,7 @@ __all__ = ["Settings", "main"]
 
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 FLUSH_SECONDS: Final = 1.0
-LEAST_PAYLOAD: Final = 2 * MAX_EVENT_BYTES
+LEAST_PAYLOAD: Final = 2 * EVENT_BYTES
 log = structlog.get_logger()
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 import structlog
@@ -22,6 +22,10 @@ from services.producer.errors import LogRefused
 __all__ = ["Journal"]
 
 log = structlog.get_logger()
+FEW: Final = 2
+"""Events that are sent at once. One read of a picture becomes many large ones: the next go out as these are stored."""
+LARGE_BYTES: Final = 1024 * 1024
+"""Bytes under way from which the next few wait; the client refuses more than 2 MB that are not written yet."""
 
 
 class Journal:
@@ -73,6 +77,14 @@ class Journal:
                 self._enqueue(events)
                 raise
             self._appended([first])
+        while len(events) > FEW:
+            few, events = events[:FEW], events[FEW:]
+            self._enqueue(few)
+            try:
+                await self._writer.room(LARGE_BYTES)
+            except asyncio.CancelledError:
+                self._enqueue(events)
+                raise
         self._enqueue(events)
         await self._writer.room()
 

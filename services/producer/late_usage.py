@@ -15,6 +15,7 @@ from services.kit.broker import Broker, BrokerUnavailable
 from services.kit.clock import Clock
 from services.producer import metrics
 from services.producer.adapters.publisher import Lease, Publisher
+from services.producer.core.bounds import usable
 from services.producer.core.generation import Generation
 from services.producer.core.registry import Provider
 from services.producer.errors import ProducerError
@@ -63,7 +64,7 @@ class LateUsage:
         )
         usage: Usage | None = await retrying(source.usage_of, generation.upstream_id)
         outcome = "missing"
-        if usage is not None:
+        if usage is not None and (usage := usable(usage)) is not None:
             outcome = "found" if await self._append(address, generation, usage) else "not appended"
         metrics.LATE_USAGE.labels(provider.name, outcome).inc()
         log.info("usage looked up", generation=generation.name, provider=provider.name, outcome=outcome)

@@ -1,7 +1,9 @@
 """Events as a person reads them."""
 
 from schemas.events import (
+    Annotation,
     AnyEvent,
+    Binary,
     Cancelled,
     Completed,
     Delta,
@@ -37,6 +39,7 @@ class Screen:
         self._headings = headings
         self._mode = ""
         self._open_line = False
+        self._file: tuple[str, int] | None = None  # media type and size
 
     def show(self, received: Received) -> None:
         """Show one accepted event."""
@@ -46,7 +49,10 @@ class Screen:
             self._show(received.event)
 
     def close(self) -> None:
-        """End the line that has been begun, if any."""
+        """Show the file that has come, and end the line that has been begun, if any."""
+        if self._file is not None:
+            (media_type, size), self._file = self._file, None
+            self._put("file", f"[{media_type}, {size:,} bytes]")
         if self._open_line:
             (self._terminal.write if self._mode == "text" else self._terminal.aside)("\n")
         self._open_line, self._mode = False, ""
@@ -76,8 +82,27 @@ class Screen:
             self._put("reasoning", delta.reasoning)
         if delta.tool_call:
             self._show_tool_call(delta.tool_call)
+        if delta.refusal:
+            self._put("text", delta.refusal)
         if delta.binary:
-            self._put("binary", f"[{delta.binary.media_type}, {len(delta.binary.data)} bytes]")
+            self._show_binary(delta.binary)
+        if delta.annotation:
+            self._show_source(delta.annotation)
+        if delta.extra:
+            self._say(f"[{delta.extra.kind}]")
+
+    def _show_binary(self, binary: Binary) -> None:
+        """Note a file; it is shown when something else comes, with the size of all of its pieces."""
+        if not binary.continues or self._file is None:
+            self.close()
+            self._file = (binary.media_type, 0)
+        media_type, size = self._file
+        self._file = (media_type, size + len(binary.data))
+
+    def _show_source(self, source: Annotation) -> None:
+        mark = "" if source.number is None else f"[{source.number}] "
+        named = " · ".join(part for part in (source.title, source.url) if part)
+        self._say(f"{mark}{named or source.quote or source.kind}")
 
     def _show_tool_call(self, call: ToolCall) -> None:
         if call.name:
@@ -86,7 +111,7 @@ class Screen:
         self._put(f"tool {call.index}", call.arguments)
 
     def _put(self, mode: str, text: str) -> None:
-        if mode != self._mode:
+        if mode != self._mode or self._file is not None:
             self.close()
             self._mode = mode
         (self._terminal.write if mode == "text" else self._terminal.aside)(text)

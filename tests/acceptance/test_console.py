@@ -213,6 +213,24 @@ def test_reasoning_tool_calls_and_notices_have_their_own_shape(browser: "Browser
     browser.keep("thinking")
 
 
+def test_pictures_sources_and_refusals_are_shown_and_nothing_in_them_runs(browser: "Browser", server: StandIn) -> None:
+    browser.open(server.url)
+    ask(browser, "scripted/everything")
+    browser.until_text(STATE, "Completed")
+    assert "I cannot <img" in browser.text(".refusal .text")
+    browser.until(lambda: browser.driver.execute_script("return document.querySelector('.file img')?.naturalWidth > 0"))
+    assert len(browser.driver.find_elements("css selector", ".file img")) == 1, "an SVG is offered and not drawn"
+    assert "image/svg+xml" in browser.text(".file .binary")
+    links = [a.get_attribute("href") for a in browser.driver.find_elements("css selector", ".sources a")]
+    assert links == ["https://h.example/a"], "an address that would run is no link"
+    assert "[2] Source <img" in browser.text(".sources li")
+    assert "executed_tools" in browser.text(".extra summary")
+    assert "onerror" in browser.text(".extra pre")
+    assert "run" not in browser.driver.title
+    assert browser.complaints() == []
+    browser.keep("everything")
+
+
 def test_a_restart_forgets_what_was_shown(browser: "Browser", server: StandIn) -> None:
     browser.open(server.url)
     ask(browser, "scripted/restarting")

@@ -7,21 +7,25 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from schemas.codec import encode_event
 from schemas.events import (
+    Annotation,
     AnyEvent,
     Binary,
     Cancelled,
     Completed,
     Delta,
+    Extra,
     Failed,
     Interrupted,
     Notice,
     Restarted,
+    Signature,
     Started,
     ToolCall,
     UsageReported,
@@ -53,11 +57,26 @@ HEAD: dict[str, Any] = {
     "epoch": st.integers(1, MAX_NUMBER),
     "at": st.floats(0, 1e12),
 }
+OBJECTS = st.dictionaries(TEXT, TEXT, max_size=2)
 DELTAS = st.one_of(
     st.builds(Delta, **HEAD, text=TEXT, tokens=NUMBERS, choice=NUMBERS),
     st.builds(Delta, **HEAD, reasoning=TEXT, provider_at=st.none() | st.floats(0, 1e12)),
     st.builds(Delta, **HEAD, tool_call=st.builds(ToolCall, index=NUMBERS, id=st.none() | TEXT, arguments=TEXT)),
-    st.builds(Delta, **HEAD, binary=st.builds(Binary, media_type=TEXT, data=st.binary(max_size=300))),
+    st.builds(
+        Delta,
+        **HEAD,
+        binary=st.builds(Binary, media_type=TEXT, data=st.binary(max_size=300), continues=st.booleans()),
+    ),
+    st.builds(Delta, **HEAD, refusal=TEXT),
+    st.builds(
+        Delta,
+        **HEAD,
+        annotation=st.builds(
+            Annotation, kind=TEXT, url=st.none() | TEXT, start=st.none() | NUMBERS, number=NUMBERS, raw=OBJECTS
+        ),
+    ),
+    st.builds(Delta, **HEAD, signature=st.builds(Signature, kind=TEXT, data=TEXT, details=OBJECTS)),
+    st.builds(Delta, **HEAD, extra=st.builds(Extra, kind=TEXT, data=st.none() | OBJECTS)),
 )
 EVENTS = st.one_of(
     DELTAS,
@@ -151,9 +170,26 @@ def test_what_a_delta_says_survives(event: Delta) -> None:
             assert event.tool_call is not None
             assert got.delta.tool_call.arguments == event.tool_call.arguments
             assert got.delta.tool_call.HasField("id") == (event.tool_call.id is not None)
+        case "refusal":
+            assert got.delta.refusal == event.refusal
+        case "annotation":
+            assert event.annotation is not None
+            annotation = got.delta.annotation
+            assert annotation.number == event.annotation.number
+            assert annotation.HasField("url") == (event.annotation.url is not None)
+            assert (annotation.start if annotation.HasField("start") else None) == event.annotation.start
+            assert msgspec.json.decode(annotation.raw) == event.annotation.raw
+        case "signature":
+            assert event.signature is not None
+            signature = got.delta.signature
+            assert (signature.kind, signature.data) == (event.signature.kind, event.signature.data)
+            assert msgspec.json.decode(signature.details or b"{}") == event.signature.details
+        case "extra":
+            assert event.extra is not None
+            assert (msgspec.json.decode(got.delta.extra.data) if got.delta.extra.data else None) == event.extra.data
         case "binary":
             assert event.binary is not None
-            assert got.delta.binary.data == event.binary.data
+            assert (got.delta.binary.data, got.delta.binary.continues) == (event.binary.data, event.binary.continues)
 
 
 @pytest.mark.parametrize(

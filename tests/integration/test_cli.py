@@ -13,7 +13,20 @@ from typing import Any
 
 import pytest
 
-from schemas.events import Completed, Delta, Failed, Interrupted, Notice, Restarted, Started, ToolCall
+from schemas.events import (
+    Annotation,
+    Binary,
+    Completed,
+    Delta,
+    Extra,
+    Failed,
+    Interrupted,
+    Notice,
+    Restarted,
+    Signature,
+    Started,
+    ToolCall,
+)
 from tests.integration.standalone_delivery import GENERATION, Delivery, serving, story
 
 REPOSITORY = Path(__file__).parents[2]
@@ -219,6 +232,24 @@ def test_reasoning_notices_and_tool_calls_stay_out_of_the_piped_answer(delivery:
     result = tailrace("ask", "x", "--url", delivery.url)
     assert (result.returncode, result.stdout) == (0, "Answer\n")
     assert result.stderr == 'asking again\nlet me see\n→ weather {"a":1}\n'
+
+
+def test_a_refusal_is_the_answer_and_files_and_sources_stand_beside_it(delivery: Delivery) -> None:
+    png = {"media_type": "image/png"}
+    delivery.events = [
+        Started(generation=GENERATION, seq=0, model="m", provider="p", upstream_model="m"),
+        Delta(generation=GENERATION, seq=1, refusal="I can"),
+        Delta(generation=GENERATION, seq=2, refusal="not."),
+        Delta(generation=GENERATION, seq=3, binary=Binary(**png, data=b"ab")),
+        Delta(generation=GENERATION, seq=4, binary=Binary(**png, data=b"c", continues=True)),
+        Delta(generation=GENERATION, seq=5, annotation=Annotation(kind="k", url="https://h", title="H", number=1)),
+        Delta(generation=GENERATION, seq=6, signature=Signature(kind="thinking", data="c2ln")),
+        Delta(generation=GENERATION, seq=7, extra=Extra(kind="executed_tools", data=[1])),
+        Completed(generation=GENERATION, seq=8, finish_reason="stop"),
+    ]
+    result = tailrace("ask", "x", "--url", delivery.url)
+    assert (result.returncode, result.stdout) == (0, "I cannot.\n")
+    assert result.stderr == "[image/png, 3 bytes]\n[1] H · https://h\n[executed_tools]\n"
 
 
 def test_restart_is_said(delivery: Delivery) -> None:

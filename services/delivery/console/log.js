@@ -142,10 +142,10 @@ export function conversation(log, limit = 200_000) {
   return messages;
 }
 
-/** Return the text of one of the alternative answers, joined. */
+/** Return the text of one of the alternative answers, joined: what the model says, or how it refuses. */
 export const answerText = (generation, choice = 0) =>
   generation.parts
-    .filter((part) => part.kind === "text" && part.choice === choice)
+    .filter((part) => (part.kind === "text" || part.kind === "refusal") && part.choice === choice)
     .map((part) => part.text)
     .join("");
 
@@ -206,18 +206,35 @@ function end(generation, event, fields) {
   }
 }
 
-function append(parts, { choice = 0, text, reasoning, tool_call: call, binary }) {
+function append(parts, { choice = 0, text, reasoning, refusal, tool_call: call, binary, annotation, extra }) {
   if (call) return appendCall(parts, choice, call);
-  if (binary) {
-    parts.push({ kind: "binary", choice, mediaType: binary.media_type, data: binary.data });
+  if (binary) return appendBinary(parts, choice, binary);
+  if (annotation) return appendSource(parts, choice, annotation);
+  if (extra) {
+    parts.push({ kind: "extra", choice, name: extra.kind, data: extra.data ?? null });
     return undefined;
   }
-  const kind = reasoning === undefined ? "text" : "reasoning";
-  const added = text ?? reasoning ?? "";
+  const kind = refusal !== undefined ? "refusal" : reasoning !== undefined ? "reasoning" : "text";
+  const added = refusal ?? reasoning ?? text ?? "";
   const open = parts.findLast((part) => part.choice === choice);
   if (open?.kind === kind) open.text += added;
   else if (added) parts.push({ kind, choice, text: added });
   return undefined;
+}
+
+/** Join the pieces of a file; each is base64 of its own. */
+function appendBinary(parts, choice, { media_type: mediaType, data, continues = false }) {
+  const open = continues ? parts.findLast((part) => part.kind === "binary" && part.choice === choice) : null;
+  if (open) open.pieces.push(data);
+  else parts.push({ kind: "binary", choice, mediaType, pieces: [data] });
+}
+
+/** Sources of a choice stand together, at the place of the first one. */
+function appendSource(parts, choice, { kind, url = null, title = null, quote = null, number = null }) {
+  const source = { kind, url, title, quote, number };
+  const open = parts.find((part) => part.kind === "sources" && part.choice === choice);
+  if (open) open.sources.push(source);
+  else parts.push({ kind: "sources", choice, sources: [source] });
 }
 
 function appendCall(parts, choice, { index = 0, id, name, arguments: added = "" }) {

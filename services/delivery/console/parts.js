@@ -1,4 +1,4 @@
-// The body of an answer: text, reasoning, tool calls and binary parts; grown, not drawn anew.
+// The body of an answer: text, reasoning, refusals, tool calls, files, sources and other content; grown, not drawn anew.
 import { el, setText } from "./dom.js";
 import { layout, number } from "./format.js";
 
@@ -110,17 +110,86 @@ const isJson = (text) => {
   }
 };
 
-class BinaryPart {
-  element = el("a", { class: "binary", download: "" });
+class RefusalPart {
+  #text = new Growing();
+  element = el("div", { class: "refusal" }, el("span", { class: "overline" }, "Refused"), el("div", { class: "text" }, this.#text.node));
 
-  constructor({ mediaType, data }) {
-    setText(this.element, `${mediaType} · ${number(Math.ceil(((data?.length ?? 0) * 3) / 4 / 1_024))} kB`);
-    this.element.href = `data:${mediaType};base64,${data}`;
-  }
-
-  draw() {
-    // a binary part comes whole
+  draw(part) {
+    this.#text.draw(part.text);
   }
 }
 
-const KINDS = { text: TextPart, reasoning: ReasoningPart, tool: ToolPart, binary: BinaryPart };
+// Kinds that a browser draws as pictures and never runs; everything else is only offered for download.
+const PICTURES = new Set(["image/png", "image/jpeg", "image/gif", "image/webp", "image/avif"]);
+
+class BinaryPart {
+  #drawn = 0;
+  #running = true;
+  #link = el("a", { class: "binary", download: "" });
+  element = el("figure", { class: "file" }, this.#link);
+
+  /** Draw a file again only when it has grown, and a picture when it is whole. */
+  draw({ mediaType, pieces }, running, last) {
+    const arriving = running && last;
+    if (pieces.length === this.#drawn && arriving === this.#running) return;
+    this.#drawn = pieces.length;
+    this.#running = arriving;
+    const size = pieces.reduce((bytes, piece) => bytes + sizeOf(piece), 0);
+    setText(this.#link, `${mediaType} · ${number(Math.ceil(size / 1_024))} kB${arriving ? " …" : ""}`);
+    if (arriving) return;
+    const address = `data:${mediaType};base64,${joined(pieces)}`;
+    this.#link.href = address;
+    if (PICTURES.has(mediaType)) this.element.replaceChildren(el("img", { src: address, alt: "Picture in the answer" }), this.#link);
+  }
+}
+
+const sizeOf = (base64 = "") => Math.floor((base64.replace(/=+$/, "").length * 3) / 4);
+
+/** Join pieces of base64: text by text where no piece but the last is padded, else by bytes. */
+function joined(pieces) {
+  if (pieces.slice(0, -1).every((piece) => piece.length % 4 === 0 && !piece.endsWith("="))) return pieces.join("");
+  return btoa(pieces.map(atob).join(""));
+}
+
+class SourcesPart {
+  #drawn = 0;
+  #list = el("ol", {});
+  element = el("section", { class: "sources", "aria-label": "Sources" }, el("span", { class: "overline" }, "Sources"), this.#list);
+
+  draw({ sources }) {
+    for (const source of sources.slice(this.#drawn)) this.#list.append(sourceItem(source));
+    this.#drawn = sources.length;
+  }
+}
+
+function sourceItem({ kind, url, title, quote, number: mark }) {
+  const label = title ?? url ?? quote ?? kind;
+  // Only addresses of the web become links: a provider's text must not become a script.
+  const link = /^https?:\/\//i.test(url ?? "") ? el("a", { href: url, target: "_blank", rel: "noopener noreferrer" }, label) : label;
+  const item = el("li", {}, mark === null ? "" : `[${mark}] `, link);
+  if (quote && quote !== label) item.append(el("q", {}, quote));
+  return item;
+}
+
+class ExtraPart {
+  element;
+
+  constructor({ name, data }) {
+    const content = el("pre", { tabIndex: 0, "aria-label": name }, JSON.stringify(data, null, 2) ?? "");
+    this.element = el("details", { class: "extra" }, el("summary", {}, name), content);
+  }
+
+  draw() {
+    // comes whole
+  }
+}
+
+const KINDS = {
+  text: TextPart,
+  reasoning: ReasoningPart,
+  refusal: RefusalPart,
+  tool: ToolPart,
+  binary: BinaryPart,
+  sources: SourcesPart,
+  extra: ExtraPart,
+};

@@ -1,8 +1,8 @@
 """In which pieces text is shown: as it came, by line or sentence, or joined over a time.
 
-Neighbouring deltas of the same generation, epoch, choice and kind (text or reasoning) are joined; any other event first
-lets out what is held, so that the order of the log is kept. Joined, all pieces are the text of the log, whatever the
-granularity; every piece ends at a place from which reading can go on in any granularity.
+Neighbouring deltas of one generation, epoch, choice and kind (text, reasoning, refusal) are joined; any other event
+first lets out what is held, so that the order of the log is kept. Joined, all pieces are the text of the log, whatever
+the granularity; every piece ends at a place from which reading can go on in any granularity.
 """
 
 import re
@@ -22,6 +22,7 @@ CUTS: Final = 64  # of one event: what is left of it then is let out together
 COALESCE_STEPS: Final = (10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000)
 """Milliseconds. What is asked for is rounded down to one of them, so that subscribers share what is joined for them."""
 _LOOK_BACK: Final = 16  # characters that an end which was not complete yet may reach back
+_KINDS: Final = ("text", "reasoning", "refusal")
 _LINE: Final = re.compile(r"\n")
 _CLOSING: Final = "\"'\u201d\u2019\u00bb)\\]"
 _SENTENCE: Final = re.compile(
@@ -78,18 +79,19 @@ class _Merged(Delta, tag="delta"):
 class _Part:
     """What is left to show of one delta, from character ``start`` on."""
 
-    __slots__ = ("delta", "entry", "start", "text")
+    __slots__ = ("delta", "entry", "kind", "start", "text")
 
-    def __init__(self, entry: Entry, delta: Delta, text: str, start: int) -> None:
+    def __init__(self, entry: Entry, delta: Delta, kind: str, text: str, start: int) -> None:
         self.entry = entry
         self.delta = delta
+        self.kind = kind
         self.text = text
         self.start = start
 
     @property
     def key(self) -> tuple[object, ...]:
         delta = self.delta
-        return delta.generation, delta.epoch, delta.choice, delta.text is None
+        return delta.generation, delta.epoch, delta.choice, self.kind
 
     def place(self) -> Place:
         """Return the place before what is left."""
@@ -108,10 +110,11 @@ def _part(entry: Entry, start: int) -> _Part | None:
         delta = _decoder.decode(entry.data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
-    text = delta.text if delta.text is not None else delta.reasoning
-    if text is None or delta.tool_call is not None or delta.binary is not None:
-        return None
-    return _Part(entry, delta, text, min(start, len(text)))
+    for kind in _KINDS:
+        text = getattr(delta, kind)
+        if text is not None and delta.tool_call is None and delta.binary is None:
+            return _Part(entry, delta, kind, text, min(start, len(text)))
+    return None
 
 
 class Merger:
@@ -227,12 +230,11 @@ def _piece(parts: Sequence[_Part], first: _Part, start: int, text: str, within: 
         at=delta.at,
         v=delta.v,
         choice=delta.choice,
-        text=text if delta.text is not None else None,
-        reasoning=text if delta.text is None else None,
         tokens=last.delta.tokens,
         provider_at=delta.provider_at,
         through=None if through == delta.seq else through,
     )
+    setattr(merged, first.kind, text)
     seq = last.entry.seq - (within > 0)
     return Entry(seq, first.entry.generation, "delta", _encode(merged), within)
 

@@ -11,6 +11,7 @@ import msgspec
 
 from schemas.codec import MalformedEvent, UnknownEvent, decode_event, decode_header
 from schemas.events import (
+    Annotation,
     AnyEvent,
     Cancelled,
     Completed,
@@ -21,6 +22,7 @@ from schemas.events import (
     Notice,
     Restarted,
     Started,
+    ToolCall,
     UsageReported,
 )
 from schemas.rpc.tailrace.v1 import tailrace_pb2 as pb
@@ -204,16 +206,45 @@ def _head(event: Event, type_: str, **kind: Any) -> pb.Event:
 
 
 def _delta(event: Delta) -> pb.Delta:
-    call, binary = event.tool_call, event.binary
+    call, binary, signature, extra = event.tool_call, event.binary, event.signature, event.extra
     return pb.Delta(
         text=event.text,
         reasoning=event.reasoning,
-        tool_call=pb.ToolCall(index=call.index, id=call.id, name=call.name, arguments=call.arguments) if call else None,
-        binary=pb.Binary(media_type=binary.media_type, data=binary.data) if binary else None,
+        tool_call=_tool_call(call) if call else None,
+        binary=pb.Binary(media_type=binary.media_type, data=binary.data, continues=binary.continues)
+        if binary
+        else None,
+        refusal=event.refusal,
+        annotation=_annotation(event.annotation) if event.annotation else None,
+        signature=pb.Signature(kind=signature.kind, data=signature.data, details=_json(signature.details or None))
+        if signature
+        else None,
+        extra=pb.Extra(kind=extra.kind, data=_json(extra.data)) if extra else None,
         choice=event.choice,
         tokens=event.tokens,
         provider_at=event.provider_at,
     )
+
+
+def _tool_call(call: ToolCall) -> pb.ToolCall:
+    return pb.ToolCall(index=call.index, id=call.id, name=call.name, arguments=call.arguments, signature=call.signature)
+
+
+def _annotation(annotation: Annotation) -> pb.Annotation:
+    return pb.Annotation(
+        kind=annotation.kind,
+        url=annotation.url,
+        title=annotation.title,
+        quote=annotation.quote,
+        start=annotation.start,
+        end=annotation.end,
+        number=annotation.number,
+        raw=_json(annotation.raw),
+    )
+
+
+def _json(value: Any) -> bytes:
+    return b"" if value is None else msgspec.json.encode(value)
 
 
 def _usage(usage: Usage) -> pb.Usage:
@@ -227,7 +258,7 @@ def _usage(usage: Usage) -> pb.Usage:
         billed_output=usage.billed_output,
         cost=usage.cost,
         currency=usage.currency,
-        raw=msgspec.json.encode(usage.raw) if usage.raw is not None else b"",
+        raw=_json(usage.raw),
     )
 
 

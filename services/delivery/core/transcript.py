@@ -8,17 +8,18 @@ from schemas.acceptance import BEGINNING, Verdict, judge
 from schemas.codec import UnknownEvent, decode_event, decode_header
 from schemas.events import AnyEvent, Delta, Restarted, Started, UsageReported, is_terminal
 from schemas.usage import Counted, Usage
+from services.delivery.core.answer import Answer, AnswerMessage, ToolCallText
 
-__all__ = ["ToolCallText", "Transcript"]
+__all__ = ["Alternative", "Transcript"]
 
 
-class ToolCallText(msgspec.Struct, kw_only=True):
-    """One tool call, its fragments joined."""
+class Alternative(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """The texts of one of several choices."""
 
-    index: int
-    id: str | None = None
-    name: str | None = None
-    arguments: str = ""
+    choice: int = 0
+    text: str = ""
+    reasoning: str = ""
+    refusal: str = ""
 
 
 class Transcript:
@@ -31,9 +32,7 @@ class Transcript:
         self.tokens = 0
         self.events = 0
         self._position = BEGINNING
-        self._texts: dict[int, list[str]] = {}
-        self._reasoning: list[str] = []
-        self._calls: dict[int, ToolCallText] = {}
+        self._answers: dict[int, Answer] = {}
 
     def offer(self, data: bytes) -> None:
         """Take one stored event; what the rule drops, and unknown types, change nothing that is shown.
@@ -52,24 +51,49 @@ class Transcript:
             return
 
     @property
+    def answers(self) -> list[Answer]:
+        """What each choice has said, in order."""
+        return [self._answers[choice] for choice in sorted(self._answers)]
+
+    @property
     def text(self) -> str:
         """Text of the first choice."""
-        return "".join(self._texts.get(0, []))
+        return self._first.text
+
+    @property
+    def reasoning(self) -> str:
+        """Reasoning of the first choice."""
+        return self._first.reasoning
+
+    @property
+    def refusal(self) -> str:
+        """Refusal of the first choice."""
+        return self._first.refusal
 
     @property
     def choices(self) -> list[str]:
         """Text of every choice, where there are several."""
-        return ["".join(self._texts[c]) for c in sorted(self._texts)] if len(self._texts) > 1 else []
+        return [alternative.text for alternative in self.alternatives]
 
     @property
-    def reasoning(self) -> str:
-        """Text of the reasoning."""
-        return "".join(self._reasoning)
+    def alternatives(self) -> list[Alternative]:
+        """The texts of every choice, where there are several."""
+        if len(self._answers) < 2:
+            return []
+        return [
+            Alternative(choice=a.choice, text=a.text, reasoning=a.reasoning, refusal=a.refusal) for a in self.answers
+        ]
 
     @property
     def tool_calls(self) -> list[ToolCallText]:
-        """Tool calls in order."""
-        return [self._calls[index] for index in sorted(self._calls)]
+        """Tool calls by choice and index."""
+        return [call for answer in self.answers for call in answer.tool_calls]
+
+    @property
+    def messages(self) -> list[AnswerMessage]:
+        """Every choice as a message of the next request, where one holds more than text."""
+        answers = self.answers
+        return [a.message() for a in answers] if any(a.has_more_than_text for a in answers) else []
 
     def counted(self) -> Counted:
         """Return our own count: the terminal's, else what the deltas say so far."""
@@ -86,9 +110,7 @@ class Transcript:
             case Started():
                 self.started = event
             case Restarted():
-                self._texts.clear()
-                self._reasoning.clear()
-                self._calls.clear()
+                self._answers.clear()
                 self.tokens = 0
             case UsageReported():
                 self.usage = event.usage
@@ -99,13 +121,11 @@ class Transcript:
 
     def _delta(self, event: Delta) -> None:
         self.tokens = event.tokens
-        if event.text is not None:
-            self._texts.setdefault(event.choice, []).append(event.text)
-        elif event.reasoning is not None:
-            self._reasoning.append(event.reasoning)
-        elif event.tool_call is not None:
-            part = event.tool_call
-            call = self._calls.setdefault(part.index, ToolCallText(index=part.index))
-            call.id = part.id or call.id
-            call.name = part.name or call.name
-            call.arguments += part.arguments
+        answer = self._answers.get(event.choice)
+        if answer is None:
+            answer = self._answers[event.choice] = Answer(event.choice)
+        answer.add(event)
+
+    @property
+    def _first(self) -> Answer:
+        return self._answers.get(0) or Answer(0)

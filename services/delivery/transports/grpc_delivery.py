@@ -189,6 +189,7 @@ class Delivery:
             state=view.state,
             text=view.text,
             reasoning=view.reasoning,
+            refusal=view.refusal,
             finish_reason=view.finish_reason or "",
             json=msgspec.json.encode(view),
         )

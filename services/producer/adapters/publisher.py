@@ -182,14 +182,15 @@ class LogWriter:
                 self._send(number, data)
             number += 1
 
-    async def room(self) -> None:
-        """Wait while the window is full.
+    async def room(self, size: int | None = None) -> None:
+        """Wait while the window is full, or holds ``size`` bytes and more.
 
         Raises:
             Fenced: the lease has run out.
             LogUnavailable: the log has taken nothing for too long.
         """
-        while len(self._window) >= WINDOW_EVENTS or self._window_bytes >= WINDOW_BYTES:
+        size = WINDOW_BYTES if size is None else size
+        while len(self._window) >= WINDOW_EVENTS or self._window_bytes >= size:
             await self._progress()
 
     async def publish_first(self, data: bytes, last_seq: int) -> None:

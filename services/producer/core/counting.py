@@ -184,9 +184,13 @@ def count_input(messages: list[Message], params: dict[str, Any], encoding: str) 
         if message.name is not None:
             total += _PER_NAME + count_text(message.name, encoding)
         for part in _parts(message.content):
-            text = part.get("text") if part.get("type") == "text" else None
-            exact = exact and isinstance(text, str)
-            total += count_text(text, encoding) if isinstance(text, str) else 0
+            content = part.get("text") if part.get("type") == "text" else None
+            exact = exact and isinstance(content, str)
+            total += count_text(content, encoding) if isinstance(content, str) else 0
+        for text in (message.refusal, message.reasoning_content, message.reasoning, message.tool_plan):
+            if text:
+                exact = False
+                total += count_text(text, encoding)
         if message.tool_calls:
             exact = False
             total += count_text(_json(message.tool_calls), encoding)

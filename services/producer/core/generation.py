@@ -1,13 +1,12 @@
 """A generation while it runs: what a provider's parts become in the log. Decides only; publishes nothing."""
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Final, Protocol
 
 import msgspec
 
 from schemas.events import (
     AnyEvent,
-    Binary,
     Cancelled,
     Completed,
     Delta,
@@ -16,19 +15,36 @@ from schemas.events import (
     Notice,
     Restarted,
     Started,
+    ToolCall,
     UsageReported,
 )
 from schemas.requests import Request
 from schemas.usage import Counted, Usage
+from services.producer.core.bounds import (
+    MESSAGE_CHARS,
+    NAME_CHARS,
+    PIECE_CHARS,
+    REASON_CHARS,
+    choice_of,
+    number,
+    pieces,
+    usable,
+)
+from services.producer.core.content import ContentPart, contents
 from services.producer.core.parts import (
     Alive,
+    AnnotationPart,
     BinaryPart,
     End,
+    ExtraPart,
     Finish,
     Identity,
     NoticePart,
+    Omitted,
     Part,
     Reasoning,
+    Refusal,
+    SignaturePart,
     Text,
     ToolCallPart,
     UpstreamFailure,
@@ -39,6 +55,7 @@ from services.producer.core.parts import (
 __all__ = ["CUT_OFF", "Counter", "Generation"]
 
 CUT_OFF = UpstreamFailure("upstream_cut_off", "the provider's stream ended without its end marker", recoverable=True)
+_KINDS: Final = 32
 
 
 class Counter(Protocol):
@@ -88,6 +105,8 @@ class Generation:
         self._encoding = encoding
         self._finish: dict[int, str] = {}
         self._odd: set[str] = set()
+        self._named: set[tuple[int, int]] = set()  # calls whose function's name has been counted
+        self._omitted: set[str] = set()  # kinds of content that were announced as left out; at most `_KINDS`
 
     def counted(self) -> Counted:
         """Return our own count so far, from the whole text."""
@@ -130,6 +149,8 @@ class Generation:
         self.has_tokens = False
         self.forget_call()
         self._counter = self._new_counter()
+        self._named.clear()
+        self._omitted.clear()
         return self.restart(reason, self.provider, self.upstream_model, at)
 
     def forget_call(self) -> None:
@@ -151,7 +172,7 @@ class Generation:
             epoch=self.epoch,
             at=at,
             code=code,
-            message=message,
+            message=message[:MESSAGE_CHARS],
             attempt=attempt,
             provider=self.provider or None,
             upstream_model=self.upstream_model or None,
@@ -159,21 +180,26 @@ class Generation:
         )
 
     def absorb(self, parts: list[Part], at: float) -> list[AnyEvent]:
-        """Return the deltas for what one read held; neighbours of one kind and choice become one delta."""
+        """Return the events for what one read held; neighbouring text of one kind and choice becomes one delta.
+
+        Every event is within the bounds that readers demand and the broker sets, whatever the parts hold.
+        """
         events: list[AnyEvent] = []
         last: Delta | None = None
         for part in parts:
             match part:
                 case Text():
-                    last = self._text(part, last, events, at)
+                    last = self._said("text", part, last, events, at)
                 case Reasoning():
-                    last = self._reasoning(part, last, events, at)
-                case ToolCallPart():
+                    last = self._said("reasoning", part, last, events, at)
+                case Refusal():
+                    last = self._said("refusal", part, last, events, at)
+                case ToolCallPart() | BinaryPart() | AnnotationPart() | SignaturePart() | ExtraPart():
                     last = None
-                    events.append(self._tool_call(part, at))
-                case BinaryPart():
+                    self._content(part, events, at)
+                case Omitted():
                     last = None
-                    events.append(self._delta(part.choice, at, part.at, binary=part.binary))
+                    self._omit(part, events, at)
                 case End() | UpstreamFailure():
                     self.ending = part
                     break
@@ -211,9 +237,9 @@ class Generation:
             seq=self.next_seq + (self.usage is not None),
             epoch=self.epoch,
             at=at,
-            code=failure.code,
-            message=failure.message,
-            upstream_status=failure.upstream_status,
+            code=failure.code[:NAME_CHARS],
+            message=failure.message[:MESSAGE_CHARS],
+            upstream_status=number(failure.upstream_status),
             recoverable=failure.recoverable,
             counted=self.counted(),
         )
@@ -275,55 +301,61 @@ class Generation:
     def _remember(self, part: Part) -> None:
         match part:
             case Finish():
-                self._finish[part.choice] = part.reason
+                self._finish[choice_of(part.choice)] = part.reason[:REASON_CHARS]
             case UsagePart():
-                self.usage = part.usage
+                self.usage = usable(part.usage) or self.usage
             case UsageBegun():
-                self._usage_begun = part.usage
+                self._usage_begun = usable(part.usage) or self._usage_begun
             case Identity():
-                self.upstream_id = part.upstream_id or self.upstream_id
-                self.upstream_model = part.model or self.upstream_model
+                self.upstream_id = (part.upstream_id or "")[:NAME_CHARS] or self.upstream_id
+                self.upstream_model = (part.model or "")[:NAME_CHARS] or self.upstream_model
             case _:
                 pass
 
-    def _text(self, part: Text, last: Delta | None, events: list[AnyEvent], at: float) -> Delta:
-        tokens = self._counter.add("text", part.choice, 0, part.text)
-        if last is not None and last.text is not None and last.choice == part.choice:
-            last.text += part.text
-            last.tokens = tokens
-            return last
-        delta = self._delta(part.choice, at, part.at, tokens, text=part.text)
-        events.append(delta)
-        return delta
+    def _said(
+        self, kind: str, part: Text | Reasoning | Refusal, last: Delta | None, events: list[AnyEvent], at: float
+    ) -> Delta | None:
+        choice = choice_of(part.choice)
+        for text in pieces(part.text, PIECE_CHARS):
+            tokens = self._counter.add(kind, choice, 0, text)
+            said = getattr(last, kind) if last is not None and last.choice == choice else None
+            if last is not None and said is not None and len(said) + len(text) <= PIECE_CHARS:
+                setattr(last, kind, said + text)
+                last.tokens = tokens
+            else:
+                last = self._delta(choice, at, part.at, tokens)
+                setattr(last, kind, text)
+                events.append(last)
+        return last
 
-    def _reasoning(self, part: Reasoning, last: Delta | None, events: list[AnyEvent], at: float) -> Delta:
-        tokens = self._counter.add("reasoning", part.choice, 0, part.text)
-        if last is not None and last.reasoning is not None and last.choice == part.choice:
-            last.reasoning += part.text
-            last.tokens = tokens
-            return last
-        delta = self._delta(part.choice, at, part.at, tokens, reasoning=part.text)
-        events.append(delta)
-        return delta
+    def _content(self, part: ContentPart, events: list[AnyEvent], at: float) -> None:
+        choice = choice_of(part.choice)
+        for content in contents(part):
+            if isinstance(content, Omitted):
+                self._omit(content, events, at)
+                continue
+            tokens = self._count_call(choice, content.value) if isinstance(content.value, ToolCall) else None
+            delta = self._delta(choice, at, part.at, tokens)
+            setattr(delta, content.field, content.value)
+            events.append(delta)
 
-    def _tool_call(self, part: ToolCallPart, at: float) -> Delta:
-        call = part.tool_call
-        tokens = self._counter.add("tool", part.choice, call.index, (call.name or "") + call.arguments)
-        delta = self._delta(part.choice, at, part.at, tokens)
-        delta.tool_call = call
-        return delta
+    def _count_call(self, choice: int, call: ToolCall) -> int:
+        """Count a fragment; the function's name counts once for each call, however often it is sent."""
+        named = (choice, call.index)
+        text = call.arguments
+        if call.name and named not in self._named:
+            self._named.add(named)
+            text = call.name + text
+        return self._counter.add("tool", choice, call.index, text)
 
-    def _delta(
-        self,
-        choice: int,
-        at: float,
-        provider_at: float | None,
-        tokens: int | None = None,
-        *,
-        text: str | None = None,
-        reasoning: str | None = None,
-        binary: Binary | None = None,
-    ) -> Delta:
+    def _omit(self, omitted: Omitted, events: list[AnyEvent], at: float) -> None:
+        """Announce once for each kind what cannot be kept."""
+        kind = omitted.kind[:NAME_CHARS]
+        if kind not in self._omitted and len(self._omitted) < _KINDS:
+            self._omitted.add(kind)
+            events.append(self.notice("content_omitted", f"{kind} was left out: {omitted.reason[:NAME_CHARS]}", at))
+
+    def _delta(self, choice: int, at: float, provider_at: float | None, tokens: int | None) -> Delta:
         self.has_tokens = True
         return Delta(
             generation=self.name,
@@ -331,9 +363,6 @@ class Generation:
             epoch=self.epoch,
             at=at,
             choice=choice,
-            text=text,
-            reasoning=reasoning,
-            binary=binary,
             tokens=self._counter.total() if tokens is None else tokens,
             provider_at=provider_at,
         )

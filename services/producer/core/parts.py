@@ -2,18 +2,23 @@
 
 import msgspec
 
-from schemas.events import Binary, ToolCall
+from schemas.events import Annotation, Binary, Extra, Signature, ToolCall
 from schemas.usage import Usage
 
 __all__ = [
     "Alive",
+    "AnnotationPart",
     "BinaryPart",
     "End",
+    "ExtraPart",
     "Finish",
     "Identity",
     "NoticePart",
+    "Omitted",
     "Part",
     "Reasoning",
+    "Refusal",
+    "SignaturePart",
     "Text",
     "ToolCallPart",
     "UpstreamFailure",
@@ -38,6 +43,14 @@ class Reasoning(msgspec.Struct, frozen=True):
     at: float | None = None
 
 
+class Refusal(msgspec.Struct, frozen=True):
+    """Text with which the model refuses to answer."""
+
+    text: str
+    choice: int = 0
+    at: float | None = None
+
+
 class ToolCallPart(msgspec.Struct, frozen=True):
     """A fragment of a tool call."""
 
@@ -52,6 +65,37 @@ class BinaryPart(msgspec.Struct, frozen=True):
     binary: Binary
     choice: int = 0
     at: float | None = None
+
+
+class AnnotationPart(msgspec.Struct, frozen=True):
+    """A source of the answer."""
+
+    annotation: Annotation
+    choice: int = 0
+    at: float | None = None
+
+
+class SignaturePart(msgspec.Struct, frozen=True):
+    """Opaque text that the provider wants back when the conversation goes on."""
+
+    signature: Signature
+    choice: int = 0
+    at: float | None = None
+
+
+class ExtraPart(msgspec.Struct, frozen=True):
+    """Content for which there is no other part."""
+
+    extra: Extra
+    choice: int = 0
+    at: float | None = None
+
+
+class Omitted(msgspec.Struct, frozen=True):
+    """Content that came and cannot be kept, of this kind, and why."""
+
+    kind: str
+    reason: str
 
 
 class Finish(msgspec.Struct, frozen=True):
@@ -114,8 +158,13 @@ class End(msgspec.Struct, frozen=True):
 Part = (
     Text
     | Reasoning
+    | Refusal
     | ToolCallPart
     | BinaryPart
+    | AnnotationPart
+    | SignaturePart
+    | ExtraPart
+    | Omitted
     | Finish
     | UsagePart
     | UsageBegun

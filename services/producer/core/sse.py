@@ -7,8 +7,8 @@ from typing import Final
 
 __all__ = ["COMMENT", "MAX_EVENT_BYTES", "STRAY", "OversizedEvent", "SseDecoder"]
 
-MAX_EVENT_BYTES: Final = 4 * 1024 * 1024
-"""What one event of a provider becomes must stay below what the broker takes as one message, 8 MB as deployed."""
+MAX_EVENT_BYTES: Final = 16 * 1024 * 1024
+"""An image comes as one event; what is large is split before it is stored."""
 COMMENT: Final = b"\n:"
 """The name under which a comment is reported; its data is the comment's text. No event can have it: it has a LF."""
 STRAY: Final = b"\n?"

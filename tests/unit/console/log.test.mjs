@@ -48,6 +48,51 @@ test("fragments of a tool call are joined by their index", () => {
   );
 });
 
+test("a refusal is a part of its own and what the model says", () => {
+  const { generation } = read(
+    started,
+    event(1, "delta", { reasoning: "hm" }),
+    event(2, "delta", { refusal: "I can" }),
+    event(3, "delta", { refusal: "not." }),
+  );
+  assert.deepEqual(generation.parts.at(-1), { kind: "refusal", choice: 0, text: "I cannot." });
+  assert.equal(log.answerText(generation), "I cannot.");
+});
+
+test("pieces of a file belong together, and a file that does not continue begins anew", () => {
+  const binary = (seq, data, fields = {}) => event(seq, "delta", { binary: { media_type: "image/png", data, ...fields } });
+  const { generation } = read(started, binary(1, "AA=="), binary(2, "AQ==", { continues: true }), binary(3, "Ag=="));
+  assert.deepEqual(
+    generation.parts.map(({ kind, mediaType, pieces }) => [kind, mediaType, pieces]),
+    [
+      ["binary", "image/png", ["AA==", "AQ=="]],
+      ["binary", "image/png", ["Ag=="]],
+    ],
+  );
+});
+
+test("sources of a choice stand together, and other content stands in its place", () => {
+  const source = (seq, fields, choice = 0) => event(seq, "delta", { choice, annotation: { kind: "url_citation", ...fields } });
+  const { generation } = read(
+    started,
+    text(1, "a"),
+    source(2, { url: "https://a.example", number: 1 }),
+    event(3, "delta", { extra: { kind: "executed_tools", data: [1] } }),
+    event(4, "delta", { signature: { kind: "thinking", data: "c2ln" } }),
+    source(5, { title: "B" }),
+    source(6, { title: "C" }, 1),
+  );
+  assert.deepEqual(
+    generation.parts.map(({ kind, choice, sources, data }) => [kind, choice, sources?.map(({ title, url }) => title ?? url) ?? data]),
+    [
+      ["text", 0, undefined],
+      ["sources", 0, ["https://a.example", "B"]],
+      ["extra", 0, [1]],
+      ["sources", 1, ["C"]],
+    ],
+  );
+});
+
 test("a repeated event is dropped and counted and changes nothing", () => {
   const { state, generation } = read(started, text(1, "a"), text(1, "a"), text(2, "b"));
   assert.equal(log.answerText(generation), "ab");

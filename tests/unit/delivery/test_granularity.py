@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from schemas.acceptance import BEGINNING
 from schemas.acceptance import Position as Accepted
 from schemas.codec import encode_event
-from schemas.events import Completed, Delta, Started, ToolCall
+from schemas.events import Completed, Delta, Extra, Started, ToolCall
 from services.delivery.core.entries import Entry, Tail
 from services.delivery.core.formats import Address
 from services.delivery.core.granularity import CUTS, HOLD_CHARS, TOKEN, Grain, Merger, Place, rest, wanted_grain
@@ -18,8 +18,9 @@ from services.delivery.core.granularity import CUTS, HOLD_CHARS, TOKEN, Grain, M
 START = Place(0)
 GRAINS = [TOKEN, Grain("line"), Grain("sentence"), Grain("coalesce", 0.05)]
 TEXTS = st.text(st.sampled_from("ab .!?\n\"'。\uff01」…3中é\U0001f600"), max_size=12)
+KINDS = ["reasoning", "refusal", "tool", "extra", "other", "choice", "moved"]
 SAID = st.lists(
-    st.tuples(st.sampled_from(["text", "text", "text", "reasoning", "tool", "other", "choice", "moved"]), TEXTS),
+    st.tuples(st.sampled_from(["text"] * 4 + KINDS), TEXTS),
     max_size=30,
 )
 
@@ -31,6 +32,10 @@ def entries_of(said: list[tuple[str, str]], step: int = 3) -> list[Entry]:
         match kind:
             case "reasoning":
                 events.append(Delta(generation="g", seq=seq, reasoning=text, tokens=seq))
+            case "refusal":
+                events.append(Delta(generation="g", seq=seq, refusal=text, tokens=seq))
+            case "extra":
+                events.append(Delta(generation="g", seq=seq, extra=Extra(kind="k", data=text), tokens=seq))
             case "tool":
                 events.append(Delta(generation="g", seq=seq, tool_call=ToolCall(arguments=text), tokens=seq))
             case "other":
@@ -69,11 +74,12 @@ def content(entries: list[Entry]) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     for entry in entries:
         event = json.loads(entry.data)
-        text = event.get("text", event.get("reasoning"))
+        kind = next((kind for kind in ("text", "reasoning", "refusal") if kind in event), "")
+        text = event.get(kind)
         if text is None:
             found.append((entry.data.decode(), ""))
             continue
-        who = f"{event['generation']}/{event.get('choice', 0)}/{'text' in event}"
+        who = f"{event['generation']}/{event.get('choice', 0)}/{kind}"
         if found and found[-1][0] == who:
             found[-1] = (who, found[-1][1] + text)
         elif text:

@@ -1,13 +1,29 @@
 """What a generation has said, folded from whatever the log holds of it."""
 
 import random
+from typing import Any
 
+import msgspec
 import pytest
 
 from schemas.codec import MalformedEvent, encode_event
-from schemas.events import AnyEvent, Cancelled, Completed, Delta, Restarted, Started, ToolCall, UsageReported
+from schemas.events import (
+    Annotation,
+    AnyEvent,
+    Binary,
+    Cancelled,
+    Completed,
+    Delta,
+    Extra,
+    Restarted,
+    Signature,
+    Started,
+    ToolCall,
+    UsageReported,
+)
 from schemas.usage import Counted, Usage
-from services.delivery.core.transcript import Transcript
+from services.delivery.core.answer import BINARY_BYTES, BinaryContent
+from services.delivery.core.transcript import Alternative, Transcript
 
 STARTED = Started(
     generation="g",
@@ -95,3 +111,143 @@ def test_unknown_types_hold_their_place() -> None:
 def test_bytes_that_are_no_event_are_refused() -> None:
     with pytest.raises(MalformedEvent):
         Transcript().offer(b"nonsense")
+
+
+def said(*deltas: dict[str, Any]) -> Transcript:
+    return fold(STARTED, *(Delta(generation="g", seq=n, **fields) for n, fields in enumerate(deltas, 1)))
+
+
+def test_calls_of_two_choices_under_one_index_stay_apart_and_name_their_choice() -> None:
+    found = said(
+        {"choice": 1, "tool_call": ToolCall(id="b", name="f", arguments='{"c":')},
+        {"choice": 0, "tool_call": ToolCall(id="a", name="f", arguments='{"c":')},
+        {"choice": 1, "tool_call": ToolCall(arguments="1}")},
+        {"choice": 0, "tool_call": ToolCall(arguments="0}")},
+    )
+    assert [(c.choice, c.index, c.id, c.arguments) for c in found.tool_calls] == [
+        (0, 0, "a", '{"c":0}'),
+        (1, 0, "b", '{"c":1}'),
+    ]
+    assert [(m.choice, [c["id"] for c in m.tool_calls or ()]) for m in found.messages] == [(0, ["a"]), (1, ["b"])]
+
+
+def test_texts_of_choices_are_named() -> None:
+    found = said({"choice": 2, "text": "c"}, {"choice": 0, "reasoning": "hm"}, {"choice": 2, "refusal": "no"})
+    assert found.alternatives == [Alternative(choice=0, reasoning="hm"), Alternative(choice=2, text="c", refusal="no")]
+    assert (found.text, found.reasoning, found.refusal) == ("", "hm", "")
+
+
+def test_pieces_of_a_file_are_joined_and_a_new_file_begins_anew() -> None:
+    png = Binary(media_type="image/png", data=b"ab")
+    found = said(
+        {"binary": png},
+        {"binary": Binary(media_type="image/gif", data=b"x"), "choice": 1},
+        {"binary": Binary(media_type="image/png", data=b"c", continues=True)},
+        {"binary": png},
+    )
+    assert [file for answer in found.answers for file in answer.files()] == [
+        BinaryContent(media_type="image/png", seq=1, size=3, data=b"abc"),
+        BinaryContent(media_type="image/png", seq=4, size=2, data=b"ab"),
+        BinaryContent(choice=1, media_type="image/gif", seq=2, size=1, data=b"x"),
+    ]
+
+
+def test_of_large_files_only_the_size_is_kept() -> None:
+    piece = {"binary": Binary(media_type="image/png", data=b"x" * (BINARY_BYTES // 2), continues=True)}
+    (answer,) = said(piece, piece, piece).answers
+    assert answer.files() == [BinaryContent(media_type="image/png", seq=1, size=BINARY_BYTES // 2 * 3)]
+
+
+def test_an_answer_of_text_alone_has_no_message_of_its_own() -> None:
+    assert said({"text": "a"}, {"reasoning": "hm"}, {"annotation": Annotation(kind="url_citation")}).messages == []
+
+
+@pytest.mark.parametrize(
+    ("deltas", "message"),
+    [
+        (
+            [
+                {"reasoning": "I "},
+                {"reasoning": "see."},
+                {"signature": Signature(kind="thinking", data="s1")},
+                {"signature": Signature(kind="redacted_thinking", data="enc")},
+                {"text": "Let me "},
+                {"text": "look."},
+                {"extra": Extra(kind="server_tool_use", data={"type": "server_tool_use", "id": "x"})},
+                {"extra": Extra(kind="container", data={"id": "c"})},
+                {"text": "Done."},
+                {"tool_call": ToolCall(id="a", name="f", arguments="{}")},
+            ],
+            {
+                "role": "assistant",
+                "content": [
+                    {"type": "thinking", "thinking": "I see.", "signature": "s1"},
+                    {"type": "redacted_thinking", "data": "enc"},
+                    {"type": "text", "text": "Let me look."},
+                    {"type": "server_tool_use", "id": "x"},
+                    {"type": "text", "text": "Done."},
+                ],
+                "tool_calls": [{"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
+            },
+        ),
+        (
+            [
+                {"reasoning": "hm"},
+                {"signature": Signature(kind="reasoning.text", data="s", details={"index": 0, "format": "f"})},
+                {"signature": Signature(kind="reasoning.encrypted", data="e", details={"id": "rs"})},
+                {"text": "x"},
+            ],
+            {
+                "role": "assistant",
+                "content": "x",
+                "reasoning_details": [
+                    {"type": "reasoning.text", "text": "hm", "signature": "s", "index": 0, "format": "f"},
+                    {"type": "reasoning.encrypted", "data": "e", "id": "rs"},
+                ],
+            },
+        ),
+        (
+            [
+                {"reasoning": "hm"},
+                {"signature": Signature(kind="thinking_blocks", data="s", details={"type": "thinking"})},
+                {"signature": Signature(kind="thinking_blocks", data="e", details={"type": "redacted_thinking"})},
+            ],
+            {
+                "role": "assistant",
+                "thinking_blocks": [
+                    {"type": "thinking", "thinking": "hm", "signature": "s"},
+                    {"type": "redacted_thinking", "data": "e"},
+                ],
+            },
+        ),
+        (
+            [
+                {"reasoning": "hm"},
+                {"tool_call": ToolCall(id="a", name="f", arguments="{}", signature="sig")},
+                {"signature": Signature(kind="thought_signature", data="all")},
+            ],
+            {
+                "role": "assistant",
+                "reasoning_content": "hm",
+                "tool_calls": [
+                    {
+                        "id": "a",
+                        "type": "function",
+                        "function": {"name": "f", "arguments": "{}"},
+                        "extra_content": {"google": {"thought_signature": "sig"}},
+                    }
+                ],
+                "extra_content": {"google": {"thought_signature": "all"}},
+            },
+        ),
+        (
+            [{"refusal": "I can"}, {"refusal": "not"}, {"extra": Extra(kind="audio", data={"id": "audio_1"})}],
+            {"role": "assistant", "refusal": "I cannot", "audio": {"id": "audio_1"}},
+        ),
+    ],
+    ids=["anthropic", "openrouter", "litellm", "gemini", "openai"],
+)
+def test_an_answer_is_a_message_with_all_that_its_provider_wants_back(
+    deltas: list[dict[str, Any]], message: dict[str, Any]
+) -> None:
+    assert msgspec.to_builtins(said(*deltas).messages) == [message]

@@ -5,19 +5,34 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from schemas.events import Binary, Cancelled, Completed, Delta, Failed, ToolCall, UsageReported
+from schemas.events import (
+    Annotation,
+    Binary,
+    Cancelled,
+    Completed,
+    Delta,
+    Extra,
+    Failed,
+    Signature,
+    ToolCall,
+    UsageReported,
+)
 from schemas.usage import Usage
 from services.producer.core.counting import GenerationCounter
 from services.producer.core.deadlines import Deadlines, overdue
 from services.producer.core.generation import Generation
 from services.producer.core.parts import (
     Alive,
+    AnnotationPart,
     BinaryPart,
     End,
+    ExtraPart,
     Finish,
     Identity,
     Part,
     Reasoning,
+    Refusal,
+    SignaturePart,
     Text,
     ToolCallPart,
     UpstreamFailure,
@@ -206,3 +221,47 @@ def test_what_a_producer_does_depends_on_what_the_log_holds() -> None:
     assert decide(answered, may_restart=True) == "restart"
     ended = answered._replace(position=answered.position._replace(ended=True))
     assert decide(ended, may_restart=True) == "done"
+
+
+def test_a_functions_name_counts_once_a_call_however_often_it_is_sent() -> None:
+    once, repeated = generation(), generation()
+    arguments = ['{"city"', ': "', 'Bern"}']
+    once.absorb([ToolCallPart(ToolCall(name="get_weather", arguments="".join(arguments))), End()], 1.0)
+    parts: list[Part] = [ToolCallPart(ToolCall(id="a", name="get_weather", arguments=a)) for a in arguments]
+    for part in parts:
+        repeated.absorb([part], 1.0)
+    assert repeated.counted().output == once.counted().output > 0
+
+
+def test_the_names_of_two_calls_count_twice_and_again_after_a_restart() -> None:
+    run = generation()
+    calls: list[Part] = [ToolCallPart(ToolCall(index=n, name="get_weather", arguments="{}")) for n in (0, 1)]
+    run.absorb(calls, 1.0)
+    one = generation()
+    one.absorb(calls[:1], 1.0)
+    assert run.counted().output == 2 * one.counted().output
+    run.begin_anew("upstream_failed", 2.0)
+    run.absorb(calls[:1], 3.0)
+    assert run.counted().output == one.counted().output
+
+
+def test_every_kind_of_content_is_a_delta_of_its_own() -> None:
+    parts: list[Part] = [
+        Text("a"),
+        Refusal("I can"),
+        Refusal("not"),
+        AnnotationPart(Annotation(kind="url_citation", url="https://h")),
+        SignaturePart(Signature(kind="thinking", data="c2ln")),
+        ExtraPart(Extra(kind="executed_tools", data=[1])),
+        Text("b"),
+    ]
+    deltas: list[Any] = generation().absorb(parts, 1.0)
+    assert [d.text or d.refusal or (d.annotation or d.signature or d.extra).kind for d in deltas] == [
+        "a",
+        "I cannot",
+        "url_citation",
+        "thinking",
+        "executed_tools",
+        "b",
+    ]
+    assert [d.tokens for d in deltas] == sorted(d.tokens for d in deltas)

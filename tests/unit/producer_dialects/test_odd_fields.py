@@ -59,7 +59,6 @@ def test_what_can_be_converted_is_relayed_without_a_notice(event: bytes) -> None
 @pytest.mark.parametrize(
     ("event", "path"),
     [
-        ({"choices": [{"index": {}, "delta": {"content": "Hello"}}]}, "$.choices[0].index"),
         (
             {"choices": [{"delta": {"content": "Hello"}, "finish_reason": {"type": "stop"}}]},
             "$.choices[0].finish_reason",

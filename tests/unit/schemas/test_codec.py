@@ -154,6 +154,15 @@ def test_binary_is_base64_in_json() -> None:
     }
 
 
+def test_halves_of_a_surrogate_pair_are_joined_or_replaced_and_never_refused() -> None:
+    joined = Delta(**HEAD, text="a\ud83d\ude00b")
+    assert decode_event(encode_event(joined)) == Delta(**HEAD, text="a😀b")
+    lone = Delta(**HEAD, tool_call=ToolCall(index=2, name="\ude00f", arguments="x\ud83d"))
+    assert decode_event(encode_event(lone)) == Delta(
+        **HEAD, tool_call=ToolCall(index=2, name="\ufffdf", arguments="x\ufffd")
+    )
+
+
 def test_the_first_version_is_not_written_and_an_absent_version_means_the_first() -> None:
     assert VERSION == 1
     assert "v" not in json.loads(encode_event(Delta(**HEAD, text="x")))

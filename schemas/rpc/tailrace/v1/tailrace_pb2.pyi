@@ -134,11 +134,15 @@ class Started(_message.Message):
     def __init__(self, model: _Optional[str] = ..., provider: _Optional[str] = ..., upstream_model: _Optional[str] = ..., counted: _Optional[_Union[Counted, _Mapping]] = ..., metadata: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class Delta(_message.Message):
-    __slots__ = ("text", "reasoning", "tool_call", "binary", "choice", "tokens", "provider_at")
+    __slots__ = ("text", "reasoning", "tool_call", "binary", "refusal", "annotation", "signature", "extra", "choice", "tokens", "provider_at")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     REASONING_FIELD_NUMBER: _ClassVar[int]
     TOOL_CALL_FIELD_NUMBER: _ClassVar[int]
     BINARY_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    ANNOTATION_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    EXTRA_FIELD_NUMBER: _ClassVar[int]
     CHOICE_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     PROVIDER_AT_FIELD_NUMBER: _ClassVar[int]
@@ -146,30 +150,76 @@ class Delta(_message.Message):
     reasoning: str
     tool_call: ToolCall
     binary: Binary
+    refusal: str
+    annotation: Annotation
+    signature: Signature
+    extra: Extra
     choice: int
     tokens: int
     provider_at: float
-    def __init__(self, text: _Optional[str] = ..., reasoning: _Optional[str] = ..., tool_call: _Optional[_Union[ToolCall, _Mapping]] = ..., binary: _Optional[_Union[Binary, _Mapping]] = ..., choice: _Optional[int] = ..., tokens: _Optional[int] = ..., provider_at: _Optional[float] = ...) -> None: ...
+    def __init__(self, text: _Optional[str] = ..., reasoning: _Optional[str] = ..., tool_call: _Optional[_Union[ToolCall, _Mapping]] = ..., binary: _Optional[_Union[Binary, _Mapping]] = ..., refusal: _Optional[str] = ..., annotation: _Optional[_Union[Annotation, _Mapping]] = ..., signature: _Optional[_Union[Signature, _Mapping]] = ..., extra: _Optional[_Union[Extra, _Mapping]] = ..., choice: _Optional[int] = ..., tokens: _Optional[int] = ..., provider_at: _Optional[float] = ...) -> None: ...
 
 class ToolCall(_message.Message):
-    __slots__ = ("index", "id", "name", "arguments")
+    __slots__ = ("index", "id", "name", "arguments", "signature")
     INDEX_FIELD_NUMBER: _ClassVar[int]
     ID_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     ARGUMENTS_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
     index: int
     id: str
     name: str
     arguments: str
-    def __init__(self, index: _Optional[int] = ..., id: _Optional[str] = ..., name: _Optional[str] = ..., arguments: _Optional[str] = ...) -> None: ...
+    signature: str
+    def __init__(self, index: _Optional[int] = ..., id: _Optional[str] = ..., name: _Optional[str] = ..., arguments: _Optional[str] = ..., signature: _Optional[str] = ...) -> None: ...
 
 class Binary(_message.Message):
-    __slots__ = ("media_type", "data")
+    __slots__ = ("media_type", "data", "continues")
     MEDIA_TYPE_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
+    CONTINUES_FIELD_NUMBER: _ClassVar[int]
     media_type: str
     data: bytes
-    def __init__(self, media_type: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...
+    continues: bool
+    def __init__(self, media_type: _Optional[str] = ..., data: _Optional[bytes] = ..., continues: _Optional[bool] = ...) -> None: ...
+
+class Annotation(_message.Message):
+    __slots__ = ("kind", "url", "title", "quote", "start", "end", "number", "raw")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    URL_FIELD_NUMBER: _ClassVar[int]
+    TITLE_FIELD_NUMBER: _ClassVar[int]
+    QUOTE_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    RAW_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    url: str
+    title: str
+    quote: str
+    start: int
+    end: int
+    number: int
+    raw: bytes
+    def __init__(self, kind: _Optional[str] = ..., url: _Optional[str] = ..., title: _Optional[str] = ..., quote: _Optional[str] = ..., start: _Optional[int] = ..., end: _Optional[int] = ..., number: _Optional[int] = ..., raw: _Optional[bytes] = ...) -> None: ...
+
+class Signature(_message.Message):
+    __slots__ = ("kind", "data", "details")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    DETAILS_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    data: str
+    details: bytes
+    def __init__(self, kind: _Optional[str] = ..., data: _Optional[str] = ..., details: _Optional[bytes] = ...) -> None: ...
+
+class Extra(_message.Message):
+    __slots__ = ("kind", "data")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    data: bytes
+    def __init__(self, kind: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class Notice(_message.Message):
     __slots__ = ("code", "message", "attempt", "provider", "upstream_model", "delay")
@@ -549,13 +599,14 @@ class GetGenerationRequest(_message.Message):
     def __init__(self, session: _Optional[str] = ..., generation: _Optional[str] = ...) -> None: ...
 
 class Generation(_message.Message):
-    __slots__ = ("session", "generation", "state", "text", "reasoning", "finish_reason", "json")
+    __slots__ = ("session", "generation", "state", "text", "reasoning", "finish_reason", "refusal", "json")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     REASONING_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
     JSON_FIELD_NUMBER: _ClassVar[int]
     session: str
     generation: str
@@ -563,5 +614,6 @@ class Generation(_message.Message):
     text: str
     reasoning: str
     finish_reason: str
+    refusal: str
     json: bytes
-    def __init__(self, session: _Optional[str] = ..., generation: _Optional[str] = ..., state: _Optional[str] = ..., text: _Optional[str] = ..., reasoning: _Optional[str] = ..., finish_reason: _Optional[str] = ..., json: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, session: _Optional[str] = ..., generation: _Optional[str] = ..., state: _Optional[str] = ..., text: _Optional[str] = ..., reasoning: _Optional[str] = ..., finish_reason: _Optional[str] = ..., refusal: _Optional[str] = ..., json: _Optional[bytes] = ...) -> None: ...

@@ -5,17 +5,21 @@ from typing import Any, Final
 
 import msgspec
 
-from schemas.events import ToolCall
+from schemas.events import Extra
 from schemas.usage import Usage
+from services.producer.core.dialects.anthropic_blocks import Blocks
 from services.producer.core.dialects.anthropic_request import messages_body
 from services.producer.core.dialects.failures import failure_in_stream, refusal_of
 from services.producer.core.dialects.leniency import fit
+from services.producer.core.dialects.media import annotation
 from services.producer.core.dialects.stream import FAILED_REASONS, EventParser
 from services.producer.core.dialects.whole_answers import message_events
 from services.producer.core.dialects.wire import NO_HEADERS, HttpCall, Parser, endpoint, post, translating
 from services.producer.core.parts import (
     Alive,
+    AnnotationPart,
     End,
+    ExtraPart,
     Finish,
     Identity,
     Reasoning,
@@ -57,34 +61,33 @@ class _Message(msgspec.Struct):
     usage: dict[str, Any] | None = None
 
 
-class _Block(msgspec.Struct):
-    type: str = ""
-    id: str | None = None
-    name: str | None = None
-    text: str | None = None
-    thinking: str | None = None
-    input: Any = None
-
-
 class _Delta(msgspec.Struct):
     type: str = ""
     text: str | None = None
     thinking: str | None = None
     partial_json: str | None = None
+    signature: str | None = None
+    citation: Any = None
     stop_reason: str | None = None
+    container: Any = None
 
 
 class _Event(msgspec.Struct):
     type: str = ""
-    index: int = 0
+    index: Any = 0
     delta: _Delta | None = None
-    content_block: _Block | None = None
+    content_block: dict[str, Any] | None = None
     message: _Message | None = None
     usage: dict[str, Any] | None = None
     error: Any = None
 
 
+class _Unknown(msgspec.Struct):
+    delta: dict[str, Any]
+
+
 _event: Final = msgspec.json.Decoder(_Event)
+_EMPTY: Final = frozenset({"", "text_delta", "thinking_delta", "signature_delta", "citations_delta"})
 
 
 class Anthropic:
@@ -112,13 +115,12 @@ class AnthropicParser(EventParser[_Event]):
     Usage in ``message_delta`` is cumulative and may leave out what ``message_start`` said: both are merged.
     """
 
-    __slots__ = ("_tools", "_usage", "_wordless")
+    __slots__ = ("_blocks", "_usage")
     event_type = _Event
 
     def __init__(self) -> None:
         super().__init__(_event)
-        self._tools: dict[int, int] = {}
-        self._wordless: set[int] = set()
+        self._blocks = Blocks(self.joined)
         self._usage: dict[str, Any] = {}
 
     def whole(self, tree: dict[str, Any]) -> list[dict[str, Any]]:
@@ -133,12 +135,12 @@ class AnthropicParser(EventParser[_Event]):
         match event.type:
             case "content_block_delta":
                 if event.delta is not None:
-                    self._delta(event.delta, event.index)
+                    self._delta(event.delta, event.index, payload)
             case "content_block_start":
                 if event.content_block is not None:
-                    self._block(event.content_block, event.index)
+                    self._blocks.start(event.index, event.content_block)
             case "content_block_stop":
-                self._close(event.index)
+                self._blocks.stop(event.index)
             case "message_start":
                 message = event.message or _Message()
                 self._usage = message.usage or {}
@@ -154,32 +156,25 @@ class AnthropicParser(EventParser[_Event]):
             case _:
                 self.unknown(payload)
 
-    def _block(self, block: _Block, index: int) -> None:
-        if block.type == "tool_use":
-            number = self._tools[index] = len(self._tools)
-            arguments = msgspec.json.encode(block.input).decode() if block.input else ""
-            if not arguments:
-                self._wordless.add(index)
-            self.joined.tool_call(ToolCall(index=number, id=block.id, name=block.name, arguments=arguments))
-        elif block.type == "text" and block.text:
-            self.joined.text(Text, block.text)
-        elif block.type == "thinking" and block.thinking:
-            self.joined.text(Reasoning, block.thinking)
+    def end(self, part: End | UpstreamFailure) -> None:
+        """Add the last part, behind the ends of blocks that had none."""
+        if isinstance(part, End):
+            self._blocks.stop_all()
+        super().end(part)
 
-    def _delta(self, delta: _Delta, index: int) -> None:
+    def _delta(self, delta: _Delta, index: Any, payload: bytes) -> None:
         if delta.text:
             self.joined.text(Text, delta.text)
         elif delta.thinking:
             self.joined.text(Reasoning, delta.thinking)
-        elif delta.partial_json and index in self._tools:
-            self._wordless.discard(index)
-            self.joined.tool_call(ToolCall(index=self._tools[index], arguments=delta.partial_json))
-
-    def _close(self, index: int) -> None:
-        # A tool without parameters streams no JSON at all; readers of tool calls expect an object.
-        if index in self._wordless:
-            self._wordless.discard(index)
-            self.joined.tool_call(ToolCall(index=self._tools[index], arguments="{}"))
+        elif delta.partial_json is not None:
+            self._blocks.json(index, delta.partial_json)
+        elif delta.signature:
+            self._blocks.sign(index, delta.signature)
+        elif delta.citation:
+            self.joined.add(AnnotationPart(annotation(delta.citation)))
+        elif delta.type not in _EMPTY:
+            self._blocks.extend(index, msgspec.json.decode(payload, type=_Unknown).delta)
 
     def _ending(self, event: _Event) -> None:
         if event.delta is not None and event.delta.stop_reason:
@@ -187,7 +182,11 @@ class AnthropicParser(EventParser[_Event]):
             if reason.lower() in FAILED_REASONS:
                 self.end(failure_in_stream({"message": f"the answer ended with {reason!r}", "code": reason}))
                 return
-            self.joined.add(Finish(_FINISH.get(reason, reason)))
+            finish = _FINISH.get(reason, reason)
+            self._blocks.stop_all(cut=finish in ("length", "content_filter"))
+            self.joined.add(Finish(finish))
+        if event.delta is not None and event.delta.container:
+            self.joined.add(ExtraPart(Extra(kind="container", data=event.delta.container)))
         if event.usage is not None:
             self._usage |= {name: value for name, value in event.usage.items() if value is not None}
             self.joined.add(UsagePart(_normalised(self._usage)))

@@ -1,5 +1,6 @@
 """The OpenAI chat form, translated to Anthropic messages."""
 
+import re
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -9,10 +10,12 @@ from schemas.requests import Message
 from services.producer.core.dialects.wire import UntranslatableCall
 from services.producer.ports import Call
 
-__all__ = ["DEFAULT_MAX_TOKENS", "messages_body"]
+__all__ = ["DEFAULT_MAX_TOKENS", "is_own_block", "messages_body"]
 
 DEFAULT_MAX_TOKENS: Final = 4096
 _SAME: Final = ("temperature", "top_p", "top_k", "metadata", "thinking", "service_tier", "output_config")
+_OWN: Final = re.compile(r"redacted_thinking|(server|mcp)_tool_use|[a-z_]+_tool_result|container_upload|compaction")
+"""Blocks that only this provider can read, for instance of tools that it runs itself: they go back as they came."""
 _TOOL_CHOICES: Final = {"auto": "auto", "none": "none", "required": "any"}
 
 
@@ -41,6 +44,11 @@ def messages_body(call: Call) -> dict[str, Any]:
         if choice := _tool_choice(params):
             body["tool_choice"] = choice
     return body
+
+
+def is_own_block(kind: object) -> bool:
+    """Tell whether content of this type is a block that only Anthropic can read."""
+    return isinstance(kind, str) and _OWN.fullmatch(kind) is not None
 
 
 def _system(messages: list[Message]) -> str:
@@ -75,7 +83,11 @@ def _blocks(message: Message) -> Iterator[dict[str, Any]]:
         content = list(_content(message.content))
         yield {"type": "tool_result", "tool_use_id": message.tool_call_id or "", "content": content}
         return
+    if message.role == "assistant":
+        yield from _thoughts(message)
     yield from _content(message.content)
+    if message.refusal:
+        yield {"type": "text", "text": message.refusal}
     for call in message.tool_calls or ():
         function = call.get("function") or {}
         yield {
@@ -84,6 +96,14 @@ def _blocks(message: Message) -> Iterator[dict[str, Any]]:
             "name": function.get("name") or "",
             "input": _arguments(function.get("arguments")),
         }
+
+
+def _thoughts(message: Message) -> Iterator[dict[str, Any]]:
+    """Yield thinking that is given beside the content, as LiteLLM does, unless the content has its own."""
+    content = message.content if isinstance(message.content, list) else ()
+    if not any(part.get("type") in ("thinking", "redacted_thinking") for part in content):
+        for block in message.thinking_blocks or ():
+            yield from _content([block])
 
 
 def _content(content: str | list[dict[str, Any]] | None) -> Iterator[dict[str, Any]]:
@@ -95,6 +115,12 @@ def _content(content: str | list[dict[str, Any]] | None) -> Iterator[dict[str, A
             case "text" | "refusal":
                 if text := part.get("text") or part.get("refusal"):
                     yield {"type": "text", "text": text}
+            case "thinking":
+                # Without its signature the API refuses a thought, and thoughts of others have none.
+                if isinstance(part.get("thinking"), str) and part.get("signature"):
+                    yield {"type": "thinking", "thinking": part["thinking"], "signature": part["signature"]}
+            case kind if is_own_block(kind):
+                yield part
             case "image_url":
                 image = part.get("image_url")
                 yield {"type": "image", "source": _source(image.get("url") if isinstance(image, dict) else image)}

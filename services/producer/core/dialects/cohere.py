@@ -5,12 +5,15 @@ from typing import Any, Final
 
 import msgspec
 
-from schemas.events import ToolCall
+from schemas.events import Annotation, ToolCall
 from schemas.requests import Message
 from schemas.usage import Usage
+from services.producer.core.dialects.anthropic_request import is_own_block
 from services.producer.core.dialects.failures import failure_in_stream, refusal_of
 from services.producer.core.dialects.leniency import fit
+from services.producer.core.dialects.media import annotation, file_part, text_of
 from services.producer.core.dialects.stream import EventParser
+from services.producer.core.dialects.tool_calls import ToolCalls
 from services.producer.core.dialects.whole_answers import chat_events
 from services.producer.core.dialects.wire import (
     NO_HEADERS,
@@ -22,6 +25,7 @@ from services.producer.core.dialects.wire import (
     translating,
 )
 from services.producer.core.parts import (
+    AnnotationPart,
     End,
     Finish,
     Identity,
@@ -62,13 +66,14 @@ _RENAMED: Final = {"top_p": "p", "top_k": "k", "max_tokens": "max_tokens", "max_
 
 
 class _Content(msgspec.Struct):
+    type: str = "text"
     text: str | None = None
     thinking: str | None = None
 
 
 class _Function(msgspec.Struct):
     name: str | None = None
-    arguments: str | None = None
+    arguments: Any = None
 
 
 class _ToolCall(msgspec.Struct):
@@ -81,6 +86,7 @@ class _Message(msgspec.Struct):
     content: _Content | list[Any] | None = None
     tool_plan: str | None = None
     tool_calls: _ToolCall | list[Any] | None = None
+    citations: Any = None
 
 
 class _Units(msgspec.Struct):
@@ -103,7 +109,7 @@ class _Delta(msgspec.Struct):
 
 class _Event(msgspec.Struct):
     type: str = ""
-    index: int = 0
+    index: Any = 0
     id: str | None = None
     delta: _Delta | None = None
     error: Any = None
@@ -150,15 +156,38 @@ def _body(call: Call) -> dict[str, Any]:
 def _message(message: Message) -> dict[str, Any]:
     role = "system" if message.role == "developer" else message.role
     translated: dict[str, Any] = {"role": role}
-    if message.content:
-        translated["content"] = message.content
+    if content := _content(message.content) or message.refusal:
+        translated["content"] = content
     elif not message.tool_calls:
         translated["content"] = ""
     if message.tool_calls:
-        translated["tool_calls"] = message.tool_calls
+        # signatures are those of other providers
+        known = ("id", "type", "function")
+        translated["tool_calls"] = [{n: call[n] for n in known if n in call} for call in message.tool_calls]
+    if message.tool_plan:
+        translated["tool_plan"] = message.tool_plan
     if message.role == "tool":
         translated["tool_call_id"] = message.tool_call_id or ""
     return translated
+
+
+def _content(content: str | list[dict[str, Any]] | None) -> str | list[dict[str, Any]] | None:
+    """Return content without what only other providers can read: signatures and encrypted thoughts."""
+    if not isinstance(content, list):
+        return content
+    parts: list[dict[str, Any]] = []
+    for part in content:
+        match part.get("type"):
+            case "thinking":
+                if thinking := text_of(part.get("thinking")):
+                    parts.append({"type": "thinking", "thinking": thinking})
+            case kind if is_own_block(kind):
+                pass
+            case "refusal":
+                parts.append({"type": "text", "text": text_of(part.get("refusal"))})
+            case _:
+                parts.append(part)
+    return parts
 
 
 def _response_format(format_: Any) -> Any:
@@ -182,12 +211,12 @@ def _tools(tools: list[dict[str, Any]], choice: Any) -> dict[str, Any]:
 class CohereParser(EventParser[_Event]):
     """Understands a v2 chat stream, which ends with ``message-end``."""
 
-    __slots__ = ("_tools",)
+    __slots__ = ("_calls",)
     event_type = _Event
 
     def __init__(self) -> None:
         super().__init__(_event)
-        self._tools: dict[int, int] = {}
+        self._calls = ToolCalls()
 
     def whole(self, tree: dict[str, Any]) -> list[dict[str, Any]]:
         """Return a chat answer as the events of a stream."""
@@ -202,12 +231,17 @@ class CohereParser(EventParser[_Event]):
         message = delta.message or _Message()
         match event.type:
             case "content-delta" | "content-start" | "tool-plan-delta":
-                self._text(message)
+                self._text(message, payload)
             case "tool-call-start" | "tool-call-delta":
-                if event.type == "tool-call-start":
-                    self._tools[event.index] = len(self._tools)
                 if isinstance(message.tool_calls, _ToolCall):
-                    self._tool_call(message.tool_calls, self._tools.setdefault(event.index, len(self._tools)))
+                    self._tool_call(message.tool_calls, event.index)
+            case "tool-call-end":
+                self._fragments(self._calls.end(0, event.index))
+            case "citation-start":
+                citations = message.citations
+                for citation in citations if isinstance(citations, list) else [citations]:
+                    if citation:
+                        self.joined.add(AnnotationPart(_annotation(citation)))
             case "message-start":
                 self.joined.add(Identity(event.id))
             case "message-end":
@@ -217,30 +251,51 @@ class CohereParser(EventParser[_Event]):
             case _:
                 self.unknown(payload)
 
-    def _text(self, message: _Message) -> None:
+    def _text(self, message: _Message, payload: bytes) -> None:
         if message.tool_plan:
             self.joined.text(Reasoning, message.tool_plan)
-        if isinstance(message.content, _Content):
-            if message.content.thinking:
-                self.joined.text(Reasoning, message.content.thinking)
-            if message.content.text:
-                self.joined.text(Text, message.content.text)
+        content = message.content
+        if not isinstance(content, _Content):
+            return
+        if content.thinking:
+            self.joined.text(Reasoning, content.thinking)
+        if content.text:
+            self.joined.text(Text, content.text)
+        if content.type not in ("text", "thinking"):
+            whole = msgspec.json.decode(payload)["delta"]["message"]["content"]
+            self.joined.add(file_part(content.type, whole))
 
-    def _tool_call(self, call: _ToolCall, number: int) -> None:
+    def _tool_call(self, call: _ToolCall, index: Any) -> None:
         function = call.function or _Function()
-        self.joined.tool_call(
-            ToolCall(index=number, id=call.id, name=function.name, arguments=function.arguments or "")
-        )
+        self._fragments(self._calls.take(0, index, call.id, function.name, function.arguments))
+
+    def _fragments(self, fragments: list[ToolCall]) -> None:
+        for fragment in fragments:
+            self.joined.tool_call(fragment)
 
     def _ending(self, delta: _Delta) -> None:
         reason = delta.finish_reason or ""
         failed = reason.upper() in _FAILED or bool(delta.error)
         if reason and not failed:
-            self.joined.add(Finish(_FINISH.get(reason, reason)))
+            finish = _FINISH.get(reason, reason)
+            if finish not in ("length", "content_filter"):
+                self._fragments(self._calls.end_all(0))
+            self.joined.add(Finish(finish))
         if delta.usage is not None:
             self.joined.add(UsagePart(_normalised(delta.usage)))
         ended = {"message": f"the answer ended with {reason}", "code": reason}
         self.end(failure_in_stream(delta.error or ended) if failed else End())
+
+
+def _annotation(citation: Any) -> Annotation:
+    """Return a citation: characters of the answer, and the first of the sources that they rest on."""
+    cited = annotation(citation)
+    sources = citation.get("sources") if isinstance(citation, dict) else None
+    first = next((source for source in sources or () if isinstance(source, dict)), {})
+    source = annotation(first.get("document") or first.get("tool_output") or {})
+    if isinstance(citation, dict) and citation.get("type") == "PLAN":  # of the plan, which is reasoning
+        cited = msgspec.structs.replace(cited, start=None, end=None)
+    return msgspec.structs.replace(cited, url=source.url, title=source.title)
 
 
 def _normalised(raw: dict[str, Any]) -> Usage:

@@ -1,8 +1,10 @@
 """Joins adjacent fragments that one socket read brought, so that a read becomes few parts."""
 
+import msgspec
+
 from schemas.events import ToolCall
 from services.producer.core.dialects.halves import Halves
-from services.producer.core.parts import Finish, Part, Reasoning, Text, ToolCallPart, UsagePart
+from services.producer.core.parts import Finish, Part, Reasoning, Refusal, Text, ToolCallPart, UsagePart
 
 __all__ = ["Joined", "join"]
 
@@ -19,7 +21,7 @@ class Joined:
 
     def __init__(self) -> None:
         self._parts: list[Part] = []
-        self._kind: type[Text | Reasoning] | None = None
+        self._kind: type[Text | Reasoning | Refusal] | None = None
         self._choice = 0
         self._at: float | None = None
         self._texts: list[str] = []
@@ -29,8 +31,8 @@ class Joined:
         self.finished: set[int] = set()
         self.has_usage = False
 
-    def text(self, kind: type[Text | Reasoning], text: str, choice: int = 0, at: float | None = None) -> None:
-        """Add a fragment of answer text or reasoning."""
+    def text(self, kind: type[Text | Reasoning | Refusal], text: str, choice: int = 0, at: float | None = None) -> None:
+        """Add a fragment of answer text, reasoning or a refusal."""
         if self.halves is not None and not (text := self.halves.mended((kind, choice, 0), text)):
             return
         if kind is self._kind and choice == self._choice:
@@ -42,7 +44,7 @@ class Joined:
         self._texts = [text]
 
     def tool_call(self, fragment: ToolCall, choice: int = 0, at: float | None = None) -> None:
-        """Add a fragment of a tool call. One that brings an id or a name begins a part of its own."""
+        """Add a fragment of a tool call. One that brings more than arguments begins a part of its own."""
         if self.halves is not None:
             fragment = _mended(fragment, self.halves, choice)
         tool = self._tool
@@ -52,6 +54,7 @@ class Joined:
             and choice == self._choice
             and fragment.id is None
             and fragment.name is None
+            and fragment.signature is None
         ):
             self._texts.append(fragment.arguments)
             return
@@ -62,7 +65,7 @@ class Joined:
 
     def add(self, part: Part) -> None:
         """Add a part of any kind."""
-        if isinstance(part, Text | Reasoning):
+        if isinstance(part, Text | Reasoning | Refusal):
             self.text(type(part), part.text, part.choice, part.at)
         elif isinstance(part, ToolCallPart):
             self.tool_call(part.tool_call, part.choice, part.at)
@@ -101,14 +104,14 @@ class Joined:
             self._kind = None
         elif self._tool is not None:
             tool = self._tool
-            whole = ToolCall(index=tool.index, id=tool.id, name=tool.name, arguments="".join(self._texts))
+            whole = msgspec.structs.replace(tool, arguments="".join(self._texts))
             self._parts.append(ToolCallPart(whole, self._choice, self._at))
             self._tool = None
 
 
 def _mended(fragment: ToolCall, halves: Halves, choice: int) -> ToolCall:
     arguments = halves.mended((ToolCallPart, choice, fragment.index), fragment.arguments)
-    return ToolCall(index=fragment.index, id=fragment.id, name=fragment.name, arguments=arguments)
+    return msgspec.structs.replace(fragment, arguments=arguments)
 
 
 def join(parts: list[Part]) -> list[Part]:

@@ -1,23 +1,30 @@
 """OpenAI chat completions, and every server that speaks them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any, Final
 
 import msgspec
 
-from schemas.events import ToolCall
+from schemas.requests import Message
 from schemas.usage import Usage
+from services.producer.core.bounds import choice_of
+from services.producer.core.dialects.anthropic_request import is_own_block
 from services.producer.core.dialects.failures import failure_in_stream, refusal_of
 from services.producer.core.dialects.leniency import loads, object_in
+from services.producer.core.dialects.media import text_of
+from services.producer.core.dialects.openai_content import REASONING, OtherContent, is_thought, thought_signature
 from services.producer.core.dialects.reported import reported
 from services.producer.core.dialects.stream import FAILED_REASONS, EventParser
+from services.producer.core.dialects.tool_calls import ToolCalls
 from services.producer.core.dialects.whole_answers import chunks_of
 from services.producer.core.dialects.wire import NO_HEADERS, HttpCall, Parser, post
 from services.producer.core.parts import (
+    End,
     Finish,
     Identity,
     Reasoning,
+    Refusal,
     Text,
     UpstreamFailure,
     UsagePart,
@@ -28,38 +35,15 @@ __all__ = ["OpenAI", "OpenAIParser", "chat_body", "exact_cost"]
 
 _RESERVED: Final = frozenset({"model", "messages", "stream", "stream_options"})
 _FINISH: Final = {"function_call": "tool_calls"}
+_PLAIN: Final = frozenset({"content", "role"})
+_CALLS_ALONE: Final = ["tool_calls"]
+_CUT: Final = frozenset({"length", "content_filter", "error"})
+"""Finish reasons behind which a tool call without arguments may have had some."""
 
 
-class _Function(msgspec.Struct):
-    name: str | None = None
-    arguments: str | None = None
-
-
-class _ToolCall(msgspec.Struct):
-    index: int | None = None
-    id: str | None = None
-    function: _Function | None = None
-
-
-class _ContentPart(msgspec.Struct):
-    """A part of content given as a list, as Mistral does; its thinking is a list of parts again."""
-
-    type: str = "text"
-    text: str | None = None
-    thinking: "str | list[_ContentPart] | None" = None
-
-
-class _Delta(msgspec.Struct, gc=False):  # a tree from JSON has no cycles for a collector to find
-    content: str | list[_ContentPart] | None = None
-    reasoning_content: str | None = None
-    reasoning: str | None = None
-    refusal: str | None = None
-    tool_calls: list[_ToolCall] | None = None
-
-
-class _Choice(msgspec.Struct, gc=False):
-    index: int = 0
-    delta: _Delta | None = None
+class _Choice(msgspec.Struct, gc=False):  # a tree from JSON has no cycles for a collector to find
+    index: Any = 0
+    delta: dict[str, Any] | None = None
     finish_reason: str | None = None
 
 
@@ -88,6 +72,8 @@ class _Chunk(msgspec.Struct, gc=False):
     model: str | None = None
     usage: _Usage | None = None
     error: Any = None
+    citations: Any = None
+    search_results: Any = None
 
 
 _chunk: Final = msgspec.json.Decoder(_Chunk)
@@ -118,10 +104,23 @@ class OpenAI:
 def chat_body(call: Call, include_usage: bool) -> dict[str, Any]:
     """Return the body of a streamed chat completion. Parameters cannot override what Tailrace decides itself."""
     body = {name: value for name, value in call.params.items() if name not in _RESERVED}
-    body |= {"model": call.model, "messages": call.messages, "stream": True}
+    body |= {"model": call.model, "messages": [_message(m) for m in call.messages], "stream": True}
     if include_usage:
         body["stream_options"] = {"include_usage": True}
     return body
+
+
+def _message(message: Message) -> Message:
+    """Return a message without the parts that only Anthropic can read: thoughts with their proof, its own tools."""
+    content = message.content
+    if not isinstance(content, list) or not any(_foreign(part) for part in content):
+        return message
+    return msgspec.structs.replace(message, content=[part for part in content if not _foreign(part)] or None)
+
+
+def _foreign(part: dict[str, Any]) -> bool:
+    # Mistral's thoughts are lists
+    return (part.get("type") == "thinking" and isinstance(part.get("thinking"), str)) or is_own_block(part.get("type"))
 
 
 class OpenAIParser(EventParser[_Chunk]):
@@ -130,7 +129,7 @@ class OpenAIParser(EventParser[_Chunk]):
     ``upstream_id``: the answer's name where a response header gives it; otherwise the chunks do.
     """
 
-    __slots__ = ("_currency", "_identified", "_upstream_id")
+    __slots__ = ("_calls", "_currency", "_identified", "_other", "_upstream_id")
     event_type = _Chunk
     done_is_marker = True
 
@@ -139,6 +138,15 @@ class OpenAIParser(EventParser[_Chunk]):
         self._upstream_id = upstream_id
         self._currency = currency
         self._identified = False
+        self._calls = ToolCalls()
+        self._other = OtherContent(self.joined)
+
+    def end(self, part: End | UpstreamFailure) -> None:
+        """Add the last part, behind the ends of tool calls whose choice had no end of its own."""
+        if isinstance(part, End):
+            for choice in self._calls.choices:
+                self._end_calls(choice)
+        super().end(part)
 
     def whole(self, tree: dict[str, Any]) -> list[dict[str, Any]]:
         """Return a chat completion as a chunk."""
@@ -154,14 +162,18 @@ class OpenAIParser(EventParser[_Chunk]):
             self.joined.add(Identity(self._upstream_id or chunk.id or None, chunk.model or None))
         failed = ""
         for choice in choices or ():
+            index = choice_of(choice.index)
             if choice.delta is not None:
-                self._delta(choice.delta, choice.index, chunk.created)
+                self._delta(choice.delta, index, chunk.created)
             # some servers repeat the reason on their usage chunk
-            if choice.finish_reason and not chunk.error and choice.index not in self.joined.finished:
+            if choice.finish_reason and not chunk.error and index not in self.joined.finished:
                 if choice.finish_reason.lower() in FAILED_REASONS:
                     failed = choice.finish_reason
                 else:
-                    self.joined.add(Finish(_FINISH.get(choice.finish_reason, choice.finish_reason), choice.index))
+                    self._finish(_FINISH.get(choice.finish_reason, choice.finish_reason), index)
+        if chunk.search_results or chunk.citations:
+            self._other.sources("search_results", chunk.search_results or [])
+            self._other.sources("citations", chunk.citations or [])
         if chunk.usage is not None:
             self.joined.add(UsagePart(self._usage(chunk.usage, payload)))
         if chunk.error or failed or chunk.base_resp or not (choices or chunk.usage):
@@ -180,36 +192,83 @@ class OpenAIParser(EventParser[_Chunk]):
             told = [choice["error"] for choice in choices if isinstance(choice, dict) and choice.get("error")]
             self.end(failure_in_stream(told or {"message": f"the answer ended with {failed!r}", "code": failed}))
 
-    def _delta(self, delta: _Delta, choice: int, at: float | None) -> None:
-        joined = self.joined
-        if reasoning := delta.reasoning_content or delta.reasoning:
-            joined.text(Reasoning, reasoning, choice, at)
-        if isinstance(delta.content, str):
-            if delta.content:
-                joined.text(Text, delta.content, choice, at)
-        else:
-            self._parts(delta.content or (), choice, at)
-        if delta.refusal:
-            joined.text(Text, delta.refusal, choice, at)
-        for position, call in enumerate(delta.tool_calls or ()):
-            function = call.function or _Function()
-            joined.tool_call(
-                ToolCall(
-                    index=position if call.index is None else call.index,
-                    id=call.id or None,
-                    name=function.name or None,
-                    arguments=function.arguments or "",
-                ),
-                choice,
-                at,
-            )
+    def _delta(self, delta: dict[str, Any], choice: int, at: float | None) -> None:
+        content = delta.get("content")
+        if len(delta) > 1 or content.__class__ is not str:
+            fields = [name for name, value in delta.items() if value and name not in _PLAIN]
+            if fields == _CALLS_ALONE and not content:
+                self._tool_calls(delta["tool_calls"], choice, at)
+                return
+            if fields or (content.__class__ is not str and content is not None):
+                self._rich(delta, content, choice, at)
+                return
+        if content:
+            self.joined.text(Text, content, choice, at)
 
-    def _parts(self, parts: Iterable[_ContentPart], choice: int, at: float | None) -> None:
-        for part in parts:
-            if part.thinking:
-                self.joined.text(Reasoning, _thought(part.thinking), choice, at)
-            if part.text:
-                self.joined.text(Text, part.text, choice, at)
+    def _rich(self, delta: dict[str, Any], content: Any, choice: int, at: float | None) -> None:
+        """Take a delta that holds more than text, or anything else."""
+        for name in REASONING:
+            if reasoning := text_of(delta.get(name)):
+                self.joined.text(Reasoning, reasoning, choice, at)
+                break
+        if isinstance(content, str):
+            if content:
+                kind = Reasoning if is_thought(delta.get("extra_content")) else Text
+                self.joined.text(kind, content, choice, at)
+        elif isinstance(content, list | dict):
+            self._other.parts(content, choice, at)
+        elif content is not None:
+            got = type(content).__name__
+            raise ValueError(f"Expected `str | array | null`, got `{got}` - at `$.choices[{choice}].delta.content`")
+        if refusal := text_of(delta.get("refusal")):
+            self.joined.text(Refusal, refusal, choice, at)
+        self._other.delta(delta, choice, at)
+        self._tool_calls(delta.get("tool_calls"), choice, at)
+        if isinstance(function := delta.get("function_call"), dict):
+            self._call({"function": function}, choice, at)
+
+    def _tool_calls(self, calls: Any, choice: int, at: float | None) -> None:
+        beside = False
+        for call in calls if isinstance(calls, list) else [calls] if calls else ():
+            self._call(call, choice, at, beside=beside)
+            beside = True
+
+    def _call(self, call: Any, choice: int, at: float | None, *, beside: bool = False) -> None:
+        if not isinstance(call, dict):
+            self._other.keep("tool_calls", call, choice, at)
+            return
+        function = call.get("function")
+        if not isinstance(function, dict):
+            # a tool that the provider runs itself, or one of another type than function
+            if call.get("type") not in (None, "function"):
+                self._other.keep(str(call["type"]), call, choice, at)
+                return
+            function = call
+        extra = call.get("extra_content")
+        fragments = self._calls.take(
+            choice,
+            call.get("index"),
+            call.get("id"),
+            function.get("name"),
+            function.get("arguments"),
+            beside=beside,
+            signature=thought_signature(extra) if extra else None,
+        )
+        for fragment in fragments:
+            self.joined.tool_call(fragment, choice, at)
+        if extra and not thought_signature(extra):
+            self._other.keep("extra_content", extra, choice, at)
+
+    def _finish(self, reason: str, choice: int) -> None:
+        if reason in _CUT:
+            self._calls.abandon(choice)
+        else:
+            self._end_calls(choice)
+        self.joined.add(Finish(reason, choice))
+
+    def _end_calls(self, choice: int) -> None:
+        for fragment in self._calls.end_all(choice):
+            self.joined.tool_call(fragment, choice)
 
     def _usage(self, usage: _Usage, payload: bytes) -> Usage:
         inputs = usage.prompt_tokens_details or _InputDetails()
@@ -225,10 +284,6 @@ class OpenAIParser(EventParser[_Chunk]):
             currency=self._currency if cost is not None else None,
             raw=object_in(payload, "usage"),
         )
-
-
-def _thought(thinking: str | list[_ContentPart]) -> str:
-    return thinking if isinstance(thinking, str) else "".join(part.text or "" for part in thinking)
 
 
 def exact_cost(cost: Decimal | None) -> str | None:

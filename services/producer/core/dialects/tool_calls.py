@@ -1,0 +1,227 @@
+"""Tells the tool calls of an answer apart, whatever a provider's indexes and ids are worth.
+
+OpenAI numbers parallel calls. Servers that speak its form give all calls the index 0, or none; repeat id and name with
+every fragment, or leave the id empty; send arguments as an object, or nothing where a tool takes no parameters.
+"""
+
+import re
+from typing import Any, Final
+
+import msgspec
+
+from schemas.events import ToolCall
+
+__all__ = ["CALLS", "ToolCalls"]
+
+CALLS: Final = 1_000
+"""Bound of the calls of one answer, over all choices."""
+_OUTSIDE: Final = re.compile(r'["{}\[\]]')
+_INSIDE: Final = re.compile(r'["\\]')
+
+
+class ToolCalls:
+    """Gives every call an index of its own within its choice: 0, 1 … in the order in which calls begin.
+
+    A new id begins a new call; without ids a new name does, or a new object behind complete arguments. A fragment
+    without an id belongs to the newest call of the provider's index, or to the call that began last. Id and name are
+    given out once for each call.
+    """
+
+    def __init__(self) -> None:
+        self._choices: dict[int, list[_Call]] = {}
+        self._newest: dict[tuple[int, int | None], _Call] = {}  # by choice and the provider's index
+        self._count = 0  # of all choices, at most `CALLS`
+
+    def take(
+        self,
+        choice: int,
+        index: object,
+        id_: object,
+        name: object,
+        arguments: object,
+        *,
+        beside: bool = False,
+        signature: str | None = None,
+    ) -> list[ToolCall]:
+        """Return what a provider's fragment is in terms of our indexes; ``index`` is the provider's.
+
+        ``beside``: it stands in one list behind a fragment of another call, so with a name it begins a call.
+
+        Raises:
+            ValueError: there are more than `CALLS` calls.
+        """
+        place = index if isinstance(index, int) else None
+        identity, function, text = _text(id_), _text(name), _json_text(arguments)
+        if identity is None and function is None and place is not None and (choice, place) in self._newest:
+            call: _Call | None = self._newest[choice, place]  # nearly all fragments
+        elif beside and function and identity is None and place is None:
+            call = None
+        else:
+            call = _find(
+                self._choices.get(choice, []), self._newest.get((choice, place)), place, identity, function, text
+            )
+        if call is None:
+            call = self._begin(choice, place)
+        elif identity is not None and call.repeated(identity, text):
+            return []
+        taken: list[ToolCall] = []
+        while True:
+            cut = call.arguments.feed(text)
+            whole = cut == len(text)
+            fragment = call.fragment(identity, function, text if whole else text[:cut], signature)
+            if fragment is not None:
+                taken.append(fragment)
+            if whole:
+                return taken
+            # A second object behind the first one: the same function is called again.
+            text, function, signature = text[cut:], call.name, None
+            call = self._begin(choice, place)
+
+    def end(self, choice: int, index: object) -> list[ToolCall]:
+        """End the newest call of a provider's index: no arguments mean an empty object."""
+        call = self._newest.get((choice, index if isinstance(index, int) else None))
+        return [] if call is None else call.end()
+
+    def end_all(self, choice: int) -> list[ToolCall]:
+        """End all calls of a choice that has come to its end."""
+        return [fragment for call in self._choices.get(choice, ()) for fragment in call.end()]
+
+    def abandon(self, choice: int) -> None:
+        """Leave the calls of a choice as they are: it was cut off."""
+        for call in self._choices.get(choice, ()):
+            call.ended = True
+
+    @property
+    def choices(self) -> list[int]:
+        """The choices that call tools."""
+        return list(self._choices)
+
+    def _begin(self, choice: int, place: int | None) -> "_Call":
+        self._count += 1
+        if self._count > CALLS:
+            raise ValueError(f"an answer with more than {CALLS} tool calls")
+        calls = self._choices.setdefault(choice, [])
+        call = _Call(len(calls), place)
+        calls.append(call)
+        self._newest[choice, place] = call
+        return call
+
+
+class _Call:
+    """One call: ``number`` is our index, ``place`` the provider's."""
+
+    __slots__ = ("_said", "arguments", "ended", "id", "name", "number", "place")
+
+    def __init__(self, number: int, place: int | None) -> None:
+        self.number = number
+        self.place = place
+        self.id: str | None = None
+        self.name: str | None = None
+        self.arguments = _Json()
+        self.ended = False
+        self._said: list[str] = []
+
+    def repeated(self, id_: str, text: str) -> bool:
+        """Tell whether ``text`` is all of the arguments once more, as some servers send them at the end."""
+        return id_ == self.id and self.arguments.complete and bool(text) and text == "".join(self._said)
+
+    def fragment(self, id_: str | None, name: str | None, text: str, signature: str | None) -> ToolCall | None:
+        """Return what is new of the call, if anything is."""
+        new_id = new_name = None
+        if id_ is not None and self.id is None:
+            self.id = new_id = id_
+        if name is not None and self.name is None:
+            self.name = new_name = name
+        if not (text or new_id or new_name or signature):
+            return None
+        self._said.append(text)
+        return ToolCall(index=self.number, id=new_id, name=new_name, arguments=text, signature=signature)
+
+    def end(self) -> list[ToolCall]:
+        """Return an empty object where no arguments came."""
+        ended, self.ended = self.ended, True
+        return [] if ended or not self.arguments.blank else [ToolCall(index=self.number, arguments="{}")]
+
+
+class _Json:
+    """Follows a JSON text over its fragments.
+
+    ``blank``: nothing but white space came. ``complete``: an object or list has ended.
+    """
+
+    __slots__ = ("_depth", "_escaped", "_quoted", "blank", "complete")
+
+    def __init__(self) -> None:
+        self._depth = 0
+        self._quoted = False
+        self._escaped = False
+        self.blank = True
+        self.complete = False
+
+    def feed(self, text: str) -> int:
+        """Take a fragment; return where in it a new object begins behind a complete value, else its length."""
+        if self.blank:
+            self.blank = not text or text.isspace()
+        at, end = 0, len(text)
+        if self._escaped and text:
+            self._escaped, at = False, 1
+        while at < end:
+            match = (_INSIDE if self._quoted else _OUTSIDE).search(text, at)
+            if match is None:
+                break
+            mark, at = match[0], match.end()
+            if mark == "\\":
+                self._escaped, at = at == end, at + 1
+            elif mark == '"':
+                self._quoted = not self._quoted
+            elif mark in "{[":
+                if self.complete and self._depth == 0 and mark == "{":
+                    return match.start()
+                self._depth += 1
+            else:
+                self._depth = max(0, self._depth - 1)
+                self.complete = self._depth == 0
+        return end
+
+
+def _find(
+    calls: list[_Call], newest: _Call | None, place: int | None, id_: str | None, name: str | None, text: str
+) -> _Call | None:
+    """Return the call that a fragment continues; ``None``: it begins a new one.
+
+    ``newest``: the call that began last under the provider's index.
+    """
+    if not calls:
+        return None
+    if place is None:
+        newest = calls[-1]
+    if id_ is not None:
+        for call in reversed(calls):
+            if call.id == id_ and (place is None or call.place is None or call.place == place):
+                return call
+        return newest if newest is not None and _takes_id(newest, name, text) else None
+    if newest is None:
+        # Neither id nor name, under an index that began nothing: it goes on with what has not ended.
+        return calls[-1] if name is None and not calls[-1].arguments.complete else None
+    return newest if name is None or newest.name in (None, name) else None
+
+
+def _takes_id(call: _Call, name: str | None, text: str) -> bool:
+    """Tell whether an id that was not seen before comes late for ``call``, or anew with each of its fragments."""
+    if name is not None and call.name not in (None, name):
+        return False
+    if call.id is None:
+        return not text or not call.arguments.complete
+    return name is None and not call.arguments.blank and not call.arguments.complete
+
+
+def _text(value: object) -> str | None:
+    if value is None or isinstance(value, str):
+        return value or None
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _json_text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return "" if value is None else msgspec.json.encode(value).decode()

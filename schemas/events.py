@@ -187,7 +187,7 @@ class UsageReported(Event, tag="usage"):
 
 
 class Completed(Event, tag="completed"):
-    """Terminal: the provider ended the answer by its own end marker.
+    """Terminal: the provider ended the answer, by its end marker or by a finish reason and a proper end of the body.
 
     ``finish_reason`` is normalised (``stop``, ``length``, ``tool_calls``, ``content_filter``, or the provider's own
     word); ``finish_reasons`` gives it for each choice where there are several.

@@ -237,7 +237,8 @@ async def test_where_it_may_restart_the_answer_begins_anew_in_the_next_epoch(bro
 
 async def test_what_an_earlier_call_told_of_itself_is_not_taken_for_the_answers(broker: Broker) -> None:
     async with providing(saying("x")) as provider:
-        provider.turns = [Replay([ending().replace(b"data: [DONE]\n\n", b"")])]
+        _finish, usage, _done = ending().strip().split(b"\n\n")
+        provider.turns = [Replay([usage + b"\n\n"])]
         provider.replay = Replay([chunk("x"), ending(usage=False)])
         async with producing(broker, config=config(provider.url), retry=QUICK):
             events = await answered(broker, ask("g1", "m"))

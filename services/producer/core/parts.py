@@ -152,7 +152,7 @@ class Alive(msgspec.Struct, frozen=True):
 
 
 class End(msgspec.Struct, frozen=True):
-    """The dialect's own end marker. A stream that closes without it has been cut off."""
+    """The answer is complete: its end marker came, or its finish reasons and a proper end of the HTTP body."""
 
 
 Part = (

@@ -36,6 +36,8 @@ EVENTS: list[tuple[Any, str, str, int | None, bool]] = [
     ({"error": "Model is overloaded", "error_type": "overloaded"}, OVERLOADED, "Model is overloaded", None, True),
     ({"error": "it broke"}, ERROR, "it broke", None, True),
     ({"error": {}}, ERROR, '{"error":{}}', None, True),
+    ({"error": " "}, ERROR, '{"error":" "}', None, True),
+    ({"message": "half \ud800"}, ERROR, "half \ufffd", None, True),
     ({"error": True}, ERROR, '{"error":true}', None, True),
     ({"error": {"code": "429", "message": "slow down"}, "choices": []}, LIMITED, "slow down", 429, True),
     ({"error": {"code": 429, "status": "RESOURCE_EXHAUSTED", "message": "no more"}}, LIMITED, "no more", 429, True),

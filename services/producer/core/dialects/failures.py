@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import msgspec
 
+from services.producer.core.dialects.leniency import plain
 from services.producer.core.dialects.meanings import Meaning, meaning_of, meaning_of_text
 from services.producer.core.dialects.reported import Reported, described, reported
 from services.producer.core.parts import UpstreamFailure
@@ -25,6 +26,7 @@ __all__ = [
 MESSAGE_LIMIT: Final = 500
 _QUOTED: Final = 300
 _NO_MARKER: Final = "the provider's stream ended without its end marker"
+_UNSAID: Final = "the provider reported an error without saying which"
 _EMPTY: Final = "the provider ended the answer without content, finish reason or usage"
 
 
@@ -41,7 +43,7 @@ def refusal_of(status: int, headers: Mapping[str, str], body: bytes, now: float)
     code, recoverable = _meaning(error, status if status >= 400 else error.status)
     return UpstreamFailure(
         code=code,
-        message=_bounded(error.message or f"answered with status {status}"),
+        message=_bounded(error.message) or f"answered with status {status}",
         upstream_status=status,
         recoverable=recoverable,
         retry_after=retry_after(headers, now),
@@ -54,7 +56,7 @@ def failure_in_stream(error: Any) -> UpstreamFailure:
     code, recoverable = _meaning(told, told.status)
     return UpstreamFailure(
         code=code,
-        message=_bounded(told.message or _shown(error) or "the provider reported an error without saying which"),
+        message=_bounded(told.message) or _bounded(_shown(error)) or _UNSAID,
         upstream_status=told.status,
         recoverable=recoverable,
     )
@@ -143,11 +145,11 @@ def _shown(error: Any) -> str:
     if not error or not isinstance(error, dict | list):
         return ""
     try:
-        return msgspec.json.encode(error).decode()
-    except (ValueError, TypeError, RecursionError):
+        return msgspec.json.encode(plain(error)).decode()
+    except RecursionError:
         return ""
 
 
 def _bounded(text: str) -> str:
-    text = " ".join(text[: MESSAGE_LIMIT * 4].split())
+    text = plain(" ".join(text[: MESSAGE_LIMIT * 4].split()))
     return text if len(text) <= MESSAGE_LIMIT else text[: MESSAGE_LIMIT - 1] + "…"

@@ -13,7 +13,7 @@ from msgspec import inspect
 
 __all__ = ["Fitted", "Misfit", "dumped", "fit", "fitted", "loads", "object_in", "plain", "shape_of"]
 
-T = TypeVar("T")
+T = TypeVar("T", bound=msgspec.Struct)
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
 _INNER_SURROGATE: Final = re.compile("(?<!^)[\udc00-\udfff]|[\ud800-\udbff](?!\\Z)")
 _LONGEST_INT: Final = 19

@@ -1,5 +1,6 @@
 """Nothing that a producer builds is refused by a reader, whatever its provider sent."""
 
+import json
 import math
 from typing import Any
 
@@ -47,10 +48,11 @@ from services.producer.core.parts import (
 )
 from services.producer.core.takeover import Begun
 from services.producer.core.takeover import fold as take_over
+from tests.transcripts import TRANSCRIPTS
 
 ADDRESS = Address.of("t", "s", "g", 1)
 EDGES = (-1, 2**53 - 1, 2**53, -(2**63), 2**64, 10**30, CHOICES - 1, CHOICES)
-NUMBER = st.integers(-3, 9) | st.sampled_from(EDGES)
+NUMBER = st.integers(-3, 9) | st.sampled_from(EDGES) | st.booleans()
 TEXT = st.text(max_size=8) | st.sampled_from(["\ud83d", "a\ude00b", "\ud83d\ude00", "\0", "\u2028", "é"])
 AT = st.none() | st.floats()
 JSON = st.recursive(
@@ -158,7 +160,7 @@ def check_every_reader(events: list[AnyEvent]) -> None:
 CONTENTS = ("text", "reasoning", "refusal", "tool_call", "binary", "annotation", "signature", "extra")
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(st.lists(PART, max_size=8), st.none() | ENDING)
 def test_every_event_that_a_producer_can_build_is_read_by_every_reader(parts: list[Part], ending: Part | None) -> None:
     check_every_reader(built(parts, ending))
@@ -224,3 +226,55 @@ def test_what_cannot_be_split_is_left_out_with_one_notice(data: Any) -> None:
     assert not any(isinstance(event, Delta) and event.extra for event in events)
     usage = next(event.usage for event in events if isinstance(event, UsageReported))
     assert (usage.input, usage.raw) == (1, None)
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Return the path of every value within a JSON value, and of the value itself."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(place for name, item in inner for place in places(item, (*path, name)))]
+
+
+def changed(value: Any, path: tuple[Any, ...], new: Any) -> Any:
+    """Return a JSON value with another one at a place."""
+    if not path:
+        return new
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    copy[path[0]] = changed(value[path[0]], path[1:], new)
+    return copy
+
+
+# What strict JSON can say: what it cannot is the business of those that read the wire.
+WIRE = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 9)
+    | st.sampled_from([-(2**63), 2**53, 10**30, 0.5, -1.5, 1e300])
+    | TEXT,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["type", "text", "url", "id", "index", "function", "google"]), inner, max_size=3
+        )
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_answers_with_any_value_in_any_place_end_in_events_that_every_reader_takes(data: st.DataObject) -> None:
+    transcript = data.draw(st.sampled_from(TRANSCRIPTS))
+    blocks = transcript.wire.replace(b"\r\n", b"\n").split(b"\n\n")
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(blocks) - 1))
+        head, mark, payload = blocks[at].rpartition(b"data: ")
+        try:
+            value = json.loads(payload)
+        except ValueError:
+            continue
+        path = data.draw(st.sampled_from(places(value)))
+        new = json.dumps(changed(value, path, data.draw(WIRE))).encode()
+        blocks[at] = head + mark + new
+    run, parser = generation(), transcript.parser()
+    events = run.absorb(parser.feed(b"\n\n".join(blocks)), 1.0)
+    check_every_reader([*events, *run.end(2.0)])

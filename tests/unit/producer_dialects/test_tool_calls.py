@@ -41,7 +41,7 @@ def read(*fragments: Fragment, end: bool = True) -> list[Said]:
     return joined(taken)
 
 
-@pytest.mark.parametrize("index", [{"index": 0}, {}, {"index": -1}, {"index": None}, {"index": "0"}])
+@pytest.mark.parametrize("index", [{"index": 0}, {}, {"index": -1}, {"index": None}, {"index": "0"}, {"index": 0.0}])
 def test_a_new_id_begins_a_new_call(index: Fragment) -> None:
     said = read(
         {**index, "id": "a", "name": "get_weather", "arguments": A},

@@ -10,6 +10,7 @@ from typing import Any, Final
 import msgspec
 
 from schemas.events import ToolCall
+from services.producer.core.bounds import number
 
 __all__ = ["CALLS", "ToolCalls"]
 
@@ -50,7 +51,7 @@ class ToolCalls:
         Raises:
             ValueError: there are more than `CALLS` calls.
         """
-        place = index if isinstance(index, int) else None
+        place = _place(index)
         identity, function, text = _text(id_), _text(name), _json_text(arguments)
         if identity is None and function is None and place is not None and (choice, place) in self._newest:
             call: _Call | None = self._newest[choice, place]  # nearly all fragments
@@ -79,7 +80,7 @@ class ToolCalls:
 
     def end(self, choice: int, index: object) -> list[ToolCall]:
         """End the newest call of a provider's index: no arguments mean an empty object."""
-        call = self._newest.get((choice, index if isinstance(index, int) else None))
+        call = self._newest.get((choice, _place(index)))
         return [] if call is None else call.end()
 
     def end_all(self, choice: int) -> list[ToolCall]:
@@ -213,6 +214,11 @@ def _takes_id(call: _Call, name: str | None, text: str) -> bool:
     if call.id is None:
         return not text or not call.arguments.complete
     return name is None and not call.arguments.blank and not call.arguments.complete
+
+
+def _place(index: object) -> int | None:
+    """Return a provider's index, which may be below 0: it only tells calls apart."""
+    return index if isinstance(index, int) else number(index)
 
 
 def _text(value: object) -> str | None:

@@ -19,7 +19,7 @@ from schemas.events import (
     UsageReported,
 )
 from schemas.requests import Request
-from schemas.usage import Counted, Usage
+from schemas.usage import Counted, Usage, grown
 from services.producer.core.parts import (
     Alive,
     BinaryPart,
@@ -32,6 +32,7 @@ from services.producer.core.parts import (
     ToolCallPart,
     UpstreamFailure,
     UsageBegun,
+    UsageLeftOut,
     UsagePart,
 )
 
@@ -78,6 +79,7 @@ class Generation:
         self.usage: Usage | None = None
         self._usage_begun: Usage | None = None
         self._usage_source = "stream"
+        self._usage_left_out = False
         self.ending: End | UpstreamFailure | None = None
         self.has_tokens = False
         self._new_counter = counter
@@ -177,6 +179,11 @@ class Generation:
                     break
                 case Alive():
                     pass
+                case UsageLeftOut() if not self._usage_left_out:
+                    last = None
+                    self._usage_left_out = True
+                    message = f"the provider's usage could not be read: {', '.join(part.reasons)}"
+                    events.append(self.notice("usage_left_out", message, at))
                 case _:
                     self._remember(part)
         return events
@@ -186,6 +193,7 @@ class Generation:
         ending = self.ending or CUT_OFF
         if isinstance(ending, UpstreamFailure):
             return self.fail(ending, at)
+        self._drop_blank_usage()
         reasons = [self._finish[choice] for choice in sorted(self._finish)]
         completed = Completed(
             generation=self.name,
@@ -235,11 +243,17 @@ class Generation:
 
     def _estimate_usage(self) -> None:
         """Where an answer broke off, take its input as the provider stated it in the beginning, and our own output."""
+        self._drop_blank_usage()
         begun = self._usage_begun
         if self.usage is None and begun is not None and self.has_tokens:
             output = max(begun.output, self._counter.total())
             self.usage = msgspec.structs.replace(begun, output=output)
             self._usage_source = "begun"
+
+    def _drop_blank_usage(self) -> None:
+        """Forget a report of nothing at all beside tokens that have come: it is none."""
+        if self.usage is not None and self.usage.blank and self.has_tokens:
+            self.usage = None
 
     def _close(self, terminal: Completed | Failed | Cancelled, at: float) -> list[AnyEvent]:
         events: list[AnyEvent] = []
@@ -266,7 +280,7 @@ class Generation:
             case Finish():
                 self._finish[part.choice] = part.reason
             case UsagePart():
-                self.usage = part.usage
+                self.usage = part.usage if self.usage is None else grown(self.usage, part.usage)
             case UsageBegun():
                 self._usage_begun = part.usage
             case Identity():

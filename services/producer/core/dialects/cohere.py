@@ -7,9 +7,9 @@ import msgspec
 
 from schemas.events import ToolCall
 from schemas.requests import Message
-from schemas.usage import Usage
 from services.producer.core.dialects.failures import failure_in_stream, refusal_of
 from services.producer.core.dialects.stream import EventParser
+from services.producer.core.dialects.usage import read_usage
 from services.producer.core.dialects.wire import (
     NO_HEADERS,
     HttpCall,
@@ -26,6 +26,7 @@ from services.producer.core.parts import (
     Reasoning,
     Text,
     UpstreamFailure,
+    UsageLeftOut,
     UsagePart,
 )
 from services.producer.ports import Call
@@ -81,21 +82,10 @@ class _Message(msgspec.Struct):
     tool_calls: _ToolCall | list[Any] | None = None
 
 
-class _Units(msgspec.Struct):
-    input_tokens: float | None = None
-    output_tokens: float | None = None
-
-
-class _Usage(msgspec.Struct):
-    billed_units: _Units | None = None
-    tokens: _Units | None = None
-    cached_tokens: float | None = None
-
-
 class _Delta(msgspec.Struct):
     message: _Message | None = None
     finish_reason: str | None = None
-    usage: dict[str, Any] | None = None
+    usage: Any = None
     error: Any = None
 
 
@@ -223,20 +213,9 @@ class CohereParser(EventParser):
         failed = reason in _FAILED or bool(delta.error)
         if not failed:
             self.joined.add(Finish(_FINISH.get(reason, reason)))
-        if delta.usage is not None:
-            self.joined.add(UsagePart(_normalised(delta.usage)))
+        usage, reasons = read_usage(delta.usage)
+        if usage is not None:
+            self.joined.add(UsagePart(usage))
+        elif reasons:
+            self.joined.add(UsageLeftOut(reasons))
         self.end(failure_in_stream(delta.error or f"the answer ended with {reason}") if failed else End())
-
-
-def _normalised(raw: dict[str, Any]) -> Usage:
-    usage = msgspec.convert(raw, _Usage)
-    billed = usage.billed_units or _Units()
-    used = usage.tokens or billed
-    return Usage(
-        input=int(used.input_tokens or 0),
-        output=int(used.output_tokens or 0),
-        cached_input=int(usage.cached_tokens or 0),
-        billed_input=None if billed.input_tokens is None else int(billed.input_tokens),
-        billed_output=None if billed.output_tokens is None else int(billed.output_tokens),
-        raw=raw,
-    )

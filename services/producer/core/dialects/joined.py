@@ -1,7 +1,8 @@
 """Joins adjacent fragments that one socket read brought, so that a read becomes few parts."""
 
 from schemas.events import ToolCall
-from services.producer.core.parts import Part, Reasoning, Text, ToolCallPart
+from schemas.usage import grown
+from services.producer.core.parts import End, Part, Reasoning, Text, ToolCallPart, UpstreamFailure, UsagePart
 
 __all__ = ["Joined", "join"]
 
@@ -9,10 +10,11 @@ __all__ = ["Joined", "join"]
 class Joined:
     """Collects parts in order; neighbours of the same kind and choice (and tool call) become one.
 
-    The joined part keeps the time stamp of its first fragment.
+    The joined part keeps the time stamp of its first fragment. Reports of usage, which some providers repeat with every
+    token, become one report behind everything but the end.
     """
 
-    __slots__ = ("_at", "_choice", "_kind", "_parts", "_texts", "_tool")
+    __slots__ = ("_at", "_choice", "_kind", "_parts", "_texts", "_tool", "_usage")
 
     def __init__(self) -> None:
         self._parts: list[Part] = []
@@ -21,6 +23,7 @@ class Joined:
         self._at: float | None = None
         self._texts: list[str] = []
         self._tool: ToolCall | None = None
+        self._usage: UsagePart | None = None
 
     def text(self, kind: type[Text | Reasoning], text: str, choice: int = 0, at: float | None = None) -> None:
         """Add a fragment of answer text or reasoning."""
@@ -53,15 +56,25 @@ class Joined:
             self.text(type(part), part.text, part.choice, part.at)
         elif isinstance(part, ToolCallPart):
             self.tool_call(part.tool_call, part.choice, part.at)
+        elif isinstance(part, UsagePart):
+            self._usage = part if self._usage is None else UsagePart(grown(self._usage.usage, part.usage))
         else:
             self._flush()
+            if isinstance(part, End | UpstreamFailure):
+                self._flush_usage()
             self._parts.append(part)
 
     def take(self) -> list[Part]:
         """Return what was collected, and begin anew."""
         self._flush()
+        self._flush_usage()
         parts, self._parts = self._parts, []
         return parts
+
+    def _flush_usage(self) -> None:
+        if self._usage is not None:
+            self._parts.append(self._usage)
+            self._usage = None
 
     def _flush(self) -> None:
         if self._kind is not None:

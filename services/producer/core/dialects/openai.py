@@ -1,28 +1,32 @@
 """OpenAI chat completions, and every server that speaks them."""
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from decimal import Decimal
 from typing import Any, Final
 
 import msgspec
 
 from schemas.events import ToolCall
-from schemas.usage import Usage
+from schemas.usage import Usage, grown
 from services.producer.core.dialects.failures import failure_in_stream, refusal_of
 from services.producer.core.dialects.stream import EventParser
+from services.producer.core.dialects.usage import STANDARD, UsageRules, read_usage, together
 from services.producer.core.dialects.wire import NO_HEADERS, HttpCall, Parser, post
 from services.producer.core.parts import (
     End,
     Finish,
     Identity,
+    Part,
     Reasoning,
     Text,
     UpstreamFailure,
+    UsageLeftOut,
     UsagePart,
 )
 from services.producer.ports import Call
 
-__all__ = ["OpenAI", "OpenAIParser", "chat_body", "exact_cost"]
+__all__ = ["OpenAI", "OpenAIParser", "chat_body"]
 
 _RESERVED: Final = frozenset({"model", "messages", "stream", "stream_options"})
 _FINISH: Final = {"function_call": "tool_calls"}
@@ -59,23 +63,7 @@ class _Choice(msgspec.Struct, gc=False):
     index: int = 0
     delta: _Delta | None = None
     finish_reason: str | None = None
-
-
-class _InputDetails(msgspec.Struct):
-    cached_tokens: int | None = None
-    cache_write_tokens: int | None = None
-
-
-class _OutputDetails(msgspec.Struct):
-    reasoning_tokens: int | None = None
-
-
-class _Usage(msgspec.Struct):
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    prompt_tokens_details: _InputDetails | None = None
-    completion_tokens_details: _OutputDetails | None = None
-    cost: Decimal | None = None
+    usage: Any = None
 
 
 class _Chunk(msgspec.Struct, gc=False):
@@ -83,23 +71,29 @@ class _Chunk(msgspec.Struct, gc=False):
     created: float | None = None
     id: str | None = None
     model: str | None = None
-    usage: _Usage | None = None
+    usage: Any = None
+    x_groq: Any = None
+    timings: Any = None
+    prompt_eval_count: Any = None
+    eval_count: Any = None
     error: Any = None
 
 
-class _RawUsage(msgspec.Struct):
-    usage: dict[str, Any]
-
-
 _chunk: Final = msgspec.json.Decoder(_Chunk)
-_raw_usage: Final = msgspec.json.Decoder(_RawUsage)
+_exact: Final = msgspec.json.Decoder(dict[str, Any], float_hook=Decimal)
+_MOST_CHOICES: Final = 128
+"""Bound of choices whose usage is kept apart."""
 
 
 class OpenAI:
-    """The chat completions API. ``include_usage`` asks for the usage frame; some servers refuse the option."""
+    """The chat completions API. ``include_usage`` asks for the usage frame; some servers refuse the option.
 
-    def __init__(self, include_usage: bool = True) -> None:
+    ``rules``: how the provider counts.
+    """
+
+    def __init__(self, include_usage: bool = True, rules: UsageRules = STANDARD) -> None:
         self._include_usage = include_usage
+        self._rules = rules
 
     def request(self, call: Call, base_url: str, key: str | None, extra_headers: Mapping[str, str]) -> HttpCall:
         """Return the POST to ``/chat/completions``; parameters go through unchanged."""
@@ -110,7 +104,7 @@ class OpenAI:
 
     def parser(self, headers: Mapping[str, str] = NO_HEADERS) -> Parser:
         """Return a fresh parser."""
-        return OpenAIParser()
+        return OpenAIParser(rules=self._rules)
 
     def refusal(self, status: int, headers: Mapping[str, str], body: bytes, now: float) -> UpstreamFailure:
         """Return what an error answer means."""
@@ -129,17 +123,33 @@ def chat_body(call: Call, include_usage: bool) -> dict[str, Any]:
 class OpenAIParser(EventParser):
     """Understands a stream of chat completion chunks, which ends with ``[DONE]``.
 
-    ``upstream_id``: the answer's name where a response header gives it; otherwise the chunks do.
+    ``upstream_id``: the answer's name where a response header gives it; otherwise the chunks do. Usage is beside the
+    choices or in one, in ``x_groq`` (Groq), or as counts of llama.cpp or Ollama; some send it with every chunk.
     """
 
-    __slots__ = ("_currency", "_finished", "_identified", "_upstream_id")
+    __slots__ = ("_by_choice", "_finished", "_identified", "_newest", "_rules", "_upstream_id")
 
-    def __init__(self, upstream_id: str | None = None, currency: str | None = None) -> None:
+    def __init__(self, upstream_id: str | None = None, rules: UsageRules = STANDARD) -> None:
         super().__init__()
         self._upstream_id = upstream_id
-        self._currency = currency
+        self._rules = rules
+        self._newest: Any = None
+        self._by_choice: dict[int, Usage] = {}
         self._identified = False
         self._finished: set[int] = set()
+
+    def feed(self, data: bytes) -> list[Part]:
+        """Return what ``data`` completes, adjacent fragments of the same kind joined, and usage once."""
+        parts = super().feed(data)
+        if self._newest is not None:
+            self._report()
+            parts += self.joined.take()
+        return parts
+
+    def end(self, part: End | UpstreamFailure) -> None:
+        """Add the last part, after what was reported."""
+        self._report()
+        super().end(part)
 
     def read(self, payload: bytes) -> None:
         """Take one chunk, or the end marker."""
@@ -157,8 +167,9 @@ class OpenAIParser(EventParser):
             if choice.finish_reason and not chunk.error and choice.index not in self._finished:
                 self._finished.add(choice.index)
                 self.joined.add(Finish(_FINISH.get(choice.finish_reason, choice.finish_reason), choice.index))
-        if chunk.usage is not None:
-            self.joined.add(UsagePart(self._usage(chunk.usage, payload)))
+            if choice.usage is not None:
+                self._report_choice(choice.usage, choice.index)
+        self._find_usage(chunk, payload)
         if chunk.error:
             self.end(failure_in_stream(chunk.error))
 
@@ -193,29 +204,48 @@ class OpenAIParser(EventParser):
             if part.text:
                 self.joined.text(Text, part.text, choice, at)
 
-    def _usage(self, usage: _Usage, payload: bytes) -> Usage:
-        inputs = usage.prompt_tokens_details or _InputDetails()
-        outputs = usage.completion_tokens_details or _OutputDetails()
-        cost = exact_cost(usage.cost) if self._currency else None
-        return Usage(
-            input=usage.prompt_tokens or 0,
-            output=usage.completion_tokens or 0,
-            cached_input=inputs.cached_tokens or 0,
-            cache_write=inputs.cache_write_tokens or 0,
-            reasoning=outputs.reasoning_tokens or 0,
-            cost=cost,
-            currency=self._currency if cost is not None else None,
-            raw=_raw_usage.decode(payload).usage,
-        )
+    def _find_usage(self, chunk: _Chunk, payload: bytes) -> None:
+        raw: Any = chunk.usage
+        if raw is not None and self._rules.currency:
+            with suppress(ValueError):
+                raw = _exact.decode(payload)["usage"]  # a cost is read to its last digit
+        if raw is None and isinstance(chunk.x_groq, dict):
+            raw = chunk.x_groq.get("usage")
+        if raw is None and chunk.timings is not None:
+            raw = chunk.timings
+        if raw is None and chunk.eval_count is not None:
+            raw = {"prompt_eval_count": chunk.prompt_eval_count, "eval_count": chunk.eval_count}
+        if raw is None:
+            return
+        if self._newest is not None and not _goes_on(self._newest, raw):
+            self._report()
+        self._newest = raw
+
+    def _report(self) -> None:
+        raw, self._newest = self._newest, None
+        usage, reasons = read_usage(raw, self._rules)
+        if usage is not None:
+            self.joined.add(UsagePart(usage))
+        elif reasons:
+            self.joined.add(UsageLeftOut(reasons))
+
+    def _report_choice(self, raw: Any, choice: int) -> None:
+        usage, reasons = read_usage(raw, self._rules)
+        if usage is not None and (choice in self._by_choice or len(self._by_choice) < _MOST_CHOICES):
+            known = self._by_choice.get(choice)
+            self._by_choice[choice] = usage if known is None else grown(known, usage)
+            self.joined.add(UsagePart(together(self._by_choice.values())))
+        elif reasons:
+            self.joined.add(UsageLeftOut(reasons))
 
 
 def _thought(thinking: str | list[_ContentPart]) -> str:
     return thinking if isinstance(thinking, str) else "".join(part.text or "" for part in thinking)
 
 
-def exact_cost(cost: Decimal | None) -> str | None:
-    """Return a cost as exact decimal text; ``None`` for what is none."""
-    # An absurd exponent would be written out in full, so it is no cost.
-    if cost is None or not cost.is_finite() or abs(cost.adjusted()) > 30:
-        return None
-    return f"{cost:f}"
+def _goes_on(earlier: Any, later: Any) -> bool:
+    """Tell whether a report only counts on from an earlier one, which it then makes needless."""
+    if not (isinstance(earlier, dict) and isinstance(later, dict) and len(earlier) <= len(later)):
+        return False
+    before, after = ((r.get("prompt_tokens"), r.get("completion_tokens")) for r in (earlier, later))
+    return all(type(a) is int and type(b) is int and a <= b for a, b in zip(before, after, strict=True))

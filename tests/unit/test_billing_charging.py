@@ -137,7 +137,7 @@ def test_an_amount_beyond_all_reason_is_unpriced() -> None:
     [
         (Usage(input=100, cached_input=30, cache_write=20, output=50, reasoning=10), (50, 30, 20, 40, 10)),
         (Usage(input=100, output=50, billed_input=80, billed_output=45, cached_input=90), (0, 80, 0, 45, 0)),
-        (Usage(input=1, cached_input=5, cache_write=5, output=1, reasoning=9), (0, 1, 0, 0, 1)),
+        (Usage(input=1, cached_input=5, cache_write=5, output=1, reasoning=9), (0, 5, 5, 0, 9)),
     ],
 )
 def test_classes_are_disjoint_and_billed_units_hold(usage: Usage, tokens: tuple[int, ...]) -> None:

@@ -207,7 +207,7 @@ class OpenAIParser(EventParser):
     def _find_usage(self, chunk: _Chunk, payload: bytes) -> None:
         raw: Any = chunk.usage
         if raw is not None and self._rules.currency:
-            with suppress(ValueError):
+            with suppress(ValueError, KeyError):
                 raw = _exact.decode(payload)["usage"]  # a cost is read to its last digit
         if raw is None and isinstance(chunk.x_groq, dict):
             raw = chunk.x_groq.get("usage")

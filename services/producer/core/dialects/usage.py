@@ -118,7 +118,7 @@ _COHERE: Final[_Roles] = {
     "cached_tokens": "cached",
 }
 _BILLED: Final[tuple[str, ...]] = ("billed_input", "billed_output")
-_APART: Final = ("cache_read_input_tokens", "cache_creation_input_tokens")
+_APART: Final = ("cache_read_input_tokens", "cache_creation_input_tokens", "cache_creation")
 """Beside ``input_tokens`` these are Anthropic's, whose input leaves them out."""
 _COSTS: Final = ("cost", "total_cost", "estimated_cost")
 _TEXT: Final = re.compile(r"\s*\+?([0-9]{1,16})(\.0*)?\s*")

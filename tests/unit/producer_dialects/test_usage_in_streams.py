@@ -109,7 +109,7 @@ def test_usage_of_each_choice_is_summed() -> None:
 
 
 def test_usage_that_cannot_be_read_is_noticed_once_and_ends_no_answer() -> None:
-    parts = fed(TEXT, '{"usage":"soon"}', '{"usage":[]}', TEXT, STOP, "[DONE]", at_once=False)
+    parts = fed(TEXT, '{"usage":"soon"}', '{"usage":[7]}', TEXT, STOP, "[DONE]", at_once=False)
     assert parts.count(UsageLeftOut(("usage_unreadable",))) == 2
     run = Generation(
         "g",

@@ -133,7 +133,7 @@ class OpenAIParser(EventParser):
         super().__init__()
         self._upstream_id = upstream_id
         self._rules = rules
-        self._newest: Any = None
+        self._newest: tuple[Any, bytes] | None = None
         self._by_choice: dict[int, Usage] = {}
         self._identified = False
         self._finished: set[int] = set()
@@ -206,9 +206,6 @@ class OpenAIParser(EventParser):
 
     def _find_usage(self, chunk: _Chunk, payload: bytes) -> None:
         raw: Any = chunk.usage
-        if raw is not None and self._rules.currency:
-            with suppress(ValueError, KeyError):
-                raw = _exact.decode(payload)["usage"]  # a cost is read to its last digit
         if raw is None and isinstance(chunk.x_groq, dict):
             raw = chunk.x_groq.get("usage")
         if raw is None and chunk.timings is not None:
@@ -217,12 +214,17 @@ class OpenAIParser(EventParser):
             raw = {"prompt_eval_count": chunk.prompt_eval_count, "eval_count": chunk.eval_count}
         if raw is None:
             return
-        if self._newest is not None and not _goes_on(self._newest, raw):
+        if self._newest is not None and not _goes_on(self._newest[0], raw):
             self._report()
-        self._newest = raw
+        self._newest = raw, payload
 
     def _report(self) -> None:
-        raw, self._newest = self._newest, None
+        if self._newest is None:
+            return
+        (raw, payload), self._newest = self._newest, None
+        if self._rules.currency:
+            with suppress(ValueError):
+                raw = _exact.decode(payload).get("usage") or raw  # a cost is read to its last digit
         usage, reasons = read_usage(raw, self._rules)
         if usage is not None:
             self.joined.add(UsagePart(usage))

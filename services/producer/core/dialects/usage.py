@@ -165,9 +165,9 @@ class _Object:
 def read_usage(raw: object, rules: UsageRules = STANDARD) -> UsageReading:
     """Return what a provider's usage object tells, normalised.
 
-    ``None`` and an object without any field tell nothing; neither does one without a single count, or a cost.
+    Nothing, and what is empty, tells nothing and is no fault; what has neither a count nor a cost is one.
     """
-    if raw is None or raw == {}:
+    if not raw:
         return UsageReading(None)
     if not isinstance(raw, dict):
         return UsageReading(None, (UNREADABLE,))
@@ -314,7 +314,8 @@ def _number(value: object) -> int | None:
     if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
         return None
     # compared before it is rounded: a decimal number with an absurd exponent would be written out in full
-    return math.ceil(value) if math.isfinite(value) and 0 <= value <= MAX_NUMBER else None
+    finite = value.is_finite() if isinstance(value, Decimal) else math.isfinite(value)
+    return math.ceil(value) if finite and 0 <= value <= MAX_NUMBER else None
 
 
 def _cost(read: _Object) -> str | None:

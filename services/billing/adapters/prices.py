@@ -55,10 +55,12 @@ class Prices:
         self.engine = engine
         self._insert = postgresql.insert if engine.dialect.name == "postgresql" else sqlite.insert
 
-    async def book(self) -> PriceBook:
-        """Return the rows that hold, and their revision."""
+    async def book(self, known: PriceBook | None = None) -> PriceBook:
+        """Return the rows that hold, and their revision; ``known`` itself as long as it is of that revision."""
         async with reading(self.engine) as connection:
             revision = await _revision(connection)
+            if known is not None and known.revision == revision:
+                return known
             return PriceBook(revision, await _present(connection))
 
     async def history(self) -> list[KeptPrice]:

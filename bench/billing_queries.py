@@ -84,6 +84,7 @@ def _row(number: int, rng: random.Random) -> dict[str, Any]:
         "output": output,
         "cached_input": 0,
         "cache_write": 0,
+        "cache_write_1h": 0,
         "reasoning": 0,
         "drift_output": 0,
         "pricing": "charged",

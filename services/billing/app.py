@@ -30,7 +30,7 @@ from services.billing.core.reconciliation import Policy, Tolerance
 from services.billing.deliveries import DeliveryReports
 from services.billing.errors import LedgerUnavailable
 from services.billing.money_api import MAX_BODY
-from services.billing.price_loading import load_price_file
+from services.billing.price_loading import load_price_file, load_shipped_prices
 from services.billing.terms import CurrentTerms
 from services.kit.auth.entrance import entering
 from services.kit.auth.setup import authenticating
@@ -62,7 +62,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     ``reservation``: how long what was reserved in a budget waits for a generation that does not begin.
 
-    ``prices``: a price file (TOML or CSV) that becomes the price book when its content is a new one. ``partial``: by
+    ``prices``: a price file (TOML or CSV) that becomes the price book when its content is a new one.
+    ``shipped_prices``: whether the prices that come with Tailrace hold until there is a price book of one's own.
+    ``partial``: by
     which numbers generations are charged that failed, were cancelled or interrupted; ``tenant_partial``: the same for
     single tenants, as ``tenant=policy``. ``missing``: the same for completed ones whose provider never reported.
     ``tolerances``: other tolerances for some models, as ``provider/model=absolute/relative`` with ``*`` and ``?``.
@@ -78,6 +80,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     grace: Annotated[float, msgspec.Meta(ge=0)] = 300.0
     tolerances: list[str] = []
     prices: str | None = None
+    shipped_prices: bool = True
     partial: Basis = "counted"
     tenant_partial: list[str] = []
     missing: Basis = "counted"
@@ -183,14 +186,20 @@ async def main(stop: asyncio.Event, env: Mapping[str, str] = os.environ) -> None
             log.info("billing listens", host=settings.host, port=settings.port, database=url.get_backend_name())
             if not await _migrated(engine, stop):
                 return
-            if settings.prices is not None:
-                await load_price_file(prices, Path(settings.prices), SystemClock())
+            await _load_prices(prices, settings)
             migrated.set()
             async with asyncio.TaskGroup() as group:
                 group.create_task(admission.run(stop), name="budgets")
                 group.create_task(DeliveryReports(broker, Deliveries(engine)).run(stop), name="deliveries")
                 group.create_task(_consume(broker, ledger, shared, settings, terms, stop), name="consumers")
     log.info("billing has stopped")
+
+
+async def _load_prices(prices: Prices, settings: Settings) -> None:
+    """Bring the price book up to date with the settings: a file of the user's own wins over what is shipped."""
+    if settings.prices is not None:
+        await load_price_file(prices, Path(settings.prices), SystemClock())
+    await load_shipped_prices(prices, SystemClock(), wanted=settings.shipped_prices and settings.prices is None)
 
 
 async def _consume(

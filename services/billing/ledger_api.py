@@ -8,6 +8,7 @@ from litestar.datastructures import State
 from litestar.openapi.spec import Example
 from litestar.params import QueryParameter
 
+from schemas.usage import COUNTS
 from services.billing.adapters.entries import Entries
 from services.billing.adapters.reports import Reports
 from services.billing.answers import PROBLEMS, answer, only
@@ -128,6 +129,7 @@ _COLUMNS: Final = (
     "output",
     "cached_input",
     "cache_write",
+    "cache_write_1h",
     "reasoning",
     "drift_input",
     "drift_output",
@@ -204,7 +206,7 @@ def _rows(page: ReconciliationPage) -> Any:
             g.code,
             g.counted.input,
             g.counted.output,
-            *((r.input, r.output, r.cached_input, r.cache_write, r.reasoning) if (r := reported) else ("",) * 5),
+            *([getattr(reported, name) for name in COUNTS] if reported else [""] * len(COUNTS)),
             *((drift.input, drift.output) if drift else ("", "")),
             " ".join(g.reasons),
             g.delivered.tokens if g.delivered else "",

@@ -13,9 +13,10 @@ from services.billing.core.prices import Price
 from services.kit.clock import Clock
 from services.kit.settings import SettingsError
 
-__all__ = ["FORMATS", "load_price_file", "parse_prices", "read_price_file"]
+__all__ = ["FORMATS", "SHIPPED_FILE", "load_price_file", "load_shipped_prices", "parse_prices", "read_price_file"]
 
 log = structlog.get_logger()
+SHIPPED_FILE: Final = Path(__file__).parent / "shipped_prices.toml"
 FORMATS: Final[dict[str, Callable[[str], list[Price]]]] = {"toml": parse_toml, "csv": parse_csv}
 
 
@@ -69,4 +70,19 @@ async def load_price_file(prices: Prices, path: Path, clock: Clock) -> Change | 
         return None
     change = await prices.put(rows, source=FILE, digest=digest, now=round(clock.wall() * 1_000))
     log.info("price file loaded", added=change.added, withdrawn=change.withdrawn, revision=change.revision)
+    return change
+
+
+async def load_shipped_prices(prices: Prices, clock: Clock, *, wanted: bool) -> Change | None:
+    """Make the prices that come with Tailrace the price book, or without ``wanted`` take them out of it again.
+
+    A price book that was put over HTTP or came from a file of the user's own stays as it is; then ``None``.
+
+    Raises:
+        LedgerUnavailable: the database did not answer.
+    """
+    rows, digest = read_price_file(SHIPPED_FILE) if wanted else ([], "")
+    change = await prices.ship(rows, digest=digest, now=round(clock.wall() * 1_000))
+    if change is not None and (change.added or change.withdrawn):
+        log.info("shipped prices loaded", added=change.added, withdrawn=change.withdrawn, revision=change.revision)
     return change

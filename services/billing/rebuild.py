@@ -31,6 +31,7 @@ _EXPORTED: Final = (
     "output",
     "cached_input",
     "cache_write",
+    "cache_write_1h",
     "reasoning",
     "usage",
     "usage_source",

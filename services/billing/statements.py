@@ -33,6 +33,7 @@ _COLUMNS: Final = (
     "input",
     "cached_input",
     "cache_write",
+    "cache_write_1h",
     "output",
     "reasoning",
     "charged_tokens",
@@ -153,7 +154,8 @@ def _statement(
 def _rows(made: Statement) -> Iterable[Sequence[object]]:
     for line in made.lines:
         t = line.totals
-        numbers = (t.generations, t.input, t.cached_input, t.cache_write, t.output, t.reasoning, t.tokens, t.unpriced)
+        inputs = (t.input, t.cached_input, t.cache_write, t.cache_write_1h)
+        numbers = (t.generations, *inputs, t.output, t.reasoning, t.tokens, t.unpriced)
         for index, (currency, amount) in enumerate(list(t.amounts.items()) or [("", "")]):
             shown: Sequence[object] = numbers if index == 0 else [""] * len(numbers)
             yield [line.provider, line.model, line.status, *shown, amount, currency]

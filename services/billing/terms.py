@@ -16,12 +16,12 @@ class CurrentTerms:
         self.now = Terms(policy=policy or Policy(), charging=charging or Charging())
 
     async def refresh(self) -> Terms:
-        """Read the price book again.
+        """Read the price book again where it has changed.
 
         Raises:
             LedgerUnavailable: the database did not answer.
         """
-        book = await self._prices.book()
-        if book.revision != self.now.book.revision:
+        book = await self._prices.book(self.now.book)
+        if book is not self.now.book:
             self.now = Terms(policy=self.now.policy, charging=self.now.charging, book=book)
         return self.now

@@ -43,7 +43,8 @@ class CountedTokens(msgspec.Struct, kw_only=True):
 
 
 class ReportedTokens(msgspec.Struct, kw_only=True):
-    """What the provider reported, normalised: ``input`` includes cached tokens, ``output`` includes reasoning.
+    """What the provider reported, normalised: ``input`` includes cached tokens, ``output`` includes reasoning, and
+    ``cache_write`` includes ``cache_write_1h``.
 
     ``cost`` is the provider's own amount in ``currency`` where it states one; ``raw`` its own object, unchanged.
     """
@@ -52,6 +53,7 @@ class ReportedTokens(msgspec.Struct, kw_only=True):
     output: int
     cached_input: int
     cache_write: int
+    cache_write_1h: int
     reasoning: int
     billed_input: int | None
     billed_output: int | None
@@ -278,7 +280,10 @@ def _delivered(g: Generation) -> Delivered | None:
 
 
 def _reported(usage: str | None) -> ReportedTokens | None:
-    return None if usage is None else ReportedTokens(**msgspec.structs.asdict(msgspec.json.decode(usage, type=Usage)))
+    if usage is None:
+        return None
+    report = msgspec.json.decode(usage, type=Usage)
+    return ReportedTokens(**{name: getattr(report, name) for name in ReportedTokens.__struct_fields__})
 
 
 def moment(milliseconds: int | None) -> str | None:

@@ -107,6 +107,7 @@ async def test_without_group_by_there_is_one_row_of_sums(client: httpx.AsyncClie
                 "output": 345,
                 "cached_input": 10,
                 "cache_write": 0,
+                "cache_write_1h": 0,
                 "reasoning": 20,
                 "counted_input": 84,
                 "counted_output": 360,

@@ -2,6 +2,7 @@
 
 import asyncio
 from decimal import Decimal
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -19,6 +20,7 @@ from services.billing.adapters.entries import Entries
 from services.billing.adapters.imports import Imported, Imports
 from services.billing.adapters.ledger import Ledger
 from services.billing.adapters.prices import Prices
+from services.billing.adapters.reports import Reports
 from services.billing.adapters.tables import GENERATIONS, LEDGER, PRICES
 from services.billing.adapters.worklist import Money, Worklist
 from services.billing.core.charging import Entry
@@ -26,12 +28,16 @@ from services.billing.core.fold import fold
 from services.billing.core.generation import Generation, Key
 from services.billing.core.prices import Price
 from services.billing.core.provider_export import parse_export
+from services.billing.core.question import Filters
 from services.billing.core.settlement import settle
+from services.billing.core.spending import steps
 from services.billing.errors import LedgerUnavailable, StalePrices
+from services.billing.price_loading import SHIPPED_FILE, load_price_file, load_shipped_prices, read_price_file
 from services.billing.sweep import Sweep
 from services.billing.terms import CurrentTerms
+from services.kit.clock import SystemClock
 from tests.billing_histories import START, address, history, records
-from tests.billing_prices import SINCE, price
+from tests.billing_prices import BOOK_TOML, SINCE, price
 from tests.contracts.billing_database import database, empty_database, engine, postgres_server, postgres_url
 
 __all__ = ["database", "empty_database", "engine", "postgres_server", "postgres_url"]
@@ -60,7 +66,8 @@ class Books:
         terms = await self.terms.refresh()
         done = [settle(g, NOW, terms) for g in made]
         before, self.position = self.position, self.position + 10
-        money = Money(revision=terms.book.revision, entries=[e for _, entries in done for e in entries])
+        entries = [e for _, some in done for e in some]
+        money = Money(revision=terms.book.revision, entries=entries, spending=steps({}, [g for g, _ in done]))
         await self.ledger.commit(0, (before, self.position), NOW, [g for g, _ in done], (), money)
 
     async def swept(self) -> None:
@@ -164,6 +171,69 @@ async def test_a_book_put_again_keeps_its_rows_and_what_differs_is_withdrawn(boo
         (Decimal(10), 1, 2),
         (Decimal(12), 2, None),
     ]
+
+
+async def test_shipped_prices_are_loaded_once_and_taken_out_when_switched_off(books: Books) -> None:
+    clock = SystemClock()
+    first = await load_shipped_prices(books.prices, clock, wanted=True)
+    assert first is not None
+    assert (first.revision, first.withdrawn) == (1, 0)
+    again = await load_shipped_prices(books.prices, clock, wanted=True)
+    assert again is not None
+    assert (again.revision, again.added, again.kept) == (1, 0, first.added)
+    assert len((await books.prices.book()).prices) == first.added
+    off = await load_shipped_prices(books.prices, clock, wanted=False)
+    assert off is not None
+    assert (off.revision, off.withdrawn) == (2, first.added)
+    assert (await load_shipped_prices(books.prices, clock, wanted=False)) == msgspec.structs.replace(off, withdrawn=0)
+    assert (await books.prices.book()).prices == ()
+    assert await load_shipped_prices(books.prices, clock, wanted=True) is not None
+    assert len((await books.prices.book()).prices) == first.added
+
+
+@pytest.mark.parametrize("own", [ROWS, []])
+async def test_shipped_prices_never_take_the_place_of_a_book_of_ones_own(books: Books, own: list[Price]) -> None:
+    await load_shipped_prices(books.prices, SystemClock(), wanted=True)
+    await books.put(own)
+    for wanted in (True, False):
+        assert await load_shipped_prices(books.prices, SystemClock(), wanted=wanted) is None
+    assert [p.says() for p in (await books.prices.book()).prices] == [p.says() for p in own]
+
+
+async def test_shipped_prices_put_as_ones_own_are_ones_own(books: Books) -> None:
+    await load_shipped_prices(books.prices, SystemClock(), wanted=True)
+    mine = list((await books.prices.book()).prices)
+    assert (await books.put(mine)).added == 0
+    assert await load_shipped_prices(books.prices, SystemClock(), wanted=False) is None
+    assert len((await books.prices.book()).prices) == len(mine)
+
+
+async def test_a_price_file_wins_over_shipped_prices(books: Books, tmp_path: Path) -> None:
+    file = tmp_path / "prices.toml"
+    file.write_text(BOOK_TOML)
+    await load_shipped_prices(books.prices, SystemClock(), wanted=True)
+    await load_price_file(books.prices, file, SystemClock())
+    assert await load_shipped_prices(books.prices, SystemClock(), wanted=True) is None
+    assert {p.model for p in (await books.prices.book()).prices} == {"gpt*"}
+
+
+async def test_shipped_prices_loaded_by_two_processes_at_once_are_there_once(books: Books) -> None:
+    clock = SystemClock()
+    await asyncio.gather(*(load_shipped_prices(Prices(books.engine), clock, wanted=True) for _ in range(4)))
+    rows = [p.says() for p in (await books.prices.book()).prices]
+    assert len(rows) == len(set(rows)) == len(read_price_file(SHIPPED_FILE)[0])
+
+
+async def test_cache_writes_of_an_hour_are_kept_and_summed_apart(books: Books) -> None:
+    usage = Usage(input=90, output=30, cached_input=10, cache_write=60, cache_write_1h=40)
+    await books.put([*ROWS, price("cache_write", "3"), price("cache_write_1h", "5")])
+    await books.take(folded(reported=usage), folded("other", reported=Usage(input=8, output=30)))
+    row = await books.row()
+    assert (row.cache_write, row.cache_write_1h) == (60, 40)
+    expected = (20 + 10) * Decimal("2.50") + 20 * 3 + 40 * 5 + 30 * 10
+    assert row.amount == expected / 1_000_000
+    totals = await Reports(books.engine).totals(Filters(tenant="default"))
+    assert (totals.cache_write, totals.cache_write_1h) == (60, 40)
 
 
 async def test_an_unpriced_generation_is_charged_when_its_price_comes(books: Books) -> None:

@@ -58,6 +58,8 @@ def test_the_worst_case_is_the_dearest_candidate_and_the_dearest_class() -> None
     assert need_of(reserve("p/m", "p/dear"), book, 0).money == need.money
     assert need_of(reserve("p/m", "p/dear", inputs=1_000_000), book, 0).money == {"USD": Decimal(100)}
     assert need_of(reserve("p/unknown"), book, 0).money == {}
+    hour = PriceBook(2, [*book.prices, price("cache_write_1h", "8")])
+    assert need_of(reserve("p/m"), hour, 0).money == {"USD": Decimal("0.008") + Decimal("0.02") + Decimal("0.5")}
 
 
 def test_a_generation_that_fits_exactly_is_admitted_and_one_token_more_is_not() -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from schemas.events import Cancelled, Completed, Delta, Failed, Interrupted, Started, UsageReported
 from schemas.usage import Usage
 from services.billing.core.charging import Charging, Entry, Tokens, disjoint
+from services.billing.core.drift import REASONS
 from services.billing.core.fold import fold, take_usage
 from services.billing.core.generation import EXPORT, PRICINGS, STATUSES, Generation
 from services.billing.core.money import ZERO
@@ -135,13 +136,15 @@ def test_an_amount_beyond_all_reason_is_unpriced() -> None:
 @pytest.mark.parametrize(
     ("usage", "tokens"),
     [
-        (Usage(input=100, cached_input=30, cache_write=20, output=50, reasoning=10), (50, 30, 20, 40, 10)),
-        (Usage(input=100, output=50, billed_input=80, billed_output=45, cached_input=90), (0, 80, 0, 45, 0)),
-        (Usage(input=1, cached_input=5, cache_write=5, output=1, reasoning=9), (0, 1, 0, 0, 1)),
+        (Usage(input=100, cached_input=30, cache_write=20, output=50, reasoning=10), (50, 30, 20, 0, 40, 10)),
+        (Usage(input=100, cached_input=30, cache_write=20, cache_write_1h=15, output=50), (50, 30, 5, 15, 50, 0)),
+        (Usage(input=100, output=50, billed_input=80, billed_output=45, cached_input=90), (0, 80, 0, 0, 45, 0)),
+        (Usage(input=1, cached_input=5, cache_write=5, output=1, reasoning=9), (0, 5, 5, 0, 0, 9)),
+        (Usage(input=1, cache_write_1h=5, output=1), (0, 0, 0, 5, 1, 0)),
     ],
 )
 def test_classes_are_disjoint_and_billed_units_hold(usage: Usage, tokens: tuple[int, ...]) -> None:
-    names = ("input", "cached_input", "cache_write", "output", "reasoning")
+    names = ("input", "cached_input", "cache_write", "cache_write_1h", "output", "reasoning")
     assert disjoint(usage) == Tokens(**dict(zip(names, tokens, strict=True)))
 
 
@@ -176,6 +179,36 @@ def test_reasons_are_told_where_they_can_be_found(made, changes, reasons) -> Non
     assert settle(g, LATER, TERMS)[0].reasons == reasons
 
 
+def test_what_is_wrong_with_a_report_is_a_reason_also_of_a_match() -> None:
+    g, _ = settled(reported=Usage(input=7, output=30, reasons=("usage_unreadable", "something_new")))
+    assert (g.status, g.reasons) == ("matched", "usage_unreadable")
+    g, _ = settled(reported=Usage(input=7, output=90, billed_output=80, reasons=("usage_total", "usage_unreadable")))
+    assert g.reasons == "billed_units,usage_unreadable,usage_total"
+
+
+def test_classes_larger_than_what_they_are_part_of_are_charged_in_full_and_told() -> None:
+    g, [entry] = settled(reported=Usage(input=7, output=30, reasoning=40, cached_input=3, cache_write=9))
+    assert (g.input, g.output, g.cached_input, g.cache_write) == (12, 40, 3, 9)
+    assert "usage_inconsistent" in g.reasons
+    assert entry.amount == (12 * Decimal("2.50") + 40 * 10) / 1_000_000
+
+
+def test_all_reasons_together_fit_their_column() -> None:
+    assert len(",".join(REASONS)) <= 200
+
+
+def test_cache_writes_of_an_hour_have_a_price_of_their_own() -> None:
+    usage = Usage(input=1_000, output=0, cached_input=100, cache_write=500, cache_write_1h=200)
+    prices = {"input": "4", "output": "20", "cached_input": "0.4", "cache_write": "5", "cache_write_1h": "8"}
+    g, [entry] = settled(Terms(book=book(**prices)), reported=usage)
+    counts = {line["token_class"]: line["count"] for line in msgspec.json.decode(entry.lines)}
+    assert counts == {"input": 400, "cached_input": 100, "cache_write": 300, "cache_write_1h": 200}
+    assert g.amount == (400 * 4 + 100 * Decimal("0.4") + 300 * 5 + 200 * 8) / Decimal(1_000_000)
+    assert (g.cache_write_1h, g.tokens) == (200, 1_000)
+    del prices["cache_write_1h"]
+    assert settled(Terms(book=book(**prices)), reported=usage)[0].amount == g.amount - Decimal("0.0006")
+
+
 def test_a_reason_is_gone_when_the_numbers_match_again() -> None:
     g, _ = settled(reported=Usage(input=7, output=90, billed_output=1))
     assert g.reasons == "billed_units"
@@ -196,6 +229,7 @@ usages = st.builds(
     output=st.integers(0, 100),
     cached_input=st.integers(0, 60),
     cache_write=st.integers(0, 60),
+    cache_write_1h=st.integers(0, 60),
     reasoning=st.integers(0, 100),
     billed_output=st.none() | st.integers(0, 100),
 )

@@ -1,5 +1,6 @@
 """The price book and price files."""
 
+import re
 from contextlib import suppress
 from decimal import Decimal
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from services.billing.core.money import LARGEST, AmountTooLarge, parse_price, render, times
 from services.billing.core.price_file import BadPrices, parse_csv, parse_json, parse_toml, render_rows
 from services.billing.core.prices import CLASSES, Price, PriceBook
+from services.billing.price_loading import SHIPPED_FILE, read_price_file
 from tests.billing_prices import BOOK_TOML, SINCE, price
 
 DAY = 86_400_000
@@ -70,6 +72,74 @@ def test_the_most_specific_row_wins() -> None:
         assert chosen(*ladder[:top]) == str(top)
     assert chosen(*ladder, model="gpt-5") == "5"
     assert chosen(*ladder, provider="other", model="llama") == "1"
+
+
+def test_writes_for_an_hour_go_by_other_writes_and_these_by_input() -> None:
+    def hour(*prices: Price) -> str:
+        found = PriceBook(1, prices).price("openai", "gpt-4o", "cache_write_1h", SINCE)
+        assert found is not None
+        return str(found.amount)
+
+    all_three = [price("input", "1"), price("cache_write", "2"), price("cache_write_1h", "3")]
+    assert [hour(*all_three[:n]) for n in (1, 2, 3)] == ["1", "2", "3"]
+    assert hour(*all_three, price("input", "9", model="gpt-4o")) == "9"
+
+
+def test_a_table_may_name_several_models() -> None:
+    text = BOOK_TOML.replace('"gpt*"', '["gpt-4o", "gpt-4o-20*"]')
+    rows = parse_toml(text)
+    assert [(r.model, r.token_class) for r in rows] == [
+        (model, name) for model in ("gpt-4o", "gpt-4o-20*") for name in ("input", "cached_input", "output")
+    ]
+    for models, fault in (("[]", "empty"), ('["a", 3]', "model"), ('["a", "a"]', "same provider")):
+        with pytest.raises(BadPrices, match=fault):
+            parse_toml(BOOK_TOML.replace('"gpt*"', models))
+
+
+SHIPPED = PriceBook(1, read_price_file(SHIPPED_FILE)[0])
+NOVEMBER = 1_796_000_000_000
+
+
+def shipped(provider: str, model: str) -> dict[str, Decimal]:
+    return {name: row.amount for name, row in SHIPPED.rows(provider, model, NOVEMBER).items()}
+
+
+def test_shipped_prices_name_their_sources_and_date_and_do_not_contradict_each_other() -> None:
+    text = SHIPPED_FILE.read_text()
+    assert "November 2026" in text
+    tables = text.count("[[price]]")
+    assert 40 <= tables <= 80
+    for provider, url in (("openai", "openai.com"), ("anthropic", "anthropic.com"), ("cohere", "cohere.com")):
+        assert any(row.provider == provider for row in SHIPPED.prices)
+        assert re.search(rf"^# .*https://\S*{url}", text, re.MULTILINE)
+    models = [(row.provider, row.model) for row in SHIPPED.prices if "*" not in row.model and "?" not in row.model]
+    for provider, model in models:
+        prices = shipped(provider, model)
+        assert prices["cached_input"] <= prices["input"] <= prices["output"], model
+        if provider == "anthropic":
+            assert prices["cache_write"] == prices["input"] * Decimal("1.25"), model
+            assert prices["cache_write_1h"] == prices["input"] * 2, model
+        elif provider == "openai":
+            assert prices["cache_write"] in (prices["input"], prices["input"] * Decimal("1.25")), model
+
+
+@pytest.mark.parametrize(
+    ("provider", "model", "output"),
+    [
+        ("openai", "gpt-4o-2024-08-06", "10"),
+        ("openai", "gpt-4o-2024-05-13", "15"),
+        ("openai", "gpt-4o-mini-2024-07-18", "0.6"),
+        ("openai", "gpt-5", "10"),
+        ("anthropic", "claude-sonnet-4-5-20250929", "15"),
+        ("cohere", "command-a-03-2025", "10"),
+        ("scripted", "story", "4"),
+        ("openai", "gpt-4o-audio-preview", None),
+        ("openai", "gpt-4o-mini-tts", None),
+        ("gateway", "gpt-4o", None),
+    ],
+)
+def test_shipped_prices_are_found_by_the_model_that_answers(provider: str, model: str, output: str | None) -> None:
+    assert shipped(provider, model).get("output") == (None if output is None else Decimal(output))
 
 
 def test_a_class_without_a_price_as_specific_as_its_parents_goes_by_the_parents() -> None:

@@ -41,6 +41,18 @@ def test_anthropics_input_excludes_what_was_cached() -> None:
         "cache_creation_input_tokens": 20,
     }
     assert one({"message_id": "msg_1", **usage}) == Usage(input=100, output=50, cached_input=70, cache_write=20)
+    lifetimes = {"cache_creation": {"ephemeral_5m_input_tokens": 5, "ephemeral_1h_input_tokens": 15}}
+    expected = Usage(input=100, output=50, cached_input=70, cache_write=20, cache_write_1h=15)
+    assert one({"message_id": "msg_1", **usage, **lifetimes}) == expected
+    del usage["cache_creation_input_tokens"]
+    assert one({"message_id": "msg_1", **usage, **lifetimes}) == expected
+
+
+def test_an_export_whose_classes_do_not_fit_is_taken_and_doubted() -> None:
+    row = {"generation": "g", "input": 10, "output": 20, "reasoning": 25, "cache_write_1h": 12}
+    assert one(row) == Usage(
+        input=12, output=25, cache_write=12, cache_write_1h=12, reasoning=25, reasons=("usage_inconsistent",)
+    )
 
 
 def test_coheres_billed_units_stand_beside_its_tokens() -> None:

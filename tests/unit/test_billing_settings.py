@@ -25,6 +25,11 @@ def test_tolerances_and_policies_are_read() -> None:
     assert [settings.charging().of(tenant) for tenant in ("acme", "other")] == ["reported", "none"]
 
 
+def test_shipped_prices_are_on_unless_switched_off() -> None:
+    assert loaded().shipped_prices
+    assert not loaded(shipped_prices="false").shipped_prices
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

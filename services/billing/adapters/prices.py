@@ -13,11 +13,13 @@ from services.billing.adapters.tables import GENERATIONS as G
 from services.billing.adapters.tables import PRICE_REVISIONS, PRICE_WITHDRAWALS, PRICES, RESETTLEMENTS, STATE
 from services.billing.core.prices import Price, PriceBook
 
-__all__ = ["FILE", "Change", "KeptPrice", "Prices"]
+__all__ = ["FILE", "SHIPPED", "Change", "KeptPrice", "Prices"]
 
 
 FILE: Final = "file"
 """Source of the price file that the settings name."""
+SHIPPED: Final = "shipped"
+"""Source of the prices that come with Tailrace."""
 
 
 class Change(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,10 +55,12 @@ class Prices:
         self.engine = engine
         self._insert = postgresql.insert if engine.dialect.name == "postgresql" else sqlite.insert
 
-    async def book(self) -> PriceBook:
-        """Return the rows that hold, and their revision."""
+    async def book(self, known: PriceBook | None = None) -> PriceBook:
+        """Return the rows that hold, and their revision; ``known`` itself as long as it is of that revision."""
         async with reading(self.engine) as connection:
             revision = await _revision(connection)
+            if known is not None and known.revision == revision:
+                return known
             return PriceBook(revision, await _present(connection))
 
     async def history(self) -> list[KeptPrice]:
@@ -100,6 +104,14 @@ class Prices:
         assert change is not None
         return change
 
+    async def ship(self, wanted: Sequence[Price], *, digest: str, now: int) -> Change | None:
+        """Make ``wanted`` the price book unless there is one from another source; then return ``None``."""
+        async with writing(self.engine) as connection:
+            await _revision(connection, lock=True)
+            if await _owned(connection):
+                return None
+            return await self._put(connection, wanted, SHIPPED, digest, now, dry_run=False)
+
     async def _put(
         self, connection: AsyncConnection, wanted: Sequence[Price], source: str, digest: str, now: int, *, dry_run: bool
     ) -> Change:
@@ -110,8 +122,10 @@ class Prices:
         theirs = {p.says() for p in present}
         added = [p for p in wanted if p.says() not in theirs]
         withdrawn = [p for p in present if p.says() not in ours]
-        # That a file has been loaded is kept even when it brought nothing new: later it is not loaded again.
-        differs = bool(added or withdrawn or source == FILE)
+        # That a file has been loaded is kept even when it brought nothing new: later it is not loaded again. So is the
+        # first book of the user's own: what is shipped never takes its place.
+        claims = source == FILE or (source != SHIPPED and not await _owned(connection))
+        differs = bool(added or withdrawn or claims)
         revision = before + differs
         resettled = 0
         if differs:
@@ -147,6 +161,12 @@ class Prices:
 async def _revision(connection: AsyncConnection, *, lock: bool = False) -> int:
     query = sa.select(STATE.c.value).where(STATE.c.name == "prices")
     return int((await connection.execute(query.with_for_update() if lock else query)).scalar_one())
+
+
+async def _owned(connection: AsyncConnection) -> bool:
+    """Tell whether the price book has ever come from another source than Tailrace itself."""
+    others = sa.select(PRICE_REVISIONS.c.revision).where(PRICE_REVISIONS.c.source != SHIPPED)
+    return bool((await connection.execute(sa.select(sa.exists(others)))).scalar_one())
 
 
 async def _present(connection: AsyncConnection) -> list[Price]:

@@ -28,6 +28,7 @@ _OF_ONE: Final[Mapping[str, sa.ColumnElement[Any]]] = {
     "output": G.c.output,
     "cached_input": G.c.cached_input,
     "cache_write": G.c.cache_write,
+    "cache_write_1h": G.c.cache_write_1h,
     "reasoning": G.c.reasoning,
     "counted_input": G.c.counted_input,
     "counted_output": G.c.counted_output,
@@ -49,6 +50,7 @@ class Totals(msgspec.Struct, kw_only=True):
     output: int = 0
     cached_input: int = 0
     cache_write: int = 0
+    cache_write_1h: int = 0
     reasoning: int = 0
     counted_input: int = 0
     counted_output: int = 0

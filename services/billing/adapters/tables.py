@@ -81,6 +81,7 @@ GENERATIONS: Final = Table(
     Column("currency", String(3), nullable=False, server_default=""),
     Column("entries", Integer, nullable=False, server_default="0"),
     Column("tokens", BigInteger, nullable=False, server_default="0"),
+    _reported("cache_write_1h"),
     *(_reported(name) for name in ("subscribers", "delivered_events", "delivered_tokens", "delivered_bytes")),
     Index("generations_by_name", "tenant", "generation"),
     Index("generations_by_start", "tenant", "started_at"),
@@ -265,6 +266,7 @@ SPENDING: Final = Table(
     Column("amount", Money, nullable=False),
     *(_count(name) for name in ("input", "output", "cached_input", "cache_write", "reasoning")),
     *(_count(name) for name in ("counted_input", "counted_output", "drift", "unpriced")),
+    Column("cache_write_1h", BigInteger, nullable=False, server_default="0"),
     Index("spending_by_day", "tenant", "day"),
 )
 """Sums of what settled generations have used, by the day (since 1970, UTC) on which they started."""

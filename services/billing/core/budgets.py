@@ -116,7 +116,7 @@ def need_of(reserve: Reserve, book: PriceBook, at: int) -> Need:
 
 
 _DEAREST: Final[tuple[tuple[TokenClass, ...], ...]] = (
-    ("input", "cache_write"),
+    ("input", "cache_write", "cache_write_1h"),
     ("output", "reasoning"),
     ("per_request",),
 )

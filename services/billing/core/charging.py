@@ -10,7 +10,7 @@ from typing import Final, Literal, NamedTuple
 
 import msgspec
 
-from schemas.usage import Usage
+from schemas.usage import Usage, nested
 from services.billing.core.generation import EXPORT, Generation, Pricing
 from services.billing.core.money import ZERO, AmountTooLarge, render, times
 from services.billing.core.prices import PER_REQUEST, TOKEN_CLASSES, Price, PriceBook, TokenClass
@@ -44,6 +44,7 @@ class Tokens(msgspec.Struct, frozen=True, kw_only=True):
     input: int = 0
     cached_input: int = 0
     cache_write: int = 0
+    cache_write_1h: int = 0
     output: int = 0
     reasoning: int = 0
     per_request: int = 1
@@ -51,7 +52,8 @@ class Tokens(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def total(self) -> int:
         """All of them."""
-        return self.input + self.cached_input + self.cache_write + self.output + self.reasoning
+        writes = self.cache_write + self.cache_write_1h
+        return self.input + self.cached_input + writes + self.output + self.reasoning
 
 
 class Line(msgspec.Struct, frozen=True, kw_only=True):
@@ -173,15 +175,18 @@ def _tokens(g: Generation, basis: Basis) -> Tokens:
 
 def disjoint(usage: Usage) -> Tokens:
     """Return a provider's numbers in disjoint classes; where it bills other numbers than it processed, those hold."""
+    usage = nested(usage)
     inputs = usage.input if usage.billed_input is None else usage.billed_input
     outputs = usage.output if usage.billed_output is None else usage.billed_output
     cached = min(usage.cached_input, inputs)
     written = min(usage.cache_write, inputs - cached)
+    written_1h = min(usage.cache_write_1h, written)
     reasoning = min(usage.reasoning, outputs)
     return Tokens(
         input=inputs - cached - written,
         cached_input=cached,
-        cache_write=written,
+        cache_write=written - written_1h,
+        cache_write_1h=written_1h,
         output=outputs - reasoning,
         reasoning=reasoning,
     )

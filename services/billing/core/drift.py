@@ -5,7 +5,7 @@ from typing import Final
 
 import msgspec
 
-from schemas.usage import Usage
+from schemas.usage import USAGE_REASONS, Usage
 from services.billing.core.generation import Generation
 from services.billing.core.reconciliation import Policy, Tolerance
 
@@ -20,19 +20,25 @@ REASONS: Final = (
     "billed_units",
     "attempts",
     "headless",
+    *USAGE_REASONS,
 )
 _CUT_OFF: Final = "upstream_cut_off"
 
 
 def explain(g: Generation, policy: Policy) -> str:
-    """Return the reasons found for what ``g`` is short of being matched, by commas, in the order of `REASONS`."""
-    if g.status in ("running", "awaiting_provider", "matched"):
+    """Return the reasons found for what ``g`` is short of being matched, by commas, in the order of `REASONS`.
+
+    A match tells only what is wrong with the report itself.
+    """
+    if g.status in ("running", "awaiting_provider"):
         return ""
-    return ",".join(_reasons(g, policy.tolerance(g)))
-
-
-def _reasons(g: Generation, tolerance: Tolerance) -> Iterator[str]:
     usage = msgspec.json.decode(g.usage, type=Usage) if g.usage else None
+    found = list(_reasons(g, usage, policy.tolerance(g))) if g.status != "matched" else []
+    doubts = usage.reasons if usage is not None else ()
+    return ",".join((*found, *(reason for reason in USAGE_REASONS if reason in doubts)))
+
+
+def _reasons(g: Generation, usage: Usage | None, tolerance: Tolerance) -> Iterator[str]:
     if g.state == "interrupted" or g.code == _CUT_OFF:
         yield "cut_off"
     if not g.counted_exact:

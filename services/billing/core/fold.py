@@ -22,7 +22,7 @@ from schemas.events import (
     UsageReported,
 )
 from schemas.subjects import Address
-from schemas.usage import Counted, Usage
+from schemas.usage import Counted, Usage, nested
 from services.billing.core.generation import EXPORT, Generation
 from services.billing.core.intake import Record, clip, milliseconds
 
@@ -173,8 +173,9 @@ def _take_usage(g: Generation, event: UsageReported, at: int) -> None:
 
 def take_usage(g: Generation, usage: Usage, source: str) -> None:
     """Set what the provider reported, and who told so."""
-    g.input, g.output = usage.input, usage.output
-    g.cached_input, g.cache_write, g.reasoning = usage.cached_input, usage.cache_write, usage.reasoning
+    usage = nested(usage)
+    g.input, g.output, g.reasoning = usage.input, usage.output, usage.reasoning
+    g.cached_input, g.cache_write, g.cache_write_1h = usage.cached_input, usage.cache_write, usage.cache_write_1h
     g.usage = msgspec.json.encode(usage).decode()
     g.usage_source = source
 

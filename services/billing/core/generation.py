@@ -72,6 +72,7 @@ class Generation(msgspec.Struct, kw_only=True):
     output: int | None = None
     cached_input: int | None = None
     cache_write: int | None = None
+    cache_write_1h: int | None = None
     reasoning: int | None = None
     usage: str | None = None
     usage_source: str = ""

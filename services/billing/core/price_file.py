@@ -1,7 +1,7 @@
 """Price files: TOML, CSV or JSON text into rows, with every fault named by its line.
 
-TOML has a table ``[[price]]`` per model and date, with a key for each token class; CSV and JSON have one record per
-price, as `render_rows` writes them.
+TOML has a table ``[[price]]`` per model (or list of models) and date, with a key for each token class; CSV and JSON
+have one record per price, as `render_rows` writes them.
 """
 
 import csv
@@ -87,7 +87,14 @@ def parse_toml(text: str) -> list[Price]:
         classes = [c for c in CLASSES if c in table]
         if not classes:
             faults.append(Fault(line, f"no price stands in this table; classes: {_classes()}"))
-        rows += [_Row(_line_of(lines, line, c), {**shared, "class": c, "amount": table[c]}) for c in classes]
+        models = table["model"] if isinstance(table.get("model"), list) else [table.get("model")]
+        if not models:
+            faults.append(Fault(_line_of(lines, line, "model"), "model: the list is empty"))
+        rows += [
+            _Row(_line_of(lines, line, c), {**shared, "model": model, "class": c, "amount": table[c]})
+            for model in models
+            for c in classes
+        ]
     return _checked(rows, faults)
 
 

@@ -4,7 +4,7 @@ A price is found for each token class by itself: of the rows that match provider
 generation's start, the most specific one. A provider by its name beats a pattern; then a model by its name beats a
 pattern; then the pattern with more literal characters wins; of equal ones the one that became valid last. A class
 without a price as specific as that of the class it is part of goes by that one: cached input and cache writes by
-``input``, reasoning by ``output``.
+``input``, writes for an hour by ``cache_write``, reasoning by ``output``.
 """
 
 import re
@@ -18,11 +18,17 @@ import msgspec
 
 __all__ = ["CLASSES", "PARENTS", "PER_REQUEST", "TOKEN_CLASSES", "Price", "PriceBook", "PriceKey", "TokenClass", "glob"]
 
-TokenClass = Literal["input", "cached_input", "cache_write", "output", "reasoning", "per_request"]
+TokenClass = Literal["input", "cached_input", "cache_write", "cache_write_1h", "output", "reasoning", "per_request"]
 CLASSES: Final[tuple[TokenClass, ...]] = get_args(TokenClass)
 PER_REQUEST: Final = "per_request"
 TOKEN_CLASSES: Final = tuple(c for c in CLASSES if c != PER_REQUEST)
-PARENTS: Final[dict[TokenClass, TokenClass]] = {"cached_input": "input", "cache_write": "input", "reasoning": "output"}
+PARENTS: Final[dict[TokenClass, TokenClass]] = {
+    "cached_input": "input",
+    "cache_write": "input",
+    "cache_write_1h": "cache_write",
+    "reasoning": "output",
+}
+"""A parent stands before its parts in `CLASSES`."""
 _REMEMBERED: Final = 10_000
 """Bound of provider and model pairs whose rows are kept at hand."""
 
@@ -110,7 +116,7 @@ def _chosen(ranked: Sequence[Price]) -> dict[TokenClass, Price]:
     chosen: dict[TokenClass, Price] = {}
     for token_class in CLASSES:
         own, parent = best.get(token_class), PARENTS.get(token_class)
-        inherited = best.get(parent) if parent else None
+        inherited = chosen.get(parent) if parent else None
         if inherited is not None and (own is None or inherited.rank > own.rank):
             chosen[token_class] = inherited
         elif own is not None:

@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from schemas.names import InvalidName, check_name
-from schemas.usage import MAX_NUMBER, Usage
+from schemas.usage import MAX_NUMBER, Usage, nested
 from services.billing.core.intake import clip
 
 __all__ = ["MOST_ROWS", "BadExport", "ExportFault", "ExportRow", "parse_export"]
@@ -35,14 +35,21 @@ _COUNTS: Final = {
         "cached_tokens",
         "input_cached_tokens",
         "cache_read_input_tokens",
+        "prompt_cache_hit_tokens",
     ),
     "cache_write": ("cache_write", "cache_write_tokens", "cache_creation_input_tokens"),
+    "cache_write_5m": ("ephemeral_5m_input_tokens", "cache_creation_ephemeral_5m_input_tokens"),
+    "cache_write_1h": (
+        "cache_write_1h",
+        "ephemeral_1h_input_tokens",
+        "cache_creation_ephemeral_1h_input_tokens",
+    ),
     "reasoning": ("reasoning", "native_tokens_reasoning", "tokens_reasoning", "reasoning_tokens"),
     "billed_input": ("billed_input", "billed_units.input_tokens"),
     "billed_output": ("billed_output", "billed_units.output_tokens"),
 }
 _COSTS: Final = ("cost", "total_cost", "cost_total")
-_EXCLUDED: Final = ("cache_read_input_tokens", "cache_creation_input_tokens")
+_EXCLUDED: Final = ("cache_read_input_tokens", "cache_creation_input_tokens", *_COUNTS["cache_write_5m"])
 
 
 class ExportRow(NamedTuple):
@@ -154,14 +161,18 @@ def _usage(flat: Mapping[str, Any], record: Mapping[str, Any]) -> Usage:
         counts[name] = counts[name] if counts[name] is not None else counts[f"billed_{name}"]
         if counts[name] is None:
             raise ValueError(f"it has no number of {name} tokens ({', '.join(_COUNTS[name])})")
+    counts["cache_write"] = max(
+        counts["cache_write"] or 0, (counts["cache_write_5m"] or 0) + (counts["cache_write_1h"] or 0)
+    )
     if any(flat.get(column) not in (None, "") for column in _EXCLUDED) and flat.get("input") in (None, ""):
         counts["input"] = (counts["input"] or 0) + (counts["cached_input"] or 0) + (counts["cache_write"] or 0)
     cost = _cost(_first(flat, _COSTS))
-    return Usage(
+    usage = Usage(
         input=counts["input"] or 0,
         output=counts["output"] or 0,
         cached_input=counts["cached_input"] or 0,
         cache_write=counts["cache_write"] or 0,
+        cache_write_1h=counts["cache_write_1h"] or 0,
         reasoning=counts["reasoning"] or 0,
         billed_input=counts["billed_input"],
         billed_output=counts["billed_output"],
@@ -169,6 +180,7 @@ def _usage(flat: Mapping[str, Any], record: Mapping[str, Any]) -> Usage:
         currency=None if cost is None else str(flat.get("currency") or "USD")[:3].upper(),
         raw=dict(record),
     )
+    return nested(usage)
 
 
 def _count(name: str, value: Any) -> int | None:

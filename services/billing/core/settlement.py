@@ -25,6 +25,6 @@ def settle(g: Generation, now: int, terms: Terms) -> tuple[Generation, list[Entr
     Settling what is settled, by the same terms, changes nothing and gives no entry.
     """
     reconciled = reconcile(g, now, terms.policy)
-    if reconciled.status not in ("running", "matched", "awaiting_provider") or reconciled.reasons:
+    if reconciled.status not in ("running", "awaiting_provider") or reconciled.reasons:
         reconciled = msgspec.structs.replace(reconciled, reasons=explain(reconciled, terms.policy))
     return charge(reconciled, now, terms.charging, terms.book)

@@ -40,6 +40,7 @@ class Sums(NamedTuple):
     output: int = 0
     cached_input: int = 0
     cache_write: int = 0
+    cache_write_1h: int = 0
     reasoning: int = 0
     counted_input: int = 0
     counted_output: int = 0
@@ -98,6 +99,7 @@ def _sums(g: Generation) -> Sums:
         output=g.output or 0,
         cached_input=g.cached_input or 0,
         cache_write=g.cache_write or 0,
+        cache_write_1h=g.cache_write_1h or 0,
         reasoning=g.reasoning or 0,
         counted_input=g.counted_input,
         counted_output=g.counted_output,

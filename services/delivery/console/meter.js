@@ -47,7 +47,13 @@ export class Meter {
     const reported = generation.reported ?? said.reported ?? null;
     this.#show(this.#reported, reported && tokenPair(reported.input, reported.output));
     if (!reported) return;
-    const classes = { cached_input: "cached", cache_write: "written to cache", reasoning: "reasoning", cost: "cost" };
+    const classes = {
+      cached_input: "cached",
+      cache_write: "written to cache",
+      cache_write_1h: "of these for an hour",
+      reasoning: "reasoning",
+      cost: "cost",
+    };
     const details = Object.entries(classes).filter(([field]) => reported[field]);
     this.#reported.value.title = details.map(([field, word]) => `${reported[field]} ${word}`).join(" · ");
   }

@@ -56,7 +56,7 @@ export class Statements {
   }
 }
 
-const HEAD = ["Provider", "Model", "Status", "Amount", "Generations", "Input", "Cached", "Cache write", "Output", "Reasoning", "Charged", "Unpriced"];
+const HEAD = ["Provider", "Model", "Status", "Amount", "Generations", "Input", "Cached", "Cache write", "For an hour", "Output", "Reasoning", "Charged", "Unpriced"];
 
 const many = (count) => (count === 1 ? "1 generation has" : `${number(count)} generations have`);
 
@@ -71,7 +71,8 @@ function page(made) {
     model,
     BILLING_WORDS[status] ?? status,
     exactWords(t.amounts),
-    ...[t.generations, t.input, t.cached_input, t.cache_write, t.output, t.reasoning, t.tokens, t.unpriced].map(number),
+    ...[t.generations, t.input, t.cached_input, t.cache_write, t.cache_write_1h].map(number),
+    ...[t.output, t.reasoning, t.tokens, t.unpriced].map(number),
   ]);
   const caption = `Statement ${made.month}`;
   return [

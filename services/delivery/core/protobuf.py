@@ -253,11 +253,13 @@ def _usage(usage: Usage) -> pb.Usage:
         output=usage.output,
         cached_input=usage.cached_input,
         cache_write=usage.cache_write,
+        cache_write_1h=usage.cache_write_1h,
         reasoning=usage.reasoning,
         billed_input=usage.billed_input,
         billed_output=usage.billed_output,
         cost=usage.cost,
         currency=usage.currency,
+        reasons=usage.reasons,
         raw=_json(usage.raw),
     )
 

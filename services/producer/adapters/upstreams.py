@@ -20,7 +20,7 @@ def build_upstream(provider: Provider, session: aiohttp.ClientSession, clock: Cl
     """Return the upstream that speaks this provider's dialect."""
     if provider.dialect == SCRIPTED:
         return ScriptedUpstream(clock)
-    dialect = dialect_of(cast(DialectName, provider.dialect), provider.include_usage)
+    dialect = dialect_of(cast(DialectName, provider.dialect), provider.include_usage, provider.base_url)
     return HttpUpstream(session, provider, dialect, clock)
 
 

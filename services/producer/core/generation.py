@@ -19,7 +19,7 @@ from schemas.events import (
     UsageReported,
 )
 from schemas.requests import Request
-from schemas.usage import Counted, Usage
+from schemas.usage import Counted, Usage, grown
 from services.producer.core.bounds import (
     MESSAGE_CHARS,
     NAME_CHARS,
@@ -49,6 +49,7 @@ from services.producer.core.parts import (
     ToolCallPart,
     UpstreamFailure,
     UsageBegun,
+    UsageLeftOut,
     UsagePart,
 )
 
@@ -96,6 +97,7 @@ class Generation:
         self.usage: Usage | None = None
         self._usage_begun: Usage | None = None
         self._usage_source = "stream"
+        self._usage_left_out = False
         self.ending: End | UpstreamFailure | None = None
         self.has_tokens = False
         self._new_counter = counter
@@ -208,6 +210,11 @@ class Generation:
                 case NoticePart():
                     last = None
                     self._told(part, events, at)
+                case UsageLeftOut() if not self._usage_left_out:
+                    last = None
+                    self._usage_left_out = True
+                    message = f"the provider's usage could not be read: {', '.join(part.reasons)}"
+                    events.append(self.notice("usage_left_out", message, at))
                 case _:
                     self._remember(part)
         return events
@@ -217,6 +224,7 @@ class Generation:
         ending = self.ending or CUT_OFF
         if isinstance(ending, UpstreamFailure):
             return self.fail(ending, at)
+        self._drop_blank_usage()
         reasons = [self._finish[choice] for choice in sorted(self._finish)]
         completed = Completed(
             generation=self.name,
@@ -266,11 +274,17 @@ class Generation:
 
     def _estimate_usage(self) -> None:
         """Where an answer broke off, take its input as the provider stated it in the beginning, and our own output."""
+        self._drop_blank_usage()
         begun = self._usage_begun
         if self.usage is None and begun is not None and self.has_tokens:
             output = max(begun.output, self._counter.total())
             self.usage = msgspec.structs.replace(begun, output=output)
             self._usage_source = "begun"
+
+    def _drop_blank_usage(self) -> None:
+        """Forget a report of nothing at all beside tokens that have come: it is none."""
+        if self.usage is not None and self.usage.blank and self.has_tokens:
+            self.usage = None
 
     def _close(self, terminal: Completed | Failed | Cancelled, at: float) -> list[AnyEvent]:
         events: list[AnyEvent] = []
@@ -303,7 +317,8 @@ class Generation:
             case Finish():
                 self._finish[choice_of(part.choice)] = part.reason[:REASON_CHARS]
             case UsagePart():
-                self.usage = usable(part.usage) or self.usage
+                if (usage := usable(part.usage)) is not None:
+                    self.usage = usage if self.usage is None else grown(self.usage, usage)
             case UsageBegun():
                 self._usage_begun = usable(part.usage) or self._usage_begun
             case Identity():

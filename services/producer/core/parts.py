@@ -23,6 +23,7 @@ __all__ = [
     "ToolCallPart",
     "UpstreamFailure",
     "UsageBegun",
+    "UsageLeftOut",
     "UsagePart",
 ]
 
@@ -106,9 +107,15 @@ class Finish(msgspec.Struct, frozen=True):
 
 
 class UsagePart(msgspec.Struct, frozen=True):
-    """Usage as the provider reports it; a later one replaces an earlier one."""
+    """Usage as the provider reports it so far; of several reports of one answer the larger counts hold."""
 
     usage: Usage
+
+
+class UsageLeftOut(msgspec.Struct, frozen=True):
+    """The provider sent a report of usage that could not be read. ``reasons``: out of `schemas.usage.USAGE_REASONS`."""
+
+    reasons: tuple[str, ...]
 
 
 class UsageBegun(msgspec.Struct, frozen=True):
@@ -168,6 +175,7 @@ Part = (
     | Finish
     | UsagePart
     | UsageBegun
+    | UsageLeftOut
     | UpstreamFailure
     | Identity
     | NoticePart

@@ -44,6 +44,8 @@ def of(hint: Any) -> st.SearchStrategy[Any]:
         return st.one_of([of(arg) for arg in args])
     if origin is list:
         return st.lists(of(args[0]), max_size=3)
+    if origin is tuple and args[1:] == (...,):
+        return st.lists(of(args[0]), max_size=3).map(tuple)
     if origin is dict:
         return st.dictionaries(of(args[0]), of(args[1]), max_size=3)
     return PLAIN[hint] if hint in PLAIN else struct(hint)

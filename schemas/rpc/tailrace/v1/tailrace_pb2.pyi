@@ -262,7 +262,7 @@ class UsageReported(_message.Message):
     def __init__(self, usage: _Optional[_Union[Usage, _Mapping]] = ..., provider: _Optional[str] = ..., upstream_model: _Optional[str] = ..., upstream_id: _Optional[str] = ..., source: _Optional[str] = ...) -> None: ...
 
 class Usage(_message.Message):
-    __slots__ = ("input", "output", "cached_input", "cache_write", "reasoning", "billed_input", "billed_output", "cost", "currency", "raw")
+    __slots__ = ("input", "output", "cached_input", "cache_write", "reasoning", "billed_input", "billed_output", "cost", "currency", "raw", "cache_write_1h", "reasons")
     INPUT_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_FIELD_NUMBER: _ClassVar[int]
     CACHED_INPUT_FIELD_NUMBER: _ClassVar[int]
@@ -273,6 +273,8 @@ class Usage(_message.Message):
     COST_FIELD_NUMBER: _ClassVar[int]
     CURRENCY_FIELD_NUMBER: _ClassVar[int]
     RAW_FIELD_NUMBER: _ClassVar[int]
+    CACHE_WRITE_1H_FIELD_NUMBER: _ClassVar[int]
+    REASONS_FIELD_NUMBER: _ClassVar[int]
     input: int
     output: int
     cached_input: int
@@ -283,7 +285,9 @@ class Usage(_message.Message):
     cost: str
     currency: str
     raw: bytes
-    def __init__(self, input: _Optional[int] = ..., output: _Optional[int] = ..., cached_input: _Optional[int] = ..., cache_write: _Optional[int] = ..., reasoning: _Optional[int] = ..., billed_input: _Optional[int] = ..., billed_output: _Optional[int] = ..., cost: _Optional[str] = ..., currency: _Optional[str] = ..., raw: _Optional[bytes] = ...) -> None: ...
+    cache_write_1h: int
+    reasons: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, input: _Optional[int] = ..., output: _Optional[int] = ..., cached_input: _Optional[int] = ..., cache_write: _Optional[int] = ..., reasoning: _Optional[int] = ..., billed_input: _Optional[int] = ..., billed_output: _Optional[int] = ..., cost: _Optional[str] = ..., currency: _Optional[str] = ..., raw: _Optional[bytes] = ..., cache_write_1h: _Optional[int] = ..., reasons: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Completed(_message.Message):
     __slots__ = ("finish_reason", "finish_reasons", "counted")

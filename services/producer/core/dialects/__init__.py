@@ -6,6 +6,7 @@ from services.producer.core.dialects.anthropic import Anthropic
 from services.producer.core.dialects.cohere import Cohere
 from services.producer.core.dialects.openai import OpenAI
 from services.producer.core.dialects.openrouter import OpenRouter
+from services.producer.core.dialects.usage import rules_of
 from services.producer.core.dialects.wire import Dialect, HttpCall, Parser, UntranslatableCall
 
 __all__ = ["DIALECTS", "Dialect", "DialectName", "HttpCall", "Parser", "UntranslatableCall", "dialect_of"]
@@ -14,11 +15,14 @@ DialectName = Literal["openai", "openrouter", "anthropic", "cohere"]
 DIALECTS: Final[tuple[str, ...]] = get_args(DialectName)
 
 
-def dialect_of(name: DialectName, include_usage: bool = True) -> Dialect:
-    """Return the dialect of this name. ``include_usage`` off suits servers that refuse ``stream_options``."""
+def dialect_of(name: DialectName, include_usage: bool = True, base_url: str = "") -> Dialect:
+    """Return the dialect of this name. ``include_usage`` off suits servers that refuse ``stream_options``.
+
+    ``base_url``: the provider's address, by which it is told how it counts.
+    """
     match name:
         case "openai":
-            return OpenAI(include_usage)
+            return OpenAI(include_usage, rules_of(base_url))
         case "openrouter":
             return OpenRouter(include_usage)
         case "anthropic":

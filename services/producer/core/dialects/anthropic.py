@@ -6,13 +6,13 @@ from typing import Any, Final
 import msgspec
 
 from schemas.events import Extra
-from schemas.usage import Usage
+from schemas.usage import Usage, grown
 from services.producer.core.dialects.anthropic_blocks import Blocks
 from services.producer.core.dialects.anthropic_request import messages_body
 from services.producer.core.dialects.failures import failure_in_stream, refusal_of
-from services.producer.core.dialects.leniency import fit
 from services.producer.core.dialects.media import annotation
 from services.producer.core.dialects.stream import FAILED_REASONS, EventParser
+from services.producer.core.dialects.usage import read_usage
 from services.producer.core.dialects.whole_answers import message_events
 from services.producer.core.dialects.wire import NO_HEADERS, HttpCall, Parser, endpoint, post, translating
 from services.producer.core.parts import (
@@ -26,6 +26,7 @@ from services.producer.core.parts import (
     Text,
     UpstreamFailure,
     UsageBegun,
+    UsageLeftOut,
     UsagePart,
 )
 from services.producer.ports import Call
@@ -43,22 +44,10 @@ _FINISH: Final = {
 }
 
 
-class _OutputDetails(msgspec.Struct):
-    thinking_tokens: int | None = None
-
-
-class _Usage(msgspec.Struct):
-    input_tokens: int | None = None
-    output_tokens: int | None = None
-    cache_creation_input_tokens: int | None = None
-    cache_read_input_tokens: int | None = None
-    output_tokens_details: _OutputDetails | None = None
-
-
 class _Message(msgspec.Struct):
     id: str | None = None
     model: str | None = None
-    usage: dict[str, Any] | None = None
+    usage: Any = None
 
 
 class _Delta(msgspec.Struct):
@@ -78,7 +67,7 @@ class _Event(msgspec.Struct):
     delta: _Delta | None = None
     content_block: dict[str, Any] | None = None
     message: _Message | None = None
-    usage: dict[str, Any] | None = None
+    usage: Any = None
     error: Any = None
 
 
@@ -115,13 +104,14 @@ class AnthropicParser(EventParser[_Event]):
     Usage in ``message_delta`` is cumulative and may leave out what ``message_start`` said: both are merged.
     """
 
-    __slots__ = ("_blocks", "_usage")
+    __slots__ = ("_blocks", "_raw_usage", "_usage")
     event_type = _Event
 
     def __init__(self) -> None:
         super().__init__(_event)
         self._blocks = Blocks(self.joined)
-        self._usage: dict[str, Any] = {}
+        self._raw_usage: dict[str, Any] = {}
+        self._usage: Usage | None = None
 
     def whole(self, tree: dict[str, Any]) -> list[dict[str, Any]]:
         """Return a message as the events of a stream."""
@@ -143,10 +133,8 @@ class AnthropicParser(EventParser[_Event]):
                 self._blocks.stop(event.index)
             case "message_start":
                 message = event.message or _Message()
-                self._usage = message.usage or {}
                 self.joined.add(Identity(message.id, message.model))
-                if self._usage:
-                    self.joined.add(UsageBegun(_normalised(self._usage)))
+                self._report(message.usage, UsageBegun)
             case "message_delta":
                 self._ending(event)
             case "message_stop":
@@ -180,6 +168,7 @@ class AnthropicParser(EventParser[_Event]):
         if event.delta is not None and event.delta.stop_reason:
             reason = event.delta.stop_reason
             if reason.lower() in FAILED_REASONS:
+                self._report(event.usage, UsagePart)
                 self.end(failure_in_stream({"message": f"the answer ended with {reason!r}", "code": reason}))
                 return
             finish = _FINISH.get(reason, reason)
@@ -187,21 +176,16 @@ class AnthropicParser(EventParser[_Event]):
             self.joined.add(Finish(finish))
         if event.delta is not None and event.delta.container:
             self.joined.add(ExtraPart(Extra(kind="container", data=event.delta.container)))
-        if event.usage is not None:
-            self._usage |= {name: value for name, value in event.usage.items() if value is not None}
-            self.joined.add(UsagePart(_normalised(self._usage)))
+        self._report(event.usage, UsagePart)
 
-
-def _normalised(raw: dict[str, Any]) -> Usage:
-    usage = fit(raw, _Usage)
-    written = usage.cache_creation_input_tokens or 0
-    cached = usage.cache_read_input_tokens or 0
-    details = usage.output_tokens_details or _OutputDetails()
-    return Usage(
-        input=(usage.input_tokens or 0) + written + cached,
-        output=usage.output_tokens or 0,
-        cached_input=cached,
-        cache_write=written,
-        reasoning=details.thinking_tokens or 0,
-        raw=dict(raw),
-    )
+    def _report(self, raw: Any, kind: type[UsageBegun | UsagePart]) -> None:
+        if isinstance(raw, dict) and raw:
+            # what is left out, or 0 where a number was known, says nothing new
+            known = self._raw_usage
+            self._raw_usage = raw = known | {n: v for n, v in raw.items() if v or n not in known}
+        usage, reasons = read_usage(raw)
+        if usage is not None:
+            self._usage = usage if self._usage is None else grown(self._usage, usage)
+            self.joined.add(kind(self._usage))
+        elif reasons:
+            self.joined.add(UsageLeftOut(reasons))

@@ -7,13 +7,12 @@ import msgspec
 
 from schemas.events import Annotation, ToolCall
 from schemas.requests import Message
-from schemas.usage import Usage
 from services.producer.core.dialects.anthropic_request import is_own_block
 from services.producer.core.dialects.failures import failure_in_stream, refusal_of
-from services.producer.core.dialects.leniency import fit
 from services.producer.core.dialects.media import annotation, file_part, text_of
 from services.producer.core.dialects.stream import EventParser
 from services.producer.core.dialects.tool_calls import ToolCalls
+from services.producer.core.dialects.usage import read_usage
 from services.producer.core.dialects.whole_answers import chat_events
 from services.producer.core.dialects.wire import (
     NO_HEADERS,
@@ -32,6 +31,7 @@ from services.producer.core.parts import (
     Reasoning,
     Text,
     UpstreamFailure,
+    UsageLeftOut,
     UsagePart,
 )
 from services.producer.ports import Call
@@ -89,21 +89,10 @@ class _Message(msgspec.Struct):
     citations: Any = None
 
 
-class _Units(msgspec.Struct):
-    input_tokens: float | None = None
-    output_tokens: float | None = None
-
-
-class _Usage(msgspec.Struct):
-    billed_units: _Units | None = None
-    tokens: _Units | None = None
-    cached_tokens: float | None = None
-
-
 class _Delta(msgspec.Struct):
     message: _Message | None = None
     finish_reason: str | None = None
-    usage: dict[str, Any] | None = None
+    usage: Any = None
     error: Any = None
 
 
@@ -281,8 +270,11 @@ class CohereParser(EventParser[_Event]):
             if finish not in ("length", "content_filter"):
                 self._fragments(self._calls.end_all(0))
             self.joined.add(Finish(finish))
-        if delta.usage is not None:
-            self.joined.add(UsagePart(_normalised(delta.usage)))
+        usage, reasons = read_usage(delta.usage)
+        if usage is not None:
+            self.joined.add(UsagePart(usage))
+        elif reasons:
+            self.joined.add(UsageLeftOut(reasons))
         ended = {"message": f"the answer ended with {reason}", "code": reason}
         self.end(failure_in_stream(delta.error or ended) if failed else End())
 
@@ -296,17 +288,3 @@ def _annotation(citation: Any) -> Annotation:
     if isinstance(citation, dict) and citation.get("type") == "PLAN":  # of the plan, which is reasoning
         cited = msgspec.structs.replace(cited, start=None, end=None)
     return msgspec.structs.replace(cited, url=source.url, title=source.title)
-
-
-def _normalised(raw: dict[str, Any]) -> Usage:
-    usage = fit(raw, _Usage)
-    billed = usage.billed_units or _Units()
-    used = usage.tokens or billed
-    return Usage(
-        input=int(used.input_tokens or 0),
-        output=int(used.output_tokens or 0),
-        cached_input=int(usage.cached_tokens or 0),
-        billed_input=None if billed.input_tokens is None else int(billed.input_tokens),
-        billed_output=None if billed.output_tokens is None else int(billed.output_tokens),
-        raw=raw,
-    )

@@ -3,8 +3,19 @@
 import msgspec
 
 from schemas.events import ToolCall
+from schemas.usage import grown
 from services.producer.core.dialects.halves import Halves
-from services.producer.core.parts import Finish, Part, Reasoning, Refusal, Text, ToolCallPart, UsagePart
+from services.producer.core.parts import (
+    End,
+    Finish,
+    Part,
+    Reasoning,
+    Refusal,
+    Text,
+    ToolCallPart,
+    UpstreamFailure,
+    UsagePart,
+)
 
 __all__ = ["Joined", "join"]
 
@@ -12,12 +23,24 @@ __all__ = ["Joined", "join"]
 class Joined:
     """Collects parts in order; neighbours of the same kind and choice (and tool call) become one.
 
-    The joined part keeps the time stamp of its first fragment. ``halves``: where texts may hold halves of surrogate
-    pairs. ``begun`` and ``finished``: the choices that have content and a finish reason. ``has_usage``: usage was
-    reported.
+    The joined part keeps the time stamp of its first fragment. Reports of usage, which some providers repeat with every
+    token, become one report behind everything but the end. ``halves``: where texts may hold halves of surrogate pairs.
+    ``begun`` and ``finished``: the choices that have content and a finish reason. ``has_usage``: usage was reported.
     """
 
-    __slots__ = ("_at", "_choice", "_kind", "_parts", "_texts", "_tool", "begun", "finished", "halves", "has_usage")
+    __slots__ = (
+        "_at",
+        "_choice",
+        "_kind",
+        "_parts",
+        "_texts",
+        "_tool",
+        "_usage",
+        "begun",
+        "finished",
+        "halves",
+        "has_usage",
+    )
 
     def __init__(self) -> None:
         self._parts: list[Part] = []
@@ -26,6 +49,7 @@ class Joined:
         self._at: float | None = None
         self._texts: list[str] = []
         self._tool: ToolCall | None = None
+        self._usage: UsagePart | None = None
         self.halves: Halves | None = None
         self.begun: set[int] = set()
         self.finished: set[int] = set()
@@ -69,8 +93,13 @@ class Joined:
             self.text(type(part), part.text, part.choice, part.at)
         elif isinstance(part, ToolCallPart):
             self.tool_call(part.tool_call, part.choice, part.at)
+        elif isinstance(part, UsagePart):
+            self.has_usage = True
+            self._usage = part if self._usage is None else UsagePart(grown(self._usage.usage, part.usage))
         else:
             self._flush()
+            if isinstance(part, End | UpstreamFailure):
+                self._flush_usage()
             self._parts.append(part)
             self._note(part)
 
@@ -87,16 +116,20 @@ class Joined:
     def take(self) -> list[Part]:
         """Return what was collected, and begin anew."""
         self._flush()
+        self._flush_usage()
         parts, self._parts = self._parts, []
         return parts
 
     def _note(self, part: Part) -> None:
         if isinstance(part, Finish):
             self.finished.add(part.choice)
-        elif isinstance(part, UsagePart):
-            self.has_usage = True
         elif (choice := getattr(part, "choice", None)) is not None:
             self.begun.add(choice)
+
+    def _flush_usage(self) -> None:
+        if self._usage is not None:
+            self._parts.append(self._usage)
+            self._usage = None
 
     def _flush(self) -> None:
         if self._kind is not None:

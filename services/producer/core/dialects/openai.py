@@ -1,37 +1,41 @@
 """OpenAI chat completions, and every server that speaks them."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from decimal import Decimal
 from typing import Any, Final
 
 import msgspec
 
 from schemas.requests import Message
-from schemas.usage import Usage
+from schemas.usage import Usage, grown
 from services.producer.core.bounds import choice_of
 from services.producer.core.dialects.anthropic_request import is_own_block
 from services.producer.core.dialects.failures import failure_in_stream, refusal_of
-from services.producer.core.dialects.leniency import loads, object_in
+from services.producer.core.dialects.leniency import loads
 from services.producer.core.dialects.media import text_of
 from services.producer.core.dialects.openai_content import REASONING, OtherContent, is_thought, thought_signature
 from services.producer.core.dialects.reported import reported
 from services.producer.core.dialects.stream import FAILED_REASONS, EventParser
 from services.producer.core.dialects.tool_calls import ToolCalls
+from services.producer.core.dialects.usage import STANDARD, UsageRules, read_usage, together
 from services.producer.core.dialects.whole_answers import chunks_of
 from services.producer.core.dialects.wire import NO_HEADERS, HttpCall, Parser, post
 from services.producer.core.parts import (
     End,
     Finish,
     Identity,
+    Part,
     Reasoning,
     Refusal,
     Text,
     UpstreamFailure,
+    UsageLeftOut,
     UsagePart,
 )
 from services.producer.ports import Call
 
-__all__ = ["OpenAI", "OpenAIParser", "chat_body", "exact_cost"]
+__all__ = ["OpenAI", "OpenAIParser", "chat_body"]
 
 _RESERVED: Final = frozenset({"model", "messages", "stream", "stream_options"})
 _FINISH: Final = {"function_call": "tool_calls"}
@@ -45,23 +49,7 @@ class _Choice(msgspec.Struct, gc=False):  # a tree from JSON has no cycles for a
     index: Any = 0
     delta: dict[str, Any] | None = None
     finish_reason: str | None = None
-
-
-class _InputDetails(msgspec.Struct):
-    cached_tokens: int | None = None
-    cache_write_tokens: int | None = None
-
-
-class _OutputDetails(msgspec.Struct):
-    reasoning_tokens: int | None = None
-
-
-class _Usage(msgspec.Struct):
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    prompt_tokens_details: _InputDetails | None = None
-    completion_tokens_details: _OutputDetails | None = None
-    cost: Decimal | None = None
+    usage: Any = None
 
 
 class _Chunk(msgspec.Struct, gc=False):
@@ -70,20 +58,31 @@ class _Chunk(msgspec.Struct, gc=False):
     created: float | None = None
     id: str | None = None
     model: str | None = None
-    usage: _Usage | None = None
+    usage: Any = None
+    x_groq: Any = None
+    timings: Any = None
+    prompt_eval_count: Any = None
+    eval_count: Any = None
     error: Any = None
     citations: Any = None
     search_results: Any = None
 
 
 _chunk: Final = msgspec.json.Decoder(_Chunk)
+_exact: Final = msgspec.json.Decoder(dict[str, Any], float_hook=Decimal)
+_MOST_CHOICES: Final = 128
+"""Bound of choices whose usage is kept apart."""
 
 
 class OpenAI:
-    """The chat completions API. ``include_usage`` asks for the usage frame; some servers refuse the option."""
+    """The chat completions API. ``include_usage`` asks for the usage frame; some servers refuse the option.
 
-    def __init__(self, include_usage: bool = True) -> None:
+    ``rules``: how the provider counts.
+    """
+
+    def __init__(self, include_usage: bool = True, rules: UsageRules = STANDARD) -> None:
         self._include_usage = include_usage
+        self._rules = rules
 
     def request(self, call: Call, base_url: str, key: str | None, extra_headers: Mapping[str, str]) -> HttpCall:
         """Return the POST to ``/chat/completions``; parameters go through unchanged."""
@@ -94,7 +93,7 @@ class OpenAI:
 
     def parser(self, headers: Mapping[str, str] = NO_HEADERS) -> Parser:
         """Return a fresh parser."""
-        return OpenAIParser()
+        return OpenAIParser(rules=self._rules)
 
     def refusal(self, status: int, headers: Mapping[str, str], body: bytes, now: float) -> UpstreamFailure:
         """Return what an error answer means."""
@@ -126,27 +125,43 @@ def _foreign(part: dict[str, Any]) -> bool:
 class OpenAIParser(EventParser[_Chunk]):
     """Understands a stream of chat completion chunks, which ends with ``[DONE]``.
 
-    ``upstream_id``: the answer's name where a response header gives it; otherwise the chunks do.
+    ``upstream_id``: the answer's name where a response header gives it; otherwise the chunks do. Usage is beside the
+    choices or in one, in ``x_groq`` (Groq), or as counts of llama.cpp or Ollama; some send it with every chunk.
     """
 
-    __slots__ = ("_calls", "_currency", "_identified", "_other", "_upstream_id")
+    __slots__ = ("_by_choice", "_calls", "_identified", "_newest", "_other", "_rules", "_upstream_id")
     event_type = _Chunk
     done_is_marker = True
 
-    def __init__(self, upstream_id: str | None = None, currency: str | None = None) -> None:
+    def __init__(self, upstream_id: str | None = None, rules: UsageRules = STANDARD) -> None:
         super().__init__(_chunk)
         self._upstream_id = upstream_id
-        self._currency = currency
+        self._rules = rules
+        self._newest: tuple[Any, bytes] | None = None
+        self._by_choice: dict[int, Usage] = {}
         self._identified = False
         self._calls = ToolCalls()
         self._other = OtherContent(self.joined)
 
+    def feed(self, data: bytes) -> list[Part]:
+        """Return what ``data`` completes, adjacent fragments of the same kind joined, and usage once."""
+        parts = super().feed(data)
+        if self._newest is not None:
+            self._report()
+            parts += self.joined.take()
+        return parts
+
     def end(self, part: End | UpstreamFailure) -> None:
-        """Add the last part, behind the ends of tool calls whose choice had no end of its own."""
+        """Add the last part, behind usage and the ends of tool calls whose choice had no end of its own."""
         if isinstance(part, End):
             for choice in self._calls.choices:
                 self._end_calls(choice)
+        self._report()
         super().end(part)
+
+    def _end_with_body(self, broken: str) -> None:
+        self._report()
+        super()._end_with_body(broken)
 
     def whole(self, tree: dict[str, Any]) -> list[dict[str, Any]]:
         """Return a chat completion as a chunk."""
@@ -171,12 +186,13 @@ class OpenAIParser(EventParser[_Chunk]):
                     failed = choice.finish_reason
                 else:
                     self._finish(_FINISH.get(choice.finish_reason, choice.finish_reason), index)
+            if choice.usage is not None:
+                self._report_choice(choice.usage, index)
         if chunk.search_results or chunk.citations:
             self._other.sources("search_results", chunk.search_results or [])
             self._other.sources("citations", chunk.citations or [])
-        if chunk.usage is not None:
-            self.joined.add(UsagePart(self._usage(chunk.usage, payload)))
-        if chunk.error or failed or chunk.base_resp or not (choices or chunk.usage):
+        has_usage = self._find_usage(chunk, payload)
+        if chunk.error or failed or chunk.base_resp or not (choices or has_usage):
             self._beside_content(payload, failed)
 
     def _beside_content(self, payload: bytes, failed: str) -> None:
@@ -270,25 +286,48 @@ class OpenAIParser(EventParser[_Chunk]):
         for fragment in self._calls.end_all(choice):
             self.joined.tool_call(fragment, choice)
 
-    def _usage(self, usage: _Usage, payload: bytes) -> Usage:
-        inputs = usage.prompt_tokens_details or _InputDetails()
-        outputs = usage.completion_tokens_details or _OutputDetails()
-        cost = exact_cost(usage.cost) if self._currency else None
-        return Usage(
-            input=usage.prompt_tokens or 0,
-            output=usage.completion_tokens or 0,
-            cached_input=inputs.cached_tokens or 0,
-            cache_write=inputs.cache_write_tokens or 0,
-            reasoning=outputs.reasoning_tokens or 0,
-            cost=cost,
-            currency=self._currency if cost is not None else None,
-            raw=object_in(payload, "usage"),
-        )
+    def _find_usage(self, chunk: _Chunk, payload: bytes) -> bool:
+        """Keep the report of a chunk for the end of the read; return whether it has one."""
+        raw: Any = chunk.usage
+        if raw is None and isinstance(chunk.x_groq, dict):
+            raw = chunk.x_groq.get("usage")
+        if raw is None and chunk.timings is not None:
+            raw = chunk.timings
+        if raw is None and chunk.eval_count is not None:
+            raw = {"prompt_eval_count": chunk.prompt_eval_count, "eval_count": chunk.eval_count}
+        if raw is None:
+            return False
+        if self._newest is not None and not _goes_on(self._newest[0], raw):
+            self._report()
+        self._newest = raw, payload
+        return True
+
+    def _report(self) -> None:
+        if self._newest is None:
+            return
+        (raw, payload), self._newest = self._newest, None
+        if self._rules.currency:
+            with suppress(ValueError):
+                raw = _exact.decode(payload).get("usage") or raw  # a cost is read to its last digit
+        usage, reasons = read_usage(raw, self._rules)
+        if usage is not None:
+            self.joined.add(UsagePart(usage))
+        elif reasons:
+            self.joined.add(UsageLeftOut(reasons))
+
+    def _report_choice(self, raw: Any, choice: int) -> None:
+        usage, reasons = read_usage(raw, self._rules)
+        if usage is not None and (choice in self._by_choice or len(self._by_choice) < _MOST_CHOICES):
+            known = self._by_choice.get(choice)
+            self._by_choice[choice] = usage if known is None else grown(known, usage)
+            self.joined.add(UsagePart(together(self._by_choice.values())))
+        elif reasons:
+            self.joined.add(UsageLeftOut(reasons))
 
 
-def exact_cost(cost: Decimal | None) -> str | None:
-    """Return a cost as exact decimal text; ``None`` for what is none."""
-    # An absurd exponent would be written out in full, so it is no cost.
-    if cost is None or not cost.is_finite() or abs(cost.adjusted()) > 30:
-        return None
-    return f"{cost:f}"
+def _goes_on(earlier: Any, later: Any) -> bool:
+    """Tell whether a report only counts on from an earlier one, which it then makes needless."""
+    if not (isinstance(earlier, dict) and isinstance(later, dict) and len(earlier) <= len(later)):
+        return False
+    before, after = ((r.get("prompt_tokens"), r.get("completion_tokens")) for r in (earlier, later))
+    return all(type(a) is int and type(b) is int and a <= b for a, b in zip(before, after, strict=True))

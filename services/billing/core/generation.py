@@ -73,6 +73,7 @@ class Generation(msgspec.Struct, kw_only=True):
     cached_input: int | None = None
     cache_write: int | None = None
     reasoning: int | None = None
+    calls: str = ""
     usage: str | None = None
     usage_source: str = ""
     drift_input: int | None = None

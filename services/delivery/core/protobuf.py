@@ -11,6 +11,7 @@ import msgspec
 
 from schemas.codec import MalformedEvent, UnknownEvent, decode_event, decode_header
 from schemas.events import (
+    AbandonedCall,
     AnyEvent,
     Cancelled,
     Completed,
@@ -157,6 +158,7 @@ def _event(event: AnyEvent) -> pb.Event:
                 upstream_model=event.upstream_model,
                 upstream_id=event.upstream_id,
                 source=event.source,
+                call=event.call,
             )
             return _head(event, "usage", usage=usage)
         case Notice():
@@ -167,10 +169,16 @@ def _event(event: AnyEvent) -> pb.Event:
                 provider=event.provider,
                 upstream_model=event.upstream_model,
                 delay=event.delay,
+                call=_call(event.call),
             )
             return _head(event, "notice", notice=notice)
         case Restarted():
-            restarted = pb.Restarted(reason=event.reason, provider=event.provider, upstream_model=event.upstream_model)
+            restarted = pb.Restarted(
+                reason=event.reason,
+                provider=event.provider,
+                upstream_model=event.upstream_model,
+                call=_call(event.call),
+            )
             return _head(event, "restarted", restarted=restarted)
         case _:
             return _terminal(event)
@@ -213,6 +221,21 @@ def _delta(event: Delta) -> pb.Delta:
         choice=event.choice,
         tokens=event.tokens,
         provider_at=event.provider_at,
+    )
+
+
+def _call(call: AbandonedCall | None) -> pb.AbandonedCall | None:
+    if call is None:
+        return None
+    return pb.AbandonedCall(
+        number=call.number,
+        code=call.code,
+        provider=call.provider,
+        upstream_model=call.upstream_model,
+        upstream_id=call.upstream_id,
+        counted=_counted(call.counted),
+        usage=None if call.usage is None else _usage(call.usage),
+        source=call.source,
     )
 
 

@@ -6,7 +6,7 @@ import msgspec
 
 from schemas.acceptance import BEGINNING, Verdict, judge
 from schemas.codec import UnknownEvent, decode_event, decode_header
-from schemas.events import AnyEvent, Delta, Restarted, Started, UsageReported, is_terminal
+from schemas.events import AbandonedCall, AnyEvent, Delta, Notice, Restarted, Started, UsageReported, is_terminal
 from schemas.usage import Counted, Usage
 
 __all__ = ["ToolCallText", "Transcript"]
@@ -30,6 +30,7 @@ class Transcript:
         self.usage: Usage | None = None
         self.tokens = 0
         self.events = 0
+        self._abandoned: dict[int, AbandonedCall] = {}
         self._position = BEGINNING
         self._texts: dict[int, list[str]] = {}
         self._reasoning: list[str] = []
@@ -71,6 +72,11 @@ class Transcript:
         """Tool calls in order."""
         return [self._calls[index] for index in sorted(self._calls)]
 
+    @property
+    def abandoned_calls(self) -> list[AbandonedCall]:
+        """Calls that did not become the answer, in order, each with its own count and usage."""
+        return [self._abandoned[number] for number in sorted(self._abandoned)]
+
     def counted(self) -> Counted:
         """Return our own count: the terminal's, else what the deltas say so far."""
         counted: Any = getattr(self.terminal, "counted", None)
@@ -80,6 +86,8 @@ class Transcript:
         return msgspec.structs.replace(begun, output=self.tokens)
 
     def _apply(self, event: AnyEvent) -> None:
+        if isinstance(event, Notice | Restarted) and event.call is not None:
+            self._abandoned[event.call.number] = event.call
         match event:
             case Delta():
                 self._delta(event)
@@ -90,12 +98,24 @@ class Transcript:
                 self._reasoning.clear()
                 self._calls.clear()
                 self.tokens = 0
+            case UsageReported() if event.call:
+                self._report(event)
             case UsageReported():
                 self.usage = event.usage
             case _ if is_terminal(event):
                 self.terminal = event
             case _:
                 pass
+
+    def _report(self, event: UsageReported) -> None:
+        """Take the usage of an abandoned call; one whose end is no longer kept is known by it alone."""
+        known = self._abandoned.get(event.call) or AbandonedCall(
+            number=event.call,
+            provider=event.provider,
+            upstream_model=event.upstream_model,
+            upstream_id=event.upstream_id,
+        )
+        self._abandoned[event.call] = msgspec.structs.replace(known, usage=event.usage, source=event.source)
 
     def _delta(self, event: Delta) -> None:
         self.tokens = event.tokens

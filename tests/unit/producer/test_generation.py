@@ -170,7 +170,7 @@ def test_a_call_that_is_left_keeps_its_own_count_and_usage_and_nothing_of_it_sta
     assert first is not None
     assert (first.number, first.code, first.provider, first.upstream_model) == (1, "upstream_overloaded", "p", "m-1")
     assert (first.upstream_id, first.usage, first.source) == ("id-1", Usage(input=3, output=9), "stream")
-    assert (first.counted.input, first.counted.output, first.counted.exact) == (3, 2, True)
+    assert (first.counted.input, first.counted.output, first.counted.exact) == (3, 3, True)
     run.begin_anew("upstream_failed", first, 2.0)
     run.begin_answer()
     run.absorb([Text("a"), End()], 3.0)
@@ -188,7 +188,7 @@ def test_a_call_that_had_only_stated_its_input_is_estimated_and_one_that_had_not
     assert begun is not None
     assert begun.usage is not None
     assert (begun.number, begun.source, begun.usage.input) == (1, "begun", 900)
-    assert begun.usage.output == begun.counted.output == 3
+    assert begun.usage.output == begun.counted.output == 4
     run.begin_answer()
     silent = run.abandon_call(BUSY)
     assert silent is not None

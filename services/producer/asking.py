@@ -166,6 +166,7 @@ class Asking:
         call = self._generation.abandon_call(failure)
         if call is not None and self.provider is not None:
             self.abandoned.append((call, self.provider))
+            metrics.TOKENS.inc(call.counted.output)
         return call
 
     async def _candidate(self, candidate: Candidate) -> UpstreamFailure | None:

@@ -5,15 +5,16 @@ ignored when read, so that a newer writer never breaks an older reader. An absen
 reader could misread is not a new version of a type but a new type, which it skips.
 """
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
-from schemas.usage import Counted, Epoch, Number, Usage
+from schemas.usage import MAX_NUMBER, Counted, Epoch, Number, Usage
 
 __all__ = [
     "TERMINAL_TYPES",
     "VERSION",
+    "AbandonedCall",
     "Annotation",
     "AnyEvent",
     "Binary",
@@ -157,8 +158,29 @@ class Delta(Event, tag="delta"):
     provider_at: float | None = None
 
 
+class AbandonedCall(msgspec.Struct, kw_only=True, omit_defaults=True, frozen=True):
+    """A call whose answer had begun and did not become the generation's: it broke off, failed, or lost its producer.
+
+    ``number`` counts these calls within the generation, from 1. ``code``: why it was abandoned, as in `Failed`, or
+    ``producer_lost``. ``counted``: our own count of this call alone. ``usage``: what its provider reported of it, and
+    ``source``, as in `UsageReported`, where that came from; both are left out where nothing was reported.
+    """
+
+    number: Annotated[int, msgspec.Meta(ge=1, le=MAX_NUMBER)]
+    code: str = ""
+    provider: str = ""
+    upstream_model: str = ""
+    upstream_id: str | None = None
+    counted: Counted = Counted()
+    usage: Usage | None = None
+    source: str = ""
+
+
 class Notice(Event, tag="notice"):
-    """Something a watcher may want to know and need not act on; ``code`` is stable, ``message`` is for people."""
+    """Something a watcher may want to know and need not act on; ``code`` is stable, ``message`` is for people.
+
+    ``call``: the call that a retry or failover leaves behind, where its answer had begun.
+    """
 
     code: str
     message: str = ""
@@ -166,24 +188,33 @@ class Notice(Event, tag="notice"):
     provider: str | None = None
     upstream_model: str | None = None
     delay: float | None = None
+    call: AbandonedCall | None = None
 
 
 class Restarted(Event, tag="restarted"):
-    """The answer begins again in a new epoch: a client forgets what it has shown of this generation."""
+    """The answer begins again in a new epoch: a client forgets what it has shown of this generation.
+
+    ``call``: the call whose text is taken back.
+    """
 
     reason: str
     provider: str = ""
     upstream_model: str = ""
+    call: AbandonedCall | None = None
 
 
 class UsageReported(Event, tag="usage"):
-    """The usage that the provider reported. The only event accepted after a terminal. The newest one holds."""
+    """The usage that the provider reported. The only event accepted after a terminal. The newest one holds.
+
+    ``call``: the number of the abandoned call that it is about; 0 for the call that the generation ended with.
+    """
 
     usage: Usage
     provider: str = ""
     upstream_model: str = ""
     upstream_id: str | None = None
     source: str = "stream"
+    call: Number = 0
 
 
 class Completed(Event, tag="completed"):

@@ -76,7 +76,7 @@ def _producer(topology: Topology) -> Permissions:
             "presence.*.*.*",
             *(f"dead.{lane}.*" for lane in lanes),
             *_written(BUCKET, ">"),
-            *_written(REGISTRY_BUCKET, "pool.*", "circuit.*"),
+            *_written(REGISTRY_BUCKET, "pool.*", "circuit.>"),
             *_topology_read(topology),
             *_logs_read(topology),
             *_bucket_read(BUCKET),

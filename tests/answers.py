@@ -8,13 +8,16 @@ from schemas.events import AnyEvent, Delta, Notice, is_terminal, type_of
 from schemas.requests import Request
 from schemas.subjects import control_subject
 from services.kit.broker import Broker
+from services.producer.core.retry import RetryPolicy
 from tests.conftest import eventually
-from tests.pipeline import accepted_log, raw_log
+from tests.pipeline import accepted_log, ended_log, enqueue, raw_log
 from tests.providers import Provider, Replay
 
 USAGE = {"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12}
 DONE = b"data: [DONE]\n\n"
 COMMENT = b": keep-alive\n\n"
+QUICK = RetryPolicy(max_attempts=3, base=0.01, maximum=0.2)
+ONCE = RetryPolicy(max_attempts=1)
 
 
 def chunk(text: str) -> bytes:
@@ -36,6 +39,16 @@ def _data(**fields: Any) -> bytes:
 def saying(*texts: str, **settings: Any) -> Replay:
     """Return a whole answer, a chunk for each text."""
     return Replay([*(chunk(text) for text in texts), ending()], **settings)
+
+
+def cut_off(*texts: str) -> Replay:
+    """Return an answer that ends without its end marker, a chunk for each text."""
+    return Replay([chunk(text) for text in texts])
+
+
+def silent(*texts: str) -> Replay:
+    """Return an answer that says no more after these texts."""
+    return Replay([chunk(text) for text in texts], end="hang")
 
 
 def refusing(status: int, **headers: str) -> Replay:
@@ -108,3 +121,10 @@ async def assert_sound(broker: Broker, request: Request) -> list[AnyEvent]:
     assert [is_terminal(event) for event in events].count(True) == 1
     assert [event for event in stored if event not in events] == []
     return events
+
+
+async def answered(broker: Broker, request: Request) -> list[AnyEvent]:
+    """Queue a request, wait for its terminal, and return what counts of its log, which is sound."""
+    await enqueue(broker, request)
+    await ended_log(broker, request)
+    return await assert_sound(broker, request)

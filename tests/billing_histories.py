@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from schemas.codec import encode_event
-from schemas.events import Completed, Delta, Event, Started, UsageReported
+from schemas.events import AbandonedCall, Completed, Delta, Event, Restarted, Started, UsageReported
 from schemas.subjects import Address, token_subject
 from schemas.usage import Counted, Usage
 from services.billing.core.intake import Record, read_record
@@ -47,6 +47,42 @@ def history(
         field = {"completed": "finish_reason", "failed": "code"}.get(str(terminal.__struct_config__.tag), "reason")
         end = {field: "stop", "seq": len(events), "at": at + deltas, "counted": counted}
         events.append(terminal(generation=generation, **end))
+    return events
+
+
+def restarted_history(
+    generation: str = "g",
+    *,
+    calls: int = 3,
+    reported: Usage | None = None,
+    terminal: type[Event] | None = Completed,
+    is_told: bool = True,
+) -> list[Event]:
+    """Return one generation's events where each call but the last broke off after twenty tokens.
+
+    Abandoned calls have the names ``up-1``, ``up-2`` …; without ``is_told`` their producers were lost.
+    """
+    events: list[Event] = history(generation, deltas=2, terminal=None)
+    for number in range(1, calls):
+        counted = Counted(input=7, output=20, exact=True, encoding="o200k_base")
+        call = AbandonedCall(
+            number=number,
+            code="upstream_cut_off",
+            provider="openai",
+            upstream_model="gpt",
+            upstream_id=f"up-{number}",
+            counted=counted,
+        )
+        left = call if is_told else None
+        events.append(
+            Restarted(generation=generation, seq=0, reason="again", provider="openai", upstream_model="gpt", call=left)
+        )
+        events += history(generation, deltas=2, terminal=None)[1:]
+    events += history(generation, deltas=2, reported=reported, terminal=terminal)[3:]
+    epoch = 1
+    for seq, event in enumerate(events):
+        epoch += isinstance(event, Restarted)
+        event.seq, event.epoch = seq, epoch
     return events
 
 

@@ -6,10 +6,11 @@ The price is reckoned a second time here: a checker must not share the code that
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from decimal import Decimal
-from typing import Any, Final
+from typing import Final
 
-from bench.chaos.bills import expected_row
+from bench.chaos.bills import Call, calls_of
 from bench.chaos.evidence import Evidence
+from bench.chaos.history import Exported
 from bench.chaos.told import Told
 from bench.chaos.violation import Violation
 
@@ -57,24 +58,31 @@ def check_money(evidence: Evidence) -> Iterator[Violation]:
 
 def _costs(told: Told, evidence: Evidence, name: str) -> Iterator[tuple[Decimal, int]]:
     """Yield what the generation may have cost, and in tokens: by the last export, where two were brought by either."""
-    row: dict[str, Any] = expected_row(told)
-    exported = evidence.exported.get(name, [])
-    if row["state"] != "completed":  # charged by what was counted, if anything was said at all
-        used = row["counted_output"]
-        told_nothing = not used and row["output"] is None and not exported
-        yield _FREE if told_nothing else (_price(row["counted_input"], used), row["counted_input"] + used)
-        return
-    if exported:
-        for export in exported:
-            yield _price(export.input, export.output), export.input + export.output
-        return
-    inputs, outputs = row["input"], row["output"]
-    if outputs is None:
-        inputs, outputs = row["counted_input"], row["counted_output"]
-    yield _price(inputs, outputs), inputs + outputs
+    *left, last = calls_of(told)
+    before, used = Decimal(0), 0
+    for call in left:  # charged as the provider would, if it said or reported anything at all
+        inputs, outputs = _reported_or_counted(call)
+        if call.output is not None or call.counted_output:
+            before, used = before + _price(inputs, outputs), used + inputs + outputs
+    for inputs, outputs in _last(told, last, evidence.exported.get(name, [])):
+        yield before + _price(inputs, outputs), used + inputs + outputs
 
 
-_FREE: Final = (Decimal(0), 0)
+def _last(told: Told, last: Call, exported: list[Exported]) -> Iterator[tuple[int, int]]:
+    """Yield the tokens that are paid for of the call that the generation ended with."""
+    if not any(entry.type == "completed" for entry in told.terminals):  # by what was counted, if anything was said
+        told_nothing = not last.counted_output and last.output is None and not exported
+        yield (0, 0) if told_nothing else (last.counted_input, last.counted_output)
+    elif exported:
+        yield from ((export.input, export.output) for export in exported)
+    else:
+        yield _reported_or_counted(last)
+
+
+def _reported_or_counted(call: Call) -> tuple[int, int]:
+    if call.output is None:
+        return call.counted_input, call.counted_output
+    return call.input or 0, call.output
 
 
 def _price(inputs: int, outputs: int) -> Decimal:

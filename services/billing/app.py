@@ -25,7 +25,7 @@ from services.billing.adapters.tail import Tail
 from services.billing.admission import Admission
 from services.billing.api import build_api
 from services.billing.consumer import Consumer
-from services.billing.core.charging import Basis, Charging
+from services.billing.core.charging import Basis, CallBasis, Charging
 from services.billing.core.reconciliation import Policy, Tolerance
 from services.billing.deliveries import DeliveryReports
 from services.billing.errors import LedgerUnavailable
@@ -64,9 +64,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     ``prices``: a price file (TOML or CSV) that becomes the price book when its content is a new one.
     ``shipped_prices``: whether the prices that come with Tailrace hold until there is a price book of one's own.
-    ``partial``: by
-    which numbers generations are charged that failed, were cancelled or interrupted; ``tenant_partial``: the same for
-    single tenants, as ``tenant=policy``. ``missing``: the same for completed ones whose provider never reported.
+    ``partial``: by which numbers generations are charged that failed, were cancelled or interrupted; ``abandoned``: the
+    same for calls that did not become the answer; ``tenant_partial``: both for single tenants, as ``tenant=policy``.
+    ``missing``: the same for completed ones whose provider never reported.
     ``tolerances``: other tolerances for some models, as ``provider/model=absolute/relative`` with ``*`` and ``?``.
     """
 
@@ -82,6 +82,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     prices: str | None = None
     shipped_prices: bool = True
     partial: Basis = "counted"
+    abandoned: CallBasis = "provider"
     tenant_partial: list[str] = []
     missing: Basis = "counted"
     batch: Annotated[int, msgspec.Meta(ge=1, le=20_000)] = 10_000
@@ -124,7 +125,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         if wrong:
             raise ValueError(f"TAILRACE_BILLING_TENANT_PARTIAL: {wrong[0]!r} is not tenant={'|'.join(BASES)}")
         tenants = {tenant: cast(Basis, basis) for tenant, _, basis in pairs}
-        return Charging(partial=self.partial, missing=self.missing, tenants=tenants)
+        return Charging(partial=self.partial, missing=self.missing, abandoned=self.abandoned, tenants=tenants)
 
 
 def _tolerance(text: str) -> Tolerance:

@@ -15,7 +15,8 @@ from services.billing.adapters.ledger import Ledger
 from services.billing.adapters.tail import Tail
 from services.billing.adapters.worklist import Money
 from services.billing.core.batch import Group, fold_batch, group
-from services.billing.core.generation import DELIVERED, EXPORT, Generation, Key
+from services.billing.core.calls import forget_events
+from services.billing.core.generation import DELIVERED, Generation, Key
 from services.billing.core.intake import Record
 from services.billing.core.spending import released, steps
 from services.billing.errors import BillingError, StalePrices
@@ -26,17 +27,8 @@ __all__ = ["Held", "Rebuild", "Rebuilt"]
 
 NAMED: Final = 1_000
 """Bound of generations named in a report."""
-_EXPORTED: Final = (
-    "input",
-    "output",
-    "cached_input",
-    "cache_write",
-    "cache_write_1h",
-    "reasoning",
-    "usage",
-    "usage_source",
-    "reported_at",
-)
+_TOLD: Final = ("calls", "usage", "usage_source", "reported_at")
+"""Columns of which exports may have told something, which is not in the log."""
 
 
 class Held(BillingError):
@@ -166,10 +158,10 @@ def _bare(row: Generation | None, balance: Balance, one: Group) -> Generation:
     if row is not None and (header is None or header.seq > 0):
         # The log has lost its head: what is known of it stays, and its events are repeats.
         return msgspec.structs.replace(row, **money)
-    kept: dict[str, Any] = {} if row is None else {"tokens": row.tokens}
-    if row is not None and row.usage_source == EXPORT:
-        kept |= {name: getattr(row, name) for name in _EXPORTED}
-    return Generation(**one.key._asdict(), partition=one.address.partition, **money, **kept)
+    kept: dict[str, Any] = {} if row is None else {name: getattr(row, name) for name in (*_TOLD, "tokens")}
+    g = Generation(**one.key._asdict(), partition=one.address.partition, **money, **kept)
+    forget_events(g)
+    return g
 
 
 _APART: Final = frozenset({*DELIVERED, "log_seq", "entries", "duplicates", "gaps", "zombies", "late", "settle_at"})

@@ -9,9 +9,10 @@ import structlog
 from services.billing import metrics
 from services.billing.adapters.ledger import Ledger
 from services.billing.adapters.worklist import AT_ONCE, Export, Money, Worklist
+from services.billing.core.calls import last_call
 from services.billing.core.charging import Entry
-from services.billing.core.fold import take_usage
-from services.billing.core.generation import EXPORT, Generation, Key
+from services.billing.core.fold import take_export
+from services.billing.core.generation import Generation, Key
 from services.billing.core.settlement import settle
 from services.billing.core.spending import released, steps
 from services.billing.errors import StalePrices
@@ -88,8 +89,9 @@ def _told(before: Mapping[Key, Generation], exports: Iterable[Export]) -> dict[K
     """Return the generations with what exports say of them, the newest last."""
     found = dict(before)
     for export in exports:
-        g = msgspec.structs.replace(found[export.generation.key], reported_at=export.created_at)
-        take_usage(g, export.usage, EXPORT)
+        g = msgspec.structs.replace(found[export.generation.key])
+        g.reported_at = g.reported_at if export.call else export.created_at
+        take_export(g, export.call, export.usage)
         found[g.key] = g
     return found
 
@@ -116,7 +118,7 @@ def tell(generations: Iterable[Generation], before: Mapping[Key, Generation], en
         if old is not None and old.status == g.status:
             continue
         metrics.SETTLED.labels(g.status).inc()
-        if g.status in ("matched", "drift") and g.output is not None:
-            metrics.DRIFT.observe(abs(g.output - g.counted_output) / max(1, g.output))
+        if g.status in ("matched", "drift") and (reported := last_call(g).output) is not None:
+            metrics.DRIFT.observe(abs(g.drift_output or 0) / max(1, reported))
         if g.ended:
             log.debug("settled", session=g.session, generation=g.generation, status=g.status, state=g.state)

@@ -6,13 +6,16 @@ from typing import Any
 
 import msgspec
 
+from schemas.events import AbandonedCall
 from schemas.usage import Usage
 from services.billing.adapters.reports import Totals
+from services.billing.core.calls import abandoned_calls, last_call
 from services.billing.core.charging import Entry, Line
 from services.billing.core.generation import Generation, Pricing, Status
 from services.billing.core.money import render
 
 __all__ = [
+    "CallUsage",
     "Charge",
     "CountedTokens",
     "Delivered",
@@ -62,6 +65,25 @@ class ReportedTokens(msgspec.Struct, kw_only=True):
     raw: dict[str, Any] | None
 
 
+class CallUsage(msgspec.Struct, kw_only=True):
+    """One call that did not become the answer: its own count, and what its provider reported of it.
+
+    ``number`` counts a generation's calls; ``code``: why it was abandoned. ``estimated``: its provider has not reported
+    what it used in the end, so the numbers are ours.
+    """
+
+    number: int
+    code: str
+    provider: str
+    upstream_model: str
+    upstream_id: str | None
+    counted: CountedTokens
+    reported: ReportedTokens | None
+    usage_source: str
+    drift: "Drift | None"
+    estimated: bool
+
+
 class Drift(msgspec.Struct, kw_only=True):
     """Reported minus counted tokens; ``input`` is null where input was not counted."""
 
@@ -83,13 +105,15 @@ class Delivered(msgspec.Struct, kw_only=True):
 
 class Charge(msgspec.Struct, kw_only=True):
     """What it costs: the sum of its entries in the ledger. ``status``: ``unpriced`` while no price is known for it,
-    ``waived`` where the tenant's policy asks for nothing, ``pending`` before it has settled.
+    ``waived`` where the tenant's policy asks for nothing, ``pending`` before it has settled. ``tokens``: of all calls,
+    as they were priced.
     """
 
     status: Pricing
     amount: str
     currency: str | None
     entries: int
+    tokens: int
 
 
 class Dropped(msgspec.Struct, kw_only=True):
@@ -107,8 +131,9 @@ class GenerationUsage(msgspec.Struct, kw_only=True):
     """What billing knows of one generation. Times in RFC 3339, UTC.
 
     ``state``: ``running``, or how it ended. ``status``: how counted and reported compare. ``counted`` runs while the
-    generation streams; ``reported`` is null until the provider has said what it used. ``settles_at``: when a report
-    that is waited for is given up.
+    generation streams; ``reported`` is null until the provider has said what it used. Both are those of the call that
+    it ended with; ``abandoned_calls`` holds those made before. ``settles_at``: when a report that is waited for is
+    given up.
     """
 
     generation: str
@@ -128,6 +153,7 @@ class GenerationUsage(msgspec.Struct, kw_only=True):
     reported_at: str | None
     usage_source: str
     drift: Drift | None
+    abandoned_calls: list[CallUsage]
     reasons: list[str]
     delivered: Delivered | None
     charge: Charge
@@ -137,13 +163,17 @@ class GenerationUsage(msgspec.Struct, kw_only=True):
 
 
 class LedgerLine(msgspec.Struct, kw_only=True, rename={"class_": "class"}):
-    """One class of tokens on the bill: how many, at which row of the price book, for how much."""
+    """One class of tokens on the bill: how many, at which row of the price book, for how much.
+
+    ``call``: the number of the abandoned call that used them; 0 for the one that the generation ended with.
+    """
 
     class_: str
     count: int
     price: int
     rate: str
     amount: str
+    call: int
 
 
 class LedgerEntry(msgspec.Struct, kw_only=True):
@@ -202,6 +232,7 @@ class UsageReport(msgspec.Struct, kw_only=True):
 
 def view(g: Generation) -> GenerationUsage:
     """Return the API's shape of a generation."""
+    last = last_call(g)
     return GenerationUsage(
         generation=g.generation,
         session=g.session,
@@ -216,7 +247,7 @@ def view(g: Generation) -> GenerationUsage:
         ended_at=moment(g.ended_at),
         settles_at=moment(g.settle_at),
         counted=CountedTokens(
-            input=g.counted_input, output=g.counted_output, exact=g.counted_exact, encoding=g.encoding
+            input=last.counted_input, output=last.counted_output, exact=g.counted_exact, encoding=g.encoding
         ),
         reported=_reported(g.usage),
         reported_at=moment(g.reported_at),
@@ -224,9 +255,16 @@ def view(g: Generation) -> GenerationUsage:
         drift=None
         if g.drift_input is None and g.drift_output is None
         else Drift(input=g.drift_input, output=g.drift_output),
+        abandoned_calls=[_call(call) for call in abandoned_calls(g)],
         reasons=g.reasons.split(",") if g.reasons else [],
         delivered=_delivered(g),
-        charge=Charge(status=g.pricing, amount=render(g.amount), currency=g.currency or None, entries=g.entries),
+        charge=Charge(
+            status=g.pricing,
+            amount=render(g.amount),
+            currency=g.currency or None,
+            entries=g.entries,
+            tokens=g.tokens,
+        ),
         metadata=msgspec.json.decode(g.metadata) if g.metadata else {},
         dropped=Dropped(
             duplicates=g.duplicates,
@@ -253,7 +291,14 @@ def entry_view(entry: Entry) -> LedgerEntry:
         source=entry.source,
         rule=entry.rule,
         lines=[
-            LedgerLine(class_=line.token_class, count=line.count, price=line.price, rate=line.rate, amount=line.amount)
+            LedgerLine(
+                class_=line.token_class,
+                count=line.count,
+                price=line.price,
+                rate=line.rate,
+                amount=line.amount,
+                call=line.call,
+            )
             for line in lines
         ],
         revision=entry.revision,
@@ -266,6 +311,27 @@ def trail(g: Generation, entries: Iterable[Entry]) -> GenerationTrail:
     usage = view(g)
     shown = {name: getattr(usage, name) for name in usage.__struct_fields__}
     return GenerationTrail(**shown, events=g.next_seq, entries=[entry_view(e) for e in entries])
+
+
+def _call(call: AbandonedCall) -> CallUsage:
+    counted, usage = call.counted, call.usage
+    drift = None
+    if usage is not None:
+        drift = Drift(
+            input=usage.input - counted.input if counted.input else None, output=usage.output - counted.output
+        )
+    return CallUsage(
+        number=call.number,
+        code=call.code,
+        provider=call.provider,
+        upstream_model=call.upstream_model,
+        upstream_id=call.upstream_id,
+        counted=CountedTokens(**msgspec.structs.asdict(counted)),
+        reported=None if usage is None else ReportedTokens(**msgspec.structs.asdict(usage)),
+        usage_source=call.source,
+        drift=drift,
+        estimated=usage is None or call.source == "begun",
+    )
 
 
 def _delivered(g: Generation) -> Delivered | None:

@@ -9,7 +9,7 @@ from litestar.openapi.datastructures import ResponseSpec
 from litestar.openapi.spec import Example
 from litestar.params import Body, FromPath, FromQuery, HeaderParameter, QueryParameter
 
-from schemas.events import type_of
+from schemas.events import AbandonedCall, type_of
 from schemas.requests import GenerationRecord
 from services.delivery.answers import PROBLEMS, Accepted, accepted, named, own, reach
 from services.delivery.completion import Completion
@@ -58,7 +58,11 @@ class SessionView(msgspec.Struct):
 
 
 class GenerationView(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """A generation with what it has said so far. ``tokens``: output tokens counted so far."""
+    """A generation with what it has said so far.
+
+    ``counted`` and ``usage`` are those of the call that it ended with; ``abandoned_calls`` are those made before it,
+    each with its own.
+    """
 
     session: str
     generation: str
@@ -85,6 +89,7 @@ class GenerationView(msgspec.Struct, kw_only=True, omit_defaults=True):
     events: int = 0
     counted: Any = None
     usage: Any = None
+    abandoned_calls: list[AbandonedCall] = []
     metadata: dict[str, str] = {}
 
 
@@ -271,6 +276,7 @@ async def view_of(lookups: Lookups, tenant: str, session: str, generation: str) 
         events=said.events,
         counted=said.counted(),
         usage=said.usage,
+        abandoned_calls=said.abandoned_calls,
         metadata=started.metadata if started else (record.metadata if record else {}),
     )
 

@@ -6,16 +6,16 @@ from collections.abc import Awaitable, Callable
 import structlog
 import tenacity
 
-from schemas.events import AnyEvent, Notice
+from schemas.events import AbandonedCall, AnyEvent, Notice
 from schemas.requests import Request
 from services.kit.clock import Clock
 from services.producer import metrics
-from services.producer.adapters.circuits import Circuits
+from services.producer.adapters.circuits import Circuits, Permit
 from services.producer.core.deadlines import Deadlines, Phase, overdue
 from services.producer.core.generation import CUT_OFF
 from services.producer.core.parts import End, Part, UpstreamFailure, UsagePart
 from services.producer.core.registry import Candidate, Provider
-from services.producer.core.retry import CallFailed, RetryPolicy
+from services.producer.core.retry import REFUSED, CallFailed, RetryPolicy, helps_elsewhere
 from services.producer.errors import Fenced
 from services.producer.gate import Gates
 from services.producer.journal import Journal
@@ -25,6 +25,7 @@ __all__ = ["Asking", "Interruption", "Upstreams"]
 
 log = structlog.get_logger()
 STALL_SECONDS = 1.0
+MODEL_LIMIT = 120  # characters of a model's name in a log line
 _OPEN = UpstreamFailure(
     "upstream_circuit_open", "the upstream is taken to be down; it is not asked now", recoverable=True
 )
@@ -75,7 +76,8 @@ class Asking:
         self._generation = journal.generation
         self._upstreams = upstreams
         self._clock = clock
-        self._deadlines = upstreams.deadlines
+        self._deadlines = self._limits = upstreams.deadlines  # with and without the request's own
+        self._permit: Permit | None = None
         self._phase: Phase = "queued"
         self._begun_at = self._called_at = self._token_at = clock.monotonic()
         self._stalled = False
@@ -84,6 +86,7 @@ class Asking:
         self._patience: asyncio.Timeout | None = None  # with an answer that is read on for its usage alone
         self._attempts = 0
         self.provider: Provider | None = None  # the last one that was asked
+        self.abandoned: list[tuple[AbandonedCall, Provider]] = []  # at most as many as attempts are allowed
 
     def interrupt(self, interruption: Interruption) -> None:
         """Stop the call that runs; the first interruption holds until it is dealt with, unless it was of one call.
@@ -141,7 +144,7 @@ class Asking:
                 if number and failure is not None:
                     await self._turn_to(candidate, failure)
                 failure = await self._candidate(candidate)
-                if failure is None or self._generation.has_tokens or not failure.recoverable:
+                if failure is None or self._generation.has_tokens or not helps_elsewhere(failure):
                     break
         finally:
             self._task = None
@@ -150,11 +153,21 @@ class Asking:
         return self._generation.end(self._journal.now())
 
     async def _turn_to(self, candidate: Candidate, failure: UpstreamFailure) -> None:
+        call = self._abandon(failure)
         self._generation.provider = candidate.provider.name
         self._generation.upstream_model = candidate.upstream_model
         metrics.FAILOVERS.labels(candidate.provider.name).inc()
         at = self._journal.now()
-        await self._append([self._generation.notice("failover", failure.message, at, attempt=self._attempts + 1)])
+        attempt = self._attempts + 1
+        await self._append([self._generation.notice("failover", failure.message, at, attempt=attempt, call=call)])
+
+    def _abandon(self, failure: UpstreamFailure) -> AbandonedCall | None:
+        """Leave the call that has failed for another one, and keep what is known of it."""
+        call = self._generation.abandon_call(failure)
+        if call is not None and self.provider is not None:
+            self.abandoned.append((call, self.provider))
+            metrics.TOKENS.inc(call.counted.output)
+        return call
 
     async def _candidate(self, candidate: Candidate) -> UpstreamFailure | None:
         """Call one candidate as often as the policy allows; return why it failed, or ``None``."""
@@ -191,11 +204,13 @@ class Asking:
         if self._generation.has_tokens:
             self._phase = "queued"
             await self._interruptible(self._journal.settle())
-            event: AnyEvent = self._generation.begin_anew("upstream_failed", self._journal.now())
+            call = self._abandon(failure)
+            event: AnyEvent = self._generation.begin_anew("upstream_failed", call, self._journal.now())
         else:
-            at = self._journal.now()
+            at, attempt = self._journal.now(), self._attempts + 1
+            call = self._abandon(failure)
             event = self._generation.notice(
-                "retrying", failure.message, at, attempt=self._attempts + 1, delay=round(pause, 3)
+                "retrying", failure.message, at, attempt=attempt, delay=round(pause, 3), call=call
             )
         await self._append([event])
 
@@ -221,11 +236,12 @@ class Asking:
             CallFailed: it brought no complete answer.
         """
         provider = candidate.provider
-        self._deadlines = self._upstreams.deadlines.overridden(candidate.deadlines).overridden(self._request.deadlines)
+        self._limits = self._upstreams.deadlines.overridden(candidate.deadlines)
+        self._deadlines = self._limits.overridden(self._request.deadlines)
         gate = self._upstreams.gates.of(provider.name, provider.max_streams, provider.requests_per_minute)
         self._phase = "queued"
-        if self._upstreams.circuits.is_open(provider.name):
-            raise self._failed(provider, _OPEN)
+        if self._upstreams.circuits.is_open(provider.name, candidate.upstream_model, self._request.tenant):
+            raise _failed(candidate, _OPEN)
         try:
             async with gate.passing(self._request.priority, self._request.created_at):
                 await self._admitted(candidate)
@@ -234,7 +250,8 @@ class Asking:
             if interruption.kind != "attempt":
                 raise interruption from None
             failure = UpstreamFailure(interruption.code, _said(interruption.code), recoverable=True)
-            raise self._failed(provider, failure) from None
+            self._blame(failure)
+            raise _failed(candidate, failure) from None
         finally:
             self._phase = "queued"
 
@@ -249,11 +266,11 @@ class Asking:
 
     async def _admitted(self, candidate: Candidate) -> None:
         provider = candidate.provider
-        if not self._upstreams.circuits.admits(provider.name):
-            raise self._failed(provider, _OPEN)
+        permit = self._upstreams.circuits.admit(provider.name, candidate.upstream_model, self._request.tenant)
+        if permit is None:
+            raise _failed(candidate, _OPEN)
         self._attempts += 1
-        self.provider = provider
-        self._generation.forget_call()
+        self.provider, self._permit = provider, permit
         self._called_at = self._clock.monotonic()
         self._phase = "connecting"
         call = Call(
@@ -265,23 +282,39 @@ class Asking:
         try:
             async with self._upstreams.of(provider).open(call) as stream:
                 self._phase = "waiting"
+                permit.connected()
+                self._generation.begin_answer()
                 await self._stream(stream, provider)
         except UpstreamRefused as error:
-            raise self._failed(provider, error.failure) from error
-        except BaseException:
-            self._upstreams.circuits.abandoned(provider.name)
-            raise
+            if error.failure.upstream_status is not None:
+                permit.connected()
+            self._blame(error.failure, connected=error.connected)
+            raise _failed(candidate, error.failure) from error
+        finally:
+            permit.left()
         ending = self._generation.ending
         if ending is None or isinstance(ending, UpstreamFailure):
             self._generation.ending = None
-            raise self._failed(provider, ending or CUT_OFF)
-        self._upstreams.circuits.succeeded(provider.name)
+            self._blame(ending or CUT_OFF)
+            raise _failed(candidate, ending or CUT_OFF)
+        permit.succeeded()
 
-    def _failed(self, provider: Provider, failure: UpstreamFailure) -> CallFailed:
-        metrics.UPSTREAM_ERRORS.labels(provider.name, failure.code).inc()
-        if failure is not _OPEN:
-            self._upstreams.circuits.failed(provider.name, failure)
-        return CallFailed(failure)
+    def _blame(self, failure: UpstreamFailure, *, connected: bool = True) -> None:
+        """Tell the circuits of a failure before the first token, unless the request itself let too little time."""
+        if self._permit is not None and not self._generation.has_tokens and not self._is_hurried(failure):
+            self._permit.failed(failure, connected=connected)
+
+    def _is_hurried(self, failure: UpstreamFailure) -> bool:
+        own, limits = self._deadlines, self._limits
+        match failure.code:
+            case "deadline_first_token":
+                return own.first_token < limits.first_token
+            case "deadline_connect":
+                return own.connect < limits.connect
+            case "upstream_unreachable":
+                return own.connect < limits.connect and self._clock.monotonic() - self._called_at >= own.connect
+            case _:
+                return False
 
     async def _stream(self, stream: UpstreamStream, provider: Provider) -> None:
         try:
@@ -335,13 +368,33 @@ class Asking:
             metrics.TOKEN_GAP.observe(now - self._token_at)
         else:
             metrics.FIRST_TOKEN.labels(provider.name).observe(now - self._called_at)
-            self._upstreams.circuits.succeeded(provider.name)
+            if self._permit is not None:
+                self._permit.succeeded()
         self._stalled = False
         metrics.READS.inc()
         self._phase = "queued"  # a full log is no silence of the provider
         await self._journal.append(events)
         self._phase = "streaming"
         self._token_at = self._clock.monotonic()
+
+
+def _failed(candidate: Candidate, failure: UpstreamFailure) -> CallFailed:
+    """Count a failed call, and raise the alarm where a candidate will refuse until somebody acts."""
+    provider = candidate.provider.name
+    metrics.UPSTREAM_ERRORS.labels(provider, failure.code).inc()
+    if failure.code in REFUSED and not failure.recoverable:
+        # A model that the configuration does not name may be a caller's slip.
+        if candidate.configured or failure.code != "upstream_not_found":
+            metrics.REFUSALS.labels(provider, failure.code).inc()
+        log.warning(
+            "upstream refused",
+            provider=provider,
+            model=candidate.upstream_model[:MODEL_LIMIT],
+            code=failure.code,
+            upstream_status=failure.upstream_status,
+            detail=failure.message,
+        )
+    return CallFailed(failure)
 
 
 def _said(code: str) -> str:

@@ -1,7 +1,7 @@
 """Usage that a provider tells only after the end: looked up, and appended to the log behind the terminal."""
 
 import asyncio
-from typing import Final
+from typing import Final, NamedTuple
 
 import structlog
 import tenacity
@@ -17,21 +17,29 @@ from services.producer import metrics
 from services.producer.adapters.publisher import Lease, Publisher
 from services.producer.core.bounds import usable
 from services.producer.core.generation import Generation
-from services.producer.core.registry import Provider
 from services.producer.errors import ProducerError
 from services.producer.ports import UsageSource
 
-__all__ = ["LateUsage"]
+__all__ = ["LateUsage", "LookUp"]
 
 log = structlog.get_logger()
 TRIES: Final = 6
 WAITING: Final = 1_000
 
 
-class LateUsage:
-    """Looks up what cancelled and failed generations cost, where their provider offers that.
+class LookUp(NamedTuple):
+    """A call whose usage is to be asked for. ``call``: as in `UsageReported`; ``upstream_id``: its provider's name."""
 
-    At most `WAITING` look-ups are under way; what is not found leaves the generation with our own count.
+    call: int
+    upstream_id: str
+    provider: str
+    upstream_model: str
+
+
+class LateUsage:
+    """Looks up what calls cost that did not come to their end, where their provider offers that.
+
+    At most `WAITING` generations are asked about at once; what is not found leaves a call with our own count.
     """
 
     def __init__(self, broker: Broker, publisher: Publisher, clock: Clock) -> None:
@@ -40,11 +48,11 @@ class LateUsage:
         self._clock = clock
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def look_up(self, address: Address, generation: Generation, provider: Provider, source: UsageSource) -> None:
-        """Begin a look-up beside everything else."""
-        if generation.upstream_id is None or generation.usage is not None or len(self._tasks) >= WAITING:
+    def look_up(self, address: Address, generation: Generation, wanted: list[tuple[LookUp, UsageSource]]) -> None:
+        """Begin to look up calls of a generation that has ended, beside everything else."""
+        if len(self._tasks) >= WAITING:
             return
-        task = asyncio.create_task(self._look_up(address, generation, provider, source))
+        task = asyncio.create_task(self._look_up(address, generation, wanted))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -54,32 +62,42 @@ class LateUsage:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _look_up(self, address: Address, generation: Generation, provider: Provider, source: UsageSource) -> None:
-        assert generation.upstream_id is not None
-        retrying = tenacity.AsyncRetrying(
-            stop=tenacity.stop_after_attempt(TRIES),
-            wait=tenacity.wait_exponential(multiplier=1, max=30),
-            retry=tenacity.retry_if_result(lambda usage: usage is None),
-            retry_error_callback=lambda _state: None,
-        )
-        usage: Usage | None = await retrying(source.usage_of, generation.upstream_id)
-        outcome = "missing"
-        if usage is not None and (usage := usable(usage)) is not None:
-            outcome = "found" if await self._append(address, generation, usage) else "not appended"
-        metrics.LATE_USAGE.labels(provider.name, outcome).inc()
-        log.info("usage looked up", generation=generation.name, provider=provider.name, outcome=outcome)
+    async def _look_up(
+        self, address: Address, generation: Generation, wanted: list[tuple[LookUp, UsageSource]]
+    ) -> None:
+        """Ask for all calls at once, and append one answer after the other: each is behind the one before."""
+        asked = [asyncio.create_task(_usage(source, call)) for call, source in wanted]
+        try:
+            for answer in asyncio.as_completed(asked):
+                call, usage = await answer
+                outcome = "missing"
+                if usage is not None:
+                    outcome = "found" if await self._append(address, generation, call, usage) else "not appended"
+                metrics.LATE_USAGE.labels(call.provider, outcome).inc()
+                log.info(
+                    "usage looked up",
+                    generation=generation.name,
+                    provider=call.provider,
+                    call=call.call,
+                    outcome=outcome,
+                )
+        finally:
+            for task in asked:
+                task.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
 
-    async def _append(self, address: Address, generation: Generation, usage: Usage) -> bool:
+    async def _append(self, address: Address, generation: Generation, call: LookUp, usage: Usage) -> bool:
         event = UsageReported(
             generation=generation.name,
             seq=generation.next_seq,
             epoch=generation.epoch,
             at=round(self._clock.wall(), 6),
             usage=usage,
-            provider=generation.provider,
-            upstream_model=generation.upstream_model,
-            upstream_id=generation.upstream_id,
+            provider=call.provider,
+            upstream_model=call.upstream_model,
+            upstream_id=call.upstream_id,
             source="lookup",
+            call=call.call,
         )
         subject = token_subject(address)
         lease = Lease(asyncio.get_running_loop().time() + self._publisher.give_up)
@@ -92,4 +110,16 @@ class LateUsage:
             return False
         finally:
             writer.close()
+        generation.next_seq += 1
         return True
+
+
+async def _usage(source: UsageSource, call: LookUp) -> tuple[LookUp, Usage | None]:
+    retrying = tenacity.AsyncRetrying(
+        stop=tenacity.stop_after_attempt(TRIES),
+        wait=tenacity.wait_exponential(multiplier=1, max=30),
+        retry=tenacity.retry_if_result(lambda usage: usage is None),
+        retry_error_callback=lambda _state: None,
+    )
+    usage: Usage | None = await retrying(source.usage_of, call.upstream_id)
+    return call, None if usage is None else usable(usage)

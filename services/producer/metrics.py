@@ -12,7 +12,7 @@ TAKEN: Final = Counter("tailrace_producer_requests_taken", "Requests taken from 
 ENDED: Final = Counter("tailrace_producer_generations_ended", "Generations by terminal", ["terminal", "code"])
 EVENTS: Final = Counter("tailrace_producer_events_published", "Events handed to the log")
 READS: Final = Counter("tailrace_producer_upstream_reads", "Socket reads from providers that held something")
-TOKENS: Final = Counter("tailrace_producer_tokens_counted", "Output tokens counted when a generation ends")
+TOKENS: Final = Counter("tailrace_producer_tokens_counted", "Output tokens counted when a call ends")
 PUBLISH_WINDOW: Final = Gauge("tailrace_producer_publish_window_events", "Events sent and not yet acknowledged")
 PUBLISH_REPEATS: Final = Counter("tailrace_producer_publish_repeats", "Events sent again by go-back-N")
 LOG_REFUSALS: Final = Counter("tailrace_producer_log_refusals", "Appends that the log refused: full, or no leader")
@@ -32,6 +32,16 @@ LEASES_LOST: Final = Counter("tailrace_producer_leases_lost", "Generations given
 TAKEOVERS: Final = Counter("tailrace_producer_takeovers", "Begun generations taken over from another producer", ["how"])
 RETRIES: Final = Counter("tailrace_producer_retries", "Calls made again", ["provider", "code"])
 FAILOVERS: Final = Counter("tailrace_producer_failovers", "Turns to another candidate", ["provider"])
-CIRCUIT: Final = Gauge("tailrace_producer_circuit_state", "0 closed, 1 half open, 2 open", ["provider"])
+REFUSALS: Final = Counter(
+    "tailrace_producer_upstream_refusals",
+    "Calls that a configured candidate refused until somebody acts: key, balance, permission, model",
+    ["provider", "code"],
+)
+CIRCUIT: Final = Gauge(
+    "tailrace_producer_circuit_state", "Of a provider's connections: 0 closed, 1 half open, 2 open", ["provider"]
+)
+MODEL_CIRCUITS: Final = Gauge(
+    "tailrace_producer_model_circuits_open", "Models of a provider whose circuit is not closed", ["provider"]
+)
 GATE_WAITING: Final = Gauge("tailrace_producer_gate_waiting", "Requests that wait for an upstream", ["provider"])
 LATE_USAGE: Final = Counter("tailrace_producer_late_usage", "Look-ups of usage after the end", ["provider", "outcome"])

@@ -22,10 +22,14 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class UpstreamRefused(Exception):
-    """The provider could not be reached, or answered with an error before its stream began."""
+    """The provider could not be reached, or answered with an error before its stream began.
 
-    def __init__(self, failure: UpstreamFailure) -> None:
+    ``connected``: whether there was a connection at all.
+    """
+
+    def __init__(self, failure: UpstreamFailure, *, connected: bool = True) -> None:
         self.failure = failure
+        self.connected = connected
         super().__init__(f"{failure.code}: {failure.message}")
 
 

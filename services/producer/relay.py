@@ -5,7 +5,7 @@ import asyncio
 import msgspec
 import structlog
 
-from schemas.events import AnyEvent
+from schemas.events import AbandonedCall, AnyEvent
 from schemas.requests import GenerationRecord, Request
 from schemas.subjects import Address, token_subject
 from schemas.topology import token_stream
@@ -20,10 +20,10 @@ from services.producer.core.counting import GenerationCounter, count_input, enco
 from services.producer.core.generation import Generation
 from services.producer.core.parts import UpstreamFailure
 from services.producer.core.registry import Candidate, Provider, Registry, UnknownModel
-from services.producer.core.takeover import Begun, decide, fold
+from services.producer.core.takeover import Begun, decide, fold, lost_call
 from services.producer.errors import GiveUp, LogRefused, TryAgain
 from services.producer.journal import Journal
-from services.producer.late_usage import LateUsage
+from services.producer.late_usage import LateUsage, LookUp
 from services.producer.ports import UsageSource
 
 __all__ = ["HandBack", "Interruption", "LeaseLost", "Outside", "Relay"]
@@ -70,6 +70,7 @@ class Relay:
         self._outside = outside
         self._asking: Asking | None = None
         self._asked: Provider | None = None
+        self._abandoned: list[tuple[AbandonedCall, Provider]] = []
         self._interruption: Interruption | None = None
         self._reading: asyncio.Timeout | None = None
 
@@ -169,7 +170,7 @@ class Relay:
                 failure = UpstreamFailure("unknown_model", str(candidates))
                 await self.journal.append(self.journal.generation.fail(failure, self.journal.now()))
             else:
-                await self._begin(self.journal, candidates[0], decision == "restart")
+                await self._begin(self.journal, candidates[0], begun if decision == "restart" else None)
                 await self.journal.append(await self._ask(self.journal, candidates))
             await writer.drain()
         finally:
@@ -178,13 +179,26 @@ class Relay:
         return True
 
     def _look_up_usage(self) -> None:
-        """Ask afterwards what an answer used that did not come to its end, where its provider offers that."""
-        asked, journal = self._asked, self.journal
-        if asked is None or journal is None or asked.after_cancel != "lookup" or journal.record.state == "completed":
+        """Ask afterwards what calls used that did not come to their end, where their provider offers that."""
+        if self.journal is None:
             return
-        source = self._outside.upstreams.of(asked)
-        if isinstance(source, UsageSource):
-            self._outside.late_usage.look_up(self.address, journal.generation, asked, source)
+        generation = self.journal.generation
+        calls = [
+            (LookUp(call.number, call.upstream_id, call.provider, call.upstream_model), provider)
+            for call, provider in self._abandoned
+            if call.upstream_id is not None and call.source != "stream"
+        ]
+        told = generation.usage is not None and generation.usage_source == "stream"
+        is_wanted = self.journal.record.state != "completed" and not told
+        if self._asked is not None and generation.upstream_id is not None and is_wanted:
+            last = LookUp(0, generation.upstream_id, generation.provider, generation.upstream_model)
+            calls.append((last, self._asked))
+        sources = [(call, self._outside.upstreams.of(p)) for call, p in calls if p.after_cancel == "lookup"]
+        wanted: list[tuple[LookUp, UsageSource]] = [
+            (call, source) for call, source in sources if isinstance(source, UsageSource)
+        ]
+        if wanted:
+            self._outside.late_usage.look_up(self.address, generation, wanted)
 
     def _journal(self, begun: Begun, epoch: int, writer: LogWriter) -> tuple[Journal, list[Candidate] | UnknownModel]:
         request, outside = self.request, self._outside
@@ -199,6 +213,7 @@ class Relay:
             counted_input=counted_input,
             exact=exact and input_exact,
             encoding=encoding,
+            abandoned=begun.abandoned,
         )
         record = GenerationRecord(
             tenant=request.tenant,
@@ -227,12 +242,13 @@ class Relay:
         counted = Counted(input=counted.input, output=begun.tokens, exact=False, encoding=counted.encoding)
         return self.journal.generation.interrupt("producer_lost", counted, self.journal.now())
 
-    async def _begin(self, journal: Journal, candidate: Candidate, restart: bool) -> None:
+    async def _begin(self, journal: Journal, candidate: Candidate, begun: Begun | None) -> None:
+        """Append the first event; ``begun``: what the log holds of an answer that begins again."""
         request, generation, at = self.request, journal.generation, journal.now()
         who = (candidate.provider.name, candidate.upstream_model)
-        if restart:
+        if begun is not None:
             metrics.TAKEOVERS.labels("restarted").inc()
-            event: AnyEvent = generation.restart("producer_lost", *who, at)
+            event: AnyEvent = generation.restart("producer_lost", *who, at, lost_call(begun, generation.counted()))
         else:
             event = generation.start(request, *who, at)
         await journal.append([event])
@@ -254,7 +270,7 @@ class Relay:
         except Interruption as interruption:
             return self._closing(journal, interruption)
         finally:
-            self._asked = asking.provider
+            self._asked, self._abandoned = asking.provider, asking.abandoned
             self._asking = None
 
     def _closing(self, journal: Journal, interruption: Interruption) -> list[AnyEvent]:

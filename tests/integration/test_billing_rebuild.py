@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from schemas.events import Completed, Delta, UsageReported
+from schemas.events import Completed, Delta, Failed, UsageReported
 from schemas.topology import Topology
 from schemas.usage import Usage
 from services.billing.adapters.balances import Balances
@@ -28,7 +28,7 @@ from services.billing.sweep import Sweep
 from services.billing.terms import CurrentTerms
 from services.kit.broker import Broker
 from services.kit.clock import SystemClock
-from tests.billing_histories import history
+from tests.billing_histories import history, restarted_history
 from tests.billing_prices import price
 from tests.conftest import eventually
 from tests.integration.billing_runs import Process, Scenario, running, sqlite, write, write_surely
@@ -150,6 +150,35 @@ async def test_a_rebuild_keeps_what_an_export_said(broker: Broker, database: str
     before = await numbers(database)
     assert (await rebuilt(broker, database)).changed == 0
     assert await numbers(database) == before
+
+
+async def test_a_rebuild_finds_the_calls_again_and_keeps_what_exports_said_of_them(
+    broker: Broker, database: str, tmp_path: Path
+) -> None:
+    told = restarted_history("gen_1", reported=Usage(input=7, output=20))
+    lost = restarted_history("gen_2", terminal=Failed, is_told=False)
+    await priced(database)
+    await write(broker, [*told, *lost])
+    async with running(broker, database) as run:
+        await eventually(lambda: run.consumer.applied == len(told) + len(lost))
+        terms = run.consumer.terms.now
+        rows = parse_export("json", b'[{"id": "up-1", "input": 7, "output": 90}]')
+        await Imports(run.ledger.engine).put("default", rows, source="test", now=1, terms=terms)
+
+        async def corrected() -> bool:
+            g = await run.reports.generation("default", "gen_1")
+            return g is not None and g.output == 110
+
+        await eventually(corrected)
+    before = await numbers(database)
+    assert [before[0][name][6] for name in ("gen_1", "gen_2")] == [97 + 27 + 27, 3 * 27]  # type: ignore[index]
+    found = await rebuilt(broker, database)
+    assert (found.changed, found.entries, found.names) == (0, 0, [])
+    assert await numbers(database) == before
+    other = f"sqlite:///{tmp_path}/other.db"
+    await priced(other)
+    await rebuilt(broker, other)
+    assert (await numbers(other))[0]["gen_2"] == before[0]["gen_2"]
 
 
 async def test_a_rebuild_is_refused_while_billing_runs(broker: Broker, database: str) -> None:

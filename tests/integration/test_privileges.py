@@ -23,6 +23,8 @@ from schemas.permissions import USERS
 from services.kit.broker import Broker, BrokerUnavailable
 from services.kit.settings import SettingsError, Shared
 from services.kit.tls import client_tls
+from services.producer.adapters.circuits import Circuits
+from services.producer.core.parts import UpstreamFailure
 from tests.acceptance.processes import REPOSITORY, clean_environment, service
 from tests.conftest import eventually, nats_server_path
 
@@ -295,6 +297,22 @@ async def test_a_service_is_refused_to_hear_what_is_not_for_it(guarded: Guarded,
             await eventually(lambda s=subject: refusals.names("subscription", s.lower()), timeout=5)
     finally:
         await client.close()
+
+
+async def test_producers_may_share_circuits_whatever_their_providers_are_called(guarded: Guarded) -> None:
+    down = UpstreamFailure("upstream_overloaded", "busy", recoverable=True)
+    async with Broker.connect(guarded.url("producer"), "producer", tls=guarded.tls) as broker:
+        one, other = Circuits(broker, 1, 1_000.0), Circuits(broker, 1, 1_000.0)
+        following = asyncio.create_task(other.follow())
+        try:
+            for name in ("plain", "my.own.provider"):
+                permit = one.admit(name, "m", "t")
+                assert permit is not None
+                permit.failed(down, connected=True)
+                await eventually(lambda name=name: other.is_open(name, "m", "t"))
+        finally:
+            following.cancel()
+            await asyncio.gather(following, return_exceptions=True)
 
 
 async def test_nobody_comes_in_without_password_certificate_or_the_right_authority(guarded: Guarded) -> None:

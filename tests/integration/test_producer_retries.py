@@ -19,11 +19,15 @@ from services.producer.core.deadlines import Deadlines
 from services.producer.core.retry import RetryPolicy
 from tests.answers import (
     COMMENT,
+    ONCE,
+    QUICK,
+    answered,
     assert_sound,
     cancel,
     chunk,
     code_of,
     config,
+    cut_off,
     deltas,
     ending,
     kinds,
@@ -31,27 +35,11 @@ from tests.answers import (
     notices,
     refusing,
     saying,
+    silent,
 )
 from tests.conftest import eventually
 from tests.pipeline import accepted_log, ask, ended_log, enqueue, producing, text_of
 from tests.providers import Provider, Replay, providing, unlistening_port
-
-QUICK = RetryPolicy(max_attempts=3, base=0.01, maximum=0.2)
-ONCE = RetryPolicy(max_attempts=1)
-
-
-async def answered(broker: Broker, request: Request) -> list[AnyEvent]:
-    await enqueue(broker, request)
-    await ended_log(broker, request)
-    return await assert_sound(broker, request)
-
-
-def cut_off(*texts: str) -> Replay:
-    return Replay([chunk(text) for text in texts])
-
-
-def silent(*texts: str) -> Replay:
-    return Replay([chunk(text) for text in texts], end="hang")
 
 
 @pytest.mark.parametrize(
@@ -183,17 +171,17 @@ async def test_a_candidate_that_may_not_stand_in_is_left_out(broker: Broker) -> 
     assert text_of(alone) == "no"
 
 
-@pytest.mark.parametrize(("status", "code"), [(401, "upstream_unauthorized"), (400, "upstream_bad_request")])
-async def test_what_no_other_attempt_can_mend_ends_at_once(broker: Broker, status: int, code: str) -> None:
+async def test_a_request_that_is_wrong_is_asked_nowhere_else(broker: Broker) -> None:
     async with (
-        providing(refusing(status)) as one,
+        providing(refusing(400)) as one,
         providing(saying("never")) as two,
         producing(broker, config=config(one.url, two.url), retry=QUICK),
     ):
         events = await answered(broker, ask("g1", "m"))
     assert kinds(events) == ["started", "failed"]
     assert isinstance(events[-1], Failed)
-    assert (events[-1].code, events[-1].upstream_status, events[-1].recoverable) == (code, status, False)
+    assert (events[-1].code, events[-1].upstream_status) == ("upstream_bad_request", 400)
+    assert not events[-1].recoverable
     assert (len(one.asked), len(two.asked)) == (1, 0)
 
 
@@ -301,7 +289,7 @@ async def test_a_trial_that_is_cancelled_leaves_room_for_the_next(broker: Broker
     ):
         await answered(broker, ask("g0", "m"))
         provider.replay = saying("never", headers_after=asyncio.Event())
-        await eventually(lambda: not producer.outside.upstreams.circuits.is_open("p0"))
+        await eventually(lambda: not producer.outside.upstreams.circuits.is_open("p0", "m", "default"))
         trial = ask("g1", "m")
         await enqueue(broker, trial)
         await eventually(lambda: provider.active == 1)
@@ -329,7 +317,7 @@ async def test_another_producer_does_not_ask_an_upstream_that_one_has_found_down
                 await answered(broker, ask(f"g{number}", "m"))
         assert len(down.asked) == 2
         async with producing(other_broker, config=config(down.url), circuit=circuit) as other:
-            await eventually(lambda: other.outside.upstreams.circuits.is_open("p0"))
+            await eventually(lambda: other.outside.upstreams.circuits.is_open("p0", "m", "default"))
             assert code_of(await answered(broker, ask("g9", "m"))) == "upstream_circuit_open"
         assert len(down.asked) == 2
 

@@ -114,7 +114,7 @@ def test_the_text_begins_anew_where_it_was_restarted(story: Story) -> None:
         entry.update(seq=index, epoch=2)
     story.calls = [("left", "one and more"), ("end", " two")]
     story.got = {0: [0, 1, 2, 3, 4, 5], 1: [0, 1, 2, 3, 4, 5]}
-    story.row |= {"epoch": 2, "next_seq": 6}
+    story.row |= {"epoch": 2, "next_seq": 6, "counted_input": 2 * 20, "counted_output": 1 + 2}
     assert story.rules() == []
 
 

@@ -9,7 +9,7 @@ import pytest
 from bench.chaos.history import Amounts, Exported, Got, Left, Quiet, Said, Served, Stuck
 from bench.chaos.pace import MOST, slowness
 from bench.chaos.schedule import DELIVERIES, LONG_SIZE, LONG_TOKENS, draw
-from tests.chaos_story import ANSWER, ISSUER, LAST, Story
+from tests.chaos_story import ANSWER, ISSUER, LAST, Story, event
 
 COST = Decimal("0.000045000002")
 """20 input tokens at 1.25 and 2 output tokens at 10.000001 a million."""
@@ -57,6 +57,33 @@ def test_what_a_consumer_gave_too_little_or_too_often_is_found(
 def test_money_that_is_the_price_of_the_usage_is_good(story: Story) -> None:
     story.more = [money()]
     assert story.rules() == []
+
+
+CALL = {"number": 1, "code": "upstream_cut_off", "counted": {"input": 20, "output": 3}}
+
+
+@pytest.mark.parametrize(
+    ("call", "cost", "tokens", "columns"),
+    [
+        (CALL, "0.000055000003", 23, (40, 5, 20, 2)),
+        (None, "0.000035000001", 21, (40, 3, 20, 2)),
+        (CALL | {"usage": {"input": 21, "output": 4}}, "0.000066250004", 25, (40, 5, 41, 6)),
+    ],
+)
+def test_calls_that_were_left_are_part_of_the_bill(
+    story: Story, call: dict[str, Any] | None, cost: str, tokens: int, columns: tuple[int, ...]
+) -> None:
+    story.log[2:2] = [event("restarted", 2, epoch=2, **({"call": call} if call else {}))]
+    for index, entry in enumerate(story.log[3:], 3):
+        entry.update(seq=index, epoch=2)
+    story.calls = [("left", "one and more"), ("end", " two")]
+    story.got = {0: [0, 1, 2, 3, 4, 5], 1: [0, 1, 2, 3, 4, 5]}
+    names = ("counted_input", "counted_output", "input", "output")
+    story.row |= {"epoch": 2, "next_seq": 6} | dict(zip(names, columns, strict=True))
+    story.more = [money(COST + Decimal(cost), 22 + tokens)]
+    assert story.rules() == []
+    story.more = [money()]
+    assert story.rules() == ["ledger", "spending"]
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from services.billing.adapters.tables import CALLS, LEDGER
 from services.billing.adapters.tables import GENERATIONS as G
-from services.billing.adapters.tables import LEDGER
+from services.billing.core.calls import abandoned_calls
 from services.billing.core.charging import Entry
 from services.billing.core.generation import DELIVERED, Generation, Key
 from services.billing.core.money import PLACES
@@ -35,10 +36,20 @@ class BulkWriter:
         self._progress = self._statement_progress()
         self._known = self._statement_known()
         self._entries = self._insert(LEDGER, Entry.__struct_fields__)
+        insert = postgresql.insert(CALLS) if self._arrays else sqlite.insert(CALLS)
+        self._calls = insert.on_conflict_do_nothing()
 
     async def generations(self, connection: AsyncConnection, rows: Collection[Generation]) -> None:
-        """Write whole rows, new or known; what delivery reports fill stays as it is."""
+        """Write whole rows, new or known, and the names of their calls; what delivery reports fill stays as it is."""
         await self._run(connection, self._upsert, _WHOLE, _sorted(rows))
+        named = [
+            {**g.key._asdict(), "number": call.number, "upstream_id": call.upstream_id}
+            for g in _sorted(rows)
+            for call in abandoned_calls(g)
+            if call.upstream_id
+        ]
+        if named:
+            await connection.execute(self._calls, named)
 
     async def progress(self, connection: AsyncConnection, rows: Collection[Generation]) -> None:
         """Write position and running count of known rows."""

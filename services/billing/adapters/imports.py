@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 import sqlalchemy as sa
@@ -10,10 +10,11 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from services.billing.adapters.database import reading, writing
+from services.billing.adapters.tables import CALLS as C
 from services.billing.adapters.tables import GENERATIONS as G
 from services.billing.adapters.tables import PROVIDER_USAGE as U
-from services.billing.core.fold import take_usage
-from services.billing.core.generation import EXPORT, Generation
+from services.billing.core.fold import take_export
+from services.billing.core.generation import Generation, Key
 from services.billing.core.money import ZERO
 from services.billing.core.provider_export import ExportRow
 from services.billing.core.settlement import Terms, settle
@@ -41,6 +42,13 @@ class Imported(msgspec.Struct, frozen=True, kw_only=True):
     dry_run: bool
 
 
+class Meant(NamedTuple):
+    """What a row is about: a generation, and which of its calls (0: the one that it ended with)."""
+
+    generation: Generation
+    call: int
+
+
 class Imports:
     """Rows of exports. Every method raises ``LedgerUnavailable`` when the database does not answer."""
 
@@ -54,7 +62,7 @@ class Imports:
         """Keep the rows that are new, all of them or none; ``now`` in milliseconds since 1970."""
         distinct = {row.digest: row for row in rows}
         known: set[str] = set()
-        found: dict[str, Generation] = {}
+        found: dict[str, Meant] = {}
         async with reading(self.engine) as connection:
             for some in _chunks(list(distinct.values())):
                 digests = await connection.execute(
@@ -101,31 +109,45 @@ class Imports:
             return int((await connection.execute(query)).scalar_one())
 
 
-async def _matching(connection: AsyncConnection, tenant: str, rows: Sequence[ExportRow]) -> dict[str, Generation]:
-    """Return the generations that rows mean, by the rows' digests."""
+async def _matching(connection: AsyncConnection, tenant: str, rows: Sequence[ExportRow]) -> dict[str, Meant]:
+    """Return what rows mean, by the rows' digests."""
     names = [r.generation for r in rows if r.generation]
     ids = [r.upstream_id for r in rows if not r.generation]
     conditions = [G.c.generation.in_(names), sa.and_(G.c.upstream_id.in_(ids), G.c.upstream_id != "")]
     query = sa.select(G).where(G.c.tenant == tenant, sa.or_(*conditions)).order_by(G.c.started_at)
     found = [Generation(**row) for row in (await connection.execute(query)).mappings()]
-    by_name: Mapping[str, Generation] = {g.generation: g for g in found}  # of several with one name the latest
-    by_id = {g.upstream_id: g for g in found if g.upstream_id}
+    by_name: Mapping[str, Meant] = {g.generation: Meant(g, 0) for g in found}  # of several with one name the latest
+    by_id = await _calls(connection, tenant, ids)
+    by_id |= {g.upstream_id: Meant(g, 0) for g in found if g.upstream_id}
     meant = {r.digest: by_name.get(r.generation) if r.generation else by_id.get(r.upstream_id) for r in rows}
-    return {digest: g for digest, g in meant.items() if g is not None}
+    return {digest: one for digest, one in meant.items() if one is not None}
+
+
+async def _calls(connection: AsyncConnection, tenant: str, ids: Sequence[str]) -> dict[str, Meant]:
+    """Return the abandoned calls that providers know by these names."""
+    same = sa.and_(*(C.c[name] == G.c[name] for name in Key._fields))
+    query = sa.select(G, C.c.upstream_id.label("name"), C.c.number.label("call")).join(C, same)
+    query = query.where(C.c.tenant == tenant, C.c.upstream_id.in_(ids)).order_by(G.c.started_at)
+    fields = Generation.__struct_fields__
+    return {
+        row["name"]: Meant(Generation(**{name: row[name] for name in fields}), row["call"])
+        for row in (await connection.execute(query)).mappings()
+    }
 
 
 def _difference(
-    rows: Iterable[ExportRow], found: Mapping[str, Generation], now: int, terms: Terms
+    rows: Iterable[ExportRow], found: Mapping[str, Meant], now: int, terms: Terms
 ) -> list[tuple[str, Decimal]]:
-    """Return by how much each generation's amount changes; the last row of a generation holds."""
-    last = {found[row.digest].key: (found[row.digest], row) for row in rows if row.digest in found}
+    """Return by how much each generation's amount changes; the last row of a call holds."""
+    told: dict[Key, Generation] = {}
+    for row in rows:
+        if row.digest in found and (meant := found[row.digest]).generation.ended:
+            g = told.get(meant.generation.key) or msgspec.structs.replace(meant.generation)
+            take_export(g, meant.call, row.usage)
+            told[g.key] = g
     changes: list[tuple[str, Decimal]] = []
-    for g, row in last.values():
-        if not g.ended:
-            continue
-        told = msgspec.structs.replace(g, reported_at=now)
-        take_usage(told, row.usage, EXPORT)
-        _, entries = settle(told, now, terms)
+    for g in told.values():
+        _, entries = settle(g, now, terms)
         changes += [(entry.currency, entry.amount) for entry in entries]
     return changes
 

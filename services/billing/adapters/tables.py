@@ -8,6 +8,7 @@ from services.billing.adapters.columns import Money
 
 __all__ = [
     "BUDGETS",
+    "CALLS",
     "DELIVERIES",
     "GAPS",
     "GENERATIONS",
@@ -67,6 +68,7 @@ GENERATIONS: Final = Table(
     _reported("cached_input"),
     _reported("cache_write"),
     _reported("reasoning"),
+    Column("calls", Text, nullable=False, server_default=""),
     Column("usage", Text, nullable=True),
     Column("usage_source", _TEXT, nullable=False),
     _reported("drift_input"),
@@ -102,6 +104,18 @@ GENERATIONS: Final = Table(
         sqlite_where=text("pricing = 'unpriced'"),
     ),
 )
+
+CALLS: Final = Table(
+    "calls",
+    metadata,
+    Column("tenant", _NAME, primary_key=True),
+    Column("session", _NAME, primary_key=True),
+    Column("generation", _NAME, primary_key=True),
+    Column("number", BigInteger, primary_key=True, autoincrement=False),
+    Column("upstream_id", _TEXT, nullable=False),
+    Index("calls_by_upstream", "upstream_id"),
+)
+"""Abandoned calls by their provider's name for them, for providers' exports; ``generations.calls`` says the rest."""
 
 PARTITIONS: Final = Table(
     "partitions",

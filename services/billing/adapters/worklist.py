@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from schemas.usage import Usage
 from services.billing.adapters.database import reading
+from services.billing.adapters.tables import CALLS as C
 from services.billing.adapters.tables import GENERATIONS as G
 from services.billing.adapters.tables import PROVIDER_USAGE as U
 from services.billing.adapters.tables import RESETTLEMENTS as R
@@ -42,12 +43,16 @@ class Money(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Export(msgspec.Struct, frozen=True):
-    """A row of a provider's export that concerns a generation."""
+    """A row of a provider's export that concerns a generation.
+
+    ``call``: the number of the abandoned call that it is about; 0 for the one that the generation ended with.
+    """
 
     id: int
     generation: Generation
     usage: Usage
     created_at: int
+    call: int = 0
 
 
 async def finish(connection: AsyncConnection, money: Money, now: int) -> None:
@@ -82,20 +87,24 @@ class Worklist:
         found: dict[int, Export] = {}
         by_name = sa.and_(U.c.tenant == G.c.tenant, U.c.generation == G.c.generation)
         by_upstream = sa.and_(U.c.tenant == G.c.tenant, U.c.upstream_id == G.c.upstream_id, G.c.upstream_id != "")
-        for condition, needed in ((by_name, U.c.generation != ""), (by_upstream, U.c.generation == "")):
-            query = (
-                sa.select(G, U.c.id.label("row"), U.c.usage.label("told"), U.c.created_at.label("told_at"))
-                .join(U, condition)
-                .where(U.c.applied_at.is_(None), needed, G.c.partition == partition, G.c.state != "running")
+        by_call = sa.and_(U.c.tenant == C.c.tenant, U.c.upstream_id == C.c.upstream_id)
+        same = sa.and_(*(C.c[name] == G.c[name] for name in _KEY))
+        last = sa.literal(0)
+        for query, needed in (
+            (_exported(last).select_from(G).join(U, by_name), U.c.generation != ""),
+            (_exported(last).select_from(G).join(U, by_upstream), U.c.generation == ""),
+            (_exported(C.c.number).select_from(G).join(C, same).join(U, by_call), U.c.generation == ""),
+        ):
+            waiting = (
+                query.where(U.c.applied_at.is_(None), needed, G.c.partition == partition, G.c.state != "running")
                 .order_by(U.c.id, G.c.started_at.desc())
                 .limit(limit)
             )
             async with reading(self.engine) as connection:
-                rows = (await connection.execute(query)).mappings().all()
+                rows = (await connection.execute(waiting)).mappings().all()
             for row in rows:
-                export = Export(
-                    row["row"], _generation(row), msgspec.json.decode(row["told"], type=Usage), row["told_at"]
-                )
+                usage = msgspec.json.decode(row["told"], type=Usage)
+                export = Export(row["row"], _generation(row), usage, row["told_at"], row["call"])
                 found.setdefault(export.id, export)  # of several generations with one name the latest
         return [found[id_] for id_ in sorted(found)]
 
@@ -103,6 +112,11 @@ class Worklist:
         async with reading(self.engine) as connection:
             rows: Iterable[sa.RowMapping] = (await connection.execute(query)).mappings().all()
         return [_generation(row) for row in rows]
+
+
+def _exported(call: sa.ColumnElement[int]) -> sa.Select[tuple[object, ...]]:
+    told = (U.c.id.label("row"), U.c.usage.label("told"), U.c.created_at.label("told_at"))
+    return sa.select(G, *told, call.label("call"))
 
 
 def _generation(row: sa.RowMapping) -> Generation:

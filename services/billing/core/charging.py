@@ -4,20 +4,22 @@ The sum of a generation's entries always equals the price of its final usage: en
 difference that was missing when it was written.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from typing import Final, Literal, NamedTuple
 
 import msgspec
 
 from schemas.usage import Usage, nested
+from services.billing.core.calls import abandoned_calls, last_call
 from services.billing.core.generation import EXPORT, Generation, Pricing
-from services.billing.core.money import ZERO, AmountTooLarge, render, times
+from services.billing.core.money import LARGEST, ZERO, AmountTooLarge, render, times
 from services.billing.core.prices import PER_REQUEST, TOKEN_CLASSES, Price, PriceBook, TokenClass
 
-__all__ = ["Basis", "Charging", "Entry", "Kind", "Line", "Source", "Tokens", "charge", "disjoint"]
+__all__ = ["Basis", "CallBasis", "Charging", "Entry", "Kind", "Line", "Source", "Tokens", "charge", "disjoint"]
 
 Basis = Literal["counted", "reported", "none"]
+CallBasis = Literal["provider", "counted", "reported", "none"]
 Kind = Literal["charge", "correction", "reversal"]
 Source = Literal["counted", "reported", "provider_export", "none"]
 
@@ -26,16 +28,22 @@ class Charging(msgspec.Struct, frozen=True, kw_only=True):
     """By which numbers generations are charged that did not complete with a report.
 
     ``partial``: failed, cancelled and interrupted ones. ``missing``: completed ones whose provider never reported.
-    ``tenants``: the same for single tenants, instead of ``partial``.
+    ``abandoned``: calls that did not become the answer; ``provider`` is the report where there is one, else the count.
+    ``tenants``: the same for single tenants, instead of ``partial`` and ``abandoned``.
     """
 
     partial: Basis = "counted"
     missing: Basis = "counted"
+    abandoned: CallBasis = "provider"
     tenants: dict[str, Basis] = {}
 
     def of(self, tenant: str) -> Basis:
         """Return the policy for a tenant's partial generations."""
         return self.tenants.get(tenant, self.partial)
+
+    def of_calls(self, tenant: str) -> CallBasis:
+        """Return the policy for a tenant's abandoned calls."""
+        return self.tenants.get(tenant, self.abandoned)
 
 
 class Tokens(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,14 +64,18 @@ class Tokens(msgspec.Struct, frozen=True, kw_only=True):
         return self.input + self.cached_input + writes + self.output + self.reasoning
 
 
-class Line(msgspec.Struct, frozen=True, kw_only=True):
-    """One class of tokens on the bill: how many, at which row of the price book, for how much."""
+class Line(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One class of tokens on the bill: how many, at which row of the price book, for how much.
+
+    ``call``: the number of the abandoned call that used them; 0 for the one that the generation ended with.
+    """
 
     token_class: TokenClass
     count: int
     price: int
     rate: str
     amount: str
+    call: int = 0
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
@@ -149,22 +161,60 @@ def _steps(g: Generation, target: _Target) -> Iterator[tuple[Kind, Decimal, str]
         yield "correction", target.amount - g.amount, target.currency
 
 
+class _Bill(NamedTuple):
+    """One call's tokens, by whose numbers, and whose prices hold for it. ``call``: as in `Line`."""
+
+    call: int
+    tokens: Tokens
+    source: Source
+    provider: str
+    model: str
+
+
 def _target(g: Generation, charging: Charging, book: PriceBook) -> _Target | None:
-    """Return what ``g`` is to cost; ``None`` while that is open."""
+    """Return what ``g`` is to cost, over all of its calls; ``None`` while that is open."""
     if g.status in ("running", "awaiting_provider"):
         return None
+    last, rule = _last_bill(g, charging)
+    bills = _abandoned_bills(g, charging)
+    if bills:
+        rule = f"{rule},abandoned:{charging.of_calls(g.tenant)}"
+    if last is not None:
+        bills.append(last)
+    if not bills:
+        return _Target("waived", "none", rule)
+    return _priced(bills, g.started_at, book, rule)
+
+
+def _last_bill(g: Generation, charging: Charging) -> tuple[_Bill | None, str]:
+    """Return what is paid for the call that ``g`` ended with, if anything, and the rule that says so."""
     basis: Basis = "reported"
     rule = f"{g.status}:reported"
     if g.status in ("partial", "provider_missing"):
         basis = charging.of(g.tenant) if g.status == "partial" else charging.missing
         rule = f"{g.state if g.status == 'partial' else g.status}:{basis}"
+    last = last_call(g)
     if basis == "none" or (basis == "reported" and g.usage is None):
-        return _Target("waived", "none", rule)
-    if g.status == "partial" and g.usage is None and not g.counted_output:
-        return _Target("waived", "none", f"{g.state}:nothing")  # nobody pays for a refusal
+        return None, rule
+    if g.status == "partial" and g.usage is None and not last.counted_output:
+        return None, f"{g.state}:nothing"  # nobody pays for a refusal
     source: Source = "counted" if basis == "counted" else "provider_export" if g.usage_source == EXPORT else "reported"
-    tokens = _tokens(g, basis)
-    return _priced(tokens, g, book, source, rule)._replace(tokens=tokens.total)
+    return _Bill(0, _tokens(last, basis), source, g.provider, g.upstream_model or g.model), rule
+
+
+def _abandoned_bills(g: Generation, charging: Charging) -> list[_Bill]:
+    """Return what is paid for abandoned calls; one that said nothing and reported nothing costs nothing."""
+    basis = charging.of_calls(g.tenant)
+    bills = []
+    for call in abandoned_calls(g) if basis != "none" else ():
+        model = call.upstream_model or g.upstream_model or g.model
+        if call.usage is not None and basis != "counted":
+            source: Source = "provider_export" if call.source == EXPORT else "reported"
+            bills.append(_Bill(call.number, disjoint(call.usage), source, call.provider or g.provider, model))
+        elif basis != "reported" and (call.usage is not None or call.counted.output):
+            counted = Tokens(input=call.counted.input, output=call.counted.output)
+            bills.append(_Bill(call.number, counted, "counted", call.provider or g.provider, model))
+    return bills
 
 
 def _tokens(g: Generation, basis: Basis) -> Tokens:
@@ -192,27 +242,36 @@ def disjoint(usage: Usage) -> Tokens:
     )
 
 
-def _priced(tokens: Tokens, g: Generation, book: PriceBook, source: Source, rule: str) -> _Target:
-    unpriced = _Target("unpriced", source, rule)
-    rows = book.rows(g.provider, g.upstream_model or g.model, g.started_at)
-    if not any(c in rows for c in _SPOKEN) or any(c not in rows and getattr(tokens, c) for c in TOKEN_CLASSES):
+def _priced(bills: Sequence[_Bill], at: int, book: PriceBook, rule: str) -> _Target:
+    """Return the sum of the calls' bills: one bill has one source, and one currency."""
+    sources = {bill.source for bill in bills}
+    source: Source = bills[-1].source if len(sources) == 1 else "counted" if "counted" in sources else "reported"
+    tokens = sum(bill.tokens.total for bill in bills)
+    unpriced = _Target("unpriced", source, rule, tokens=tokens)
+    lines: list[Line] = []
+    currencies: set[str] = set()
+    for bill in bills:
+        rows = book.rows(bill.provider, bill.model, at)
+        spoken = [rows[c].currency for c in _SPOKEN if c in rows]
+        if not spoken or any(c not in rows and getattr(bill.tokens, c) for c in TOKEN_CLASSES):
+            return unpriced
+        used = [(c, p) for c, p in rows.items() if getattr(bill.tokens, c)]
+        currencies |= {p.currency for _, p in used} or set(spoken)
+        try:
+            lines += [_line(c, getattr(bill.tokens, c), p, bill.call) for c, p in used]
+        except AmountTooLarge:
+            return unpriced
+    amount = sum((Decimal(line.amount) for line in lines), ZERO)
+    if len(currencies) > 1 or amount >= LARGEST:
         return unpriced
-    used = [(c, p) for c, p in rows.items() if getattr(tokens, c)]
-    currency, *others = {p.currency for _, p in used} or {rows[c].currency for c in _SPOKEN if c in rows}
-    if others:
-        return unpriced  # one bill, one currency
-    try:
-        lines = tuple(_line(c, getattr(tokens, c), p) for c, p in used)
-    except AmountTooLarge:
-        return unpriced
-    return _Target("charged", source, rule, sum((Decimal(line.amount) for line in lines), ZERO), currency, lines)
+    return _Target("charged", source, rule, amount, currencies.pop(), tuple(lines), tokens)
 
 
 _SPOKEN: Final[tuple[TokenClass, ...]] = ("input", "output")
 """Without a price for either of these a model has no price, however few tokens it used."""
 
 
-def _line(token_class: TokenClass, count: int, price: Price) -> Line:
+def _line(token_class: TokenClass, count: int, price: Price, call: int) -> Line:
     amount = times(count, price.amount, per_million=token_class != PER_REQUEST)
     return Line(
         token_class=token_class,
@@ -220,4 +279,5 @@ def _line(token_class: TokenClass, count: int, price: Price) -> Line:
         price=price.id,
         rate=render(price.amount),
         amount=render(amount),
+        call=call,
     )

@@ -12,21 +12,24 @@ import msgspec
 from schemas.acceptance import BEGINNING, Position, Verdict, joining, judge
 from schemas.events import (
     TERMINAL_TYPES,
+    AbandonedCall,
     Cancelled,
     Completed,
     Event,
     Failed,
     Interrupted,
+    Notice,
     Restarted,
     Started,
     UsageReported,
 )
 from schemas.subjects import Address
 from schemas.usage import Counted, Usage, nested
+from services.billing.core.calls import abandon, abandoned_calls, report, sum_reports
 from services.billing.core.generation import EXPORT, Generation
 from services.billing.core.intake import Record, clip, milliseconds
 
-__all__ = ["Change", "Folded", "fold", "take_usage"]
+__all__ = ["Change", "Folded", "fold", "take_export", "take_usage"]
 
 LABELS_LIMIT: Final = 4_000
 """Characters of a generation's labels that are kept, as JSON; more than that and none are."""
@@ -59,6 +62,7 @@ def fold(known: Generation | None, address: Address, records: Iterable[Record], 
     """
     g = msgspec.structs.replace(known) if known else _unborn(address)
     epoch, next_seq, ended = g.position if known else BEGINNING
+    before = _counted_before(g)
     change: Change = "nothing"
     plain = 0
     verdicts: Counter[str] = Counter()
@@ -71,7 +75,8 @@ def fold(known: Generation | None, address: Address, records: Iterable[Record], 
             # The rule's plain case, and nearly all of the log: asking it would cost more than all else here.
             next_seq += 1
             plain += 1
-            g.counted_output = header.tokens or g.counted_output
+            if header.tokens:
+                g.counted_output = before + header.tokens
             g.log_seq = record.seq
             continue
         position = Position(epoch, next_seq, ended)
@@ -86,10 +91,13 @@ def fold(known: Generation | None, address: Address, records: Iterable[Record], 
                 change = "whole"
             continue
         change = "whole"
+        if after.epoch > epoch > 0 and header.type not in TERMINAL_TYPES:
+            abandon(g, record.event.call if isinstance(record.event, Restarted) else None)
         if position == BEGINNING or header.type != "delta":
             _apply(g, record, header.type)
-        if header.type == "delta":
-            g.counted_output = header.tokens or g.counted_output
+        before = _counted_before(g)
+        if header.type == "delta" and header.tokens:
+            g.counted_output = before + header.tokens
         epoch, next_seq, ended = after.epoch, after.next_seq, ended or after.ended
         g.log_seq = record.seq
         verdicts[record.fault or "accepted"] += 1
@@ -98,6 +106,11 @@ def fold(known: Generation | None, address: Address, records: Iterable[Record], 
         change = "progress" if change == "nothing" else change
     g.epoch, g.next_seq = epoch, next_seq
     return Folded(g if epoch else None, change, verdicts)
+
+
+def _counted_before(g: Generation) -> int:
+    """Return the output tokens of abandoned calls, to which the running count of the last one is added."""
+    return sum(call.counted.output for call in abandoned_calls(g))
 
 
 def _unborn(address: Address) -> Generation:
@@ -134,6 +147,12 @@ def _take(g: Generation, event: Event, at: int) -> None:
             g.credential = clip(event.key)
         case Restarted():
             _name_upstream(g, event.provider, event.upstream_model)
+        case Notice():
+            if event.call is not None:
+                abandon(g, event.call)
+            _name_upstream(g, event.provider or "", event.upstream_model or "")
+        case UsageReported() if event.call:
+            report(g, _told(event))
         case UsageReported():
             _take_usage(g, event, at)
         case Completed():
@@ -155,29 +174,49 @@ def _name_upstream(g: Generation, provider: str, upstream_model: str) -> None:
 def _take_count(g: Generation, counted: Counted) -> None:
     if counted == Counted():
         return  # its writer did not count: what deltas said stays
-    g.counted_input = counted.input or g.counted_input
-    g.counted_output = counted.output or g.counted_output
+    calls = abandoned_calls(g)
+    if counted.input:
+        g.counted_input = counted.input + sum(call.counted.input for call in calls)
+    if counted.output:
+        g.counted_output = counted.output + sum(call.counted.output for call in calls)
     g.counted_exact = counted.exact
     g.encoding = clip(counted.encoding) or g.encoding
 
 
 def _take_usage(g: Generation, event: UsageReported, at: int) -> None:
-    usage = event.usage
     _name_upstream(g, event.provider, event.upstream_model)
     g.upstream_id = clip(event.upstream_id or "") or g.upstream_id
     if g.usage_source == EXPORT:
         return
     g.reported_at = at
-    take_usage(g, usage, clip(event.source))
+    take_usage(g, event.usage, clip(event.source))
 
 
 def take_usage(g: Generation, usage: Usage, source: str) -> None:
-    """Set what the provider reported, and who told so."""
+    """Set what the provider reported of the last call, and who told so."""
     usage = nested(usage)
-    g.input, g.output, g.reasoning = usage.input, usage.output, usage.reasoning
-    g.cached_input, g.cache_write, g.cache_write_1h = usage.cached_input, usage.cache_write, usage.cache_write_1h
     g.usage = msgspec.json.encode(usage).decode()
     g.usage_source = source
+    sum_reports(g)
+
+
+def take_export(g: Generation, call: int, usage: Usage) -> None:
+    """Set what a provider's export says of a call of ``g``; ``call`` 0 is the one that it ended with."""
+    if call:
+        report(g, AbandonedCall(number=call, usage=usage, source=EXPORT))
+    else:
+        take_usage(g, usage, EXPORT)
+
+
+def _told(event: UsageReported) -> AbandonedCall:
+    return AbandonedCall(
+        number=event.call,
+        provider=event.provider,
+        upstream_model=event.upstream_model,
+        upstream_id=event.upstream_id,
+        usage=event.usage,
+        source=event.source,
+    )
 
 
 def _labels(metadata: dict[str, str]) -> str:

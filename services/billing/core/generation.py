@@ -74,6 +74,7 @@ class Generation(msgspec.Struct, kw_only=True):
     cache_write: int | None = None
     cache_write_1h: int | None = None
     reasoning: int | None = None
+    calls: str = ""
     usage: str | None = None
     usage_source: str = ""
     drift_input: int | None = None

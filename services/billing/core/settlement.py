@@ -1,7 +1,10 @@
 """Settlement: reconciliation, the reasons for a drift, and the charge, in one step that can be repeated."""
 
+from typing import Final
+
 import msgspec
 
+from services.billing.core.calls import last_call
 from services.billing.core.charging import Charging, Entry, charge
 from services.billing.core.drift import explain
 from services.billing.core.generation import Generation
@@ -22,9 +25,16 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
 def settle(g: Generation, now: int, terms: Terms) -> tuple[Generation, list[Entry]]:
     """Return ``g`` settled as of ``now`` (milliseconds since 1970), and the ledger entries that this takes.
 
-    Settling what is settled, by the same terms, changes nothing and gives no entry.
+    Settling what is settled, by the same terms, changes nothing and gives no entry. Counted and reported are compared
+    for the call that the generation ended with; abandoned calls are partial, and each is compared where it is shown.
     """
-    reconciled = reconcile(g, now, terms.policy)
+    reconciled = reconcile(last_call(g), now, terms.policy)
     if reconciled.status not in ("running", "awaiting_provider") or reconciled.reasons:
         reconciled = msgspec.structs.replace(reconciled, reasons=explain(reconciled, terms.policy))
+    if g.calls:
+        decided = {name: getattr(reconciled, name) for name in _DECIDED}
+        reconciled = msgspec.structs.replace(g, **decided)
     return charge(reconciled, now, terms.charging, terms.book)
+
+
+_DECIDED: Final = ("status", "drift_input", "drift_output", "settle_at", "reasons")

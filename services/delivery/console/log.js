@@ -184,7 +184,7 @@ const FOLDS = {
     generation.notices.push({ code: "restarted", message: event.reason, delay: null });
   },
   usage(generation, event) {
-    generation.reported = event.usage;
+    if (!event.call) generation.reported = event.usage; // with a call it is about one that was abandoned
   },
   completed: (generation, event) => end(generation, event, { reason: event.finish_reason ?? "stop" }),
   failed: (generation, event) =>

@@ -11,6 +11,7 @@ import msgspec
 
 from schemas.codec import MalformedEvent, UnknownEvent, decode_event, decode_header
 from schemas.events import (
+    AbandonedCall,
     Annotation,
     AnyEvent,
     Cancelled,
@@ -159,6 +160,7 @@ def _event(event: AnyEvent) -> pb.Event:
                 upstream_model=event.upstream_model,
                 upstream_id=event.upstream_id,
                 source=event.source,
+                call=event.call,
             )
             return _head(event, "usage", usage=usage)
         case Notice():
@@ -169,10 +171,16 @@ def _event(event: AnyEvent) -> pb.Event:
                 provider=event.provider,
                 upstream_model=event.upstream_model,
                 delay=event.delay,
+                call=_call(event.call),
             )
             return _head(event, "notice", notice=notice)
         case Restarted():
-            restarted = pb.Restarted(reason=event.reason, provider=event.provider, upstream_model=event.upstream_model)
+            restarted = pb.Restarted(
+                reason=event.reason,
+                provider=event.provider,
+                upstream_model=event.upstream_model,
+                call=_call(event.call),
+            )
             return _head(event, "restarted", restarted=restarted)
         case _:
             return _terminal(event)
@@ -245,6 +253,21 @@ def _annotation(annotation: Annotation) -> pb.Annotation:
 
 def _json(value: Any) -> bytes:
     return b"" if value is None else msgspec.json.encode(value)
+
+
+def _call(call: AbandonedCall | None) -> pb.AbandonedCall | None:
+    if call is None:
+        return None
+    return pb.AbandonedCall(
+        number=call.number,
+        code=call.code,
+        provider=call.provider,
+        upstream_model=call.upstream_model,
+        upstream_id=call.upstream_id,
+        counted=_counted(call.counted),
+        usage=None if call.usage is None else _usage(call.usage),
+        source=call.source,
+    )
 
 
 def _usage(usage: Usage) -> pb.Usage:

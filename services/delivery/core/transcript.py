@@ -6,7 +6,7 @@ import msgspec
 
 from schemas.acceptance import BEGINNING, Verdict, judge
 from schemas.codec import UnknownEvent, decode_event, decode_header
-from schemas.events import AnyEvent, Delta, Restarted, Started, UsageReported, is_terminal
+from schemas.events import AbandonedCall, AnyEvent, Delta, Notice, Restarted, Started, UsageReported, is_terminal
 from schemas.usage import Counted, Usage
 from services.delivery.core.answer import Answer, AnswerMessage, ToolCallText
 
@@ -31,6 +31,7 @@ class Transcript:
         self.usage: Usage | None = None
         self.tokens = 0
         self.events = 0
+        self._abandoned: dict[int, AbandonedCall] = {}
         self._position = BEGINNING
         self._answers: dict[int, Answer] = {}
 
@@ -95,6 +96,11 @@ class Transcript:
         answers = self.answers
         return [a.message() for a in answers] if any(a.has_more_than_text for a in answers) else []
 
+    @property
+    def abandoned_calls(self) -> list[AbandonedCall]:
+        """Calls that did not become the answer, in order, each with its own count and usage."""
+        return [self._abandoned[number] for number in sorted(self._abandoned)]
+
     def counted(self) -> Counted:
         """Return our own count: the terminal's, else what the deltas say so far."""
         counted: Any = getattr(self.terminal, "counted", None)
@@ -104,6 +110,8 @@ class Transcript:
         return msgspec.structs.replace(begun, output=self.tokens)
 
     def _apply(self, event: AnyEvent) -> None:
+        if isinstance(event, Notice | Restarted) and event.call is not None:
+            self._abandoned[event.call.number] = event.call
         match event:
             case Delta():
                 self._delta(event)
@@ -112,12 +120,24 @@ class Transcript:
             case Restarted():
                 self._answers.clear()
                 self.tokens = 0
+            case UsageReported() if event.call:
+                self._report(event)
             case UsageReported():
                 self.usage = event.usage
             case _ if is_terminal(event):
                 self.terminal = event
             case _:
                 pass
+
+    def _report(self, event: UsageReported) -> None:
+        """Take the usage of an abandoned call; one whose end is no longer kept is known by it alone."""
+        known = self._abandoned.get(event.call) or AbandonedCall(
+            number=event.call,
+            provider=event.provider,
+            upstream_model=event.upstream_model,
+            upstream_id=event.upstream_id,
+        )
+        self._abandoned[event.call] = msgspec.structs.replace(known, usage=event.usage, source=event.source)
 
     def _delta(self, event: Delta) -> None:
         self.tokens = event.tokens

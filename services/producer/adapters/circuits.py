@@ -1,102 +1,165 @@
-"""Circuit breakers, one for each upstream, shared by all producers through the broker.
+"""Circuit breakers shared by all producers: one for each provider's connections, one for each of its models.
 
-purgatory keeps the states; a change here is stored in the registry bucket, and a change elsewhere is taken over from
-there, so that a fleet does not learn the same outage one by one.
+A change here is stored in the registry bucket, and a change elsewhere is taken over from there, so that a fleet does
+not learn the same outage one by one. Only circuits with failures are kept, so names of models that callers make up cost
+nothing.
 """
 
 import asyncio
+import hashlib
+import secrets
 import time
-from typing import Any, Final, Literal
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple
 
 import msgspec
 import nats.errors
 import structlog
 from nats.js.kv import KeyValue
-from purgatory.domain.model import Context, OpenedState
 
 from schemas.topology import REGISTRY_BUCKET
 from services.kit.broker import Broker
 from services.producer import metrics
+from services.producer.core.circuit import Circuit, CircuitState
 from services.producer.core.parts import UpstreamFailure
 
-__all__ = ["Circuits"]
+__all__ = ["COUNTED", "Circuits", "Permit"]
 
 log = structlog.get_logger()
 _PREFIX: Final = "circuit."
-_STATES: Final = {"closed": 0, "half-opened": 1, "opened": 2}
+_STATES: Final[dict[CircuitState, int]] = {"closed": 0, "half-open": 1, "open": 2}
 _REOPEN_WATCH: Final = 1.0
 WATCH_SECONDS: Final = 60.0  # a watch that has died without a word is noticed after so long
+SLOTS: Final = 256
+"""Keys of a provider's models in the bucket; of two models that share one, the newer change is kept."""
+MODEL_LIMIT: Final = 120
+"""Characters of a model's name in a log line."""
+KEPT: Final = 1_000
+"""Bound of circuits with failures in one process."""
+FORGOTTEN: Final = 10
+"""A circuit that nobody has tried for so many times its open time is closed."""
 COUNTED: Final = frozenset(
     {
         "upstream_overloaded",
         "upstream_error",
         "upstream_unreachable",
         "upstream_cut_off",
-        "upstream_malformed",
         "deadline_connect",
         "deadline_first_token",
     }
 )
-"""Failures that speak of an outage. A rate limit or a refused request does not: the upstream works."""
+"""Failures that speak of an outage. What the answer itself is at fault for, a rate limit or a refusal does not."""
 
 
-class _Shared(msgspec.Struct):
-    """A circuit's state as producers tell it each other; ``opened_at`` in seconds since 1970."""
+class _Key(NamedTuple):
+    """A circuit; ``model`` is ``None`` for that of the provider's connections."""
 
-    state: Literal["closed", "half-opened", "opened"]
-    opened_at: float | None = None
+    provider: str
+    model: str | None
+
+
+class _Shared(msgspec.Struct, omit_defaults=True):
+    """A circuit as producers tell it each other. ``by`` names the process; ``blocked``: until when, by tenant."""
+
+    by: str
+    provider: str
+    model: str | None = None
+    blocked: dict[str, float] = {}
+    for_all: bool = False
+
+
+class Permit:
+    """One admitted call; it says how the call went."""
+
+    def __init__(self, circuits: "Circuits", provider: str, model: str, tenant: str) -> None:
+        self._circuits = circuits
+        self._connection = _Key(provider, None)
+        self._model = _Key(provider, model)
+        self._tenant = tenant
+
+    def connected(self) -> None:
+        """The provider has begun to answer."""
+        self._circuits.note(self._connection, lambda circuit, _now: circuit.succeed())
+
+    def succeeded(self) -> None:
+        """The first token has come."""
+        self._circuits.note(self._model, lambda circuit, _now: circuit.succeed())
+
+    def failed(self, failure: UpstreamFailure, *, connected: bool) -> None:
+        """The call has failed before its first token, by no fault of its caller. ``connected``: with a connection."""
+        if failure.code not in COUNTED:
+            self.left()
+        elif connected:
+            self._circuits.note(self._model, lambda circuit, now: circuit.fail(self._tenant, now, self), creating=True)
+        else:  # no caller can bring that about, so nobody's calls are told apart
+            self._circuits.note(self._connection, lambda circuit, now: circuit.fail("", now, self), creating=True)
+        self.left()
+
+    def left(self) -> None:
+        """The call is over and says nothing of the upstream."""
+        for key in (self._connection, self._model):
+            circuit = self._circuits.known(key)
+            if circuit is not None:
+                circuit.leave(self)
 
 
 class Circuits:
-    """States of all upstreams as this process knows them.
+    """The circuits of all upstreams as this process knows them.
 
-    After ``threshold`` failures in a row a circuit opens; ``ttl`` seconds later one call may try again.
+    After ``threshold`` failures in a row a circuit opens; ``seconds`` later one call at a time may try again.
     """
 
-    def __init__(self, broker: Broker, threshold: int, ttl: float) -> None:
+    def __init__(self, broker: Broker, threshold: int, seconds: float) -> None:
         self._broker = broker
         self._threshold = threshold
-        self._ttl = ttl
-        self._contexts: dict[str, Context] = {}  # one for each provider
-        self._trying: set[str] = set()  # half-open, with a call under way
+        self._seconds = seconds
+        self._name = secrets.token_hex(8)
+        self._circuits: dict[_Key, Circuit] = {}  # with failures only, the oldest first; bounded by KEPT
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def is_open(self, provider: str) -> bool:
+    def is_open(self, provider: str, model: str, tenant: str) -> bool:
         """Tell whether no call may be made now, without asking for one."""
-        context = self._context(provider)
-        return context.state == "opened" and time.time() <= (context.opened_at or 0.0) + self._ttl
+        now = time.time()
+        keys = ((_Key(provider, None), ""), (_Key(provider, model), tenant))
+        return any((c := self.known(key)) is not None and c.state(who, now) == "open" for key, who in keys)
 
-    def admits(self, provider: str) -> bool:
-        """Tell whether a call may be made now; in the half-open state one at a time."""
-        context = self._context(provider)
-        try:
-            context.handle_new_request()
-        except OpenedState:
-            return False
-        self._told(provider)
-        if context.state != "half-opened":
-            return True
-        if provider in self._trying:
-            return False
-        self._trying.add(provider)
-        return True
+    def admit(self, provider: str, model: str, tenant: str) -> Permit | None:
+        """Return the permit for a call; ``None`` where a circuit is open, or half open with a call under way."""
+        permit, now = Permit(self, provider, model, tenant), time.time()
+        for key, who in ((_Key(provider, None), ""), (_Key(provider, model), tenant)):
+            circuit = self.known(key)
+            if circuit is not None and not circuit.admits(who, now, permit):
+                permit.left()
+                return None
+        metrics.CIRCUIT.labels(provider)  # shown from the first call on
+        if self._circuits:
+            self._show(provider)
+        return permit
 
-    def succeeded(self, provider: str) -> None:
-        """A call has brought its first token."""
-        self._trying.discard(provider)
-        self._context(provider).handle_end_request()
-        self._told(provider)
+    def known(self, key: _Key) -> Circuit | None:
+        """Return a circuit that has had failures."""
+        return self._circuits.get(key)
 
-    def failed(self, provider: str, failure: UpstreamFailure) -> None:
-        """A call has failed before its first token."""
-        self._trying.discard(provider)
-        if failure.code in COUNTED:
-            self._context(provider).handle_exception(ConnectionError(failure.code))
-            self._told(provider)
-
-    def abandoned(self, provider: str) -> None:
-        """A call was ended by our side before it could tell anything."""
-        self._trying.discard(provider)
+    def note(self, key: _Key, change: Callable[[Circuit, float], bool], *, creating: bool = False) -> None:
+        """Change a circuit, and tell the others if its state has changed."""
+        circuit = self._circuits.get(key)
+        if circuit is None:
+            if not creating:
+                return
+            self._make_room()
+            circuit = self._circuits[key] = Circuit(self._threshold, self._seconds)
+        changed = change(circuit, time.time())
+        if circuit.is_closed and not circuit.failures:
+            del self._circuits[key]
+        if changed:
+            log.warning(
+                "circuit changed",
+                provider=key.provider,
+                model=None if key.model is None else key.model[:MODEL_LIMIT],
+                state="closed" if circuit.is_closed else "open" if circuit.for_all else "open for one tenant",
+            )
+            self._show(key.provider)
+            self._tell(_Shared(self._name, *key, dict(circuit.blocked), circuit.for_all))
 
     async def follow(self) -> None:
         """Take over what other producers found out; runs until cancelled."""
@@ -106,6 +169,7 @@ class Circuits:
                 await self._watch(bucket)
             except (nats.errors.Error, OSError, TimeoutError) as error:
                 log.debug("circuits are not followed now", error=repr(error))
+            self._forget()
             await asyncio.sleep(_REOPEN_WATCH)
 
     async def _watch(self, bucket: KeyValue) -> None:
@@ -114,47 +178,73 @@ class Circuits:
             while True:
                 entry = await watcher.updates(timeout=WATCH_SECONDS)
                 if entry is not None and entry.value:
-                    self._take_over(entry.key.removeprefix(_PREFIX), entry.value)
+                    self._take_over(entry.value)
         finally:
             await watcher.stop()
 
-    def _take_over(self, provider: str, value: bytes) -> None:
+    def _take_over(self, value: bytes) -> None:
         try:
             shared = msgspec.json.decode(value, type=_Shared)
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, UnicodeDecodeError):
             return
-        context = self._context(provider)
-        if shared.state in (context.state, "half-opened"):
+        now = time.time()
+        key = _Key(shared.provider, shared.model)
+        live = {tenant: until for tenant, until in shared.blocked.items() if now < until}
+        if shared.by == self._name or (shared.blocked and not live):
             return
-        self._contexts[provider] = Context(
-            provider, self._threshold, self._ttl, state=shared.state, opened_at=shared.opened_at
+        circuit = self._circuits.get(key)
+        if not live and (circuit is None or circuit.is_closed):
+            return
+        if circuit is None:
+            self._make_room()
+            circuit = self._circuits[key] = Circuit(self._threshold, self._seconds)
+        if live:
+            circuit.adopt(live, for_all=shared.for_all, now=now)
+        else:
+            del self._circuits[key]
+        self._show(key.provider)
+        model = None if key.model is None else key.model[:MODEL_LIMIT]
+        log.info("circuit changed elsewhere", provider=key.provider, model=model, blocked=len(live))
+
+    def _make_room(self) -> None:
+        """Forget circuits that hold nobody back before those that do, the oldest first."""
+        if len(self._circuits) >= KEPT:
+            oldest = next((k for k, c in self._circuits.items() if c.is_closed), next(iter(self._circuits)))
+            del self._circuits[oldest]
+
+    def _forget(self) -> None:
+        """Forget circuits that nobody has tried for long."""
+        expired = time.time() - FORGOTTEN * self._seconds
+        for key, circuit in list(self._circuits.items()):
+            if circuit.blocked and max(circuit.blocked.values()) < expired:
+                del self._circuits[key]
+                self._show(key.provider)
+
+    def _show(self, provider: str) -> None:
+        connection = self.known(_Key(provider, None))
+        state: CircuitState = "closed" if connection is None else connection.state("", time.time())
+        metrics.CIRCUIT.labels(provider).set(_STATES[state])
+        models = sum(
+            key.provider == provider and key.model is not None and not circuit.is_closed
+            for key, circuit in self._circuits.items()
         )
-        metrics.CIRCUIT.labels(provider).set(_STATES[shared.state])
-        log.info("circuit changed elsewhere", provider=provider, state=shared.state)
+        metrics.MODEL_CIRCUITS.labels(provider).set(models)
 
-    def _context(self, provider: str) -> Context:
-        context = self._contexts.get(provider)
-        if context is None:
-            context = self._contexts[provider] = Context(provider, self._threshold, self._ttl)
-            metrics.CIRCUIT.labels(provider).set(0)
-        return context
-
-    def _told(self, provider: str) -> None:
-        """Tell the others if the state has changed."""
-        context = self._contexts[provider]
-        changed = any(type(message).__name__ == "ContextChanged" for message in context.messages)
-        context.messages.clear()
-        if not changed:
-            return
-        log.warning("circuit changed", provider=provider, state=context.state)
-        metrics.CIRCUIT.labels(provider).set(_STATES[context.state])
-        task = asyncio.create_task(self._store(provider, _Shared(context.state, context.opened_at)))
+    def _tell(self, shared: _Shared) -> None:
+        task = asyncio.create_task(self._store(shared))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _store(self, provider: str, shared: _Shared) -> None:
+    async def _store(self, shared: _Shared) -> None:
         try:
             bucket = await self._broker.bucket(REGISTRY_BUCKET)
-            await bucket.put(_PREFIX + provider.replace(" ", "_"), msgspec.json.encode(shared))
+            await bucket.put(_bucket_key(shared), msgspec.json.encode(shared))
         except (nats.errors.Error, OSError, TimeoutError) as error:
-            log.debug("circuit not shared", provider=provider, error=repr(error))
+            log.debug("circuit not shared", provider=shared.provider, error=repr(error))
+
+
+def _bucket_key(shared: _Shared) -> str:
+    if shared.model is None:
+        return f"{_PREFIX}connection.{shared.provider}"
+    slot = int.from_bytes(hashlib.sha256(shared.model.encode(errors="replace")).digest()[:4]) % SLOTS
+    return f"{_PREFIX}model.{shared.provider}.{slot}"

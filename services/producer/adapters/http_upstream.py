@@ -190,15 +190,16 @@ class HttpUpstream:
         try:
             yield
         except TimeoutError as error:
-            raise self._refused(f"no connection within {call.connect_timeout:g} s") from error
+            raise self._refused(f"no connection within {call.connect_timeout:g} s", connected=False) from error
+        except aiohttp.ClientConnectorError as error:  # refused, no such name, no TLS
+            raise self._refused(str(error), connected=False) from error
         except (aiohttp.ClientError, OSError) as error:
-            raise self._refused(f"{error or type(error).__name__}") from error
+            raise self._refused(f"{error or type(error).__name__}", connected=True) from error
 
-    def _refused(self, what: str) -> UpstreamRefused:
+    def _refused(self, what: str, *, connected: bool) -> UpstreamRefused:
         message = f"{self._provider.name} cannot be reached: {what}"
-        return UpstreamRefused(
-            self.scrubbed(UpstreamFailure(code="upstream_unreachable", message=message, recoverable=True))
-        )
+        failure = UpstreamFailure(code="upstream_unreachable", message=message, recoverable=True)
+        return UpstreamRefused(self.scrubbed(failure), connected=connected)
 
 
 class HttpStream:

@@ -6,6 +6,7 @@ from typing import Final, Protocol
 import msgspec
 
 from schemas.events import (
+    AbandonedCall,
     AnyEvent,
     Cancelled,
     Completed,
@@ -75,6 +76,7 @@ class Generation:
     """Builds the events of one generation with gapless seqs in one epoch.
 
     ``ending`` says whether the provider has ended the answer, by its marker or by an error: nothing more is read then.
+    ``abandoned`` counts the calls, of all producers, whose answer had begun and that were left for another one.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class Generation:
         counted_input: int,
         exact: bool,
         encoding: str,
+        abandoned: int = 0,
     ) -> None:
         self.name = name
         self.epoch = epoch
@@ -96,10 +99,12 @@ class Generation:
         self.upstream_id: str | None = None
         self.usage: Usage | None = None
         self._usage_begun: Usage | None = None
-        self._usage_source = "stream"
+        self.usage_source = "stream"
         self._usage_left_out = False
         self.ending: End | UpstreamFailure | None = None
         self.has_tokens = False
+        self.abandoned = abandoned
+        self._answering = False
         self._new_counter = counter
         self._counter = counter()
         self._counted_input = counted_input
@@ -132,9 +137,12 @@ class Generation:
             key=request.key,
         )
 
-    def restart(self, reason: str, provider: str, upstream_model: str, at: float) -> Restarted:
-        """Return the event by which a new epoch begins the answer anew."""
+    def restart(
+        self, reason: str, provider: str, upstream_model: str, at: float, call: AbandonedCall | None = None
+    ) -> Restarted:
+        """Return the event by which a new epoch begins the answer anew; it takes back the text of ``call``."""
         self.provider, self.upstream_model = provider, upstream_model
+        self.abandoned = self.abandoned if call is None else call.number
         return Restarted(
             generation=self.name,
             seq=self._take(),
@@ -143,29 +151,60 @@ class Generation:
             reason=reason,
             provider=provider,
             upstream_model=upstream_model,
+            call=call,
         )
 
-    def begin_anew(self, reason: str, at: float) -> Restarted:
+    def begin_anew(self, reason: str, call: AbandonedCall | None, at: float) -> Restarted:
         """Return the event that takes back what was said so far; the same producer asks again in a new epoch."""
         self.epoch += 1
-        self.has_tokens = False
-        self.forget_call()
+        return self.restart(reason, self.provider, self.upstream_model, at, call)
+
+    def begin_answer(self) -> None:
+        """Note that the provider has begun to answer the call: from here on it may be charged for."""
+        self._answering = True
+
+    def abandon_call(self, failure: UpstreamFailure) -> AbandonedCall | None:
+        """Leave the present call for another one and forget all that it has told; return what is known of it.
+
+        ``None``: its answer had not begun, so it costs nothing.
+        """
+        call = self._abandoned(failure.code) if self._answering else None
+        self._answering = self.has_tokens = False
+        self.upstream_id = None
+        self.usage = self._usage_begun = None
+        self.usage_source = "stream"
+        self.ending = None
+        self._finish.clear()
         self._counter = self._new_counter()
         self._named.clear()
         self._omitted.clear()
-        return self.restart(reason, self.provider, self.upstream_model, at)
+        self._odd.clear()
+        self._usage_left_out = False
+        return call
 
-    def forget_call(self) -> None:
-        """Forget what an earlier call that brought no tokens has told of itself."""
-        if self.has_tokens:
-            return
-        self.upstream_id = None
-        self.usage = self._usage_begun = None
-        self.ending = None
-        self._finish.clear()
+    def _abandoned(self, code: str) -> AbandonedCall:
+        self._estimate_usage()
+        self.abandoned += 1
+        return AbandonedCall(
+            number=self.abandoned,
+            code=code,
+            provider=self.provider,
+            upstream_model=self.upstream_model,
+            upstream_id=self.upstream_id,
+            counted=self.counted(),
+            usage=self.usage,
+            source=self.usage_source if self.usage is not None else "",
+        )
 
     def notice(
-        self, code: str, message: str, at: float, *, attempt: int | None = None, delay: float | None = None
+        self,
+        code: str,
+        message: str,
+        at: float,
+        *,
+        attempt: int | None = None,
+        delay: float | None = None,
+        call: AbandonedCall | None = None,
     ) -> Notice:
         """Return a notice; it names the provider that is being asked."""
         return Notice(
@@ -179,6 +218,7 @@ class Generation:
             provider=self.provider or None,
             upstream_model=self.upstream_model or None,
             delay=delay,
+            call=call,
         )
 
     def absorb(self, parts: list[Part], at: float) -> list[AnyEvent]:
@@ -276,10 +316,10 @@ class Generation:
         """Where an answer broke off, take its input as the provider stated it in the beginning, and our own output."""
         self._drop_blank_usage()
         begun = self._usage_begun
-        if self.usage is None and begun is not None and self.has_tokens:
+        if self.usage is None and begun is not None:
             output = max(begun.output, self._counter.total())
             self.usage = msgspec.structs.replace(begun, output=output)
-            self._usage_source = "begun"
+            self.usage_source = "begun"
 
     def _drop_blank_usage(self) -> None:
         """Forget a report of nothing at all beside tokens that have come: it is none."""
@@ -299,7 +339,7 @@ class Generation:
                     provider=self.provider,
                     upstream_model=self.upstream_model,
                     upstream_id=self.upstream_id,
-                    source=self._usage_source,
+                    source=self.usage_source,
                 )
             )
         self._take()

@@ -120,7 +120,8 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     """One way to answer. ``encoding`` names the exact tokenizer where the configuration knows it.
 
-    ``failover``: whether it may stand in for a candidate before it that has failed.
+    ``failover``: whether it may stand in for a candidate before it that has failed. ``configured``: whether the
+    configuration names this model, and not the caller.
     """
 
     provider: Provider
@@ -128,6 +129,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     encoding: str | None = None
     deadlines: DeadlineOverrides = DeadlineOverrides()
     failover: bool = True
+    configured: bool = False
 
 
 class _ProviderTable(msgspec.Struct, kw_only=True):
@@ -356,9 +358,8 @@ def _candidates(
             direct = _direct(providers[name], upstream_model)
             encoding = described.encoding or direct.encoding
             overrides = DeadlineOverrides(**deadlines)
-            candidates.append(
-                msgspec.structs.replace(direct, encoding=encoding, deadlines=overrides, failover=wanted.failover)
-            )
+            changes = {"encoding": encoding, "deadlines": overrides, "failover": wanted.failover, "configured": True}
+            candidates.append(msgspec.structs.replace(direct, **changes))
     if described.candidates and not candidates and len(problems) == before:
         problems.append(f"{place} candidates: none of their providers is usable")
     return candidates

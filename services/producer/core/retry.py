@@ -7,7 +7,7 @@ from tenacity import RetryCallState, wait_incrementing, wait_random, wait_random
 
 from services.producer.core.parts import UpstreamFailure
 
-__all__ = ["CallFailed", "RetryPolicy"]
+__all__ = ["REFUSED", "CallFailed", "RetryPolicy", "helps_elsewhere"]
 
 _DEFAULT_ON: Final = (
     "upstream_rate_limited",
@@ -18,6 +18,15 @@ _DEFAULT_ON: Final = (
     "deadline_connect",
     "deadline_first_token",
 )
+
+
+REFUSED: Final = frozenset({"upstream_unauthorized", "upstream_not_found", "upstream_rate_limited"})
+"""Failures that are the candidate's and not the request's: key, balance, permission, model, quota."""
+
+
+def helps_elsewhere(failure: UpstreamFailure) -> bool:
+    """Tell whether another candidate may answer what this one did not: not where the request itself is at fault."""
+    return failure.recoverable or failure.code in REFUSED
 
 
 class CallFailed(Exception):

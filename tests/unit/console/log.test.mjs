@@ -120,6 +120,7 @@ test("the terminal gives state, reason and the final count; usage may still foll
     text(1, "a", 1),
     event(2, "failed", { code: "upstream_cut_off", message: "cut", counted: { input: 3, output: 2 } }),
     event(3, "usage", { usage: { input: 3, output: 2 } }),
+    event(4, "usage", { usage: { input: 9, output: 9 }, call: 1 }),
   );
   assert.equal(generation.state, "failed");
   assert.equal(generation.code, "upstream_cut_off");

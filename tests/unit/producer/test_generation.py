@@ -159,7 +159,7 @@ def test_an_answer_that_breaks_off_tells_the_input_that_was_stated_and_our_count
         assert (usage.seq, terminal.seq) == (1, 2)
 
 
-def test_what_was_stated_in_the_beginning_gives_way_to_usage_and_means_nothing_without_tokens() -> None:
+def test_what_was_stated_in_the_beginning_gives_way_to_usage_and_holds_without_tokens_too() -> None:
     run = generation()
     run.absorb([BEGUN, Text("a"), UsagePart(Usage(input=901, output=7)), End()], 1.0)
     usage, _completed = run.end(2.0)
@@ -167,7 +167,48 @@ def test_what_was_stated_in_the_beginning_gives_way_to_usage_and_means_nothing_w
     assert (usage.usage.input, usage.usage.output, usage.source) == (901, 7, "stream")
     silent = generation()
     silent.absorb([BEGUN], 1.0)
-    assert [type(event) for event in silent.cancel("requested", 2.0)] == [Cancelled]
+    stated, cancelled = silent.cancel("requested", 2.0)
+    assert isinstance(stated, UsageReported)
+    assert isinstance(cancelled, Cancelled)
+    assert (stated.usage.input, stated.usage.output, stated.source) == (900, 1, "begun")
+
+
+BUSY = UpstreamFailure("upstream_overloaded", "busy", recoverable=True)
+
+
+def test_a_call_that_is_left_keeps_its_own_count_and_usage_and_nothing_of_it_stays() -> None:
+    run = generation()
+    run.provider = "p"
+    run.begin_answer()
+    run.absorb([Identity("id-1", "m-1"), Text("rivers run"), UsagePart(Usage(input=3, output=9))], 1.0)
+    first = run.abandon_call(BUSY)
+    assert first is not None
+    assert (first.number, first.code, first.provider, first.upstream_model) == (1, "upstream_overloaded", "p", "m-1")
+    assert (first.upstream_id, first.usage, first.source) == ("id-1", Usage(input=3, output=9), "stream")
+    assert (first.counted.input, first.counted.output, first.counted.exact) == (3, 3, True)
+    run.begin_anew("upstream_failed", first, 2.0)
+    run.begin_answer()
+    run.absorb([Text("a"), End()], 3.0)
+    (completed,) = run.end(4.0)
+    assert isinstance(completed, Completed)
+    assert completed.counted.output == 1
+
+
+def test_a_call_that_had_only_stated_its_input_is_estimated_and_one_that_had_not_begun_costs_nothing() -> None:
+    run = generation()
+    assert run.abandon_call(BUSY) is None
+    run.begin_answer()
+    run.absorb([BEGUN, Text("rivers and turbines")], 1.0)
+    begun = run.abandon_call(BUSY)
+    assert begun is not None
+    assert begun.usage is not None
+    assert (begun.number, begun.source, begun.usage.input) == (1, "begun", 900)
+    assert begun.usage.output == begun.counted.output == 4
+    run.begin_answer()
+    silent = run.abandon_call(BUSY)
+    assert silent is not None
+    assert (silent.number, silent.usage, silent.source, silent.counted.output) == (2, None, "", 0)
+    assert [type(event) for event in run.fail(BUSY, 2.0)] == [Failed], "nothing of them is taken for the last call's"
 
 
 _parts = st.one_of(

@@ -222,44 +222,70 @@ class Extra(_message.Message):
     def __init__(self, kind: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class Notice(_message.Message):
-    __slots__ = ("code", "message", "attempt", "provider", "upstream_model", "delay")
+    __slots__ = ("code", "message", "attempt", "provider", "upstream_model", "delay", "call")
     CODE_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     PROVIDER_FIELD_NUMBER: _ClassVar[int]
     UPSTREAM_MODEL_FIELD_NUMBER: _ClassVar[int]
     DELAY_FIELD_NUMBER: _ClassVar[int]
+    CALL_FIELD_NUMBER: _ClassVar[int]
     code: str
     message: str
     attempt: int
     provider: str
     upstream_model: str
     delay: float
-    def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ..., attempt: _Optional[int] = ..., provider: _Optional[str] = ..., upstream_model: _Optional[str] = ..., delay: _Optional[float] = ...) -> None: ...
+    call: AbandonedCall
+    def __init__(self, code: _Optional[str] = ..., message: _Optional[str] = ..., attempt: _Optional[int] = ..., provider: _Optional[str] = ..., upstream_model: _Optional[str] = ..., delay: _Optional[float] = ..., call: _Optional[_Union[AbandonedCall, _Mapping]] = ...) -> None: ...
 
 class Restarted(_message.Message):
-    __slots__ = ("reason", "provider", "upstream_model")
+    __slots__ = ("reason", "provider", "upstream_model", "call")
     REASON_FIELD_NUMBER: _ClassVar[int]
     PROVIDER_FIELD_NUMBER: _ClassVar[int]
     UPSTREAM_MODEL_FIELD_NUMBER: _ClassVar[int]
+    CALL_FIELD_NUMBER: _ClassVar[int]
     reason: str
     provider: str
     upstream_model: str
-    def __init__(self, reason: _Optional[str] = ..., provider: _Optional[str] = ..., upstream_model: _Optional[str] = ...) -> None: ...
+    call: AbandonedCall
+    def __init__(self, reason: _Optional[str] = ..., provider: _Optional[str] = ..., upstream_model: _Optional[str] = ..., call: _Optional[_Union[AbandonedCall, _Mapping]] = ...) -> None: ...
+
+class AbandonedCall(_message.Message):
+    __slots__ = ("number", "code", "provider", "upstream_model", "upstream_id", "counted", "usage", "source")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    PROVIDER_FIELD_NUMBER: _ClassVar[int]
+    UPSTREAM_MODEL_FIELD_NUMBER: _ClassVar[int]
+    UPSTREAM_ID_FIELD_NUMBER: _ClassVar[int]
+    COUNTED_FIELD_NUMBER: _ClassVar[int]
+    USAGE_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    code: str
+    provider: str
+    upstream_model: str
+    upstream_id: str
+    counted: Counted
+    usage: Usage
+    source: str
+    def __init__(self, number: _Optional[int] = ..., code: _Optional[str] = ..., provider: _Optional[str] = ..., upstream_model: _Optional[str] = ..., upstream_id: _Optional[str] = ..., counted: _Optional[_Union[Counted, _Mapping]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., source: _Optional[str] = ...) -> None: ...
 
 class UsageReported(_message.Message):
-    __slots__ = ("usage", "provider", "upstream_model", "upstream_id", "source")
+    __slots__ = ("usage", "provider", "upstream_model", "upstream_id", "source", "call")
     USAGE_FIELD_NUMBER: _ClassVar[int]
     PROVIDER_FIELD_NUMBER: _ClassVar[int]
     UPSTREAM_MODEL_FIELD_NUMBER: _ClassVar[int]
     UPSTREAM_ID_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
+    CALL_FIELD_NUMBER: _ClassVar[int]
     usage: Usage
     provider: str
     upstream_model: str
     upstream_id: str
     source: str
-    def __init__(self, usage: _Optional[_Union[Usage, _Mapping]] = ..., provider: _Optional[str] = ..., upstream_model: _Optional[str] = ..., upstream_id: _Optional[str] = ..., source: _Optional[str] = ...) -> None: ...
+    call: int
+    def __init__(self, usage: _Optional[_Union[Usage, _Mapping]] = ..., provider: _Optional[str] = ..., upstream_model: _Optional[str] = ..., upstream_id: _Optional[str] = ..., source: _Optional[str] = ..., call: _Optional[int] = ...) -> None: ...
 
 class Usage(_message.Message):
     __slots__ = ("input", "output", "cached_input", "cache_write", "reasoning", "billed_input", "billed_output", "cost", "currency", "raw", "cache_write_1h", "reasons")

@@ -1,0 +1,168 @@
+"""The calls of a generation: those that were abandoned, and the one that it ended with.
+
+A generation's counted and reported numbers are sums over all of its calls; ``calls`` holds those that were abandoned,
+so that the rest belongs to the last one. Each call is compared and priced by itself.
+"""
+
+from collections.abc import Sequence
+from typing import Final
+
+import msgspec
+
+from schemas.events import AbandonedCall
+from schemas.usage import Counted, Usage, nested
+from services.billing.core.generation import EXPORT, Generation
+from services.billing.core.intake import clip
+
+__all__ = ["LIMIT", "abandon", "abandoned_calls", "forget_events", "last_call", "report", "sum_reports"]
+
+LIMIT: Final = 256
+"""Bound of abandoned calls that are kept apart; what is beyond is added to the last of them."""
+REPORTED: Final = ("input", "output", "cached_input", "cache_write", "cache_write_1h", "reasoning")
+"""Classes of tokens that a provider reports, and the columns with their sums."""
+_decoder: Final = msgspec.json.Decoder(list[AbandonedCall])
+
+
+def abandoned_calls(g: Generation) -> Sequence[AbandonedCall]:
+    """Return the abandoned calls of ``g`` in their order."""
+    return _decoder.decode(g.calls) if g.calls else ()
+
+
+def last_call(g: Generation) -> Generation:
+    """Return ``g`` with the numbers of the call that it ended with, or that runs, alone."""
+    if not g.calls:
+        return g
+    calls = abandoned_calls(g)
+    usage = _usage(g)
+    reported = {name: None if usage is None else getattr(usage, name) for name in REPORTED}
+    return msgspec.structs.replace(
+        g,
+        counted_input=g.counted_input - sum(c.counted.input for c in calls),
+        counted_output=g.counted_output - sum(c.counted.output for c in calls),
+        calls="",
+        **reported,
+    )
+
+
+def abandon(g: Generation, call: AbandonedCall | None) -> None:
+    """Add the call that ``g`` leaves behind, and begin the next one's numbers.
+
+    ``None``: its producer said nothing of it, so what the log has counted of it so far is what is known.
+    """
+    calls = list(abandoned_calls(g))
+    known = last_call(g)
+    told = _usage(g) if g.usage_source != EXPORT else None
+    if call is None:
+        if not known.counted_output and told is None:
+            return
+        call = _lost(known, max((c.number for c in calls), default=0) + 1)
+    if told is not None:
+        if call.usage is None:
+            upstream_id = call.upstream_id or g.upstream_id or None
+            call = msgspec.structs.replace(call, usage=told, source=g.usage_source, upstream_id=upstream_id)
+        g.usage, g.usage_source, g.reported_at = None, "", None
+    g.upstream_id = ""
+    _set(g, _with(calls, _bare(call)), Counted(input=known.counted_input))
+
+
+def report(g: Generation, told: AbandonedCall) -> None:
+    """Set what the provider reported of an abandoned call, and nothing else of it where it is known.
+
+    What an export says outweighs the log. A call that is not known was lost with the head of the log.
+    """
+    calls = list(abandoned_calls(g))
+    known = next((call for call in calls if call.number == told.number), None)
+    if known is not None and known.source == EXPORT and told.source != EXPORT:
+        return
+    call = told if known is None else msgspec.structs.replace(known, usage=told.usage, source=told.source)
+    calls = [c for c in calls if c.number != told.number]
+    last = last_call(g)
+    numbered = sorted([*calls, _bare(call)], key=lambda c: c.number)
+    _set(g, numbered, Counted(input=last.counted_input, output=last.counted_output))
+
+
+def forget_events(g: Generation) -> None:
+    """Forget what events tell of the calls of ``g``; what exports tell of them stays."""
+    kept = [
+        AbandonedCall(number=c.number, upstream_id=c.upstream_id, usage=c.usage, source=c.source)
+        for c in abandoned_calls(g)
+        if c.source == EXPORT
+    ]
+    if g.usage_source != EXPORT:
+        g.usage, g.usage_source, g.reported_at = None, "", None
+    _set(g, kept, Counted())
+
+
+def sum_reports(g: Generation) -> None:
+    """Set the reported numbers of ``g``: the sums over the reports of all its calls."""
+    last = _usage(g)
+    told = [usage for usage in (last, *(c.usage for c in abandoned_calls(g))) if usage is not None]
+    for name in REPORTED:
+        setattr(g, name, sum(getattr(usage, name) for usage in told) if told else None)
+
+
+def _with(calls: Sequence[AbandonedCall], call: AbandonedCall) -> list[AbandonedCall]:
+    """Return ``calls`` with ``call``; of one that is there already an export alone has told, and that outweighs it."""
+    kept = []
+    for other in calls:
+        if other.number != call.number:
+            kept.append(other)
+        elif other.source == EXPORT:
+            call = msgspec.structs.replace(call, usage=other.usage, source=other.source)
+    return sorted([*kept, call], key=lambda c: c.number)
+
+
+def _set(g: Generation, calls: Sequence[AbandonedCall], last: Counted) -> None:
+    """Set the calls, the sums over them, and our count of the last one."""
+    kept = _bounded(calls)
+    g.calls = msgspec.json.encode(kept).decode() if kept else ""
+    g.counted_input = last.input + sum(c.counted.input for c in kept)
+    g.counted_output = last.output + sum(c.counted.output for c in kept)
+    sum_reports(g)
+
+
+def _usage(g: Generation) -> Usage | None:
+    return None if g.usage is None else msgspec.json.decode(g.usage, type=Usage)
+
+
+def _lost(known: Generation, number: int) -> AbandonedCall:
+    counted = Counted(input=known.counted_input, output=known.counted_output, encoding=known.encoding)
+    return AbandonedCall(
+        number=number,
+        code="producer_lost",
+        provider=known.provider,
+        upstream_model=known.upstream_model,
+        counted=counted,
+    )
+
+
+def _bare(call: AbandonedCall) -> AbandonedCall:
+    """Return a call with texts that fit, and without the provider's own object, which stays in the log."""
+    return msgspec.structs.replace(
+        call,
+        code=clip(call.code),
+        provider=clip(call.provider),
+        upstream_model=clip(call.upstream_model),
+        upstream_id=None if call.upstream_id is None else clip(call.upstream_id),
+        counted=msgspec.structs.replace(call.counted, encoding=clip(call.counted.encoding)),
+        usage=None if call.usage is None else msgspec.structs.replace(nested(call.usage), raw=None),
+        source=clip(call.source),
+    )
+
+
+def _bounded(calls: Sequence[AbandonedCall]) -> list[AbandonedCall]:
+    kept = list(calls[:LIMIT])
+    for call in calls[LIMIT:]:
+        kept[-1] = _joined(kept[-1], call)
+    return kept
+
+
+def _joined(one: AbandonedCall, other: AbandonedCall) -> AbandonedCall:
+    counted = msgspec.structs.replace(
+        one.counted,
+        input=one.counted.input + other.counted.input,
+        output=one.counted.output + other.counted.output,
+    )
+    told = [usage for usage in (one.usage, other.usage) if usage is not None]
+    usage = Usage(**{name: sum(getattr(u, name) for u in told) for name in REPORTED}) if told else None
+    return msgspec.structs.replace(one, counted=counted, usage=usage, code="several")

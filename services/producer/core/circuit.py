@@ -1,0 +1,88 @@
+"""A circuit breaker: when failures of calls say that others need not be made. Decides only; time is an argument."""
+
+from typing import Final, Literal
+
+__all__ = ["Circuit", "CircuitState"]
+
+CircuitState = Literal["closed", "half-open", "open"]
+BLOCKED_LIMIT: Final = 8
+"""Bound of tenants that one circuit keeps apart: as soon as two are blocked, it is open for everybody."""
+
+
+class Circuit:
+    """Opens after ``threshold`` failures in a row; ``seconds`` later one call at a time may try again.
+
+    Failures of one tenant's calls open it for that tenant alone, for its requests may be what is wrong; failures of two
+    open it for everybody. So no tenant keeps another one out. Times in seconds since 1970; calls are told apart by any
+    object.
+    """
+
+    __slots__ = ("_failed", "_trial", "blocked", "failures", "for_all", "seconds", "threshold")
+
+    def __init__(self, threshold: int, seconds: float) -> None:
+        self.threshold = threshold
+        self.seconds = seconds
+        self.failures = 0
+        self.blocked: dict[str, float] = {}  # until when, by tenant; bounded by BLOCKED_LIMIT
+        self.for_all = False  # whether it has been open for everybody, and no call has succeeded since
+        self._failed: dict[str, float] = {}  # when calls failed in a row, by tenant; the last two of them
+        self._trial: object | None = None
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it holds nobody back."""
+        return not self.blocked and not self.for_all
+
+    def state(self, tenant: str, now: float) -> CircuitState:
+        """Return what holds for a tenant's calls."""
+        live = [name for name, until in self.blocked.items() if now < until]
+        if tenant in live or len(live) > 1:
+            return "open"
+        return "half-open" if self.for_all or tenant in self.blocked else "closed"
+
+    def admits(self, tenant: str, now: float, call: object) -> bool:
+        """Tell whether a call may be made now; a half-open circuit keeps others back until this one has ended."""
+        state = self.state(tenant, now)
+        if state == "closed":
+            return True
+        if state == "open" or self._trial is not None:
+            return False
+        self._trial = call
+        return True
+
+    def succeed(self) -> bool:
+        """A call has been answered: close; tell whether that is a change."""
+        changed = not self.is_closed
+        self.failures, self.for_all, self._trial = 0, False, None
+        self.blocked.clear()
+        self._failed.clear()
+        return changed
+
+    def fail(self, tenant: str, now: float, call: object) -> bool:
+        """A call has failed in a way that speaks of the upstream; tell whether that changes the state."""
+        self.leave(call)
+        self.failures += 1
+        self._failed.pop(tenant, None)
+        self._failed[tenant] = now
+        while len(self._failed) > 2:
+            del self._failed[next(iter(self._failed))]
+        if not self.for_all and tenant not in self.blocked and self.failures < self.threshold:
+            return False
+        recent = [name for name, at in self._failed.items() if at > now - self.seconds]
+        blamed = [tenant] if self.for_all else recent
+        self.blocked |= dict.fromkeys(blamed, now + self.seconds)
+        self.for_all = self.for_all or sum(now < until for until in self.blocked.values()) > 1
+        while len(self.blocked) > BLOCKED_LIMIT:
+            del self.blocked[min(self.blocked, key=self.blocked.__getitem__)]
+        return True
+
+    def leave(self, call: object) -> None:
+        """A call has ended and says nothing: if it was the trial, another one may try."""
+        if self._trial is call:
+            self._trial = None
+
+    def adopt(self, blocked: dict[str, float], *, for_all: bool, now: float) -> None:
+        """Take over for whom another producer has opened it, and until when."""
+        newest = sorted(blocked.items(), key=lambda item: item[1])[-BLOCKED_LIMIT:]
+        self.blocked = {tenant: min(until, now + self.seconds) for tenant, until in newest}
+        self.for_all = for_all

@@ -13,10 +13,10 @@ from schemas.events import type_of
 from schemas.requests import GenerationRecord
 from services.delivery.answers import PROBLEMS, Accepted, accepted, named, own, reach
 from services.delivery.completion import Completion
-from services.delivery.core.transcript import ToolCallText
+from services.delivery.core.transcript import ToolCallText, Transcript
 from services.delivery.errors import Unknown
 from services.delivery.intake import GenerationWish, Intake
-from services.delivery.lookups import Lookups
+from services.delivery.lookups import ENDED, Lookups
 from services.kit.auth.rules import caller, needs
 from services.kit.broker import BrokerUnavailable
 from services.kit.problem import Problem, problem_bytes
@@ -57,7 +57,10 @@ class SessionView(msgspec.Struct):
 
 
 class GenerationView(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """A generation with what it has said so far. ``tokens``: output tokens counted so far."""
+    """A generation with what it has said so far.
+
+    ``beginning_expired``: the log no longer keeps its first events; what is shown begins in the middle.
+    """
 
     session: str
     generation: str
@@ -76,6 +79,7 @@ class GenerationView(msgspec.Struct, kw_only=True, omit_defaults=True):
     reasoning: str = ""
     tool_calls: list[ToolCallText] = []
     events: int = 0
+    beginning_expired: bool = False
     counted: Any = None
     usage: Any = None
     metadata: dict[str, str] = {}
@@ -233,33 +237,41 @@ async def view_of(lookups: Lookups, tenant: str, session: str, generation: str) 
     if found is None and not said.events:
         raise Unknown(f"session {session!r} has no generation {generation!r}")
     record = found[0] if found else None
-    terminal: Any = said.terminal
-    state = type_of(terminal) if terminal else ("running" if said.events else "queued")
-    if terminal is None and record is not None and record.state == "cancelling":
-        state = "cancelling"
-    started = said.started
+    started, terminal = said.started, said.terminal
+    # The log is the truth; of what it no longer keeps, and of the end that its producer noted, the record knows.
+    expired = said.headless or not said.events
+    noted = record if record is not None and expired and terminal is None else None
     return GenerationView(
         session=session,
         generation=generation,
-        state=state,
+        state=_state(said, record, expired),
         model=record.model if record else (started.model if started else ""),
         provider=record.provider if record and record.provider else (started.provider if started else ""),
-        upstream_model=started.upstream_model if started else "",
+        upstream_model=started.upstream_model if started else (record.upstream_model or "" if record else ""),
         created_at=record.created_at if record else None,
-        started_at=started.at if started else None,
-        ended_at=terminal.at if terminal else None,
-        finish_reason=getattr(terminal, "finish_reason", None),
-        code=getattr(terminal, "code", None),
+        started_at=started.at if started else (record.started_at if record and expired else None),
+        ended_at=terminal.at if terminal else (noted.ended_at if noted else None),
+        finish_reason=getattr(terminal, "finish_reason", None) or (noted.finish_reason if noted else None),
+        code=getattr(terminal, "code", None) or (noted.code if noted else None),
         message=getattr(terminal, "message", None),
         text=said.text,
         choices=said.choices,
         reasoning=said.reasoning,
         tool_calls=said.tool_calls,
         events=said.events,
-        counted=said.counted(),
-        usage=said.usage,
+        beginning_expired=said.headless,
+        counted=(noted.counted if noted else None) or said.counted(),
+        usage=said.usage or (record.usage if record and expired else None),
         metadata=started.metadata if started else (record.metadata if record else {}),
     )
+
+
+def _state(said: Transcript, record: GenerationRecord | None, expired: bool) -> str:
+    if said.terminal is not None:
+        return type_of(said.terminal)
+    if record is not None and (record.state == "cancelling" or (expired and record.state in ENDED)):
+        return record.state
+    return "running" if said.events or (record is not None and record.state == "running") else "queued"
 
 
 def _summaries(records: list[GenerationRecord]) -> list[SessionSummary]:

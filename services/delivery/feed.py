@@ -136,11 +136,6 @@ class Feed:
         start = replay_start(self.tail.spans)
         return self._last_seq if start is None else start - 1
 
-    def is_headless(self, generation: str | None) -> bool:
-        """Tell whether a replay from memory begins in the middle of an answer because the log keeps no more of it."""
-        headless = self._reader.headless
-        return bool(headless) if generation is None else generation in headless
-
     @property
     def last_seq(self) -> int:
         """The stream sequence up to which the log has been seen."""
@@ -226,7 +221,7 @@ class Feed:
                 ended = decode_header(stored.data).type in TERMINAL_TYPES
             except MalformedEvent:
                 ended = False
-            if not ended and not (await reader.position_before(generation, stored.seq + 1)).ended:
+            if not ended and not (await reader.before(generation, stored.seq + 1)).ended:
                 first = await reader.first_of(generation)
                 found += [] if first is None else [first]
         return found
@@ -293,15 +288,17 @@ class Feed:
             return
         generation = subject.rsplit(".", 1)[-1]
         known = self._on_subject.get(generation)
+        # Without `before` it is the oldest message kept of its generation; `_take_live` sees whether it is the first.
         if known is None and before == 0:
-            self._reader.positions.begin(generation)
-        elif known is None and before > self._since:
+            self._take_live(stored)
+            return
+        if known is None and before > self._since:
             self._heal(stored, before, None)
             return
-        elif known is None or (known == before and not self._reader.positions.knows(generation)):
+        if known is None or (known == before and not self._reader.positions.knows(generation)):
             self._heal(stored, before, self._last_seq)
             return
-        elif known != before:
+        if known != before:
             self._heal(stored, before, known)
             return
         self._take_live(stored)
@@ -323,6 +320,9 @@ class Feed:
             self._note(stored)
             return
         entry = self._reader.judge(header, stored)
+        if entry is None and self._reader.begins_late(header):
+            self._heal(stored, 0, self._last_seq)
+            return
         self._note(stored)
         if entry is not None:
             self.tail.append(entry)

@@ -109,10 +109,15 @@ class Lookups:
 
     async def transcript(self, tenant: str, session: str, generation: str) -> Transcript:
         """Return what a generation has said, as far as the log keeps it."""
-        transcript = Transcript()
         partition = await self._partition_of(tenant, session)
         subject = log_filter(partition, tenant, session, generation)
-        async for batch in self._broker.read(token_stream(partition), subject):
+        transcript = await self._fold(token_stream(partition), subject, Transcript())
+        if transcript.lost_beginning:
+            transcript = await self._fold(token_stream(partition), subject, transcript.joined())
+        return transcript
+
+    async def _fold(self, stream: str, subject: str, transcript: Transcript) -> Transcript:
+        async for batch in self._broker.read(stream, subject):
             for stored in batch:
                 try:
                     transcript.offer(stored.data)

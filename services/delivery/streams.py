@@ -136,7 +136,7 @@ class Streams:
                 try:
                     if joined is not None:
                         joined(subscriber)
-                    reason = await self._serve(feed, subscriber, caught_up, fresh=wish.cursor is None)
+                    reason = await self._serve(feed, subscriber, caught_up)
                 finally:
                     self._hub.settle(feed, [subscriber])
                     feed.remove(subscriber)
@@ -145,16 +145,12 @@ class Streams:
                     await subscriber.close()
         return reason
 
-    async def _serve(
-        self, feed: Feed, subscriber: Subscriber, caught_up: Callable[[Subscriber], None] | None, *, fresh: bool
-    ) -> str:
-        format_, at = subscriber.format, feed.address
-        opening = [format_.opening(at)]
-        if fresh and subscriber.seq >= feed.tail.floor and feed.is_headless(subscriber.generation):
-            opening.append(format_.gap("beginning_expired", subscriber.generation, at))
+    async def _serve(self, feed: Feed, subscriber: Subscriber, caught_up: Callable[[Subscriber], None] | None) -> str:
+        format_ = subscriber.format
+        opening = format_.opening(feed.address)
         try:
-            if any(opening):
-                await subscriber.send(format_.message([part for part in opening if part], ends=False))
+            if opening:
+                await subscriber.send(format_.message([opening], ends=False))
             reason = await self._follow(feed, subscriber, caught_up)
         except BrokerUnavailable as error:
             log.warning("stream ended: the log cannot be read", session=feed.session, detail=str(error))
@@ -226,7 +222,7 @@ class Streams:
 
     async def _ended(self, feed: Feed, generation: str, seq: int) -> bool:
         reader = self._hub.reader(feed.tenant, feed.session, feed.issuer.partition)
-        return (await reader.position_before(generation, seq + 1)).ended
+        return (await reader.before(generation, seq + 1)).ended
 
     async def _beginning(self, feed: Feed, generation: str | None, start: Start) -> int:
         if start.where == "live":

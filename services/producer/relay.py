@@ -20,7 +20,7 @@ from services.producer.core.counting import GenerationCounter, count_input, enco
 from services.producer.core.generation import Generation
 from services.producer.core.parts import UpstreamFailure
 from services.producer.core.registry import Candidate, Provider, Registry, UnknownModel
-from services.producer.core.takeover import Begun, decide, fold
+from services.producer.core.takeover import Begun, decide
 from services.producer.errors import GiveUp, LogRefused, TryAgain
 from services.producer.journal import Journal
 from services.producer.late_usage import LateUsage
@@ -147,12 +147,17 @@ class Relay:
         last = await broker.last(stream, subject)
         if last is None:
             return Begun()
-        begun = Begun()
-        async for batch in broker.read(stream, subject):
-            for stored in batch:
-                begun = fold(begun, stored.data, stored.seq)
+        begun = await self._fold(stream, subject, Begun())
+        if begun.lost_beginning:
+            begun = await self._fold(stream, subject, Begun.joining(begun.acceptance.highest))
         if begun.last_seq < last.seq:
             raise TryAgain(f"the log of {subject} ends at {begun.last_seq} and not at {last.seq} on this replica")
+        return begun
+
+    async def _fold(self, stream: str, subject: str, begun: Begun) -> Begun:
+        async for batch in self._outside.broker.read(stream, subject):
+            for stored in batch:
+                begun.take(stored.data, stored.seq)
         return begun
 
     async def _proceed(self, begun: Begun) -> bool:

@@ -1,47 +1,66 @@
 """What a producer does with a request, given what the log already holds of its generation."""
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
-from schemas.acceptance import BEGINNING, Position, Verdict, joining, judge
+import msgspec
+
+from schemas.acceptance import Acceptance, Position, Verdict
 from schemas.codec import MalformedEvent, decode_header
 
-__all__ = ["Begun", "Decision", "decide", "fold"]
+__all__ = ["Begun", "Decision", "decide"]
 
 Decision = Literal["run", "restart", "interrupt", "done"]
 
 
-class Begun(NamedTuple):
-    """What the log holds of a generation.
+class Begun(msgspec.Struct):
+    """What the log holds of a generation, folded message by message with `take`.
 
-    ``tokens`` is the running count of the last accepted delta; ``has_tokens`` whether there is any; ``last_seq`` the
-    stream sequence of the last stored message of any kind, for a conditional append.
+    ``tokens`` is the running count of the last accepted delta; ``has_tokens`` whether there is any, or may have been
+    among events that have expired.
+
+    A log that no longer keeps the generation's beginning is read twice: the first time shows that (`lost_beginning`)
+    and which epoch is the highest, the second time begins with `joining` that epoch.
     """
 
-    position: Position = BEGINNING
+    acceptance: Acceptance = msgspec.field(default_factory=Acceptance)
     tokens: int = 0
     has_tokens: bool = False
-    last_seq: int = 0
 
+    @classmethod
+    def joining(cls, highest: int) -> "Begun":
+        """Return one that has read nothing and begins with the oldest kept event of the epoch ``highest``."""
+        return cls(Acceptance.joining(highest))
 
-def fold(begun: Begun, data: bytes, stream_seq: int) -> Begun:
-    """Return ``begun`` after one more stored message; one that is no event only counts as stored.
+    @property
+    def position(self) -> Position:
+        """The position behind the last accepted event."""
+        return self.acceptance.position
 
-    Where the log no longer keeps a generation's beginning, the oldest kept event stands for it.
-    """
-    try:
-        header = decode_header(data)
-    except MalformedEvent:
-        return begun._replace(last_seq=stream_seq)
-    if begun.position is BEGINNING and header.seq > 0:
-        begun = begun._replace(position=joining(header.epoch, header.seq))
-    position, verdict = judge(begun.position, header.type, header.epoch, header.seq)
-    if verdict is not Verdict.ACCEPTED:
-        return begun._replace(last_seq=stream_seq)
-    if header.type == "restarted":
-        return Begun(position, 0, False, stream_seq)
-    has_tokens = begun.has_tokens or header.type == "delta"
-    tokens = header.tokens if header.type == "delta" else begun.tokens
-    return Begun(position, tokens, has_tokens, stream_seq)
+    @property
+    def last_seq(self) -> int:
+        """The stream sequence of the last stored message of any kind, for a conditional append."""
+        return self.acceptance.through
+
+    @property
+    def lost_beginning(self) -> bool:
+        """Whether events were read and none was accepted: the first ones have expired."""
+        return self.acceptance.highest > 0 and not self.acceptance.begun
+
+    def take(self, data: bytes, stream_seq: int) -> None:
+        """Take the next stored message; one that is no event only counts as stored."""
+        try:
+            header = decode_header(data)
+        except MalformedEvent:
+            self.acceptance.through = stream_seq
+            return
+        if self.acceptance.offer(header, stream_seq) is not Verdict.ACCEPTED:
+            return
+        if header.type == "restarted":
+            self.tokens, self.has_tokens = 0, False
+        elif header.type == "delta":
+            self.tokens, self.has_tokens = header.tokens, True
+        elif self.acceptance.joined_at == stream_seq:
+            self.has_tokens = True
 
 
 def decide(begun: Begun, *, may_restart: bool) -> Decision:

@@ -199,10 +199,16 @@ def test_a_model_may_have_deadlines_of_its_own() -> None:
 def test_what_a_producer_does_depends_on_what_the_log_holds() -> None:
     begun = Begun()
     assert decide(begun, may_restart=False) == "run"
-    started = begun._replace(position=begun.position._replace(epoch=1, next_seq=1))
-    assert decide(started, may_restart=False) == "restart"
-    answered = started._replace(has_tokens=True)
-    assert decide(answered, may_restart=False) == "interrupt"
-    assert decide(answered, may_restart=True) == "restart"
-    ended = answered._replace(position=answered.position._replace(ended=True))
-    assert decide(ended, may_restart=True) == "done"
+    begun.take(b'{"type":"started","generation":"g","seq":0}', 1)
+    assert decide(begun, may_restart=False) == "restart"
+    begun.take(b'{"type":"delta","generation":"g","seq":1,"text":"a","tokens":1}', 2)
+    assert decide(begun, may_restart=False) == "interrupt"
+    assert decide(begun, may_restart=True) == "restart"
+    begun.take(b'{"type":"completed","generation":"g","seq":2,"finish_reason":"stop"}', 3)
+    assert decide(begun, may_restart=True) == "done"
+
+
+def test_what_has_expired_may_have_held_tokens() -> None:
+    begun = Begun.joining(1)
+    begun.take(b'{"type":"notice","generation":"g","seq":7,"code":"upstream_retry"}', 11)
+    assert decide(begun, may_restart=False) == "interrupt"

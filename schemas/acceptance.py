@@ -98,7 +98,8 @@ class Acceptance:
 
     ``epoch``, ``next_seq`` and ``ended`` are the position. ``through`` is the stream sequence of the last message that
     was offered (or that the owner set it to). ``highest`` is the highest epoch seen, dropped events included.
-    ``headless``: at least one accepted event was preceded by events that the log no longer keeps.
+    ``headless``: at least one accepted event was preceded by events that the log no longer keeps. ``lost_beginning``:
+    the first event that was offered is not the first of the generation, so that none is accepted before `join`.
 
     Where events have expired, a streaming reader cannot know from the next event whether a later epoch has already
     taken the generation over: that event may be a zombie's. So the protocol has two steps. When `lacks` is true of an
@@ -120,6 +121,7 @@ class Acceptance:
         "headless",
         "highest",
         "joined_at",
+        "lost_beginning",
         "next_seq",
         "through",
     )
@@ -130,6 +132,7 @@ class Acceptance:
         self.highest = self.epoch
         self.headless = False
         self.joined_at = 0
+        self.lost_beginning = False
         self._gap = ""
         self._joining = False
         self._expected = -1  # the next_seq at which `expect` was called
@@ -194,16 +197,19 @@ class Acceptance:
         ``highest``: the highest epoch that the log keeps of this generation.
         """
         self.epoch = max(self.epoch, highest)
-        self._joining, self._plain = True, False
+        self._joining, self._plain, self.lost_beginning = True, False, False
 
     def gap_before(self, at: int) -> str:
         """Return the reason of the gap before the accepted event at the stream sequence ``at``; empty without one."""
         return self._gap if self.joined_at == at else ""
 
     def _judge(self, header: Header) -> Verdict:
+        if self.lost_beginning:
+            return Verdict.GAP
         position, verdict = judge(self.position, header.type, header.epoch, header.seq)
         self.epoch, self.next_seq, self.ended = position
         self._plain = not self.ended
+        self.lost_beginning = verdict is Verdict.GAP and not self.next_seq
         return verdict
 
     def _join(self, header: Header, at: int) -> Verdict:

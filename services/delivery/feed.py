@@ -152,6 +152,7 @@ class Feed:
             if self._behind is None:
                 self._behind = deque()
             self._connection = self._reconnects()
+            await self._look_for_loss()
             await self._read_from(self._last_seq + 1 if start is None else start)
             await self._join()
         self._flush()
@@ -241,6 +242,12 @@ class Feed:
         async for batch in self._broker.read(self._reader.stream, self._reader.filter, start):
             for stored in batch:
                 await self._take(stored)
+
+    async def _look_for_loss(self) -> None:
+        """Find out whether events have expired before they were read here: a takeover may have been among them."""
+        first = await self._broker.first(self._reader.stream, self._reader.filter)
+        if first is not None and first.seq > self._last_seq:
+            await self._reader.join_running()
 
     async def _join(self) -> None:
         """Take the live messages that came while reading back; from then on they are taken as they come."""

@@ -108,6 +108,15 @@ class LogReader:
         acceptance.through = seq - 1
         return acceptance
 
+    async def join_running(self) -> None:
+        """Join the generations that have not ended again: behind the last events read some have expired unread.
+
+        Raises:
+            BrokerUnavailable: the log cannot be read.
+        """
+        for generation, acceptance in self.positions.running():
+            acceptance.join(await self._highest_epoch(self.subject(generation)))
+
     async def _fold(self, acceptance: Acceptance, stored: Stored) -> None:
         try:
             await self._offer(acceptance, decode_header(stored.data), stored.seq)

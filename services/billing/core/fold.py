@@ -51,19 +51,14 @@ class Folded(NamedTuple):
 
 
 def joins_late(known: Generation | None, records: Iterable[Record], lost: int = 0) -> bool:
-    """Tell whether `fold` would join the generation behind events that have expired: it needs the highest epoch."""
-    if known is not None and known.log_seq > lost:
-        return False
+    """Tell whether `fold` joins the generation behind events that have expired: it needs the highest epoch then."""
     acceptance = _acceptance(known)
-    for record in records:
-        header = record.header
-        if header is None:
-            continue
-        if acceptance.lacks(header):
-            return not acceptance.begun or record.seq > lost
-        if acceptance.offer(header) is Verdict.ACCEPTED and record.seq > lost:
-            return False
-    return False
+    first = next((record for record in records if record.header is not None), None)
+    if first is None or first.header is None:
+        return False
+    if acceptance.begun:
+        return known is not None and known.log_seq <= lost < first.seq
+    return acceptance.lacks(first.header)
 
 
 def fold(
@@ -87,11 +82,9 @@ def fold(
             verdicts["malformed"] += 1
             continue
         begun = acceptance.begun
+        if (begun and g.log_seq <= lost < record.seq) or (not begun and acceptance.lacks(header)):
+            acceptance.join(highest)  # what was lost may hold a takeover, also where this event would fit
         verdict = acceptance.offer(header, record.seq)
-        expired = not begun or g.log_seq <= lost < record.seq
-        if expired and verdict is not Verdict.ACCEPTED and acceptance.lacks(header):
-            acceptance.join(highest)
-            verdict = acceptance.offer(header, record.seq)
         if verdict is not Verdict.ACCEPTED:
             verdicts[verdict.value] += 1
             if begun:

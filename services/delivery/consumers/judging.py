@@ -79,12 +79,22 @@ class Judge:
         """Read and judge what comes before a message. Others may do the same meanwhile: each message counts once."""
         if up_to <= track.through:
             return
+        await self._look_for_loss(track, stream, subject)
         async for batch in self._broker.read(stream, subject, track.through + 1, up_to=up_to):
             metrics.CONSUMER_READ_BACK.inc(len(batch))
             for stored in batch:
                 header = read_header(subject, stored.data)
                 await self._join(track, stream, subject, stored.seq, header)
                 track.apply(stored.seq, header)
+
+    async def _look_for_loss(self, track: Track, stream: str, subject: str) -> None:
+        """Join again where the last message judged here has expired: a takeover behind it may have, too."""
+        acceptance, through = track.acceptance, track.through
+        if not acceptance.begun or acceptance.ended or await keeps(self._broker, stream, subject, through):
+            return
+        highest = await highest_kept_epoch(self._broker.read(stream, subject))
+        if track.through == through:
+            acceptance.join(highest)
 
     async def _join(self, track: Track, stream: str, subject: str, seq: int, header: Header | None) -> None:
         """Where what precedes an event has expired, find out which epoch holds: its oldest kept event is the first.

@@ -90,6 +90,10 @@ class Positions:
             self._forget()
         return acceptance
 
+    def running(self) -> list[tuple[str, Acceptance]]:
+        """Return the generations that have begun and not ended."""
+        return [(g, p) for g, p in self._positions.items() if p.begun and not p.ended]
+
     def _forget(self) -> None:
         ended = [g for g, p in self._positions.items() if p.ended]
         for generation in ended[: len(ended) // 2]:

@@ -56,8 +56,8 @@ class Transcript:
 
     @property
     def lost_beginning(self) -> bool:
-        """Whether events were read and none was accepted: the first ones have expired."""
-        return self._acceptance.highest > 0 and not self._acceptance.begun
+        """Whether the first events have expired."""
+        return self._acceptance.lost_beginning
 
     @property
     def headless(self) -> bool:

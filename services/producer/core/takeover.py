@@ -43,8 +43,8 @@ class Begun(msgspec.Struct):
 
     @property
     def lost_beginning(self) -> bool:
-        """Whether events were read and none was accepted: the first ones have expired."""
-        return self.acceptance.highest > 0 and not self.acceptance.begun
+        """Whether the first events have expired."""
+        return self.acceptance.lost_beginning
 
     def take(self, data: bytes, stream_seq: int) -> None:
         """Take the next stored message; one that is no event only counts as stored."""

@@ -3,7 +3,7 @@
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
-from litestar import Request, Response, Router, get, post
+from litestar import Request, Response, Router, delete, get, post
 from litestar.handlers import HTTPRouteHandler
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.openapi.spec import Example
@@ -11,19 +11,29 @@ from litestar.params import Body, FromPath, FromQuery, HeaderParameter, QueryPar
 
 from schemas.events import type_of
 from schemas.requests import GenerationRecord
-from services.delivery.answers import PROBLEMS, Accepted, accepted, named, own, reach
+from services.delivery.answers import PROBLEMS, Accepted, accepted, gone, named, own, reach
 from services.delivery.completion import Completion
 from services.delivery.core.transcript import ToolCallText, Transcript
-from services.delivery.errors import Unknown
+from services.delivery.deletion import Deletion
+from services.delivery.errors import Deleted, Unknown
 from services.delivery.intake import GenerationWish, Intake
 from services.delivery.lookups import ENDED, Lookups
 from services.kit.auth.rules import caller, needs
 from services.kit.broker import BrokerUnavailable
-from services.kit.problem import Problem, problem_bytes
+from services.kit.problem import Problem, ProblemDetails, problem_bytes
 
 __all__ = ["GenerationView", "SessionView", "router", "view_of"]
 
 _KEY_LIMIT: Final = 200
+_DELETING: Final = (
+    "Removes the session's events, its records, and what was put aside of it; bills stay. Subscribers are told, and "
+    "later reads are 410 for as long as the log would have kept the events. Deleting again changes nothing; a deletion "
+    "that was interrupted is finished by repeating it. Generations that are queued or running: 409, or with "
+    "`cancel=true` they are cancelled first."
+)
+_IN_USE: Final = ResponseSpec(
+    ProblemDetails, description="Generations have not ended", media_type="application/problem+json"
+)
 _EXAMPLE: Final = {
     "model": "scripted/story",
     "messages": [{"role": "user", "content": "Tell me about rivers"}],
@@ -92,9 +102,11 @@ class CancelState(msgspec.Struct):
     state: str
 
 
-def router(intake: Intake, lookups: Lookups, completion: Completion) -> Router:
+def router(intake: Intake, lookups: Lookups, completion: Completion, deletion: Deletion) -> Router:
     """Return the routes of sessions and generations under ``/v1``."""
-    return Router("/v1", route_handlers=[*_requests(intake, lookups, completion), *_views(lookups, completion)])
+    return Router(
+        "/v1", route_handlers=[*_requests(intake, lookups, completion), *_views(lookups, completion, deletion)]
+    )
 
 
 def _requests(intake: Intake, lookups: Lookups, completion: Completion) -> list[HTTPRouteHandler]:
@@ -149,7 +161,7 @@ def _requests(intake: Intake, lookups: Lookups, completion: Completion) -> list[
     return [create_generation, cancel_generation]
 
 
-def _views(lookups: Lookups, completion: Completion) -> list[HTTPRouteHandler]:
+def _views(lookups: Lookups, completion: Completion, deletion: Deletion) -> list[HTTPRouteHandler]:
     @get(
         "/sessions",
         summary="List sessions",
@@ -179,8 +191,25 @@ def _views(lookups: Lookups, completion: Completion) -> list[HTTPRouteHandler]:
         principal = caller(request)
         records = await reach(lookups.of_session(principal.tenant, own(principal, session)))
         if not records:
+            if await reach(lookups.deletion(principal.tenant, session)) is not None:
+                raise gone(f"session {session!r} was deleted")
             raise Problem(404, f"there is no session {session!r}")
         return SessionView(session, sorted(records, key=lambda r: r.created_at))
+
+    @delete(
+        "/sessions/{session:str}",
+        summary="Delete a session",
+        operation_id="deleteSession",
+        description=_DELETING,
+        responses=PROBLEMS | {409: _IN_USE},
+        tags=["sessions"],
+        **needs("admin"),
+    )
+    async def delete_session(
+        request: Request[Any, Any, Any], session: FromPath[str], cancel: FromQuery[bool] = False
+    ) -> None:
+        tenant = caller(request).tenant
+        await reach(deletion.delete(tenant, own(caller(request), session), cancel=cancel))
 
     @get(
         "/sessions/{session:str}/generations/{generation:str}",
@@ -204,7 +233,7 @@ def _views(lookups: Lookups, completion: Completion) -> list[HTTPRouteHandler]:
             return Response(whole, status_code=200 if ended else 202)
         return Response(await reach(view_of(lookups, principal.tenant, session, generation)))
 
-    return [list_sessions, get_session, get_generation]
+    return [list_sessions, get_session, delete_session, get_generation]
 
 
 def _unreadable(_request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
@@ -237,6 +266,8 @@ async def view_of(lookups: Lookups, tenant: str, session: str, generation: str) 
     if found is None and not said.events:
         raise Unknown(f"session {session!r} has no generation {generation!r}")
     record = found[0] if found else None
+    if record is not None and record.state == "deleted":
+        raise Deleted(f"session {session!r} was deleted, and generation {generation!r} with it")
     started, terminal = said.started, said.terminal
     # The log is the truth; of what it no longer keeps, and of the end that its producer noted, the record knows.
     expired = said.headless or not said.events

@@ -49,6 +49,7 @@ class Feed:
         self.subscribers: set[Subscriber] = set()
         self.readers: set[Subscriber] = set()  # those that are served from the log until they can be subscribers
         self.closed = False
+        self.deleted_through = 0  # the stream sequence up to which the session has been deleted, when this was opened
         self.idle_since: float | None = None
         self._broker = broker
         self._clock = clock

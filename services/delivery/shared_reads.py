@@ -125,6 +125,11 @@ class SharedReads:
         if len(positions) > POSITIONS:
             del positions[::2]
 
+    def forget(self, tenant: str, session: str) -> None:
+        """Drop what is kept of a session."""
+        for key in [key for key in self._logs if key.filter.split(".")[2:4] == [tenant, session]]:
+            self._bytes -= sum(segment.size for segment in self._logs.pop(key).segments)
+
     def sweep(self) -> None:
         """Forget what has not been used for a while; to be called now and then."""
         due = asyncio.get_running_loop().time() - self._keep

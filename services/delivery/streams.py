@@ -10,7 +10,7 @@ from services.delivery import metrics
 from services.delivery.core.formats import Format
 from services.delivery.core.granularity import TOKEN, Grain, Place, wanted_grain
 from services.delivery.core.start import Start, check_cursor, wanted_start
-from services.delivery.errors import CursorExpired, CursorForeign, DeliveryError, TooBusy, Unknown
+from services.delivery.errors import CursorExpired, CursorForeign, Deleted, DeliveryError, TooBusy, Unknown
 from services.delivery.feed import Feed
 from services.delivery.hub import Hub
 from services.delivery.lookups import Lookups
@@ -23,6 +23,8 @@ __all__ = ["Stream", "Streams", "Wish", "problem_of"]
 
 log = structlog.get_logger()
 LAST_WRITE_SECONDS: Final = 5.0
+_GAPS: Final = {"gap": "log_recreated", "deleted": "deleted"}
+"""Reasons of gaps behind which a stream ends, by why it ends."""
 _SILENT_ENDS: Final = frozenset({"complete", "disconnected", "evicted", "batch", "sibling"})
 
 
@@ -191,7 +193,8 @@ class Streams:
         if not await subscriber.through(LAST_WRITE_SECONDS):
             return
         format_, at = subscriber.format, feed.address.inside(subscriber.offset)
-        last = format_.gap("log_recreated", None, at) if reason == "gap" else format_.bye(reason, subscriber.seq, at)
+        gap = _GAPS.get(reason)
+        last = format_.gap(gap, None, at) if gap else format_.bye(reason, subscriber.seq, at)
         await subscriber.send(format_.message([last], ends=True))
         await subscriber.through(LAST_WRITE_SECONDS)
 
@@ -202,8 +205,12 @@ class Streams:
         feed = await self._hub.feed(tenant, wish.session)
         if wish.cursor is not None:
             place = await self._check(wish.cursor, feed)
+            if wish.generation is None and place.seq < feed.deleted_through:
+                raise Deleted(f"session {wish.session!r} was deleted behind this cursor")
             await feed.reach(place.seq + (place.offset > 0))
         else:
+            if wish.generation is None and feed.deleted_through:
+                await self._require_anew(feed)
             place = Place(await self._beginning(feed, wish.generation, wish.start))
             if wish.start.where != "live":
                 return feed, place
@@ -219,6 +226,15 @@ class Streams:
             state = await self._hub.state(feed.issuer.partition, fresh=True)
             cursor = check_cursor(text, feed.issuer, state.first_seq, max(state.last_seq, feed.last_seq))
         return Place(cursor.seq, cursor.offset)
+
+    async def _require_anew(self, feed: Feed) -> None:
+        """Find out whether anything was started in a session since it was deleted.
+
+        Raises:
+            Deleted: nothing was.
+        """
+        if feed.tail.end == 0 and not await self._lookups.of_session(feed.tenant, feed.session):
+            raise Deleted(f"session {feed.session!r} was deleted")
 
     async def _ended(self, feed: Feed, generation: str, seq: int) -> bool:
         reader = self._hub.reader(feed.tenant, feed.session, feed.issuer.partition)
@@ -244,6 +260,8 @@ def problem_of(error: DeliveryError) -> Problem:
             return Problem(400, str(error), slug="cursor-invalid", title="The cursor is not valid here")
         case CursorExpired():
             return Problem(410, str(error), slug="cursor-expired", title="The cursor has expired")
+        case Deleted():
+            return Problem(410, str(error), slug="session-deleted", title="The session was deleted")
         case Unknown():
             return Problem(404, str(error))
         case TooBusy():

@@ -205,12 +205,12 @@ class Streams:
         feed = await self._hub.feed(tenant, wish.session)
         if wish.cursor is not None:
             place = await self._check(wish.cursor, feed)
-            if wish.generation is None and place.seq < feed.deleted_through:
-                raise Deleted(f"session {wish.session!r} was deleted behind this cursor")
+            if wish.generation is None and place.seq <= feed.deleted_through:
+                await self._require_anew(feed, place.seq)
             await feed.reach(place.seq + (place.offset > 0))
         else:
             if wish.generation is None and feed.deleted_through:
-                await self._require_anew(feed)
+                await self._require_anew(feed, feed.deleted_through)
             place = Place(await self._beginning(feed, wish.generation, wish.start))
             if wish.start.where != "live":
                 return feed, place
@@ -227,13 +227,14 @@ class Streams:
             cursor = check_cursor(text, feed.issuer, state.first_seq, max(state.last_seq, feed.last_seq))
         return Place(cursor.seq, cursor.offset)
 
-    async def _require_anew(self, feed: Feed) -> None:
-        """Find out whether anything was started in a session since it was deleted.
+    async def _require_anew(self, feed: Feed, seq: int) -> None:
+        """Find out whether a reader behind the stream sequence ``seq`` reads what was started since the deletion.
 
         Raises:
-            Deleted: nothing was.
+            Deleted: it would read what was deleted, or nothing was started since.
         """
-        if feed.tail.end == 0 and not await self._lookups.of_session(feed.tenant, feed.session):
+        behind = seq >= feed.deleted_through
+        if not behind or (feed.tail.end == 0 and not await self._lookups.of_session(feed.tenant, feed.session)):
             raise Deleted(f"session {feed.session!r} was deleted")
 
     async def _ended(self, feed: Feed, generation: str, seq: int) -> bool:

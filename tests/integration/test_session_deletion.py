@@ -237,7 +237,7 @@ async def test_what_nobody_takes_from_the_queue_keeps_the_session(
         assert (refused.status_code, one in refused.json()["detail"]) == (409, True)
 
 
-async def test_a_record_of_a_start_under_way_keeps_the_session_and_an_orphaned_one_does_not(stage: Stage) -> None:
+async def test_a_start_under_way_keeps_a_session_and_an_orphaned_record_does_not(stage: Stage, broker: Broker) -> None:
     await _nobody_bills(stage)
     record = GenerationRecord(
         tenant=TENANT, session="s", generation="g1", state="queued", model="m", created_at=time.time()
@@ -247,9 +247,8 @@ async def test_a_record_of_a_start_under_way_keeps_the_session_and_an_orphaned_o
     record.created_at = OLD
     assert revision
     assert await lookups(stage).update(record, revision)
-    monitored = asyncio.get_running_loop().time()
     answer = await delete(stage)
-    assert (answer.status_code, asyncio.get_running_loop().time() - monitored < 10) == (204, True)
+    assert answer.status_code == 204, answer.text
 
 
 async def test_what_was_put_aside_of_it_goes_too(stage: Stage, broker: Broker, log: Log) -> None:
@@ -260,15 +259,16 @@ async def test_what_was_put_aside_of_it_goes_too(stage: Stage, broker: Broker, l
         await broker.publish_stored(dead_subject(lane, generation), msgspec.json.encode(request))
     service = await Service(stage).created(ack_wait=0.5, max_deliver=1)
     await service.batch()
-    await eventually(lambda: _kept(broker, CONSUMERS, "consumers.dead.>"), timeout=20)
+
+    async def put_aside() -> bool:
+        await service.batch(wait=0.2)  # an event is put aside when it is due again
+        return len(await broker.subjects(CONSUMERS, "consumers.dead.>")) == 6
+
+    await eventually(put_aside, timeout=20)
     await _nobody_bills(stage)
     assert (await delete(stage)).status_code == 204
     assert await broker.subjects(DEAD, "dead.>") == [dead_subject(lane, "g9")]
     assert await broker.subjects(CONSUMERS, "consumers.>") == []
-
-
-async def _kept(broker: Broker, stream: str, filter_: str) -> bool:
-    return bool(await broker.subjects(stream, filter_))
 
 
 @pytest.mark.parametrize("step", ["_bury", "_purge", "_forget_dead"])

@@ -5,9 +5,12 @@ over with ``restarted`` or a terminal at the next expected seq; the first event 
 terminal only ``usage`` is accepted, and only from the terminal's own epoch. So duplicates, repeats of a go-back-N
 writer and zombies never reach a client.
 
-The rule needs the log in its order and without loss: who reads republished messages must find a lost one by its stream
-sequence and read it back before judging what follows, because a lost takeover would let a zombie through. Types that a
-reader does not know are judged like any other, by their header; they occupy a seq.
+The rule needs the log in its order and without loss: a reader of republished messages must find a lost one by its
+stream sequence and read it back before judging what follows, because a lost takeover would let a zombie through. Types
+that a reader does not know are judged like any other, by their header; they occupy a seq.
+
+`judge` is the rule itself. `Acceptance` is the reader of one generation that everything in this repository uses: it
+keeps the position, and joins a generation whose first events have expired at the highest epoch that the log keeps.
 
 What the rule relies on from writers:
 
@@ -22,12 +25,28 @@ What the rule relies on from writers:
 - An append after the terminal (``usage``) is conditional too, unless it comes from the writer of the terminal.
 """
 
+from collections.abc import Iterable
 from enum import Enum
 from typing import Final, NamedTuple
 
+from schemas.codec import Header
 from schemas.events import TERMINAL_TYPES
 
-__all__ = ["BEGINNING", "Position", "Verdict", "judge", "joining"]
+__all__ = [
+    "BEGINNING",
+    "BEGINNING_EXPIRED",
+    "EVENTS_EXPIRED",
+    "Acceptance",
+    "Position",
+    "Verdict",
+    "highest_epoch",
+    "judge",
+]
+
+BEGINNING_EXPIRED: Final = "beginning_expired"
+"""Reason of a gap: the log no longer keeps the first events of a generation."""
+EVENTS_EXPIRED: Final = "events_expired"
+"""Reason of a gap: events behind the last accepted one expired before they were read."""
 
 
 class Verdict(Enum):
@@ -74,10 +93,141 @@ def judge(position: Position, type_: str, epoch: int, seq: int) -> tuple[Positio
     return Position(epoch, seq + 1, position.ended or type_ in TERMINAL_TYPES), Verdict.ACCEPTED
 
 
-def joining(epoch: int, seq: int) -> Position:
-    """Return the position of a reader that begins at this event because the log no longer keeps what came before.
+class Acceptance:
+    """Applies the rule to the stored events of one generation, in log order.
 
-    To be used for the oldest kept event of the highest epoch that is kept, when the first events of a generation have
-    expired, and only when that loss is told to whoever reads (`judge` from `BEGINNING` would find a gap for ever).
+    ``epoch``, ``next_seq`` and ``ended`` are the position. ``through`` is the stream sequence of the last message that
+    was offered (or that the owner set it to). ``highest`` is the highest epoch seen, dropped events included.
+    ``headless``: at least one accepted event was preceded by events that the log no longer keeps. ``lost_beginning``:
+    the first event that was offered is not the first of the generation, so that none is accepted before `join`.
+
+    Where events have expired, a streaming reader cannot know from the next event whether a later epoch has already
+    taken the generation over: that event may be a zombie's. So the protocol has two steps. When `lacks` is true of an
+    event, the reader finds out whether what precedes it has expired: nothing of this generation has been accepted yet,
+    or its oldest kept message lies above ``through``. If not, its writer will repeat it (`expect`). If so, the reader
+    looks through what the log keeps of the generation for the highest epoch (`highest_epoch`), calls `join`, and offers
+    the event again.
+
+    `offer` allocates nothing for the plain case, an event with the expected epoch and seq.
     """
-    return Position(epoch, seq, ended=False)
+
+    __slots__ = (
+        "_expected",
+        "_gap",
+        "_joining",
+        "_plain",
+        "ended",
+        "epoch",
+        "headless",
+        "highest",
+        "joined_at",
+        "lost_beginning",
+        "next_seq",
+        "through",
+    )
+
+    def __init__(self, position: Position = BEGINNING, through: int = 0) -> None:
+        self.epoch, self.next_seq, self.ended = position
+        self.through = through
+        self.highest = self.epoch
+        self.headless = False
+        self.joined_at = 0
+        self.lost_beginning = False
+        self._gap = ""
+        self._joining = False
+        self._expected = -1  # the next_seq at which `expect` was called
+        self._plain = not self.ended  # whether nothing but epoch and seq decides
+
+    @classmethod
+    def joining(cls, highest: int) -> "Acceptance":
+        """Return a reader that begins with the oldest event of the epoch ``highest``, or of a later one."""
+        acceptance = cls()
+        acceptance.join(highest)
+        return acceptance
+
+    @property
+    def position(self) -> Position:
+        """The position as a value."""
+        return Position(self.epoch, self.next_seq, self.ended)
+
+    @property
+    def begun(self) -> bool:
+        """Whether any event has been accepted."""
+        return self.next_seq > 0
+
+    @property
+    def is_joining(self) -> bool:
+        """Whether `join` was called and no event has been accepted since."""
+        return self._joining
+
+    def copy(self) -> "Acceptance":
+        """Return an independent reader at the same position."""
+        other = Acceptance.__new__(Acceptance)
+        for name in Acceptance.__slots__:
+            setattr(other, name, getattr(self, name))
+        return other
+
+    def offer(self, header: Header, at: int = 0) -> Verdict:
+        """Judge the next event, whose stream sequence is ``at``; an accepted one advances the position."""
+        self.through = at
+        if header.seq == self.next_seq and header.epoch == self.epoch and self._plain:
+            self.next_seq = header.seq + 1
+            if header.type in TERMINAL_TYPES:
+                self.ended, self._plain = True, False
+            return Verdict.ACCEPTED
+        self.highest = max(self.highest, header.epoch)
+        return self._join(header, at) if self._joining else self._judge(header)
+
+    def lacks(self, header: Header) -> bool:
+        """Tell whether an event is dropped for want of earlier ones, which may have expired."""
+        if self._joining or header.epoch < self.epoch or header.seq < self.next_seq or self.next_seq == self._expected:
+            return False
+        missing = header.seq > self.next_seq
+        if self.ended:
+            return missing and header.type == "usage" and header.epoch == self.epoch
+        return missing or (header.epoch > self.epoch and header.seq > 0 and header.type not in _TAKEOVERS)
+
+    def expect(self) -> None:
+        """Note that the next expected event has not expired: its writer will repeat it, or another one takes over."""
+        self._expected = self.next_seq
+
+    def join(self, highest: int) -> None:
+        """Go on at the next offered event whose epoch is at least ``highest`` and whose seq was not accepted before.
+
+        ``highest``: the highest epoch that the log keeps of this generation.
+        """
+        self.epoch = max(self.epoch, highest)
+        self._joining, self._plain, self.lost_beginning = True, False, False
+
+    def gap_before(self, at: int) -> str:
+        """Return the reason of the gap before the accepted event at the stream sequence ``at``; empty without one."""
+        return self._gap if self.joined_at == at else ""
+
+    def _judge(self, header: Header) -> Verdict:
+        if self.lost_beginning:
+            return Verdict.GAP
+        position, verdict = judge(self.position, header.type, header.epoch, header.seq)
+        self.epoch, self.next_seq, self.ended = position
+        self._plain = not self.ended
+        self.lost_beginning = verdict is Verdict.GAP and not self.next_seq
+        return verdict
+
+    def _join(self, header: Header, at: int) -> Verdict:
+        if header.epoch < self.epoch:
+            return Verdict.ZOMBIE
+        if header.seq < self.next_seq:
+            return Verdict.DUPLICATE
+        if self.ended and header.type != "usage":
+            return Verdict.ENDED
+        if header.seq > self.next_seq:
+            self._gap = EVENTS_EXPIRED if self.begun else BEGINNING_EXPIRED
+            self.headless, self.joined_at = True, at
+        self.epoch, self.next_seq = header.epoch, header.seq + 1
+        self.ended = self.ended or header.type in TERMINAL_TYPES
+        self._joining, self._plain = False, not self.ended
+        return Verdict.ACCEPTED
+
+
+def highest_epoch(headers: Iterable[Header]) -> int:
+    """Return the highest epoch among events; 0 without any."""
+    return max((header.epoch for header in headers), default=0)

@@ -6,12 +6,13 @@ from typing import Any, Final, get_args
 from schemas.delivered import DeliveredReport
 from schemas.events import VERSION, AnyEvent, Event
 from schemas.names import NAME_PATTERN
-from schemas.requests import Request
+from schemas.requests import DeletedSession, Request
 
 __all__ = ["asyncapi"]
 
 _EVENTS: Final[dict[str, type[Event]]] = {t.__struct_config__.tag: t for t in get_args(AnyEvent)}
-_TYPES: Final = {**_EVENTS, "request": Request, "delivered_report": DeliveredReport}
+_TYPES: Final = {**_EVENTS, "request": Request, "delivered_report": DeliveredReport, "deleted_session": DeletedSession}
+_RECORDS: Final = ("request", "delivered_report", "deleted_session")
 _EVENT_TAGS: Final = tuple(sorted(_EVENTS))
 _NAME: Final = f"One subject token: {NAME_PATTERN}"
 _PARAMETERS: Final = {
@@ -52,6 +53,11 @@ _CHANNELS: Final = {
         " nobody does.",
         ("empty",),
     ),
+    "deleted": (
+        "deleted.{tenant}.{session}",
+        "A replica of delivery has deleted a session: the others end the streams of its readers.",
+        ("deleted_session",),
+    ),
 }
 _OPERATIONS: Final = {
     "appendEvent": ("send", "tokens", "A producer appends an event to the log."),
@@ -65,6 +71,8 @@ _OPERATIONS: Final = {
     "settleDelivered": ("receive", "delivered", "Billing takes the reports."),
     "cancel": ("send", "control", "A running generation is to stop."),
     "askForListeners": ("send", "presence", "A producer asks whether anybody listens."),
+    "announceDeletion": ("send", "deleted", "A session was deleted."),
+    "hearDeletion": ("receive", "deleted", "The readers of a session that was deleted are told."),
 }
 _PLAIN: Final = {
     "cancel": ("Stop the generation.", {"type": "string", "const": "cancel"}),
@@ -87,7 +95,10 @@ def asyncapi() -> dict[str, Any]:
         "channels": {name: _channel(*channel) for name, channel in _CHANNELS.items()},
         "operations": {name: _operation(*operation) for name, operation in _OPERATIONS.items()},
         "components": {
-            "messages": {name: _message(name) for name in (*_EVENT_TAGS, "request", "delivered_report", *_PLAIN)},
+            "messages": {
+                name: _message(name)
+                for name in (*_EVENT_TAGS, "request", "delivered_report", "deleted_session", *_PLAIN)
+            },
             "parameters": {name: {"description": text} for name, text in _PARAMETERS.items()},
         },
     }

@@ -17,7 +17,7 @@ import msgspec
 from schemas.asyncapi import asyncapi
 from schemas.delivered import DeliveredReport
 from schemas.events import AnyEvent
-from schemas.requests import Announcement, GenerationRecord, Request
+from schemas.requests import Announcement, DeletedSession, GenerationRecord, Request
 from schemas.usage import Counted, Usage
 
 __all__ = ["documents", "main"]
@@ -28,6 +28,7 @@ _TYPES: Final[dict[str, Any]] = {
     "event": AnyEvent,
     "request": Request,
     "generation_record": GenerationRecord,
+    "deleted_session": DeletedSession,
     "announcement": Announcement,
     "delivered_report": DeliveredReport,
     "usage_counts": Usage,

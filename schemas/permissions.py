@@ -12,7 +12,7 @@ import msgspec
 from schemas.budgets import RELEASE_SUBJECT, RESERVE_SUBJECT, budgets_key
 from schemas.delivered import DELIVERED_FILTER
 from schemas.partitions import HISTORY_SUBJECT
-from schemas.subjects import REQUESTS_PREFIX, lane_of
+from schemas.subjects import DELETED_FILTER, REQUESTS_PREFIX, lane_of
 from schemas.topology import (
     BUCKET,
     CONSUMERS,
@@ -105,12 +105,14 @@ def _delivery(topology: Topology) -> Permissions:
             *_written(CREDENTIALS_BUCKET, "key.*", "ticket-secret"),
             "counters.*.*",
             DELIVERED_FILTER,
+            DELETED_FILTER,
+            *(f"$JS.API.STREAM.PURGE.{token_stream(p)}" for p in topology.logs),
             *(f"$JS.API.{verb}.{each}" for each in (DEAD, CONSUMERS) for verb in _KEPT),
             "consumers.*.*.*.*",
             *_consumers_kept([*(token_stream(p) for p in topology.logs), CONSUMERS]),
         ),
         denied=_foreign_consumers(topology),
-        subscribe=(_inbox("delivery"), "live.>", "presence.>"),
+        subscribe=(_inbox("delivery"), "live.>", "presence.>", DELETED_FILTER),
         replies=True,
     )
 

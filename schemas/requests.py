@@ -10,6 +10,7 @@ from schemas.usage import Counted, Usage
 __all__ = [
     "Announcement",
     "CancelAfter",
+    "DeletedSession",
     "GenerationRecord",
     "GenerationState",
     "Message",
@@ -20,7 +21,10 @@ __all__ = [
     "RequestDeadlines",
 ]
 
-GenerationState = Literal["queued", "running", "cancelling", "completed", "failed", "cancelled", "interrupted"]
+GenerationState = Literal[
+    "queued", "running", "cancelling", "completed", "failed", "cancelled", "interrupted", "deleted"
+]
+"""``deleted``: its session was; the record stays for a while so that its name is not used again, and is not listed."""
 
 
 class Message(msgspec.Struct, omit_defaults=True):
@@ -144,4 +148,20 @@ class GenerationRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
     metadata: dict[str, str] = {}
     key: str = ""
     request_hash: str = ""
+    v: int = VERSION
+
+
+class DeletedSession(msgspec.Struct, kw_only=True):
+    """A session that was deleted, as the look-up bucket keeps it as long as the log would have kept its events.
+
+    ``partition`` and ``incarnation``: the stream that kept it; ``through``: the last stream sequence that may have been
+    one of its events. ``deleted_at`` in seconds since 1970.
+    """
+
+    tenant: str
+    session: str
+    partition: int
+    incarnation: str
+    through: int
+    deleted_at: float
     v: int = VERSION

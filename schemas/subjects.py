@@ -7,6 +7,7 @@ from typing import Final, NamedTuple
 from schemas.names import check_name
 
 __all__ = [
+    "DELETED_FILTER",
     "Address",
     "InvalidSubject",
     "consumer_filter",
@@ -15,6 +16,7 @@ __all__ = [
     "control_subject",
     "dead_filter",
     "dead_subject",
+    "deleted_subject",
     "generation_key",
     "lane_of",
     "live_filter",
@@ -25,9 +27,11 @@ __all__ = [
     "presence_subject",
     "request_filter",
     "request_subject",
+    "session_key",
     "token_subject",
 ]
 
+DELETED_FILTER: Final = "deleted.*.*"
 REQUESTS_PREFIX: Final = "requests"
 _ADDRESS: Final = re.compile(
     r"(?:tokens|live)\.(0|[1-9][0-9]{0,2})\.([A-Za-z0-9_-]{1,64})\.([A-Za-z0-9_-]{1,64})\.([A-Za-z0-9_-]{1,64})"
@@ -194,6 +198,24 @@ def generation_key(tenant: str, session: str, generation: str) -> str:
         InvalidName: a name cannot stand in a subject.
     """
     return _one_generation(tenant, session, generation)
+
+
+def session_key(tenant: str, session: str) -> str:
+    """Return the key of a deleted session in the look-up bucket.
+
+    Raises:
+        InvalidName: a name cannot stand in a subject.
+    """
+    return f"{check_name('tenant', tenant)}.{check_name('session', session)}"
+
+
+def deleted_subject(tenant: str, session: str) -> str:
+    """Return the core subject on which replicas of delivery hear that a session was deleted.
+
+    Raises:
+        InvalidName: a name cannot stand in a subject.
+    """
+    return f"deleted.{session_key(tenant, session)}"
 
 
 def _one_generation(tenant: str, session: str, generation: str) -> str:

@@ -15,8 +15,8 @@ from services.delivery.admission import Admission
 from services.delivery.consumers.api import consumers_router
 from services.delivery.consumers.registry import Consumers, Limits
 from services.delivery.hub import Hub
-from services.delivery.hub import Limits as HubLimits
 from services.delivery.intake import Intake
+from services.delivery.limits import Limits as HubLimits
 from services.delivery.lookups import Lookups
 from services.delivery.streams import Streams
 from services.delivery.transports.websocket import WebSockets

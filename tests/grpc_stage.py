@@ -12,8 +12,9 @@ from schemas.rpc.tailrace.v1 import tailrace_pb2 as pb
 from services.delivery.admission import Admission
 from services.delivery.consumers.registry import Consumers
 from services.delivery.consumers.registry import Limits as ConsumerLimits
-from services.delivery.hub import Hub, Limits
+from services.delivery.hub import Hub
 from services.delivery.intake import Intake
+from services.delivery.limits import Limits
 from services.delivery.lookups import Lookups
 from services.delivery.streams import Streams
 from services.delivery.transports.grpc_delivery import Delivery

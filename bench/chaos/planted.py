@@ -8,8 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, Final
 
-import schemas.acceptance
-from schemas.acceptance import Position, Verdict
+from schemas.acceptance import Acceptance, Verdict
+from schemas.codec import Header
 from schemas.events import TERMINAL_TYPES
 
 __all__ = ["BUGS", "main"]
@@ -18,11 +18,13 @@ __all__ = ["BUGS", "main"]
 def _acceptance() -> None:
     """Readers accept whatever the log holds."""
 
-    def judge(position: Position, type_: str, epoch: int, seq: int) -> tuple[Position, Verdict]:
-        ended = position.ended or type_ in TERMINAL_TYPES
-        return Position(max(epoch, position.epoch), max(seq + 1, position.next_seq), ended), Verdict.ACCEPTED
+    def offer(self: Acceptance, header: Header, at: int = 0) -> Verdict:
+        self.through = at
+        self.epoch, self.next_seq = max(header.epoch, self.epoch), max(header.seq + 1, self.next_seq)
+        self.ended = self.ended or header.type in TERMINAL_TYPES
+        return Verdict.ACCEPTED
 
-    schemas.acceptance.judge = judge
+    Acceptance.offer = offer  # type: ignore[method-assign]  # the bug
 
 
 def _go_back_n() -> None:

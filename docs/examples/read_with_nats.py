@@ -9,6 +9,7 @@ Prints accepted events as lines of JSON. ``--tenant`` narrows what is read; ``--
 import argparse
 import asyncio
 import sys
+from collections.abc import AsyncIterator
 from contextlib import suppress
 
 import nats
@@ -18,56 +19,78 @@ from nats.js import JetStreamContext
 from nats.js.api import ConsumerConfig
 from nats.js.errors import NotFoundError
 
-from schemas.acceptance import BEGINNING, Position, Verdict, judge
+from schemas.acceptance import Acceptance, Verdict
 from schemas.codec import MalformedEvent, decode_header
+
+Message = tuple[int, bytes]
+"""Stream sequence and data."""
 
 
 class Judge:
     """Applies the rule to each generation (a subject of the log), in the order of its stored messages.
 
     The verdict on a message follows from all messages of its subject before it. So whatever this reader has not seen is
-    read first: after a restart, for a message that comes again, and for one that another reader got in between.
+    read first: after a restart, for a message that comes again, and for one that another reader got in between. Where
+    the first events of a generation have expired, it is joined at the highest epoch that the log still keeps.
     """
 
     def __init__(self, js: JetStreamContext) -> None:
         self.js = js
-        self.known: dict[str, tuple[Position, int]] = {}  # by subject, and up to which stream sequence
+        self.known: dict[str, Acceptance] = {}  # by subject
 
     async def accepts(self, stream: str, subject: str, seq: int, data: bytes, *, follows: bool = False) -> bool:
         """Tell whether an event counts. ``follows``: its subject has no message between the last one judged and it."""
-        position, through = self.known.get(subject, (BEGINNING, 0))
-        if seq <= through:  # it comes again
-            return self.step(await self.before(stream, subject, seq, BEGINNING, 0), data)[1]
-        if not follows or through == 0:
-            position = await self.before(stream, subject, seq, position, through)
-        position, accepted = self.step(position, data)
-        self.known[subject] = (position, seq)
+        acceptance = self.known.get(subject, Acceptance())
+        if seq <= acceptance.through:  # it comes again
+            acceptance, follows = Acceptance(), False
+        else:
+            self.known[subject] = acceptance
+        if not follows or acceptance.through == 0:
+            async for at, stored in self.read(stream, subject, acceptance.through + 1, seq):
+                await self.step(acceptance, stream, subject, at, stored)
+        accepted = await self.step(acceptance, stream, subject, seq, data)
         if len(self.known) > 10_000:
             self.known.clear()  # whatever goes on is read again
         return accepted
 
-    async def before(self, stream: str, subject: str, seq: int, position: Position, through: int) -> Position:
-        """Return the position before a message, having read what lies between ``through`` and it."""
+    async def read(self, stream: str, subject: str, start: int, stop: int | None = None) -> AsyncIterator[Message]:
+        """Yield the stored messages of a subject from one stream sequence up to another, that one excluded."""
         while True:
             try:
-                stored = await self.js.get_msg(stream, seq=through + 1, subject=subject, next=True, direct=True)
+                stored = await self.js.get_msg(stream, seq=start, subject=subject, next=True, direct=True)
             except NotFoundError:
-                return position
+                return
             assert stored.seq is not None
-            if stored.seq >= seq:
-                return position
-            position, _ = self.step(position, stored.data or b"")
-            through = stored.seq
+            if stop is not None and stored.seq >= stop:
+                return
+            yield stored.seq, stored.data or b""
+            start = stored.seq + 1
 
-    @staticmethod
-    def step(position: Position, data: bytes) -> tuple[Position, bool]:
-        """Return the position after a stored message, and whether it was accepted."""
+    async def step(self, acceptance: Acceptance, stream: str, subject: str, seq: int, data: bytes) -> bool:
+        """Judge the next stored message; tell whether it was accepted."""
         try:
             header = decode_header(data)
         except MalformedEvent:
-            return position, False
-        position, verdict = judge(position, header.type, header.epoch, header.seq)
-        return position, verdict is Verdict.ACCEPTED
+            acceptance.through = seq
+            return False
+        if acceptance.lacks(header) and await self.has_lost(acceptance, stream, subject):
+            highest = 0
+            async for _, stored in self.read(stream, subject, 1):
+                with suppress(MalformedEvent):
+                    highest = max(highest, decode_header(stored).epoch)
+            acceptance.join(highest)
+        accepted = acceptance.offer(header, seq) is Verdict.ACCEPTED
+        if accepted and acceptance.joined_at == seq:
+            sys.stderr.write(f"{subject}: {acceptance.gap_before(seq)}\n")
+        return accepted
+
+    async def has_lost(self, acceptance: Acceptance, stream: str, subject: str) -> bool:
+        """Tell whether events that this reader has not seen may have expired; else their writer will repeat them."""
+        if not acceptance.begun:
+            return True
+        async for at, _ in self.read(stream, subject, 1):
+            return at > acceptance.through
+        return True
 
 
 def show(data: bytes) -> None:
@@ -113,7 +136,8 @@ async def live(client: Client, js: JetStreamContext, tenant: str) -> None:
         headers = msg.headers or {}
         stream, subject, seq = headers["Nats-Stream"], headers["Nats-Subject"], int(headers["Nats-Sequence"])
         previous = int(headers["Nats-Last-Sequence"])  # the message of this subject that was stored before it
-        follows = previous == judging.known.get(subject, (BEGINNING, 0))[1]
+        known = judging.known.get(subject)
+        follows = known is not None and previous == known.through
         if await judging.accepts(stream, subject, seq, msg.data, follows=follows):
             show(msg.data)
 

@@ -19,6 +19,7 @@ from services.billing.adapters.ledger import Ledger
 from services.billing.adapters.tail import Pulled, Tail
 from services.billing.adapters.worklist import Money
 from services.billing.core.batch import Batch, Group, fold_batch, group
+from services.billing.core.fold import joins_late
 from services.billing.core.generation import Generation, Key
 from services.billing.core.intake import Record
 from services.billing.core.sequence import join
@@ -201,7 +202,9 @@ class Consumer:
         now = self._now()
         groups, strays = group(records)
         known = await self._known(groups)
-        batch = await self._commit(groups, known, now, up_to)
+        late = [one for one in groups if joins_late(known.get(one.key), one.records, self._lost)]
+        highest = await self.tail.highest_epochs(late)
+        batch = await self._commit(groups, known, now, up_to, highest)
         batch.verdicts["malformed"] += strays
         self.applied = up_to
         self._renewed = self.clock.monotonic()
@@ -215,11 +218,18 @@ class Consumer:
         metrics.BATCH_SECONDS.observe(self.clock.monotonic() - started)
         self._position.set(up_to)
 
-    async def _commit(self, groups: Sequence[Group], known: Mapping[Key, Generation], now: int, up_to: int) -> Batch:
+    async def _commit(
+        self,
+        groups: Sequence[Group],
+        known: Mapping[Key, Generation],
+        now: int,
+        up_to: int,
+        highest: Mapping[Key, int],
+    ) -> Batch:
         """Fold, settle and write; by new prices again when they have changed meanwhile."""
         terms = self.terms.now
         while True:
-            batch = fold_batch(groups, known, now, terms, self._lost)
+            batch = fold_batch(groups, known, now, terms, self._lost, highest)
             ended = any(g.ended for g in batch.whole)
             money = _money(terms, batch, known) if ended else None
             try:

@@ -16,6 +16,7 @@ from services.billing.adapters.tail import Tail
 from services.billing.adapters.worklist import Money
 from services.billing.core.batch import Group, fold_batch, group
 from services.billing.core.calls import forget_events
+from services.billing.core.fold import joins_late
 from services.billing.core.generation import DELIVERED, Generation, Key
 from services.billing.core.intake import Record
 from services.billing.core.spending import released, steps
@@ -90,7 +91,7 @@ class Rebuild:
             await self._ledger.commit(self._partition, (applied, 0), self._now())
             position = 0
             async for records in self._tail.between(max(1, state.first_seq), state.last_seq):
-                await self._apply(records, position, found)
+                await self._apply(records, position, found, max(0, state.first_seq - 1))
                 position = records[-1].seq
             await self._ledger.commit(self._partition, (position, max(position, state.last_seq)), self._now())
         finally:
@@ -100,13 +101,15 @@ class Rebuild:
         found.names = [key.generation for key in changed[:NAMED]]
         return found
 
-    async def _apply(self, records: Sequence[Record], position: int, found: Rebuilt) -> None:
+    async def _apply(self, records: Sequence[Record], position: int, found: Rebuilt, lost: int) -> None:
         groups, _strays = group(records)
         before, known = await self._known(groups)
         now = self._now()
+        late = [one for one in groups if joins_late(known.get(one.key), one.records, lost)]
+        highest = await self._tail.highest_epochs(late)
         while True:
             terms = self._terms.now
-            batch = fold_batch(groups, known, now, terms)
+            batch = fold_batch(groups, known, now, terms, lost, highest)
             money = Money(
                 revision=terms.book.revision,
                 entries=batch.entries,

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from schemas.codec import MalformedEvent, decode_header
-from services.delivery.core.entries import Entry, Tail
+from services.delivery.core.entries import GAP, Entry, Tail
 from services.delivery.delivered import Delivered, Place
 from services.delivery.subscriber import Subscriber
 
@@ -68,7 +68,7 @@ class Accounts:
 def _sums(entries: Iterable[Entry], generation: str | None) -> list[_Sum]:
     found: dict[str, list[Entry]] = {}
     for entry in entries:
-        if generation is None or entry.generation == generation:
+        if entry.type != GAP and (generation is None or entry.generation == generation):
             found.setdefault(entry.generation, []).append(entry)
     return [_sum(name, of) for name, of in found.items()]
 

@@ -7,13 +7,13 @@ from litestar import Response
 from litestar.openapi.datastructures import ResponseSpec
 
 from schemas.names import InvalidName, check_name
-from services.delivery.errors import Unknown
+from services.delivery.errors import Deleted, Unknown
 from services.kit.auth.principal import Principal
 from services.kit.auth.rules import REFUSALS
 from services.kit.broker import BrokerUnavailable
 from services.kit.problem import Problem, ProblemDetails
 
-__all__ = ["PROBLEMS", "Accepted", "Links", "accepted", "named", "own", "reach"]
+__all__ = ["PROBLEMS", "Accepted", "Links", "accepted", "gone", "named", "own", "reach"]
 
 PROBLEMS: Final = {
     400: ResponseSpec(ProblemDetails, description="Not valid", media_type="application/problem+json"),
@@ -79,15 +79,22 @@ def own(principal: Principal, session: str) -> str:
     return session
 
 
+def gone(detail: str) -> Problem:
+    """Return the answer for a session that was deleted, or for what was in it."""
+    return Problem(410, detail, slug="session-deleted", title="The session was deleted")
+
+
 async def reach(call: Any) -> Any:
     """Await what needs the broker.
 
     Raises:
-        Problem: 503 when the broker is away, 404 for what does not exist.
+        Problem: 503 when the broker is away, 404 for what does not exist, 410 for what was deleted.
     """
     try:
         return await call
     except BrokerUnavailable as error:
         raise Problem(503, "the broker cannot be reached", headers={"Retry-After": "1"}) from error
+    except Deleted as error:
+        raise gone(str(error)) from error
     except Unknown as error:
         raise Problem(404, str(error)) from error

@@ -3,7 +3,7 @@
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
-from litestar import Request, Response, Router, get, post
+from litestar import Request, Response, Router, delete, get, post
 from litestar.handlers import HTTPRouteHandler
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.openapi.spec import Example
@@ -11,20 +11,30 @@ from litestar.params import Body, FromPath, FromQuery, HeaderParameter, QueryPar
 
 from schemas.events import AbandonedCall, type_of
 from schemas.requests import GenerationRecord
-from services.delivery.answers import PROBLEMS, Accepted, accepted, named, own, reach
+from services.delivery.answers import PROBLEMS, Accepted, accepted, gone, named, own, reach
 from services.delivery.completion import Completion
 from services.delivery.core.answer import AnswerMessage, BinaryContent, ChoiceAnnotation, ChoiceExtra, ToolCallText
-from services.delivery.core.transcript import Alternative
-from services.delivery.errors import Unknown
+from services.delivery.core.transcript import Alternative, Transcript
+from services.delivery.deletion import Deletion
+from services.delivery.errors import Deleted, Unknown
 from services.delivery.intake import GenerationWish, Intake
-from services.delivery.lookups import Lookups
+from services.delivery.lookups import ENDED, Lookups
 from services.kit.auth.rules import caller, needs
 from services.kit.broker import BrokerUnavailable
-from services.kit.problem import Problem, problem_bytes
+from services.kit.problem import Problem, ProblemDetails, problem_bytes
 
 __all__ = ["GenerationView", "SessionView", "router", "view_of"]
 
 _KEY_LIMIT: Final = 200
+_DELETING: Final = (
+    "Removes the session's events, its records, and what was put aside of it; bills stay. Subscribers are told, and "
+    "later reads are 410 for as long as the log would have kept the events. Deleting again changes nothing; a deletion "
+    "that was interrupted is finished by repeating it. Generations that are queued or running: 409, or with "
+    "`cancel=true` they are cancelled first."
+)
+_IN_USE: Final = ResponseSpec(
+    ProblemDetails, description="Generations have not ended", media_type="application/problem+json"
+)
 _EXAMPLE: Final = {
     "model": "scripted/story",
     "messages": [{"role": "user", "content": "Tell me about rivers"}],
@@ -62,6 +72,7 @@ class GenerationView(msgspec.Struct, kw_only=True, omit_defaults=True):
 
     ``counted`` and ``usage`` are those of the call that it ended with; ``abandoned_calls`` are those made before it,
     each with its own.
+    ``beginning_expired``: the log no longer keeps its first events; what is shown begins in the middle.
     """
 
     session: str
@@ -87,6 +98,7 @@ class GenerationView(msgspec.Struct, kw_only=True, omit_defaults=True):
     extras: list[ChoiceExtra] = []
     messages: list[AnswerMessage] = []
     events: int = 0
+    beginning_expired: bool = False
     counted: Any = None
     usage: Any = None
     abandoned_calls: list[AbandonedCall] = []
@@ -100,9 +112,11 @@ class CancelState(msgspec.Struct):
     state: str
 
 
-def router(intake: Intake, lookups: Lookups, completion: Completion) -> Router:
+def router(intake: Intake, lookups: Lookups, completion: Completion, deletion: Deletion) -> Router:
     """Return the routes of sessions and generations under ``/v1``."""
-    return Router("/v1", route_handlers=[*_requests(intake, lookups, completion), *_views(lookups, completion)])
+    return Router(
+        "/v1", route_handlers=[*_requests(intake, lookups, completion), *_views(lookups, completion, deletion)]
+    )
 
 
 def _requests(intake: Intake, lookups: Lookups, completion: Completion) -> list[HTTPRouteHandler]:
@@ -157,7 +171,7 @@ def _requests(intake: Intake, lookups: Lookups, completion: Completion) -> list[
     return [create_generation, cancel_generation]
 
 
-def _views(lookups: Lookups, completion: Completion) -> list[HTTPRouteHandler]:
+def _views(lookups: Lookups, completion: Completion, deletion: Deletion) -> list[HTTPRouteHandler]:
     @get(
         "/sessions",
         summary="List sessions",
@@ -187,8 +201,25 @@ def _views(lookups: Lookups, completion: Completion) -> list[HTTPRouteHandler]:
         principal = caller(request)
         records = await reach(lookups.of_session(principal.tenant, own(principal, session)))
         if not records:
+            if await reach(lookups.deletion(principal.tenant, session)) is not None:
+                raise gone(f"session {session!r} was deleted")
             raise Problem(404, f"there is no session {session!r}")
         return SessionView(session, sorted(records, key=lambda r: r.created_at))
+
+    @delete(
+        "/sessions/{session:str}",
+        summary="Delete a session",
+        operation_id="deleteSession",
+        description=_DELETING,
+        responses=PROBLEMS | {409: _IN_USE},
+        tags=["sessions"],
+        **needs("admin"),
+    )
+    async def delete_session(
+        request: Request[Any, Any, Any], session: FromPath[str], cancel: FromQuery[bool] = False
+    ) -> None:
+        tenant = caller(request).tenant
+        await reach(deletion.delete(tenant, own(caller(request), session), cancel=cancel))
 
     @get(
         "/sessions/{session:str}/generations/{generation:str}",
@@ -212,7 +243,7 @@ def _views(lookups: Lookups, completion: Completion) -> list[HTTPRouteHandler]:
             return Response(whole, status_code=200 if ended else 202)
         return Response(await reach(view_of(lookups, principal.tenant, session, generation)))
 
-    return [list_sessions, get_session, get_generation]
+    return [list_sessions, get_session, delete_session, get_generation]
 
 
 def _unreadable(_request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
@@ -245,23 +276,24 @@ async def view_of(lookups: Lookups, tenant: str, session: str, generation: str) 
     if found is None and not said.events:
         raise Unknown(f"session {session!r} has no generation {generation!r}")
     record = found[0] if found else None
-    terminal: Any = said.terminal
-    state = type_of(terminal) if terminal else ("running" if said.events else "queued")
-    if terminal is None and record is not None and record.state == "cancelling":
-        state = "cancelling"
-    started = said.started
+    if record is not None and record.state == "deleted":
+        raise Deleted(f"session {session!r} was deleted, and generation {generation!r} with it")
+    started, terminal = said.started, said.terminal
+    # The log is the truth; of what it no longer keeps, and of the end that its producer noted, the record knows.
+    expired = said.headless or not said.events
+    noted = record if record is not None and expired and terminal is None else None
     return GenerationView(
         session=session,
         generation=generation,
-        state=state,
+        state=_state(said, record, expired),
         model=record.model if record else (started.model if started else ""),
         provider=record.provider if record and record.provider else (started.provider if started else ""),
-        upstream_model=started.upstream_model if started else "",
+        upstream_model=started.upstream_model if started else (record.upstream_model or "" if record else ""),
         created_at=record.created_at if record else None,
-        started_at=started.at if started else None,
-        ended_at=terminal.at if terminal else None,
-        finish_reason=getattr(terminal, "finish_reason", None),
-        code=getattr(terminal, "code", None),
+        started_at=started.at if started else (record.started_at if record and expired else None),
+        ended_at=terminal.at if terminal else (noted.ended_at if noted else None),
+        finish_reason=getattr(terminal, "finish_reason", None) or (noted.finish_reason if noted else None),
+        code=getattr(terminal, "code", None) or (noted.code if noted else None),
         message=getattr(terminal, "message", None),
         text=said.text,
         choices=said.choices,
@@ -274,11 +306,20 @@ async def view_of(lookups: Lookups, tenant: str, session: str, generation: str) 
         extras=[extra for answer in said.answers for extra in answer.extras],
         messages=said.messages,
         events=said.events,
-        counted=said.counted(),
-        usage=said.usage,
+        beginning_expired=said.headless,
+        counted=(noted.counted if noted else None) or said.counted(),
+        usage=said.usage or (record.usage if record and expired else None),
         abandoned_calls=said.abandoned_calls,
         metadata=started.metadata if started else (record.metadata if record else {}),
     )
+
+
+def _state(said: Transcript, record: GenerationRecord | None, expired: bool) -> str:
+    if said.terminal is not None:
+        return type_of(said.terminal)
+    if record is not None and (record.state == "cancelling" or (expired and record.state in ENDED)):
+        return record.state
+    return "running" if said.events or (record is not None and record.state == "running") else "queued"
 
 
 def _summaries(records: list[GenerationRecord]) -> list[SessionSummary]:

@@ -25,12 +25,14 @@ from services.delivery.consumers.describe import describe_consumer_events
 from services.delivery.consumers.registry import Consumers
 from services.delivery.consumers.registry import Limits as ConsumerLimits
 from services.delivery.dead_api import dead_router
+from services.delivery.deletion import Deletion
 from services.delivery.delivered import Delivered
 from services.delivery.describe import describe_streams
 from services.delivery.events_api import events_handlers
-from services.delivery.hub import Hub, Limits
+from services.delivery.hub import Hub
 from services.delivery.intake import Intake
 from services.delivery.keys_api import keys_router
+from services.delivery.limits import Limits
 from services.delivery.lookups import Lookups
 from services.delivery.starts import StartBounds
 from services.delivery.streams import Streams
@@ -254,7 +256,7 @@ def build_app(
         await sockets(scope, receive, send)
 
     handlers: list[Any] = [
-        router(intake, lookups, completion),
+        router(intake, lookups, completion, Deletion(hub, lookups, intake, shared.pool)),
         dead_router(intake, hub.broker, shared.pool),
         keys_router(authenticator, hub.clock),
         tickets_router(authenticator, hub.clock, settings.ticket),

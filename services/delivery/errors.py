@@ -1,6 +1,6 @@
 """Delivery's errors, grouped by what a client must do."""
 
-__all__ = ["CursorExpired", "CursorForeign", "DeliveryError", "TooBusy", "Unknown"]
+__all__ = ["CursorExpired", "CursorForeign", "Deleted", "DeliveryError", "TooBusy", "Unknown"]
 
 
 class DeliveryError(Exception):
@@ -17,6 +17,10 @@ class CursorExpired(DeliveryError):
 
 class Unknown(DeliveryError):
     """Reject: no such generation."""
+
+
+class Deleted(DeliveryError):
+    """Reject: the session was deleted."""
 
 
 class TooBusy(DeliveryError):

@@ -49,6 +49,7 @@ class Feed:
         self.subscribers: set[Subscriber] = set()
         self.readers: set[Subscriber] = set()  # those that are served from the log until they can be subscribers
         self.closed = False
+        self.deleted_through = 0  # the stream sequence up to which the session has been deleted, when this was opened
         self.idle_since: float | None = None
         self._broker = broker
         self._clock = clock
@@ -136,11 +137,6 @@ class Feed:
         start = replay_start(self.tail.spans)
         return self._last_seq if start is None else start - 1
 
-    def is_headless(self, generation: str | None) -> bool:
-        """Tell whether a replay from memory begins in the middle of an answer because the log keeps no more of it."""
-        headless = self._reader.headless
-        return bool(headless) if generation is None else generation in headless
-
     @property
     def last_seq(self) -> int:
         """The stream sequence up to which the log has been seen."""
@@ -157,6 +153,7 @@ class Feed:
             if self._behind is None:
                 self._behind = deque()
             self._connection = self._reconnects()
+            await self._look_for_loss()
             await self._read_from(self._last_seq + 1 if start is None else start)
             await self._join()
         self._flush()
@@ -226,7 +223,7 @@ class Feed:
                 ended = decode_header(stored.data).type in TERMINAL_TYPES
             except MalformedEvent:
                 ended = False
-            if not ended and not (await reader.position_before(generation, stored.seq + 1)).ended:
+            if not ended and not (await reader.before(generation, stored.seq + 1)).ended:
                 first = await reader.first_of(generation)
                 found += [] if first is None else [first]
         return found
@@ -246,6 +243,12 @@ class Feed:
         async for batch in self._broker.read(self._reader.stream, self._reader.filter, start):
             for stored in batch:
                 await self._take(stored)
+
+    async def _look_for_loss(self) -> None:
+        """Find out whether events have expired before they were read here: a takeover may have been among them."""
+        first = await self._broker.first(self._reader.stream, self._reader.filter)
+        if first is not None and first.seq > self._last_seq:
+            await self._reader.join_running()
 
     async def _join(self) -> None:
         """Take the live messages that came while reading back; from then on they are taken as they come."""
@@ -293,15 +296,17 @@ class Feed:
             return
         generation = subject.rsplit(".", 1)[-1]
         known = self._on_subject.get(generation)
+        # Without `before` it is the oldest message kept of its generation; `_take_live` sees whether it is the first.
         if known is None and before == 0:
-            self._reader.positions.begin(generation)
-        elif known is None and before > self._since:
+            self._take_live(stored)
+            return
+        if known is None and before > self._since:
             self._heal(stored, before, None)
             return
-        elif known is None or (known == before and not self._reader.positions.knows(generation)):
+        if known is None or (known == before and not self._reader.positions.knows(generation)):
             self._heal(stored, before, self._last_seq)
             return
-        elif known != before:
+        if known != before:
             self._heal(stored, before, known)
             return
         self._take_live(stored)
@@ -323,6 +328,9 @@ class Feed:
             self._note(stored)
             return
         entry = self._reader.judge(header, stored)
+        if entry is None and self._reader.begins_late(header):
+            self._heal(stored, 0, self._last_seq)
+            return
         self._note(stored)
         if entry is not None:
             self.tail.append(entry)

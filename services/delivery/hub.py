@@ -9,26 +9,29 @@ from typing import Any, Final
 import structlog
 
 from schemas.cursor import CursorIssuer
+from schemas.requests import DeletedSession
 from schemas.topology import token_stream
 from services.delivery import metrics
 from services.delivery.accounts import Accounts
 from services.delivery.connections import Connections, End
 from services.delivery.core.entries import Entry
 from services.delivery.core.granularity import Place
+from services.delivery.deleted import DeletedSessions
 from services.delivery.errors import TooBusy
 from services.delivery.feed import Feed
+from services.delivery.limits import Limits
 from services.delivery.log_reader import LogReader
 from services.delivery.partitions import Partitions
 from services.delivery.presence import Presence
 from services.delivery.replay import replay
 from services.delivery.shared_reads import SharedReads
-from services.delivery.starts import StartBounds, Starts
+from services.delivery.starts import Starts
 from services.delivery.subscriber import Subscriber
 from services.kit.auth.principal import Principal
 from services.kit.broker import Broker, BrokerUnavailable, StreamState
 from services.kit.clock import Clock
 
-__all__ = ["Hub", "Limits"]
+__all__ = ["Hub"]
 
 log = structlog.get_logger()
 SWEEP_SECONDS: Final = 1.0
@@ -36,41 +39,6 @@ SETTLE_FEEDS_SECONDS: Final = 2.0
 """How often what was sent is counted for billing, while streams go on."""
 STATE_SECONDS: Final = 1.0
 SETTLE_SECONDS: Final = 60.0
-
-
-class Limits:
-    """Bounds of a process. Times in seconds, sizes in bytes.
-
-    ``feed_bytes``: events kept in memory for one session. ``feeds``: sessions followed at once. ``linger``: how long a
-    feed outlives its last subscriber. ``heartbeat``: silence before a comment is sent. ``lifetime``: how long a stream
-    lasts at most (with up to a fifth taken off at random). ``stall``: how long a client may take nothing. ``streams``:
-    open at once, in all, of a tenant and with a key.
-    """
-
-    def __init__(
-        self,
-        *,
-        feed_bytes: int = 4 * 1024 * 1024,
-        feeds: int = 20_000,
-        linger: float = 30.0,
-        heartbeat: float = 15.0,
-        lifetime: float = 3_600.0,
-        stall: float = 30.0,
-        streams: int | None = None,
-        streams_per_tenant: int | None = None,
-        streams_per_key: int | None = None,
-        starts: StartBounds | None = None,
-    ) -> None:
-        self.feed_bytes = feed_bytes
-        self.feeds = feeds
-        self.linger = linger
-        self.heartbeat = heartbeat
-        self.lifetime = lifetime
-        self.stall = stall
-        self.streams = streams
-        self.streams_per_tenant = streams_per_tenant
-        self.streams_per_key = streams_per_key
-        self.starts = starts or StartBounds()
 
 
 class Hub:
@@ -90,6 +58,7 @@ class Hub:
         self._shared = SharedReads(broker)
         self.accounts: Accounts | None = None  # where what was sent is counted for billing
         self._settled_feeds_at = 0.0
+        self.deleted = DeletedSessions(broker, self.end_deleted)
         self.presence = Presence(broker)
         self.connections = Connections(
             total=limits.streams, tenant=limits.streams_per_tenant, key=limits.streams_per_key
@@ -145,6 +114,16 @@ class Hub:
         partition = await self.partition(tenant, session)
         state = await self.state(partition)
         return CursorIssuer(partition, state.created, tenant, session)
+
+    async def end_deleted(self, deleted: DeletedSession) -> None:
+        """Close the feed of a session that was deleted; its subscribers are told."""
+        self._shared.forget(deleted.tenant, deleted.session)
+        key = (deleted.tenant, deleted.session)
+        if key in self._opening:  # it may have read what is about to be removed
+            await asyncio.wait({self._opening[key]})
+        feed = self._feeds.get(key)
+        if feed is not None and feed.issuer.partition == deleted.partition and feed.deleted_through < deleted.through:
+            await self._retire(feed, "the session was deleted", "deleted")
 
     async def feed(self, tenant: str, session: str) -> Feed:
         """Return the session's feed, opened.
@@ -230,6 +209,7 @@ class Hub:
 
     async def run(self) -> None:
         """Keep streams alive and close what is idle; runs until cancelled."""
+        self._look("deletions", self.deleted.listen)
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
             self._sweep(self.clock.monotonic())
@@ -249,6 +229,7 @@ class Hub:
     async def _open(self, tenant: str, session: str) -> Feed:
         issuer = await self.issuer(tenant, session)
         feed = Feed(self.broker, self.clock, issuer, tenant, session, self.limits.feed_bytes)
+        feed.deleted_through = await self.deleted.through(tenant, session, issuer)
         try:
             await feed.open()
         except BaseException:
@@ -275,6 +256,8 @@ class Hub:
                 self._look_after(subscriber, now)
         if self.broker.is_connected:
             self._look("starts", self.starts.look)
+            if not self.deleted.heard:
+                self._look("deletions", self.deleted.listen)
             self._look("logs", self._look_for_new_logs)
             self._look("moves", self._look_for_moves, now)
         if now - self._settled_feeds_at >= SETTLE_FEEDS_SECONDS:
@@ -307,7 +290,8 @@ class Hub:
         """Look for what a feed has missed; a feed of a re-created log is closed, its subscribers are told."""
         try:
             if self._follows(feed, await self.state(feed.issuer.partition)):
-                await feed.reread()
+                if not await self._was_deleted(feed):
+                    await feed.reread()
                 return
         except BrokerUnavailable as error:
             log.warning("read-back failed, will be tried again", session=feed.session, detail=str(error))
@@ -316,9 +300,17 @@ class Hub:
 
     async def _check(self, feed: Feed) -> None:
         try:
-            await feed.check()
+            if not await self._was_deleted(feed):
+                await feed.check()
         except BrokerUnavailable as error:
             log.warning("quiet feed not checked", session=feed.session, detail=str(error))
+
+    async def _was_deleted(self, feed: Feed) -> bool:
+        """Close a feed whose session was deleted without this replica hearing of it; tell whether it was."""
+        if await self.deleted.through(feed.tenant, feed.session, feed.issuer) <= feed.deleted_through:
+            return False
+        await self._retire(feed, "the session was deleted", "deleted")
+        return True
 
     async def _look_for_new_logs(self) -> None:
         """Close the feeds of a stream that was deleted and created anew: nothing that arrives would tell them."""
@@ -358,15 +350,19 @@ class Hub:
         issuer = CursorIssuer(feed.issuer.partition, state.created, feed.tenant, feed.session)
         return issuer.incarnation == feed.issuer.incarnation
 
-    async def _retire(self, feed: Feed, why: str = "the log was re-created") -> None:
-        """Close the feed of a log that is not the session's any more; its subscribers are told."""
+    async def _retire(self, feed: Feed, why: str = "the log was re-created", reason: str = "gap") -> None:
+        """Close the feed of a log that is not the session's any more; its subscribers are told.
+
+        Where a session was deleted, the subscribers of one generation are sent to ask again: theirs may be a new one.
+        """
         if feed.closed:
             return
         log.warning("feed closed", session=feed.session, why=why)
         if self._feeds.get((feed.tenant, feed.session)) is feed:
             del self._feeds[feed.tenant, feed.session]
         for subscriber in feed.everyone():
-            subscriber.finish("gap")
+            asks_again = reason == "deleted" and subscriber.generation is not None
+            subscriber.finish("lifetime" if asks_again else reason)
         await feed.close()
 
     def _look(self, at: object, look: Callable[..., Coroutine[Any, Any, None]], *arguments: Any) -> None:

@@ -188,7 +188,7 @@ class Intake:
         first = await reader.first_of(repeated) if last and repeated else None
         if first is not None:
             return issuer.issue(first - 1)
-        return issuer.issue(last.seq if last else 0)
+        return issuer.issue(last.seq if last else await self._hub.deleted.through(tenant, session, issuer))
 
     async def _is_waiting_repeat(self, record: GenerationRecord) -> bool:
         """Tell whether an earlier request under the same key may not have reached the queue.
@@ -211,6 +211,13 @@ class Intake:
                     "this Idempotency-Key was used with another body",
                     slug="idempotency-conflict",
                     title="The key belongs to another request",
+                )
+            if earlier.state == "deleted":
+                raise Problem(
+                    410,
+                    "this Idempotency-Key was used for a generation whose session was deleted: use another one",
+                    slug="session-deleted",
+                    title="The session was deleted",
                 )
             if earlier.state != "queued":
                 return False

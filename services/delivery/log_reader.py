@@ -5,7 +5,7 @@ from typing import Final
 
 import structlog
 
-from schemas.acceptance import BEGINNING, Position, Verdict, joining, judge
+from schemas.acceptance import Acceptance, Verdict
 from schemas.codec import Header, MalformedEvent, decode_header
 from schemas.subjects import log_filter
 from schemas.topology import token_stream
@@ -13,6 +13,7 @@ from services.delivery import metrics
 from services.delivery.core.entries import Entry, Positions
 from services.delivery.shared_reads import LogKey, SharedReads
 from services.kit.broker import Broker, Stored
+from services.kit.kept import highest_kept_epoch, keeps
 
 __all__ = ["LogReader"]
 
@@ -24,8 +25,9 @@ class LogReader:
     """Reads accepted events of one session, or of one generation of it, from the log.
 
     Where reading begins in the middle of a generation, that generation's own log is folded up to there first, so that
-    repeats and zombies are told apart exactly. With ``shared`` what is read is kept for others that read it soon, of
-    the stream's ``incarnation``.
+    repeats and zombies are told apart exactly. Where events of it have expired, it is joined at the highest epoch that
+    the log keeps, and the entry says so (`Entry.gap`). With ``shared`` what is read is kept for others that read it
+    soon, of the stream's ``incarnation``.
     """
 
     def __init__(
@@ -42,7 +44,6 @@ class LogReader:
         self._incarnation = incarnation
         self.stream = token_stream(partition)
         self.positions = Positions()
-        self.headless: set[str] = set()  # generations whose beginning the log no longer keeps; bounded by what it keeps
         self._partition = partition
         self._tenant = tenant
         self._session = session
@@ -58,7 +59,11 @@ class LogReader:
         return stored.seq if stored else None
 
     async def accept(self, stored: Stored) -> Entry | None:
-        """Return the entry for a stored message, or ``None`` when the acceptance rule drops it."""
+        """Return the entry for a stored message, or ``None`` when the acceptance rule drops it.
+
+        Raises:
+            BrokerUnavailable: what must be known for it cannot be read.
+        """
         try:
             header = decode_header(stored.data)
         except MalformedEvent as error:
@@ -66,38 +71,85 @@ class LogReader:
             log.warning("malformed event in the log", seq=stored.seq, detail=str(error))
             return None
         if not self.positions.knows(header.generation):
-            position = await self.position_before(header.generation, stored.seq)
-            if position is BEGINNING and header.seq > 0:
-                position = joining(header.epoch, header.seq)
-                self.headless.add(header.generation)
-            self.positions.begin(header.generation, position)
-        return self.judge(header, stored)
+            self.positions.begin(header.generation, await self.before(header.generation, stored.seq))
+        acceptance = self.positions.of(header.generation)
+        return self._entry(await self._offer(acceptance, header, stored.seq), acceptance, header, stored)
 
     def judge(self, header: Header, stored: Stored) -> Entry | None:
-        """Apply the rule to an event of a generation whose position is known."""
-        verdict = self.positions.offer(header)
-        _SEEN[verdict].inc()
-        if verdict is not Verdict.ACCEPTED:
-            return None
-        return Entry(stored.seq, header.generation, header.type, stored.data)
+        """Apply the rule to an event behind which nothing of its generation is missing."""
+        acceptance = self.positions.of(header.generation)
+        return self._entry(acceptance.offer(header, stored.seq), acceptance, header, stored)
 
-    async def position_before(self, generation: str, seq: int) -> Position:
-        """Return the position in a generation before the message with stream sequence ``seq``."""
+    def begins_late(self, header: Header) -> bool:
+        """Tell whether the first event read of a generation was dropped because the ones before it have expired."""
+        acceptance = self.positions.of(header.generation)
+        return not acceptance.begun and acceptance.lacks(header)
+
+    async def before(self, generation: str, seq: int) -> Acceptance:
+        """Return a reader of a generation that has read everything before the stream sequence ``seq``.
+
+        Raises:
+            BrokerUnavailable: the log cannot be read.
+        """
         if seq <= 1:
-            return BEGINNING
+            return Acceptance()
         subject = self.subject(generation)
-        at, position = self._known(subject, seq)
+        at, acceptance = self._known(subject, seq)
         async for batch in self.read(subject, at, seq - 1):
             known_at, known = self._known(subject, batch[-1].seq + 1)
             if known_at > at:  # another one has come further meanwhile
-                at, position = known_at, known
+                at, acceptance = known_at, known
             for stored in batch:
                 if stored.seq >= at:
-                    position = _after(position, stored)
+                    await self._fold(acceptance, stored)
             at = batch[-1].seq + 1
-            self._keep(subject, at, position)
-        self._keep(subject, seq, position)
-        return position
+            self._keep(subject, at, acceptance)
+        self._keep(subject, seq, acceptance)
+        acceptance.through = seq - 1
+        return acceptance
+
+    async def join_running(self) -> None:
+        """Join the generations that have not ended again: behind the last events read some have expired unread.
+
+        Raises:
+            BrokerUnavailable: the log cannot be read.
+        """
+        for generation, acceptance in self.positions.running():
+            acceptance.join(await self._highest_epoch(self.subject(generation)))
+
+    async def _fold(self, acceptance: Acceptance, stored: Stored) -> None:
+        try:
+            await self._offer(acceptance, decode_header(stored.data), stored.seq)
+        except MalformedEvent:
+            acceptance.through = stored.seq
+
+    async def _offer(self, acceptance: Acceptance, header: Header, seq: int) -> Verdict:
+        """Judge an event; join its generation where what precedes it has expired."""
+        through = acceptance.through
+        verdict = acceptance.offer(header, seq)
+        if verdict is Verdict.ACCEPTED or not acceptance.lacks(header):
+            return verdict
+        subject = self.subject(header.generation)
+        if acceptance.begun and await keeps(self.broker, self.stream, subject, through):
+            acceptance.expect()
+            return verdict
+        acceptance.join(await self._highest_epoch(subject))
+        return acceptance.offer(header, seq)
+
+    async def _highest_epoch(self, subject: str) -> int:
+        """Return the highest epoch that the log keeps of a generation: its takeover may lie anywhere ahead."""
+        last = await self.broker.last(self.stream, subject)
+        return 0 if last is None else await highest_kept_epoch(self.read(subject, 1, last.seq))
+
+    @staticmethod
+    def _entry(verdict: Verdict, acceptance: Acceptance, header: Header, stored: Stored) -> Entry | None:
+        _SEEN[verdict].inc()
+        if verdict is not Verdict.ACCEPTED:
+            return None
+        if acceptance.joined_at == stored.seq:
+            gap = acceptance.gap_before(stored.seq)
+            return Entry(stored.seq, header.generation, header.type, stored.data, gap=gap)
+        return Entry(stored.seq, header.generation, header.type, stored.data)
 
     def read(self, filter_: str, from_seq: int, up_to: int) -> AsyncIterator[list[Stored]]:
         """Yield what is stored from one stream sequence to another, in order and in batches.
@@ -112,19 +164,9 @@ class LogReader:
     def _key(self, filter_: str) -> LogKey:
         return LogKey(self.stream, self._incarnation, filter_)
 
-    def _known(self, subject: str, seq: int) -> tuple[int, Position]:
-        return (1, BEGINNING) if self._shared is None else self._shared.position(self._key(subject), seq)
+    def _known(self, subject: str, seq: int) -> tuple[int, Acceptance]:
+        return (1, Acceptance()) if self._shared is None else self._shared.position(self._key(subject), seq)
 
-    def _keep(self, subject: str, seq: int, position: Position) -> None:
+    def _keep(self, subject: str, seq: int, acceptance: Acceptance) -> None:
         if self._shared is not None:
-            self._shared.note(self._key(subject), seq, position)
-
-
-def _after(position: Position, stored: Stored) -> Position:
-    try:
-        header = decode_header(stored.data)
-    except MalformedEvent:
-        return position
-    if position is BEGINNING and header.seq > 0:
-        position = joining(header.epoch, header.seq)
-    return judge(position, header.type, header.epoch, header.seq)[0]
+            self._shared.note(self._key(subject), seq, acceptance)

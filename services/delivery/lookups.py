@@ -8,17 +8,18 @@ import nats.errors
 from nats.js import errors as js_errors
 
 from schemas.codec import MalformedEvent
-from schemas.requests import Announcement, GenerationRecord
-from schemas.subjects import generation_key, log_filter
+from schemas.requests import Announcement, DeletedSession, GenerationRecord
+from schemas.subjects import generation_key, log_filter, session_key
 from schemas.topology import BUCKET, REGISTRY_BUCKET, token_stream
 from services.delivery.core.transcript import Transcript
-from services.delivery.errors import Unknown
+from services.delivery.deleted import deletion_of
+from services.delivery.errors import Deleted, Unknown
 from services.kit.broker import Broker, BrokerUnavailable
 from services.kit.clock import Clock
 
 __all__ = ["ENDED", "Lookups"]
 
-ENDED: Final = frozenset({"completed", "failed", "cancelled", "interrupted"})
+ENDED: Final = frozenset({"completed", "failed", "cancelled", "interrupted", "deleted"})
 RECENT: Final = 20_000
 REGISTRY_SECONDS: Final = 2.0
 _STREAM: Final = f"KV_{BUCKET}"
@@ -92,11 +93,14 @@ class Lookups:
 
         Raises:
             Unknown: it does not.
+            Deleted: it did, and its session was deleted.
             BrokerUnavailable: neither answers.
         """
         away: BrokerUnavailable | None = None
         try:
-            if await self.get(tenant, session, generation) is not None:
+            if (found := await self.get(tenant, session, generation)) is not None:
+                if found[0].state == "deleted":
+                    raise Deleted(f"session {session!r} was deleted, and generation {generation!r} with it")
                 return
         except BrokerUnavailable as error:
             away = error  # the log is the truth; the bucket only saves reading it
@@ -109,10 +113,15 @@ class Lookups:
 
     async def transcript(self, tenant: str, session: str, generation: str) -> Transcript:
         """Return what a generation has said, as far as the log keeps it."""
-        transcript = Transcript()
         partition = await self._partition_of(tenant, session)
         subject = log_filter(partition, tenant, session, generation)
-        async for batch in self._broker.read(token_stream(partition), subject):
+        transcript = await self._fold(token_stream(partition), subject, Transcript())
+        if transcript.lost_beginning:
+            transcript = await self._fold(token_stream(partition), subject, transcript.joined())
+        return transcript
+
+    async def _fold(self, stream: str, subject: str, transcript: Transcript) -> Transcript:
+        async for batch in self._broker.read(stream, subject):
             for stored in batch:
                 try:
                     transcript.offer(stored.data)
@@ -121,13 +130,30 @@ class Lookups:
         return transcript
 
     async def of_session(self, tenant: str, session: str) -> list[GenerationRecord]:
-        """Return the records of a session's generations, oldest first."""
+        """Return the records of a session's generations, oldest first, without those that were deleted."""
+        return [record for record, _ in await self.kept(tenant, session) if record.state != "deleted"]
+
+    async def kept(self, tenant: str, session: str) -> list[tuple[GenerationRecord, int]]:
+        """Return the records of a session's generations with their revisions, those that were deleted included."""
         return await self._records(f"{tenant}.{session}.*")
+
+    async def deletion(self, tenant: str, session: str) -> DeletedSession | None:
+        """Return when and up to where a session was deleted last; ``None`` where that was never, or long ago."""
+        return await deletion_of(self._broker, tenant, session)
+
+    async def note_deletion(self, deleted: DeletedSession) -> None:
+        """Keep that a session was deleted."""
+        try:
+            bucket = await self._broker.bucket()
+            await bucket.put(session_key(deleted.tenant, deleted.session), msgspec.json.encode(deleted))
+        except _AWAY as error:
+            raise BrokerUnavailable(f"look-ups are away: {error!r}") from error
 
     async def recent(self, tenant: str) -> list[GenerationRecord]:
         """Return the tenant's records among the `RECENT` newest changes, oldest change first."""
         state = await self._broker.state(_STREAM)
-        return await self._records(f"{tenant}.*.*", max(1, state.last_seq - RECENT))
+        records = await self._records(f"{tenant}.*.*", max(1, state.last_seq - RECENT))
+        return [record for record, _ in records if record.state != "deleted"]
 
     async def models(self) -> list[Announcement]:
         """Return what the pools of producers have announced, at most two seconds old; empty when none ever has."""
@@ -141,10 +167,10 @@ class Lookups:
         self._announced = (now, found)
         return found
 
-    async def _records(self, keys: str, from_seq: int = 1) -> list[GenerationRecord]:
-        found: list[GenerationRecord] = []
+    async def _records(self, keys: str, from_seq: int = 1) -> list[tuple[GenerationRecord, int]]:
+        found: list[tuple[GenerationRecord, int]] = []
         async for batch in self._broker.read(_STREAM, _PREFIX + keys, from_seq):
             for stored in batch:
                 if stored.data:  # a deletion marker is empty
-                    found.append(msgspec.json.decode(stored.data, type=GenerationRecord))
+                    found.append((msgspec.json.decode(stored.data, type=GenerationRecord), stored.seq))
         return found

@@ -50,11 +50,9 @@ class _Piece:
 class _Replay:
     """Frames stored events in the subscriber's granularity, and sends them in pieces."""
 
-    def __init__(self, reader: LogReader, subscriber: Subscriber, at: Address) -> None:
-        self._reader = reader
+    def __init__(self, subscriber: Subscriber, at: Address) -> None:
         self._subscriber = subscriber
         self._at = at
-        self._told: set[str] = set()
         self._piece = _Piece(subscriber)
         self._merger = Merger(subscriber.grain, subscriber.place)
 
@@ -65,10 +63,9 @@ class _Replay:
 
     async def take(self, entry: Entry) -> bool:
         """Show one event; return whether the wanted generation ends with it."""
-        if entry.generation in self._reader.headless - self._told:
-            self._told.add(entry.generation)
+        if entry.gap and self._subscriber.generation in (None, entry.generation):
             await self._show(self._merger.release())
-            self._piece.frames.append(self._subscriber.format.gap("beginning_expired", entry.generation, self._at))
+            self._piece.frames.append(self._subscriber.format.gap(entry.gap, entry.generation, self._at))
         return await self._show(self._merger.offer(entry, 0.0))
 
     async def pause(self, seq: int) -> None:
@@ -104,7 +101,7 @@ async def replay(
     Raises:
         BrokerUnavailable: the log cannot be read.
     """
-    shown = _Replay(reader, subscriber, at)
+    shown = _Replay(subscriber, at)
     filter_ = reader.subject(subscriber.generation or "*")
     last = subscriber.seq
     async for batch in reader.read(filter_, subscriber.seq + 1, floor):

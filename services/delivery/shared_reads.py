@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator
 from typing import Final, NamedTuple
 
-from schemas.acceptance import BEGINNING, Position
+from schemas.acceptance import Acceptance
 from services.delivery import metrics
 from services.kit.broker import Broker, Stored
 
@@ -49,7 +49,7 @@ class _Log:
 
     def __init__(self) -> None:
         self.segments: list[_Segment] = []
-        self.positions: list[tuple[int, Position]] = []
+        self.positions: list[tuple[int, Acceptance]] = []
         self.reading: asyncio.Task[_Segment] | None = None
         self.used_at = 0.0
 
@@ -104,21 +104,31 @@ class SharedReads:
             if batch:
                 yield batch
 
-    def position(self, key: LogKey, seq: int) -> tuple[int, Position]:
+    def position(self, key: LogKey, seq: int) -> tuple[int, Acceptance]:
         """Return the nearest known position before the message ``seq``, and with which message it is to be read on."""
         positions = self._log(key).positions
         at = bisect_right(positions, seq, key=_first_of_pair) - 1
-        return positions[at] if at >= 0 else (1, BEGINNING)
+        if at < 0:
+            return 1, Acceptance()
+        known_at, known = positions[at]
+        return known_at, known.copy()
 
-    def note(self, key: LogKey, seq: int, position: Position) -> None:
+    def note(self, key: LogKey, seq: int, acceptance: Acceptance) -> None:
         """Keep the position before the message ``seq``."""
         positions = self._log(key).positions
         at = bisect_left(positions, seq, key=_first_of_pair)
         if at < len(positions) and positions[at][0] == seq:
             return
-        positions.insert(at, (seq, position))
+        kept = acceptance.copy()
+        kept.through = seq - 1
+        positions.insert(at, (seq, kept))
         if len(positions) > POSITIONS:
             del positions[::2]
+
+    def forget(self, tenant: str, session: str) -> None:
+        """Drop what is kept of a session."""
+        for key in [key for key in self._logs if key.filter.split(".")[2:4] == [tenant, session]]:
+            self._bytes -= sum(segment.size for segment in self._logs.pop(key).segments)
 
     def sweep(self) -> None:
         """Forget what has not been used for a while; to be called now and then."""
@@ -194,5 +204,5 @@ def _seq(stored: Stored) -> int:
     return stored.seq
 
 
-def _first_of_pair(pair: tuple[int, Position]) -> int:
+def _first_of_pair(pair: tuple[int, Acceptance]) -> int:
     return pair[0]

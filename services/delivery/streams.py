@@ -10,7 +10,7 @@ from services.delivery import metrics
 from services.delivery.core.formats import Format
 from services.delivery.core.granularity import TOKEN, Grain, Place, wanted_grain
 from services.delivery.core.start import Start, check_cursor, wanted_start
-from services.delivery.errors import CursorExpired, CursorForeign, DeliveryError, TooBusy, Unknown
+from services.delivery.errors import CursorExpired, CursorForeign, Deleted, DeliveryError, TooBusy, Unknown
 from services.delivery.feed import Feed
 from services.delivery.hub import Hub
 from services.delivery.lookups import Lookups
@@ -23,6 +23,8 @@ __all__ = ["Stream", "Streams", "Wish", "problem_of"]
 
 log = structlog.get_logger()
 LAST_WRITE_SECONDS: Final = 5.0
+_GAPS: Final = {"gap": "log_recreated", "deleted": "deleted"}
+"""Reasons of gaps behind which a stream ends, by why it ends."""
 _SILENT_ENDS: Final = frozenset({"complete", "disconnected", "evicted", "batch", "sibling"})
 
 
@@ -136,7 +138,7 @@ class Streams:
                 try:
                     if joined is not None:
                         joined(subscriber)
-                    reason = await self._serve(feed, subscriber, caught_up, fresh=wish.cursor is None)
+                    reason = await self._serve(feed, subscriber, caught_up)
                 finally:
                     self._hub.settle(feed, [subscriber])
                     feed.remove(subscriber)
@@ -145,16 +147,12 @@ class Streams:
                     await subscriber.close()
         return reason
 
-    async def _serve(
-        self, feed: Feed, subscriber: Subscriber, caught_up: Callable[[Subscriber], None] | None, *, fresh: bool
-    ) -> str:
-        format_, at = subscriber.format, feed.address
-        opening = [format_.opening(at)]
-        if fresh and subscriber.seq >= feed.tail.floor and feed.is_headless(subscriber.generation):
-            opening.append(format_.gap("beginning_expired", subscriber.generation, at))
+    async def _serve(self, feed: Feed, subscriber: Subscriber, caught_up: Callable[[Subscriber], None] | None) -> str:
+        format_ = subscriber.format
+        opening = format_.opening(feed.address)
         try:
-            if any(opening):
-                await subscriber.send(format_.message([part for part in opening if part], ends=False))
+            if opening:
+                await subscriber.send(format_.message([opening], ends=False))
             reason = await self._follow(feed, subscriber, caught_up)
         except BrokerUnavailable as error:
             log.warning("stream ended: the log cannot be read", session=feed.session, detail=str(error))
@@ -195,7 +193,8 @@ class Streams:
         if not await subscriber.through(LAST_WRITE_SECONDS):
             return
         format_, at = subscriber.format, feed.address.inside(subscriber.offset)
-        last = format_.gap("log_recreated", None, at) if reason == "gap" else format_.bye(reason, subscriber.seq, at)
+        gap = _GAPS.get(reason)
+        last = format_.gap(gap, None, at) if gap else format_.bye(reason, subscriber.seq, at)
         await subscriber.send(format_.message([last], ends=True))
         await subscriber.through(LAST_WRITE_SECONDS)
 
@@ -206,8 +205,12 @@ class Streams:
         feed = await self._hub.feed(tenant, wish.session)
         if wish.cursor is not None:
             place = await self._check(wish.cursor, feed)
+            if wish.generation is None and place.seq <= feed.deleted_through:
+                await self._require_anew(feed, place.seq)
             await feed.reach(place.seq + (place.offset > 0))
         else:
+            if wish.generation is None and feed.deleted_through:
+                await self._require_anew(feed, feed.deleted_through)
             place = Place(await self._beginning(feed, wish.generation, wish.start))
             if wish.start.where != "live":
                 return feed, place
@@ -224,9 +227,19 @@ class Streams:
             cursor = check_cursor(text, feed.issuer, state.first_seq, max(state.last_seq, feed.last_seq))
         return Place(cursor.seq, cursor.offset)
 
+    async def _require_anew(self, feed: Feed, seq: int) -> None:
+        """Find out whether a reader behind the stream sequence ``seq`` reads what was started since the deletion.
+
+        Raises:
+            Deleted: it would read what was deleted, or nothing was started since.
+        """
+        behind = seq >= feed.deleted_through
+        if not behind or (feed.tail.end == 0 and not await self._lookups.of_session(feed.tenant, feed.session)):
+            raise Deleted(f"session {feed.session!r} was deleted")
+
     async def _ended(self, feed: Feed, generation: str, seq: int) -> bool:
         reader = self._hub.reader(feed.tenant, feed.session, feed.issuer.partition)
-        return (await reader.position_before(generation, seq + 1)).ended
+        return (await reader.before(generation, seq + 1)).ended
 
     async def _beginning(self, feed: Feed, generation: str | None, start: Start) -> int:
         if start.where == "live":
@@ -248,6 +261,8 @@ def problem_of(error: DeliveryError) -> Problem:
             return Problem(400, str(error), slug="cursor-invalid", title="The cursor is not valid here")
         case CursorExpired():
             return Problem(410, str(error), slug="cursor-expired", title="The cursor has expired")
+        case Deleted():
+            return Problem(410, str(error), slug="session-deleted", title="The session was deleted")
         case Unknown():
             return Problem(404, str(error))
         case TooBusy():

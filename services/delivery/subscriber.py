@@ -213,7 +213,7 @@ class Subscriber:
         ``stand``: of somebody who has just got the same.
         """
         self.stand = stand or self.behind(chunk)
-        if chunk.count:
+        if chunk.message is not None:
             self.count(chunk.count, chunk.size)
             self.start(chunk.message)
         if chunk.ends:

@@ -18,6 +18,8 @@ from services.kit.streams import APPLY_SECONDS, NotReady, Refused, apply_topolog
 __all__ = ["Broker", "BrokerUnavailable", "ReadFailed", "Stored", "StreamState"]
 
 READ_BATCH: Final = 1_000
+SUBJECTS_PAGE: Final = 100_000
+"""Subjects that the server names in one answer."""
 READ_BYTES: Final = 512 * 1024
 READS: Final = 16  # at once: what the server sends ahead must stay far below its limit for a connection (64 MB)
 READ_TIMEOUT: Final = 5.0
@@ -106,6 +108,24 @@ class Broker(Connection):
             return subject in msgspec.json.decode(data or b"", type=_Info).state.subjects
         except msgspec.DecodeError as error:
             raise BrokerUnavailable(f"no stream {stream}: {(data or b'')[:200]!r}") from error
+
+    async def subjects(self, stream: str, filter_: str) -> list[str]:
+        """Return the subjects that match ``filter_`` of which a stream's leader holds messages.
+
+        Raises:
+            BrokerUnavailable: no answer.
+        """
+        found: list[str] = []
+        while True:
+            query = msgspec.json.encode({"subjects_filter": filter_, "offset": len(found)})
+            data = await self.request(f"$JS.API.STREAM.INFO.{stream}", query, timeout=5.0)
+            try:
+                page = msgspec.json.decode(data or b"", type=_Info).state.subjects
+            except msgspec.DecodeError as error:
+                raise BrokerUnavailable(f"no stream {stream}: {(data or b'')[:200]!r}") from error
+            found += page
+            if len(page) < SUBJECTS_PAGE:
+                return found
 
     async def last(self, stream: str, filter_: str) -> Stored | None:
         """Return the newest stored message that matches ``filter_``, as the stream's leader has it, if there is any."""

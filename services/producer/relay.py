@@ -20,13 +20,13 @@ from services.producer.core.counting import GenerationCounter, count_input, enco
 from services.producer.core.generation import Generation
 from services.producer.core.parts import UpstreamFailure
 from services.producer.core.registry import Candidate, Provider, Registry, UnknownModel
-from services.producer.core.takeover import Begun, decide, fold, lost_call
+from services.producer.core.takeover import Begun, decide, lost_call
 from services.producer.errors import GiveUp, LogRefused, TryAgain
 from services.producer.journal import Journal
 from services.producer.late_usage import LateUsage, LookUp
 from services.producer.ports import UsageSource
 
-__all__ = ["HandBack", "Interruption", "LeaseLost", "Outside", "Relay"]
+__all__ = ["HandBack", "Interruption", "LeaseLost", "Outside", "Relay", "read_begun"]
 
 log = structlog.get_logger()
 _TAKEOVER_TRIES = 4
@@ -148,10 +148,7 @@ class Relay:
         last = await broker.last(stream, subject)
         if last is None:
             return Begun()
-        begun = Begun()
-        async for batch in broker.read(stream, subject):
-            for stored in batch:
-                begun = fold(begun, stored.data, stored.seq)
+        begun = await read_begun(broker, stream, subject)
         if begun.last_seq < last.seq:
             raise TryAgain(f"the log of {subject} ends at {begun.last_seq} and not at {last.seq} on this replica")
         return begun
@@ -288,6 +285,25 @@ class Relay:
                 raise HandBack(f"generation {self.request.generation} is handed over")
             case _:
                 raise LeaseLost(f"generation {self.request.generation}: the lease was not renewed in time")
+
+
+async def read_begun(broker: Broker, stream: str, subject: str) -> Begun:
+    """Return what the log holds of a generation; where it has lost the beginning, read in the highest kept epoch.
+
+    Raises:
+        BrokerUnavailable: the log cannot be read.
+    """
+    begun = await _fold(broker, stream, subject, Begun())
+    return (
+        await _fold(broker, stream, subject, Begun.joining(begun.acceptance.highest)) if begun.lost_beginning else begun
+    )
+
+
+async def _fold(broker: Broker, stream: str, subject: str, begun: Begun) -> Begun:
+    async for batch in broker.read(stream, subject):
+        for stored in batch:
+            begun.take(stored.data, stored.seq)
+    return begun
 
 
 def _encoding(model: str, candidates: list[Candidate] | UnknownModel) -> tuple[str, bool]:

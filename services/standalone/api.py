@@ -15,6 +15,8 @@ __all__ = ["Accepted", "Api", "refusal"]
 T = TypeVar("T")
 _DEAD: Final = "/v1/requests/dead"
 _KEYS: Final = "/v1/keys"
+DELETING_SECONDS: Final = 60.0
+"""How long a deletion may take: it waits for what it cancels and for billing."""
 _TIMEOUT = httpx.Timeout(15.0, connect=5.0)
 
 
@@ -69,6 +71,13 @@ class Api:
     def session(self, session: str) -> dict[str, Any]:
         """Return a session and its generations."""
         return self._object("GET", f"/v1/sessions/{session}")
+
+    def delete_session(self, session: str, *, cancel: bool) -> None:
+        """Delete a session; with ``cancel`` what is queued or running in it is cancelled first."""
+        query = {"cancel": "true"} if cancel else {}
+        answer = self._send("DELETE", f"/v1/sessions/{session}", params=query, timeout=DELETING_SECONDS)
+        if answer.is_error:
+            raise refusal(answer)
 
     def sessions(self, limit: int) -> list[dict[str, Any]]:
         """Return at most ``limit`` sessions, page by page."""

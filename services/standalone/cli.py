@@ -183,14 +183,32 @@ def cancel(session: str, generation: str | None, as_json: bool, url: str) -> int
         return commands.cancel(api, Terminal(), session, generation, as_json=as_json)
 
 
-@cli.command()
+@cli.group(invoke_without_command=True)
 @click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True, help="At most so many.")
 @_json
 @_url
-def sessions(limit: int, as_json: bool, url: str) -> int:
-    """List sessions."""
+@click.pass_context
+def sessions(ctx: click.Context, limit: int, as_json: bool, url: str) -> int:
+    """List sessions; or delete one."""
+    if ctx.invoked_subcommand is not None:
+        return 0
     with Api(url) as api:
         return commands.sessions(api, Terminal(), limit, as_json=as_json)
+
+
+@sessions.command("delete")
+@_session
+@click.option("--yes", "sure", is_flag=True, help="Do not ask.")
+@click.option("--cancel", "cancelled", is_flag=True, help="Cancel first what is queued or running in it.")
+@_url
+def delete_session(session: str, sure: bool, cancelled: bool, url: str) -> int:
+    """Delete SESSION: its events and records, for good. Bills stay."""
+    if not sure and not sys.stdin.isatty():
+        raise click.UsageError("nobody can be asked here: add --yes")
+    if not sure:
+        click.confirm(f"Delete session {session} for good?", abort=True, err=True)
+    with Api(url) as api:
+        return commands.delete_session(api, Terminal(), session, cancel=cancelled)
 
 
 for _command in money.COMMANDS:

@@ -20,7 +20,7 @@ from services.standalone.screen import Screen, exit_code
 from services.standalone.tables import moment, print_table
 from services.standalone.terminal import Terminal, pretty
 
-__all__ = ["ask", "cancel", "sessions", "tail"]
+__all__ = ["ask", "cancel", "delete_session", "sessions", "tail"]
 
 _UNFINISHED = frozenset({"queued", "running", "cancelling"})
 
@@ -114,6 +114,13 @@ def cancel(api: Api, terminal: Terminal, session: str, generation: str | None, *
 
 def _unfinished(session: dict[str, Any]) -> list[str]:
     return [str(g["generation"]) for g in session.get("generations", []) if g.get("state") in _UNFINISHED]
+
+
+def delete_session(api: Api, terminal: Terminal, session: str, *, cancel: bool) -> int:
+    """Delete a session for good."""
+    api.delete_session(session, cancel=cancel)
+    terminal.remark(f"session {session} is deleted")
+    return EXIT_OK
 
 
 def sessions(api: Api, terminal: Terminal, limit: int, *, as_json: bool) -> int:

@@ -9,14 +9,14 @@ from typing import Final, NamedTuple
 import httpx
 import httpx_sse
 
-from schemas.acceptance import Position, Verdict, judge
+from schemas.acceptance import Acceptance, Verdict
 from schemas.codec import Header, MalformedEvent, UnknownEvent, decode_event, decode_header
 from schemas.events import TERMINAL_TYPES, AnyEvent
 from services.standalone.api import Api, refusal
 from services.standalone.backoff import reconnect_delay
 from services.standalone.errors import CommandFailed, Unreachable
 
-__all__ = ["Acceptance", "Received", "Start", "follow"]
+__all__ = ["Received", "Start", "follow"]
 
 MAX_FAILURES: Final = 8
 """Connections lost in a row, without an event between, before following gives up (about 25 s)."""
@@ -48,23 +48,28 @@ class Start(NamedTuple):
         return {name: value for name, value in wanted.items() if value}
 
 
-class Acceptance:
+class _Session:
     """Applies the acceptance rule to the newest generations of a session (64 are remembered).
 
-    A generation met in its middle, as after a cursor, is taken from there.
+    A generation met in its middle, as after a cursor or behind a gap that delivery has told, is joined there: delivery
+    has looked for the highest epoch already.
     """
 
     def __init__(self) -> None:
-        self._positions: dict[str, Position] = {}
+        self._generations: dict[str, Acceptance] = {}
 
     def accepts(self, header: Header) -> bool:
         """Tell whether an event counts, and remember that it came."""
-        position = self._positions.pop(header.generation, None) or Position(header.epoch, header.seq)
-        position, verdict = judge(position, header.type, header.epoch, header.seq)
-        self._positions[header.generation] = position
-        if len(self._positions) > REMEMBERED:
-            del self._positions[next(iter(self._positions))]
-        return verdict is Verdict.ACCEPTED
+        acceptance = self._generations.pop(header.generation, None) or Acceptance.joining(header.epoch)
+        self._generations[header.generation] = acceptance
+        if len(self._generations) > REMEMBERED:
+            del self._generations[next(iter(self._generations))]
+        return acceptance.offer(header) is Verdict.ACCEPTED
+
+    def expect_gap(self) -> None:
+        """Go on in each generation with whatever comes next: what lies between is lost, and was said to be."""
+        for acceptance in self._generations.values():
+            acceptance.join(acceptance.epoch)
 
 
 class _Line:
@@ -76,7 +81,7 @@ class _Line:
         self.cursor: str | None = None
         self.failures = 0
         self.finished = False
-        self.acceptance = Acceptance()
+        self.session = _Session()
 
 
 def follow(
@@ -139,10 +144,11 @@ def _receive(source: httpx_sse.EventSource, line: _Line) -> Iterator[Received]:
             return
         if sse.event == "gap":
             line.remark(f"a part of the log is missing here: {sse.data}")
+            line.session.expect_gap()
         if sse.event != "message" or not sse.data:  # the library also reports a lone "retry"
             continue
         line.cursor, line.failures = sse.id or line.cursor, 0
-        if (received := _judge(sse, line.acceptance)) is None:
+        if (received := _judge(sse, line.session)) is None:
             continue
         line.finished = line.start.generation is not None and received.header.type in TERMINAL_TYPES
         yield received
@@ -150,11 +156,11 @@ def _receive(source: httpx_sse.EventSource, line: _Line) -> Iterator[Received]:
             return
 
 
-def _judge(sse: httpx_sse.ServerSentEvent, acceptance: Acceptance) -> Received | None:
+def _judge(sse: httpx_sse.ServerSentEvent, session: _Session) -> Received | None:
     data = sse.data.encode()
     try:
         header = decode_header(data)
-        if not acceptance.accepts(header):
+        if not session.accepts(header):
             return None
         return Received(sse.id, sse.data, header, decode_event(data))
     except UnknownEvent:

@@ -79,7 +79,11 @@ async def test_what_is_stored_is_the_same_over_every_transport(stand: Stand, bro
             check(seen, read, case["log"], cursors, f"{name}: {read}")
 
 
-@pytest.mark.parametrize("path", [p for p in VECTORS if p.stem != "beginning-expired"], ids=lambda path: path.stem)
+# A zombie that is all there is of its generation cannot be told from it: only what is stored behind it shows that.
+LIVE = [path for path in VECTORS if path.stem != "beginning-expired-later-epoch"]
+
+
+@pytest.mark.parametrize("path", LIVE, ids=lambda path: path.stem)
 async def test_what_is_being_written_is_the_same_over_every_transport(stand: Stand, broker: Broker, path: Path) -> None:
     case = vector(path)
     read = next(read for read in case["reads"] if read.get("from") == "start")

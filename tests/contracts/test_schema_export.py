@@ -122,6 +122,7 @@ def test_the_asyncapi_addresses_are_those_that_the_code_builds() -> None:
         "delivered": delivered_subject("acme", "chat", "gen_1"),
         "control": subjects.control_subject("acme", "chat", "gen_1"),
         "presence": subjects.presence_subject("acme", "chat", "gen_1"),
+        "deleted": subjects.deleted_subject("acme", "chat"),
     }
 
 

@@ -47,6 +47,7 @@ class Delivery:
         self.resumed_from: list[str | None] = []
         self.documents: dict[str, Any] = {}
         self.cancels: list[str] = []
+        self.deleted: list[str] = []
         self.cancelled = threading.Event()
         self.url = ""
 
@@ -69,6 +70,15 @@ class _Handler(BaseHTTPRequestHandler):
         session = self.path.split("/")[3]
         self.delivery.asked.append(body)
         return self._json(202, {"session": session, "generation": GENERATION, "cursor": "c0", "state": "queued"})
+
+    def do_DELETE(self) -> None:
+        self.delivery.deleted.append(self.path)
+        if self.delivery.problem is not None:
+            return self._json(*self.delivery.problem)
+        self.send_response(204)
+        self.send_header("content-length", "0")
+        self.end_headers()
+        return None
 
     def do_GET(self) -> None:
         url = urlsplit(self.path)

@@ -418,3 +418,22 @@ def test_completion_offers_sessions(delivery: Delivery) -> None:
 
 def test_version_is_printed() -> None:
     assert tailrace("--version").stdout.startswith("tailrace, version ")
+
+
+def test_a_session_is_deleted_after_a_yes(delivery: Delivery) -> None:
+    result = tailrace("sessions", "delete", "chat", "--yes", "--url", delivery.url)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "session chat is deleted\n")
+    assert tailrace("sessions", "delete", "chat", "--yes", "--cancel", "--url", delivery.url).returncode == 0
+    assert delivery.deleted == ["/v1/sessions/chat", "/v1/sessions/chat?cancel=true"]
+
+
+def test_no_session_is_deleted_where_nobody_can_be_asked(delivery: Delivery) -> None:
+    result = tailrace("sessions", "delete", "chat", "--url", delivery.url)
+    assert (result.returncode, "--yes" in result.stderr, delivery.deleted) == (2, True, [])
+
+
+def test_a_deletion_that_is_refused_says_what_runs(delivery: Delivery) -> None:
+    delivery.problem = (409, {"title": "The session is in use", "detail": "gen_1 has not ended"})
+    result = tailrace("sessions", "delete", "chat", "--yes", "--url", delivery.url)
+    assert result.returncode != 0
+    assert "gen_1 has not ended" in result.stderr

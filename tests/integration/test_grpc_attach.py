@@ -10,7 +10,7 @@ import grpc.aio
 import pytest
 
 from schemas.rpc.tailrace.v1 import tailrace_pb2 as pb
-from services.delivery.hub import Limits
+from services.delivery.limits import Limits
 from services.kit.auth.principal import Principal
 from services.kit.broker import Broker
 from tests.conftest import NatsServer, eventually

@@ -153,6 +153,9 @@ async def test_the_services_work_from_end_to_end_with_their_own_users(guarded: G
         assert http.get(f"{urls['delivery']}/v1/sessions").json()["sessions"]
         await _a_dead_request_runs_at_last(guarded, http, urls["delivery"])
         await _a_service_reads_through_a_durable_consumer(http, f"{urls['delivery']}/v1/consumers/reader")
+        assert http.delete(f"{urls['delivery']}/v1/sessions/s").status_code == 204
+        assert http.get(f"{urls['delivery']}/v1/sessions/s").status_code == 410
+        assert http.get(usage).json()["status"] == "matched"
     assert guarded.violations() == []
 
 
@@ -193,6 +196,7 @@ async def _a_service_reads_through_a_durable_consumer(http: httpx.Client, consum
 
 FORBIDDEN_TO_PUBLISH = {
     "producer": [
+        "deleted.default.s",
         "requests.default.g",
         "control.default.s.g",
         "live.0.default.s.g",
@@ -226,13 +230,17 @@ FORBIDDEN_TO_PUBLISH = {
         "$JS.API.CONSUMER.PAUSE.TOKENS_0.billing-0",
         "$JS.API.CONSUMER.MSG.NEXT.TOKENS_0.billing-0",
         "$JS.ACK.TOKENS_0.billing-0.1.1.1.1.1",
-        "$JS.API.STREAM.PURGE.TOKENS_0",
+        "$JS.API.STREAM.MSG.DELETE.TOKENS_0",
+        "$JS.API.STREAM.DELETE.TOKENS_0",
+        "$JS.API.STREAM.PURGE.KV_generations",
+        "$JS.API.STREAM.PURGE.DELIVERED",
         "$JS.API.DIRECT.GET.REQUESTS",
         "$JS.ACK.REQUESTS.producers-default.1.1.1.1.1",
         "$KV.registry.pool.default",
         "$KV.registry.topology.partitions",
     ],
     "billing": [
+        "deleted.default.s",
         "tokens.0.default.s.g",
         "requests.default.g",
         "$JS.API.STREAM.DELETE.TOKENS_0",

@@ -10,8 +10,9 @@ from nats.js.errors import APIError
 
 from schemas.subjects import lane_of, request_subject
 from services.delivery.admission import Admission
-from services.delivery.hub import Hub, Limits
+from services.delivery.hub import Hub
 from services.delivery.intake import GenerationWish, Intake
+from services.delivery.limits import Limits
 from services.delivery.lookups import Lookups
 from services.kit.auth.principal import Principal
 from services.kit.broker import Broker, BrokerUnavailable

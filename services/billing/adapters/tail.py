@@ -1,7 +1,7 @@
 """A partition's log as billing reads it: pulled through its durable consumer, or read directly where that has holes."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import suppress
 from typing import Final
 
@@ -11,9 +11,13 @@ import structlog
 from nats.js import errors as js_errors
 from nats.js.api import AckPolicy
 
+from schemas.subjects import token_subject
 from schemas.topology import ConsumerSpec, Topology
+from services.billing.core.batch import Group
+from services.billing.core.generation import Key
 from services.billing.core.intake import Record, read_record
 from services.kit.broker import Broker, BrokerUnavailable, Stored
+from services.kit.kept import highest_kept_epoch
 
 __all__ = ["LogState", "Pulled", "Tail"]
 
@@ -187,6 +191,17 @@ class Tail:
             first = batch[-1].seq + 1
         if first <= last and (rest := await self._kept(range(first, last + 1))):
             yield [_record(m) for m in rest]
+
+    async def highest_epochs(self, groups: Iterable[Group]) -> dict[Key, int]:
+        """Return the highest epoch that the log keeps of each generation, zombies' included.
+
+        Raises:
+            BrokerUnavailable: the broker did not answer completely.
+        """
+        stream = self.spec.stream
+        return {
+            one.key: await highest_kept_epoch(self.broker.read(stream, token_subject(one.address))) for one in groups
+        }
 
     async def _mended(self, batch: list[Stored], first: int) -> list[Stored]:
         if batch[-1].seq - first + 1 == len(batch):

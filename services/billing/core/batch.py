@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 import msgspec
 
@@ -63,15 +64,21 @@ def _found(subject: str) -> Group | None:
 
 
 def fold_batch(
-    groups: Iterable[Group], known: Mapping[Key, Generation], now: int, terms: Terms, lost: int = 0
+    groups: Iterable[Group],
+    known: Mapping[Key, Generation],
+    now: int,
+    terms: Terms,
+    lost: int = 0,
+    highest: Mapping[Key, int] = MappingProxyType({}),
 ) -> Batch:
     """Return what ``groups`` make of the ``known`` generations. ``now`` in milliseconds since 1970.
 
-    ``lost``: the last stream sequence that had expired unread.
+    ``lost``: the last stream sequence that had expired unread. ``highest``: the highest epoch that the log keeps of
+    each generation that is joined behind expired events.
     """
     batch = Batch()
     for one in groups:
-        folded = fold(known.get(one.key), one.address, one.records, lost)
+        folded = fold(known.get(one.key), one.address, one.records, lost, highest.get(one.key, 0))
         batch.verdicts.update(folded.verdicts)
         if folded.generation is None:
             continue

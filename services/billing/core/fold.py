@@ -9,7 +9,7 @@ from typing import Final, Literal, NamedTuple
 
 import msgspec
 
-from schemas.acceptance import BEGINNING, Position, Verdict, joining, judge
+from schemas.acceptance import BEGINNING, Acceptance, Verdict
 from schemas.events import (
     TERMINAL_TYPES,
     AbandonedCall,
@@ -29,7 +29,7 @@ from services.billing.core.calls import abandon, abandoned_calls, report, sum_re
 from services.billing.core.generation import EXPORT, Generation
 from services.billing.core.intake import Record, clip, milliseconds
 
-__all__ = ["Change", "Folded", "fold", "take_export", "take_usage"]
+__all__ = ["Change", "Folded", "fold", "joins_late", "take_export", "take_usage"]
 
 LABELS_LIMIT: Final = 4_000
 """Characters of a generation's labels that are kept, as JSON; more than that and none are."""
@@ -53,15 +53,29 @@ class Folded(NamedTuple):
     verdicts: Counter[str]
 
 
-def fold(known: Generation | None, address: Address, records: Iterable[Record], lost: int = 0) -> Folded:
+def joins_late(known: Generation | None, records: Iterable[Record], lost: int = 0) -> bool:
+    """Tell whether `fold` joins the generation behind events that have expired: it needs the highest epoch then."""
+    acceptance = _acceptance(known)
+    first = next((record for record in records if record.header is not None), None)
+    if first is None or first.header is None:
+        return False
+    if acceptance.begun:
+        return known is not None and known.log_seq <= lost < first.seq
+    return acceptance.lacks(first.header)
+
+
+def fold(
+    known: Generation | None, address: Address, records: Iterable[Record], lost: int = 0, highest: int = 0
+) -> Folded:
     """Return ``known`` advanced by ``records``, which are of one generation and in the order of the log.
 
     ``known`` itself is left alone. A generation whose first known event is not its first has lost its head to the
     log's age: it is joined where it can be, and marked. So is one whose middle was lost: ``lost`` is the last stream
-    sequence that had expired unread, 0 where none had.
+    sequence that had expired unread, 0 where none had. ``highest``: the highest epoch that the log keeps of it, where
+    `joins_late`; what an earlier epoch wrote there is a zombie's.
     """
     g = msgspec.structs.replace(known) if known else _unborn(address)
-    epoch, next_seq, ended = g.position if known else BEGINNING
+    acceptance = _acceptance(known)
     before = _counted_before(g)
     change: Change = "nothing"
     plain = 0
@@ -71,41 +85,43 @@ def fold(known: Generation | None, address: Address, records: Iterable[Record], 
         if header is None:
             verdicts["malformed"] += 1
             continue
-        if header.seq == next_seq and header.epoch == epoch and header.type == "delta" and not ended:
-            # The rule's plain case, and nearly all of the log: asking it would cost more than all else here.
-            next_seq += 1
+        begun, epoch = acceptance.begun, acceptance.epoch
+        if (begun and g.log_seq <= lost < record.seq) or (not begun and acceptance.lacks(header)):
+            acceptance.join(highest)  # what was lost may hold a takeover, also where this event would fit
+        verdict = acceptance.offer(header, record.seq)
+        if verdict is not Verdict.ACCEPTED:
+            verdicts[verdict.value] += 1
+            if begun:
+                # While it is being joined, the last event before the loss stays the last one that is known.
+                _count_drop(g, _DROPPED[verdict], g.log_seq if acceptance.is_joining else record.seq)
+                change = "whole"
+            continue
+        g.log_seq = record.seq
+        if header.type == "delta" and begun and acceptance.epoch == epoch and acceptance.joined_at != record.seq:
+            # nearly all of the log
             plain += 1
             if header.tokens:
                 g.counted_output = before + header.tokens
-            g.log_seq = record.seq
-            continue
-        position = Position(epoch, next_seq, ended)
-        after, verdict = judge(position, header.type, header.epoch, header.seq)
-        if verdict is Verdict.GAP and (position == BEGINNING or g.log_seq <= lost < record.seq):
-            after, verdict = judge(joining(header.epoch, header.seq), header.type, header.epoch, header.seq)
-            g.headless = True
-        if verdict is not Verdict.ACCEPTED:
-            verdicts[verdict.value] += 1
-            if position != BEGINNING:
-                _count_drop(g, _DROPPED[verdict], record.seq)
-                change = "whole"
             continue
         change = "whole"
-        if after.epoch > epoch > 0 and header.type not in TERMINAL_TYPES:
+        if acceptance.epoch > epoch > 0 and header.type not in TERMINAL_TYPES:
             abandon(g, record.event.call if isinstance(record.event, Restarted) else None)
-        if position == BEGINNING or header.type != "delta":
+        if not begun or header.type != "delta":
             _apply(g, record, header.type)
         before = _counted_before(g)
         if header.type == "delta" and header.tokens:
             g.counted_output = before + header.tokens
-        epoch, next_seq, ended = after.epoch, after.next_seq, ended or after.ended
-        g.log_seq = record.seq
         verdicts[record.fault or "accepted"] += 1
     if plain:
         verdicts["accepted"] += plain
         change = "progress" if change == "nothing" else change
-    g.epoch, g.next_seq = epoch, next_seq
-    return Folded(g if epoch else None, change, verdicts)
+    if acceptance.begun:
+        g.epoch, g.next_seq, g.headless = acceptance.epoch, acceptance.next_seq, g.headless or acceptance.headless
+    return Folded(g if acceptance.begun else None, change, verdicts)
+
+
+def _acceptance(known: Generation | None) -> Acceptance:
+    return Acceptance(BEGINNING) if known is None else Acceptance(known.position, known.log_seq)
 
 
 def _counted_before(g: Generation) -> int:

@@ -1,6 +1,7 @@
 """Events that a service was given in vain, as they are kept for it: looked at, given again, removed."""
 
 from collections import Counter
+from collections.abc import Container
 from typing import Final
 
 import msgspec
@@ -129,6 +130,14 @@ class DeadEvents:
         """Remove all that is kept for a consumer."""
         for kind in ("dead", "again"):
             await self._purge(consumer_filter(kind, tenant, name))
+
+    async def forget_session(self, tenant: str, session: str, generations: Container[str]) -> None:
+        """Remove what is kept of these generations of a session, for any consumer of its tenant."""
+        async for batch in self._broker.read(CONSUMERS, f"consumers.*.{tenant}.*.*"):
+            for stored in batch:
+                dead = _decoded(stored)
+                if dead.session == session and dead.generation in generations:
+                    await self._purge(stored.subject)
 
     async def _store(self, kind: str, tenant: str, name: str, dead: DeadEvent) -> None:
         subject = consumer_subject(kind, tenant, name, dead.id)

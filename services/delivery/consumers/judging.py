@@ -8,6 +8,7 @@ from schemas.subjects import InvalidSubject, parse_address
 from services.delivery import metrics
 from services.delivery.consumers.verdicts import Track
 from services.kit.broker import Broker
+from services.kit.kept import highest_kept_epoch, keeps
 
 __all__ = ["Judge", "Judgement"]
 
@@ -16,11 +17,11 @@ TRACKS: Final = 20_000
 
 
 class Judgement(NamedTuple):
-    """``accepted``: whether the event is to reach a consumer. ``headless``: it is the first of what is left of it."""
+    """``accepted``: whether the event is to reach a consumer. ``gap``: why events are missing before it, if any are."""
 
     accepted: bool
     header: Header | None
-    headless: bool = False
+    gap: str = ""
 
 
 class Judge:
@@ -49,19 +50,19 @@ class Judge:
         header = read_header(subject, data)
         track = self._track(incarnation, subject)
         if seq > track.through:
-            if track.through < since or track.through == 0 or track.begins_late(header):
+            if track.through < since or track.through == 0:
                 await self._fill(track, stream, subject, seq - 1)
-            await self._late(track, stream, subject, header)
+            await self._join(track, stream, subject, seq, header)
             track.apply(seq, header)
         verdict = track.verdict(seq)
         if verdict is None:
             track = Track()
             await self._fill(track, stream, subject, seq - 1)
-            await self._late(track, stream, subject, header)
+            await self._join(track, stream, subject, seq, header)
             track.apply(seq, header)
             verdict = track.verdict(seq) or "duplicate"
         metrics.CONSUMER_EVENTS.labels(verdict).inc()
-        return Judgement(verdict == "accepted", header, track.joined_at == seq)
+        return Judgement(verdict == "accepted", header, track.acceptance.gap_before(seq))
 
     def _track(self, incarnation: str, subject: str) -> Track:
         key = (incarnation, subject)
@@ -78,23 +79,42 @@ class Judge:
         """Read and judge what comes before a message. Others may do the same meanwhile: each message counts once."""
         if up_to <= track.through:
             return
+        await self._look_for_loss(track, stream, subject)
         async for batch in self._broker.read(stream, subject, track.through + 1, up_to=up_to):
             metrics.CONSUMER_READ_BACK.inc(len(batch))
             for stored in batch:
                 header = read_header(subject, stored.data)
-                await self._late(track, stream, subject, header)
+                await self._join(track, stream, subject, stored.seq, header)
                 track.apply(stored.seq, header)
 
-    async def _late(self, track: Track, stream: str, subject: str, header: Header | None) -> None:
-        """Where the beginning is no longer kept, find out which epoch holds: its oldest kept event is the first."""
-        if header is None or not track.begins_late(header):
+    async def _look_for_loss(self, track: Track, stream: str, subject: str) -> None:
+        """Join again where the last message judged here has expired: a takeover behind it may have, too."""
+        acceptance, through = track.acceptance, track.through
+        if not acceptance.begun or acceptance.ended or await keeps(self._broker, stream, subject, through):
             return
-        highest = header.epoch
-        async for batch in self._broker.read(stream, subject):
-            for stored in batch:
-                other = read_header(subject, stored.data)
-                highest = max(highest, other.epoch if other is not None else 0)
-        track.join_epoch = highest
+        highest = await highest_kept_epoch(self._broker.read(stream, subject))
+        if track.through == through:
+            acceptance.join(highest)
+
+    async def _join(self, track: Track, stream: str, subject: str, seq: int, header: Header | None) -> None:
+        """Where what precedes an event has expired, find out which epoch holds: its oldest kept event is the first.
+
+        Others may judge events of the same generation meanwhile, so that all is looked at again after each wait.
+        """
+        acceptance = track.acceptance
+        if header is None or seq <= track.through or not acceptance.lacks(header):
+            return
+        if acceptance.begun:
+            through = track.through
+            kept = await keeps(self._broker, stream, subject, through)
+            if track.through != through or not acceptance.lacks(header):
+                return
+            if kept:
+                acceptance.expect()
+                return
+        highest = await highest_kept_epoch(self._broker.read(stream, subject))
+        if seq > track.through and acceptance.lacks(header):
+            acceptance.join(max(highest, header.epoch))
 
 
 def read_header(subject: str, data: bytes) -> Header | None:

@@ -319,7 +319,7 @@ class ConsumerSession:
             type=header.type,
             data=raw.data,
             reply=raw.reply,
-            gap="beginning_expired" if judgement.headless else None,
+            gap=judgement.gap or None,
         )
 
     def _kept(self, source: Source, raw: Raw) -> Delivery | None:

@@ -1,20 +1,23 @@
 """Accepted events as a feed keeps them: a tail of the session's log, bounded in bytes."""
 
 from bisect import bisect_right
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
-from schemas.acceptance import BEGINNING, Position, Verdict, judge
-from schemas.codec import Header
+from schemas.acceptance import Acceptance
 from schemas.events import TERMINAL_TYPES
 
-__all__ = ["Entry", "Positions", "Span", "Tail", "replay_start"]
+__all__ = ["GAP", "Entry", "Positions", "Span", "Tail", "gap_before", "replay_start"]
+
+GAP: Final = "gap"
+"""The type of an entry that is no event but says why events of its generation are missing here."""
 
 
 class Entry(NamedTuple):
     """One accepted event: ``seq`` is its stream sequence, ``data`` the stored bytes.
 
     A piece of text that ends inside an event has the stream sequence before that event, and as ``offset`` how many of
-    its characters are shown. ``moved``: the event stands behind others that are stored after it.
+    its characters are shown. ``moved``: the event stands behind others that are stored after it. ``gap``: why events of
+    this generation are missing before it; empty when none are.
     """
 
     seq: int
@@ -23,11 +26,19 @@ class Entry(NamedTuple):
     data: bytes
     offset: int = 0
     moved: bool = False
+    gap: str = ""
 
     @property
     def terminal(self) -> bool:
         """Whether it ends its generation."""
         return self.type in TERMINAL_TYPES
+
+
+def gap_before(entry: Entry) -> Entry:
+    """Return the entry that says what is missing before ``entry``; it is placed directly before it."""
+    if entry.moved:
+        return Entry(entry.seq, entry.generation, GAP, entry.gap.encode())
+    return Entry(entry.seq - 1, entry.generation, GAP, entry.gap.encode(), offset=1)
 
 
 class Span(NamedTuple):
@@ -55,33 +66,33 @@ def replay_start(spans: dict[str, Span]) -> int | None:
 
 
 class Positions:
-    """Applies the acceptance rule to the generations of one session.
+    """The readers of the generations of one session.
 
     At most ``limit`` ended generations are remembered; a running one is never forgotten.
     """
 
     def __init__(self, limit: int = 1_000) -> None:
-        self._positions: dict[str, Position] = {}
+        self._positions: dict[str, Acceptance] = {}
         self._limit = limit
 
     def knows(self, generation: str) -> bool:
         """Tell whether the position in this generation is known."""
         return generation in self._positions
 
-    def begin(self, generation: str, position: Position = BEGINNING) -> None:
-        """Set the position from which a generation is read on."""
-        self._positions[generation] = position
+    def of(self, generation: str) -> Acceptance:
+        """Return the reader of a generation; one that has read nothing where none is known."""
+        return self._positions.get(generation) or self.begin(generation, Acceptance())
+
+    def begin(self, generation: str, acceptance: Acceptance) -> Acceptance:
+        """Set and return the reader with which a generation is read on."""
+        self._positions[generation] = acceptance
         if len(self._positions) > self._limit:
             self._forget()
+        return acceptance
 
-    def offer(self, header: Header) -> Verdict:
-        """Judge one event; an accepted one advances the position."""
-        position, verdict = judge(
-            self._positions.get(header.generation, BEGINNING), header.type, header.epoch, header.seq
-        )
-        if verdict is Verdict.ACCEPTED:
-            self._positions[header.generation] = position
-        return verdict
+    def running(self) -> list[tuple[str, Acceptance]]:
+        """Return the generations that have begun and not ended."""
+        return [(g, p) for g, p in self._positions.items() if p.begun and not p.ended]
 
     def _forget(self) -> None:
         ended = [g for g, p in self._positions.items() if p.ended]
@@ -110,7 +121,10 @@ class Tail:
         return self.base + len(self._entries)
 
     def append(self, entry: Entry) -> None:
-        """Add the newest entry; drop the oldest ones beyond the bound."""
+        """Add the newest entry, and before it the gap that it names; drop the oldest ones beyond the bound."""
+        if entry.gap:
+            self._entries.append(gap_before(entry))
+            entry = entry._replace(gap="")
         self._entries.append(entry)
         self.bytes += len(entry.data)
         span = self.spans.get(entry.generation)

@@ -3,7 +3,7 @@
 import sys
 from typing import Final
 
-from services.delivery.core.entries import Tail
+from services.delivery.core.entries import GAP, Entry, Tail
 from services.delivery.core.formats import Address, Format
 
 __all__ = ["UNLIMITED", "Chunk", "Frames"]
@@ -51,16 +51,22 @@ class Frames:
         self._follow()
         entries = self._tail.slice(start, self._tail.end)
         parts: list[bytes] = []
-        size = 0
+        size = count = 0
         stop, last, within, ends = start, 0, 0, False
         for offset, entry in enumerate(entries, start):
-            if len(parts) >= max_events:
+            if count >= max_events:
                 break
             stop, last, within = offset + 1, entry.seq, entry.offset
             if generation is not None and entry.generation != generation:
+                if entry.type == GAP:
+                    within = 0
                 continue
             frame = self._frames[offset - self._base]
             parts.append(frame)
+            if entry.type == GAP:  # no event: it counts for nothing, and is told again to a client that resumes here
+                within = 0
+                continue
+            count += 1
             size += len(frame)
             if generation is not None and entry.terminal:
                 ends = True
@@ -68,7 +74,7 @@ class Frames:
             if size >= max_bytes:
                 break
         message = self._format.message(parts, ends=ends) if parts else None
-        return Chunk(message, len(parts), size, stop, last, ends, within)
+        return Chunk(message, count, size, stop, last, ends, within)
 
     def _follow(self) -> None:
         tail = self._tail
@@ -77,5 +83,10 @@ class Frames:
             self._base = tail.base
         known = self._base + len(self._frames)
         if known < tail.end:
-            frame, at = self._format.frame, self._at
-            self._frames += [frame(entry, at) for entry in tail.slice(known, tail.end)]
+            frame = self._frame
+            self._frames += [frame(entry) for entry in tail.slice(known, tail.end)]
+
+    def _frame(self, entry: Entry) -> bytes:
+        if entry.type == GAP:
+            return self._format.gap(entry.data.decode(), entry.generation, self._at)
+        return self._format.frame(entry, self._at)

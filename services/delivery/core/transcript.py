@@ -4,7 +4,7 @@ from typing import Any
 
 import msgspec
 
-from schemas.acceptance import BEGINNING, Verdict, judge
+from schemas.acceptance import Acceptance, Verdict
 from schemas.codec import UnknownEvent, decode_event, decode_header
 from schemas.events import AbandonedCall, AnyEvent, Delta, Notice, Restarted, Started, UsageReported, is_terminal
 from schemas.usage import Counted, Usage
@@ -23,16 +23,20 @@ class Alternative(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 
 class Transcript:
-    """Folds stored events by the acceptance rule; a restart begins it anew."""
+    """Folds stored events by the acceptance rule; a restart begins it anew.
 
-    def __init__(self) -> None:
+    Where the log no longer keeps the beginning, it is read twice: the first time shows that (`lost_beginning`), the
+    second time begins with the oldest kept event of the highest epoch (`joined`).
+    """
+
+    def __init__(self, acceptance: Acceptance | None = None) -> None:
         self.started: Started | None = None
         self.terminal: AnyEvent | None = None
         self.usage: Usage | None = None
         self.tokens = 0
         self.events = 0
         self._abandoned: dict[int, AbandonedCall] = {}
-        self._position = BEGINNING
+        self._acceptance = acceptance or Acceptance()
         self._answers: dict[int, Answer] = {}
 
     def offer(self, data: bytes) -> None:
@@ -42,14 +46,27 @@ class Transcript:
             MalformedEvent: it is no event.
         """
         header = decode_header(data)
-        self._position, verdict = judge(self._position, header.type, header.epoch, header.seq)
-        if verdict is not Verdict.ACCEPTED:
+        if self._acceptance.offer(header) is not Verdict.ACCEPTED:
             return
         self.events += 1
         try:
             self._apply(decode_event(data))
         except UnknownEvent:
             return
+
+    @property
+    def lost_beginning(self) -> bool:
+        """Whether the first events have expired."""
+        return self._acceptance.lost_beginning
+
+    @property
+    def headless(self) -> bool:
+        """Whether the log no longer keeps the first events."""
+        return self._acceptance.headless
+
+    def joined(self) -> "Transcript":
+        """Return an empty transcript that begins with the oldest event of the highest epoch that this one has read."""
+        return Transcript(Acceptance.joining(self._acceptance.highest))
 
     @property
     def answers(self) -> list[Answer]:

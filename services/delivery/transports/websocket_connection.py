@@ -60,7 +60,7 @@ CLOSES: Final[dict[str, tuple[int, str]]] = {
     "silent": (4408, "no pong came"),
     "evicted": (4408, "nothing was read for too long"),
 }
-_ENDS: Final = {"complete": "complete", "terminal": "complete", "gap": "gap", "failed": "failed"}
+_ENDS: Final = {"complete": "complete", "terminal": "complete", "gap": "gap", "deleted": "gap", "failed": "failed"}
 _ABOUT_ONE: Final = (Ack, Credit, Unsubscribe)
 _EXPENSIVE: Final = (Subscribe, StartGeneration, Cancel, Consume, Unreadable)
 _ABOUT_A_CONSUMER: Final = (Credit, Unconsume)

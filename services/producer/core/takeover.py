@@ -1,92 +1,103 @@
 """What a producer does with a request, given what the log already holds of its generation."""
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
-from schemas.acceptance import BEGINNING, Position, Verdict, joining, judge
+import msgspec
+
+from schemas.acceptance import Acceptance, Position, Verdict
 from schemas.codec import MalformedEvent, UnknownEvent, decode_event, decode_header
 from schemas.events import AbandonedCall, Notice, Restarted, Started, UsageReported
 from schemas.usage import Counted, Usage
 
-__all__ = ["Begun", "Decision", "decide", "fold", "lost_call"]
+__all__ = ["Begun", "Decision", "decide", "lost_call"]
 
 Decision = Literal["run", "restart", "interrupt", "done"]
 
 
-class Begun(NamedTuple):
-    """What the log holds of a generation.
+class Begun(msgspec.Struct):
+    """What the log holds of a generation, folded message by message with `take`.
 
-    ``tokens`` is the running count of the last accepted delta; ``has_tokens`` whether there is any; ``last_seq`` the
-    stream sequence of the last stored message of any kind, for a conditional append. ``provider`` and
-    ``upstream_model``: who was asked last; ``usage``: what it reported; ``abandoned``: how many calls were left before.
+    ``tokens`` is the running count of the last accepted delta; ``has_tokens`` whether there is any, or may have been
+    among events that have expired. ``provider`` and ``upstream_model``: who was asked last; ``usage``: what it
+    reported; ``abandoned``: how many calls were left before.
+
+    A log that no longer keeps the generation's beginning is read twice: the first time shows that (`lost_beginning`)
+    and which epoch is the highest, the second time begins with `joining` that epoch.
     """
 
-    position: Position = BEGINNING
+    acceptance: Acceptance = msgspec.field(default_factory=Acceptance)
     tokens: int = 0
     has_tokens: bool = False
-    last_seq: int = 0
     provider: str = ""
     upstream_model: str = ""
     usage: UsageReported | None = None
     abandoned: int = 0
 
+    @classmethod
+    def joining(cls, highest: int) -> "Begun":
+        """Return one that has read nothing and begins with the oldest kept event of the epoch ``highest``."""
+        return cls(Acceptance.joining(highest))
 
-def fold(begun: Begun, data: bytes, stream_seq: int) -> Begun:
-    """Return ``begun`` after one more stored message; one that is no event only counts as stored.
+    @property
+    def position(self) -> Position:
+        """The position behind the last accepted event."""
+        return self.acceptance.position
 
-    Where the log no longer keeps a generation's beginning, the oldest kept event stands for it.
-    """
-    try:
-        header = decode_header(data)
-    except MalformedEvent:
-        return begun._replace(last_seq=stream_seq)
-    if begun.position is BEGINNING and header.seq > 0:
-        begun = begun._replace(position=joining(header.epoch, header.seq))
-    position, verdict = judge(begun.position, header.type, header.epoch, header.seq)
-    if verdict is not Verdict.ACCEPTED:
-        return begun._replace(last_seq=stream_seq)
-    begun = begun._replace(position=position, last_seq=stream_seq)
-    if header.type == "delta":
-        return begun._replace(tokens=header.tokens, has_tokens=True)
-    return _told(begun, data)
+    @property
+    def last_seq(self) -> int:
+        """The stream sequence of the last stored message of any kind, for a conditional append."""
+        return self.acceptance.through
 
+    @property
+    def lost_beginning(self) -> bool:
+        """Whether the first events have expired."""
+        return self.acceptance.lost_beginning
 
-def _told(begun: Begun, data: bytes) -> Begun:
-    """Return ``begun`` after what an accepted event other than a delta says of its calls."""
-    try:
-        event = decode_event(data)
-    except (MalformedEvent, UnknownEvent):
-        return begun
-    match event:
-        case Started():
-            return begun._replace(provider=event.provider, upstream_model=event.upstream_model)
-        case Restarted():
-            lost = begun.abandoned + (begun.has_tokens or begun.usage is not None)
-            return begun._replace(
-                tokens=0,
-                has_tokens=False,
-                provider=event.provider,
-                upstream_model=event.upstream_model,
-                usage=None,
-                abandoned=lost if event.call is None else event.call.number,
-            )
-        case Notice():
-            return begun._replace(
-                provider=event.provider or begun.provider,
-                upstream_model=event.upstream_model or begun.upstream_model,
-                abandoned=begun.abandoned if event.call is None else event.call.number,
-            )
-        case UsageReported() if not event.call:
-            return begun._replace(usage=event)
-        case _:
-            return begun
+    def take(self, data: bytes, stream_seq: int) -> None:
+        """Take the next stored message; one that is no event only counts as stored."""
+        try:
+            header = decode_header(data)
+        except MalformedEvent:
+            self.acceptance.through = stream_seq
+            return
+        if self.acceptance.offer(header, stream_seq) is not Verdict.ACCEPTED:
+            return
+        if header.type == "delta":
+            self.tokens, self.has_tokens = header.tokens, True
+            return
+        if self.acceptance.joined_at == stream_seq and header.type != "restarted":
+            self.has_tokens = True
+        self._take(data)
+
+    def _take(self, data: bytes) -> None:
+        """Take what an accepted event other than a delta says of the calls."""
+        try:
+            event = decode_event(data)
+        except (MalformedEvent, UnknownEvent):
+            return
+        match event:
+            case Started():
+                self.provider, self.upstream_model = event.provider, event.upstream_model
+            case Restarted():
+                lost = self.abandoned + (self.has_tokens or self.usage is not None)
+                self.abandoned = lost if event.call is None else event.call.number
+                self.tokens, self.has_tokens, self.usage = 0, False, None
+                self.provider, self.upstream_model = event.provider, event.upstream_model
+            case Notice():
+                self.provider = event.provider or self.provider
+                self.upstream_model = event.upstream_model or self.upstream_model
+                self.abandoned = self.abandoned if event.call is None else event.call.number
+            case UsageReported() if not event.call:
+                self.usage = event
+            case _:
+                pass
 
 
 def lost_call(begun: Begun, request: Counted) -> AbandonedCall | None:
     """Return what the log holds of the call that lost its producer; ``None`` where it holds nothing.
 
-    ``request`` counts its input.
-
-    Only what was logged is known of it, so the numbers are an estimate unless its provider had reported already.
+    ``request`` counts its input. Only what was logged is known of it, so the numbers are an estimate unless its
+    provider had reported already.
     """
     if not begun.has_tokens and begun.usage is None:
         return None

@@ -72,13 +72,13 @@ def test_a_track_forgets_old_drops_rather_than_growing_and_then_knows_nothing_of
 def test_without_its_beginning_a_generation_is_joined_at_the_highest_epoch_that_is_kept() -> None:
     track = Track()
     first = Header("g", 5, "delta", 1)
-    assert track.begins_late(first)
-    track.join_epoch = 2
-    assert not track.begins_late(first)
+    assert track.acceptance.lacks(first)
+    track.acceptance.join(2)
+    assert not track.acceptance.lacks(first)
     for seq, header in enumerate([first, Header("g", 6, "restarted", 2), Header("g", 7, "delta", 1)], 11):
         track.apply(seq, header)
     assert [track.verdict(seq) for seq in (11, 12, 13)] == ["zombie", "accepted", "zombie"]
-    assert track.joined_at == 12
+    assert track.acceptance.gap_before(12) == "beginning_expired"
 
 
 @given(

@@ -3,9 +3,9 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from schemas.acceptance import Position, Verdict
+from schemas.acceptance import Acceptance, Position, Verdict
 from schemas.codec import Header
-from services.delivery.core.entries import Entry, Positions, Span, Tail, replay_start
+from services.delivery.core.entries import GAP, Entry, Positions, Span, Tail, replay_start
 
 sizes = st.lists(st.integers(0, 40), min_size=1, max_size=200)
 
@@ -105,7 +105,7 @@ def test_replay_never_begins_in_the_middle_of_an_answer(spans: dict[str, Span]) 
 def test_positions_judge_each_generation_by_itself() -> None:
     positions = Positions()
     verdicts = [
-        positions.offer(Header(generation=g, seq=n, type="delta"))
+        positions.of(g).offer(Header(generation=g, seq=n, type="delta"))
         for g, n in (("a", 0), ("b", 0), ("a", 1), ("a", 1), ("b", 2), ("b", 1))
     ]
     accepted, duplicate, gap = Verdict.ACCEPTED, Verdict.DUPLICATE, Verdict.GAP
@@ -114,9 +114,20 @@ def test_positions_judge_each_generation_by_itself() -> None:
 
 def test_positions_forget_ended_generations_beyond_the_limit_and_no_running_one() -> None:
     positions = Positions(limit=10)
-    positions.begin("running", Position(1, 5))
+    positions.begin("running", Acceptance(Position(1, 5)))
     for number in range(40):
-        positions.begin(f"ended{number}", Position(1, 3, ended=True))
+        positions.begin(f"ended{number}", Acceptance(Position(1, 3, ended=True)))
     assert positions.knows("running")
     assert positions.knows("ended39")
     assert sum(positions.knows(f"ended{n}") for n in range(40)) <= 10
+
+
+def test_a_gap_is_an_entry_directly_before_the_event_that_follows_it() -> None:
+    tail = Tail(0, 1_000)
+    tail.append(Entry(3, "other", "delta", b"x"))
+    tail.append(Entry(9, "g", "delta", b"y", gap="beginning_expired"))
+    gap, event = tail.slice(tail.after(3), tail.end)
+    assert (gap.type, gap.generation, gap.data, gap.terminal) == (GAP, "g", b"beginning_expired", False)
+    assert (event.seq, event.gap) == (9, "")
+    assert tail.slice(tail.after(8), tail.end) == [gap, event], "a reader that resumes directly before it is told"
+    assert tail.slice(tail.after(9), tail.end) == []

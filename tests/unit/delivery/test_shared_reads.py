@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from schemas.acceptance import BEGINNING, joining
+from schemas.acceptance import BEGINNING, Acceptance, Position
+from schemas.codec import Header
 from services.delivery.shared_reads import POSITIONS, LogKey, SharedReads
 from services.kit.broker import Broker, ReadFailed, Stored
 
@@ -123,16 +124,30 @@ async def test_what_is_not_used_is_forgotten() -> None:
 
 async def test_positions_are_found_from_the_nearest_place_before_and_bounded() -> None:
 
+    def known(seq: int) -> tuple[int, Position]:
+        at, acceptance = reads.position(KEY, seq)
+        assert acceptance.through == at - 1
+        return at, acceptance.position
+
     reads = shared(Log([]))
-    assert reads.position(KEY, 50) == (1, BEGINNING)
+    assert known(50) == (1, BEGINNING)
     for seq in (10, 30, 20, 30):
-        reads.note(KEY, seq, joining(1, seq))
-    assert reads.position(KEY, 9) == (1, BEGINNING)
-    assert reads.position(KEY, 29) == (20, joining(1, 20))
-    assert reads.position(KEY, 30) == (30, joining(1, 30))
+        reads.note(KEY, seq, Acceptance(Position(1, seq)))
+    assert known(9) == (1, BEGINNING)
+    assert known(29) == (20, Position(1, 20))
+    assert known(30) == (30, Position(1, 30))
     for seq in range(100, 100 + 2 * POSITIONS):
-        reads.note(KEY, seq, joining(1, seq))
+        reads.note(KEY, seq, Acceptance(Position(1, seq)))
     assert len(reads._logs[KEY].positions) <= POSITIONS
+
+
+async def test_a_position_that_is_kept_does_not_move_with_its_reader() -> None:
+    reads, acceptance = shared(Log([])), Acceptance()
+    reads.note(KEY, 10, acceptance)
+    acceptance.offer(Header("g", 0, "started"), 10)
+    _, found = reads.position(KEY, 10)
+    found.offer(Header("g", 0, "started"), 10)
+    assert reads.position(KEY, 10)[1].position == BEGINNING
 
 
 @pytest.mark.parametrize("span", [(5, 4), (1, 0), (0, -1)])

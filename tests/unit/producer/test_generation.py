@@ -255,13 +255,19 @@ def test_a_model_may_have_deadlines_of_its_own() -> None:
 def test_what_a_producer_does_depends_on_what_the_log_holds() -> None:
     begun = Begun()
     assert decide(begun, may_restart=False) == "run"
-    started = begun._replace(position=begun.position._replace(epoch=1, next_seq=1))
-    assert decide(started, may_restart=False) == "restart"
-    answered = started._replace(has_tokens=True)
-    assert decide(answered, may_restart=False) == "interrupt"
-    assert decide(answered, may_restart=True) == "restart"
-    ended = answered._replace(position=answered.position._replace(ended=True))
-    assert decide(ended, may_restart=True) == "done"
+    begun.take(b'{"type":"started","generation":"g","seq":0}', 1)
+    assert decide(begun, may_restart=False) == "restart"
+    begun.take(b'{"type":"delta","generation":"g","seq":1,"text":"a","tokens":1}', 2)
+    assert decide(begun, may_restart=False) == "interrupt"
+    assert decide(begun, may_restart=True) == "restart"
+    begun.take(b'{"type":"completed","generation":"g","seq":2,"finish_reason":"stop"}', 3)
+    assert decide(begun, may_restart=True) == "done"
+
+
+def test_what_has_expired_may_have_held_tokens() -> None:
+    begun = Begun.joining(1)
+    begun.take(b'{"type":"notice","generation":"g","seq":7,"code":"upstream_retry"}', 11)
+    assert decide(begun, may_restart=False) == "interrupt"
 
 
 def test_a_functions_name_counts_once_a_call_however_often_it_is_sent() -> None:
@@ -281,7 +287,7 @@ def test_the_names_of_two_calls_count_twice_and_again_after_a_restart() -> None:
     one = generation()
     one.absorb(calls[:1], 1.0)
     assert run.counted().output == 2 * one.counted().output
-    run.begin_anew("upstream_failed", 2.0)
+    run.begin_anew("upstream_failed", run.abandon_call(UpstreamFailure("upstream_cut_off", "cut off")), 2.0)
     run.absorb(calls[:1], 3.0)
     assert run.counted().output == one.counted().output
 

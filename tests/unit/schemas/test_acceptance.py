@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precondition, rule
 
-from schemas.acceptance import BEGINNING, Position, Verdict, joining, judge
+from schemas.acceptance import BEGINNING, Acceptance, Position, Verdict, highest_epoch, judge
+from schemas.codec import Header
 from schemas.events import TERMINAL_TYPES
 from tests.unit.schemas.log_model import TERMINAL, Entry, Log, Writer, accepted, position_of
 
@@ -242,25 +243,70 @@ def test_what_was_stored_behind_a_missing_event_is_accepted_from_the_repeat() ->
     assert verdicts(*log) == ["accepted", "gap", "gap", "accepted", "accepted", "accepted"]
 
 
-def test_a_reader_joins_where_the_log_begins_now() -> None:
-    position = joining(2, 7)
-    assert position == Position(2, 7, False)
-    assert judge(position, "delta", 2, 7) == (Position(2, 8, False), Verdict.ACCEPTED)
-    assert judge(position, "delta", 1, 7)[1] is Verdict.ZOMBIE
+def header(type_: str, epoch: int, seq: int) -> Header:
+    return Header("g", seq, type_, epoch)
 
 
-@settings(deadline=None)
-@given(st.lists(ENTRIES, max_size=30), st.data())
-def test_joining_at_an_accepted_event_yields_the_rest_of_the_sequence(log: list[Entry], data: st.DataObject) -> None:
-    sequence = accepted(log)
-    at = data.draw(st.integers(0, max(0, len(sequence) - 1)))
-    rest = sequence[at:]
-    if not rest or any(e.type in TERMINAL_TYPES for e in sequence[:at]):
-        return
-    position = joining(rest[0].epoch, rest[0].seq)
-    for entry in rest:
+@settings(deadline=None, max_examples=300)
+@given(st.lists(ENTRIES, max_size=40))
+def test_a_reader_says_what_the_rule_says(log: list[Entry]) -> None:
+    acceptance, position = Acceptance(), BEGINNING
+    for at, entry in enumerate(log, 1):
         position, verdict = judge(position, entry.type, entry.epoch, entry.seq)
-        assert verdict is Verdict.ACCEPTED
+        again = acceptance.copy()
+        assert acceptance.offer(header(entry.type, entry.epoch, entry.seq), at) is verdict
+        assert again.offer(header(entry.type, entry.epoch, entry.seq), at) is verdict
+        assert (acceptance.position, acceptance.through) == (position, at)
+    assert acceptance.highest == max((e.epoch for e in log), default=0)
+    assert not acceptance.headless
+
+
+def test_a_reader_joins_at_the_oldest_event_of_the_highest_kept_epoch() -> None:
+    log = [("delta", 1, 2), ("delta", 2, 3), ("delta", 1, 3), ("completed", 2, 4), ("usage", 2, 5)]
+    acceptance = Acceptance()
+    assert acceptance.lacks(header(*log[0]))
+    acceptance.join(highest_epoch(header(*event) for event in log))
+    said = [acceptance.offer(header(*event), at).value for at, event in enumerate(log, 11)]
+    assert said == ["zombie", "accepted", "zombie", "accepted", "accepted"]
+    assert (acceptance.headless, acceptance.joined_at, acceptance.gap_before(12)) == (True, 12, "beginning_expired")
+    assert acceptance.gap_before(14) == ""
+
+
+def test_what_was_accepted_before_a_loss_is_not_accepted_again() -> None:
+    acceptance = Acceptance(Position(1, 5))
+    assert acceptance.lacks(header("delta", 1, 8))
+    acceptance.join(2)
+    log = [("delta", 1, 8), ("delta", 2, 4), ("delta", 2, 9), ("delta", 2, 10)]
+    said = [acceptance.offer(header(*event), at).value for at, event in enumerate(log, 21)]
+    assert said == ["zombie", "duplicate", "accepted", "accepted"]
+    assert acceptance.gap_before(23) == "events_expired"
+
+
+def test_a_later_epoch_whose_takeover_is_missing_is_lacking_it() -> None:
+    acceptance = Acceptance(Position(1, 5))
+    assert acceptance.lacks(header("delta", 2, 5))
+    assert not acceptance.lacks(header("restarted", 2, 5))
+    assert not acceptance.lacks(header("delta", 1, 5))
+    assert not acceptance.lacks(header("delta", 1, 4))
+
+
+def test_an_event_that_its_writer_will_repeat_is_asked_for_once() -> None:
+    acceptance = Acceptance(Position(1, 5))
+    acceptance.expect()
+    assert not acceptance.lacks(header("delta", 1, 8))
+    assert acceptance.offer(header("delta", 1, 5)) is Verdict.ACCEPTED
+    assert acceptance.lacks(header("delta", 1, 8))
+
+
+def test_an_ended_generation_lacks_nothing_but_usage_of_its_own_epoch() -> None:
+    acceptance = Acceptance(Position(2, 5, ended=True))
+    assert not acceptance.lacks(header("delta", 3, 9))
+    assert not acceptance.lacks(header("usage", 3, 9))
+    assert acceptance.lacks(header("usage", 2, 9))
+    acceptance.join(2)
+    assert acceptance.offer(header("restarted", 2, 8)) is Verdict.ENDED
+    assert acceptance.offer(header("usage", 2, 9)) is Verdict.ACCEPTED
+    assert acceptance.ended
 
 
 def test_an_acknowledgement_of_a_copy_stored_too_early_does_not_count() -> None:

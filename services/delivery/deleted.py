@@ -1,0 +1,71 @@
+"""Sessions that were deleted: what the look-up bucket keeps of that, and what replicas tell each other."""
+
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import msgspec
+import structlog
+from nats.aio.msg import Msg
+
+from schemas.cursor import CursorIssuer
+from schemas.requests import DeletedSession
+from schemas.subjects import DELETED_FILTER, session_key
+from schemas.topology import BUCKET, bucket_stream
+from services.kit.broker import Broker, BrokerUnavailable
+
+__all__ = ["DeletedSessions", "deletion_of"]
+
+log = structlog.get_logger()
+_STREAM: Final = bucket_stream(BUCKET)
+_PREFIX: Final = f"$KV.{BUCKET}."
+
+
+class DeletedSessions:
+    """Finds out which sessions were deleted, and up to where. ``ended`` is called when another replica deletes one."""
+
+    def __init__(self, broker: Broker, ended: Callable[[DeletedSession], Awaitable[None]]) -> None:
+        self._broker = broker
+        self._ended = ended
+        self.heard = False
+        """Whether this replica hears of what others delete."""
+
+    async def through(self, tenant: str, session: str, issuer: CursorIssuer) -> int:
+        """Return the stream sequence up to which a session was deleted from this log; 0 where it was not.
+
+        Raises:
+            BrokerUnavailable: the broker does not answer.
+        """
+        deleted = await deletion_of(self._broker, tenant, session)
+        if deleted is None or deleted.partition != issuer.partition:
+            return 0
+        then = CursorIssuer(deleted.partition, deleted.incarnation, tenant, session)
+        return deleted.through if then.incarnation == issuer.incarnation else 0
+
+    async def listen(self) -> None:
+        """Listen for deletions by other replicas; to be called until they are `heard`."""
+        try:
+            await self._broker.subscribe(DELETED_FILTER, self._hear)
+            self.heard = True
+        except BrokerUnavailable as error:
+            log.warning("deletions were not heard yet", detail=str(error))
+
+    async def _hear(self, msg: Msg) -> None:
+        try:
+            await self._ended(msgspec.json.decode(msg.data, type=DeletedSession))
+        except msgspec.DecodeError as error:
+            log.warning("deletion was not readable", detail=str(error))
+
+
+async def deletion_of(broker: Broker, tenant: str, session: str) -> DeletedSession | None:
+    """Return when and up to where a session was deleted last; ``None`` where that was never, or long ago.
+
+    Raises:
+        BrokerUnavailable: the bucket cannot be read.
+    """
+    stored = await broker.last(_STREAM, _PREFIX + session_key(tenant, session))
+    if stored is None or not stored.data:
+        return None
+    try:
+        return msgspec.json.decode(stored.data, type=DeletedSession)
+    except msgspec.DecodeError:
+        return None

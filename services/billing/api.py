@@ -255,6 +255,7 @@ def build_api(
     money["live"] = Live(reports, SystemClock())
     return Litestar(
         logging_config=None,  # logs are set up once, by the service
+        request_max_body_size=None,  # bodies are bounded where they are read
         route_handlers=[
             Router("/v1/usage", route_handlers=[generation_usage, session_usage, live_usage, usage]),
             Router("/v1/budgets", route_handlers=[list_budgets, show_budget, put_budget, delete_budget]),

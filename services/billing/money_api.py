@@ -22,7 +22,6 @@ from services.kit.problem import Problem, ProblemDetails
 
 __all__ = ["put_prices", "put_usage", "show_prices"]
 
-MAX_BODY: Final = 64 * 1024 * 1024
 _MEDIA: Final = {
     "application/toml": "toml",
     "text/csv": "csv",
@@ -101,7 +100,6 @@ async def show_prices(
     operation_id="put_prices",
     tags=["money"],
     responses=_PROBLEMS,
-    request_max_body_size=MAX_BODY,
     **needs("admin"),
 )
 async def put_prices(request: Request[Any, Any, Any], state: State, dry_run: DryRun = False) -> Change:
@@ -129,7 +127,6 @@ async def put_prices(request: Request[Any, Any, Any], state: State, dry_run: Dry
     tags=["money"],
     responses=_PROBLEMS,
     status_code=200,
-    request_max_body_size=MAX_BODY,
     **needs("admin"),
 )
 async def put_usage(

@@ -3,13 +3,13 @@
 import asyncio
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from services.kit.settings import SettingsError, read_config
-from services.standalone.embedded import NatsBinary, find_nats_server, render_config, render_node
+from services.standalone.embedded import NatsBinary, find_nats_server, payload_for, render_config, render_node
 from services.standalone.errors import EXIT_FAILED, CannotStart
 from services.standalone.folder import locked
 from services.standalone.plan import Addresses, Options, ServiceSpec, node_files, plan_services, summary
@@ -89,18 +89,27 @@ def _prepared(wishes: Wishes) -> Iterator[_Prepared]:
     with locked(data) as describe:
         describe(f"process {os.getpid()}")
         options = _settle(wishes, data, config)
-        _write_node_files(options)
+        _write_node_files(options, payload_for(_max_body(env, config)))
         describe(f"process {os.getpid()}, {Addresses.of(options).page}")
         yield _Prepared(options, plan_services(options, env, config, str(binary.path)), binary, env, config)
 
 
-def _write_node_files(options: Options) -> None:
+def _max_body(env: Mapping[str, str], config: dict[str, Any]) -> int:
+    """Return how large a request may be, for the broker; a value that is none is left to delivery to report."""
+    value = env.get("TAILRACE_DELIVERY_MAX_BODY") or _section(config, "delivery").get("max_body")
+    try:
+        return int(value or 0)
+    except (TypeError, ValueError):
+        return 0
+
+
+def _write_node_files(options: Options, max_payload: int) -> None:
     for number, path in enumerate(node_files(options).values(), start=1):
         if options.node_ports:
             port = (options.nats_port, *options.node_ports)[number - 1]
-            text = render_node(number, port, path.with_suffix(""), options.route_ports)
+            text = render_node(number, port, path.with_suffix(""), options.route_ports, max_payload)
         else:
-            text = render_config(options.nats_port, path.with_suffix(""))
+            text = render_config(options.nats_port, path.with_suffix(""), max_payload)
         path.write_text(text, encoding="utf-8")
 
 

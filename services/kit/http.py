@@ -56,8 +56,8 @@ async def serving(
     too, and the kernel spreads connections over them. On leaving, no new connection is accepted and open answers may
     end within ``grace`` seconds: the application must have told its streams to end before. ``connections`` bounds
     concurrent requests. A request's line and headers have at most `HEAD_BYTES` together in HTTP/1.1, and headers
-    `services.kit.http2.HEADER_BYTES` in HTTP/2: more is answered with 431. Neither bounds bodies. ``message_bytes``: the
-    largest message of a WebSocket.
+    `services.kit.http2.HEADER_BYTES` in HTTP/2: more is answered with 431. Neither bounds bodies.
+    ``message_bytes``: the largest message of a WebSocket.
 
     Raises:
         PortTaken: the address is in use.

@@ -85,7 +85,7 @@ def _version_of(path: Path) -> tuple[int, ...] | None:
 
 
 def payload_for(max_body: int) -> int:
-    """Return the ``max_payload`` that the broker needs for requests of so many bytes; more than usual only for larger."""
+    """Return the ``max_payload`` that the broker needs for requests of so many bytes, `MAX_PAYLOAD` at least."""
     return min(LARGEST_PAYLOAD, max(MAX_PAYLOAD, max_body + ENVELOPE))
 
 

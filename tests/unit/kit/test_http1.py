@@ -270,7 +270,7 @@ async def test_a_body_that_nobody_reads_and_that_does_not_end_is_cut_off(closes:
     monkeypatch.setattr(http1, "DRAIN_SECONDS", 0.2)
     async with echoing(Refusing(closes=closes)) as dial:
         wire = await dial()
-        wire.say(POST % b"Content-Length: 1000")
+        wire.say(POST % b"Content-Length: 1000000")
         await wire.until(b"refused")
         with pytest.raises(ConnectionError):
             await wire.flood(b"")

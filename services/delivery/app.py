@@ -12,8 +12,6 @@ import msgspec
 import structlog
 from litestar import Litestar, MediaType, Response, asgi, get, route
 from litestar.datastructures import CacheControlHeader
-from litestar.openapi import OpenAPIConfig
-from litestar.openapi.plugins import ScalarRenderPlugin
 from litestar.static_files import create_static_files_router
 
 from schemas.requests import ENVELOPE, LARGEST_PAYLOAD, GenerationRecord
@@ -40,9 +38,10 @@ from services.delivery.tickets_api import tickets_router
 from services.delivery.transports.answering import outliving
 from services.delivery.transports.events import SessionEvents
 from services.delivery.transports.websocket import WebSockets
+from services.kit.api_docs import documented
 from services.kit.auth.authenticator import Authenticator
 from services.kit.auth.entrance import entering
-from services.kit.auth.rules import SECURITY, cors
+from services.kit.auth.rules import cors
 from services.kit.auth.setup import authenticating
 from services.kit.bodies import reading_bodies
 from services.kit.broker import Broker
@@ -290,13 +289,8 @@ def build_app(
         request_max_body_size=None,  # see `reading_bodies`
         logging_config=None,
         cors_config=cors(settings.cors_origins, ["GET", "POST", "PUT", "PATCH", "DELETE"]),
-        openapi_config=OpenAPIConfig(
-            title="Tailrace delivery",
-            version="1",
-            description="Ask models, and watch their answers as resumable streams.",
-            path="/docs",
-            render_plugins=[ScalarRenderPlugin()],
-            components=SECURITY,
+        openapi_config=documented(
+            "Tailrace delivery", "Ask models, and watch their answers as resumable streams.", "/docs"
         ),
         signature_types=[GenerationRecord],
     )

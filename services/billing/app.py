@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from services.billing import metrics
 from services.billing.adapters.budgets import Budgets
-from services.billing.adapters.database import create_folder, database_url, migrate, open_engine, sqlite_url
+from services.billing.adapters.database import create_file, database_url, migrate, open_engine, sqlite_url
 from services.billing.adapters.deliveries import Deliveries
 from services.billing.adapters.ledger import Ledger
 from services.billing.adapters.prices import Prices
@@ -151,9 +151,9 @@ async def main(stop: asyncio.Event, env: Mapping[str, str] = os.environ) -> None
     configure_logging("billing", shared.log_level, shared.log_format)
     url = database_url(settings.database_url) if settings.database_url else sqlite_url(f"{shared.data}/billing.db")
     try:
-        create_folder(url)
+        create_file(url)
     except OSError as error:
-        raise SettingsError([f"the folder of {url.database} cannot be created: {error.strerror}"]) from error
+        raise SettingsError([f"{url.database} cannot be created: {error.strerror}"]) from error
     async with open_engine(url) as engine, Broker.connect(shared.nats_url, "billing", tls=shared.tls()) as broker:
         broker.on_reconnect(_count_reconnect)
         await broker.apply(shared.topology())  # who calls is looked up there from the first request on

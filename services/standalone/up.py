@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from services.kit.private_files import UMASK
 from services.kit.settings import SettingsError, read_config
 from services.standalone.embedded import NatsBinary, find_nats_server, payload_for, render_config, render_node
 from services.standalone.errors import EXIT_FAILED, CannotStart
@@ -60,7 +61,7 @@ def up(wishes: Wishes, version: str, terminal: Terminal) -> None:
         CannotStart: a port, the folder, the configuration or nats-server is not usable; nothing was started.
         CommandFailed: a service did not start or could not be kept running; everything has been stopped.
     """
-    with _prepared(wishes) as ready:
+    with _prepared(wishes, terminal) as ready:
         head = terminal.bold(f"Tailrace {version} is running")
         rows = summary(ready.options, ready.binary.version_text, ready.env, ready.config)
         asyncio.run(_run(ready.specs, ready.options.data, terminal, lambda: _announce(terminal, head, rows)))
@@ -73,12 +74,12 @@ def rebuild(wishes: Wishes, terminal: Terminal) -> int:
         CannotStart: the folder is in use, or it, the configuration or nats-server is not usable.
         CommandFailed: the broker did not start.
     """
-    with _prepared(wishes) as ready:
+    with _prepared(wishes, terminal) as ready:
         return asyncio.run(_rebuild(ready, terminal))
 
 
 @contextmanager
-def _prepared(wishes: Wishes) -> Iterator[_Prepared]:
+def _prepared(wishes: Wishes, terminal: Terminal) -> Iterator[_Prepared]:
     env = dict(os.environ) | ({"TAILRACE_CONFIG": str(wishes.config)} if wishes.config else {})
     try:
         config = read_config(env)
@@ -86,7 +87,8 @@ def _prepared(wishes: Wishes) -> Iterator[_Prepared]:
         raise CannotStart(str(error)) from error
     binary = find_nats_server()
     data = Path(wishes.data or _section(config, "shared").get("data") or DEFAULT_DATA).expanduser().absolute()
-    with locked(data) as describe:
+    os.umask(UMASK)  # also of what is started: nats-server keeps its streams in there
+    with locked(data, terminal.remark) as describe:
         describe(f"process {os.getpid()}")
         options = _settle(wishes, data, config)
         _write_node_files(options, payload_for(_max_body(env, config)))

@@ -117,7 +117,8 @@ class Intake:
         if created is None and not await self._is_waiting_repeat(record):
             return generation, cursor, True
         try:
-            await self._admission.reserve(record, models, wish)
+            # A budget is about all sessions of its tenant: credentials of some are not told about it.
+            await self._admission.reserve(record, models, wish, names_budget=principal.reaches_all)
         except (Problem, BrokerUnavailable):
             if created is not None:
                 await self._lookups.forget(record, created)

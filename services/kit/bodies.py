@@ -12,7 +12,7 @@ __all__ = ["BODIES_BYTES", "reading_bodies"]
 BODY_SECONDS: Final = 30.0
 LEAST_RATE: Final = 65_536
 """Bytes a second that a client must reach on top of `BODY_SECONDS`."""
-BODIES_BYTES: Final = 256 * 1024 * 1024
+BODIES_BYTES: Final = 128 * 1024 * 1024
 """How much all bodies under way may have together in one process, at least two of the largest."""
 _METHODS: Final = frozenset({"POST", "PUT", "PATCH"})
 _CUT_OFF: Final = Problem(400, "the body ends before its announced length")

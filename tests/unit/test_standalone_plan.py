@@ -116,11 +116,11 @@ def test_port_zero_takes_different_free_ports() -> None:
 
 
 def test_locked_folder_refuses_a_second_holder_and_names_the_first(tmp_path: Path) -> None:
-    with locked(tmp_path) as describe:
+    with locked(tmp_path, print) as describe:
         describe("process 1234, http://127.0.0.1:8080")
-        with pytest.raises(FolderInUse, match=r"process 1234, http://127\.0\.0\.1:8080"), locked(tmp_path):
+        with pytest.raises(FolderInUse, match=r"process 1234, http://127\.0\.0\.1:8080"), locked(tmp_path, print):
             pass
-    with locked(tmp_path):
+    with locked(tmp_path, print):
         pass
 
 

@@ -18,7 +18,7 @@ from services.standalone.ports import PortWish, settle_ports
 from services.standalone.supervisor import Supervisor
 from services.standalone.terminal import Terminal
 
-__all__ = ["DEFAULT_PORTS", "Wishes", "rebuild", "up"]
+__all__ = ["DEFAULT_PORTS", "Wishes", "rebuild", "up", "wanted_body"]
 
 DEFAULT_DATA: Final = ".tailrace"
 DEFAULT_PORTS: Final = {"delivery": 8080, "grpc": 50051, "billing": 8081, "producer": 8082, "nats": 4222}
@@ -91,12 +91,12 @@ def _prepared(wishes: Wishes, terminal: Terminal) -> Iterator[_Prepared]:
     with locked(data, terminal.remark) as describe:
         describe(f"process {os.getpid()}")
         options = _settle(wishes, data, config)
-        _write_node_files(options, payload_for(_max_body(env, config)))
+        _write_node_files(options, payload_for(wanted_body(env, config)))
         describe(f"process {os.getpid()}, {Addresses.of(options).page}")
         yield _Prepared(options, plan_services(options, env, config, str(binary.path)), binary, env, config)
 
 
-def _max_body(env: Mapping[str, str], config: dict[str, Any]) -> int:
+def wanted_body(env: Mapping[str, str], config: dict[str, Any]) -> int:
     """Return how large a request may be, for the broker; a value that is none is left to delivery to report."""
     value = env.get("TAILRACE_DELIVERY_MAX_BODY") or _section(config, "delivery").get("max_body")
     try:

@@ -13,6 +13,7 @@ from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from uvicorn.server import ServerState
 
+from services.kit.http1_sender import FRAMES, Sender
 from services.kit.problem import Problem, problem_bytes, problem_headers, send_problem
 from services.kit.request_head import wrong_coding, wrong_host
 
@@ -98,103 +99,6 @@ class Http1Server:
         return len(self.state.tasks) >= self.limit
 
 
-class _Framing:
-    """What a message is on the wire, made once for all connections that get the same one."""
-
-    __slots__ = ("_framed", "_make", "_message")
-
-    def __init__(self, make: Callable[[Any], bytes]) -> None:
-        self._make = make
-        self._message: Any = None
-        self._framed = b""
-
-    def of(self, message: Any) -> bytes:
-        """Return a message's bytes."""
-        if message is not self._message:
-            self._framed = self._make(message)
-            self._message = message
-        return self._framed
-
-
-def _chunk(message: Any) -> bytes:
-    body = message["body"]
-    return b"%x\r\n%b\r\n" % (len(body), body) if body else b""  # an empty chunk would be the end
-
-
-def _frame(message: Any) -> bytes:
-    """Return a message as one frame of a WebSocket (RFC 6455, 5.2), unmasked, as servers send it."""
-    text = message.get("text")
-    kind, payload = (b"\x82", message["bytes"]) if text is None else (b"\x81", text.encode())
-    size = len(payload)
-    if size < 126:
-        return b"%b%c%b" % (kind, size, payload)
-    if size < 65_536:
-        return b"%b\x7e%b%b" % (kind, size.to_bytes(2), payload)
-    return b"%b\x7f%b%b" % (kind, size.to_bytes(8), payload)
-
-
-_CHUNKS: Final = _Framing(_chunk)
-_FRAMES: Final = _Framing(_frame)
-
-
-class _Sender:
-    """The ``send`` of an answer. The pieces of a stream take a short way, everything else uvicorn's.
-
-    ``is_open``: a stream is under way, and its client reads. ``unread`` is called before an answer ends whose request
-    has not been read to its end.
-    """
-
-    __slots__ = ("_cycle", "_unread", "_until_closed", "_write", "is_open")
-
-    def __init__(self, cycle: RequestResponseCycle, unread: Callable[[RequestResponseCycle], None]) -> None:
-        self._cycle = cycle
-        self._unread = unread
-        self._write = cycle.transport.write
-        self._until_closed = False
-        self.is_open = False
-
-    def offer(self, message: Any) -> bool:
-        """Take a piece of a stream; tell whether it could be taken at once. The last one never is.
-
-        The same message object must mean the same piece for all streams.
-        """
-        if self.is_open and message["more_body"]:
-            self._write(_CHUNKS.of(message))
-            return True
-        return False
-
-    async def __call__(self, message: Any) -> None:
-        """Take an ASGI message; wait while the client does not read.
-
-        Raises:
-            ConnectionResetError: the client is gone.
-        """
-        cycle = self._cycle
-        if cycle.chunked_encoding and message.get("more_body") and message.get("body"):
-            if cycle.flow.write_paused:
-                await cycle.flow.drain()
-            if cycle.disconnected:
-                raise ConnectionResetError("the client is gone")
-            self._write(_CHUNKS.of(message))
-            self.is_open = not cycle.flow.write_paused
-            return
-        self.is_open = False
-        if cycle.scope["http_version"] == "1.0":
-            self._frame_for_http_1_0(message)
-        if cycle.more_body and not message.get("more_body") and message["type"] == "http.response.body":
-            self._unread(cycle)
-        await cycle.send(message)
-
-    def _frame_for_http_1_0(self, message: Any) -> None:
-        """A client of HTTP/1.0 knows no chunks: an answer whose length is not known ends with the connection."""
-        cycle = self._cycle
-        if message["type"] == "http.response.start":
-            self._until_closed = all(name.lower() != b"content-length" for name, _ in message.get("headers", ()))
-            cycle.chunked_encoding = False if self._until_closed else None
-        elif self._until_closed and cycle.scope["method"] != "HEAD":
-            cycle.expected_content_length = len(message.get("body", b""))
-
-
 class _Connection(HttpToolsProtocol):
     """One connection, until it turns out to be one of HTTP/2 or a WebSocket."""
 
@@ -207,7 +111,7 @@ class _Connection(HttpToolsProtocol):
         self._refusal = _MALFORMED  # what is said of a head that cannot be taken
         self._drain: _Drain | None = None
         self._answering: RequestResponseCycle | None = None
-        self._sender: _Sender | None = None
+        self._sender: Sender | None = None
         self._deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
@@ -367,7 +271,7 @@ class _Connection(HttpToolsProtocol):
         self.tasks.add(task)
 
     async def _answer(self, cycle: RequestResponseCycle, app: Any) -> None:
-        sender = self._sender = _Sender(cycle, self._leave_unread)
+        sender = self._sender = Sender(cycle, self._leave_unread)
         try:
             await app(cycle.scope, cycle.receive, sender)
         except ConnectionError:
@@ -428,7 +332,7 @@ class _Socket(WebSocketsSansIOProtocol):
             await self.writable.wait()
         if self.disconnected or self.transport.is_closing():
             raise ClientDisconnected
-        self.transport.write(_FRAMES.of(message))
+        self.transport.write(FRAMES.of(message))
 
     def handle_ping(self) -> None:
         pong = b"".join(self.conn.data_to_send())

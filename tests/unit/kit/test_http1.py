@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from bench.processes import free_port
-from services.kit import http1
+from services.kit import http1, http1_sender
 from services.kit.http import HEAD_BYTES, serving
 from services.kit.problem import Problem, send_problem
 from tests.conftest import eventually
@@ -437,9 +437,9 @@ async def test_a_socket_that_waits_to_be_accepted_is_answered_by_the_application
 
 @pytest.mark.parametrize("size", [0, 5, 125, 126, 65_535, 65_536])
 def test_a_frame_is_as_the_standard_has_it(size: int) -> None:
-    text = http1._frame({"text": "x" * size})
+    text = http1_sender._frame({"text": "x" * size})
     assert text == b"\x81" + _length(size) + b"x" * size
-    assert http1._frame({"bytes": b"x" * size}) == b"\x82" + text[1:]
+    assert http1_sender._frame({"bytes": b"x" * size}) == b"\x82" + text[1:]
 
 
 def _length(size: int) -> bytes:

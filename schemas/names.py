@@ -1,11 +1,12 @@
-"""Names that may stand in a NATS subject."""
+"""Names: those that may stand in a NATS subject, and those that people read."""
 
 import re
 
-__all__ = ["InvalidName", "NAME_PATTERN", "check_name"]
+__all__ = ["ControlCharacter", "InvalidName", "NAME_PATTERN", "check_name", "check_readable"]
 
 NAME_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 class InvalidName(ValueError):
@@ -28,4 +29,25 @@ def check_name(role: str, value: str) -> str:
     """
     if not isinstance(value, str) or _NAME.fullmatch(value) is None:
         raise InvalidName(role, value)
+    return value
+
+
+class ControlCharacter(ValueError):
+    """A name that people read, in terminals, logs and tables, holds a control character or a line separator."""
+
+    def __init__(self, role: str, value: str, character: str) -> None:
+        self.role = role
+        self.value = value
+        super().__init__(f"{role} {value[:80]!r} holds the control character U+{ord(character):04X}: names have none")
+
+
+def check_readable(role: str, value: str) -> str:
+    """Return ``value`` when it has no control characters; ``role`` names it in the error.
+
+    Raises:
+        ControlCharacter: it has one.
+    """
+    found = _CONTROL.search(value)
+    if found is not None:
+        raise ControlCharacter(role, value, found[0])
     return value

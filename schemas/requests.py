@@ -1,6 +1,6 @@
 """A request for a generation, as it waits in the work queue, and the look-up record of a generation."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
@@ -8,6 +8,8 @@ from schemas.events import VERSION
 from schemas.usage import Counted, Usage
 
 __all__ = [
+    "ENVELOPE",
+    "LARGEST_PAYLOAD",
     "Announcement",
     "CancelAfter",
     "DeletedSession",
@@ -21,6 +23,10 @@ __all__ = [
     "RequestDeadlines",
 ]
 
+ENVELOPE: Final = 65_536
+"""Bytes that a request may have in the work queue, or in a message of a WebSocket, beside the body of its client."""
+LARGEST_PAYLOAD: Final = 64 * 1024 * 1024
+"""The largest ``max_payload`` that nats-server takes."""
 GenerationState = Literal[
     "queued", "running", "cancelling", "completed", "failed", "cancelled", "interrupted", "deleted"
 ]

@@ -25,6 +25,7 @@ from services.kit.broker import Broker
 from services.kit.clock import SystemClock
 from services.kit.http import serving
 from services.kit.problem import EXCEPTION_HANDLERS
+from services.kit.request_head import BodyLimit
 from tests.delivery_stage import TENANT
 
 
@@ -52,7 +53,7 @@ async def consuming(
         lookups = Lookups(broker, hub.clock, hub.partition)
         admission = Admission(broker, hub.clock, output=4_096, fallback="refuse")
         intake = Intake(broker, hub, lookups, hub.clock, "default", admission)
-        sockets = WebSockets(hub, Streams(hub, lookups), intake, consumers, max_message=1_048_576)
+        sockets = WebSockets(hub, Streams(hub, lookups), intake, consumers, BodyLimit(1_048_576, "max"))
 
         @asgi("/v1/ws", copy_scope=False)
         async def websocket(scope: Any, receive: Any, send: Any) -> None:

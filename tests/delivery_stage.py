@@ -12,6 +12,7 @@ from prometheus_client import REGISTRY
 from bench.processes import free_port
 from schemas.codec import encode_event
 from schemas.events import AnyEvent, Completed, Delta, Started, UsageReported
+from schemas.requests import ENVELOPE
 from schemas.subjects import Address, token_subject
 from schemas.topology import Topology
 from schemas.usage import Usage
@@ -58,7 +59,13 @@ async def delivering(url: str, *, shared: Shared | None = None, **settings: Any)
         authenticator = build_authenticator(shared, own.host, broker, hub.clock)
         async with (
             authenticator.running(),
-            serving(build_app(hub, shared, own, authenticator), own.host, own.port, grace=2),
+            serving(
+                build_app(hub, shared, own, authenticator),
+                own.host,
+                own.port,
+                grace=2,
+                message_bytes=own.max_body + ENVELOPE,
+            ),
             httpx.AsyncClient(timeout=SILENCE) as http,
         ):
             sweeper = asyncio.create_task(hub.run())

@@ -6,7 +6,6 @@ from typing import Annotated, Any, Final
 import msgspec
 from litestar import Litestar, Request, Response, Router, get
 from litestar.datastructures import State
-from litestar.openapi import OpenAPIConfig
 from litestar.openapi.spec import Example
 from litestar.params import PathParameter, QueryParameter
 
@@ -39,7 +38,8 @@ from services.billing.money_api import put_prices, put_usage, show_prices
 from services.billing.statements import statement
 from services.billing.terms import CurrentTerms
 from services.billing.views import GenerationTrail, SessionUsage, UsageReport, UsageRow, trail, view
-from services.kit.auth.rules import SECURITY, caller, cors, needs
+from services.kit.api_docs import documented
+from services.kit.auth.rules import caller, cors, needs
 from services.kit.clock import SystemClock
 from services.kit.http import Check, probes
 from services.kit.problem import EXCEPTION_HANDLERS, Problem
@@ -255,6 +255,7 @@ def build_api(
     money["live"] = Live(reports, SystemClock())
     return Litestar(
         logging_config=None,  # logs are set up once, by the service
+        request_max_body_size=None,  # bodies are bounded where they are read
         route_handlers=[
             Router("/v1/usage", route_handlers=[generation_usage, session_usage, live_usage, usage]),
             Router("/v1/budgets", route_handlers=[list_budgets, show_budget, put_budget, delete_budget]),
@@ -269,10 +270,9 @@ def build_api(
         state=State({"reports": reports, **money}),
         exception_handlers={**EXCEPTION_HANDLERS, BadQuestion: _refuse, LedgerUnavailable: _postpone},
         cors_config=cors(cors_origins, ["GET", "POST", "PUT", "PATCH", "DELETE"]),
-        openapi_config=OpenAPIConfig(
-            title="Tailrace billing",
-            version="1",
-            components=SECURITY,
-            description="What generations used and cost: counted by Tailrace, reported by providers, and charged.",
+        openapi_config=documented(
+            "Tailrace billing",
+            "What generations used and cost: counted by Tailrace, reported by providers, and charged.",
+            "/docs/billing",
         ),
     )

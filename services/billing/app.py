@@ -16,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from services.billing import metrics
 from services.billing.adapters.budgets import Budgets
-from services.billing.adapters.database import create_folder, database_url, migrate, open_engine, sqlite_url
+from services.billing.adapters.database import create_file, database_url, migrate, open_engine, sqlite_url
 from services.billing.adapters.deliveries import Deliveries
 from services.billing.adapters.ledger import Ledger
 from services.billing.adapters.prices import Prices
@@ -29,7 +29,6 @@ from services.billing.core.charging import Basis, CallBasis, Charging
 from services.billing.core.reconciliation import Policy, Tolerance
 from services.billing.deliveries import DeliveryReports
 from services.billing.errors import LedgerUnavailable
-from services.billing.money_api import MAX_BODY
 from services.billing.price_loading import load_price_file, load_shipped_prices
 from services.billing.terms import CurrentTerms
 from services.kit.auth.entrance import entering
@@ -38,6 +37,7 @@ from services.kit.bodies import reading_bodies
 from services.kit.broker import Broker, BrokerUnavailable
 from services.kit.clock import SystemClock
 from services.kit.http import serving
+from services.kit.request_head import BodyLimit
 from services.kit.settings import SettingsError, Shared, load_settings, own_tls
 from services.kit.telemetry import configure_logging
 
@@ -58,7 +58,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ``tolerance_absolute`` and ``tolerance_relative``: counted and reported match when they differ by no more than the
     larger of the two. ``grace``: how long a provider may take to report. ``batch``, ``interval``: a transaction holds
     at most so many events and begins at most so long after the first of them. ``hold``: how long after a crash of the
-    process that reads a partition another one takes over.
+    process that reads a partition another one takes over. ``max_body``: bytes of a price file or an export.
 
     ``reservation``: how long what was reserved in a budget waits for a generation that does not begin.
 
@@ -90,6 +90,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     hold: Annotated[float, msgspec.Meta(ge=1)] = 5.0
     reservation: Positive = 3_600.0
     connections: Annotated[int, msgspec.Meta(ge=1)] = 512
+    max_body: Annotated[int, msgspec.Meta(ge=1_024)] = 67_108_864
     cors_origins: list[str] = []
 
     def __post_init__(self) -> None:
@@ -154,9 +155,9 @@ async def main(stop: asyncio.Event, env: Mapping[str, str] = os.environ) -> None
     configure_logging("billing", shared.log_level, shared.log_format)
     url = database_url(settings.database_url) if settings.database_url else sqlite_url(f"{shared.data}/billing.db")
     try:
-        create_folder(url)
+        create_file(url)
     except OSError as error:
-        raise SettingsError([f"the folder of {url.database} cannot be created: {error.strerror}"]) from error
+        raise SettingsError([f"{url.database} cannot be created: {error.strerror}"]) from error
     async with open_engine(url) as engine, Broker.connect(shared.nats_url, "billing", tls=shared.tls()) as broker:
         broker.on_reconnect(_count_reconnect)
         await broker.apply(shared.topology())  # who calls is looked up there from the first request on
@@ -174,10 +175,11 @@ async def main(stop: asyncio.Event, env: Mapping[str, str] = os.environ) -> None
         checks = {"broker": connected, "database": database}
         admission = Admission(broker, Budgets(engine), terms, SystemClock(), keep=settings.reservation)
         api = build_api(Reports(engine), checks, settings.cors_origins, terms, admission)
+        limit = BodyLimit(settings.max_body, "TAILRACE_BILLING_MAX_BODY")
         async with (
             authenticating(shared, settings.host, broker, SystemClock()) as authenticator,
             serving(
-                entering(reading_bodies(api, MAX_BODY, IMPORT_SECONDS), authenticator, settings.cors_origins),
+                entering(reading_bodies(api, limit, IMPORT_SECONDS), authenticator, settings.cors_origins, limit),
                 settings.host,
                 settings.port,
                 connections=settings.connections,

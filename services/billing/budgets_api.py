@@ -16,6 +16,7 @@ from services.billing.adapters.budgets import Budgets
 from services.billing.admission import Admission
 from services.billing.core.budgets import Budget, Period, Standing, period_at
 from services.billing.core.money import render
+from services.kit.auth.principal import Principal
 from services.kit.auth.rules import REFUSALS, caller, needs
 from services.kit.broker import BrokerUnavailable
 from services.kit.problem import Problem, ProblemDetails
@@ -81,10 +82,10 @@ class BudgetList(msgspec.Struct):
     **needs("usage"),
 )
 async def list_budgets(request: Request[Any, Any, Any], state: State) -> BudgetList:
-    """All budgets of the tenant."""
-    now = _now()
-    standings = await _budgets(state).standings(caller(request).tenant, now)
-    return BudgetList([_view(s, now) for s in standings])
+    """All budgets of the tenant. Credentials that reach only some sessions see only those of their own."""
+    principal, now = caller(request), _now()
+    standings = await _budgets(state).standings(principal.tenant, now)
+    return BudgetList([_view(s, now) for s in standings if _sees(principal, s.budget)])
 
 
 @get(
@@ -97,9 +98,9 @@ async def list_budgets(request: Request[Any, Any, Any], state: State) -> BudgetL
 )
 async def show_budget(request: Request[Any, Any, Any], state: State, name: Name) -> BudgetView:
     """What is settled, and what is reserved for generations that have not ended."""
-    now = _now()
-    standings = await _budgets(state).standings(caller(request).tenant, now, _name(name))
-    if not standings:
+    principal, now = caller(request), _now()
+    standings = await _budgets(state).standings(principal.tenant, now, _name(name))
+    if not standings or not _sees(principal, standings[0].budget):
         raise Problem(404, f"there is no budget {name!r}")
     return _view(standings[0], now)
 
@@ -119,7 +120,7 @@ async def put_budget(
     data: Annotated[BudgetWish, Body(examples=[Example(summary="100 dollars a month", value=_EXAMPLE)])],
 ) -> Response[BudgetView]:
     """Holds for what is asked for from now on; what runs beyond a lowered hard limit is stopped."""
-    tenant, now = caller(request).tenant, _now()
+    tenant, now = _tenant_of_all(caller(request)), _now()
     budget = _budget(tenant, _name(name), data)
     is_new = await _budgets(state).put(budget, now)
     await _tell(state, tenant)
@@ -138,10 +139,26 @@ async def put_budget(
 )
 async def delete_budget(request: Request[Any, Any, Any], state: State, name: Name) -> None:
     """What was reserved and spent goes on to be counted, for other budgets and for one that is set later."""
-    tenant = caller(request).tenant
+    tenant = _tenant_of_all(caller(request))
     if not await _budgets(state).delete(tenant, _name(name)):
         raise Problem(404, f"there is no budget {name!r}")
     await _tell(state, tenant)
+
+
+def _sees(principal: Principal, budget: Budget) -> bool:
+    """Tell whether a budget is about what the caller may see: all that its tenant uses, or what it uses itself."""
+    return principal.reaches_all or budget.key == principal.key != ""
+
+
+def _tenant_of_all(principal: Principal) -> str:
+    """Return the tenant of a caller who may change what bounds all of its sessions.
+
+    Raises:
+        Problem: 403.
+    """
+    if not principal.reaches_all:
+        raise Problem(403, "the credentials reach only some sessions, and a budget is about all of them")
+    return principal.tenant
 
 
 async def _tell(state: State, tenant: str) -> None:

@@ -15,6 +15,7 @@ import structlog
 import tenacity
 
 from services.billing import metrics
+from services.billing.adapters.budgets import Budgets
 from services.billing.adapters.ledger import Ledger
 from services.billing.adapters.tail import Pulled, Tail
 from services.billing.adapters.worklist import Money
@@ -26,6 +27,7 @@ from services.billing.core.sequence import join
 from services.billing.core.settlement import Terms
 from services.billing.core.spending import released, steps
 from services.billing.errors import Fenced, LedgerUnavailable, StalePrices
+from services.billing.overruns import report_overruns
 from services.billing.sweep import Sweep, tell
 from services.billing.terms import CurrentTerms
 from services.kit.broker import BrokerUnavailable
@@ -51,6 +53,7 @@ class Consumer:
         self.terms = terms
         self.sweep = Sweep(partition, ledger, terms)
         self.clock = clock
+        self._budgets = Budgets(ledger.engine)
         self.applied = -1
         self.incarnation = ""
         self._delivered = 0
@@ -233,7 +236,9 @@ class Consumer:
             ended = any(g.ended for g in batch.whole)
             money = _money(terms, batch, known) if ended else None
             try:
-                await self.ledger.commit(self.partition, (self.applied, up_to), now, batch.whole, batch.progress, money)
+                position = (self.applied, up_to)
+                over = await self.ledger.commit(self.partition, position, now, batch.whole, batch.progress, money)
+                await report_overruns(self._budgets, over)
                 return batch
             except StalePrices:
                 terms = await self.terms.refresh()

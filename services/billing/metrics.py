@@ -56,4 +56,13 @@ DELIVERY_REPORTS: Final = Counter(
     "tailrace_billing_delivery_reports_total", "Reports of what subscribers were sent, by outcome", ["outcome"]
 )
 RESERVATIONS: Final = Counter("tailrace_billing_reservations_total", "Asked-for reservations, by answer", ["answer"])
+OVERRUNS: Final = Counter(
+    "tailrace_billing_reservation_overruns_total", "Settlements that used more than was reserved, by kind", ["kind"]
+)
+OVERRUN_AMOUNT: Final = Counter(
+    "tailrace_billing_reservation_overrun_amount_total", "Tokens or money beyond what was reserved for them", ["unit"]
+)
+LIMITS_PASSED: Final = Counter(
+    "tailrace_billing_hard_limits_passed_total", "Settlements beyond their reservation that left a hard limit passed"
+)
 OVER_BUDGET: Final = Counter("tailrace_billing_over_budget_total", "Generations stopped at a hard limit")

@@ -22,7 +22,6 @@ from services.kit.problem import Problem, ProblemDetails
 
 __all__ = ["put_prices", "put_usage", "show_prices"]
 
-MAX_BODY: Final = 64 * 1024 * 1024
 _MEDIA: Final = {
     "application/toml": "toml",
     "text/csv": "csv",
@@ -101,7 +100,6 @@ async def show_prices(
     operation_id="put_prices",
     tags=["money"],
     responses=_PROBLEMS,
-    request_max_body_size=MAX_BODY,
     **needs("admin"),
 )
 async def put_prices(request: Request[Any, Any, Any], state: State, dry_run: DryRun = False) -> Change:
@@ -129,7 +127,6 @@ async def put_prices(request: Request[Any, Any, Any], state: State, dry_run: Dry
     tags=["money"],
     responses=_PROBLEMS,
     status_code=200,
-    request_max_body_size=MAX_BODY,
     **needs("admin"),
 )
 async def put_usage(
@@ -142,7 +139,9 @@ async def put_usage(
 
     A row that was brought before changes nothing. What differs from what was charged becomes corrections.
     """
-    tenant = caller(request).tenant
+    principal = caller(request)
+    if not principal.reaches_all:
+        raise Problem(403, "the credentials reach only some sessions, and an export is about all of them")
     try:
         rows = parse_export(_kind(request, ("csv", "json")), await request.body(), provider.replace("\0", ""))
     except BadExport as error:
@@ -150,7 +149,9 @@ async def put_usage(
         raise Problem(422, f"{len(faults)} faults in the export", errors=faults[:1_000]) from error
     imports: Imports = state.imports
     terms: CurrentTerms = state.terms
-    done = await imports.put(tenant, rows, source="api", now=_now(), terms=await terms.refresh(), dry_run=dry_run)
+    done = await imports.put(
+        principal.tenant, rows, source="api", now=_now(), terms=await terms.refresh(), dry_run=dry_run
+    )
     return _import_view(done)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from services.billing.adapters.database import create_folder, database_url, migrate, open_engine, sqlite_url
+from services.billing.adapters.database import create_file, database_url, migrate, open_engine, sqlite_url
 from services.billing.adapters.ledger import Ledger
 from services.billing.adapters.prices import Prices
 from services.billing.adapters.tail import Tail
@@ -34,7 +34,7 @@ async def main(_stop: asyncio.Event, env: Mapping[str, str] = os.environ) -> Non
     shared, settings = load_settings(Settings, "billing", env)
     configure_logging("billing", shared.log_level, shared.log_format)
     url = database_url(settings.database_url) if settings.database_url else sqlite_url(f"{shared.data}/billing.db")
-    create_folder(url)
+    create_file(url)
     async with open_engine(url) as engine, Broker.connect(shared.nats_url, "billing", tls=shared.tls()) as broker:
         await migrate(engine)
         for found in await rebuild_all(broker, engine, shared, settings):

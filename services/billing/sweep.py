@@ -7,8 +7,10 @@ import msgspec
 import structlog
 
 from services.billing import metrics
+from services.billing.adapters.budgets import Budgets
 from services.billing.adapters.ledger import Ledger
 from services.billing.adapters.worklist import AT_ONCE, Export, Money, Worklist
+from services.billing.core.budgets import corrected
 from services.billing.core.calls import last_call
 from services.billing.core.charging import Entry
 from services.billing.core.fold import take_export
@@ -16,6 +18,7 @@ from services.billing.core.generation import Generation, Key
 from services.billing.core.settlement import settle
 from services.billing.core.spending import released, steps
 from services.billing.errors import StalePrices
+from services.billing.overruns import report_limits, report_overruns
 from services.billing.terms import CurrentTerms
 
 __all__ = ["Sweep", "tell"]
@@ -33,6 +36,7 @@ class Sweep:
         self.ledger = ledger
         self.terms = terms
         self.worklist = Worklist(ledger.engine)
+        self._budgets = Budgets(ledger.engine)
 
     async def run(self, applied: int, now: int, lost: int = 0) -> list[Key]:
         """Settle what waits at ``now`` (milliseconds since 1970); ``applied`` is the partition's position.
@@ -79,7 +83,9 @@ class Sweep:
             spending=steps(before, changed),
             released=released(before, changed),
         )
-        await self.ledger.commit(self.partition, (applied, applied), now, changed, (), money)
+        over = await self.ledger.commit(self.partition, (applied, applied), now, changed, (), money)
+        await report_overruns(self._budgets, over)
+        await report_limits(self._budgets, corrected(before, changed))
         written += [g.key for g in changed]
         tell(changed, before, entries)
         return max(len(due), len(resettling), len(exports)) >= AT_ONCE

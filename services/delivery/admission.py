@@ -42,10 +42,13 @@ class Admission:
         self._fallback = fallback
         self._known: dict[str, tuple[float, bool]] = {}  # bounded by KNOWN_TENANTS
 
-    async def reserve(self, record: GenerationRecord, models: list[str], request: Any) -> None:
+    async def reserve(
+        self, record: GenerationRecord, models: list[str], request: Any, *, names_budget: bool = True
+    ) -> None:
         """Reserve for a generation that is to begin.
 
         ``request`` has its ``messages`` and ``params``; ``models``: who may answer, as ``provider/model``.
+        ``names_budget``: whether a refusal may name the budget and where it stands.
 
         Raises:
             Problem: 402, a budget has no room; 503, billing does not answer and nothing is allowed without it.
@@ -70,7 +73,7 @@ class Admission:
             return
         if not decision.admitted:
             metrics.BUDGETS.labels("refused").inc()
-            raise _refusal(decision, self._clock.wall())
+            raise _refusal(decision, self._clock.wall(), names_budget=names_budget)
         metrics.BUDGETS.labels("past_soft" if decision.budget else "admitted").inc()
         if decision.budget:
             log.warning("past a soft limit", tenant=record.tenant, budget=decision.budget, detail=decision.detail)
@@ -136,8 +139,10 @@ def worst_case(messages: Any, params: dict[str, Any], output: int) -> tuple[int,
     return math.ceil(size / BYTES_PER_TOKEN), min(outputs, MOST_OUTPUT)
 
 
-def _refusal(decision: Decision, now: float) -> Problem:
-    detail = decision.detail or f"budget {decision.budget!r} has no room for this"
+def _refusal(decision: Decision, now: float, *, names_budget: bool) -> Problem:
+    detail = "a budget of the tenant has no room for this"
+    if names_budget:
+        detail = decision.detail or f"budget {decision.budget!r} has no room for this"
     headers = {}
     if decision.until is not None:
         ends = datetime.fromtimestamp(decision.until, UTC)

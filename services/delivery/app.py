@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 import msgspec
+import structlog
 from litestar import Litestar, MediaType, Response, asgi, get, route
 from litestar.datastructures import CacheControlHeader
-from litestar.openapi import OpenAPIConfig
-from litestar.openapi.plugins import ScalarRenderPlugin
 from litestar.static_files import create_static_files_router
 
-from schemas.requests import GenerationRecord
+from schemas.requests import ENVELOPE, LARGEST_PAYLOAD, GenerationRecord
 from services.delivery.accounts import Accounts
 from services.delivery.admission import Admission, Fallback
 from services.delivery.api import router
@@ -34,15 +33,17 @@ from services.delivery.intake import Intake
 from services.delivery.keys_api import keys_router
 from services.delivery.limits import Limits
 from services.delivery.lookups import Lookups
+from services.delivery.request_limit import request_limit
 from services.delivery.starts import StartBounds
 from services.delivery.streams import Streams
 from services.delivery.tickets_api import tickets_router
 from services.delivery.transports.answering import outliving
 from services.delivery.transports.events import SessionEvents
 from services.delivery.transports.websocket import WebSockets
+from services.kit.api_docs import documented
 from services.kit.auth.authenticator import Authenticator
 from services.kit.auth.entrance import entering
-from services.kit.auth.rules import SECURITY, cors
+from services.kit.auth.rules import cors
 from services.kit.auth.setup import authenticating
 from services.kit.bodies import reading_bodies
 from services.kit.broker import Broker
@@ -55,6 +56,7 @@ from services.kit.tls import ServerTls
 
 __all__ = ["Settings", "build_app", "main"]
 
+log = structlog.get_logger()
 _CONSOLE: Final = Path(__file__).parent / "console"
 _CONSOLE_POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
@@ -69,7 +71,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ``grpc_port``: where gRPC is served (0: nowhere). ``tls_cert`` and ``tls_key``: files for TLS on both ports.
     ``workers``: processes that share the ports; ``workers_port``: probes and metrics of who watches over them, and
     those of the first worker one above, and so on. ``connections``: how many requests and streams one process serves at
-    once. ``feed_bytes``: events kept in memory for one session. ``wait``: how long a poll may wait.
+    once. ``max_body``: of a request's body, a message of a WebSocket and one of gRPC; the broker's ``max_payload`` may
+    lower it. ``feed_bytes``: events kept in memory for one session. ``wait``: how long a poll may wait.
     ``compress``: gzip for events over HTTP.
 
     ``consumers``: durable consumers of one tenant; each goes after ``consumer_inactive`` without a reader (0: never),
@@ -87,7 +90,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     workers: Annotated[int, msgspec.Meta(ge=1, le=256)] = 1
     workers_port: Annotated[int, msgspec.Meta(ge=1, le=65_000)] = 8_100
     connections: Annotated[int, msgspec.Meta(ge=1)] = 16_384
-    max_body: Annotated[int, msgspec.Meta(ge=1_024)] = 1_048_576
+    max_body: Annotated[int, msgspec.Meta(ge=1_024, le=LARGEST_PAYLOAD - ENVELOPE)] = 16_777_216
     feed_bytes: Annotated[int, msgspec.Meta(ge=65_536)] = 4_194_304
     feeds: Annotated[int, msgspec.Meta(ge=1)] = 20_000
     linger: Positive = 30.0
@@ -159,6 +162,7 @@ async def main(stop: asyncio.Event, *, worker: int | None = None) -> None:
     tls = own_tls("delivery", settings.tls_cert, settings.tls_key)
     async with Broker.connect(shared.nats_url, "delivery", tls=shared.tls()) as broker:
         await broker.apply(shared.topology())
+        _compare_limits(settings.max_body, broker)
         clock = SystemClock()
         hub = Hub(broker, clock, shared.partitions, settings.limits())
         consumers = Consumers(hub, settings.consumer_limits())
@@ -174,6 +178,7 @@ async def main(stop: asyncio.Event, *, worker: int | None = None) -> None:
                 connections=settings.connections,
                 tls=tls,
                 shared=worker is not None,
+                message_bytes=settings.max_body + ENVELOPE,
             ),
             _serving_grpc(hub, shared, settings, authenticator, consumers, tls, shared_port=worker is not None),
             _own_probes(hub, settings, worker),
@@ -185,6 +190,18 @@ async def main(stop: asyncio.Event, *, worker: int | None = None) -> None:
             await hub.drain(settings.drain)
             sweeper.cancel()
             drained.set()
+
+
+def _compare_limits(max_body: int, broker: Broker) -> None:
+    limit = request_limit(max_body, broker.client.max_payload)
+    if limit.size < max_body:
+        log.warning(
+            "the broker takes smaller messages than max_body allows: the limit is lowered",
+            max_body=max_body,
+            max_payload=broker.client.max_payload,
+            limit=limit.size,
+            needed=max_body + ENVELOPE,
+        )
 
 
 @asynccontextmanager
@@ -217,7 +234,7 @@ async def _serving_grpc(
         settings.host,
         settings.grpc_port,
         tls=tls,
-        max_request=settings.max_body,
+        max_request=request_limit(settings.max_body, hub.broker.client.max_payload).size,
         calls=settings.connections,
         lifetime=settings.lifetime,
         shared=shared_port,
@@ -249,7 +266,8 @@ def build_app(
     events = SessionEvents(
         streams, lookups, completion, max_wait=settings.wait, heartbeat=settings.heartbeat, compress=settings.compress
     )
-    sockets = WebSockets(hub, streams, intake, consumers, max_message=settings.max_body)
+    limit = request_limit(settings.max_body, hub.broker.client.max_payload)
+    sockets = WebSockets(hub, streams, intake, consumers, limit)
 
     @asgi("/v1/ws", copy_scope=False)
     async def websocket(scope: Any, receive: Any, send: Any) -> None:
@@ -270,23 +288,18 @@ def build_app(
     litestar = Litestar(
         route_handlers=handlers,
         exception_handlers=EXCEPTION_HANDLERS,
-        request_max_body_size=settings.max_body,
+        request_max_body_size=None,  # see `reading_bodies`
         logging_config=None,
         cors_config=cors(settings.cors_origins, ["GET", "POST", "PUT", "PATCH", "DELETE"]),
-        openapi_config=OpenAPIConfig(
-            title="Tailrace delivery",
-            version="1",
-            description="Ask models, and watch their answers as resumable streams.",
-            path="/docs",
-            render_plugins=[ScalarRenderPlugin()],
-            components=SECURITY,
+        openapi_config=documented(
+            "Tailrace delivery", "Ask models, and watch their answers as resumable streams.", "/docs"
         ),
         signature_types=[GenerationRecord],
     )
     describe_streams(litestar.openapi_schema)
     describe_consumer_events(litestar.openapi_schema)
 
-    return outliving(entering(reading_bodies(litestar, settings.max_body), authenticator, settings.cors_origins))
+    return outliving(entering(reading_bodies(litestar, limit), authenticator, settings.cors_origins, limit))
 
 
 def _console(settings: Settings, *, asks: bool) -> list[Any]:

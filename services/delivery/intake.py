@@ -11,6 +11,7 @@ from nats.js.errors import APIError
 from schemas.control import CANCEL, OVER
 from schemas.cursor import CursorIssuer
 from schemas.events import type_of
+from schemas.names import check_readable
 from schemas.requests import (
     GenerationRecord,
     Message,
@@ -46,7 +47,8 @@ class GenerationWish(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """The body of a request for a generation.
 
     ``model``: an alias, or ``provider/model``. ``messages`` and ``params`` in the OpenAI chat form. ``metadata``: up to
-    16 labels that come back in ``started``. ``on_disconnect``: ``"continue"`` or ``{"cancel_after": seconds}``.
+    16 labels that come back in ``started``; neither models nor labels have control characters in their names.
+    ``on_disconnect``: ``"continue"`` or ``{"cancel_after": seconds}``.
     """
 
     model: Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
@@ -57,6 +59,11 @@ class GenerationWish(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     on_producer_loss: OnProducerLoss = "interrupt"
     priority: Priority = "interactive"
     deadlines: RequestDeadlines = RequestDeadlines()
+
+    def __post_init__(self) -> None:
+        check_readable("model", self.model)
+        for label in self.metadata:
+            check_readable("label", label)
 
 
 class Intake:
@@ -110,7 +117,8 @@ class Intake:
         if created is None and not await self._is_waiting_repeat(record):
             return generation, cursor, True
         try:
-            await self._admission.reserve(record, models, wish)
+            # A budget is about all sessions of its tenant: credentials of some are not told about it.
+            await self._admission.reserve(record, models, wish, names_budget=principal.reaches_all)
         except (Problem, BrokerUnavailable):
             if created is not None:
                 await self._lookups.forget(record, created)
@@ -251,7 +259,11 @@ class Intake:
         limit = self._broker.client.max_payload
         if len(data) > limit:
             await self._take_back(record, created)
-            raise Problem(413, f"the request has {len(data)} bytes, the broker takes {limit}")
+            raise Problem(
+                413,
+                f"the request has {len(data)} bytes as it is queued, and at most {limit} bytes are taken: "
+                "max_payload of the broker (nats-server) sets the limit",
+            )
         subject = request_subject(lane_of(self._pool, wish.priority), record.generation)
         try:
             await self._broker.publish_stored(subject, data)

@@ -9,6 +9,7 @@ from litestar.openapi.datastructures import ResponseSpec
 from litestar.openapi.spec import Example
 from litestar.params import Body, FromPath
 
+from schemas.names import check_readable
 from services.delivery.answers import PROBLEMS, named, reach
 from services.kit.auth.api_keys import KeyRecord, SessionPattern, mint
 from services.kit.auth.authenticator import Authenticator
@@ -38,6 +39,9 @@ class KeyWish(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     )
     expires_in: Annotated[float, msgspec.Meta(ge=1, le=_YEARS)] | None = None
     tenant: Annotated[str, msgspec.Meta(min_length=1, max_length=64)] | None = None
+
+    def __post_init__(self) -> None:
+        check_readable("name", self.name)
 
 
 class Key(msgspec.Struct, kw_only=True):

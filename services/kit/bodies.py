@@ -1,76 +1,100 @@
-"""Request bodies, read before they are answered.
-
-A server that refuses a body while it is still being sent closes the connection under its client, which then sees a
-reset instead of the refusal. So what is too large, or comes from whom nobody knows, is read to its end, within bounds,
-and thrown away.
-"""
+"""Request bodies, read before they are answered, within bounds in size and time."""
 
 import asyncio
-import contextlib
 from typing import Any, Final
 
 from services.kit.auth.principal import PRINCIPAL
 from services.kit.problem import Problem, send_problem
+from services.kit.request_head import BodyLimit
 
-__all__ = ["reading_bodies"]
+__all__ = ["BODIES_BYTES", "reading_bodies"]
 
-DRAIN_BYTES: Final = 64 * 1024 * 1024
-DRAIN_SECONDS: Final = 10.0
 BODY_SECONDS: Final = 30.0
+LEAST_RATE: Final = 65_536
+"""Bytes a second that a client must reach on top of `BODY_SECONDS`."""
+BODIES_BYTES: Final = 128 * 1024 * 1024
+"""How much all bodies under way may have together in one process, at least two of the largest."""
 _METHODS: Final = frozenset({"POST", "PUT", "PATCH"})
 _CUT_OFF: Final = Problem(400, "the body ends before its announced length")
+_BUSY: Final = Problem(503, "too many large requests are under way", headers={"Retry-After": "1"})
 
 
-def reading_bodies(app: Any, max_body: int, seconds: float = BODY_SECONDS) -> Any:
-    """Return ``app`` (ASGI), called when the body is there: whole, or cut behind ``max_body`` bytes.
+def reading_bodies(app: Any, limit: BodyLimit, seconds: float = BODY_SECONDS, total: int = BODIES_BYTES) -> Any:
+    """Return ``app`` (ASGI), called when the body is there.
 
-    It must be there within ``seconds``, so that nobody holds connections with bodies that never end.
-
-    Of a request whose credentials have been refused no more than a byte is kept.
+    A body larger than ``limit`` is refused without being read further, and so is one that is not there within
+    ``seconds`` and a second more for each `LEAST_RATE` bytes, so that nobody holds connections with bodies that never
+    end. ``total`` bounds the bytes of all bodies together. Of a request whose credentials have been refused no body is
+    read.
     """
+    bodies = _Bodies(limit, seconds, max(total, 2 * limit.size))
 
     async def reading(scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http" or scope["method"] not in _METHODS:
+        if scope["type"] != "http" or scope["method"] not in _METHODS or isinstance(scope.get(PRINCIPAL), Problem):
             await app(scope, receive, send)
             return
-        is_refused = isinstance(scope.get(PRINCIPAL), Problem)
-        body = await _read(receive, 0 if is_refused else max_body, seconds)
+        body = await bodies.read(receive)
         if isinstance(body, Problem):
             await send_problem(send, body)
             return
         messages = [{"type": "http.request", "body": body, "more_body": False}]
+        size = len(body)
+        del body  # streams last for hours, and keep nothing of what they were asked with
 
         async def replay() -> Any:
             return messages.pop() if messages else await receive()
 
-        await app(scope, replay, send)
+        try:
+            await app(scope, replay, send)
+        finally:
+            bodies.size -= size
 
     return reading
 
 
-async def _read(receive: Any, max_body: int, seconds: float) -> bytes | Problem:
-    """Return the body, or one byte more than allowed when it is too large; what is wrong when it does not come."""
-    kept, size, drains = bytearray(), 0, False
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(seconds) as timer:
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    return _CUT_OFF
-                chunk = message.get("body", b"")
-                size += len(chunk)
-                kept += chunk[: max_body + 1 - len(kept)]
-                if not message.get("more_body") or size > DRAIN_BYTES:
-                    return bytes(kept)
-                if size > max_body and not drains:
-                    drains = True
-                    timer.reschedule(asyncio.get_running_loop().time() + DRAIN_SECONDS)
-    if drains:
-        return bytes(kept)
-    return Problem(
-        408,
-        f"the body must be there within {seconds:g} seconds",
-        slug="too-slow",
-        title="The request takes too long",
-        headers={"Connection": "close"},
-    )
+class _Bodies:
+    """All bodies under way; ``size``: how many bytes they have together."""
+
+    def __init__(self, limit: BodyLimit, seconds: float, total: int) -> None:
+        self._limit = limit
+        self._seconds = seconds
+        self._total = total
+        self.size = 0
+
+    async def read(self, receive: Any) -> bytes | Problem:
+        """Return a body, whose bytes are counted from now on, or what is wrong with it."""
+        kept = bytearray()
+        found: Problem | None = _CUT_OFF
+        try:
+            found = await self._fill(kept, receive)
+        finally:
+            if found is not None:
+                self.size -= len(kept)
+        return bytes(kept) if found is None else found
+
+    async def _fill(self, kept: bytearray, receive: Any) -> Problem | None:
+        try:
+            async with asyncio.timeout(self._seconds) as timer:
+                start = asyncio.get_running_loop().time()
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return _CUT_OFF
+                    chunk = message.get("body", b"")
+                    if len(kept) + len(chunk) > self._limit.size:
+                        return self._limit.exceeded()
+                    if self.size + len(chunk) > self._total:
+                        return _BUSY
+                    kept += chunk
+                    self.size += len(chunk)
+                    if not message.get("more_body"):
+                        return None
+                    timer.reschedule(start + self._seconds + len(kept) / LEAST_RATE)
+        except TimeoutError:
+            return Problem(
+                408,
+                f"the body must be there within {self._seconds:g} seconds, and a second for each {LEAST_RATE} bytes",
+                slug="too-slow",
+                title="The request takes too long",
+                headers={"Connection": "close"},
+            )

@@ -48,6 +48,7 @@ async def serving(
     grace: float = 10.0,
     tls: ServerTls | None = None,
     shared: bool = False,
+    message_bytes: int = 65_536,
 ) -> AsyncIterator[None]:
     """Serve ``app`` (ASGI) over HTTP/1.1, WebSockets and HTTP/2 while the block runs.
 
@@ -56,6 +57,7 @@ async def serving(
     end within ``grace`` seconds: the application must have told its streams to end before. ``connections`` bounds
     concurrent requests. A request's line and headers have at most `HEAD_BYTES` together in HTTP/1.1, and headers
     `services.kit.http2.HEADER_BYTES` in HTTP/2: more is answered with 431. Neither bounds bodies.
+    ``message_bytes``: the largest message of a WebSocket.
 
     Raises:
         PortTaken: the address is in use.
@@ -63,7 +65,7 @@ async def serving(
     listener = _bound(host, port, shared=shared)
     try:
         async with serving_http2(app, connections, grace=grace, scheme="https" if tls else "http") as http2:
-            http1 = Http1Server(app, connections, http2.take)
+            http1 = Http1Server(app, connections, http2.take, message_bytes=message_bytes)
             server = await asyncio.get_running_loop().create_server(
                 http1.protocol,
                 sock=listener,

@@ -13,7 +13,9 @@ from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from uvicorn.server import ServerState
 
+from services.kit.http1_sender import FRAMES, Sender
 from services.kit.problem import Problem, problem_bytes, problem_headers, send_problem
+from services.kit.request_head import wrong_coding, wrong_host
 
 __all__ = ["HEAD_BYTES", "Http1Server"]
 
@@ -22,8 +24,9 @@ HEAD_BYTES: Final = 16_384
 HEAD_SECONDS: Final = 10.0
 IDLE_SECONDS: Final = 75  # longer than proxies keep theirs, so that none sends a request into a closing connection
 LINGER_SECONDS: Final = 5.0
+DRAIN_BYTES: Final = 64 * 1024 * 1024  # of a body that nobody reads any more
+DRAIN_SECONDS: Final = 10.0
 PIPELINED: Final = 32  # requests that wait for the answers before theirs
-MESSAGE_BYTES: Final = 16 * 1024 * 1024
 _PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"  # RFC 9113, 3.4
 _CLOSE: Final = {"Connection": "close"}
 _MALFORMED: Final = Problem(
@@ -38,17 +41,20 @@ class Http1Server:
     """Serves ``app`` (ASGI) on connections that are made elsewhere; `protocol` is a factory of protocols for them.
 
     A connection on which HTTP/2 is spoken goes to ``hand_over``, with what has been read of it. ``limit``: requests and
-    WebSockets under way at once; what comes beyond it is answered with 503.
+    WebSockets under way at once; what comes beyond it is answered with 503. ``message_bytes``: the largest message of
+    a WebSocket.
     """
 
-    def __init__(self, app: Any, limit: int, hand_over: Callable[[asyncio.Transport, bytes], None]) -> None:
+    def __init__(
+        self, app: Any, limit: int, hand_over: Callable[[asyncio.Transport, bytes], None], *, message_bytes: int
+    ) -> None:
         self.limit = limit
         self.hand_over = hand_over
         self.config = Config(
             app,
             http=_Connection,
             ws=_Socket,
-            ws_max_size=MESSAGE_BYTES,
+            ws_max_size=message_bytes,
             ws_ping_interval=None,
             ws_per_message_deflate=False,
             interface="asgi3",
@@ -93,99 +99,6 @@ class Http1Server:
         return len(self.state.tasks) >= self.limit
 
 
-class _Framing:
-    """What a message is on the wire, made once for all connections that get the same one."""
-
-    __slots__ = ("_framed", "_make", "_message")
-
-    def __init__(self, make: Callable[[Any], bytes]) -> None:
-        self._make = make
-        self._message: Any = None
-        self._framed = b""
-
-    def of(self, message: Any) -> bytes:
-        """Return a message's bytes."""
-        if message is not self._message:
-            self._framed = self._make(message)
-            self._message = message
-        return self._framed
-
-
-def _chunk(message: Any) -> bytes:
-    body = message["body"]
-    return b"%x\r\n%b\r\n" % (len(body), body) if body else b""  # an empty chunk would be the end
-
-
-def _frame(message: Any) -> bytes:
-    """Return a message as one frame of a WebSocket (RFC 6455, 5.2), unmasked, as servers send it."""
-    text = message.get("text")
-    kind, payload = (b"\x82", message["bytes"]) if text is None else (b"\x81", text.encode())
-    size = len(payload)
-    if size < 126:
-        return b"%b%c%b" % (kind, size, payload)
-    if size < 65_536:
-        return b"%b\x7e%b%b" % (kind, size.to_bytes(2), payload)
-    return b"%b\x7f%b%b" % (kind, size.to_bytes(8), payload)
-
-
-_CHUNKS: Final = _Framing(_chunk)
-_FRAMES: Final = _Framing(_frame)
-
-
-class _Sender:
-    """The ``send`` of an answer. The pieces of a stream take a short way, everything else uvicorn's.
-
-    ``is_open``: a stream is under way, and its client reads.
-    """
-
-    __slots__ = ("_cycle", "_until_closed", "_write", "is_open")
-
-    def __init__(self, cycle: RequestResponseCycle) -> None:
-        self._cycle = cycle
-        self._write = cycle.transport.write
-        self._until_closed = False
-        self.is_open = False
-
-    def offer(self, message: Any) -> bool:
-        """Take a piece of a stream; tell whether it could be taken at once. The last one never is.
-
-        The same message object must mean the same piece for all streams.
-        """
-        if self.is_open and message["more_body"]:
-            self._write(_CHUNKS.of(message))
-            return True
-        return False
-
-    async def __call__(self, message: Any) -> None:
-        """Take an ASGI message; wait while the client does not read.
-
-        Raises:
-            ConnectionResetError: the client is gone.
-        """
-        cycle = self._cycle
-        if cycle.chunked_encoding and message.get("more_body") and message.get("body"):
-            if cycle.flow.write_paused:
-                await cycle.flow.drain()
-            if cycle.disconnected:
-                raise ConnectionResetError("the client is gone")
-            self._write(_CHUNKS.of(message))
-            self.is_open = not cycle.flow.write_paused
-            return
-        self.is_open = False
-        if cycle.scope["http_version"] == "1.0":
-            self._frame_for_http_1_0(message)
-        await cycle.send(message)
-
-    def _frame_for_http_1_0(self, message: Any) -> None:
-        """A client of HTTP/1.0 knows no chunks: an answer whose length is not known ends with the connection."""
-        cycle = self._cycle
-        if message["type"] == "http.response.start":
-            self._until_closed = all(name.lower() != b"content-length" for name, _ in message.get("headers", ()))
-            cycle.chunked_encoding = False if self._until_closed else None
-        elif self._until_closed and cycle.scope["method"] != "HEAD":
-            cycle.expected_content_length = len(message.get("body", b""))
-
-
 class _Connection(HttpToolsProtocol):
     """One connection, until it turns out to be one of HTTP/2 or a WebSocket."""
 
@@ -195,9 +108,10 @@ class _Connection(HttpToolsProtocol):
         self._begun: bytes | None = b""  # of a connection whose protocol is not known yet
         self._unread = 0  # bytes since anything has been complete
         self._head = 0  # bytes of line and headers
-        self._too_large = False
+        self._refusal = _MALFORMED  # what is said of a head that cannot be taken
+        self._drain: _Drain | None = None
         self._answering: RequestResponseCycle | None = None
-        self._sender: _Sender | None = None
+        self._sender: Sender | None = None
         self._deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
@@ -206,6 +120,7 @@ class _Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._head_is_there()
+        self._stop_draining()
         self._unset_keepalive_if_required()
         answers = [cycle for cycle, _ in self.pipeline]
         if self._answering is not None:
@@ -237,9 +152,9 @@ class _Connection(HttpToolsProtocol):
             if data.startswith(_PREFACE):
                 self._leave(data)
                 return
-        if self.transport.is_closing():
+        if self.transport.is_closing() or (self._drain is not None and not self._drain.take(data)):
             return
-        if self.cycle is None or self.cycle.response_complete:
+        if self.cycle is None or (self.cycle.response_complete and self._drain is None):
             self._await_head()
         self._unread += len(data)
         super().data_received(data)
@@ -275,12 +190,17 @@ class _Connection(HttpToolsProtocol):
     def _measure(self, size: int) -> None:
         self._head += size
         if self._head > HEAD_BYTES:
-            self._too_large = True
+            self._refusal = _TOO_LARGE
             raise ValueError("the head is too large")
 
     def on_headers_complete(self) -> None:
         if len(self.pipeline) >= PIPELINED:
             raise ValueError("too many requests before an answer")
+        refusal = wrong_host(self.headers, self.parser.get_http_version()) or wrong_coding(self.headers)
+        if refusal is not None:
+            refusal.headers.update(_CLOSE)
+            self._refusal = refusal
+            raise ValueError("a head that is not taken")
         self._unread = 0
         self._head_is_there()
         super().on_headers_complete()
@@ -292,10 +212,11 @@ class _Connection(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self._unread = 0
         self._head_is_there()
+        self._stop_draining()
         super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
-        self._refuse(_TOO_LARGE if self._too_large else _MALFORMED)
+        self._refuse(self._refusal)
 
     def _refuse(self, problem: Problem) -> None:
         """Answer what cannot be taken, unless another answer is on its way; then close."""
@@ -306,7 +227,33 @@ class _Connection(HttpToolsProtocol):
             self.transport.abort()
             return
         self.transport.write(_whole(problem, self.server_state.default_headers))
-        self.transport.close()
+        self._drain_and_close()
+
+    def _leave_unread(self, cycle: RequestResponseCycle) -> None:
+        """Read on, without keeping it, what is still sent of a request that is answered; then close where asked to.
+
+        A connection that is closed while its client sends is reset, and the client may never see the answer.
+        """
+        if cycle.keep_alive:
+            self._drain = _Drain(self.transport)  # until the end of the request
+        else:
+            cycle.keep_alive = True  # only so that the connection is not closed with the answer
+            cycle.on_response = self._drain_and_close
+
+    def _drain_and_close(self) -> None:
+        """Let the client see that nothing more comes, and close the connection when it has closed its own end."""
+        self._stop_draining()
+        if self.transport.is_closing():
+            return
+        self._drain = _Drain(self.transport, closing=True)
+        self.flow.resume_reading()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+
+    def _stop_draining(self) -> None:
+        if self._drain is not None:
+            self._drain.stop()
+            self._drain = None
 
     def handle_websocket_upgrade(self) -> None:
         if self._owner.is_busy:
@@ -324,7 +271,7 @@ class _Connection(HttpToolsProtocol):
         self.tasks.add(task)
 
     async def _answer(self, cycle: RequestResponseCycle, app: Any) -> None:
-        sender = self._sender = _Sender(cycle)
+        sender = self._sender = Sender(cycle, self._leave_unread)
         try:
             await app(cycle.scope, cycle.receive, sender)
         except ConnectionError:
@@ -340,6 +287,33 @@ class _Connection(HttpToolsProtocol):
                 self.transport.abort()  # the client must not take what it has for the whole
             elif self.transport.is_closing() and self.transport.get_write_buffer_size():
                 self.loop.call_later(LINGER_SECONDS, self.transport.abort)
+
+
+class _Drain:
+    """The rest of a request that nobody reads: bounded in bytes and time, and the connection is cut beyond.
+
+    ``closing``: nothing that still comes is looked at, not even for its end.
+    """
+
+    __slots__ = ("_closing", "_end", "_size", "_transport")
+
+    def __init__(self, transport: asyncio.Transport, *, closing: bool = False) -> None:
+        self._transport = transport
+        self._closing = closing
+        self._size = 0
+        self._end = asyncio.get_running_loop().call_later(DRAIN_SECONDS, transport.abort)
+
+    def take(self, data: bytes) -> bool:
+        """Count what has come; tell whether it is to be parsed."""
+        self._size += len(data)
+        if self._size > DRAIN_BYTES:
+            self._transport.abort()
+            return False
+        return not self._closing
+
+    def stop(self) -> None:
+        """Forget about the bounds."""
+        self._end.cancel()
 
 
 class _Socket(WebSocketsSansIOProtocol):
@@ -358,7 +332,7 @@ class _Socket(WebSocketsSansIOProtocol):
             await self.writable.wait()
         if self.disconnected or self.transport.is_closing():
             raise ClientDisconnected
-        self.transport.write(_FRAMES.of(message))
+        self.transport.write(FRAMES.of(message))
 
     def handle_ping(self) -> None:
         pong = b"".join(self.conn.data_to_send())

@@ -12,6 +12,9 @@ from granian.constants import HTTPModes, Interfaces
 from granian.http import HTTP2Settings
 from granian.server.embed import Server
 
+from services.kit.problem import send_problem
+from services.kit.request_head import wrong_host
+
 __all__ = ["Http2Server", "serving_http2"]
 
 STREAMS_OF_A_CONNECTION: Final = 1_024
@@ -126,6 +129,8 @@ async def serving_http2(app: Any, limit: int, *, grace: float, scheme: str) -> A
 
     def led(scope: Any, receive: Any, send: Any) -> Awaitable[None]:
         scope["scheme"] = scheme
+        if scope["type"] == "http" and (refusal := wrong_host(scope["headers"], scope["http_version"])) is not None:
+            return send_problem(send, refusal)
         answer: Awaitable[None] = app(scope, receive, send)
         return answer
 

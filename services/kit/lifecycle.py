@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable
@@ -12,6 +13,7 @@ import uvloop
 
 from services.kit.broker import BrokerUnavailable
 from services.kit.http import PortTaken
+from services.kit.private_files import UMASK
 from services.kit.settings import SettingsError
 
 __all__ = ["EXIT_USAGE", "run_service"]
@@ -26,8 +28,11 @@ def run_service(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
 
     While ``main`` still starts, and so does not wait for ``stop`` yet, it is cancelled instead.
 
+    Files that it creates are its user's alone.
+
     Exit codes: 0 stopped by wish, 2 wrong settings or a taken port, 3 a part that it needs does not answer.
     """
+    os.umask(UMASK)
     try:
         uvloop.run(_run(main))
     except* (SettingsError, PortTaken) as group:

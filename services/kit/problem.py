@@ -38,6 +38,7 @@ _TITLES: Final = {
     429: ("too-many-requests", "Too many requests"),
     431: ("headers-too-large", "The headers are too large"),
     500: ("internal", "Something went wrong here"),
+    501: ("not-implemented", "This is not implemented here"),
     503: ("unavailable", "Not available at the moment"),
 }
 

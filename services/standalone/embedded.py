@@ -11,14 +11,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from schemas.requests import ENVELOPE, LARGEST_PAYLOAD
 from services.standalone.errors import CannotStart
 
-__all__ = ["MINIMUM", "NatsBinary", "answers", "find_nats_server", "parse_version", "render_config", "render_node"]
+__all__ = [
+    "MAX_PAYLOAD",
+    "MINIMUM",
+    "NatsBinary",
+    "answers",
+    "find_nats_server",
+    "parse_version",
+    "payload_for",
+    "render_config",
+    "render_node",
+]
 
 MINIMUM: Final = (2, 12)
 """Older servers lack what the log needs: republish, batched direct get and message expiry."""
 
-MAX_PAYLOAD: Final = 8 * 1024 * 1024
+
+MAX_PAYLOAD: Final = 16 * 1024 * 1024 + ENVELOPE
+"""For requests of 16 MiB; a provider's event takes half of it at most."""
 
 
 class NatsBinary(NamedTuple):
@@ -71,17 +84,25 @@ def _version_of(path: Path) -> tuple[int, ...] | None:
     return parse_version(answer.stdout + answer.stderr)
 
 
-def render_config(port: int, store: Path) -> str:
-    """Return the configuration of a loopback-only server that keeps its streams in ``store``."""
+def payload_for(max_body: int) -> int:
+    """Return the ``max_payload`` that the broker needs for requests of so many bytes, `MAX_PAYLOAD` at least."""
+    return min(LARGEST_PAYLOAD, max(MAX_PAYLOAD, max_body + ENVELOPE))
+
+
+def render_config(port: int, store: Path, max_payload: int = MAX_PAYLOAD) -> str:
+    """Return the configuration of a loopback-only server that keeps its streams in ``store``.
+
+    ``max_payload``: bytes of the largest message.
+    """
     return (
         f'listen: "127.0.0.1:{port}"\n'
         'server_name: "tailrace"\n'
-        f"max_payload: {MAX_PAYLOAD}\n"
+        f"max_payload: {max_payload}\n"
         f"jetstream {{ store_dir: {json.dumps(str(store), ensure_ascii=False)} }}\n"
     )
 
 
-def render_node(number: int, port: int, store: Path, routes: Sequence[int]) -> str:
+def render_node(number: int, port: int, store: Path, routes: Sequence[int], max_payload: int = MAX_PAYLOAD) -> str:
     """Return the configuration of the cluster's server ``number`` (from 1), whose route port is ``routes[number - 1]``.
 
     A cluster knows its servers by name: the same number must find the same ``store`` again. Routes may change.
@@ -90,7 +111,7 @@ def render_node(number: int, port: int, store: Path, routes: Sequence[int]) -> s
     return (
         f'listen: "127.0.0.1:{port}"\n'
         f'server_name: "tailrace-{number}"\n'
-        f"max_payload: {MAX_PAYLOAD}\n"
+        f"max_payload: {max_payload}\n"
         f"jetstream {{ store_dir: {json.dumps(str(store), ensure_ascii=False)} }}\n"
         f'cluster {{ name: tailrace, listen: "127.0.0.1:{routes[number - 1]}", routes: [{others}] }}\n'
     )

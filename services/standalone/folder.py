@@ -6,14 +6,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from services.kit.private_files import private_folder, tighten
 from services.standalone.errors import CannotStart, FolderInUse
 
 __all__ = ["locked"]
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[Callable[[str], None]]:
-    """Create the folder where needed and hold its lock while the block runs.
+def locked(folder: Path, warn: Callable[[str], None]) -> Iterator[Callable[[str], None]]:
+    """Create the folder where needed and hold its lock while the block runs. Nobody else may enter it.
 
     Yields a function that sets what another process is told about this one. The kernel
     drops the lock with its process, however that ends: a lock file alone never blocks.
@@ -23,10 +24,13 @@ def locked(folder: Path) -> Iterator[Callable[[str], None]]:
         CannotStart: the folder cannot be made or written.
     """
     try:
-        (folder / "logs").mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        warnings = [private_folder(folder), private_folder(folder / "logs")]
+        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        warnings += [tighten(found) for found in (*folder.iterdir(), *(folder / "logs").iterdir())]
     except OSError as error:
         raise CannotStart(f"cannot write to the data folder {folder}: {error.strerror}") from error
+    for warning in filter(None, warnings):
+        warn(warning)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

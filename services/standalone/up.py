@@ -3,13 +3,14 @@
 import asyncio
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from services.kit.private_files import UMASK
 from services.kit.settings import SettingsError, read_config
-from services.standalone.embedded import NatsBinary, find_nats_server, render_config, render_node
+from services.standalone.embedded import NatsBinary, find_nats_server, payload_for, render_config, render_node
 from services.standalone.errors import EXIT_FAILED, CannotStart
 from services.standalone.folder import locked
 from services.standalone.plan import Addresses, Options, ServiceSpec, node_files, plan_services, summary
@@ -17,7 +18,7 @@ from services.standalone.ports import PortWish, settle_ports
 from services.standalone.supervisor import Supervisor
 from services.standalone.terminal import Terminal
 
-__all__ = ["DEFAULT_PORTS", "Wishes", "rebuild", "up"]
+__all__ = ["DEFAULT_PORTS", "Wishes", "rebuild", "up", "wanted_body"]
 
 DEFAULT_DATA: Final = ".tailrace"
 DEFAULT_PORTS: Final = {"delivery": 8080, "grpc": 50051, "billing": 8081, "producer": 8082, "nats": 4222}
@@ -60,7 +61,7 @@ def up(wishes: Wishes, version: str, terminal: Terminal) -> None:
         CannotStart: a port, the folder, the configuration or nats-server is not usable; nothing was started.
         CommandFailed: a service did not start or could not be kept running; everything has been stopped.
     """
-    with _prepared(wishes) as ready:
+    with _prepared(wishes, terminal) as ready:
         head = terminal.bold(f"Tailrace {version} is running")
         rows = summary(ready.options, ready.binary.version_text, ready.env, ready.config)
         asyncio.run(_run(ready.specs, ready.options.data, terminal, lambda: _announce(terminal, head, rows)))
@@ -73,12 +74,12 @@ def rebuild(wishes: Wishes, terminal: Terminal) -> int:
         CannotStart: the folder is in use, or it, the configuration or nats-server is not usable.
         CommandFailed: the broker did not start.
     """
-    with _prepared(wishes) as ready:
+    with _prepared(wishes, terminal) as ready:
         return asyncio.run(_rebuild(ready, terminal))
 
 
 @contextmanager
-def _prepared(wishes: Wishes) -> Iterator[_Prepared]:
+def _prepared(wishes: Wishes, terminal: Terminal) -> Iterator[_Prepared]:
     env = dict(os.environ) | ({"TAILRACE_CONFIG": str(wishes.config)} if wishes.config else {})
     try:
         config = read_config(env)
@@ -86,21 +87,31 @@ def _prepared(wishes: Wishes) -> Iterator[_Prepared]:
         raise CannotStart(str(error)) from error
     binary = find_nats_server()
     data = Path(wishes.data or _section(config, "shared").get("data") or DEFAULT_DATA).expanduser().absolute()
-    with locked(data) as describe:
+    os.umask(UMASK)  # also of what is started: nats-server keeps its streams in there
+    with locked(data, terminal.remark) as describe:
         describe(f"process {os.getpid()}")
         options = _settle(wishes, data, config)
-        _write_node_files(options)
+        _write_node_files(options, payload_for(wanted_body(env, config)))
         describe(f"process {os.getpid()}, {Addresses.of(options).page}")
         yield _Prepared(options, plan_services(options, env, config, str(binary.path)), binary, env, config)
 
 
-def _write_node_files(options: Options) -> None:
+def wanted_body(env: Mapping[str, str], config: dict[str, Any]) -> int:
+    """Return how large a request may be, for the broker; a value that is none is left to delivery to report."""
+    value = env.get("TAILRACE_DELIVERY_MAX_BODY") or _section(config, "delivery").get("max_body")
+    try:
+        return int(value or 0)
+    except (TypeError, ValueError):
+        return 0
+
+
+def _write_node_files(options: Options, max_payload: int) -> None:
     for number, path in enumerate(node_files(options).values(), start=1):
         if options.node_ports:
             port = (options.nats_port, *options.node_ports)[number - 1]
-            text = render_node(number, port, path.with_suffix(""), options.route_ports)
+            text = render_node(number, port, path.with_suffix(""), options.route_ports, max_payload)
         else:
-            text = render_config(options.nats_port, path.with_suffix(""))
+            text = render_config(options.nats_port, path.with_suffix(""), max_payload)
         path.write_text(text, encoding="utf-8")
 
 

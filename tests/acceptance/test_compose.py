@@ -185,8 +185,31 @@ async def test_billing_settles_the_generation_in_postgresql(deployment: Deployme
 
 def test_the_edge_keeps_the_services_own_probes_to_itself(deployment: Deployment) -> None:
     assert httpx.get(f"{deployment.http}/healthz").json() == {"status": "ok"}
-    assert httpx.get(f"{deployment.http}/metrics").status_code == 404
-    assert httpx.get(f"{deployment.http}/readyz").status_code == 404
+    for name in ("metrics", "readyz"):
+        for spelling in (f"/{name}", f"/{name}/", f"/{name}%2f", f"//{name}", f"/v1/..%2f{name}"):
+            assert httpx.get(deployment.http + spelling).status_code == 404, spelling
+
+
+def test_billing_and_documentation_are_there_behind_the_edge(deployment: Deployment) -> None:
+    paths = ["usage", "ledger", "budgets", "statements/2026-01", "prices", "reconciliations"]
+    for path in paths:
+        assert httpx.get(f"{deployment.http}/v1/{path}").status_code == 200, path
+    assert httpx.post(f"{deployment.http}/v1/provider-usage", json=[]).status_code == 200
+    for path, title in (("/docs", "Tailrace delivery"), ("/docs/billing", "Tailrace billing")):
+        assert f"<title>{title}</title>" in httpx.get(deployment.http + path).text
+
+
+def test_a_picture_of_many_megabytes_passes_and_what_is_larger_names_limit_and_setting(deployment: Deployment) -> None:
+    def body(size: int) -> dict[str, Any]:
+        part = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * size}}
+        return REQUEST | {"messages": [{"role": "user", "content": [part]}]}
+
+    url = f"{deployment.http}/v1/sessions/large/generations"
+    assert httpx.post(url, json=body(15 * 1024 * 1024), timeout=60).status_code == 202
+    refused = httpx.post(url, json=body(17 * 1024 * 1024), timeout=60)
+    assert refused.status_code == 413
+    assert "at most 16777216 bytes" in refused.json()["detail"]
+    assert "TAILRACE_DELIVERY_MAX_BODY" in refused.json()["detail"]
 
 
 def test_a_replica_that_is_killed_leaves_its_reader_able_to_resume_elsewhere(deployment: Deployment) -> None:

@@ -35,8 +35,9 @@ pytestmark = pytest.mark.acceptance
 class Edge:
     """nginx with the configuration of the deployment, its addresses replaced by those of the test."""
 
-    def __init__(self, folder: Path, delivery: str, grpc_target: str) -> None:
+    def __init__(self, folder: Path, delivery: str, grpc_target: str, billing: str = "127.0.0.1:1") -> None:
         self.folder = folder
+        self.http1 = free_port()
         self.http2 = free_port()
         self.tls = free_port()
         self.authority = trustme.CA()
@@ -49,7 +50,8 @@ class Edge:
             "/tmp/": f"{folder}/",  # first: the folder itself may lie there
             '"delivery:8080"': f'"{delivery.removeprefix("http://")}"',
             '"delivery:50051"': f'"{grpc_target}"',
-            "listen 8080;": f"listen 127.0.0.1:{free_port()};",
+            '"billing:8080"': f'"{billing.removeprefix("http://")}"',
+            "listen 8080;": f"listen 127.0.0.1:{self.http1};",
             "listen 8082 http2;": f"listen 127.0.0.1:{self.http2} http2;",
             "include /etc/nginx/tls/*.conf;": tls.replace("8443", f"127.0.0.1:{self.tls}"),
             "/etc/nginx/tls/": f"{folder}/",

@@ -52,6 +52,7 @@ class Up:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                umask=0,  # the most that any user may have; see the test of modes
             )
         os.close(theirs)
         self._wait_for("Ctrl-C stops everything")
@@ -113,6 +114,28 @@ def test_ask_stop_and_start_again_keeps_sessions_and_usage(tmp_path: Path) -> No
         assert "completed" in replay.stdout
         assert second.interrupt() == 0
         assert all_gone(second.children)
+
+
+def open_to_others(folder: Path) -> list[str]:
+    """Return what others than the user may touch."""
+    return [f"{path.lstat().st_mode:o} {path}" for path in (folder, *folder.rglob("*")) if path.lstat().st_mode & 0o077]
+
+
+def test_data_is_the_users_alone_whatever_the_umask_and_the_modes_before(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    (data / "logs").mkdir(parents=True)
+    for path in (data / "nats.conf", data / "billing.db", data / "billing.db-wal", data / "logs" / "billing.log"):
+        path.touch()
+        path.chmod(0o666)
+    for path in (data, data / "logs"):
+        path.chmod(0o777)
+    assert len(open_to_others(data)) == 6
+    with up(tmp_path) as running:
+        assert tailrace("ask", "tell me about rivers", "--url", running.address("page")).returncode == 0
+        assert open_to_others(data) == []
+        assert {"lock", "billing.db", "nats.conf", "nats"} <= {path.name for path in data.iterdir()}
+        assert running.interrupt() == 0
+    assert open_to_others(data) == []
 
 
 def test_a_ledger_that_says_otherwise_than_the_log_is_rebuilt(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """WebSockets through the edge's own configuration, under a real nginx: in the clear and with TLS."""
 
-import re
 import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -33,9 +32,7 @@ async def edge(stage: Stage, tmp_path: Path) -> AsyncIterator[Edge]:
 
 
 def clear_address(edge: Edge) -> str:
-    found = re.search(r"listen (127\.0\.0\.1:\d+);", (edge.folder / "nginx.conf").read_text())
-    assert found is not None
-    return f"http://{found[1]}"
+    return f"http://127.0.0.1:{edge.http1}"
 
 
 async def test_sockets_pass_the_edge_in_the_clear_and_with_tls(edge: Edge, broker: Broker) -> None:

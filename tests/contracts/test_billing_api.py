@@ -220,7 +220,7 @@ async def test_probes_metrics_and_documentation_answer(client: httpx.AsyncClient
     assert (await client.get("/readyz")).json() == {"status": "ok", "checks": {"broker": True, "database": True}}
     metrics.EVENTS.labels("accepted").inc()
     assert "tailrace_billing_events_total" in (await client.get("/metrics")).text
-    document = (await client.get("/schema/openapi.json")).json()
+    document = (await client.get("/docs/billing/openapi.json")).json()
     parameters = document["paths"]["/v1/usage"]["get"]["parameters"]
     assert {p["name"] for p in parameters} >= {"from", "to", "group_by", "limit", "cursor"}
     assert any(p.get("examples") for p in parameters)

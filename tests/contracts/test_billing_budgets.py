@@ -5,6 +5,7 @@ from decimal import Decimal
 
 import msgspec
 import pytest
+import structlog
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from schemas.budgets import Release, Reserve
@@ -12,11 +13,13 @@ from services.billing.adapters.budgets import Budgets
 from services.billing.adapters.database import database_url, open_engine
 from services.billing.adapters.ledger import Ledger
 from services.billing.adapters.worklist import Money
-from services.billing.core.budgets import Budget, Need, Verdict
+from services.billing.core.budgets import Budget, Need, Overrun, Verdict, corrected
 from services.billing.core.generation import Generation
 from services.billing.core.spending import released, steps
+from services.billing.overruns import report_limits, report_overruns
 from tests.billing_histories import START
 from tests.contracts.billing_database import database, engine, postgres_server, postgres_url
+from tests.delivery_stage import metric
 
 __all__ = ["database", "engine", "postgres_server", "postgres_url"]
 NOW = round(START * 1_000)
@@ -64,11 +67,11 @@ def ended(name: str, tokens: int, amount: str = "0", **fields: object) -> Genera
     return Generation(**(made | fields))  # type: ignore[arg-type]
 
 
-async def settle(ledger: Ledger, *after: Generation, before: tuple[Generation, ...] = ()) -> None:
+async def settle(ledger: Ledger, *after: Generation, before: tuple[Generation, ...] = ()) -> list[Overrun]:
     known = {g.key: g for g in before}
     at = await ledger.acquire(0, "log", NOW) or 0
     money = Money(revision=0, spending=steps(known, after), released=released(known, after))
-    await ledger.commit(0, (at, at + 1), NOW, after, (), money)
+    return await ledger.commit(0, (at, at + 1), NOW, after, (), money)
 
 
 async def test_a_hundred_at_once_cannot_pass_a_budget_for_ten(database: str, budgets: Budgets) -> None:
@@ -90,6 +93,48 @@ async def test_what_is_settled_frees_what_it_did_not_need(budgets: Budgets, engi
     assert (await reserve(budgets, wish("b"), need(100))).refused is None
     (standing,) = await budgets.standings("default", NOW)
     assert (standing.spent, standing.reserved) == (40, 100)
+
+
+async def test_usage_beyond_its_reservation_is_told_once_with_the_limit_that_it_passes(
+    budgets: Budgets, engine: AsyncEngine
+) -> None:
+    def counted() -> list[float]:
+        kinds = [metric("tailrace_billing_reservation_overruns_total", kind=kind) for kind in ("tokens", "money")]
+        amounts = [metric("tailrace_billing_reservation_overrun_amount_total", unit=u) for u in ("tokens", "USD")]
+        return [*kinds, *amounts, metric("tailrace_billing_hard_limits_passed_total")]
+
+    await budgets.put(budget("tokens", hard=Decimal(1_000)), NOW)
+    await budgets.put(budget("money", unit="USD", hard=Decimal("1.8")), NOW)
+    for name in ("within", "beyond", "passes"):
+        assert (await reserve(budgets, wish(name), need(100, USD="0.5"))).refused is None
+    ledger, before = Ledger(engine, "one"), counted()
+    assert await settle(ledger, ended("within", 100, "0.5"), ended("unreserved", 10, "0.1")) == []
+    over = await settle(ledger, ended("beyond", 130, "0.5"))
+    assert [(o.generation.generation, o.unit, o.expected, o.used) for o in over] == [("beyond", "tokens", 100, 130)]
+    with structlog.testing.capture_logs() as logs:
+        await report_overruns(budgets, over)
+    assert [entry["event"] for entry in logs] == ["used more than was reserved"]
+    over = await settle(ledger, ended("passes", 100, "0.75"))
+    assert [(o.unit, o.expected, o.used) for o in over] == [("USD", Decimal("0.5"), Decimal("0.75"))]
+    with structlog.testing.capture_logs() as logs:
+        await report_overruns(budgets, over)
+    assert [entry["log_level"] for entry in logs] == ["warning", "error"]
+    assert (logs[1]["budget"], logs[1]["limit"], logs[1]["spent"]) == ("money", "1.8", "1.85")
+    assert [now - was for now, was in zip(counted(), before, strict=True)] == [1, 1, 30, 0.25, 1]
+    assert await settle(ledger, ended("passes", 100, "0.75"), before=(ended("passes", 100, "0.75"),)) == []
+
+
+async def test_a_correction_that_passes_a_hard_limit_is_told(budgets: Budgets, engine: AsyncEngine) -> None:
+    await budgets.put(budget(hard=Decimal(100)), NOW)
+    before, ledger = metric("tailrace_billing_hard_limits_passed_total"), Ledger(engine, "one")
+    first, second = ended("a", 90), ended("a", 120)
+    await settle(ledger, first)
+    await settle(ledger, second, before=(first,))
+    for known, after, told in ((first, second, 1), (second, second, 0), (second, first, 0)):
+        found = corrected({known.key: known}, [after])
+        assert len(found) == told
+        await report_limits(budgets, found)
+    assert metric("tailrace_billing_hard_limits_passed_total") == before + 1
 
 
 async def test_a_correction_moves_what_was_spent(budgets: Budgets, engine: AsyncEngine) -> None:

@@ -137,6 +137,28 @@ async def test_changing_money_needs_the_scope_admin(client: httpx.AsyncClient, c
     assert (await client.post("/v1/provider-usage", content=b"[]", headers=JSON)).status_code == 403
 
 
+async def test_credentials_of_some_sessions_see_no_budgets_but_their_own_and_change_none(
+    client: httpx.AsyncClient, caller: Caller
+) -> None:
+    for name, fields in (("all", {}), ("own", {"key": "tr_own"}), ("other", {"key": "tr_other"})):
+        wish = {"period": "month", "unit": "USD", "hard": "100", **fields}
+        assert (await client.put(f"/v1/budgets/{name}", json=wish)).status_code == 201
+    seen = [(("*",), "tr_own", ["all", "other", "own"]), (("a-*",), "tr_own", ["own"]), (("a",), "", [])]
+    for sessions, key, names in seen:
+        caller.principal = Principal(tenant="default", key=key, sessions=sessions)
+        listed = await client.get("/v1/budgets")
+        assert sorted(b["name"] for b in listed.json()["budgets"]) == names
+        for name in ("all", "own", "other"):
+            shown = await client.get(f"/v1/budgets/{name}")
+            assert shown.status_code == (200 if name in names else 404)
+    put = await client.put("/v1/budgets/all", json={"period": "month", "unit": "USD", "hard": "1"})
+    assert put.status_code == 403
+    assert (await client.delete("/v1/budgets/all")).status_code == 403
+    assert (await client.post("/v1/provider-usage", content=b"[]", headers=JSON)).status_code == 403
+    caller.principal = Principal(tenant="default", operator=True)
+    assert (await client.get("/v1/budgets/all")).json()["hard"] == "100"
+
+
 async def test_a_price_file_is_loaded_when_its_content_is_new_and_a_later_book_stays(
     books: Books, tmp_path: Path
 ) -> None:

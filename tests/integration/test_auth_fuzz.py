@@ -59,5 +59,5 @@ async def test_delivery_does_what_it_describes(stage: Stage, tmp_path: Path) -> 
 
 async def test_billing_does_what_it_describes(broker: Broker, nats_url: str, tmp_path: Path) -> None:
     async with billing(broker, nats_url, tmp_path) as url:
-        found = await fuzz(f"{url}/schema/openapi.json", tmp_path)
+        found = await fuzz(f"{url}/docs/billing/openapi.json", tmp_path)
     assert not found, found[-12_000:]

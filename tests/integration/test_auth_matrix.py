@@ -111,7 +111,7 @@ async def services(broker: Broker, nats_url: str, tmp_path: Path) -> AsyncIterat
         urls = {"delivery": stage.url, "billing": url}
         described = {
             "delivery": (await stage.http.get(f"{stage.url}/docs/openapi.json")).json(),
-            "billing": (await stage.http.get(f"{url}/schema/openapi.json")).json(),
+            "billing": (await stage.http.get(f"{url}/docs/billing/openapi.json")).json(),
         }
         found = [each for service, document in described.items() for each in operations(service, document)]
         yield Services(urls, found, stage.http)
@@ -223,7 +223,7 @@ async def raw_get(url: str, path: str) -> int:
 
 
 async def test_the_documents_hold_no_example_of_a_credential(services: Services) -> None:
-    for service, path in (("delivery", "/docs/openapi.json"), ("billing", "/schema/openapi.json")):
+    for service, path in (("delivery", "/docs/openapi.json"), ("billing", "/docs/billing/openapi.json")):
         document = json.dumps((await services.http.get(services.urls[service] + path)).json())
         assert "Bearer eyJ" not in document
         assert "tr_" not in document.replace("tr_<id>", "")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from schemas.events import Failed
-from schemas.requests import Announcement
+from schemas.requests import Announcement, GenerationRecord, Request
 from schemas.topology import REGISTRY_BUCKET
 from services.billing.adapters.budgets import Budgets
 from services.billing.adapters.prices import Prices
@@ -19,8 +19,10 @@ from services.billing.admission import Admission
 from services.billing.core.budgets import Budget
 from services.billing.core.reconciliation import Policy
 from services.billing.terms import CurrentTerms
+from services.delivery.admission import Admission as Asking
 from services.kit.broker import Broker
 from services.kit.clock import SystemClock
+from services.kit.problem import Problem
 from tests.conftest import NatsServer, eventually
 from tests.delivery_stage import Stage, delivering
 from tests.integration.billing_runs import running, sqlite
@@ -127,6 +129,24 @@ async def test_a_request_that_is_refused_leaves_nothing_behind(whole: Pipeline) 
     assert (await whole.ask("refused")).status_code == 402
     assert (await whole.stage.http.get(f"{whole.stage.url}/v1/sessions/refused")).status_code == 404
     assert await whole.spent() == (0, 0)
+
+
+async def test_a_refusal_tells_credentials_of_some_sessions_nothing_of_the_budget(whole: Pipeline) -> None:
+    await whole.limit(1, name="secret-plan")
+    told = await whole.ask()
+    assert "secret-plan" in told.json()["detail"]
+    asking = Asking(whole.stage.broker, SystemClock(), output=100, fallback="refuse")
+    record = GenerationRecord(
+        tenant="default", session="s", generation="g", state="queued", model="m", created_at=SystemClock().wall()
+    )
+    request = Request(tenant="default", session="s", generation="g", model="m", messages=[], params={})
+    with pytest.raises(Problem) as caught:
+        await asking.reserve(record, ["scripted/story"], request, names_budget=False)
+    detail = caught.value.details.detail
+    assert caught.value.status == 402
+    assert "its period ends at" in detail
+    assert "secret-plan" not in detail
+    assert "tokens" not in detail
 
 
 async def test_without_billing_a_tenant_with_budgets_starts_nothing_unless_that_is_allowed(

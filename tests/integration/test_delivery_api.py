@@ -1,6 +1,7 @@
 """Delivery's API beside the streams: requests, idempotency, cancellation, look-ups, refusals, CORS, OpenAPI."""
 
 import asyncio
+import gzip
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -9,6 +10,8 @@ from urllib.parse import urlsplit
 import httpx
 import msgspec
 import pytest
+from h2.connection import H2Connection
+from h2.events import ResponseReceived
 from nats.aio.msg import Msg
 
 from schemas.events import Delta, Started, ToolCall
@@ -133,6 +136,22 @@ async def test_name_that_cannot_stand_in_a_subject_is_refused(stage: Stage, name
     assert "Traceback" not in "".join(capfd.readouterr())
 
 
+@pytest.mark.parametrize("character", ["\n", "\x00", "\x1b", "\x7f", "\x85", "\u2028"])
+async def test_control_characters_in_names_of_models_and_labels_are_refused(
+    stage: Stage, broker: Broker, character: str
+) -> None:
+    code = f"U+{ord(character):04X}"
+    for name in (f"scripted/{character}story", f"scripted/story{character}"):
+        assert code in assert_problem(await ask(stage, BODY | {"model": name}), 400)["detail"]
+    labels = BODY | {"metadata": {f"a{character}": "b"}}
+    assert code in assert_problem(await ask(stage, labels), 400)["detail"]
+    keys = f"{stage.url}/v1/keys"
+    made = await stage.http.post(keys, json={"name": f"web{character}", "scopes": ["read"]})
+    assert code in assert_problem(made, 400)["detail"]
+    assert not await queued(broker)
+    assert (await ask(stage, BODY | {"metadata": {"größe": "a\nb"}})).status_code == 202
+
+
 @pytest.mark.parametrize("name", ["*", "a.b", "%3E", "x" * 65])
 async def test_generation_name_that_cannot_stand_in_a_subject_is_refused(stage: Stage, name: str) -> None:
     base = f"{stage.url}/v1/sessions/s/generations/{name}"
@@ -140,19 +159,75 @@ async def test_generation_name_that_cannot_stand_in_a_subject_is_refused(stage: 
     assert_problem(await stage.http.post(f"{base}/cancel"), 400)
 
 
-async def test_body_beyond_the_limit_is_too_large(stage: Stage, broker: Broker) -> None:
-    big = BODY | {"messages": [{"role": "user", "content": "x" * (10 * MB)}]}
-    assert_problem(await ask(stage, big), 413)
+async def test_body_beyond_the_limit_is_too_large(broker: Broker, nats_server: NatsServer) -> None:
+    origin = "https://app.example"
+    async with delivering(nats_server.url, max_body=65_536, cors_origins=(origin,)) as stage:
+        big = BODY | {"messages": [{"role": "user", "content": "x" * (10 * MB)}]}
 
-    async def chunks() -> AsyncIterator[bytes]:
-        for _ in range(160):
-            yield b"x" * 65_536
+        async def chunks() -> AsyncIterator[bytes]:
+            for _ in range(160):
+                yield b"x" * 65_536
 
+        url = f"{stage.url}/v1/sessions/s/generations"
+        headers = {"Content-Type": "application/json", "Origin": origin}
+        chunked = await stage.http.post(url, content=chunks(), headers=headers)
+        for response in (await ask(stage, big, Origin=origin), chunked):
+            problem = assert_problem(response, 413)
+            assert "65536 bytes" in problem["detail"]
+            assert "TAILRACE_DELIVERY_MAX_BODY" in problem["detail"]
+            assert response.headers["access-control-allow-origin"] == origin
+            assert response.headers["x-content-type-options"] == "nosniff"
+        assert (await stage.http.get(f"{stage.url}/healthz")).status_code == 200
+        assert not await queued(broker)
+
+
+@pytest.mark.parametrize("http2", [False, True])
+async def test_body_is_refused_by_its_announced_length_alone(
+    broker: Broker, nats_server: NatsServer, http2: bool
+) -> None:
+    """Before its credentials, of which this one has none, and before anything of the body is sent."""
+    shared = Shared(nats_url=nats_server.url, auth="required", admin_key_hash=f"abcdefghijkl.{'0' * 64}")
+    async with delivering(nats_server.url, shared=shared, max_body=65_536) as stage:
+        for headers, status in (
+            ({"content-length": "65537"}, 413),
+            ({"content-length": "20", "content-encoding": "gzip"}, 415),
+            ({"content-length": "20", "content-encoding": "identity"}, 401),
+        ):
+            async with asyncio.timeout(15):
+                assert await answer_to_head(stage, headers, http2=http2) == status
+
+
+async def answer_to_head(stage: Stage, headers: dict[str, str], *, http2: bool) -> int:
+    """Send the head of a request and nothing of its body; return the status of the answer."""
+    address, path = urlsplit(stage.url), "/v1/sessions/s/generations"
+    reader, writer = await asyncio.open_connection(address.hostname, address.port)
+    try:
+        if not http2:
+            lines = [f"POST {path} HTTP/1.1", "host: x", *(f"{name}: {value}" for name, value in headers.items())]
+            writer.write("\r\n".join([*lines, "", ""]).encode())
+            return int((await reader.readline()).split()[1])
+        connection = H2Connection()
+        connection.initiate_connection()
+        head = [(":method", "POST"), (":scheme", "http"), (":authority", "x"), (":path", path), *headers.items()]
+        connection.send_headers(1, head)
+        while True:
+            writer.write(connection.data_to_send())
+            for event in connection.receive_data(await reader.read(65_536)):
+                if isinstance(event, ResponseReceived):
+                    return int(dict(event.headers)[b":status"])
+    finally:
+        writer.close()
+
+
+async def test_compressed_body_is_refused_and_says_so(stage: Stage, broker: Broker) -> None:
+    body = gzip.compress(json.dumps(BODY).encode())
     url = f"{stage.url}/v1/sessions/s/generations"
-    response = await stage.http.post(url, content=chunks(), headers={"Content-Type": "application/json"})
-    assert_problem(response, 413)
-    assert (await stage.http.get(f"{stage.url}/healthz")).status_code == 200
-    assert not await queued(broker)
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    response = await stage.http.post(url, content=body, headers=headers)
+    assert "gzip" in assert_problem(response, 415)["detail"]
+    assert response.headers["accept-encoding"] == "identity"
+    plain = {"Content-Encoding": "identity"}
+    assert (await ask(stage, **plain)).status_code == 202
 
 
 async def test_request_that_the_broker_cannot_take_is_too_large_and_leaves_nothing(
@@ -160,7 +235,12 @@ async def test_request_that_the_broker_cannot_take_is_too_large_and_leaves_nothi
 ) -> None:
     async with delivering(nats_server.url, max_body=8 * MB) as stage:
         big = BODY | {"messages": [{"role": "user", "content": "x" * (2 * MB)}]}
-        assert_problem(await ask(stage, big), 413)
+        assert "max_payload" in assert_problem(await ask(stage, big), 413)["detail"]
+        # What grows when it is queued: 1e5 is written as 100000.0.
+        grows = json.dumps(BODY | {"params": {"stop": []}}).replace("[]", "[" + "1e5," * 200_000 + "1e5]")
+        url = f"{stage.url}/v1/sessions/s/generations"
+        response = await stage.http.post(url, content=grows, headers={"Content-Type": "application/json"})
+        assert "max_payload" in assert_problem(response, 413)["detail"]
         assert (await stage.http.get(f"{stage.url}/v1/sessions")).json()["sessions"] == []
         assert not await queued(broker)
 

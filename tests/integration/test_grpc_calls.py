@@ -112,6 +112,14 @@ async def test_reflection_lists_and_describes_the_service(stage: GrpcStage) -> N
     assert methods == ["Read", "Attach", "Consume", "Start", "Cancel", "GetGeneration"]
 
 
+async def test_control_characters_in_the_name_of_a_model_are_refused(client: Client) -> None:
+    messages = [pb.Message(role="user", content="hi")]
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await client.start(pb.StartRequest(session="s", model="m\x1b[2J", messages=messages))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "U+001B" in str(caught.value.details())
+
+
 async def test_request_that_is_too_large_is_refused(client: Client) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await client.start(pb.StartRequest(session="s", options=b" " * 2_000_000))

@@ -372,7 +372,7 @@ def test_unusable_tls_files_are_named(settings: Shared, named: str) -> None:
 @pytest.mark.parametrize("name", ["tailrace.conf", "cluster.conf", "private.conf"])
 def test_the_deployed_configurations_are_ones_that_nats_server_takes(name: str, guarded: Guarded) -> None:
     shutil.copy(REPOSITORY / "deploy" / "nats" / name, guarded.folder / name)
-    env = os.environ | {"NATS_NAME": "nats-1", "NATS_PASSWORD": "secret"}
+    env = os.environ | {"NATS_NAME": "nats-1", "NATS_PASSWORD": "secret", "NATS_MAX_PAYLOAD": "17MB"}
     env |= {f"NATS_{user.upper()}_PASSWORD": word for user, word in PASSWORDS.items()}
     env |= {
         "NATS_TLS_CERT": str(guarded.folder / "127.0.0.1.pem"),

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from bench.processes import free_port
-from services.standalone.embedded import find_nats_server, render_config
+from services.standalone.embedded import MAX_PAYLOAD, find_nats_server, render_config
 from services.standalone.errors import CommandFailed, StartFailed
 from services.standalone.plan import ServiceSpec
 from services.standalone.supervisor import Supervisor
@@ -261,7 +261,7 @@ async def test_embedded_broker_keeps_its_streams_over_a_restart(tree: Tree, tmp_
         client = await nats.connect(f"nats://127.0.0.1:{port}")
         await client.jetstream().add_stream(name="S", subjects=["s"])
         await client.jetstream().publish("s", b"kept")
-        assert client.max_payload == 8 * 1024 * 1024
+        assert client.max_payload == MAX_PAYLOAD > 16 * 1024 * 1024
         await client.close()
     async with running(tree):
         client = await nats.connect(f"nats://127.0.0.1:{port}")

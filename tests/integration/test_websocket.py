@@ -339,6 +339,7 @@ async def test_start_over_messagepack_takes_the_same_body(stage: Stage) -> None:
         ({}, "model"),
         (BODY | {"messages": []}, "messages"),
         (BODY | {"colour": "red"}, "colour"),
+        (BODY | {"model": "scripted/story\n"}, "U+000A"),
         ([], "object"),
         (None, "object"),
     ],
@@ -497,7 +498,9 @@ async def drained(client: SocketClient) -> SocketClient:
 async def test_message_that_is_too_large_closes_the_socket(broker: Broker, nats_server: NatsServer) -> None:
     async with delivering(nats_server.url, max_body=4_096) as stage, socket(stage.url) as client:
         await client.say("start", session="s", request=BODY | {"metadata": {"a": "x" * 5_000}})
-        assert (await client.closed())[0] == 1009
+        code, reason = await client.closed()
+        assert code == 1009
+        assert "4096 bytes: TAILRACE_DELIVERY_MAX_BODY" in reason
 
 
 async def test_number_of_subscriptions_is_bounded(stage: Stage) -> None:

@@ -12,12 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.standalone.backoff import reconnect_delay, restart_delay
-from services.standalone.embedded import find_nats_server, parse_version, render_config
+from services.standalone.embedded import find_nats_server, parse_version, payload_for, render_config
 from services.standalone.errors import CannotStart, FolderInUse, PortsTaken
 from services.standalone.folder import locked
 from services.standalone.output import MAX_LINE, LineSplitter, OutputFile, brief
 from services.standalone.plan import Options, console_models, plan_services, summary
 from services.standalone.ports import PortWish, settle_ports
+from services.standalone.up import wanted_body
 
 
 def options(tmp_path: Path, **changes: object) -> Options:
@@ -116,17 +117,17 @@ def test_port_zero_takes_different_free_ports() -> None:
 
 
 def test_locked_folder_refuses_a_second_holder_and_names_the_first(tmp_path: Path) -> None:
-    with locked(tmp_path) as describe:
+    with locked(tmp_path, print) as describe:
         describe("process 1234, http://127.0.0.1:8080")
-        with pytest.raises(FolderInUse, match=r"process 1234, http://127\.0\.0\.1:8080"), locked(tmp_path):
+        with pytest.raises(FolderInUse, match=r"process 1234, http://127\.0\.0\.1:8080"), locked(tmp_path, print):
             pass
-    with locked(tmp_path):
+    with locked(tmp_path, print):
         pass
 
 
 def test_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(CannotStart, match="cannot write to the data folder"), locked(tmp_path / "file"):
+    with pytest.raises(CannotStart, match="cannot write to the data folder"), locked(tmp_path / "file", print):
         pass
 
 
@@ -214,3 +215,19 @@ def test_log_files_stay_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_waits_are_positive_and_bounded(times: int, chance: float) -> None:
     assert 0 < restart_delay(times) <= 8
     assert 0 < reconnect_delay(times, chance) <= 8
+
+
+@pytest.mark.parametrize(
+    ("env", "config", "size"),
+    [
+        ({}, {}, 0),
+        ({"TAILRACE_DELIVERY_MAX_BODY": "33554432"}, {"delivery": {"max_body": 1}}, 33_554_432),
+        ({}, {"delivery": {"max_body": 20_000_000}}, 20_000_000),
+        ({"TAILRACE_DELIVERY_MAX_BODY": "many"}, {}, 0),
+    ],
+)
+def test_the_broker_is_made_to_take_what_delivery_lets_through(
+    env: dict[str, str], config: dict[str, Any], size: int
+) -> None:
+    assert wanted_body(env, config) == size
+    assert f"max_payload: {payload_for(size)}\n" in render_config(4222, Path("/x"), payload_for(size))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import sqlalchemy as sa
+import structlog
 from alembic import command
 from alembic.config import Config
 from sqlalchemy.engine import URL, Connection, make_url
@@ -15,9 +16,11 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from services.billing.errors import LedgerUnavailable
+from services.kit.private_files import private_file, private_folder, tighten
 
-__all__ = ["SCRIPTS", "create_folder", "database_url", "migrate", "open_engine", "reading", "sqlite_url", "writing"]
+__all__ = ["SCRIPTS", "create_file", "database_url", "migrate", "open_engine", "reading", "sqlite_url", "writing"]
 
+log = structlog.get_logger()
 _DRIVERS: Final = {
     "sqlite": "sqlite+aiosqlite",
     "sqlite+aiosqlite": "sqlite+aiosqlite",
@@ -55,22 +58,28 @@ def sqlite_url(path: str) -> URL:
     return URL.create("sqlite+aiosqlite", database=path)
 
 
-def create_folder(url: URL) -> None:
-    """Create the folder of a SQLite file.
+def create_file(url: URL) -> None:
+    """Create a SQLite file and its folder where needed; nobody else may read it. A folder that is there stays as it is.
 
     Raises:
-        OSError: it cannot be created.
+        OSError: one of them cannot be created.
     """
-    if url.get_backend_name() == "sqlite" and url.database and url.database != ":memory:":
-        Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+    if url.get_backend_name() != "sqlite" or not url.database or url.database == ":memory:":
+        return
+    path = Path(url.database)
+    warnings = [private_folder(path.parent)] if not path.parent.exists() else []
+    warnings.append(private_file(path))  # SQLite gives its mode to the files beside it
+    warnings += [tighten(path.with_name(path.name + suffix)) for suffix in ("-wal", "-shm", "-journal")]
+    for warning in filter(None, warnings):
+        log.warning("the database is not private", detail=warning)
 
 
 @asynccontextmanager
 async def open_engine(url: URL) -> AsyncIterator[AsyncEngine]:
-    """Yield an engine that connects when it is first used; a SQLite file's folder is created."""
+    """Yield an engine that connects when it is first used; a SQLite file and its folder are created."""
     options: dict[str, Any] = {"pool_pre_ping": True, "pool_timeout": 5.0}
     if url.get_backend_name() == "sqlite":
-        create_folder(url)
+        create_file(url)
         options["connect_args"] = {"timeout": _BUSY_SECONDS}
     else:
         options |= {"pool_size": 5, "max_overflow": 5, "connect_args": {"timeout": 5.0, "command_timeout": 30.0}}

@@ -6,6 +6,7 @@ two processes at once safe, whatever their clocks say. The time of the hold only
 """
 
 from collections.abc import Collection, Sequence
+from decimal import Decimal
 from typing import Final
 
 import sqlalchemy as sa
@@ -19,6 +20,7 @@ from services.billing.adapters.tables import GAPS, STATE
 from services.billing.adapters.tables import GENERATIONS as G
 from services.billing.adapters.tables import PARTITIONS as P
 from services.billing.adapters.worklist import Money, finish
+from services.billing.core.budgets import Overrun, overruns
 from services.billing.core.generation import Generation, Key
 from services.billing.errors import Fenced, StalePrices
 
@@ -90,10 +92,11 @@ class Ledger:
         whole: Collection[Generation] = (),
         progress: Collection[Generation] = (),
         money: Money | None = None,
-    ) -> None:
+    ) -> list[Overrun]:
         """Move the position from the first to the second of ``applied`` and write generations: all of it or nothing.
 
-        Of ``progress`` only position and running count are written; those rows exist.
+        Of ``progress`` only position and running count are written; those rows exist. Returns the settlements that
+        used more than was reserved for them.
 
         Raises:
             Fenced: position or hold are not what this process believes; nothing is written.
@@ -101,6 +104,7 @@ class Ledger:
             LedgerUnavailable: the database did not answer. It may be written nevertheless.
         """
         before, after = applied
+        reserved: dict[Key, dict[str, Decimal]] = {}
         async with writing(self.engine) as connection:
             moved = await connection.execute(
                 sa.update(P)
@@ -113,9 +117,10 @@ class Ledger:
                 await self._check(connection, money.revision)
                 await self._bulk.entries(connection, money.entries)
                 await finish(connection, money, now)
-                await self._sums.apply(connection, money.spending, money.released)
+                reserved = await self._sums.apply(connection, money.spending, money.released)
             await self._bulk.generations(connection, whole)
             await self._bulk.progress(connection, progress)
+        return overruns(whole, reserved) if reserved else []
 
     @staticmethod
     async def _check(connection: AsyncConnection, revision: int) -> None:

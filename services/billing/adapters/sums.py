@@ -1,6 +1,8 @@
 """The sums of what was used, moved in the transaction that settles; what was reserved for it is given back there."""
 
 from collections.abc import Sequence
+from decimal import Decimal
+from typing import Final
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
@@ -8,12 +10,15 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from services.billing.adapters.tables import RESERVATIONS as R
 from services.billing.adapters.tables import SPENDING as S
+from services.billing.core.budgets import TOKENS
 from services.billing.core.generation import Key
 from services.billing.core.spending import PLACE, SUMS, Step
 
 __all__ = ["Sums"]
 
 _release = sa.delete(R).where(*(R.c[name] == sa.bindparam(f"key_{name}") for name in Key._fields))
+_reserved = sa.select(*(R.c[name] for name in Key._fields), R.c.currency, R.c.tokens, R.c.amount)
+AT_ONCE: Final = 500
 _any_reserved = sa.select(sa.exists(sa.select(R.c.tenant)))
 
 
@@ -28,9 +33,19 @@ class Sums:
             set_={name: S.c[name] + statement.excluded[name] for name in SUMS},
         )
 
-    async def apply(self, connection: AsyncConnection, steps: Sequence[Step], released: Sequence[Key]) -> None:
-        """Move the sums, in an order that all writers share, and forget reservations."""
+    async def apply(
+        self, connection: AsyncConnection, steps: Sequence[Step], released: Sequence[Key]
+    ) -> dict[Key, dict[str, Decimal]]:
+        """Move the sums, in an order that all writers share, and forget reservations; return these, by unit."""
         if steps:
             await connection.execute(self._add, [step.place._asdict() | step.sums._asdict() for step in steps])
+        found: dict[Key, dict[str, Decimal]] = {}
         if released and (await connection.execute(_any_reserved)).scalar_one():
+            place = sa.tuple_(*(R.c[name] for name in Key._fields))
+            for start in range(0, len(released), AT_ONCE):
+                some = [tuple(key) for key in released[start : start + AT_ONCE]]
+                for row in await connection.execute(_reserved.where(place.in_(some))):
+                    own = found.setdefault(Key(*row[:3]), {})
+                    own[row.currency or TOKENS] = row.amount if row.currency else Decimal(row.tokens)
             await connection.execute(_release, [{f"key_{n}": v for n, v in k._asdict().items()} for k in released])
+        return found

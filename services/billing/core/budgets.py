@@ -1,5 +1,6 @@
 """Budgets: what a tenant or a credential may use in a day or a month, and whether one more generation fits in."""
 
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Annotated, Final, Literal, NamedTuple
@@ -8,20 +9,25 @@ import msgspec
 
 from schemas.budgets import Reserve
 from schemas.names import NAME_PATTERN
+from services.billing.core.generation import Generation, Key
 from services.billing.core.money import ZERO, AmountTooLarge, times
 from services.billing.core.prices import Price, PriceBook, TokenClass
+from services.billing.core.spending import OPEN
 
 __all__ = [
     "TOKENS",
     "Budget",
     "Need",
+    "Overrun",
     "Period",
     "Standing",
     "Use",
     "Verdict",
     "admit",
     "beyond",
+    "corrected",
     "need_of",
+    "overruns",
     "period_at",
 ]
 
@@ -177,3 +183,38 @@ def beyond(standing: Standing, uses: list[Use]) -> list[tuple[str, str, str]]:
     if standing.used + extra <= budget.hard:
         return []
     return [use.place for use in covered if use.used > use.reserved]
+
+
+class Overrun(NamedTuple):
+    """A generation that used more than budgets knew of, in one unit.
+
+    ``expected``: what was reserved for it, or charged before a correction.
+    """
+
+    generation: Generation
+    unit: str
+    expected: Decimal
+    used: Decimal
+
+
+def overruns(settled: Iterable[Generation], reserved: Mapping[Key, Mapping[str, Decimal]]) -> list[Overrun]:
+    """Return which generations used more than was reserved for them.
+
+    ``reserved``: what was, by generation and unit; those that are not in it had no reservation.
+    """
+    return [over for g in settled if g.key in reserved for over in _above(g, reserved[g.key])]
+
+
+def corrected(before: Mapping[Key, Generation], after: Iterable[Generation]) -> list[Overrun]:
+    """Return which generations that had settled before have been charged more since then."""
+    known = [(before[g.key], g) for g in after if g.key in before and before[g.key].status not in OPEN]
+    return [over for old, g in known for over in _above(g, _used(old))]
+
+
+def _above(g: Generation, expected: Mapping[str, Decimal]) -> list[Overrun]:
+    used = _used(g).items()
+    return [Overrun(g, unit, expected.get(unit, ZERO), n) for unit, n in used if n > expected.get(unit, ZERO)]
+
+
+def _used(g: Generation) -> dict[str, Decimal]:
+    return {TOKENS: Decimal(g.tokens)} | ({g.currency: g.amount} if g.currency else {})

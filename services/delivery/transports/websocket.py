@@ -17,6 +17,7 @@ from services.delivery.transports.websocket_connection import CLOSES, Connection
 from services.delivery.transports.websocket_outlet import Outlet
 from services.kit.auth.principal import principal_of
 from services.kit.problem import Problem, send_problem
+from services.kit.request_head import BodyLimit
 
 __all__ = ["WebSockets"]
 
@@ -27,7 +28,9 @@ SWEEP_SECONDS: Final = 1.0
 class WebSockets:
     """``GET /v1/ws``, as a raw ASGI application."""
 
-    def __init__(self, hub: Hub, streams: Streams, intake: Intake, consumers: Consumers, *, max_message: int) -> None:
+    def __init__(
+        self, hub: Hub, streams: Streams, intake: Intake, consumers: Consumers, max_message: BodyLimit
+    ) -> None:
         self._desk = Desk(hub, streams, intake, consumers, max_message)
         self._formats = {name: Formats(Dialect(name)) for name in SUBPROTOCOLS}
         self._connections: set[Connection] = set()  # bounded by the server's connections
@@ -58,7 +61,9 @@ class WebSockets:
                 reason = await self._serve(connection, receive)
         metrics.SOCKETS_CLOSED.labels(reason).inc()
         if reason in CLOSES:
-            await _close(send, *CLOSES[reason], 0.5 if reason == "evicted" else LAST_WRITE_SECONDS)
+            code, why = CLOSES[reason]
+            why = why.format(*self._desk.max_message)
+            await _close(send, code, why, 0.5 if reason == "evicted" else LAST_WRITE_SECONDS)
 
     async def _serve(self, connection: Connection, receive: Any) -> str:
         self._connections.add(connection)

@@ -40,6 +40,7 @@ from services.delivery.transports.websocket_outlet import Outlet
 from services.delivery.transports.websocket_subscription import Subscription
 from services.kit.auth.principal import Principal, authorize
 from services.kit.problem import Problem
+from services.kit.request_head import BodyLimit
 
 __all__ = ["CLOSES", "Connection", "Desk"]
 
@@ -54,7 +55,7 @@ KEY_LIMIT: Final = 200
 CLOSES: Final[dict[str, tuple[int, str]]] = {
     "drain": (1001, "this replica stops: connect again"),
     "lifetime": (1001, "sockets do not last for ever: connect again"),
-    "too-large": (1009, "the message is larger than allowed"),
+    "too-large": (1009, "a message has at most {0} bytes: {1} sets the limit"),
     "failed": (1011, "the error has been logged"),
     "expired": (4401, "the credentials have expired"),
     "silent": (4408, "no pong came"),
@@ -68,13 +69,13 @@ TOKENS_OF_A_MESSAGE: Final = 100.0  # so many tokens to settle count as one mess
 
 
 class Desk(NamedTuple):
-    """What all sockets of a process share. ``max_message``: bytes of one message."""
+    """What all sockets of a process share. ``max_message``: of the bytes of one message."""
 
     hub: Hub
     streams: Streams
     intake: Intake
     consumers: Consumers
-    max_message: int
+    max_message: BodyLimit
 
 
 class Connection:
@@ -169,7 +170,7 @@ class Connection:
             self._heard_at = self._clock.monotonic()
             text = message.get("text")
             data: str | bytes = (message.get("bytes") or b"") if text is None else text
-            if len(data) > self._desk.max_message:
+            if _size(data) > self._desk.max_message.size:
                 return "too-large"
             said = self._dialect.decode(data)
             metrics.SOCKET_MESSAGES.labels(type(said).__name__.lower()).inc()
@@ -368,6 +369,10 @@ def _error(problem: Problem, said: Any) -> Error:
 def _refusal(problem: Problem) -> dict[str, Any]:
     retry = problem.headers.get("Retry-After", "")
     return {"problem": problem.details, "retry_after": int(retry) if retry.isdigit() else None}
+
+
+def _size(data: str | bytes) -> int:
+    return len(data) if isinstance(data, bytes) or data.isascii() else len(data.encode())
 
 
 def _generation_wish(request: Any) -> GenerationWish:

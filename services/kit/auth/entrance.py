@@ -1,4 +1,4 @@
-"""The ASGI entrance of a service: finds out who calls, and what every answer says about its own safety.
+"""The ASGI entrance of a service: refuses bodies by their head, finds out who calls, and sets headers of every answer.
 
 Who calls stands in the scope, under `PRINCIPAL`, before any body is read; so does what is wrong with the credentials,
 for `principal_of` to raise where errors become answers that pages of other origins can read too.
@@ -9,14 +9,17 @@ from functools import partial
 from typing import Any, Final, Protocol
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
+from litestar.config.cors import CORSConfig
+
 from services.kit.auth.principal import CHALLENGE, PRINCIPAL, STILL_VALID, Principal
 from services.kit.loopback import is_address, is_loopback
-from services.kit.problem import Problem
+from services.kit.problem import Problem, send_problem
+from services.kit.request_head import BodyLimit, refused_body
 
 __all__ = ["Authenticating", "entering", "is_public"]
 
-_PUBLIC: Final = frozenset({"/", "/healthz", "/readyz", "/metrics"})
-_PUBLIC_BELOW: Final = ("/console/", "/docs", "/schema")
+_PUBLIC: Final = frozenset({"/", "/docs", "/healthz", "/readyz", "/metrics"})
+_PUBLIC_BELOW: Final = ("/console/", "/docs/")
 _TICKET: Final = "ticket"
 _STREAMS: Final = "/events"  # how the paths end that may be opened with a ticket
 _HEADERS: Final = (
@@ -51,19 +54,28 @@ def is_public(path: str) -> bool:
     return path in _PUBLIC or path.startswith(_PUBLIC_BELOW)
 
 
-def entering(app: Any, authenticator: Authenticating, origins: Iterable[str] = ()) -> Any:
+def entering(
+    app: Any, authenticator: Authenticating, origins: Iterable[str] = (), limit: BodyLimit | None = None
+) -> Any:
     """Return ``app`` (ASGI) behind its entrance.
+
+    A body that is announced as larger than ``limit``, or as encoded, is refused before anything else is looked at.
 
     Where only this machine reaches a service that asks nobody for credentials, requests that a browser sends on behalf
     of a page from elsewhere are refused, unless its origin is one of ``origins``: they look like those of its user.
     """
     allowed = frozenset(origins)
+    pages = CORSConfig(allow_origins=sorted(allowed)) if allowed else None
 
     async def entrance(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] not in ("http", "websocket"):
             await app(scope, receive, send)
             return
         public = is_public(scope["path"])
+        send = _with_headers(send, (*(_HEADERS if public else _API_HEADERS), *_for_pages(scope, pages)))
+        if limit is not None and scope["type"] == "http" and (refusal := refused_body(scope, limit)) is not None:
+            await send_problem(send, refusal)
+            return
         ticket = _take_ticket(scope)
         if not public:
             try:
@@ -73,7 +85,7 @@ def entering(app: Any, authenticator: Authenticating, origins: Iterable[str] = (
                 scope[PRINCIPAL], scope[STILL_VALID] = principal, partial(authenticator.is_valid, principal)
             except Problem as problem:
                 scope[PRINCIPAL] = problem
-        await app(scope, receive, _with_headers(send, _HEADERS if public else _API_HEADERS))
+        await app(scope, receive, send)
 
     return entrance
 
@@ -127,6 +139,20 @@ def _host_of(url: str) -> str:
         return urlsplit(url).hostname or ""
     except ValueError:
         return ""
+
+
+def _for_pages(scope: Any, pages: CORSConfig | None) -> tuple[tuple[bytes, bytes], ...]:
+    """Return what lets a page of an allowed origin read also those answers that do not come from the application."""
+    origin = dict(scope["headers"]).get(b"origin")
+    if pages is None or origin is None or not pages.is_origin_allowed(origin.decode("latin-1")):
+        return ()
+    if pages.is_allow_all_origins:
+        return ((b"access-control-allow-origin", b"*"),)
+    return (
+        (b"access-control-allow-origin", origin),
+        (b"access-control-allow-credentials", b"true"),
+        (b"vary", b"Origin"),
+    )
 
 
 def _with_headers(send: Any, wanted: tuple[tuple[bytes, bytes], ...]) -> Any:

@@ -1,4 +1,4 @@
-"""Bodies read before they are answered: bounded in size and time, and not kept for strangers."""
+"""Bodies read before they are answered: bounded in size, time and sum, and not read for strangers."""
 
 import asyncio
 from typing import Any
@@ -6,9 +6,13 @@ from typing import Any
 import msgspec
 import pytest
 
+from services.kit import bodies
 from services.kit.auth.principal import PRINCIPAL
 from services.kit.bodies import reading_bodies
 from services.kit.problem import Problem
+from services.kit.request_head import BodyLimit, refused_body
+
+LIMIT = BodyLimit(10, "TAILRACE_X_MAX_BODY")
 
 
 class Client:
@@ -31,8 +35,15 @@ class Client:
     async def send(self, message: dict[str, Any]) -> None:
         self.sent.append(message)
 
+    @property
+    def left(self) -> int:
+        return len(self._messages)
 
-async def read(client: Client, max_body: int = 10, seconds: float = 5.0, **scope: Any) -> bytes | None:
+    def problem(self) -> dict[str, Any]:
+        return msgspec.json.decode(self.sent[1]["body"], type=dict[str, Any])
+
+
+async def read(client: Client, limit: BodyLimit = LIMIT, seconds: float = 5.0, **scope: Any) -> bytes | None:
     """Return the body as the application gets it; ``None`` when it was not called."""
     got: list[bytes] = []
 
@@ -40,7 +51,7 @@ async def read(client: Client, max_body: int = 10, seconds: float = 5.0, **scope
         got.append((await receive())["body"])
 
     given = {"type": "http", "method": "POST"} | scope
-    await reading_bodies(app, max_body, seconds)(given, client.receive, client.send)
+    await reading_bodies(app, limit, seconds)(given, client.receive, client.send)
     return got[0] if got else None
 
 
@@ -49,22 +60,88 @@ async def test_a_body_in_pieces_arrives_whole() -> None:
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "PATCH"])
-async def test_of_what_is_too_large_one_byte_too_much_is_kept(method: str) -> None:
-    assert await read(Client(b"x" * 8, b"x" * 8, b"x" * 8), method=method) == b"x" * 11
+async def test_what_is_too_large_is_refused_with_the_limit_and_not_read_further(method: str) -> None:
+    client = Client(b"x" * 8, b"x" * 8, b"x" * 8)
+    assert await read(client, method=method) is None
+    problem = client.problem()
+    assert (problem["status"], problem["type"]) == (413, "urn:tailrace:problem:too-large")
+    assert "10 bytes" in problem["detail"]
+    assert "TAILRACE_X_MAX_BODY" in problem["detail"]
+    assert client.left == 1
 
 
-async def test_of_a_strangers_body_a_byte_is_kept() -> None:
-    assert await read(Client(b"x" * 8, b"x" * 8), **{PRINCIPAL: Problem(401, "no")}) == b"x"
+async def test_a_strangers_body_is_left_to_the_application_that_refuses_it() -> None:
+    client = Client(b"x" * 8, b"x" * 8)
+    assert await read(client, **{PRINCIPAL: Problem(401, "no")}) == b"x" * 8
+    assert client.left == 1
 
 
 async def test_a_body_that_never_ends_is_refused_after_its_time() -> None:
     client = Client(b"x", ends=False)
     assert await read(client, seconds=0.01) is None
     assert client.sent[0]["status"] == 408
-    assert msgspec.json.decode(client.sent[1]["body"])["type"].endswith(":too-slow")
+    assert client.problem()["type"].endswith(":too-slow")
+
+
+async def test_a_large_body_has_more_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bodies, "LEAST_RATE", 1)
+
+    class Slow(Client):
+        async def receive(self) -> dict[str, Any]:
+            await asyncio.sleep(0.3)
+            return await super().receive()
+
+    assert await read(Slow(b"ab", b"cd", b"ef"), seconds=0.5) == b"abcdef"
 
 
 async def test_a_body_that_is_broken_off_is_refused() -> None:
     client = Client(b"x", ends=False, leaves=True)
     assert await read(client) is None
     assert client.sent[0]["status"] == 400
+
+
+async def test_bodies_are_bounded_together_and_the_room_is_given_back() -> None:
+    release = asyncio.Event()
+    taken: list[bytes] = []
+
+    async def app(_scope: Any, receive: Any, _send: Any) -> None:
+        taken.append((await receive())["body"])
+        await release.wait()
+
+    reading = reading_bodies(app, LIMIT, total=20)
+    scope = {"type": "http", "method": "POST"}
+    clients = [Client(b"x" * 10) for _ in range(2)]
+    async with asyncio.TaskGroup() as group:
+        for client in clients:
+            group.create_task(reading(scope, client.receive, client.send))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert taken == [b"x" * 10] * 2
+        third = Client(b"x" * 10)
+        await reading(scope, third.receive, third.send)
+        assert third.sent[0]["status"] == 503
+        cut_off = Client(b"", ends=False, leaves=True)
+        await reading(scope, cut_off.receive, cut_off.send)
+        release.set()
+    again = Client(b"x" * 10)
+    await reading(scope, again.receive, again.send)
+    assert again.sent == []
+    assert len(taken) == 3
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ([(b"content-length", b"10")], None),
+        ([(b"content-length", b"11")], 413),
+        ([(b"content-length", b"x")], 413),
+        ([(b"content-encoding", b"identity")], None),
+        ([(b"content-encoding", b"")], None),
+        ([(b"content-encoding", b"Identity, identity")], None),
+        ([(b"content-encoding", b"gzip")], 415),
+        ([(b"content-encoding", b"identity"), (b"content-encoding", b"br")], 415),
+    ],
+)
+def test_a_body_is_refused_by_what_its_head_announces(headers: list[tuple[bytes, bytes]], status: int | None) -> None:
+    refusal = refused_body({"headers": headers}, LIMIT)
+    assert (refusal.status if refusal else None) == status

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from bench.processes import free_port
-from services.kit import http1
+from services.kit import http1, http1_sender
 from services.kit.http import HEAD_BYTES, serving
 from services.kit.problem import Problem, send_problem
 from tests.conftest import eventually
 
 GET = b"GET /%b HTTP/1.1\r\nHost: x\r\n\r\n"
+POST = b"POST / HTTP/1.1\r\nHost: x\r\n%b\r\n\r\n"
 
 
 class Echo:
@@ -58,6 +59,17 @@ class Echo:
         self.disconnected.append(path)
 
 
+class Refusing:
+    """Answers 413 without reading a body."""
+
+    def __init__(self, *, closes: bool) -> None:
+        self._headers = [(b"content-length", b"7"), *([(b"connection", b"close")] if closes else [])]
+
+    async def __call__(self, _scope: Any, _receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 413, "headers": self._headers})
+        await send({"type": "http.response.body", "body": b"refused", "more_body": False})
+
+
 class Wire:
     """One connection as bytes."""
 
@@ -68,11 +80,11 @@ class Wire:
     def say(self, data: bytes) -> None:
         self.writer.write(data)
 
-    async def flood(self, data: bytes) -> None:
-        for _ in range(1_000):
+    async def flood(self, data: bytes, times: int = 1_000, pause: float = 0.01) -> None:
+        for _ in range(times):
             self.writer.write(data)
             await self.writer.drain()
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(pause)
 
     async def until(self, end: bytes) -> bytes:
         async with asyncio.timeout(20):
@@ -188,8 +200,31 @@ async def test_a_fault_of_the_application_is_answered_with_problem_details() -> 
         (b"GET /" + b"x" * HEAD_BYTES + b" HTTP/1.1\r\n\r\n", 431),
         (b"GET / HTTP/1.1\r\nX: " + b"x" * HEAD_BYTES, 431),
         (b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * HEAD_BYTES, 431),
+        (b"GET / HTTP/1.1\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: x\r\nHost: x\r\n\r\n", 400),
+        (b"GET / HTTP/1.0\r\nHost: x\r\nHost: y\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: x\r\nHost: y\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n", 400),
+        (POST % b"Content-Length: 3\r\nContent-Length: 4", 400),
+        (POST % b"Content-Length: 3, 4", 400),
+        (POST % b"Content-Length: +3", 400),
+        (POST % b"Content-Length: -1", 400),
+        (POST % b"Content-Length: 0x3", 400),
+        (POST % b"Content-Length: ", 400),
+        (POST % b"Content-Length: 3\r\nTransfer-Encoding: chunked", 400),
+        (POST % b"Transfer-Encoding: chunked, identity", 400),
+        (POST % b"Transfer-Encoding: identity", 501),
+        (POST % b"Transfer-Encoding: gzip, chunked", 501),
+        (POST % b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked", 400),
+        (POST % b"Transfer-Encoding : chunked", 400),
+        (POST % b"X: a\r\n b", 400),
+        (POST % b"X\x00: a", 400),
+        (POST % b"X: a\x00b", 400),
+        (POST % b" X: a", 400),
+        (POST % b"no colon", 400),
+        (b"POST / HTTP/1.1\nHost: x\n\n", 400),
+        (b"GET / HTTP/1.2\r\nHost: x\r\n\r\n", 400),
     ],
-    ids=["words", "nearly http/2", "tls", "smuggled", "address", "header without end", "headers"],
+    ids=repr,
 )
 async def test_what_is_no_request_is_refused_with_problem_details(said: bytes, status: int) -> None:
     async with echoing(echo := Echo()) as dial:
@@ -200,6 +235,45 @@ async def test_what_is_no_request_is_refused_with_problem_details(said: bytes, s
     assert b"content-type: application/problem+json" in head
     assert json.loads(body)["status"] == status
     assert echo.asked == []
+
+
+@pytest.mark.parametrize("closes", [False, True])
+async def test_an_answer_arrives_although_its_request_was_not_read(closes: bool, monkeypatch: Any) -> None:
+    monkeypatch.setattr(http1, "DRAIN_BYTES", 4 * 1024 * 1024)
+    size = 3 * 1024 * 1024
+    async with echoing(Refusing(closes=closes)) as dial:
+        wire = await dial()
+        wire.say(POST % b"Content-Length: %d" % size)
+        head = await wire.until(b"refused")  # before anything of the body
+        await wire.flood(b"x" * (size // 100), times=100)
+        if closes:
+            assert b"connection: close" in head
+            assert await wire.rest() == b""
+        else:
+            wire.say(b"x" * (size % 100) + POST % b"Content-Length: 0")
+            assert (await wire.until(b"refused")).startswith(b"HTTP/1.1 413 ")
+
+
+@pytest.mark.parametrize("closes", [False, True])
+async def test_a_body_that_nobody_reads_is_cut_off_beyond_bounds(closes: bool, monkeypatch: Any) -> None:
+    monkeypatch.setattr(http1, "DRAIN_BYTES", 1024 * 1024)
+    async with echoing(Refusing(closes=closes)) as dial:
+        wire = await dial()
+        wire.say(POST % b"Content-Length: 1000000000")
+        await wire.until(b"refused")
+        with pytest.raises(ConnectionError):
+            await wire.flood(b"x" * 100_000)
+
+
+@pytest.mark.parametrize("closes", [False, True])
+async def test_a_body_that_nobody_reads_and_that_does_not_end_is_cut_off(closes: bool, monkeypatch: Any) -> None:
+    monkeypatch.setattr(http1, "DRAIN_SECONDS", 0.2)
+    async with echoing(Refusing(closes=closes)) as dial:
+        wire = await dial()
+        wire.say(POST % b"Content-Length: 1000000")
+        await wire.until(b"refused")
+        with pytest.raises(ConnectionError):
+            await wire.flood(b"x", pause=0.05)
 
 
 async def test_trailers_without_end_are_cut_off() -> None:
@@ -363,9 +437,9 @@ async def test_a_socket_that_waits_to_be_accepted_is_answered_by_the_application
 
 @pytest.mark.parametrize("size", [0, 5, 125, 126, 65_535, 65_536])
 def test_a_frame_is_as_the_standard_has_it(size: int) -> None:
-    text = http1._frame({"text": "x" * size})
+    text = http1_sender._frame({"text": "x" * size})
     assert text == b"\x81" + _length(size) + b"x" * size
-    assert http1._frame({"bytes": b"x" * size}) == b"\x82" + text[1:]
+    assert http1_sender._frame({"bytes": b"x" * size}) == b"\x82" + text[1:]
 
 
 def _length(size: int) -> bytes:

@@ -54,7 +54,7 @@ async def test_the_page_asks_for_a_key_and_streams_with_tickets(stage: Stage, br
         browser.driver.switch_to.new_window("tab")
         try:
             browser.open(stage.url)
-            browser.until(lambda: browser.visible("#sessions li"))
+            browser.until(lambda: browser.text("#sessions li"))
             assert not browser.visible("#key-dialog")
         finally:
             browser.driver.close()

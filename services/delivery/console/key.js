@@ -40,17 +40,20 @@ export function findKey() {
 }
 
 /** Return why the service refuses a key, or "" when it takes it. */
-async function reasonAgainst(key) {
+async function reasonAgainst(key, url) {
   try {
-    const answer = await fetch("/v1/sessions?limit=1", { headers: { Authorization: `Bearer ${key}` } });
+    const answer = await fetch(url, { headers: { Authorization: `Bearer ${key}` } });
     return answer.status === 401 ? "This key is not valid here: it may be mistyped, expired or revoked." : "";
   } catch {
     return "The service cannot be reached at the moment: try again.";
   }
 }
 
-/** Let the person enter a key that the service takes; resolves when there is one. Without any it cannot be declined. */
-export function askForKey() {
+/**
+ * Let the person enter a key that the service at `url` takes; resolves when there is one. Without any key it cannot be
+ * declined.
+ */
+export function askForKey(url = "/v1/sessions?limit=1") {
   const dialog = byId("key-dialog");
   const field = byId("key");
   const fault = byId("key-fault");
@@ -61,7 +64,7 @@ export function askForKey() {
       const key = field.value.trim();
       if (!key || button.disabled) return;
       button.disabled = true;
-      fault.textContent = await reasonAgainst(key);
+      fault.textContent = await reasonAgainst(key, url);
       button.disabled = false;
       field.toggleAttribute("aria-invalid", fault.textContent !== "");
       if (fault.textContent) {

@@ -108,7 +108,7 @@ function again() {
 }
 
 async function changeKey() {
-  await askForKey();
+  await askForKey(billing.checkUrl);
   await again();
 }
 
@@ -150,8 +150,8 @@ async function start() {
     byId("choices").hidden = true;
     return;
   }
-  if (config.credentials && !(await findKey())) await askForKey();
   billing = new Billing(config.billing);
+  if (config.credentials && !(await findKey())) await askForKey(billing.checkUrl);
   new Statements({ billing, complain, now: Date.now() });
   listen();
   follow();

@@ -160,7 +160,7 @@ def refusal(response: httpx.Response, service: Service = "delivery") -> Refused:
     except msgspec.DecodeError:
         problem = {}
     path = response.request.url.path
-    if response.status_code == HTTPStatus.NOT_FOUND and problem.get("detail", _NO_ROUTE) == _NO_ROUTE:
+    if response.status_code == HTTPStatus.NOT_FOUND and ("type" not in problem or problem.get("detail") == _NO_ROUTE):
         origin = str(response.request.url.copy_with(path="/", query=None, fragment=None)).rstrip("/")
         return Refused(
             response.status_code,

@@ -114,16 +114,29 @@ class Request(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 
 class Announcement(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """What the producers of a pool can call: providers addressed as ``provider/model``, and aliases of such models."""
+    """What the producers of a pool can call: providers addressed as ``provider/model``, and aliases of such models.
+
+    ``models`` lists all models of a provider whose models are fixed; those of any other provider only it knows.
+    """
 
     aliases: dict[str, list[str]] = {}
     providers: list[str] = []
+    models: dict[str, list[str]] = {}
     v: int = VERSION
 
     def knows(self, model: str) -> bool:
         """Tell whether ``model`` can be resolved; whether the provider has it, only the provider knows."""
         provider, slash, rest = model.partition("/")
-        return model in self.aliases or (bool(slash and rest) and provider in self.providers)
+        if model in self.aliases:
+            return True
+        if not (slash and rest) or provider not in self.providers:
+            return False
+        return rest in self.models.get(provider, (rest,))
+
+    def names(self) -> list[str]:
+        """Return what can be asked for: aliases, the models of providers that list them, and ``provider/…``."""
+        listed = [f"{provider}/{model}" for provider, models in sorted(self.models.items()) for model in models]
+        return [*sorted(self.aliases), *listed, *(f"{name}/…" for name in self.providers if name not in self.models)]
 
     def candidates(self, model: str) -> list[str]:
         """Return who may answer to a model's name, as ``provider/model``."""

@@ -39,7 +39,7 @@ from services.kit.clock import SystemClock
 from services.kit.http import serving
 from services.kit.request_head import BodyLimit
 from services.kit.settings import SettingsError, Shared, load_settings, own_tls
-from services.kit.telemetry import configure_logging
+from services.kit.telemetry import configure_logging, describe_service
 
 __all__ = ["Settings", "main"]
 
@@ -153,6 +153,7 @@ async def main(stop: asyncio.Event, env: Mapping[str, str] = os.environ) -> None
     """
     shared, settings = load_settings(Settings, "billing", env)
     configure_logging("billing", shared.log_level, shared.log_format)
+    describe_service("billing", shared.described())
     url = database_url(settings.database_url) if settings.database_url else sqlite_url(f"{shared.data}/billing.db")
     try:
         create_file(url)

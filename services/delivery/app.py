@@ -51,7 +51,7 @@ from services.kit.clock import SystemClock
 from services.kit.http import probes, serving
 from services.kit.problem import EXCEPTION_HANDLERS
 from services.kit.settings import SettingsError, Shared, load_settings, own_tls
-from services.kit.telemetry import configure_logging
+from services.kit.telemetry import configure_logging, describe_service
 from services.kit.tls import ServerTls
 
 __all__ = ["Settings", "build_app", "main"]
@@ -159,6 +159,7 @@ async def main(stop: asyncio.Event, *, worker: int | None = None) -> None:
     """
     shared, settings = load_settings(Settings, "delivery", os.environ)
     configure_logging("delivery", shared.log_level, shared.log_format)
+    describe_service("delivery", shared.described())
     tls = own_tls("delivery", settings.tls_cert, settings.tls_key)
     async with Broker.connect(shared.nats_url, "delivery", tls=shared.tls()) as broker:
         await broker.apply(shared.topology())

@@ -165,11 +165,10 @@ class Intake:
         """Return who may answer to a model's name, as ``provider/model``; nobody knows before any pool has said so."""
         announced = await self._lookups.models()
         if announced and not any(a.knows(model) for a in announced):
-            names = sorted({name for a in announced for name in a.aliases})
-            providers = sorted({f"{name}/…" for a in announced for name in a.providers})
+            names = dict.fromkeys(name for a in announced for name in a.names())
             raise Problem(
                 422,
-                f"model {model[:80]!r} is not known: use one of {', '.join([*names, *providers])}",
+                f"model {model[:80]!r} is not known: use one of {', '.join(names)}",
                 slug="unknown-model",
                 title="The model is not known",
             )

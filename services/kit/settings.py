@@ -86,6 +86,10 @@ class Shared(msgspec.Struct, frozen=True, kw_only=True):
         except TlsUnusable as error:
             raise SettingsError([str(error)]) from error
 
+    def described(self) -> dict[str, object]:
+        """Return the settings that an operator compares between services; none is secret."""
+        return {name: getattr(self, name) for name in ("auth", "partitions", "replicas", "retention", "pool")}
+
     def topology(self) -> Topology:
         """Return the streams and consumers that these settings ask for."""
         return Topology(

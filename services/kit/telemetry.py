@@ -3,12 +3,15 @@
 import logging
 import re
 import sys
+from collections.abc import Mapping
+from importlib.metadata import version
 from typing import Any, Final, Literal
 
 import structlog
+from prometheus_client import Info
 from structlog.typing import EventDict, WrappedLogger
 
-__all__ = ["configure_logging", "scrub"]
+__all__ = ["configure_logging", "describe_service", "scrub"]
 
 _SECRET_KEYS: Final = re.compile(r"(authorization|api[-_]?key|token|secret|password|ticket)$", re.IGNORECASE)
 _SECRET_TEXT: Final = re.compile(
@@ -19,6 +22,14 @@ _SECRET_TEXT: Final = re.compile(
     r"|\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}(?:\.[A-Za-z0-9_-]+)?"
     r"|(?<=://)[^/\s@]+(?=@)"
 )
+
+
+SERVICE: Final = Info("tailrace_service", "The service, its version, and the settings that all services must share")
+
+
+def describe_service(service: str, settings: Mapping[str, object]) -> None:
+    """Publish the service's version and settings as the metric ``tailrace_service_info``; no value may be secret."""
+    SERVICE.info({"service": service, "version": version("tailrace"), **{k: str(v) for k, v in settings.items()}})
 
 
 def scrub(text: str) -> str:

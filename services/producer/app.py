@@ -15,7 +15,7 @@ from services.kit.clock import SystemClock
 from services.kit.http import probes, serving
 from services.kit.problem import EXCEPTION_HANDLERS
 from services.kit.settings import SettingsError, Shared, load_settings, read_config
-from services.kit.telemetry import configure_logging
+from services.kit.telemetry import configure_logging, describe_service
 from services.producer.adapters.circuits import Circuits
 from services.producer.adapters.publisher import Publisher
 from services.producer.adapters.records import Records
@@ -88,6 +88,7 @@ async def main(stop: asyncio.Event) -> None:
     """
     shared, settings = load_settings(Settings, "producer", os.environ)
     configure_logging("producer", shared.log_level, shared.log_format)
+    describe_service("producer", shared.described())
     try:
         registry = Registry.load(read_config(os.environ), os.environ)
     except RegistryError as error:

@@ -2,8 +2,9 @@
 
 import os
 import uuid
+from http import HTTPStatus
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final, Literal, Self, TypeVar
 
 import httpx
 import msgspec
@@ -17,6 +18,10 @@ _DEAD: Final = "/v1/requests/dead"
 _KEYS: Final = "/v1/keys"
 DELETING_SECONDS: Final = 60.0
 """How long a deletion may take: it waits for what it cancels and for billing."""
+_NO_ROUTE: Final = "Not Found"
+"""The detail of a problem whose path the service does not know at all."""
+_ADDRESS_OPTIONS: Final = {"delivery": "--url, TAILRACE_URL", "billing": "--billing-url, TAILRACE_BILLING_URL"}
+Service = Literal["delivery", "billing"]
 _TIMEOUT = httpx.Timeout(15.0, connect=5.0)
 
 
@@ -34,6 +39,8 @@ class Api:
     ``key``: the API key or token to show; without it that of the variable ``TAILRACE_KEY``, if there is one.
     """
 
+    service: Service = "delivery"
+
     def __init__(self, url: str, key: str | None = None) -> None:
         self.url = url.rstrip("/")
         key = key or os.environ.get("TAILRACE_KEY")
@@ -48,12 +55,13 @@ class Api:
     ) -> None:
         self.client.close()
 
-    def ask(self, session: str, body: dict[str, Any]) -> Accepted:
+    def ask(self, session: str, body: dict[str, Any], idempotency_key: str | None = None) -> Accepted:
         """Request a generation; return its name and where to read it.
 
-        A lost answer is asked for once more under the same idempotency key, so that nothing is generated twice.
+        A lost answer is asked for once more under the same idempotency key (a random one unless it is given), so that
+        nothing is generated twice.
         """
-        headers = {"idempotency-key": uuid.uuid4().hex}
+        headers = {"idempotency-key": idempotency_key or uuid.uuid4().hex}
         path = f"/v1/sessions/{session}/generations"
         try:
             try:
@@ -62,7 +70,7 @@ class Api:
                 answer = self.client.post(path, json=body, headers=headers)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise unreachable(self.url, error) from error
-        return _content(answer, Accepted)
+        return self._content(answer, Accepted)
 
     def cancel(self, session: str, generation: str) -> dict[str, Any]:
         """Cancel a generation; return its ``generation`` and ``state``. Harmless when it has ended."""
@@ -77,7 +85,7 @@ class Api:
         query = {"cancel": "true"} if cancel else {}
         answer = self._send("DELETE", f"/v1/sessions/{session}", params=query, timeout=DELETING_SECONDS)
         if answer.is_error:
-            raise refusal(answer)
+            raise refusal(answer, self.service)
 
     def sessions(self, limit: int) -> list[dict[str, Any]]:
         """Return at most ``limit`` sessions, page by page."""
@@ -97,9 +105,7 @@ class Api:
 
     def drop(self, generation: str) -> None:
         """Remove a dead request for good."""
-        answer = self._send("DELETE", f"{_DEAD}/{generation}")
-        if answer.is_error:
-            raise refusal(answer)
+        self._remove(f"{_DEAD}/{generation}")
 
     def create_key(self, wish: dict[str, Any]) -> dict[str, Any]:
         """Make an API key; return it with its ``key``."""
@@ -112,9 +118,12 @@ class Api:
 
     def revoke_key(self, key: str) -> None:
         """Revoke an API key."""
-        answer = self._send("DELETE", f"{_KEYS}/{key}")
-        if answer.is_error:
-            raise refusal(answer)
+        self._remove(f"{_KEYS}/{key}")
+
+    def is_open(self) -> bool:
+        """Tell whether the service serves callers without credentials."""
+        answer = self._send("GET", "/v1/sessions", params={"limit": "1"}, headers={"authorization": ""})
+        return answer.is_success
 
     def _pages(self, path: str, name: str, limit: int) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
@@ -127,8 +136,21 @@ class Api:
             if not after or len(found) >= limit:
                 return found[:limit]
 
+    def _content(self, response: httpx.Response, type_: type[T]) -> T:
+        if response.is_error:
+            raise refusal(response, self.service)
+        try:
+            return msgspec.json.decode(response.content, type=type_)
+        except msgspec.DecodeError as error:
+            raise CommandFailed(f"{response.url} does not answer like Tailrace: {error}") from error
+
+    def _remove(self, path: str) -> None:
+        answer = self._send("DELETE", path)
+        if answer.is_error:
+            raise refusal(answer, self.service)
+
     def _object(self, method: str, path: str, **kwargs: Any) -> dict[str, Any]:
-        return _content(self._send(method, path, **kwargs), dict[str, Any])
+        return self._content(self._send(method, path, **kwargs), dict[str, Any])
 
     def _send(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
         try:
@@ -137,21 +159,24 @@ class Api:
             raise unreachable(self.url, error) from error
 
 
-def _content(response: httpx.Response, type_: type[T]) -> T:
-    if response.is_error:
-        raise refusal(response)
-    try:
-        return msgspec.json.decode(response.content, type=type_)
-    except msgspec.DecodeError as error:
-        raise CommandFailed(f"{response.url} does not answer like Tailrace: {error}") from error
+def refusal(response: httpx.Response, service: Service = "delivery") -> Refused:
+    """Return the error that an HTTP error answer stands for; its body must have been read.
 
-
-def refusal(response: httpx.Response) -> Refused:
-    """Return the error that an HTTP error answer stands for; its body must have been read."""
+    ``service``: which service the address was taken to be of, for the advice when it is not.
+    """
     try:
         problem = msgspec.json.decode(response.content, type=dict[str, Any])
     except msgspec.DecodeError:
         problem = {}
+    path = response.request.url.path
+    if response.status_code == HTTPStatus.NOT_FOUND and ("type" not in problem or problem.get("detail") == _NO_ROUTE):
+        origin = str(response.request.url.copy_with(path="/", query=None, fragment=None)).rstrip("/")
+        return Refused(
+            response.status_code,
+            f"{origin} does not serve {path}",
+            f"is it the address of {service}? ({_ADDRESS_OPTIONS[service]})",
+            "no-route",
+        )
     return Refused(
         response.status_code,
         str(problem.get("title") or f"HTTP {response.status_code}"),

@@ -6,14 +6,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-from click.shell_completion import CompletionItem, get_completion_class
+from click.shell_completion import get_completion_class
 
-from schemas.names import InvalidName, check_name
 from services.kit.auth.principal import SCOPES
 from services.standalone import commands, dead, keys, money
 from services.standalone.api import Api
+from services.standalone.ask import ask
 from services.standalone.consumers import consumers
+from services.standalone.doctor import doctor
 from services.standalone.errors import EXIT_CANCELLED, EXIT_OK, CommandFailed
+from services.standalone.options import json_option, named, session_argument, url_option
+from services.standalone.status import status
 from services.standalone.terminal import Terminal
 
 __all__ = ["cli", "main"]
@@ -21,32 +24,6 @@ __all__ = ["cli", "main"]
 F = TypeVar("F", bound=Callable[..., Any])
 PORT = click.IntRange(0, 65_535)
 FOLDER = click.Path(path_type=Path, file_okay=False)
-_url = click.option(
-    "--url", envvar="TAILRACE_URL", default="http://127.0.0.1:8080", show_default=True, help="Address of delivery."
-)
-_json = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
-
-
-def _complete_session(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    try:
-        with Api(ctx.params.get("url") or "http://127.0.0.1:8080") as api:
-            names = [str(row.get("session")) for row in api.sessions(100)]
-    except CommandFailed:
-        return []
-    return [CompletionItem(name) for name in names if name.startswith(incomplete)]
-
-
-def _checked(role: str) -> Callable[[click.Context, click.Parameter, str | None], str | None]:
-    def check(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:
-        try:
-            return value if value is None else check_name(role, value)
-        except InvalidName as error:
-            raise click.BadParameter(str(error)) from error
-
-    return check
-
-
-_session = click.argument("session", callback=_checked("session"), shell_complete=_complete_session)
 
 
 def _version() -> str:
@@ -121,49 +98,13 @@ def up(data: Path | None, config: Path | None, producers: int, cluster: str, **p
 
 
 @cli.command()
-@click.argument("question", required=False)
-@click.option("--model", "-m", default="scripted/story", show_default=True, help="Model to ask, as provider/model.")
-@click.option(
-    "--session",
-    "-s",
-    callback=_checked("session"),
-    shell_complete=_complete_session,
-    help="Session to write to [a new one].",
-)
-@click.option("--system", help="System message.")
-@_json
-@_url
-def ask(*, question: str | None, model: str, session: str | None, system: str | None, as_json: bool, url: str) -> int:
-    """Ask QUESTION and print the answer as it arrives.
-
-    Without QUESTION, or with "-", it is read from standard input. Ctrl-C cancels the generation; a second one leaves.
-    """
-    text = _question(question)
-    messages = [{"role": "system", "content": system}] if system else []
-    body = {"model": model, "messages": [*messages, {"role": "user", "content": text}]}
-    with Api(url) as api:
-        return commands.ask(api, Terminal(), session, body, as_json=as_json)
-
-
-def _question(argument: str | None) -> str:
-    if argument not in {None, "-"}:
-        return str(argument)
-    if argument is None and sys.stdin.isatty():
-        raise click.UsageError('say what to ask: tailrace ask "…", or pipe it in')
-    text = sys.stdin.read().strip()
-    if not text:
-        raise click.UsageError("standard input holds no question")
-    return text
-
-
-@cli.command()
-@_session
+@session_argument
 @click.option(
     "--from", "from_", type=click.Choice(["start", "live"]), help="Where to begin [the running or latest generation]."
 )
 @click.option("--after", metavar="CURSOR", help="Begin after this cursor.")
-@_json
-@_url
+@json_option
+@url_option
 def tail(session: str, from_: str | None, after: str | None, as_json: bool, url: str) -> int:
     """Follow SESSION: what it holds and what is added, until Ctrl-C."""
     if from_ and after:
@@ -173,10 +114,10 @@ def tail(session: str, from_: str | None, after: str | None, as_json: bool, url:
 
 
 @cli.command()
-@_session
-@click.argument("generation", callback=_checked("generation"), required=False)
-@_json
-@_url
+@session_argument
+@click.argument("generation", callback=named("generation"), required=False)
+@json_option
+@url_option
 def cancel(session: str, generation: str | None, as_json: bool, url: str) -> int:
     """Cancel GENERATION, or everything that is queued or running in SESSION."""
     with Api(url) as api:
@@ -185,8 +126,8 @@ def cancel(session: str, generation: str | None, as_json: bool, url: str) -> int
 
 @cli.group(invoke_without_command=True)
 @click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True, help="At most so many.")
-@_json
-@_url
+@json_option
+@url_option
 @click.pass_context
 def sessions(ctx: click.Context, limit: int, as_json: bool, url: str) -> int:
     """List sessions; or delete one."""
@@ -197,10 +138,10 @@ def sessions(ctx: click.Context, limit: int, as_json: bool, url: str) -> int:
 
 
 @sessions.command("delete")
-@_session
+@session_argument
 @click.option("--yes", "sure", is_flag=True, help="Do not ask.")
 @click.option("--cancel", "cancelled", is_flag=True, help="Cancel first what is queued or running in it.")
-@_url
+@url_option
 def delete_session(session: str, sure: bool, cancelled: bool, url: str) -> int:
     """Delete SESSION: its events and records, for good. Bills stay."""
     if not sure and not sys.stdin.isatty():
@@ -211,7 +152,7 @@ def delete_session(session: str, sure: bool, cancelled: bool, url: str) -> int:
         return commands.delete_session(api, Terminal(), session, cancel=cancelled)
 
 
-for _command in money.COMMANDS:
+for _command in (ask, status, doctor, *money.COMMANDS):
     cli.add_command(_command)
 
 
@@ -220,13 +161,13 @@ def requests() -> None:
     """Requests that no producer could run: look at them, send them again, remove them."""
 
 
-_dead_one = click.argument("generation", callback=_checked("generation"))
+_dead_one = click.argument("generation", callback=named("generation"))
 
 
 @requests.command("dead")
 @click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True, help="At most so many.")
-@_json
-@_url
+@json_option
+@url_option
 def dead_(limit: int, as_json: bool, url: str) -> int:
     """List them, oldest first, each with the reason."""
     with Api(url) as api:
@@ -235,7 +176,7 @@ def dead_(limit: int, as_json: bool, url: str) -> int:
 
 @requests.command()
 @_dead_one
-@_url
+@url_option
 def show(generation: str, url: str) -> int:
     """Show the whole request of GENERATION as JSON."""
     with Api(url) as api:
@@ -244,8 +185,8 @@ def show(generation: str, url: str) -> int:
 
 @requests.command()
 @_dead_one
-@_json
-@_url
+@json_option
+@url_option
 def resend(generation: str, as_json: bool, url: str) -> int:
     """Send the request of GENERATION again, as a new generation of its session."""
     with Api(url) as api:
@@ -254,7 +195,7 @@ def resend(generation: str, as_json: bool, url: str) -> int:
 
 @requests.command()
 @_dead_one
-@_url
+@url_option
 def drop(generation: str, url: str) -> int:
     """Remove the request of GENERATION for good."""
     with Api(url) as api:
@@ -307,9 +248,9 @@ def bootstrap() -> int:
 )
 @click.option("--session", "patterns", multiple=True, help="Pattern with * of its sessions; repeat [all of them].")
 @click.option("--expires-in", type=click.FloatRange(min=1), metavar="SECONDS", help="When it ends [never].")
-@click.option("--tenant", callback=_checked("tenant"), help="Whose it is; only the operator may say [your own].")
-@_json
-@_url
+@click.option("--tenant", callback=named("tenant"), help="Whose it is; only the operator may say [your own].")
+@json_option
+@url_option
 def create(
     *,
     name: str,
@@ -328,8 +269,8 @@ def create(
 
 
 @keys_.command("list")
-@_json
-@_url
+@json_option
+@url_option
 def list_keys(as_json: bool, url: str) -> int:
     """List the keys of your tenant; the operator sees all."""
     with Api(url) as api:
@@ -337,8 +278,8 @@ def list_keys(as_json: bool, url: str) -> int:
 
 
 @keys_.command()
-@click.argument("key", callback=_checked("key"))
-@_url
+@click.argument("key", callback=named("key"))
+@url_option
 def revoke(key: str, url: str) -> int:
     """Revoke the key with the id KEY; streams that it has opened end."""
     with Api(url) as api:

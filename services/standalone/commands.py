@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from http import HTTPStatus
 from types import FrameType
 from typing import Any
 
@@ -14,7 +15,7 @@ import msgspec
 
 from schemas.events import TERMINAL_TYPES
 from services.standalone.api import Api
-from services.standalone.errors import EXIT_CANCELLED, EXIT_FAILED, EXIT_OK, CommandFailed
+from services.standalone.errors import EXIT_CANCELLED, EXIT_FAILED, EXIT_OK, CommandFailed, Refused
 from services.standalone.follow import Start, follow
 from services.standalone.screen import Screen, exit_code
 from services.standalone.tables import moment, print_table
@@ -25,9 +26,17 @@ __all__ = ["ask", "cancel", "delete_session", "sessions", "tail"]
 _UNFINISHED = frozenset({"queued", "running", "cancelling"})
 
 
-def ask(api: Api, terminal: Terminal, session: str | None, body: dict[str, Any], *, as_json: bool) -> int:
+def ask(
+    api: Api,
+    terminal: Terminal,
+    session: str | None,
+    body: dict[str, Any],
+    idempotency_key: str | None = None,
+    *,
+    as_json: bool,
+) -> int:
     """Request a generation and show it to its end. Ctrl-C cancels it, a second one leaves it running down."""
-    accepted = api.ask(session or f"ask-{secrets.token_hex(4)}", body)
+    accepted = api.ask(session or f"ask-{secrets.token_hex(4)}", body, idempotency_key)
     start = Start(accepted.session, accepted.generation, accepted.cursor)
     screen = Screen(terminal, json=as_json)
     code = EXIT_FAILED
@@ -69,7 +78,14 @@ def _cancelling(url: str, session: str, generation: str, terminal: Terminal) -> 
 
 
 def tail(api: Api, terminal: Terminal, session: str, from_: str | None, after: str | None, *, as_json: bool) -> int:
-    """Show a session until Ctrl-C."""
+    """Show a session until Ctrl-C. One that does not exist yet is waited for."""
+    if after is None:
+        try:
+            api.session(session)
+        except Refused as error:
+            if error.status != HTTPStatus.NOT_FOUND:
+                raise
+            terminal.remark(f"there is no session {session} yet: waiting for its first event (Ctrl-C to leave)")
     screen = Screen(terminal, json=as_json, headings=True)
     with _leaving(screen):
         for received in follow(api, Start(session, after=after, from_=from_), terminal.remark):

@@ -9,7 +9,23 @@ from pathlib import Path
 from services.kit.private_files import private_folder, tighten
 from services.standalone.errors import CannotStart, FolderInUse
 
-__all__ = ["locked"]
+__all__ = ["holder_of", "locked"]
+
+
+def holder_of(folder: Path) -> str | None:
+    """Return what the process that holds the lock of ``folder`` says of itself; ``None`` where none does."""
+    try:
+        descriptor = os.open(folder / "lock", os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return os.read(descriptor, 500).decode(errors="replace").strip()
+    else:
+        return None
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -29,6 +29,11 @@ def create(api: Api, terminal: Terminal, wish: dict[str, Any], *, as_json: bool)
     else:
         terminal.remark(f"key {made.get('id')} of tenant {made.get('tenant')}, shown this once:")
         terminal.show(str(made.get("key")))
+    if api.is_open():
+        terminal.remark(
+            "note: this service serves callers without a key: this one changes nothing until credentials are required"
+            " (TAILRACE_AUTH=required)"
+        )
     return EXIT_OK
 
 

@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import click
-import httpx
 
 from schemas.names import InvalidName, check_name
-from services.standalone.api import Api, refusal
+from services.standalone.billing_api import BillingApi, given
 from services.standalone.errors import EXIT_OK, CommandFailed
 from services.standalone.tables import columns_of, print_table
 from services.standalone.terminal import Terminal, pretty
@@ -32,61 +31,6 @@ _to = click.option("--to", metavar="TIME", help="Only before this time (ISO 8601
 _limit = click.option(
     "--limit", type=click.IntRange(1, 100_000), default=100, show_default=True, help="At most so many."
 )
-
-
-class BillingApi(Api):
-    """Billing's HTTP interface."""
-
-    def get(self, path: str, query: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a report."""
-        return self._object("GET", path, params=_given(query))
-
-    def text(self, path: str, query: Mapping[str, Any], media: str = "text/csv") -> httpx.Response:
-        """Return a report in another form."""
-        answer = self._send("GET", path, params=_given(query), headers={"accept": media})
-        if answer.is_error:
-            raise refusal(answer)
-        return answer
-
-    def pages(self, path: str, query: Mapping[str, Any], name: str, limit: int) -> list[dict[str, Any]]:
-        """Return at most ``limit`` rows of a report, page by page."""
-        found: list[dict[str, Any]] = []
-        cursor: str | None = None
-        while True:
-            size = min(limit - len(found), 1_000)
-            page = self.get(path, {**query, "limit": size, "cursor": cursor})
-            found += page.get(name, [])
-            cursor = page.get("next")
-            if not cursor or len(found) >= limit:
-                return found[:limit]
-
-    def csv_pages(self, path: str, query: Mapping[str, Any], limit: int) -> Iterable[str]:
-        """Yield the lines of a report as CSV, page by page, its header once."""
-        left, url = limit, path
-        params: Mapping[str, Any] | None = {**query, "limit": min(limit, 1_000)}
-        while True:
-            answer = self.text(url, params or {})
-            lines = answer.text.splitlines()
-            yield from lines[: left + 1] if left == limit else lines[1 : left + 1]
-            left -= len(lines) - 1
-            following = answer.links.get("next", {}).get("url")
-            if not following or left <= 0:
-                return
-            url, params = following, None
-
-    def send(self, method: str, path: str, **kwargs: Any) -> dict[str, Any]:
-        """Send a change; return what it has led to."""
-        return self._object(method, path, **kwargs)
-
-    def remove(self, path: str) -> None:
-        """Remove a thing."""
-        answer = self._send("DELETE", path)
-        if answer.is_error:
-            raise refusal(answer)
-
-
-def _given(query: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in query.items() if value not in (None, (), [])}
 
 
 def _named(_ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
@@ -145,7 +89,7 @@ def usage(
     rows = [_group(row) for row in report.get("rows", [])] or [_generation(g) for g in report.get("generations", [])]
     _table(terminal, rows, "nothing was used")
     if rows and (totals := report.get("totals")):
-        terminal.remark("in all: " + ", ".join(f"{_words(name)} {_value(value)}" for name, value in totals.items()))
+        terminal.remark("in all: " + _in_all(totals))
     if report.get("next"):
         terminal.remark("there is more: narrow it down with --from and --to, or see --csv")
     return EXIT_OK
@@ -226,8 +170,8 @@ def statement(*, month: str, as_json: bool, as_csv: bool, as_html: bool, billing
         return _shown(terminal, made)
     rows = [{n: line[n] for n in ("provider", "model", "status")} | _totals(line["totals"]) for line in made["lines"]]
     _table(terminal, rows, f"nothing was used in {month}")
-    amounts = ", ".join(f"{amount} {currency}" for currency, amount in made["amounts"].items()) or "nothing"
-    terminal.remark(f"in all: {amounts}" + ("" if made["final"] else "; not final"))
+    unpriced = sum(line["totals"].get("unpriced", 0) for line in made["lines"])
+    terminal.remark(f"in all: {_amounts(made['amounts'], unpriced)}" + ("" if made["final"] else "; not final"))
     return EXIT_OK
 
 
@@ -276,8 +220,7 @@ def budget(ctx: click.Context, as_json: bool, billing_url: str) -> int:
         report = api.get("/v1/budgets", {})
     if as_json:
         return _shown(terminal, report)
-    names = ("name", "period", "unit", "key", "soft", "hard", "spent", "reserved", "left")
-    return _table(terminal, [_only(row, names) for row in report["budgets"]], "no budgets")
+    return _budgets(terminal, report["budgets"])
 
 
 @budget.command("set")
@@ -287,12 +230,13 @@ def budget(ctx: click.Context, as_json: bool, billing_url: str) -> int:
 @click.option("--soft", help="Past this everybody is told.")
 @click.option("--hard", help="This is not passed.")
 @click.option("--key", default="", help="Only what this credential uses.")
+@_json
 @_billing_url
-def set_(*, name: str, billing_url: str, **wish: Any) -> int:
-    """Set the budget NAME."""
+def set_(*, name: str, as_json: bool, billing_url: str, **wish: Any) -> int:
+    """Set the budget NAME, and show where it stands."""
     with BillingApi(billing_url) as api:
-        made = api.send("PUT", f"/v1/budgets/{name}", json=_given(wish))
-    return _shown(Terminal(), made)
+        made = api.send("PUT", f"/v1/budgets/{name}", json=given(wish))
+    return _shown(Terminal(), made) if as_json else _budgets(Terminal(), [made])
 
 
 @budget.command()
@@ -304,6 +248,11 @@ def remove(name: str, billing_url: str) -> int:
         api.remove(f"/v1/budgets/{name}")
     Terminal().remark(f"budget {name} is removed")
     return EXIT_OK
+
+
+def _budgets(terminal: Terminal, rows: list[dict[str, Any]]) -> int:
+    names = ("name", "period", "unit", "key", "soft", "hard", "spent", "reserved", "left")
+    return _table(terminal, [_only(row, names) for row in rows], "no budgets")
 
 
 def _listed(
@@ -385,6 +334,20 @@ def _generation(record: dict[str, Any]) -> dict[str, Any]:
         "charge": charge.get("status"),
         "amount": f"{charge.get('amount', '')} {charge.get('currency') or ''}".strip(),
     }
+
+
+def _in_all(totals: dict[str, Any]) -> str:
+    """Return the sums as one line: what was used, then what it came to."""
+    used = [f"{_words(name)} {_value(value)}" for name, value in totals.items() if not isinstance(value, dict)]
+    return ", ".join([*used, f"amount {_amounts(totals.get('amounts') or {}, totals.get('unpriced', 0))}"])
+
+
+def _amounts(amounts: dict[str, Any], unpriced: int) -> str:
+    """Return sums of money, and how many generations have no price and so are not in them."""
+    missing = f"{unpriced:,} generation{'' if unpriced == 1 else 's'} without a price (see: tailrace prices)"
+    if not unpriced:
+        return _value(amounts) or "nothing"
+    return f"{_value(amounts)}, and {missing}" if amounts else f"unknown, {missing}"
 
 
 def _value(value: object) -> str:

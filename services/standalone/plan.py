@@ -13,6 +13,7 @@ __all__ = [
     "ServiceSpec",
     "asks_for_credentials",
     "console_models",
+    "PROVIDER_KEYS",
     "node_files",
     "plan_services",
     "summary",
@@ -32,6 +33,10 @@ _KEYED: Final = {
     "CO_API_KEY": "cohere/command-a-03-2025",
     "OPENROUTER_API_KEY": "openrouter/openai/gpt-4o-mini",
 }
+
+
+PROVIDER_KEYS: Final = tuple(_KEYED)
+"""Variables that hold the keys of providers, as the providers' own SDKs name them."""
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):

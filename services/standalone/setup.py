@@ -2,16 +2,21 @@
 
 import asyncio
 import os
+from typing import Final
 
 import msgspec
 
 from schemas.permissions import users_config
 from services.kit.broker import Broker, BrokerUnavailable
 from services.kit.settings import SettingsError, Shared, load_settings
+from services.kit.telemetry import configure_logging
 from services.standalone.errors import CannotStart, Unreachable
 from services.standalone.plan import without_own_variables
 
 __all__ = ["apply_topology", "users"]
+
+
+CONNECT_SECONDS: Final = 5.0
 
 
 class _Nothing(msgspec.Struct):
@@ -26,6 +31,7 @@ def apply_topology() -> str:
         Unreachable: the broker does not answer, or refuses.
     """
     shared = _shared()
+    configure_logging("setup", "warning", shared.log_format)
     try:
         return asyncio.run(_apply(shared))
     except SettingsError as error:
@@ -35,7 +41,7 @@ def apply_topology() -> str:
 
 
 async def _apply(shared: Shared) -> str:
-    async with Broker.connect(shared.nats_url, "setup", tls=shared.tls()) as broker:
+    async with Broker.connect(shared.nats_url, "setup", tls=shared.tls(), wait=CONNECT_SECONDS) as broker:
         topology = await broker.apply(msgspec.structs.replace(shared.topology(), managed=True))
     streams = ", ".join(stream.name for stream in topology.streams())
     return f"{streams} ({topology.replicas} replica{'s' if topology.replicas > 1 else ''})"

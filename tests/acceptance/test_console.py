@@ -73,7 +73,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def ask(browser: "Browser", model: str, question: str = "Tell me a story.") -> None:
     browser.until(lambda: len(browser.driver.find_elements("css selector", "#model option")) > 1)
     Select(browser.one("#model")).select_by_value(model)
-    browser.one("#question").send_keys(question, Keys.CONTROL, Keys.ENTER)
+    browser.one("#question").send_keys(question, Keys.ENTER)
 
 
 def number(browser: "Browser", css: str) -> int:

@@ -229,17 +229,33 @@ async def test_sums_charts_and_tables_say_what_billing_says(month: Site, browser
         browser.open(month.page)
         browser.until(lambda: browser.visible("#charts svg"))
         assert tile(browser, "#tiles", "Generations") == f"{totals['generations']:,}" == "400"
-        assert tile(browser, "#tiles", "Tokens charged") == f"{totals['tokens']:,}"
+        assert tile(browser, "#tiles", "Tokens") == f"{totals['tokens']:,}"
         assert tile(browser, "#tiles", "Unpriced") == str(totals["unpriced"]) != "0"
         assert int(tile(browser, "#tiles", "Partial")) > 10
         titles = [e.text for e in browser.driver.find_elements("css selector", ".chart h3")]
-        assert titles == ["Spend in EUR by model", "Spend in USD by model", "Tokens charged by model"]
+        assert titles == ["Spend in EUR by model", "Spend in USD by model", "Tokens by model"]
         spent = sum(Decimal(row[2]) for row in cells(browser, '[aria-label="Spend in USD by model"] .alternative'))
         assert spent == Decimal(totals["amounts"]["USD"])
         models = {row[0]: row for row in cells(browser, "#agreement-table")}
         assert sum(int(row[1]) for row in models.values()) == 400
-        assert "anthropic claude-sonnet-4" in models
+        assert "anthropic/claude-sonnet-4" in models
         assert browser.complaints() == []
+
+    await in_browser(look)
+
+
+async def test_the_page_itself_does_not_scroll_and_is_not_blank_below(month: Site, browser: "Browser") -> None:
+    def look() -> None:
+        for width in (1280, 390):
+            browser.size(width, 844)
+            browser.open(month.page)
+            browser.until(lambda: browser.visible("#charts svg"))
+            page, inner = browser.driver.execute_script(
+                "const u = document.querySelector('#usage');"
+                "return [[document.documentElement.scrollHeight, innerHeight], [u.scrollHeight, u.clientHeight]]"
+            )
+            assert page[0] <= page[1], f"the page scrolls at {width} px beside its own scroller: {page}"
+            assert inner[0] > inner[1]
 
     await in_browser(look)
 
@@ -265,7 +281,7 @@ async def test_time_and_split_are_chosen_and_kept_in_the_address(month: Site, br
         browser.open(month.page)
         browser.until(lambda: browser.visible("#charts svg"))
         Select(browser.one("#by")).select_by_value("key")
-        browser.until_text(".chart h3", "Tokens charged by key")
+        browser.until_text(".chart h3", "Tokens by key")
         assert {e.text for e in browser.driver.find_elements("css selector", ".chart:last-child .legend span")} == {
             f"key-{n}" for n in range(4)
         }
@@ -273,14 +289,14 @@ async def test_time_and_split_are_chosen_and_kept_in_the_address(month: Site, br
         browser.until_text("#period-title", "Last 12 months")
         assert "span=12m" in browser.driver.current_url
         browser.driver.refresh()
-        browser.until_text(".chart h3", "Tokens charged by key")
+        browser.until_text(".chart h3", "Tokens by key")
         browser.until_text("#period-title", "Last 12 months")
         columns = browser.driver.find_elements("css selector", ".chart:last-child .column")
         assert len(columns) == 12
         browser.keep("usage-year")
         Select(browser.one("#by")).select_by_value("status")
         Select(browser.one("#span")).select_by_value("24h")
-        browser.until_text(".chart h3", "Tokens charged by status")
+        browser.until_text(".chart h3", "Tokens by status")
         browser.until(lambda: len(browser.driver.find_elements("css selector", ".chart:last-child .column")) == 24)
         browser.keep("usage-hours")
 
@@ -396,9 +412,8 @@ async def test_a_key_is_asked_for_and_sent_to_billing(
             browser.open(made.page)
             browser.until(lambda: browser.visible("#key-dialog"))
             browser.one("#key").send_keys("tr_abcdef_wrong", Keys.ENTER)
-            browser.until_text("#problem", "not valid")
-            browser.click("#problem-action")
-            browser.until(lambda: browser.visible("#key-dialog"))
+            browser.until_text("#key-fault", "not valid")
+            assert browser.visible("#key-dialog")
             browser.one("#key").send_keys(KEY, Keys.ENTER)
             browser.until(lambda: browser.visible("#charts svg"))
             browser.until_text("#live-state", "Live")

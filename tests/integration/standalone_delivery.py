@@ -44,6 +44,7 @@ class Delivery:
         self.problem: tuple[int, dict[str, Any]] | None = None
         self.busy = 0
         self.asked: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
         self.resumed_from: list[str | None] = []
         self.documents: dict[str, Any] = {}
         self.cancels: list[str] = []
@@ -69,6 +70,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._json(*self.delivery.problem)
         session = self.path.split("/")[3]
         self.delivery.asked.append(body)
+        self.delivery.keys.append(self.headers.get("idempotency-key"))
         return self._json(202, {"session": session, "generation": GENERATION, "cursor": "c0", "state": "queued"})
 
     def do_DELETE(self) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -97,6 +98,110 @@ def test_ask_without_any_question_is_wrong_usage(delivery: Delivery) -> None:
     assert result.returncode == 2
     assert "holds no question" in result.stderr
     assert delivery.asked == []
+
+
+@pytest.mark.parametrize("question", ["", "  \n"])
+def test_an_empty_question_is_wrong_usage(delivery: Delivery, question: str) -> None:
+    result = tailrace("ask", question, "--url", delivery.url)
+    assert result.returncode == 2
+    assert "QUESTION holds no question" in result.stderr
+    assert delivery.asked == []
+
+
+def test_ask_sends_parameters_labels_and_an_idempotency_key(delivery: Delivery) -> None:
+    argv = ["--max-tokens", "50", "--param", "temperature=0.5", "--param", "stop=END", "--label", "team=blue=1"]
+    keyed = ["--session", "chat", "--idempotency-key", "once"]
+    assert tailrace("ask", "x", *argv, *keyed, "--url", delivery.url).returncode == 0
+    assert delivery.asked[0]["params"] == {"temperature": 0.5, "stop": "END", "max_tokens": 50}
+    assert delivery.asked[0]["metadata"] == {"team": "blue=1"}
+    assert delivery.keys == ["once"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--param", "temperature"], "'temperature' is not NAME=VALUE"),
+        (["--label", "a=1", "--label", "a=2"], "'a' is given twice"),
+        (["--max-tokens", "0"], "0 is not in the range"),
+        (["--idempotency-key", "k"], "--idempotency-key needs --session"),
+    ],
+)
+def test_wrong_options_of_ask_are_named(delivery: Delivery, argv: list[str], said: str) -> None:
+    result = tailrace("ask", "x", *argv, "--url", delivery.url)
+    assert (result.returncode, delivery.asked) == (2, [])
+    assert said in result.stderr
+
+
+def test_help_says_that_a_session_sends_no_history() -> None:
+    assert "Its earlier questions and answers are not sent" in " ".join(tailrace("ask", "--help").stdout.split())
+
+
+def test_tail_says_that_it_waits_for_a_session_that_does_not_exist(delivery: Delivery) -> None:
+    process = start("tail", "nosuch", "--url", delivery.url)
+    assert process.stderr is not None
+    said = process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)
+    assert "there is no session nosuch yet: waiting" in said
+
+
+def test_the_address_of_another_service_is_said(delivery: Delivery) -> None:
+    delivery.problem = (404, {"type": "urn:tailrace:problem:not-found", "title": "T", "detail": "Not Found"})
+    result = tailrace("ask", "x", "--session", "s", "--url", delivery.url)
+    assert result.returncode == 1
+    assert f"{delivery.url} does not serve /v1/sessions/s/generations: is it the address of delivery?" in result.stderr
+    result = tailrace("ledger", "--billing-url", delivery.url)
+    assert "does not serve /v1/ledger: is it the address of billing? (--billing-url" in result.stderr
+
+
+def test_topology_without_a_broker_fails_soon_and_in_one_line() -> None:
+    begun = time.monotonic()
+    result = tailrace("topology", "apply", TAILRACE_NATS_URL="nats://127.0.0.1:9")
+    assert result.returncode == 3
+    assert result.stderr.count("\n") == 1
+    assert "no NATS server answers at nats://127.0.0.1:9" in result.stderr
+    assert time.monotonic() - begun < 25
+
+
+def test_status_names_what_does_not_answer(delivery: Delivery) -> None:
+    nowhere = "http://127.0.0.1:9"
+    result = tailrace("status", "--url", nowhere, "--billing-url", nowhere, "--producer-url", nowhere)
+    assert result.returncode == 3
+    assert result.stdout.count("unreachable") == 3
+    result = tailrace("status", "--url", delivery.url, "--billing-url", nowhere, "--producer-url", nowhere)
+    assert "does not answer like Tailrace" in result.stdout
+    assert result.returncode == 1
+
+
+def test_doctor_finds_what_is_in_the_way(tmp_path: Path) -> None:
+    config = tmp_path / "tailrace.toml"
+    config.write_text("[shared\n")
+    data = tmp_path / "data"
+    data.mkdir(mode=0o755)
+    (data / "billing.db").write_bytes(b"this is no database" * 100)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        argv = ["doctor", "--data", str(data), "--config", str(config), "--json"]
+        result = tailrace(*argv, TAILRACE_DELIVERY_PORT=port, OPENAI_API_KEY="sk-secret")
+    assert result.returncode == 1
+    findings = {finding["what"]: finding for finding in json.loads(result.stdout)["findings"]}
+    assert {name for name, finding in findings.items() if finding["level"] == "problem"} >= {
+        "billing.db",
+        "port of delivery",
+        "settings",
+    }
+    assert "tailrace billing rebuild" in findings["billing.db"]["text"]
+    assert "not valid TOML" in findings["settings"]["text"]
+    assert findings["provider keys"]["text"] == "OPENAI_API_KEY"
+    assert "sk-secret" not in result.stdout
+
+
+def test_doctor_has_no_problem_with_a_new_folder(tmp_path: Path) -> None:
+    ports = {f"TAILRACE_{name}_PORT": "0" for name in ("DELIVERY", "DELIVERY_GRPC", "BILLING", "PRODUCER", "NATS")}
+    result = tailrace("doctor", "--data", str(tmp_path / "new"), **ports)
+    assert result.returncode == 0, result.stdout
+    assert "PROBLEM" not in result.stdout
+    assert not (tmp_path / "new").exists()
 
 
 def test_tokens_appear_while_the_generation_still_runs(delivery: Delivery) -> None:

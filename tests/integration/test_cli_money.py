@@ -108,7 +108,19 @@ async def test_a_statement_in_every_form(billing: Billing) -> None:
 
 
 async def test_budgets_are_set_shown_and_removed(billing: Billing) -> None:
-    made = json.loads((await billing.run("budget", "set", "monthly", "--hard", "100", "--soft", "80")).out)
+    made = json.loads((await billing.run("budget", "set", "monthly", "--hard", "100", "--soft", "80", "--json")).out)
+    shown = (await billing.run("budget", "set", "monthly", "--hard", "100", "--soft", "80")).out
+    assert shown.splitlines()[0].split() == [
+        "name",
+        "period",
+        "unit",
+        "key",
+        "soft",
+        "hard",
+        "spent",
+        "reserved",
+        "left",
+    ]
     assert (made["unit"], made["left"]) == ("USD", "100")
     assert "monthly" in (await billing.run("budget")).out
     assert "above the hard limit" in (await billing.run("budget", "set", "b", "--hard", "1", "--soft", "2", code=1)).err

@@ -18,15 +18,16 @@ export class Composer {
     this.model = byId("model");
     this.other = byId("other-model");
     this.button = byId("ask");
-    const mac = /Mac|iPhone|iPad/.test(navigator.platform);
-    byId("hint").textContent = `${mac ? "⌘" : "Ctrl"} + Enter`;
-    this.question.setAttribute("aria-keyshortcuts", mac ? "Meta+Enter" : "Control+Enter");
+    byId("hint").textContent = "Shift + Enter for a new line";
+    this.question.setAttribute("aria-keyshortcuts", "Enter");
     this.form.addEventListener("submit", (submit) => {
       submit.preventDefault();
       this.#send();
     });
     this.question.addEventListener("keydown", (key) => {
-      if (key.key === "Enter" && (key.ctrlKey || key.metaKey)) this.form.requestSubmit();
+      if (key.key !== "Enter" || key.shiftKey || key.isComposing) return; // an input method ends a word by Enter
+      key.preventDefault();
+      this.form.requestSubmit();
     });
     this.question.addEventListener("input", () => this.#grow());
     this.model.addEventListener("change", () => this.#modelChosen(true));

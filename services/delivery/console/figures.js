@@ -34,12 +34,21 @@ export function showPeriod(totals, statuses) {
   const open = count("running") + count("awaiting_provider");
   showTiles(byId("tiles"), [
     { name: "Spend", value: amountLines(totals.amounts) },
-    { name: "Tokens charged", value: number(totals.tokens), note: `${number(totals.input)} in · ${number(totals.output)} out reported` },
+    { name: "Tokens", value: number(totals.tokens), note: tokenSources(totals) },
     { name: "Generations", value: number(totals.generations), note: open ? `${number(open)} not settled yet` : "" },
     { name: "Drift", value: number(drifted), note: `${signed(totals.drift)} tokens in all`, tone: drifted ? "bad" : "" },
     { name: "Partial", value: number(partial), note: "failed, cancelled, interrupted", tone: partial ? "warn" : "" },
     { name: "Unpriced", value: number(totals.unpriced), note: "not in the spend", tone: totals.unpriced ? "warn" : "" },
   ]);
+}
+
+/** Say where the tokens of a period come from, in numbers that add up to their sum. */
+export function tokenSources(totals) {
+  const reported = totals.input + totals.output;
+  const counted = totals.tokens - reported;
+  if (counted < 0) return `${number(reported)} reported, ${number(-counted)} of them not charged`;
+  if (!counted) return `${number(totals.input)} in · ${number(totals.output)} out`;
+  return `${number(reported)} reported · ${number(counted)} counted`;
 }
 
 /** Draw a chart for each currency, and one for tokens. `view` has `rows`, `unit`, `by` and `names` of columns. */
@@ -50,7 +59,7 @@ export function showCharts(view) {
     exact: (totals) => totals.amounts[currency] ?? "0",
     words: (amount) => `${decimal(amount)} ${currency}`,
   }));
-  measures.push({ title: "Tokens charged", value: (t) => t.tokens, exact: (t) => number(t.tokens), words: (n) => `${number(n)} tokens` });
+  measures.push({ title: "Tokens", value: (t) => t.tokens, exact: (t) => number(t.tokens), words: (n) => `${number(n)} tokens` });
   byId("charts").replaceChildren(...measures.map((measure) => chart(view, measure)).filter(Boolean));
 }
 
@@ -73,6 +82,12 @@ function chart({ rows, unit, by, names }, { title, value, exact, words }) {
 
 const wordFor = (by, name) => (by === "status" && BILLING_WORDS[name]) || name || "(none)";
 
+/** The model with its provider, which a model's own name may begin with. */
+export function modelName({ provider, model }) {
+  if (!model) return provider || "(unknown)";
+  return !provider || model.startsWith(`${provider}/`) ? model : `${provider}/${model}`;
+}
+
 const STATUSES = ["matched", "drift", "provider_missing", "awaiting_provider", "partial", "running"];
 
 /** Tell for each model how its generations were settled, and how far the numbers are apart. */
@@ -81,7 +96,7 @@ export function showAgreement(rows) {
   const used = STATUSES.filter((status) => models.some(({ statuses }) => statuses[status]));
   const head = ["Model", "Generations", "Counted", "Reported", "Difference", "Share", ...used.map((s) => BILLING_WORDS[s]), "Unpriced"];
   const lines = models.map((model) => [
-    model.provider ? `${model.provider} ${model.model}` : model.model || "(unknown)",
+    modelName(model),
     number(model.generations),
     number(model.counted),
     number(model.reported),

@@ -2,7 +2,7 @@
 import * as api from "./api.js";
 import { Composer } from "./composer.js";
 import { byId } from "./dom.js";
-import { askForKey, hasKey } from "./key.js";
+import { askForKey, findKey } from "./key.js";
 import { accept, announceGap, conversation, emptyLog, expect, isEnded, merge } from "./log.js";
 import { SessionList, sessionUrl } from "./sessions.js";
 import { SessionStream } from "./stream.js";
@@ -240,7 +240,7 @@ async function start() {
   shown.billing = config.billing ?? null;
   byId("usage-link").hidden = !config.billing;
   byId("change-key").hidden = !config.credentials;
-  if (config.credentials && !hasKey()) await askForKey();
+  if (config.credentials && !(await findKey())) await askForKey();
   composer.offer(config.models ?? []);
   byId("question").focus();
   refresh();

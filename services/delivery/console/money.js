@@ -14,6 +14,11 @@ export class Billing {
     return `${this.address}/v1/usage/live`;
   }
 
+  /** An address that answers 401 to a key that is not valid. */
+  get checkUrl() {
+    return `${this.address}/v1/usage?limit=1`;
+  }
+
   /** Return `{rows, complete}`: rows of all pages, as far as they are not too many. */
   async usage(query) {
     const rows = [];

@@ -4,7 +4,7 @@ import { showBudgets } from "./budgets.js";
 import { byId, el, perFrame, setText } from "./dom.js";
 import { showAgreement, showCharts, showPeriod, showTiles } from "./figures.js";
 import { number } from "./format.js";
-import { askForKey, hasKey } from "./key.js";
+import { askForKey, findKey } from "./key.js";
 import { LiveTotals } from "./live.js";
 import { amountLines, Billing } from "./money.js";
 import { columnNames, SPANS, startOf } from "./series.js";
@@ -108,7 +108,7 @@ function again() {
 }
 
 async function changeKey() {
-  await askForKey();
+  await askForKey(billing.checkUrl);
   await again();
 }
 
@@ -150,8 +150,8 @@ async function start() {
     byId("choices").hidden = true;
     return;
   }
-  if (config.credentials && !hasKey()) await askForKey();
   billing = new Billing(config.billing);
+  if (config.credentials && !(await findKey())) await askForKey(billing.checkUrl);
   new Statements({ billing, complain, now: Date.now() });
   listen();
   follow();

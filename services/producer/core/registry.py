@@ -13,6 +13,7 @@ import msgspec
 
 from schemas.requests import Announcement
 from services.producer.core.dialects import DIALECTS
+from services.producer.core.script import MODELS
 
 __all__ = [
     "ENCODINGS",
@@ -199,7 +200,8 @@ class Registry:
             name: [f"{c.provider.name}/{c.upstream_model}" for c in candidates]
             for name, candidates in sorted(self.aliases.items())
         }
-        return Announcement(aliases=aliases, providers=sorted(self.providers))
+        models = {name: list(MODELS) for name, provider in self.providers.items() if provider.dialect == "scripted"}
+        return Announcement(aliases=aliases, providers=sorted(self.providers), models=models)
 
     def resolve(self, model: str) -> list[Candidate]:
         """Return the candidates for a model's name, the first to be tried first; an alias wins over ``provider/model``.

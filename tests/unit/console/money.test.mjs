@@ -1,5 +1,6 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
+import { modelName, tokenSources } from "../../../services/delivery/console/figures.js";
 import { standing } from "../../../services/delivery/console/budgets.js";
 import { amountLines, Billing, brief, decimal, share, signed } from "../../../services/delivery/console/money.js";
 import { monthNames } from "../../../services/delivery/console/statement.js";
@@ -48,4 +49,17 @@ test("a report without an end is given up and said to be incomplete", async () =
   const urls = answering({ rows: [1], next: "again" });
   assert.equal((await new Billing("http://b").usage({})).complete, false);
   assert.equal(urls.length, 20);
+});
+
+test("the parts of a sum of tokens add up", () => {
+  assert.equal(tokenSources({ tokens: 309, input: 9, output: 300 }), "9 in · 300 out");
+  assert.equal(tokenSources({ tokens: 1_671, input: 64, output: 1_500 }), "1,564 reported · 107 counted");
+});
+
+test("a model is shown once, with its provider", () => {
+  assert.equal(modelName({ provider: "scripted", model: "scripted/story" }), "scripted/story");
+  assert.equal(modelName({ provider: "openai", model: "gpt-4o" }), "openai/gpt-4o");
+  assert.equal(modelName({ provider: "", model: "fast" }), "fast");
+  assert.equal(modelName({ provider: "openai", model: "" }), "openai");
+  assert.equal(modelName({ provider: "", model: "" }), "(unknown)");
 });

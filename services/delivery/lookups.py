@@ -88,8 +88,8 @@ class Lookups:
         except _AWAY as error:
             raise BrokerUnavailable(f"look-ups are away: {error!r}") from error
 
-    async def require(self, tenant: str, session: str, generation: str) -> None:
-        """Find out whether a generation exists, in the bucket or in the log.
+    async def require(self, tenant: str, session: str, generation: str) -> GenerationRecord | None:
+        """Find out whether a generation exists, in the bucket or in the log; return its record where it has one.
 
         Raises:
             Unknown: it does not.
@@ -101,7 +101,7 @@ class Lookups:
             if (found := await self.get(tenant, session, generation)) is not None:
                 if found[0].state == "deleted":
                     raise Deleted(f"session {session!r} was deleted, and generation {generation!r} with it")
-                return
+                return found[0]
         except BrokerUnavailable as error:
             away = error  # the log is the truth; the bucket only saves reading it
         partition = await self._partition_of(tenant, session)
@@ -110,6 +110,7 @@ class Lookups:
             if away is not None:  # it may be queued: only the bucket knows of that
                 raise away
             raise Unknown(f"session {session!r} has no generation {generation!r}")
+        return None
 
     async def transcript(self, tenant: str, session: str, generation: str) -> Transcript:
         """Return what a generation has said, as far as the log keeps it."""

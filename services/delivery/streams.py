@@ -6,6 +6,7 @@ from typing import Final, NamedTuple
 import structlog
 
 from schemas.names import InvalidName, check_name
+from schemas.requests import GenerationRecord
 from services.delivery import metrics
 from services.delivery.core.formats import Format
 from services.delivery.core.granularity import TOKEN, Grain, Place, wanted_grain
@@ -13,7 +14,7 @@ from services.delivery.core.start import Start, check_cursor, wanted_start
 from services.delivery.errors import CursorExpired, CursorForeign, Deleted, DeliveryError, TooBusy, Unknown
 from services.delivery.feed import Feed
 from services.delivery.hub import Hub
-from services.delivery.lookups import Lookups
+from services.delivery.lookups import ENDED, Lookups
 from services.delivery.subscriber import Send, Subscriber
 from services.kit.auth.principal import Principal, authorize
 from services.kit.broker import BrokerUnavailable
@@ -200,8 +201,9 @@ class Streams:
 
     async def _locate(self, tenant: str, wish: Wish) -> tuple[Feed, Place | None]:
         """Return the feed and the place after which to read; ``None`` when all has been read already."""
+        record = None
         if wish.generation is not None:
-            await self._lookups.require(tenant, wish.session, wish.generation)
+            record = await self._lookups.require(tenant, wish.session, wish.generation)
         feed = await self._hub.feed(tenant, wish.session)
         if wish.cursor is not None:
             place = await self._check(wish.cursor, feed)
@@ -213,7 +215,13 @@ class Streams:
                 await self._require_anew(feed, feed.deleted_through)
             place = Place(await self._beginning(feed, wish.generation, wish.start))
             if wish.start.where != "live":
+                if await self._has_expired(feed, record, place.seq):
+                    raise CursorExpired(
+                        f"generation {wish.generation!r} has ended, and no event of it is kept any more"
+                    )
                 return feed, place
+        if await self._has_expired(feed, record, place.seq):
+            return feed, None
         if wish.generation is not None and await self._ended(feed, wish.generation, place.seq):
             return feed, None
         return feed, place
@@ -226,6 +234,13 @@ class Streams:
             state = await self._hub.state(feed.issuer.partition, fresh=True)
             cursor = check_cursor(text, feed.issuer, state.first_seq, max(state.last_seq, feed.last_seq))
         return Place(cursor.seq, cursor.offset)
+
+    async def _has_expired(self, feed: Feed, record: GenerationRecord | None, seq: int) -> bool:
+        """Tell whether a generation has ended and nothing of it is kept: a reader would wait for ever."""
+        if record is None or record.state not in ENDED or seq < feed.last_seq:
+            return False
+        reader = self._hub.reader(feed.tenant, feed.session, feed.issuer.partition)
+        return await reader.first_of(record.generation) is None
 
     async def _require_anew(self, feed: Feed, seq: int) -> None:
         """Find out whether a reader behind the stream sequence ``seq`` reads what was started since the deletion.

@@ -158,6 +158,19 @@ async def test_the_look_up_knows_of_an_answer_whose_log_has_expired_from_its_rec
     assert found["counted"]["output"] == 9
 
 
+async def test_a_stream_of_an_answer_whose_log_has_expired_ends_at_once(stage: Stage, broker: Broker, log: Log) -> None:
+    await record(stage, state="completed", ended_at=3.0)
+    stored = await log.append(*story("g1", 3))
+    await log.append(*story("g2", 3))
+    await broker.js.purge_stream(STREAM, seq=stored[-1] + 1)
+    url = f"{stage.url}/v1/sessions/s/events"
+    refused = await stage.http.get(url, params={"generation": "g1"})
+    assert (refused.status_code, refused.json()["type"].rpartition(":")[2]) == (410, "cursor-expired")
+    assert (await stage.http.get(url, params={"generation": "g1", "from": "live"})).status_code == 204
+    waited = await stage.http.get(f"{stage.url}/v1/sessions/s/generations/g1", params={"wait": "complete"})
+    assert (waited.status_code, waited.json()["state"]) == (200, "completed")
+
+
 async def test_a_record_is_not_believed_where_the_log_is_whole(stage: Stage, log: Log) -> None:
     await record(stage, state="completed", ended_at=3.0)
     await log.append(*story("g1", 3)[:-1])

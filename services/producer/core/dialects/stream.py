@@ -37,6 +37,7 @@ _REST_LIMIT: Final = 2_000
 """Bytes that are kept of what came beside events, for the message of a failure."""
 _LONGEST_ARRAY: Final = 10_000
 """Events in one array, so that one read does not take seconds."""
+_LF: Final = 0x0A  # begins the names of what is no event
 _ERRORS: Final = (b"error", b"errors", b"exception")
 E = TypeVar("E")
 
@@ -116,7 +117,9 @@ class EventParser(ABC, Generic[E]):
             self.end(malformed(error))
             events = []
         self._take(events)
-        return self._taken()
+        if self._notices or self.joined.halves is not None:
+            return self._taken()
+        return self.joined.take()
 
     def finish(self, broken: str = "") -> list[Part]:
         """Return what is left at the end of the body, with the end or a failure as the last part.
@@ -174,8 +177,8 @@ class EventParser(ABC, Generic[E]):
     def _take(self, events: list[tuple[bytes, bytes]]) -> None:
         decode = self._decode
         for name, payload in events:
-            if name and self._named(name, payload):
-                pass
+            if name and (name[0] == _LF or b"error" in name.lower()):
+                self._named(name, payload)
             elif payload:
                 try:
                     event = decode(payload)
@@ -189,17 +192,14 @@ class EventParser(ABC, Generic[E]):
             if self._ended:
                 break
 
-    def _named(self, name: bytes, payload: bytes) -> bool:
+    def _named(self, name: bytes, payload: bytes) -> None:
         """Take what its name alone explains: comments, lines beside events, and events that are called errors."""
         if name == COMMENT:
             self.joined.add(Alive())
         elif name == STRAY:
             self._stray(payload)
-        elif b"error" in name.lower():
-            self.end(failure_in_stream(_value(payload)))
         else:
-            return False
-        return True
+            self.end(failure_in_stream(_value(payload)))
 
     def _oddly(self, payload: bytes, error: Exception) -> None:
         """Take an event that the strict decoder refuses."""

@@ -31,6 +31,11 @@ class Transcript(NamedTuple):
         )
 
     @property
+    def is_foreign(self) -> bool:
+        """Whether its server departs from the dialect, so that the provider's own SDK reads it otherwise."""
+        return self.case.startswith("foreign-")
+
+    @property
     def headers(self) -> dict[str, str]:
         own = {"x-generation-id": GENERATION_ID} if self.dialect == "openrouter" else {}
         return {"content-type": "text/event-stream", **own}

@@ -104,7 +104,7 @@ def test_reasoning_details_go_back_to_openrouter() -> None:
 
 
 def test_thought_signatures_go_back_to_gemini_with_their_call() -> None:
-    (_, assistant) = asked("openai", USER, message_of("openai", "gemini-signatures"))
+    (_, assistant) = asked("openai", USER, message_of("openai", "foreign-gemini-signatures"))
     assert [call.get("extra_content") for call in assistant["tool_calls"]] == [
         {"google": {"thought_signature": "c2ln"}},
         None,

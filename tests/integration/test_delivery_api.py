@@ -14,7 +14,7 @@ from h2.connection import H2Connection
 from h2.events import ResponseReceived
 from nats.aio.msg import Msg
 
-from schemas.events import Delta, Started, ToolCall
+from schemas.events import Annotation, Binary, Delta, Extra, Signature, Started, ToolCall
 from schemas.requests import Announcement, GenerationRecord, Request
 from schemas.subjects import control_subject
 from schemas.topology import REGISTRY_BUCKET
@@ -364,6 +364,37 @@ async def test_view_of_a_generation_is_folded_from_the_log_without_a_record(stag
     assert view["tool_calls"] == [{"index": 0, "id": "c", "name": "f", "arguments": '{"a":1}'}]
     assert view["metadata"] == {"k": "v"}
     assert view["counted"]["output"] == 5
+
+
+async def test_view_shows_every_kind_of_content_with_its_choice(stage: Stage, broker: Broker) -> None:
+    call = ToolCall(index=0, id="a", name="f", arguments="{}")
+    contents: list[dict[str, Any]] = [
+        {"reasoning": "hm"},
+        {"signature": Signature(kind="thinking", data="c2ln")},
+        {"refusal": "no"},
+        {"tool_call": call},
+        {"tool_call": msgspec.structs.replace(call, id="b"), "choice": 1},
+        {"binary": Binary(media_type="image/png", data=b"ab")},
+        {"binary": Binary(media_type="image/png", data=b"c", continues=True)},
+        {"annotation": Annotation(kind="url_citation", url="https://h")},
+        {"extra": Extra(kind="executed_tools", data=[1]), "choice": 1},
+    ]
+    await Log(broker).append(
+        Started(generation="g1", seq=0, model="m", provider="p", upstream_model="u"),
+        *(Delta(generation="g1", seq=seq, **content) for seq, content in enumerate(contents, 1)),
+    )
+    view = (await stage.http.get(f"{stage.url}/v1/sessions/s/generations/g1")).json()
+    assert (view["reasoning"], view["refusal"]) == ("hm", "no")
+    assert view["alternatives"] == [{"reasoning": "hm", "refusal": "no"}, {"choice": 1}]
+    assert [(c.get("choice", 0), c["index"], c["id"]) for c in view["tool_calls"]] == [(0, 0, "a"), (1, 0, "b")]
+    assert view["binaries"] == [{"media_type": "image/png", "seq": 6, "size": 3, "data": "YWJj"}]
+    assert view["annotations"] == [{"kind": "url_citation", "url": "https://h"}]
+    assert view["extras"] == [{"kind": "executed_tools", "data": [1], "choice": 1}]
+    first, second = view["messages"]
+    assert first["content"] == [{"type": "thinking", "thinking": "hm", "signature": "c2ln"}]
+    assert (second["choice"], second["tool_calls"][0]["id"]) == (1, "b")
+    again = {"model": "scripted/story", "messages": [*BODY["messages"], *view["messages"]]}
+    assert (await ask(stage, again)).status_code == 202, "the messages are taken back as they are"
 
 
 async def test_view_of_an_ended_generation_has_its_end_and_usage(stage: Stage, broker: Broker) -> None:

@@ -237,6 +237,13 @@ def test_input_with_parts_counts_the_text_and_is_an_estimate_when_a_part_is_not_
     assert count_input([Message("user", [{"type": "text", "text": 7}])], {}, "o200k_base")[1] is False
 
 
+def test_input_with_reasoning_and_refusals_counts_their_text_as_an_estimate() -> None:
+    plain = count_input([Message("assistant", "hello")], {}, "o200k_base")
+    for field in ("refusal", "reasoning_content", "reasoning", "tool_plan"):
+        message = Message("assistant", None, **{field: "hello"})
+        assert count_input([message], {}, "o200k_base") == (plain[0], False)
+
+
 def test_input_with_tool_calls_is_an_estimate() -> None:
     calls = [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
     assert count_input([Message("assistant", None, tool_calls=calls)], {}, "o200k_base")[1] is False

@@ -266,6 +266,7 @@ async def test_a_generation_is_shown_with_every_entry(client: httpx.AsyncClient)
         "price": 0,
         "rate": "10",
         "amount": "0.00003",
+        "call": 0,
     }
     assert (shown["status"], shown["events"]) == ("matched", 0)
 

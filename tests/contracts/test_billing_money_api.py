@@ -90,11 +90,11 @@ async def test_prices_charge_what_was_unpriced_and_an_export_corrects_it(
 ) -> None:
     await books.take(folded())
     charge = (await client.get("/v1/usage/generations/g")).json()["charge"]
-    assert charge == {"status": "unpriced", "amount": "0", "currency": None, "entries": 0}
+    assert charge == {"status": "unpriced", "amount": "0", "currency": None, "entries": 0, "tokens": 39}
     assert (await client.put("/v1/prices", content=BOOK_TOML, headers=TOML)).json()["resettled"] == 1
     await books.swept()
     charge = (await client.get("/v1/usage/generations/g")).json()["charge"]
-    assert charge == {"status": "charged", "amount": "0.00033", "currency": "USD", "entries": 1}
+    assert charge == {"status": "charged", "amount": "0.00033", "currency": "USD", "entries": 1, "tokens": 39}
     text = "generation,input,output\ng,8,41\nunknown,1,1\n"
     told = {"rows": 2, "new": 2, "repeated": 0, "matched": 1, "corrections": 1, "difference": {"USD": "0.0001"}}
     dry = await client.post("/v1/provider-usage?dry_run=true", content=text, headers=CSV)

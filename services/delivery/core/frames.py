@@ -83,10 +83,10 @@ class Frames:
             self._base = tail.base
         known = self._base + len(self._frames)
         if known < tail.end:
-            frame = self._frame
-            self._frames += [frame(entry) for entry in tail.slice(known, tail.end)]
+            frame, at = self._format.frame, self._at
+            self._frames += [
+                frame(entry, at) if entry.type != GAP else self._gap(entry) for entry in tail.slice(known, tail.end)
+            ]
 
-    def _frame(self, entry: Entry) -> bytes:
-        if entry.type == GAP:
-            return self._format.gap(entry.data.decode(), entry.generation, self._at)
-        return self._format.frame(entry, self._at)
+    def _gap(self, entry: Entry) -> bytes:
+        return self._format.gap(entry.data.decode(), entry.generation, self._at)

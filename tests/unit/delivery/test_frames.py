@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from schemas.codec import encode_event
 from schemas.events import Delta
-from services.delivery.core.entries import Entry, Tail
+from services.delivery.core.entries import Entry, Tail, gap_before
 from services.delivery.core.formats import Address
 from services.delivery.core.frames import Chunk, Frames
 from services.delivery.core.sse import SSE, ServerSentEvents, control_frame
@@ -137,3 +137,22 @@ def test_frames_follow_a_tail_that_forgets_and_are_made_at_most_once(
             expected = b"".join(b"%d;" % entry.seq for entry in tail.slice(start, tail.end))
             assert body(frames.chunk(start, None, 1_000_000)) == expected
     assert len(format_.made) == len(set(format_.made))
+
+
+def test_a_gap_is_framed_before_its_event_and_counts_for_no_event() -> None:
+    tail = Tail(0, 10_000)
+    tail.append(Entry(3, "a", "delta", b"x"))
+    tail.append(Entry(7, "b", "delta", b"y", gap="events_expired"))
+    frames = Frames(tail, Plain(), AT)
+    one = frames.chunk(1, None, 10_000, max_events=1)
+    assert body(one) == b'event: gap\ndata: {"reason":"events_expired","generation":"b"}\n\n7;'
+    assert (one.count, one.size, one.stop, one.last_seq, one.offset) == (1, 2, 3, 7, 0)
+    assert body(frames.chunk(0, "a", 10_000)) == b"3;"
+
+
+def test_a_reader_that_was_sent_only_a_gap_resumes_before_it() -> None:
+    tail = Tail(0, 10_000)
+    tail.append(gap_before(Entry(7, "b", "delta", b"y", gap="events_expired")))
+    alone = Frames(tail, Plain(), AT).chunk(0, None, 10_000)
+    assert (alone.count, alone.last_seq, alone.offset) == (0, 6, 0)
+    assert tail.after(alone.last_seq, alone.offset) == 0

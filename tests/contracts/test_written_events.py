@@ -47,7 +47,6 @@ from services.producer.core.parts import (
     UsagePart,
 )
 from services.producer.core.takeover import Begun
-from services.producer.core.takeover import fold as take_over
 from tests.transcripts import TRANSCRIPTS
 
 ADDRESS = Address.of("t", "s", "g", 1)
@@ -67,6 +66,7 @@ USAGE = st.builds(
     output=NUMBER,
     cached_input=NUMBER,
     cache_write=NUMBER,
+    cache_write_1h=NUMBER,
     reasoning=NUMBER,
     billed_input=st.none() | NUMBER,
     billed_output=st.none() | NUMBER,
@@ -149,7 +149,7 @@ def check_every_reader(events: list[AnyEvent]) -> None:
         shown = [e for e in Merger(Grain("line"), Place(seq - 1)).offer(entry, 0.0) if e.data == data]
         assert shown or isinstance(event, Delta)
         transcript.offer(data)
-        begun = take_over(begun, data, seq)
+        begun.take(data, seq)
     folded = fold(None, ADDRESS, [read_record(seq, subject, data) for seq, data in enumerate(stored, 1)])
     assert set(folded.verdicts) <= {"accepted"}
     assert transcript.events == len(events)

@@ -95,7 +95,14 @@ def usable(usage: Usage) -> Usage | None:
     """Return ``usage`` without a provider's own object that is too large; ``None`` where a number is out of bounds."""
     if usage.raw is not None and not fits(usage.raw):
         usage = msgspec.structs.replace(usage, raw=None)
-    required = (usage.input, usage.output, usage.cached_input, usage.cache_write, usage.reasoning)
+    required = (
+        usage.input,
+        usage.output,
+        usage.cached_input,
+        usage.cache_write,
+        usage.cache_write_1h,
+        usage.reasoning,
+    )
     billed = (usage.billed_input, usage.billed_output)
     good = all(number(n) is not None for n in required) and all(n is None or number(n) is not None for n in billed)
     return usage if good else None

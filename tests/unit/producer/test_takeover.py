@@ -3,7 +3,7 @@
 from schemas.codec import encode_event
 from schemas.events import AbandonedCall, AnyEvent, Delta, Notice, Restarted, Started, UsageReported
 from schemas.usage import Counted, Usage
-from services.producer.core.takeover import Begun, fold, lost_call
+from services.producer.core.takeover import Begun, lost_call
 
 REQUEST = Counted(input=7, output=0, exact=True, encoding="o200k_base")
 STARTED = Started(generation="g", seq=0, model="m", provider="p0", upstream_model="m0", counted=REQUEST)
@@ -13,7 +13,7 @@ def folded(*events: AnyEvent) -> Begun:
     begun = Begun()
     for seq, event in enumerate(events):
         event.seq = seq
-        begun = fold(begun, encode_event(event), 10 + seq)
+        begun.take(encode_event(event), 10 + seq)
     return begun
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from services.producer.core.parts import ExtraPart
 from tests.foreign import (
     COHERE_END,
     COHERE_START,
@@ -65,7 +66,6 @@ def test_what_can_be_converted_is_relayed_without_a_notice(event: bytes) -> None
         ),
         ({"choices": [{"delta": {"content": "Hello"}}], "created": "now"}, "$.created"),
         ({"choices": [{"delta": {"content": "Hello"}}], "id": ["c"]}, "$.id"),
-        ({"choices": [{"delta": {"content": "Hello"}}], "usage": "none"}, "$.usage"),
     ],
 )
 def test_what_cannot_be_is_left_out_with_one_notice(event: dict[str, Any], path: str) -> None:
@@ -114,16 +114,27 @@ def test_tool_calls_in_an_odd_event_are_relayed() -> None:
     [
         {"content": 12},
         {"content": True},
-        {"reasoning_content": ["x"]},
-        {"tool_calls": "f"},
-        {"tool_calls": [17]},
-        {"tool_calls": [{"index": 0, "function": "f"}]},
-        {"tool_calls": [{"index": 0, "function": {"name": {}}}]},
     ],
 )
 def test_content_of_a_type_that_says_nothing_is_malformed(delta: dict[str, Any]) -> None:
     came = outcome("openai", stream(HELLO, chunk(**delta), STOP))
     assert (came.code, came.text) == ("upstream_malformed", "Hello")
+
+
+@pytest.mark.parametrize(
+    "calls",
+    ["f", [17], [{"index": 0, "function": "f"}], [{"index": 0, "function": {"name": {}}}]],
+)
+def test_calls_of_a_type_that_says_nothing_are_kept_as_they_are(calls: Any) -> None:
+    came = outcome("openai", stream(HELLO, chunk(tool_calls=calls), STOP))
+    assert (came.completed, came.text, came.names) == (True, "Hello", [])
+    [extra] = [part.extra for part in came.parts if isinstance(part, ExtraPart)]
+    assert (extra.kind, extra.data) == ("tool_calls", calls[0] if isinstance(calls, list) else calls)
+
+
+def test_reasoning_given_as_a_list_is_read() -> None:
+    came = outcome("openai", stream(HELLO, chunk(reasoning_content=["x"]), STOP))
+    assert (came.completed, came.reasoning) == (True, "x")
 
 
 @pytest.mark.parametrize("event", [{"choices": 3}, {"choices": [17]}, {"choices": [{"delta": "Hello"}]}])

@@ -137,9 +137,9 @@ class _Fitting:
             case inspect.RawType():
                 return msgspec.Raw(dumped(plain(value)))
             case inspect.AnyType():
-                return plain(value)
+                return self._tree(value) if needed else plain(value)
             case inspect.DictType() if isinstance(value, dict):
-                return plain(value)
+                return self._tree(value) if needed else plain(value)
             case _ if type(shape) in _SCALARS:
                 return _SCALARS[type(shape)](value)
         raise _Unfit
@@ -182,6 +182,16 @@ class _Fitting:
         if needed:
             raise Misfit(f"{path} is of the type {_kind(value)}")
         self.left_out.append(path)
+
+    def _tree(self, value: Any) -> Any:
+        """Return a part of the answer that has no declared shape; halves at the ends of its texts stay."""
+        if isinstance(value, str):
+            return self._string(value, needed=True)
+        if isinstance(value, dict):
+            return {plain(name): self._tree(item) for name, item in value.items()}
+        if isinstance(value, list):
+            return [self._tree(item) for item in value]
+        return value
 
     def _string(self, value: str, needed: bool) -> str:
         if not _SURROGATE.search(value):

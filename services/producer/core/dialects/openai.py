@@ -259,7 +259,13 @@ class OpenAIParser(EventParser[_Chunk]):
             if call.get("type") not in (None, "function"):
                 self._other.keep(str(call["type"]), call, choice, at)
                 return
+            if function is not None:
+                self._other.keep("tool_calls", call, choice, at)
+                return
             function = call
+        elif not isinstance(function.get("name"), str | None) and function.get("arguments") is None:
+            self._other.keep("tool_calls", call, choice, at)
+            return
         extra = call.get("extra_content")
         fragments = self._calls.take(
             choice,

@@ -171,7 +171,7 @@ def read_usage(raw: object, rules: UsageRules = STANDARD) -> UsageReading:
         return UsageReading(None)
     if not isinstance(raw, dict):
         return UsageReading(None, (UNREADABLE,))
-    cohere = isinstance(raw.get("billed_units"), dict)
+    cohere = isinstance(raw.get("billed_units"), dict) or isinstance(raw.get("tokens"), dict)
     read = _Object(raw, _COHERE if cohere else _ROLES)
     counts = _cohere(read) if cohere else _counts(read, rules)
     cost = _cost(read) if rules.currency else None

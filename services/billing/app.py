@@ -188,9 +188,8 @@ async def main(stop: asyncio.Event, env: Mapping[str, str] = os.environ) -> None
             ),
         ):
             log.info("billing listens", host=settings.host, port=settings.port, database=url.get_backend_name())
-            if not await _migrated(engine, stop):
+            if not await _prepared(engine, prices, settings, stop):
                 return
-            await _load_prices(prices, settings)
             migrated.set()
             async with asyncio.TaskGroup() as group:
                 group.create_task(admission.run(stop), name="budgets")
@@ -234,8 +233,12 @@ async def _existing(broker: Broker) -> set[int]:
         return set()
 
 
-async def _migrated(engine: AsyncEngine, stop: asyncio.Event) -> bool:
-    """Bring the schema up to date, waiting for the database; ``False`` when stopped before."""
+async def _prepared(engine: AsyncEngine, prices: Prices, settings: Settings, stop: asyncio.Event) -> bool:
+    """Bring schema and price book up to date, waiting for the database; ``False`` when stopped before.
+
+    Raises:
+        SettingsError: the price file cannot be used.
+    """
 
     def waits(state: tenacity.RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
@@ -258,6 +261,7 @@ async def _migrated(engine: AsyncEngine, stop: asyncio.Event) -> bool:
     ):
         with attempt:
             await migrate(engine)
+            await _load_prices(prices, settings)
             return True
     return False
 

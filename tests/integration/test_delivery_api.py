@@ -461,7 +461,7 @@ async def test_cancelling_what_has_ended_tells_how_it_ended(stage: Stage, broker
         ("GET", "/nowhere", 404),
         ("GET", "/v1", 404),
         ("PUT", "/v1/sessions/s/events", 405),
-        ("DELETE", "/v1/sessions/s", 405),
+        ("PUT", "/v1/sessions/s", 405),
         ("GET", "/v1/sessions/s/generations/g/cancel", 405),
         ("PUT", "/healthz", 405),
         ("GET", "/console/../app.py", 404),

@@ -58,7 +58,7 @@ async def delivering(url: str, *, shared: Shared | None = None, **settings: Any)
         authenticator = build_authenticator(shared, own.host, broker, hub.clock)
         async with (
             authenticator.running(),
-            serving(build_app(hub, shared, own, authenticator), own.host, own.port, grace=2),
+            serving(build_app(hub, shared, own, authenticator), own.host, own.port, grace=lambda: 2),
             httpx.AsyncClient(timeout=SILENCE) as http,
         ):
             sweeper = asyncio.create_task(hub.run())

@@ -18,6 +18,8 @@ log = structlog.get_logger()
 PULL_EXPIRES: Final = 5.0
 SHORTEST_PULL: Final = 0.5
 LOOK_INTERVAL: Final = 0.25
+LEAVE_SECONDS: Final = 0.5
+"""How long the broker may take to confirm that nothing more comes of a pull."""
 _QUIET: Final = ("404", "408")
 
 
@@ -49,6 +51,7 @@ class Lane:
         self._asked_at = 0.0
         self._expires = min(PULL_EXPIRES, max(SHORTEST_PULL, lease / 4))
         self._subscription: Subscription | None = None
+        self._leaving: set[asyncio.Task[None]] = set()  # pulls that are ended; each for LEAVE_SECONDS at most
         self._wake = asyncio.Event()
 
     def wake(self) -> None:
@@ -60,19 +63,27 @@ class Lane:
         return self._asked > 0 and asyncio.get_running_loop().time() - self._asked_at >= LOOK_INTERVAL
 
     async def run(self) -> None:
-        """Pull until cancelled; what has been pulled already still arrives afterwards for a moment."""
+        """Pull until cancelled; what is on its way then is taken still."""
         try:
             while True:
                 await self._ask()
                 self._wake.clear()
                 await _at_most(self._wake.wait(), 1.0 if self._patient else LOOK_INTERVAL)
         finally:
-            await self._forget()
+            self._forget()
+            if self._leaving:
+                await asyncio.wait(self._leaving, timeout=2 * LEAVE_SECONDS)
 
-    async def _forget(self) -> None:
+    def _forget(self) -> None:
+        """End the pull, beside everything else.
+
+        The queue may have answered it just now. What came to nobody would be given again only after the lease.
+        """
         subscription, self._subscription = self._subscription, None
-        if subscription is not None and not self._broker.client.is_closed:
-            await subscription.unsubscribe()
+        if subscription is not None:
+            task = asyncio.create_task(self._broker.leave(subscription, LEAVE_SECONDS))
+            self._leaving.add(task)
+            task.add_done_callback(self._leaving.discard)
 
     async def _ask(self) -> None:
         room, now = self._room(), asyncio.get_running_loop().time()
@@ -82,7 +93,7 @@ class Lane:
             or (self._asked > 0 and now < self._asked_at + self._expires + 1.0)
         ):
             return
-        await self._forget()
+        self._forget()
         query: dict[str, object] = {"batch": room}
         query |= {"expires": round(self._expires * 1e9)} if self._patient else {"no_wait": True}
         self._asked, self._asked_at = room, now

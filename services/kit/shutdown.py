@@ -8,7 +8,6 @@ seconds beyond the drain  what has ended by then
 ========================= ===========================================
 `HAND_OVER`               what was cut is handed over or reported
 `ANSWERS`                 open answers of HTTP and gRPC
-`CLOSED`                  connections to broker and database
 `CUT`                     the service is cancelled, wherever it waits
 `MARGIN`                  the process, by `watch_over`
 ========================= ===========================================
@@ -21,17 +20,16 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any, Final, Literal
 
 import structlog
 
-__all__ = ["ANSWERS", "CLOSED", "CUT", "EXIT_STUCK", "HAND_OVER", "MARGIN", "Stop", "end", "watch_over"]
+__all__ = ["ANSWERS", "CUT", "EXIT_STUCK", "HAND_OVER", "MARGIN", "Stop", "end", "until_drained", "watch_over"]
 
 log = structlog.get_logger()
 HAND_OVER: Final = 1.5
 ANSWERS: Final = 2.0
-CLOSED: Final = 3.0
 CUT: Final = 3.5
 MARGIN: Final = 5.0
 EXIT_STUCK: Final = 4
@@ -78,6 +76,24 @@ class Stop(asyncio.Event):
         if self._asked_at is None:
             return whole
         return max(0.0, self._asked_at + whole - time.monotonic())
+
+
+async def until_drained(stop: Stop, work: Coroutine[Any, Any, None], *, seconds: float = END_SECONDS) -> None:
+    """Run ``work``, which ends by itself after ``stop``; cancel it when the drain time is over.
+
+    It then has ``seconds`` to tidy up, and as long again when it is cancelled a second time.
+    """
+    task, asked = asyncio.create_task(work), asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({task, asked}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            await asyncio.wait({task}, timeout=stop.left())
+        if not task.done():
+            log.warning("work did not end within the drain time and is cut", drain=stop.drain)
+    finally:
+        await end(task, asked, seconds=seconds)
+    if task.done() and not task.cancelled():
+        task.result()
 
 
 async def end(*tasks: asyncio.Task[Any], seconds: float = END_SECONDS) -> None:

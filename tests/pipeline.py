@@ -50,9 +50,9 @@ def ask(
     )
 
 
-async def enqueue(broker: Broker, request: Request) -> None:
+async def enqueue(broker: Broker, request: Request, pool: str = "default") -> None:
     """Put a request into the work queue."""
-    await broker.publish_stored(request_subject("default", request.generation), msgspec.json.encode(request))
+    await broker.publish_stored(request_subject(pool, request.generation), msgspec.json.encode(request))
 
 
 async def raw_log(broker: Broker, request: Request) -> list[AnyEvent]:

@@ -23,7 +23,7 @@ __all__ = [
 
 NATS: Final = "nats-server"
 DRAIN: Final = 2.0
-"""Seconds for which what runs may go on after Ctrl-C, unless a setting says otherwise: a person waits for the prompt."""
+"""Seconds for which what runs may go on after Ctrl-C, unless a setting says otherwise: somebody waits for it."""
 BROKER_GRACE: Final = 10.0
 BEYOND_MARGIN: Final = 1.0
 _OWN_VARIABLES: Final = frozenset(
@@ -195,18 +195,19 @@ def _python_service(
 def _grace(service: str, env: Mapping[str, str], config: Mapping[str, Any]) -> float:
     """Return the seconds after which a service that was told to stop is killed: more than it takes in any case.
 
-    Delivery with workers has their bound and its own. A value that is no number is told by the service itself.
+    Delivery with workers has their bound and its own.
     """
-    drain = _number(env.get(f"TAILRACE_{service.upper()}_DRAIN"), config, service, "drain", DRAIN)
-    workers = (
-        _number(env.get("TAILRACE_DELIVERY_WORKERS"), config, service, "workers", 1) if service == "delivery" else 1
-    )
-    return drain + (MARGIN + BEYOND_MARGIN) * (2 if workers > 1 else 1)
+    drain = _number(env, config, service, "drain", DRAIN)
+    has_workers = service == "delivery" and _number(env, config, service, "workers", 1) > 1
+    return drain + (MARGIN + BEYOND_MARGIN) * (2 if has_workers else 1)
 
 
-def _number(variable: str | None, config: Mapping[str, Any], table: str, key: str, default: float) -> float:
-    section = config.get(table)
-    value = variable or (section.get(key) if isinstance(section, dict) else None)
+def _number(env: Mapping[str, str], config: Mapping[str, Any], service: str, field: str, default: float) -> float:
+    """Return a setting as the service will read it; ``default`` for one that is missing, or that it will refuse."""
+    section = config.get(service)
+    value = env.get(f"TAILRACE_{service.upper()}_{field.upper()}")
+    if value is None and isinstance(section, dict):
+        value = section.get(field)
     try:
         return default if value is None else float(value)
     except (TypeError, ValueError):

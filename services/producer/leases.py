@@ -7,12 +7,16 @@ asks whoever has begun it before it does so itself.
 """
 
 import asyncio
+from contextlib import suppress
 from typing import Final
 
+import nats.errors
 import structlog
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
 
-from schemas.control import HELD, holder_question
-from schemas.subjects import Address, control_subject
+from schemas.holders import HELD, asked_claim, holder_question
+from schemas.subjects import Address, holder_subject
 from services.kit.broker import Broker, BrokerUnavailable
 from services.producer import metrics
 from services.producer.adapters.publisher import Lease, Publisher
@@ -33,13 +37,14 @@ SETTLE_SECONDS: Final = 2.0
 class Held:
     """A request that this process holds. ``claim``: what says that it was begun here; ``None`` before."""
 
-    __slots__ = ("address", "claim", "lease", "reply")
+    __slots__ = ("address", "claim", "lease", "questions", "reply")
 
     def __init__(self, address: Address, reply: str, lease: Lease) -> None:
         self.address = address
         self.reply = reply
         self.lease = lease
         self.claim: Tried | None = None
+        self.questions: Subscription | None = None
 
 
 class Leases:
@@ -69,10 +74,26 @@ class Leases:
         held = self._held[address] = Held(address, reply, lease)
         return held
 
-    def release(self, held: Held) -> None:
+    async def begun(self, held: Held, claim: Tried) -> None:
+        """Note that a request has been begun here, and answer from now on that it is held."""
+        held.claim = claim
+
+        async def answer(msg: Msg) -> None:
+            if asked_claim(msg.data) == claim.seq and await self.confirm(held):
+                await self._broker.publish(msg.reply, HELD)
+
+        address = held.address
+        subject = holder_subject(address.tenant, address.session, address.generation)
+        held.questions = await self._broker.subscribe(subject, answer)
+
+    async def release(self, held: Held) -> None:
         """Hold a request no more; a successor's place stays."""
         if self._held.get(held.address) is held:
             del self._held[held.address]
+        questions, held.questions = held.questions, None
+        if questions is not None:
+            with suppress(nats.errors.Error):  # the connection is closed, and with it the subscription
+                await questions.unsubscribe()
 
     def everything(self) -> list[Held]:
         """Return all that is held."""
@@ -84,18 +105,15 @@ class Leases:
             await asyncio.sleep(self._seconds / 3)
             await asyncio.gather(*(self._renew(held) for held in self.everything()))
 
-    async def confirm(self, address: Address, seq: int) -> bool:
-        """Answer another producer that was given a request, and finds it begun as ``seq`` says: is it held here?"""
-        held = self._held.get(address)
-        if held is None or held.claim is None or held.claim.seq != seq:
-            return False
+    async def confirm(self, held: Held) -> bool:
+        """Tell whether a request is still held; a lease that has lapsed is renewed first, if that can be."""
         if held.lease.is_over():
             try:
                 async with asyncio.timeout(CONFIRM_SECONDS):
                     await self._renew(held)
             except TimeoutError:
                 return False
-        return not held.lease.is_over()
+        return self._held.get(held.address) is held and not held.lease.is_over()
 
     async def is_held_elsewhere(self, address: Address, claim: Tried) -> bool:
         """Ask the producer that has begun a request, as ``claim`` says, whether it goes on with it.
@@ -103,7 +121,7 @@ class Leases:
         One that has died does not answer. One that was cut off together with this process may come back a little later.
         """
         loop = asyncio.get_running_loop()
-        subject = control_subject(address.tenant, address.session, address.generation)
+        subject = holder_subject(address.tenant, address.session, address.generation)
         while True:
             try:
                 answer = await self._broker.request(subject, holder_question(claim.seq), timeout=ASK_SECONDS)

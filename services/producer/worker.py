@@ -9,7 +9,7 @@ from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.js.errors import APIError
 
-from schemas.control import CANCEL, HEARD, HELD, OVER, OVER_BUDGET, asked_claim
+from schemas.control import CANCEL, HEARD, OVER, OVER_BUDGET
 from schemas.requests import Request
 from schemas.subjects import control_subject, dead_subject, lane_of
 from services.kit.broker import BrokerUnavailable
@@ -163,7 +163,7 @@ class Worker:
         finally:
             if self.running.get(msg.reply) is relay:
                 del self.running[msg.reply]
-            self.leases.release(held)
+            await self.leases.release(held)
             # Whose lease has run out has no say any more: any answer would count for the producer that runs it now.
             if answer is not None and not lease.is_over():
                 await self._publish(msg.reply, answer)
@@ -185,7 +185,8 @@ class Worker:
                 await self._tries.finish(relay.address, before)
                 await self._bury(msg, "max_deliver")
                 return None
-            now = held.claim = await self._tries.begin(relay.address, attempt, before)
+            now = await self._tries.begin(relay.address, attempt, before)
+            await self.leases.begun(held, now)
             if await relay.run():
                 await self._tries.finish(relay.address, now)
         except HandBack:
@@ -233,10 +234,6 @@ class Worker:
         async def control(msg: Msg) -> None:
             if relay.ended:
                 await self._publish(msg.reply, OVER)
-                return
-            if (claim := asked_claim(msg.data)) is not None:
-                if await self.leases.confirm(relay.address, claim):
-                    await self._publish(msg.reply, HELD)
                 return
             if msg.data == CANCEL:
                 relay.interrupt(Interruption("cancelled", "requested"))

@@ -193,7 +193,7 @@ async def _no_heartbeat(_held: Held) -> None:
     """What a producer does that is cut off from its queue."""
 
 
-async def _no_answer(_address: Address, _seq: int) -> bool:
+async def _no_answer(_held: Held) -> bool:
     """What a producer answers that nobody reaches."""
     await asyncio.Event().wait()
     raise AssertionError

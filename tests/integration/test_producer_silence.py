@@ -8,10 +8,10 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import pytest
 from prometheus_client import REGISTRY
 
-from schemas.control import HELD, holder_question
 from schemas.events import type_of
+from schemas.holders import HELD, holder_question
 from schemas.requests import Request
-from schemas.subjects import Address, control_subject
+from schemas.subjects import Address, holder_subject
 from schemas.topology import REQUESTS, Topology
 from services.kit.broker import Broker, BrokerUnavailable
 from services.producer.adapters.tries import Tries
@@ -129,7 +129,7 @@ async def test_only_the_producer_that_began_a_request_last_says_that_it_holds_it
     async with providing() as provider, broker_at(own_nats) as broker:
         answer = Answer(provider)
         async with producing(broker, config=config(provider.url), lease=LEASE) as worker:
-            subject = control_subject("default", "s", "g1")
+            subject = holder_subject("default", "s", "g1")
             assert await broker.request(subject, holder_question(0)) is None, "nobody listens yet"
             await enqueue(broker, request)
             await deltas(broker, request)

@@ -32,6 +32,7 @@ FLUSH_SECONDS: Final = 0.001
 A write costs about as much as ten messages in it. A publish after a pause is written at once.
 """
 _CRLF: Final = b"\r\n"
+_PING: Final = b"PING\r\n"
 
 
 def header_number(headers: bytes, name: bytes) -> int | None:
@@ -79,8 +80,11 @@ class RelayClient(Client):
     def abort(self) -> None:
         """Break the connection to the server; what it has not taken yet is lost."""
         writer = getattr(self._transport, "_io_writer", None)
-        if writer is not None:
-            writer.transport.abort()
+        if writer is None:
+            return
+        transport = writer.transport
+        if not transport.is_closing() or transport.get_write_buffer_size():  # one that is gone cannot be broken
+            transport.abort()
 
     async def _flush_pending(self, force_flush: bool = False) -> Any:
         try:
@@ -96,6 +100,14 @@ class RelayClient(Client):
     def _is_lost(self) -> bool:
         writer = getattr(self._transport, "_io_writer", None)
         return writer is None or writer.is_closing()
+
+    async def _send_ping(self, future: asyncio.Future[bool] | None = None) -> None:
+        # The library writes it past what waits to be sent, of which the answer then says nothing.
+        self._loop = self._loop or asyncio.get_running_loop()
+        self._pongs.append(future or self._loop.create_future())
+        self._pending.append(_PING)
+        self._pending_data_size += len(_PING)
+        self._flush_soon()  # and not later than a server that takes nothing: pings are what finds it out
 
     async def _process_pong(self) -> None:
         # Whoever waited may have been cancelled; the library would lose the connection over that.

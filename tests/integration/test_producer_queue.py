@@ -247,7 +247,7 @@ async def test_a_lost_lease_of_a_silent_answer_that_is_just_told_to_stall_ends_n
 
 
 async def test_a_zombie_that_still_believes_in_its_lease_is_not_accepted(broker: Broker, nats_url: str) -> None:
-    request = ask("g1", params={"tokens": 400, "tokens_per_second": 60})
+    request = ask("g1", params={"tokens": 120, "tokens_per_second": 15})
     await broker.apply(SHORT_LEASE)
     async with Broker.connect(nats_url, "test-other") as other_broker, producing(broker, slots=1, lease=1.5) as zombie:
         zombie.leases._renew = _no_heartbeat  # type: ignore[method-assign]  # the fault

@@ -74,6 +74,7 @@ def _producer(topology: Topology) -> Permissions:
         publish=(
             "tokens.>",
             "presence.*.*.*",
+            "holder.*.*.*",
             *(f"dead.{lane}.*" for lane in lanes),
             *_written(BUCKET, ">"),
             *_written(REGISTRY_BUCKET, "pool.*", "circuit.>"),
@@ -84,7 +85,7 @@ def _producer(topology: Topology) -> Permissions:
             *(f"$JS.API.CONSUMER.MSG.NEXT.{REQUESTS}.{producers_durable(lane)}" for lane in lanes),
             *(f"$JS.ACK.{REQUESTS}.{producers_durable(lane)}.>" for lane in lanes),
         ),
-        subscribe=(_inbox("producer"), "control.*.*.*"),
+        subscribe=(_inbox("producer"), "control.*.*.*", "holder.*.*.*"),
         replies=True,
     )
 

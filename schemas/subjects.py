@@ -18,6 +18,7 @@ __all__ = [
     "dead_subject",
     "deleted_subject",
     "generation_key",
+    "holder_subject",
     "lane_of",
     "live_filter",
     "log_filter",
@@ -169,6 +170,15 @@ def control_subject(tenant: str, session: str, generation: str) -> str:
         InvalidName: a name cannot stand in a subject.
     """
     return f"control.{_one_generation(tenant, session, generation)}"
+
+
+def holder_subject(tenant: str, session: str, generation: str) -> str:
+    """Return the core subject on which a producer is asked whether it runs a generation.
+
+    Raises:
+        InvalidName: a name cannot stand in a subject.
+    """
+    return f"holder.{_one_generation(tenant, session, generation)}"
 
 
 def presence_subject(tenant: str, session: str, generation: str) -> str:

@@ -73,7 +73,7 @@ async def consuming(
                 scope[PRINCIPAL] = stage.principal
                 await litestar(scope, receive, send)
 
-            async with serving(app, "127.0.0.1", port, grace=2):
+            async with serving(app, "127.0.0.1", port, grace=lambda: 2):
                 try:
                     yield stage
                 finally:

@@ -63,7 +63,7 @@ async def delivering(url: str, *, shared: Shared | None = None, **settings: Any)
                 build_app(hub, shared, own, authenticator),
                 own.host,
                 own.port,
-                grace=2,
+                grace=lambda: 2,
                 message_bytes=own.max_body + ENVELOPE,
             ),
             httpx.AsyncClient(timeout=SILENCE) as http,

@@ -84,7 +84,7 @@ async def serving_calls(
         consumers = Consumers(hub, ConsumerLimits())
         delivery = Delivery(hub, Streams(hub, lookups), lookups, intake, consumers, authenticate)
 
-        async with serving_grpc(delivery, "127.0.0.1", 0, **{"grace": 2.0} | options) as port:
+        async with serving_grpc(delivery, "127.0.0.1", 0, **{"grace": lambda: 2.0} | options) as port:
             sweeper = asyncio.create_task(hub.run())
             try:
                 yield GrpcStage(hub, broker, delivery, port)

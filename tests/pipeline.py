@@ -17,6 +17,7 @@ from schemas.subjects import Address, request_subject, token_subject
 from schemas.topology import token_stream
 from services.kit.broker import Broker, BrokerUnavailable
 from services.kit.clock import Clock, SystemClock
+from services.kit.shutdown import Stop, end
 from services.producer.adapters.circuits import Circuits
 from services.producer.adapters.publisher import Publisher
 from services.producer.adapters.records import Records
@@ -49,9 +50,9 @@ def ask(
     )
 
 
-async def enqueue(broker: Broker, request: Request) -> None:
+async def enqueue(broker: Broker, request: Request, pool: str = "default") -> None:
     """Put a request into the work queue."""
-    await broker.publish_stored(request_subject("default", request.generation), msgspec.json.encode(request))
+    await broker.publish_stored(request_subject(pool, request.generation), msgspec.json.encode(request))
 
 
 async def raw_log(broker: Broker, request: Request) -> list[AnyEvent]:
@@ -129,17 +130,16 @@ async def producing(
             partitions=1,
         )
         worker = Worker(outside, "default", slots, lease, max_deliver)
-        stop = asyncio.Event()
+        stop = Stop(drain)
         async with asyncio.TaskGroup() as group:
             work = (publisher.watch(), records.write(), circuits.follow())
             background = [group.create_task(each) for each in work]
-            running = group.create_task(worker.run(stop, drain))
+            running = group.create_task(worker.run(stop))
             try:
                 yield worker
             finally:
                 stop.set()
                 await asyncio.wait({running})
-                for task in background:
-                    task.cancel()
+                await end(*background)
                 await late_usage.close()
                 await records.flush()

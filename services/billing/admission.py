@@ -21,6 +21,7 @@ from services.billing.errors import LedgerUnavailable
 from services.billing.terms import CurrentTerms
 from services.kit.broker import Broker, BrokerUnavailable
 from services.kit.clock import Clock
+from services.kit.shutdown import end
 
 __all__ = ["Admission"]
 
@@ -60,9 +61,7 @@ class Admission:
             for task in done:
                 task.result()
         finally:
-            deciding.cancel()
-            watching.cancel()
-            await asyncio.gather(deciding, watching, return_exceptions=True)
+            await end(deciding, watching)
             if not self._broker.client.is_closed:
                 for subscription in subscriptions:
                     await subscription.unsubscribe()

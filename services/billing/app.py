@@ -24,7 +24,7 @@ from services.billing.adapters.reports import Reports
 from services.billing.adapters.tail import Tail
 from services.billing.admission import Admission
 from services.billing.api import build_api
-from services.billing.consumer import Consumer
+from services.billing.consumer import RELEASE_SECONDS, Consumer
 from services.billing.core.charging import Basis, CallBasis, Charging
 from services.billing.core.reconciliation import Policy, Tolerance
 from services.billing.deliveries import DeliveryReports
@@ -39,6 +39,7 @@ from services.kit.clock import SystemClock
 from services.kit.http import serving
 from services.kit.request_head import BodyLimit
 from services.kit.settings import SettingsError, Shared, load_settings, own_tls
+from services.kit.shutdown import ANSWERS, Stop, until_drained
 from services.kit.telemetry import configure_logging, describe_service
 
 __all__ = ["Settings", "main"]
@@ -58,7 +59,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ``tolerance_absolute`` and ``tolerance_relative``: counted and reported match when they differ by no more than the
     larger of the two. ``grace``: how long a provider may take to report. ``batch``, ``interval``: a transaction holds
     at most so many events and begins at most so long after the first of them. ``hold``: how long after a crash of the
-    process that reads a partition another one takes over. ``max_body``: bytes of a price file or an export.
+    process that reads a partition another one takes over. ``max_body``: bytes of a price file or an export. ``drain``:
+    how long the batch at hand may take after SIGTERM.
 
     ``reservation``: how long what was reserved in a budget waits for a generation that does not begin.
 
@@ -88,6 +90,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     batch: Annotated[int, msgspec.Meta(ge=1, le=20_000)] = 10_000
     interval: Annotated[float, msgspec.Meta(gt=0, le=10)] = 0.5
     hold: Annotated[float, msgspec.Meta(ge=1)] = 5.0
+    drain: Annotated[float, msgspec.Meta(ge=0)] = 5.0
     reservation: Positive = 3_600.0
     connections: Annotated[int, msgspec.Meta(ge=1)] = 512
     max_body: Annotated[int, msgspec.Meta(ge=1_024)] = 67_108_864
@@ -143,7 +146,7 @@ def _tolerance(text: str) -> Tolerance:
     return made
 
 
-async def main(stop: asyncio.Event, env: Mapping[str, str] = os.environ) -> None:
+async def main(stop: Stop, env: Mapping[str, str] = os.environ) -> None:
     """Run the service until ``stop`` is set.
 
     Raises:
@@ -152,6 +155,7 @@ async def main(stop: asyncio.Event, env: Mapping[str, str] = os.environ) -> None
         BrokerUnavailable: no broker answers.
     """
     shared, settings = load_settings(Settings, "billing", env)
+    stop.drain = settings.drain
     configure_logging("billing", shared.log_level, shared.log_format)
     describe_service("billing", shared.described())
     url = database_url(settings.database_url) if settings.database_url else sqlite_url(f"{shared.data}/billing.db")
@@ -184,17 +188,22 @@ async def main(stop: asyncio.Event, env: Mapping[str, str] = os.environ) -> None
                 settings.host,
                 settings.port,
                 connections=settings.connections,
+                grace=lambda: stop.left(ANSWERS),
                 tls=own_tls("billing", settings.tls_cert, settings.tls_key),
             ),
         ):
             log.info("billing listens", host=settings.host, port=settings.port, database=url.get_backend_name())
-            if not await _prepared(engine, prices, settings, stop):
-                return
-            migrated.set()
-            async with asyncio.TaskGroup() as group:
-                group.create_task(admission.run(stop), name="budgets")
-                group.create_task(DeliveryReports(broker, Deliveries(engine)).run(stop), name="deliveries")
-                group.create_task(_consume(broker, ledger, shared, settings, terms, stop), name="consumers")
+
+            async def work() -> None:
+                if not await _prepared(engine, prices, settings, stop):
+                    return
+                migrated.set()
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(admission.run(stop), name="budgets")
+                    group.create_task(DeliveryReports(broker, Deliveries(engine)).run(stop), name="deliveries")
+                    group.create_task(_consume(broker, ledger, shared, settings, terms, stop), name="consumers")
+
+            await until_drained(stop, work(), seconds=RELEASE_SECONDS)
     log.info("billing has stopped")
 
 
@@ -206,7 +215,7 @@ async def _load_prices(prices: Prices, settings: Settings) -> None:
 
 
 async def _consume(
-    broker: Broker, ledger: Ledger, shared: Shared, settings: Settings, terms: CurrentTerms, stop: asyncio.Event
+    broker: Broker, ledger: Ledger, shared: Shared, settings: Settings, terms: CurrentTerms, stop: Stop
 ) -> None:
     """Read every partition that there is: also those beyond the present number, and those that appear later."""
     topology = shared.topology()
@@ -233,7 +242,7 @@ async def _existing(broker: Broker) -> set[int]:
         return set()
 
 
-async def _prepared(engine: AsyncEngine, prices: Prices, settings: Settings, stop: asyncio.Event) -> bool:
+async def _prepared(engine: AsyncEngine, prices: Prices, settings: Settings, stop: Stop) -> bool:
     """Bring schema and price book up to date, waiting for the database; ``False`` when stopped before.
 
     Raises:

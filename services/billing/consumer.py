@@ -32,6 +32,7 @@ from services.billing.sweep import Sweep, tell
 from services.billing.terms import CurrentTerms
 from services.kit.broker import BrokerUnavailable
 from services.kit.clock import Clock
+from services.kit.shutdown import end
 
 __all__ = ["Consumer"]
 
@@ -41,6 +42,8 @@ CACHED: Final = 50_000
 SWEEP_SECONDS: Final = 2.0
 _BACKOFF: Final = tenacity.wait_random_exponential(multiplier=0.2, max=5.0)
 _PAUSE: Final = 0.5
+RELEASE_SECONDS: Final = 1.0
+"""How long giving up the hold may take; after that it expires by itself."""
 
 
 class Consumer:
@@ -131,7 +134,7 @@ class Consumer:
 
     async def _release(self) -> None:
         try:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(RELEASE_SECONDS):
                 await self.ledger.release(self.partition)
         except (LedgerUnavailable, TimeoutError) as error:
             log.warning("hold not given up; it expires", partition=self.partition, error=str(error))
@@ -152,8 +155,7 @@ class Consumer:
                     return
         finally:
             if ahead is not None:
-                ahead.cancel()
-                await asyncio.gather(ahead, return_exceptions=True)
+                await end(ahead)
 
     async def _take(self, pulled: Pulled) -> bool:
         """Apply and acknowledge a pull; ``False`` when the stream has been made anew."""

@@ -1,6 +1,5 @@
 """``python -m services.billing rebuild``: every partition folded anew from the log, while billing is stopped."""
 
-import asyncio
 import os
 import secrets
 import sys
@@ -18,12 +17,13 @@ from services.billing.terms import CurrentTerms
 from services.kit.broker import Broker
 from services.kit.clock import SystemClock
 from services.kit.settings import Shared, load_settings
+from services.kit.shutdown import Stop
 from services.kit.telemetry import configure_logging
 
 __all__ = ["describe", "main", "rebuild_all"]
 
 
-async def main(_stop: asyncio.Event, env: Mapping[str, str] = os.environ) -> None:
+async def main(_stop: Stop, env: Mapping[str, str] = os.environ) -> None:
     """Rebuild, and write a line for each partition.
 
     Raises:

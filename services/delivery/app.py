@@ -51,6 +51,7 @@ from services.kit.clock import SystemClock
 from services.kit.http import probes, serving
 from services.kit.problem import EXCEPTION_HANDLERS
 from services.kit.settings import SettingsError, Shared, load_settings, own_tls
+from services.kit.shutdown import ANSWERS, HAND_OVER, Stop, end
 from services.kit.telemetry import configure_logging, describe_service
 from services.kit.tls import ServerTls
 
@@ -147,7 +148,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return ConsumerLimits(consumers=self.consumers, inactive=self.consumer_inactive, dead=self.consumer_dead)
 
 
-async def main(stop: asyncio.Event, *, worker: int | None = None) -> None:
+async def main(stop: Stop, *, worker: int | None = None) -> None:
     """Run delivery until ``stop``, then end all streams with a resumable notice.
 
     ``worker``: the number of this process among those that share the ports; its probes have a port of their own too.
@@ -158,6 +159,7 @@ async def main(stop: asyncio.Event, *, worker: int | None = None) -> None:
         PortTaken: the port is in use.
     """
     shared, settings = load_settings(Settings, "delivery", os.environ)
+    stop.drain = settings.drain
     configure_logging("delivery", shared.log_level, shared.log_format)
     describe_service("delivery", shared.described())
     tls = own_tls("delivery", settings.tls_cert, settings.tls_key)
@@ -177,20 +179,22 @@ async def main(stop: asyncio.Event, *, worker: int | None = None) -> None:
                 settings.host,
                 settings.port,
                 connections=settings.connections,
+                grace=lambda: stop.left(ANSWERS),
                 tls=tls,
                 shared=worker is not None,
                 message_bytes=settings.max_body + ENVELOPE,
             ),
-            _serving_grpc(hub, shared, settings, authenticator, consumers, tls, shared_port=worker is not None),
-            _own_probes(hub, settings, worker),
+            _serving_grpc(hub, shared, settings, authenticator, consumers, tls, stop, shared_port=worker is not None),
+            _own_probes(hub, settings, worker, stop),
             asyncio.TaskGroup() as group,
         ):
             sweeper = group.create_task(hub.run())
-            group.create_task(delivered.run(drained))
+            reporting = group.create_task(delivered.run(drained))
             await stop.wait()
-            await hub.drain(settings.drain)
-            sweeper.cancel()
+            await hub.drain(stop.left())
             drained.set()
+            await asyncio.wait({reporting}, timeout=stop.left(HAND_OVER))
+            await end(sweeper, reporting)
 
 
 def _compare_limits(max_body: int, broker: Broker) -> None:
@@ -213,6 +217,7 @@ async def _serving_grpc(
     authenticator: Authenticator,
     consumers: Consumers,
     tls: ServerTls | None,
+    stop: Stop,
     *,
     shared_port: bool,
 ) -> AsyncIterator[None]:
@@ -238,19 +243,21 @@ async def _serving_grpc(
         max_request=request_limit(settings.max_body, hub.broker.client.max_payload).size,
         calls=settings.connections,
         lifetime=settings.lifetime,
+        grace=lambda: stop.left(ANSWERS),
         shared=shared_port,
     ):
         yield
 
 
 @asynccontextmanager
-async def _own_probes(hub: Hub, settings: Settings, worker: int | None) -> AsyncIterator[None]:
+async def _own_probes(hub: Hub, settings: Settings, worker: int | None, stop: Stop) -> AsyncIterator[None]:
     """Answer probes on a port that no other worker has, while the block runs."""
     if worker is None:
         yield
         return
     app = Litestar([probes({"broker": hub.is_ready})], openapi_config=None, logging_config=None)
-    async with serving(app, settings.host, settings.workers_port + worker, connections=64):
+    port, grace = settings.workers_port + worker, lambda: stop.left(ANSWERS)
+    async with serving(app, settings.host, port, connections=64, grace=grace):
         yield
 
 

@@ -131,7 +131,7 @@ class Delivered:
         )
         try:
             await self._publish(delivered_subject(*place), encode_delivered(report))
-        except (BrokerUnavailable, nats.errors.Error):
+        except (BrokerUnavailable, nats.errors.Error, asyncio.CancelledError):
             counter.reported = False
             raise
         except InvalidName as error:

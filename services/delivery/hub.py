@@ -30,6 +30,7 @@ from services.delivery.subscriber import Subscriber
 from services.kit.auth.principal import Principal
 from services.kit.broker import Broker, BrokerUnavailable, StreamState
 from services.kit.clock import Clock
+from services.kit.shutdown import end
 
 __all__ = ["Hub"]
 
@@ -38,6 +39,8 @@ SWEEP_SECONDS: Final = 1.0
 SETTLE_FEEDS_SECONDS: Final = 2.0
 """How often what was sent is counted for billing, while streams go on."""
 STATE_SECONDS: Final = 1.0
+CLOSE_SECONDS: Final = 0.5
+"""How long the broker may take to hear that sessions are followed no more."""
 SETTLE_SECONDS: Final = 60.0
 
 
@@ -223,8 +226,10 @@ class Hub:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self.connections.quiet.wait()
-        for feed in list(self._feeds.values()):
-            await feed.close()
+        closing = [asyncio.create_task(feed.close()) for feed in self._feeds.values()]
+        if closing:  # the broker may take nothing any more
+            await asyncio.wait(closing, timeout=CLOSE_SECONDS)
+        await end(*closing, *self._tasks)
 
     async def _open(self, tenant: str, session: str) -> Feed:
         issuer = await self.issuer(tenant, session)

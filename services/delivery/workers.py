@@ -21,6 +21,7 @@ from services.delivery import app, metrics
 from services.kit.http import PortTaken, check_port, probes, serving
 from services.kit.lifecycle import EXIT_USAGE
 from services.kit.settings import SettingsError, load_settings
+from services.kit.shutdown import ANSWERS, MARGIN, Stop
 from services.kit.telemetry import configure_logging
 
 __all__ = ["main", "restart_delay"]
@@ -28,7 +29,9 @@ __all__ = ["main", "restart_delay"]
 log = structlog.get_logger()
 FLAG: Final = "--worker"
 HEALTHY_AFTER: Final = 60.0
-GRACE_BEYOND_DRAIN: Final = 15.0
+PROBE_SECONDS: Final = 1.0
+WORKER_SECONDS: Final = MARGIN + 1.0
+"""Seconds beyond the drain time after which a worker is killed: it should have ended by itself within `MARGIN`."""
 
 
 def restart_delay(crashes: int) -> float:
@@ -36,7 +39,7 @@ def restart_delay(crashes: int) -> float:
     return float(min(8.0, 0.25 * 2 ** min(crashes - 1, 5)))
 
 
-async def main(stop: asyncio.Event) -> None:
+async def main(stop: Stop) -> None:
     """Run delivery until ``stop``: in this process, or as the one that watches over its workers.
 
     Raises:
@@ -67,18 +70,24 @@ def _own_number(arguments: list[str]) -> int | None:
             raise SettingsError([f"{' '.join(arguments)}: delivery takes no arguments, only variables TAILRACE_…"])
 
 
-async def _watch_over(settings: app.Settings, stop: asyncio.Event) -> None:
-    workers = [_Worker(number, settings.drain + GRACE_BEYOND_DRAIN) for number in range(1, settings.workers + 1)]
+async def _watch_over(settings: app.Settings, stop: Stop) -> None:
+    stop.drain = settings.drain + WORKER_SECONDS
+    workers = [_Worker(number, stop.drain) for number in range(1, settings.workers + 1)]
 
     async def all_run() -> bool:
         return all(worker.runs for worker in workers)
 
     litestar = Litestar([probes({"workers": all_run})], openapi_config=None, logging_config=None)
     with _reserved(settings):
-        async with serving(litestar, settings.host, settings.workers_port, connections=64):
+        grace = lambda: min(PROBE_SECONDS, stop.left(ANSWERS))  # noqa: E731  # asked on the way out
+        async with serving(litestar, settings.host, settings.workers_port, connections=64, grace=grace):
             tasks = [asyncio.create_task(worker.run(stop)) for worker in workers]
             try:
                 await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            except asyncio.CancelledError:  # nobody waits any longer: they are killed
+                for task in tasks:
+                    task.cancel()
+                raise
             finally:
                 stop.set()
                 await asyncio.gather(*tasks, return_exceptions=True)
@@ -121,7 +130,7 @@ class _Worker:
         """Whether a process is there now."""
         return self._process is not None and self._process.returncode is None
 
-    async def run(self, stop: asyncio.Event) -> None:
+    async def run(self, stop: Stop) -> None:
         """Keep the worker running until ``stop``, then end it.
 
         Raises:
@@ -140,9 +149,10 @@ class _Worker:
             metrics.WORKER_RESTARTS.inc()
             log.warning("worker ended, will be started again", worker=self.number, code=code, seconds=delay)
             with suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), delay)
+                async with asyncio.timeout(delay):
+                    await stop.wait()
 
-    async def _run_once(self, stop: asyncio.Event) -> int:
+    async def _run_once(self, stop: Stop) -> int:
         # Its standard input is a pipe that nobody writes to: it ends when we do, however we end.
         process = self._process = await asyncio.create_subprocess_exec(
             sys.executable,
@@ -173,7 +183,7 @@ class _Worker:
 
 
 @asynccontextmanager
-async def _ending_with_the_starter(stop: asyncio.Event) -> AsyncIterator[None]:
+async def _ending_with_the_starter(stop: Stop) -> AsyncIterator[None]:
     """Set ``stop`` when the process that started this one is gone: the other end of standard input is closed then."""
     loop = asyncio.get_running_loop()
 

@@ -6,7 +6,7 @@ Hot paths use callbacks, never iterators.
 import asyncio
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import Any, Final, Self
 from urllib.parse import urlsplit
 
@@ -25,6 +25,8 @@ log = structlog.get_logger()
 
 Callback = Callable[[Msg], Awaitable[None]]
 PENDING_BYTES: Final = 8 * 1024 * 1024
+CLOSE_SECONDS: Final = 0.5
+"""How long the server may take the last of what was written to it; a frozen one takes nothing."""
 
 _PERSISTENT: Final[dict[str, Any]] = {
     "max_reconnect_attempts": -1,
@@ -107,9 +109,7 @@ class Connection:
             yield self
         finally:
             self._closing = True
-            if not client.is_closed:
-                with suppress(nats.errors.Error, OSError, RuntimeError):  # a connection being lost takes no write
-                    await _close(client)
+            await _close(client)
 
     @property
     def is_connected(self) -> bool:
@@ -165,6 +165,10 @@ class Connection:
         """End a subscription made by `listen`."""
         await self.client.unlisten(subscription)
 
+    async def leave(self, subscription: Subscription, seconds: float) -> None:
+        """End a subscription once all is handled that the broker had sent, after ``seconds`` in any case."""
+        await self.client.leave(subscription, seconds)
+
     def send(self, subject: str, data: bytes, reply: str) -> None:
         """Publish on a valid subject with the next flush, the acknowledgement to ``reply``; only while connected.
 
@@ -204,13 +208,22 @@ class Connection:
 
 
 async def _close(client: RelayClient) -> None:
+    """Close the connection; break it off where the server takes nothing any more."""
     try:
-        await client.close()
+        async with asyncio.timeout(CLOSE_SECONDS):
+            if not client.is_closed:
+                await client.close()
+    except TimeoutError:
+        log.warning("broker did not take the last of what was written to it")
+    except (nats.errors.Error, OSError, RuntimeError):
+        return  # a connection being lost takes no write
     except asyncio.CancelledError:
         # The library stops its reconnecting, which may wait for the same socket, and so cancels its own waiting too.
         task = asyncio.current_task()
         if task is None or task.cancelling():
             raise
+    finally:
+        client.abort()
 
 
 def _hide(url: str) -> str:

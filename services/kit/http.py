@@ -11,12 +11,16 @@ from litestar import MediaType, Response, Router, get
 
 from services.kit.http1 import HEAD_BYTES, Http1Server
 from services.kit.http2 import serving_http2
+from services.kit.shutdown import end
 from services.kit.tls import ServerTls
 
 __all__ = ["HEAD_BYTES", "PortTaken", "check_port", "probes", "serving"]
 
 Check = Callable[[], Awaitable[bool]]
+Grace = Callable[[], float]
+"""Returns for how many seconds more open answers may go on; asked when they are to end."""
 HANDSHAKE_SECONDS: Final = 10.0
+GRACE_SECONDS: Final = 10.0
 UNSENT_BYTES: Final = 128 * 1024
 
 
@@ -45,7 +49,7 @@ async def serving(
     port: int,
     *,
     connections: int = 4_096,
-    grace: float = 10.0,
+    grace: Grace = lambda: GRACE_SECONDS,
     tls: ServerTls | None = None,
     shared: bool = False,
     message_bytes: int = 65_536,
@@ -54,8 +58,8 @@ async def serving(
 
     HTTP/2 is chosen by ALPN with ``tls``, and by prior knowledge without. ``shared``: other processes have the port
     too, and the kernel spreads connections over them. On leaving, no new connection is accepted and open answers may
-    end within ``grace`` seconds: the application must have told its streams to end before. ``connections`` bounds
-    concurrent requests. A request's line and headers have at most `HEAD_BYTES` together in HTTP/1.1, and headers
+    end within what ``grace`` returns then: the application must have told its streams to end before. ``connections``
+    bounds concurrent requests. A request's line and headers have at most `HEAD_BYTES` together in HTTP/1.1, and headers
     `services.kit.http2.HEADER_BYTES` in HTTP/2: more is answered with 431. Neither bounds bodies.
     ``message_bytes``: the largest message of a WebSocket.
 
@@ -78,8 +82,9 @@ async def serving(
                 yield
             finally:
                 server.close()
-                await asyncio.gather(http1.close(grace), http2.close(grace))
-                dating.cancel()
+                seconds = grace()
+                await asyncio.gather(http1.close(seconds), http2.close(seconds))
+                await end(dating)
     finally:
         listener.close()
 

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import tempfile
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final, cast
@@ -20,7 +20,7 @@ __all__ = ["Http2Server", "serving_http2"]
 STREAMS_OF_A_CONNECTION: Final = 1_024
 HEADER_BYTES: Final = 65_536
 STARTUP_SECONDS: Final = 10.0
-LAST_SECONDS: Final = 5.0
+LAST_SECONDS: Final = 0.5
 
 
 class Http2Server:
@@ -120,11 +120,11 @@ class _WayIn(_Way):
 
 
 @asynccontextmanager
-async def serving_http2(app: Any, limit: int, *, grace: float, scheme: str) -> AsyncIterator[Http2Server]:
+async def serving_http2(app: Any, limit: int, *, grace: Callable[[], float], scheme: str) -> AsyncIterator[Http2Server]:
     """Serve ``app`` (ASGI) while the block runs; ``limit``: requests at once; ``scheme``: what clients came by.
 
     A connection has at most `STREAMS_OF_A_CONNECTION` streams, a request headers of `HEADER_BYTES`. On leaving, open
-    answers may end within ``grace`` seconds.
+    answers may end within what ``grace`` returns then, in seconds.
     """
 
     def led(scope: Any, receive: Any, send: Any) -> Awaitable[None]:
@@ -147,12 +147,12 @@ async def serving_http2(app: Any, limit: int, *, grace: float, scheme: str) -> A
             http2_settings=HTTP2Settings(max_concurrent_streams=STREAMS_OF_A_CONNECTION, max_headers_size=HEADER_BYTES),
         )
         task = asyncio.create_task(server.serve(), name="http2")
-        await _wait_until_listening(path, task)
         http2 = Http2Server(path, server, task)
         try:
+            await _wait_until_listening(path, task)
             yield http2
         finally:
-            await http2.close(grace)
+            await http2.close(grace())
 
 
 async def _wait_until_listening(path: Path, task: asyncio.Task[None]) -> None:

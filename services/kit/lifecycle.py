@@ -1,12 +1,14 @@
 """Running a service: event loop, signals, exit codes."""
 
 import asyncio
+import atexit
 import gc
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable
-from typing import Final, Literal
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Final, NoReturn
 
 import structlog
 import uvloop
@@ -15,68 +17,130 @@ from services.kit.broker import BrokerUnavailable
 from services.kit.http import PortTaken
 from services.kit.private_files import UMASK
 from services.kit.settings import SettingsError
+from services.kit.shutdown import CUT, MARGIN, Stop, end, watch_over
 
 __all__ = ["EXIT_USAGE", "run_service"]
 
 log = structlog.get_logger()
+EXIT_FAILED: Final = 1
 EXIT_USAGE: Final = 2
 EXIT_UNAVAILABLE: Final = 3
+CUT_AGAIN: Final = 0.3
+STARTING_CUT_AGAIN: Final = 1.0
+GENERATORS_SECONDS: Final = 0.3
 
 
-def run_service(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
+def run_service(main: Callable[[Stop], Awaitable[None]]) -> NoReturn:
     """Run ``main(stop)`` to its end and exit; SIGTERM and SIGINT set ``stop``, and ``main`` then ends by itself.
 
-    While ``main`` still starts, and so does not wait for ``stop`` yet, it is cancelled instead.
+    It has ``stop.drain`` and `CUT` seconds for that; then it is cancelled. A second signal cancels it at once. While
+    ``main`` still starts, and so does not wait for ``stop`` yet, the first signal does. The process ends within
+    ``stop.drain`` and `MARGIN` seconds after the signal in any case.
 
     Files that it creates are its user's alone.
 
-    Exit codes: 0 stopped by wish, 2 wrong settings or a taken port, 3 a part that it needs does not answer.
+    Exit codes: 0 stopped by wish, 1 a fault, 2 wrong settings or a taken port, 3 a part that it needs does not answer,
+    `services.kit.shutdown.EXIT_STUCK` it did not end by itself.
     """
     os.umask(UMASK)
+    loop = uvloop.new_event_loop()
+    asyncio.set_event_loop(loop)
     try:
-        uvloop.run(_run(main))
-    except* (SettingsError, PortTaken) as group:
-        sys.exit(_say(group, EXIT_USAGE))
-    except* BrokerUnavailable as group:
-        sys.exit(_say(group, EXIT_UNAVAILABLE))
+        _leave(loop.run_until_complete(_run(main)))
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        _leave(EXIT_FAILED)
 
 
-def _say(group: BaseExceptionGroup[Exception], code: int) -> int:
-    error: BaseException = group
+async def _run(main: Callable[[Stop], Awaitable[None]]) -> int:
+    stop = Stop()
+    task = asyncio.ensure_future(main(stop))
+    stop.on_set(lambda: _see_to_the_end(task, stop))
+    loop = asyncio.get_running_loop()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, lambda: task.cancel() if stop.is_set() else stop.set())
+    _settle_garbage_collection()
+    try:
+        return await _code(task, stop)
+    finally:
+        await end(*(asyncio.all_tasks() - {asyncio.current_task()}))
+        async with _at_most(GENERATORS_SECONDS):
+            await loop.shutdown_asyncgens()
+
+
+def _see_to_the_end(task: asyncio.Future[None], stop: Stop) -> None:
+    """Cancel ``task`` when its time is over, again and again: a cancellation can get lost in a library."""
+    loop = asyncio.get_running_loop()
+    if not stop.heeded:
+        stop.drain = 0.0  # nothing runs yet
+    watch_over(lambda: stop.left(MARGIN))
+
+    def cut(again: float) -> None:
+        if not task.done():
+            task.cancel()
+            loop.call_later(again, cut, again)
+
+    def overdue() -> None:
+        if not task.done():
+            log.warning("service did not end in time and is cut", drain=stop.drain)
+            cut(CUT_AGAIN)
+
+    if stop.heeded:
+        loop.call_later(stop.left(CUT), overdue)
+    else:  # a broker that does not answer would be waited for, up to half a minute
+        cut(STARTING_CUT_AGAIN)
+
+
+async def _code(task: asyncio.Future[None], stop: Stop) -> int:
+    """Await the service and return its exit code."""
+    await asyncio.wait({task})
+    if task.cancelled() and stop.is_set():
+        return 0
+    try:
+        task.result()
+    except Exception as error:
+        if _is_only(error, SettingsError, PortTaken):
+            return _say(error, EXIT_USAGE)
+        if not _is_only(error, BrokerUnavailable):
+            raise
+        if not stop.is_set():
+            return _say(error, EXIT_UNAVAILABLE)
+        log.warning("broker was away while the service stopped", error=str(_first(error)))
+    return 0
+
+
+def _is_only(error: BaseException, *kinds: type[Exception]) -> bool:
+    """Tell whether an error, or each one in a group of them, is of these kinds."""
+    if isinstance(error, BaseExceptionGroup):
+        return all(_is_only(each, *kinds) for each in error.exceptions)
+    return isinstance(error, kinds)
+
+
+def _first(error: BaseException) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
-    print(f"tailrace: {error}", file=sys.stderr)
+    return error
+
+
+def _say(error: BaseException, code: int) -> int:
+    print(f"tailrace: {_first(error)}", file=sys.stderr)
     return code
 
 
-class _Stop(asyncio.Event):
-    """The wish to stop. ``heeded``: somebody has come to wait for it, and ends the service in order."""
+def _leave(code: int) -> NoReturn:
+    """End the process now: threads that libraries left behind, as one that resolves a name, are not waited for."""
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
+    os._exit(code)
 
-    heeded = False
 
-    async def wait(self) -> Literal[True]:
-        self.heeded = True
-        return await super().wait()
-
-
-async def _run(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
-    stop = _Stop()
-    task = asyncio.ensure_future(main(stop))
-
-    def ask() -> None:
-        stop.set()
-        if not stop.heeded:
-            task.cancel()  # a broker that does not answer would be waited for, up to half a minute
-
-    loop = asyncio.get_running_loop()
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(signum, ask)
-    _settle_garbage_collection()
-    try:
-        await task
-    except asyncio.CancelledError:
-        if not stop.is_set():
-            raise
+@asynccontextmanager
+async def _at_most(seconds: float) -> AsyncIterator[None]:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            yield
 
 
 def _settle_garbage_collection() -> None:

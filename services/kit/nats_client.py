@@ -16,7 +16,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
-__all__ = ["Arrival", "Delivery", "RelayClient", "header_number"]
+__all__ = ["Arrival", "Delivery", "RelayClient", "header_number", "heeding"]
 
 T = TypeVar("T")
 
@@ -32,6 +32,7 @@ FLUSH_SECONDS: Final = 0.001
 A write costs about as much as ten messages in it. A publish after a pause is written at once.
 """
 _CRLF: Final = b"\r\n"
+_PING: Final = b"PING\r\n"
 
 
 def header_number(headers: bytes, name: bytes) -> int | None:
@@ -65,15 +66,29 @@ class RelayClient(Client):
 
     async def request(self, *args: Any, **kwargs: Any) -> Msg:
         """Ask, as the library does, and heed a cancellation that comes at the same moment as the answer."""
-        return await _heeding(super().request(*args, **kwargs))
+        return await heeding(super().request(*args, **kwargs))
 
     async def flush(self, *args: Any, **kwargs: Any) -> None:
         """Wait for the server, as the library does, and heed a cancellation that comes at the same moment."""
-        await _heeding(super().flush(*args, **kwargs))
+        await heeding(super().flush(*args, **kwargs))
+
+    async def _attempt_reconnect(self) -> None:
+        # The library would wait until the server has taken what was written to it: a frozen one never does.
+        self.abort()
+        await super()._attempt_reconnect()
+
+    def abort(self) -> None:
+        """Break the connection to the server; what it has not taken yet is lost."""
+        writer = getattr(self._transport, "_io_writer", None)
+        if writer is None:
+            return
+        transport = writer.transport
+        if not transport.is_closing() or transport.get_write_buffer_size():  # one that is gone cannot be broken
+            transport.abort()
 
     async def _flush_pending(self, force_flush: bool = False) -> Any:
         try:
-            return await super()._flush_pending(force_flush)
+            return await heeding(super()._flush_pending(force_flush))  # which takes a cancellation for the end of it
         except RuntimeError:
             # uvloop says so of a connection that is lost, before the library has noticed: what waits goes out later.
             if not self._is_lost():
@@ -85,6 +100,14 @@ class RelayClient(Client):
     def _is_lost(self) -> bool:
         writer = getattr(self._transport, "_io_writer", None)
         return writer is None or writer.is_closing()
+
+    async def _send_ping(self, future: asyncio.Future[bool] | None = None) -> None:
+        # The library writes it past what waits to be sent, of which the answer then says nothing.
+        self._loop = self._loop or asyncio.get_running_loop()
+        self._pongs.append(future or self._loop.create_future())
+        self._pending.append(_PING)
+        self._pending_data_size += len(_PING)
+        self._flush_soon()  # and not later than a server that takes nothing: pings are what finds it out
 
     async def _process_pong(self) -> None:
         # Whoever waited may have been cancelled; the library would lose the connection over that.
@@ -113,6 +136,24 @@ class RelayClient(Client):
         self._deliveries.pop(subscription._id, None)
         if not self.is_closed:
             await subscription.unsubscribe()
+
+    async def leave(self, subscription: Subscription, seconds: float) -> None:
+        """End a subscription once all is handled that the server had sent, after ``seconds`` in any case.
+
+        The library's way out of one either drops what is on its way, or waits for the server without a bound.
+        """
+        try:
+            async with asyncio.timeout(seconds):
+                if self.is_connected:
+                    await self._send_unsubscribe(subscription._id)
+                    await self.flush()
+                await subscription._pending_queue.join()
+        except (TimeoutError, OSError, nats.errors.Error):
+            pass  # the server is away, and has forgotten the subscription with the connection
+        finally:
+            subscription._closed = True
+            subscription._stop_processing()
+            self._remove_sub(subscription._id)
 
     def send(self, subject: str, reply: str, data: bytes) -> None:
         """Publish on a valid subject, with the next flush; only while connected, and below the server's payload limit.
@@ -156,8 +197,11 @@ class RelayClient(Client):
         arrival(subject.decode(), data, headers or b"")
 
 
-async def _heeding(work: Awaitable[T]) -> T:
-    """Await ``work``; before Python 3.12 `asyncio.wait_for` forgets a cancellation when it is through already."""
+async def heeding(work: Awaitable[T]) -> T:
+    """Await ``work`` and pass a cancellation on that it kept to itself.
+
+    Before Python 3.12 `asyncio.wait_for` forgets one when it is through already.
+    """
     task = asyncio.current_task()
     before = task.cancelling() if task is not None else 0
     try:

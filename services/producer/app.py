@@ -15,6 +15,7 @@ from services.kit.clock import SystemClock
 from services.kit.http import probes, serving
 from services.kit.problem import EXCEPTION_HANDLERS
 from services.kit.settings import SettingsError, Shared, load_settings, read_config
+from services.kit.shutdown import ANSWERS, Stop, end
 from services.kit.telemetry import configure_logging, describe_service
 from services.producer.adapters.circuits import Circuits
 from services.producer.adapters.publisher import Publisher
@@ -33,7 +34,7 @@ from services.producer.worker import Worker
 __all__ = ["Settings", "main"]
 
 Positive = Annotated[float, msgspec.Meta(gt=0)]
-FLUSH_SECONDS: Final = 1.0
+FLUSH_SECONDS: Final = 0.5
 LEAST_PAYLOAD: Final = 2 * EVENT_BYTES
 log = structlog.get_logger()
 
@@ -78,7 +79,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-async def main(stop: asyncio.Event) -> None:
+async def main(stop: Stop) -> None:
     """Run the producer until ``stop``.
 
     Raises:
@@ -87,6 +88,7 @@ async def main(stop: asyncio.Event) -> None:
         PortTaken: the probes' port is in use.
     """
     shared, settings = load_settings(Settings, "producer", os.environ)
+    stop.drain = settings.drain
     configure_logging("producer", shared.log_level, shared.log_format)
     describe_service("producer", shared.described())
     try:
@@ -122,7 +124,7 @@ async def main(stop: asyncio.Event) -> None:
         await _work(shared, settings, outside, stop)
 
 
-async def _work(shared: Shared, settings: Settings, outside: Outside, stop: asyncio.Event) -> None:
+async def _work(shared: Shared, settings: Settings, outside: Outside, stop: Stop) -> None:
     worker = Worker(outside, shared.pool, settings.slots, shared.lease, shared.max_deliver)
     registry = outside.registry
     await outside.records.announce(shared.pool, registry.announcement())
@@ -136,15 +138,17 @@ async def _work(shared: Shared, settings: Settings, outside: Outside, stop: asyn
         logging_config=None,
         openapi_config=OpenAPIConfig("Tailrace producer", "1"),
     )
-    async with serving(app, settings.host, settings.port), asyncio.TaskGroup() as group:
+    async with (
+        serving(app, settings.host, settings.port, grace=lambda: stop.left(ANSWERS)),
+        asyncio.TaskGroup() as group,
+    ):
         circuits = outside.upstreams.circuits
         background = [
             group.create_task(work) for work in (outside.publisher.watch(), outside.records.write(), circuits.follow())
         ]
-        await worker.run(stop, settings.drain)
-        for task in background:
-            task.cancel()
+        await worker.run(stop)
+        await end(*background)
         await outside.late_usage.close()
         with suppress(TimeoutError):  # look-ups may be away; the log is the truth
-            async with asyncio.timeout(FLUSH_SECONDS):
+            async with asyncio.timeout(min(FLUSH_SECONDS, stop.left(ANSWERS))):
                 await outside.records.flush()

@@ -64,7 +64,7 @@ class Journal:
         Raises:
             LogRefused: somebody else has written since the log was read.
             LogUnavailable: the log takes nothing.
-            Fenced: the lease has run out.
+            Fenced: the lease is lost, or had run out before the first append.
         """
         if not events:
             return
@@ -95,7 +95,7 @@ class Journal:
             LogRefused: somebody else has written since.
             TryAgain: the log takes nothing, or cannot be read.
             BrokerUnavailable: the log cannot be read.
-            Fenced: the lease has run out.
+            Fenced: the lease is lost.
         """
         await self._writer.drain()
         begun = await self._read()

@@ -2,9 +2,11 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Final
 
 import msgspec
+import nats.errors
 import structlog
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
@@ -18,6 +20,8 @@ log = structlog.get_logger()
 PULL_EXPIRES: Final = 5.0
 SHORTEST_PULL: Final = 0.5
 LOOK_INTERVAL: Final = 0.25
+LEAVE_SECONDS: Final = 0.5
+"""How long the broker may take to confirm that nothing more comes of a pull."""
 _QUIET: Final = ("404", "408")
 
 
@@ -47,8 +51,10 @@ class Lane:
         self._patient = patient
         self._asked = 0  # requests that the present pull may still bring
         self._asked_at = 0.0
+        self._has_ended = True  # whether the broker has said that nothing more comes of the present pull
         self._expires = min(PULL_EXPIRES, max(SHORTEST_PULL, lease / 4))
         self._subscription: Subscription | None = None
+        self._leaving: set[asyncio.Task[None]] = set()  # pulls that are ended; each for LEAVE_SECONDS at most
         self._wake = asyncio.Event()
 
     def wake(self) -> None:
@@ -60,19 +66,34 @@ class Lane:
         return self._asked > 0 and asyncio.get_running_loop().time() - self._asked_at >= LOOK_INTERVAL
 
     async def run(self) -> None:
-        """Pull until cancelled; what has been pulled already still arrives afterwards for a moment."""
+        """Pull until cancelled; what is on its way then is taken still."""
         try:
             while True:
                 await self._ask()
                 self._wake.clear()
                 await _at_most(self._wake.wait(), 1.0 if self._patient else LOOK_INTERVAL)
         finally:
-            await self._forget()
+            self._forget()
+            if self._leaving:
+                await asyncio.wait(self._leaving, timeout=2 * LEAVE_SECONDS)
 
-    async def _forget(self) -> None:
+    def _forget(self) -> None:
+        """End the pull, beside everything else.
+
+        The queue may have answered it just now. What came to nobody would be given again only after the lease.
+        """
         subscription, self._subscription = self._subscription, None
-        if subscription is not None and not self._broker.client.is_closed:
-            await subscription.unsubscribe()
+        if subscription is not None:
+            task = asyncio.create_task(self._leave(subscription, has_ended=self._has_ended))
+            self._leaving.add(task)
+            task.add_done_callback(self._leaving.discard)
+
+    async def _leave(self, subscription: Subscription, *, has_ended: bool) -> None:
+        if has_ended:
+            with suppress(nats.errors.Error):  # the connection is closed, and with it the subscription
+                await subscription.unsubscribe()
+        else:
+            await self._broker.leave(subscription, LEAVE_SECONDS)
 
     async def _ask(self) -> None:
         room, now = self._room(), asyncio.get_running_loop().time()
@@ -82,10 +103,10 @@ class Lane:
             or (self._asked > 0 and now < self._asked_at + self._expires + 1.0)
         ):
             return
-        await self._forget()
+        self._forget()
         query: dict[str, object] = {"batch": room}
         query |= {"expires": round(self._expires * 1e9)} if self._patient else {"no_wait": True}
-        self._asked, self._asked_at = room, now
+        self._asked, self._asked_at, self._has_ended = room, now, False
 
         async def receive(msg: Msg) -> None:
             await self._receive(msg, now)
@@ -100,12 +121,14 @@ class Lane:
 
     async def _receive(self, msg: Msg, asked_at: float) -> None:
         if msg.reply:
-            self._asked -= asked_at == self._asked_at
+            if asked_at == self._asked_at:
+                self._asked -= 1
+                self._has_ended = self._asked <= 0
             self._take(msg, asked_at)
             return
         if asked_at != self._asked_at:
             return
-        self._asked = 0  # a status: the pull has ended, or cannot be served now
+        self._asked, self._has_ended = 0, True  # a status: the pull has ended, or cannot be served now
         status = (msg.headers or {}).get("Status")
         if status not in _QUIET:
             log.warning("pull ended", status=status, detail=(msg.headers or {}).get("Description"))

@@ -13,6 +13,7 @@ from schemas.topology import token_stream
 from schemas.usage import Usage
 from services.kit.broker import Broker, BrokerUnavailable
 from services.kit.clock import Clock
+from services.kit.shutdown import end
 from services.producer import metrics
 from services.producer.adapters.publisher import Lease, Publisher
 from services.producer.core.bounds import usable
@@ -58,9 +59,7 @@ class LateUsage:
 
     async def close(self) -> None:
         """Give up what is still under way."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end(*self._tasks)
 
     async def _look_up(
         self, address: Address, generation: Generation, wanted: list[tuple[LookUp, UsageSource]]

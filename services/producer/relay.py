@@ -31,6 +31,7 @@ __all__ = ["HandBack", "Interruption", "LeaseLost", "Outside", "Relay", "read_be
 log = structlog.get_logger()
 _TAKEOVER_TRIES = 4
 READ_AGAIN_SECONDS = 0.5
+_LEAVES_NO_TIME = ("drain", "lease")
 
 
 class Outside(msgspec.Struct):
@@ -51,7 +52,7 @@ class HandBack(TryAgain):
 
 
 class LeaseLost(GiveUp):
-    """The queue did not hear from this producer in time: another one has the request."""
+    """Another producer has begun the request, or the queue could not be told for too long that it is held here."""
 
 
 class Relay:
@@ -79,14 +80,17 @@ class Relay:
         if self._interruption is None:
             self._interruption = interruption
             reading = self._reading
-            if reading is not None and interruption.kind in ("drain", "lease") and not reading.expired():
+            if reading is not None and interruption.kind in _LEAVES_NO_TIME and not reading.expired():
                 reading.reschedule(asyncio.get_running_loop().time())
         if self._asking is not None:
             self._asking.interrupt(interruption)
 
     def check(self, now: float) -> None:
-        """Interrupt the generation if a deadline has passed or its lease has run out at ``now`` (monotonic seconds)."""
-        if now > self._lease.until:
+        """Interrupt the generation if a deadline has passed at ``now`` (monotonic seconds) or its lease is lost.
+
+        A lease that has lapsed is given as much time to be renewed as a log that takes nothing.
+        """
+        if self._lease.is_lost or now > self._lease.until + self._outside.publisher.give_up:
             self.interrupt(Interruption("lease", "lease_lost"))
         elif self._asking is not None:
             self._asking.check(now)
@@ -130,6 +134,8 @@ class Relay:
         clock = self._outside.clock
         give_up_at = clock.monotonic() + self._outside.publisher.give_up
         while True:
+            if self._interruption is not None and self._interruption.kind in _LEAVES_NO_TIME:
+                raise HandBack(f"generation {self.request.generation} is handed over unread")
             try:
                 async with asyncio.timeout(None) as self._reading:
                     return await self._read_once()
@@ -284,7 +290,7 @@ class Relay:
             case "drain":
                 raise HandBack(f"generation {self.request.generation} is handed over")
             case _:
-                raise LeaseLost(f"generation {self.request.generation}: the lease was not renewed in time")
+                raise LeaseLost(f"generation {self.request.generation}: its lease is lost")
 
 
 async def read_begun(broker: Broker, stream: str, subject: str) -> Begun:

@@ -1,11 +1,9 @@
 """Takes requests from the work queue, a bounded number at a time, and keeps their leases."""
 
 import asyncio
-from contextlib import suppress
-from typing import Any, Final
+from typing import Final
 
 import msgspec
-import nats.errors
 import structlog
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
@@ -13,29 +11,29 @@ from nats.js.errors import APIError
 
 from schemas.control import CANCEL, HEARD, OVER, OVER_BUDGET
 from schemas.requests import Request
-from schemas.subjects import Address, control_subject, dead_subject, lane_of
+from schemas.subjects import control_subject, dead_subject, lane_of
 from services.kit.broker import BrokerUnavailable
+from services.kit.shutdown import HAND_OVER, Stop, end
 from services.producer import metrics
 from services.producer.adapters.publisher import Lease
 from services.producer.adapters.tries import Tried, Tries
 from services.producer.errors import GiveUp, ProducerError, TryAgain
-from services.producer.lane import Lane
+from services.producer.lane import LEAVE_SECONDS, Lane
+from services.producer.leases import Held, Leases
 from services.producer.presence import Presence
 from services.producer.relay import HandBack, Interruption, Outside, Relay
 
 __all__ = ["Worker"]
 
 log = structlog.get_logger()
-HAND_OVER_SECONDS: Final = 3.0
-LAST_SECONDS: Final = 1.0
 WATCH_INTERVAL: Final = 0.1
-RENEW_SECONDS: Final = 2.0
-RENEW_PAUSE: Final = 0.25
 LINGER_SECONDS: Final = 1.0
 EXCUSED_SECONDS: Final = 6 * 3_600.0
 """Age of a request up to which outages of the log do not count as attempts at it."""
 
 _LATER: Final = b'-NAK {"delay": 2000000000}'
+_AT_ONCE: Final = b'-NAK {"delay": 1}'
+"""With a delay, however short, the queue writes down that the lease is over: that survives a restart of the broker."""
 
 
 class _Place(msgspec.Struct):
@@ -59,13 +57,12 @@ class Worker:
         self.outside = outside
         self.pool = pool
         self.slots = slots
-        self.lease = lease
         self.max_deliver = max_deliver
         self.running: dict[str, Relay] = {}  # by acknowledgement subject; bounded by slots
-        self._leases: dict[str, Lease] = {}  # also of requests that wait for a slot; bounded by twice the slots
-        self._held: dict[Address, Lease] = {}  # the same, by generation
         self._broker = outside.broker
         self._tries = Tries(outside.broker)
+        self.leases = Leases(outside.broker, outside.publisher, self._tries, lease)
+        self._is_leaving = False
         self._lingering: dict[Subscription, asyncio.Task[None]] = {}  # for LINGER_SECONDS after an end
         self._slot = asyncio.Semaphore(slots)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -76,32 +73,39 @@ class Worker:
         self._presence = Presence(self._broker, outside.clock, lambda: list(self.running.values()))
         metrics.SLOTS.set(slots)
 
-    async def run(self, stop: asyncio.Event, drain: float) -> None:
-        """Work until ``stop``; then take nothing new, give what runs ``drain`` seconds, and hand the rest over."""
+    async def run(self, stop: Stop) -> None:
+        """Work until ``stop``; then take nothing new, give what runs its drain time, and hand the rest over."""
         try:
             async with asyncio.TaskGroup() as group:
-                lanes = [group.create_task(lane.run()) for lane in self._lanes]
-                watches = [group.create_task(w) for w in (self._keep(), self._watch(), self._presence.watch())]
+                lanes = [group.create_task(lane.run(), name="lane") for lane in self._lanes]
+                watches = [group.create_task(w) for w in (self.leases.keep(), self._watch(), self._presence.watch())]
                 await stop.wait()
-                for task in lanes:
-                    task.cancel()
-                await asyncio.wait(lanes)
-                await self._drain(drain)
-                for task in watches:
-                    task.cancel()
+                self._is_leaving = True
+                await end(*lanes, seconds=2 * LEAVE_SECONDS)
+                await self._drain(stop)
+                await end(*watches)
         finally:
-            for task in (*self._tasks, *self._lingering.values()):
-                task.cancel()
-            if self._tasks:  # an append whose outcome must be known may wait for a log without a leader
-                await asyncio.wait(self._tasks, timeout=LAST_SECONDS)
+            # An append whose outcome must be known may wait for a log without a leader: that is cut here.
+            await end(*self._tasks, *self._lingering.values())
 
-    async def _drain(self, seconds: float) -> None:
+    async def _drain(self, stop: Stop) -> None:
+        await self._give_back_what_waits()
         if self._tasks:
-            await asyncio.wait(self._tasks, timeout=seconds)
+            log.warning("answers still run and have time to end", count=len(self._tasks), seconds=round(stop.left(), 1))
+            await asyncio.wait(self._tasks, timeout=stop.left())
+        if self.running:
+            log.warning("answers are cut and handed over", count=len(self.running))
         for relay in list(self.running.values()):
             relay.interrupt(Interruption("drain", "drain"))
         if self._tasks:
-            await asyncio.wait(self._tasks, timeout=HAND_OVER_SECONDS)
+            await asyncio.wait(self._tasks, timeout=stop.left(HAND_OVER))
+
+    async def _give_back_what_waits(self) -> None:
+        """Hand over at once what has no slot yet."""
+        for held in self.leases.everything():
+            if held.reply not in self.running and not held.lease.is_over():
+                held.lease.is_lost = True
+                await self._publish(held.reply, _AT_ONCE)
 
     def _room(self) -> int:
         return self.slots - len(self._tasks)
@@ -110,7 +114,7 @@ class Worker:
         return self._room() - self.slots // 10 if self._lanes[0].is_idle() else 0
 
     def _take(self, msg: Msg, asked_at: float) -> None:
-        task = asyncio.create_task(self._handle(msg, Lease(asked_at + self.lease * 0.9)))
+        task = asyncio.create_task(self._handle(msg, self.leases.begin(asked_at)))
         self._tasks.add(task)
         task.add_done_callback(self._done)
         self._lanes[0].wake()
@@ -128,6 +132,9 @@ class Worker:
             metrics.LEASES_LOST.inc()
             log.warning("request came too late", subject=msg.subject)
             return
+        if self._is_leaving:
+            await self._publish(msg.reply, _AT_ONCE)
+            return
         attempt = _attempt(msg.reply)
         metrics.TAKEN.inc()
         try:
@@ -137,44 +144,54 @@ class Worker:
             log.error("request is not readable", subject=msg.subject, detail=str(error))
             await self._reject(msg, attempt, lease, str(error))
             return
-        held = self._held.get(relay.address)
-        if held is not None and not held.is_over():
-            # A queue that was killed may not know what it gave; our renewals and our answer count for this copy too.
+        held = self.leases.hold(relay.address, msg.reply, lease)
+        if held is None:
             log.info("request came again while it is held here", generation=request.generation)
             return
         metrics.QUEUE_WAIT.observe(max(0.0, self.outside.clock.wall() - request.created_at))
-        self._leases[msg.reply] = self._held[relay.address] = lease
+        answer = None
         try:
             async with self._slot:
+                if lease.is_over():
+                    return  # it waited too long; to begin it now would take it from its owner
                 self.running[msg.reply] = relay
                 metrics.ACTIVE.set(len(self.running))
-                answer = await self._run(relay, attempt, msg)
+                answer = await self._run(relay, attempt, msg, held)
+        except asyncio.CancelledError:
+            answer = _AT_ONCE
+            raise
         finally:
-            _drop(self.running, msg.reply, relay)
-            _drop(self._leases, msg.reply, lease)
-            _drop(self._held, relay.address, lease)
-        # Whose lease has run out has no say any more: any answer would count for the producer that runs it now.
-        if answer is not None and not lease.is_over():
-            await self._publish(msg.reply, answer)
+            if self.running.get(msg.reply) is relay:
+                del self.running[msg.reply]
+            await self.leases.release(held)
+            # Whose lease has run out has no say any more: any answer would count for the producer that runs it now.
+            if answer is not None and not lease.is_over():
+                await self._publish(msg.reply, answer)
 
-    async def _run(self, relay: Relay, attempt: int, msg: Msg) -> bytes | None:
+    async def _run(self, relay: Relay, attempt: int, msg: Msg, held: Held) -> bytes | None:
         request = relay.request
         bound = log.bind(session=request.session, generation=request.generation)
-        subscription = await self._listen(relay)
+        subscription: Subscription | None = None
         before = now = None
         try:
             before = await self._tries.before(relay.address, attempt)
+            if attempt > 1 and await self.leases.is_held_elsewhere(relay.address, before):
+                metrics.LEFT_TO_HOLDERS.inc()
+                bound.info("request came again and is left to the producer that runs it")
+                return None
+            subscription = await self._listen(relay)
             if before.begun >= self.max_deliver:
                 await relay.give_up(f"{self.max_deliver} producers failed to run it")
                 await self._tries.finish(relay.address, before)
                 await self._bury(msg, "max_deliver")
                 return None
             now = await self._tries.begin(relay.address, attempt, before)
+            await self.leases.begun(held, now)
             if await relay.run():
                 await self._tries.finish(relay.address, now)
         except HandBack:
             await self._excuse(relay, before, now)
-            return b"-NAK"
+            return _AT_ONCE
         except GiveUp as error:
             metrics.LEASES_LOST.inc()
             bound.warning("generation given up", detail=str(error))
@@ -190,19 +207,20 @@ class Worker:
             self._linger(subscription)
             return b"+ACK"
         finally:
-            if subscription not in self._lingering and not self._broker.client.is_closed:
+            if subscription is not None and subscription not in self._lingering and not self._broker.client.is_closed:
                 await subscription.unsubscribe()
 
     def _linger(self, subscription: Subscription) -> None:
         """Answer for a moment more: whoever has just asked must not wait for an answer that nobody gives."""
 
-        async def end() -> None:
-            await asyncio.sleep(LINGER_SECONDS)
-            del self._lingering[subscription]
-            with suppress(nats.errors.Error):  # a connection that is away keeps nobody waiting
-                await subscription.drain()  # type: ignore[no-untyped-call]  # nats-py has no annotation for it
+        async def leave() -> None:
+            try:
+                await asyncio.sleep(LINGER_SECONDS)
+                await self._broker.leave(subscription, LEAVE_SECONDS)
+            finally:
+                del self._lingering[subscription]
 
-        self._lingering[subscription] = asyncio.create_task(end())
+        self._lingering[subscription] = asyncio.create_task(leave())
 
     async def _excuse(self, relay: Relay, before: Tried | None, now: Tried | None) -> None:
         """Let an attempt not count in which this process went away or the log was, unless that never ends."""
@@ -259,27 +277,6 @@ class Worker:
             return
         await self._publish(msg.reply, b"+TERM")
 
-    async def _keep(self) -> None:
-        """Renew the leases."""
-        while True:
-            await asyncio.sleep(self.lease / 3)
-            await asyncio.gather(*(self._renew(reply, lease) for reply, lease in list(self._leases.items())))
-
-    async def _renew(self, reply: str, lease: Lease) -> None:
-        """Ask until the queue has heard it: while it finds a new leader, nobody answers for up to 10 s."""
-        loop = asyncio.get_running_loop()
-        while reply in self._leases:
-            asked = loop.time()
-            if asked > lease.until:
-                return
-            try:
-                if await self._broker.request(reply, b"+WPI", timeout=RENEW_SECONDS) is not None:
-                    lease.until = asked + self.lease * 0.9
-                    return
-            except BrokerUnavailable as error:
-                log.warning("lease not renewed", detail=str(error))
-            await asyncio.sleep(RENEW_PAUSE)
-
     async def _watch(self) -> None:
         """Look at deadlines and leases; one look serves all generations."""
         while True:
@@ -293,12 +290,6 @@ class Worker:
             await self._broker.publish(subject, data, reply=reply)
         except BrokerUnavailable as error:
             log.warning("cannot publish", subject=subject, detail=str(error))
-
-
-def _drop(owners: dict[Any, Any], key: object, own: object) -> None:
-    """Remove what is one's own; a successor's stays."""
-    if owners.get(key) is own:
-        del owners[key]
 
 
 def _attempt(reply: str) -> int:

@@ -79,7 +79,7 @@ class Member:
         return not self.ready.is_set() or code == EXIT_SETTINGS or self._crashes >= MAX_CRASHES
 
     def _show(self, line: str) -> None:
-        if not self._stop.is_set():
+        if not self._hurry.is_set():
             self._say(f"{self.spec.name}: {line}")
 
     async def _run_once(self) -> int:

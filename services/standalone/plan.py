@@ -7,6 +7,8 @@ from typing import Any, Final
 
 import msgspec
 
+from services.kit.shutdown import MARGIN
+
 __all__ = [
     "Addresses",
     "Options",
@@ -21,10 +23,15 @@ __all__ = [
 ]
 
 NATS: Final = "nats-server"
+DRAIN: Final = 2.0
+"""Seconds for which what runs may go on after Ctrl-C, unless a setting says otherwise: somebody waits for it."""
+BROKER_GRACE: Final = 10.0
+BEYOND_MARGIN: Final = 1.0
 _OWN_VARIABLES: Final = frozenset(
     {"TAILRACE_URL", "TAILRACE_BILLING_URL", "TAILRACE_PRODUCERS", "TAILRACE_CLUSTER", "TAILRACE_KEY"}
 )
 """Variables of the command line itself, which the services would report as unknown."""
+_DRAINING: Final = ("producer", "delivery", "billing")
 _CREDENTIALS: Final = ("admin_key_hash", "jwt_secret_file", "jwt_public_keys", "jwt_jwks_url")
 _SCRIPTED: Final = ("scripted/story", "scripted/reasoning", "scripted/tools")
 _KEYED: Final = {
@@ -80,7 +87,7 @@ class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     ``start_phase`` and ``stop_phase``: lower ones go first, equal ones together. ``ready``: an ``http://…`` address
     that answers 200 when the service is ready, or ``nats://127.0.0.1:<port>``. ``grace``: seconds between SIGTERM and
-    SIGKILL.
+    SIGKILL, longer than the service's own bound.
     """
 
     name: str
@@ -89,7 +96,7 @@ class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True):
     ready: str
     start_phase: int
     stop_phase: int
-    grace: float = 30.0
+    grace: float
 
 
 def without_own_variables(env: Mapping[str, str]) -> dict[str, str]:
@@ -136,22 +143,29 @@ def plan_services(
             ready=url,
             start_phase=0,
             stop_phase=2,
+            grace=BROKER_GRACE,
         )
         for (name, path), url in zip(node_files(options).items(), addresses.nats.split(","), strict=True)
     ]
-    billing = _python_service("billing", "billing", child_env, options.billing_port, start_phase=1, stop_phase=1)
+    graces = {service: _grace(service, child_env, config) for service in _DRAINING}
+    billing = _python_service(
+        "billing", "billing", child_env, options.billing_port, graces, start_phase=1, stop_phase=1
+    )
     producers = [
         _python_service(
             "producer" if number == 1 else f"producer-{number}",
             "producer",
             child_env,
             port,
+            graces,
             start_phase=1,
             stop_phase=0,
         )
         for number, port in enumerate(options.producer_ports, start=1)
     ]
-    delivery = _python_service("delivery", "delivery", child_env, options.delivery_port, start_phase=2, stop_phase=0)
+    delivery = _python_service(
+        "delivery", "delivery", child_env, options.delivery_port, graces, start_phase=2, stop_phase=0
+    )
     return [*brokers, *producers, billing, delivery]
 
 
@@ -163,7 +177,14 @@ def node_files(options: Options) -> dict[str, Path]:
 
 
 def _python_service(
-    name: str, service: str, env: Mapping[str, str], port: int, *, start_phase: int, stop_phase: int
+    name: str,
+    service: str,
+    env: Mapping[str, str],
+    port: int,
+    graces: Mapping[str, float],
+    *,
+    start_phase: int,
+    stop_phase: int,
 ) -> ServiceSpec:
     return ServiceSpec(
         name=name,
@@ -172,7 +193,30 @@ def _python_service(
         ready=f"http://127.0.0.1:{port}/readyz",
         start_phase=start_phase,
         stop_phase=stop_phase,
+        grace=graces[service],
     )
+
+
+def _grace(service: str, env: Mapping[str, str], config: Mapping[str, Any]) -> float:
+    """Return the seconds after which a service that was told to stop is killed: more than it takes in any case.
+
+    Delivery with workers has their bound and its own.
+    """
+    drain = _number(env, config, service, "drain", DRAIN)
+    has_workers = service == "delivery" and _number(env, config, service, "workers", 1) > 1
+    return drain + (MARGIN + BEYOND_MARGIN) * (2 if has_workers else 1)
+
+
+def _number(env: Mapping[str, str], config: Mapping[str, Any], service: str, field: str, default: float) -> float:
+    """Return a setting as the service will read it; ``default`` for one that is missing, or that it will refuse."""
+    section = config.get(service)
+    value = env.get(f"TAILRACE_{service.upper()}_{field.upper()}")
+    if value is None and isinstance(section, dict):
+        value = section.get(field)
+    try:
+        return default if value is None else float(value)
+    except (TypeError, ValueError):
+        return default
 
 
 def _child_env(options: Options, env: Mapping[str, str], config: Mapping[str, Any]) -> dict[str, str]:
@@ -183,6 +227,7 @@ def _child_env(options: Options, env: Mapping[str, str], config: Mapping[str, An
         ("delivery", "billing_url"): addresses.billing,
         ("delivery", "console_models"): ",".join(console_models(env, config)),
         ("billing", "cors_origins"): f"{addresses.page},http://localhost:{options.delivery_port}",
+        **{(service, "drain"): f"{DRAIN:g}" for service in _DRAINING},
     }
     if options.node_ports:
         defaults["shared", "replicas"] = str(min(5, 1 + len(options.node_ports)))

@@ -4,12 +4,16 @@ import asyncio
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Final
 
 from services.standalone.errors import CommandFailed, StartFailed
 from services.standalone.member import Member
 from services.standalone.plan import ServiceSpec
 
 __all__ = ["Supervisor"]
+
+QUIET_SECONDS: Final = 0.5
+"""How long services may take to stop before the terminal shows what is waited for."""
 
 
 class Supervisor:
@@ -89,4 +93,9 @@ class Supervisor:
             stopping = {m: task for m, task in self._tasks.items() if m.spec.stop_phase == phase}
             for member in stopping:
                 member.stop()
+            await asyncio.wait(stopping.values(), timeout=QUIET_SECONDS)
+            left = [member.spec for member, task in stopping.items() if not task.done()]
+            if left:
+                names, grace = ", ".join(spec.name for spec in left), max(spec.grace for spec in left)
+                self._say(f"waiting for {names}, {grace:g} s at most (Ctrl-C again to stop at once)")
             await asyncio.gather(*stopping.values(), return_exceptions=True)

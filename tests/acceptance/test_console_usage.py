@@ -169,7 +169,7 @@ async def site(
 @asynccontextmanager
 async def asked(engine: AsyncEngine, port: int, origin: str, *, keyed: bool) -> AsyncIterator[None]:
     app = entering(build_api(Reports(engine), {}, [origin]), Callers(keyed=keyed), [origin])
-    async with serving(app, "127.0.0.1", port, grace=1):
+    async with serving(app, "127.0.0.1", port, grace=lambda: 1):
         yield
 
 

@@ -1,6 +1,9 @@
 """The short way in and out of the NATS client, held to the library version that it leans on."""
 
 import asyncio
+import signal
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import uvloop
@@ -8,7 +11,8 @@ from nats.aio.msg import Msg
 
 from schemas.subjects import live_filter
 from services.kit.broker import Broker, BrokerUnavailable
-from services.kit.nats_client import header_number
+from services.kit.connection import PENDING_BYTES
+from services.kit.nats_client import RelayClient, header_number
 from tests.conftest import NatsServer, eventually
 
 
@@ -149,3 +153,127 @@ def test_what_is_said_while_a_loss_is_not_noticed_yet_goes_out_over_the_next_con
         assert heard[-2:] == [b"2", b"last"], "what came first may have been lost with the connection"
 
     uvloop.run(lose())
+
+
+async def test_a_flush_asks_behind_all_that_was_sent_before(broker: Broker) -> None:
+    written: list[bytes] = []
+    transport = broker.client._transport
+
+    class Recording:
+        def __getattr__(self, name: str) -> object:
+            return getattr(transport, name)
+
+        def write(self, data: bytes) -> None:
+            written.append(data)
+            transport.write(data)
+
+        def writelines(self, lines: list[bytes]) -> None:
+            written.extend(lines)
+            transport.writelines(lines)
+
+    broker.client._transport = Recording()
+    await broker.publish("t.x", b"sent before")
+    await broker.flush()
+    broker.client._transport = transport
+    commands = b"".join(written)
+    assert 0 <= commands.index(b"sent before") < commands.index(b"PING")
+
+
+async def test_what_the_server_had_sent_is_handled_before_a_subscription_is_left(broker: Broker) -> None:
+    heard: list[bytes] = []
+
+    async def handle(msg: Msg) -> None:
+        await asyncio.sleep(0.01)
+        heard.append(msg.data)
+
+    subscription = await broker.subscribe("t.late", handle)
+    for number in range(10):
+        await broker.publish("t.late", b"%d" % number)
+    await broker.leave(subscription, 10.0)
+    assert heard == [b"%d" % number for number in range(10)]
+    await broker.publish("t.late", b"after")
+    await broker.flush()
+    assert len(heard) == 10
+    assert subscription._id not in broker.client._subs
+
+
+async def test_leaving_a_subscription_waits_no_longer_than_it_may(own_nats: NatsServer) -> None:
+    async with Broker.connect(own_nats.url, "test") as broker:
+
+        async def handle(_msg: Msg) -> None:
+            raise AssertionError
+
+        subscription = await broker.subscribe("t.x", handle)
+        assert own_nats.process is not None
+        own_nats.process.send_signal(signal.SIGSTOP)
+        async with asyncio.timeout(10):
+            await broker.leave(subscription, 0.1)
+        assert subscription._id not in broker.client._subs
+        own_nats.process.send_signal(signal.SIGCONT)
+
+
+async def test_a_frozen_server_that_takes_nothing_is_left_for_another_one(own_nats: NatsServer, tmp_path: Path) -> None:
+    """What was written to it fills all buffers: closing the connection in order would wait for it."""
+    other = NatsServer(tmp_path / "other").start()
+    try:
+        async with Broker.connect(own_nats.url, "test") as broker:
+            broker.client._server_pool.extend(_pool_of(other))
+            assert own_nats.process is not None
+            own_nats.process.send_signal(signal.SIGSTOP)
+            begun = asyncio.get_running_loop().time()
+            with suppress(BrokerUnavailable):
+                for _ in range(60):
+                    broker.send("t.x", bytes(500_000), "r")
+                    await asyncio.sleep(0.01)
+
+            def is_there() -> bool:
+                url = broker.client.connected_url
+                return url is not None and url.port == other.port
+
+            await eventually(is_there, timeout=60)
+            assert asyncio.get_running_loop().time() - begun < 60
+            own_nats.process.send_signal(signal.SIGKILL)
+    finally:
+        other.stop()
+
+
+def _pool_of(server: NatsServer) -> list[object]:
+    client = RelayClient()
+    client._setup_server_pool([server.url])
+    return list(client._server_pool)
+
+
+async def test_closing_does_not_wait_for_a_frozen_server(own_nats: NatsServer) -> None:
+    async with asyncio.timeout(30):
+        async with Broker.connect(own_nats.url, "test") as broker:
+            assert own_nats.process is not None
+            own_nats.process.send_signal(signal.SIGSTOP)
+            with suppress(BrokerUnavailable):
+                for _ in range(60):
+                    broker.send("t.x", bytes(500_000), "r")
+                    await asyncio.sleep(0.01)
+            begun = asyncio.get_running_loop().time()
+        assert asyncio.get_running_loop().time() - begun < 5
+    own_nats.process.send_signal(signal.SIGCONT)
+
+
+async def test_a_cancellation_while_all_buffers_are_full_is_heeded(own_nats: NatsServer) -> None:
+    async with Broker.connect(own_nats.url, "test") as broker:
+        assert own_nats.process is not None
+        own_nats.process.send_signal(signal.SIGSTOP)
+
+        published = 0
+
+        async def publish() -> None:
+            nonlocal published
+            while True:
+                published += 1
+                await broker.publish("t.x", bytes(900_000))
+
+        task = asyncio.create_task(publish())
+        await eventually(lambda: published * 900_000 > PENDING_BYTES)
+        task.cancel()
+        async with asyncio.timeout(5):
+            await asyncio.wait({task})
+        assert task.cancelled()
+        own_nats.process.send_signal(signal.SIGCONT)

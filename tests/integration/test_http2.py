@@ -247,7 +247,7 @@ async def test_tls_agrees_on_the_newest_version_that_both_speak(
     authority.configure_trust(trust)
     port = free_port()
     async with (
-        serving(hello, "127.0.0.1", port, grace=2, tls=tls),
+        serving(hello, "127.0.0.1", port, grace=lambda: 2, tls=tls),
         httpx.AsyncClient(verify=trust, http2=http2, timeout=15) as client,
     ):
         answer = await client.get(f"https://127.0.0.1:{port}/")

@@ -218,6 +218,7 @@ FORBIDDEN_TO_PUBLISH = {
         "tokens.0.default.s.g",
         "live.0.default.s.g",
         "presence.default.s.g",
+        "holder.default.s.g",
         "dead.default.g",
         "$JS.API.STREAM.DELETE.REQUESTS",
         "$JS.API.STREAM.PURGE.REQUESTS",
@@ -256,7 +257,7 @@ FORBIDDEN_TO_PUBLISH = {
 }
 FORBIDDEN_TO_HEAR = {
     "producer": [">", "requests.>", "live.>", "tokens.>", "$KV.>", "_INBOX.>", "_INBOX.delivery.>", "presence.>"],
-    "delivery": [">", "tokens.>", "requests.>", "control.>", "$KV.>", "_INBOX.producer.>", "$JS.>"],
+    "delivery": [">", "tokens.>", "requests.>", "control.>", "holder.>", "$KV.>", "_INBOX.producer.>", "$JS.>"],
     "billing": [">", "tokens.>", "live.>", "requests.>", "_INBOX.setup.>", "presence.>"],
     "setup": [">", "tokens.>", "live.>", "_INBOX.producer.>"],
 }

@@ -63,7 +63,7 @@ async def test_a_request_that_arrives_after_its_lease_is_left_to_the_producer_th
 
 async def test_what_was_stored_after_the_lease_is_not_taken_for_the_end(broker: Broker) -> None:
     """Its producer would take the request out of the queue, while another one runs it and is to write the end."""
-    publisher = Publisher(broker)
+    publisher = Publisher(broker, give_up=0.2)
     await publisher.start()
     lease = Lease(asyncio.get_running_loop().time() + 60)
     writer = publisher.writer("tokens.0.default.s.g", lease)

@@ -255,6 +255,7 @@ async def test_embedded_broker_keeps_its_streams_over_a_restart(tree: Tree, tmp_
             ready=f"nats://127.0.0.1:{port}",
             start_phase=0,
             stop_phase=0,
+            grace=10.0,
         )
     )
     async with running(tree):

@@ -1,8 +1,9 @@
 """The database: its address, its engine, its schema."""
 
+import asyncio
 import sqlite3
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,6 +34,7 @@ _MIGRATION_LOCK: Final = 0x7461696C72616365
 SCRIPTS: Final = str(Path(__file__).parent.parent / "migrations")
 """Folder of the migrations."""
 _BUSY_SECONDS: Final = 10.0
+DISPOSE_SECONDS: Final = 0.5
 
 
 def database_url(text: str) -> URL:
@@ -89,7 +91,9 @@ async def open_engine(url: URL) -> AsyncIterator[AsyncEngine]:
     try:
         yield engine
     finally:
-        await engine.dispose()
+        with suppress(TimeoutError):  # a database that does not answer would be waited for
+            async with asyncio.timeout(DISPOSE_SECONDS):
+                await engine.dispose()
 
 
 def _prepare_sqlite(engine: AsyncEngine) -> None:

@@ -1,19 +1,23 @@
 """The gRPC server of the delivery process: one port beside HTTP's, over the same hub."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Final
 
 import grpc
+import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from services.delivery.transports.grpc_delivery import SERVICE, Delivery
 from services.kit.http import PortTaken, check_port
+from services.kit.shutdown import end
 from services.kit.tls import ServerTls
 
 __all__ = ["serving_grpc"]
+
+log = structlog.get_logger()
 
 STREAMS_OF_A_CONNECTION: Final = 1_024
 KEEPALIVE_MS: Final = 30_000
@@ -21,6 +25,9 @@ KEEPALIVE_TIMEOUT_MS: Final = 10_000
 SHORTEST_PING_MS: Final = 10_000
 METADATA_BYTES: Final = 16_384
 SWEEP_SECONDS: Final = 1.0
+GRACE_SECONDS: Final = 10.0
+LAST_SECONDS: Final = 0.5
+"""How long the library may take to end the calls that it has cancelled."""
 _STATUS: Final = health_pb2.HealthCheckResponse
 
 
@@ -34,15 +41,15 @@ async def serving_grpc(
     max_request: int = 1_048_576,
     calls: int = 16_384,
     lifetime: float = 3_600.0,
-    grace: float = 10.0,
+    grace: Callable[[], float] = lambda: GRACE_SECONDS,
     shared: bool = False,
 ) -> AsyncIterator[int]:
     """Serve gRPC while the block runs; yields the port (0 asks for any).
 
     ``max_request``: bytes of one request message. ``calls``: at once.
     ``lifetime``: seconds after which a connection is to be made anew. ``shared``: other processes may have the port
-    too. On leaving, no new call is accepted and open ones may end within ``grace`` seconds: their streams must have
-    been told before.
+    too. On leaving, no new call is accepted and open ones may end within what ``grace`` returns then, in seconds: their
+    streams must have been told before.
 
     Raises:
         PortTaken: the address is in use.
@@ -64,11 +71,15 @@ async def serving_grpc(
     try:
         yield bound
     finally:
-        watch.cancel()
-        await asyncio.gather(watch, return_exceptions=True)
+        await end(watch)
         await probe.enter_graceful_shutdown()
         await delivery.sweep()
-        await server.stop(grace)
+        seconds = grace()
+        try:
+            async with asyncio.timeout(seconds + LAST_SECONDS):
+                await server.stop(seconds)
+        except TimeoutError:
+            log.warning("gRPC server did not end in time", seconds=seconds)
 
 
 def _options(max_request: int, lifetime: float, shared: bool) -> list[tuple[str, int]]:

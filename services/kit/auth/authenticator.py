@@ -14,6 +14,7 @@ from services.kit.auth.tickets import TicketScope, issue_ticket, read_ticket
 from services.kit.broker import BrokerUnavailable
 from services.kit.clock import Clock
 from services.kit.problem import Problem
+from services.kit.shutdown import end
 
 __all__ = ["Authenticator"]
 
@@ -93,8 +94,7 @@ class Authenticator:
         try:
             yield
         finally:
-            follower.cancel()
-            await asyncio.gather(follower, return_exceptions=True)
+            await end(follower)
             if self._tokens is not None:
                 await self._tokens.close()
 

@@ -14,6 +14,7 @@ from services.kit.auth.jwt_verifier import VerifyingKey, jwk_keys
 from services.kit.clock import Clock
 from services.kit.loopback import is_loopback
 from services.kit.problem import Problem
+from services.kit.shutdown import end
 
 __all__ = ["KeySet", "check_jwks_url"]
 
@@ -77,8 +78,7 @@ class KeySet:
     async def close(self) -> None:
         """End a fetch that runs."""
         if self._fetching is not None:
-            self._fetching.cancel()
-            await asyncio.gather(self._fetching, return_exceptions=True)
+            await end(self._fetching)
 
     async def _fetch_unless_tried(self, now: float) -> None:
         task = self._begin(now)

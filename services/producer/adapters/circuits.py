@@ -19,6 +19,7 @@ from nats.js.kv import KeyValue
 
 from schemas.topology import REGISTRY_BUCKET
 from services.kit.broker import Broker
+from services.kit.nats_client import heeding
 from services.producer import metrics
 from services.producer.core.circuit import Circuit, CircuitState
 from services.producer.core.parts import UpstreamFailure
@@ -176,7 +177,7 @@ class Circuits:
         watcher: Any = await bucket.watch(_PREFIX + ">", include_history=False)
         try:
             while True:
-                entry = await watcher.updates(timeout=WATCH_SECONDS)
+                entry = await heeding(watcher.updates(timeout=WATCH_SECONDS))
                 if entry is not None and entry.value:
                     self._take_over(entry.value)
         finally:

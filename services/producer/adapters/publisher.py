@@ -25,6 +25,7 @@ __all__ = ["WRONG_LAST_SEQUENCE", "Lease", "LogWriter", "Publisher"]
 log = structlog.get_logger()
 WINDOW_EVENTS: Final = 512
 WINDOW_BYTES: Final = 4 * 1024 * 1024
+LAPSED_PAUSE: Final = 0.1
 RARER: Final = 3
 """How often the pause between two repeats doubles."""
 WRONG_LAST_SEQUENCE: Final = (10071, 10164)
@@ -40,16 +41,20 @@ class _Refusal(msgspec.Struct):
 
 
 class Lease:
-    """The right to publish, until ``until`` (event-loop time). Renewed by the queue's heartbeat."""
+    """The right to publish, until ``until`` (event-loop time). Renewed by the queue's heartbeat.
 
-    __slots__ = ("until",)
+    One that has run out has lapsed, and can be renewed; ``is_lost``: somebody else has begun the request meanwhile.
+    """
+
+    __slots__ = ("is_lost", "until")
 
     def __init__(self, until: float) -> None:
         self.until = until
+        self.is_lost = False
 
     def is_over(self) -> bool:
-        """Tell whether it has run out."""
-        return asyncio.get_running_loop().time() > self.until
+        """Tell whether it has lapsed or is lost."""
+        return self.is_lost or asyncio.get_running_loop().time() > self.until
 
 
 class Publisher:
@@ -82,6 +87,13 @@ class Publisher:
             for writer in list(self._writers.values()):
                 if writer.unacknowledged and now - writer.progress_at > writer.patience:
                     writer.go_back(now)
+
+    def resume(self, lease: Lease) -> None:
+        """Send what has waited in the windows of a lease that had lapsed."""
+        now = asyncio.get_running_loop().time()
+        for writer in list(self._writers.values()):
+            if writer.lease is lease and writer.unacknowledged:
+                writer.go_back(now)
 
     def writer(self, subject: str, lease: Lease) -> "LogWriter":
         """Return a writer for one generation's subject; close it when done."""
@@ -125,7 +137,8 @@ def _reason(data: bytes, headers: bytes) -> str:
 class LogWriter:
     """Appends one generation's events in order.
 
-    Events stay in the window until the log has acknowledged them and all before them.
+    Events stay in the window until the log has acknowledged them and all before them. While ``lease`` is lapsed they
+    only wait there.
     """
 
     def __init__(self, publisher: Publisher, name: str, subject: str, lease: Lease) -> None:
@@ -137,7 +150,7 @@ class LogWriter:
         self._run = 0  # how often the writer has gone back
         self._repeats = 0  # how often it has since anything was heard from the log
         self._subject = subject
-        self._lease = lease
+        self.lease = lease
         self._window: deque[bytes] = deque()  # bounded by WINDOW_EVENTS and WINDOW_BYTES
         self._window_bytes = 0
         self._base = 0  # number of the first unacknowledged event
@@ -163,17 +176,17 @@ class LogWriter:
         await self.room()
 
     def enqueue(self, batch: list[bytes]) -> None:
-        """Put events into the window and send them; all or, if the lease has run out, none of them.
+        """Put events into the window and send them; all or, if the lease is lost, none of them.
 
         The window may exceed its bound by one batch: who appends calls `room` before the next one.
 
         Raises:
-            Fenced: the lease has run out.
+            Fenced: the lease is lost.
         """
-        self._check_lease()
+        self._check_lost()
         if not self._window:
             self.progress_at = self._loop.time()
-        connected = self._broker.is_connected
+        connected = self._may_send()
         number = self._base + len(self._window)
         for data in batch:
             self._window.append(data)
@@ -186,7 +199,7 @@ class LogWriter:
         """Wait while the window is full, or holds ``size`` bytes and more.
 
         Raises:
-            Fenced: the lease has run out.
+            Fenced: the lease is lost.
             LogUnavailable: the log has taken nothing for too long.
         """
         size = WINDOW_BYTES if size is None else size
@@ -223,21 +236,34 @@ class LogWriter:
                 raise LogUnavailable(1, now - began, self._reason)
             await asyncio.sleep(self._publisher.ack_timeout / 4)
 
+    def _check_lost(self) -> None:
+        if self.lease.is_lost:
+            raise Fenced("the lease is lost: another producer has begun the request")
+
     def _check_lease(self) -> None:
-        now = self._loop.time()
-        if now > self._lease.until:
-            raise Fenced(f"lease ran out {now - self._lease.until:.1f} s ago")
+        self._check_lost()
+        if self.lease.is_over():
+            raise Fenced(f"lease ran out {self._loop.time() - self.lease.until:.1f} s ago")
+
+    def _may_send(self) -> bool:
+        return self._broker.is_connected and not self.lease.is_over()
 
     async def drain(self) -> None:
-        """Return when all events are acknowledged, while the lease still holds: nobody else has written before them.
+        """Return when all events are acknowledged while the lease holds: nobody else has written before them.
+
+        A lease that has lapsed meanwhile is waited for as long as for the log.
 
         Raises:
-            Fenced: the lease has run out.
+            Fenced: the lease is lost, or stayed lapsed.
             LogUnavailable: the log has taken nothing for too long.
         """
         while self._window:
             await self._progress()
-        self._check_lease()
+        while self.lease.is_over():
+            self._check_lost()
+            if self._loop.time() > self.lease.until + self._publisher.give_up:
+                self._check_lease()
+            await asyncio.sleep(LAPSED_PAUSE)
 
     def close(self) -> None:
         """Forget whatever is under way."""
@@ -280,10 +306,10 @@ class LogWriter:
         if self._stuck_since is None:
             self._stuck_since = self.progress_at
         self.progress_at = now
-        if now - self._stuck_since > self._publisher.give_up or now > self._lease.until:
+        if now - self._stuck_since > self._publisher.give_up or self.lease.is_lost:
             self._wake()
             return
-        if not self._broker.is_connected:
+        if not self._may_send():
             return
         PUBLISH_REPEATS.inc(len(self._window))
         self._acknowledged.clear()
@@ -303,7 +329,7 @@ class LogWriter:
         now = self._loop.time()
         if self._stuck_since is not None and now - self._stuck_since > self._publisher.give_up:
             raise LogUnavailable(len(self._window), now - self._stuck_since, self._reason)
-        self._check_lease()
+        self._check_lost()
         self._room = self._loop.create_future()
         try:
             await self._room

@@ -59,6 +59,15 @@ class Tries:
             return Tried(1, 0)
         return Tried(before.begun + 1, await self._write(address, before.begun + 1))
 
+    async def is_last(self, address: Address, tried: Tried) -> bool:
+        """Tell whether nobody has begun the request since ``tried``, as far as the bucket's leader knows.
+
+        Raises:
+            BrokerUnavailable: the bucket does not answer.
+        """
+        stored = await self._broker.last(bucket_stream(BUCKET), _subject(address))
+        return (stored.seq if stored is not None else 0) == tried.seq
+
     async def finish(self, address: Address, tried: Tried) -> None:
         """Close the request to whoever holds an earlier delivery of it.
 

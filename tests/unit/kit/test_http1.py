@@ -107,7 +107,7 @@ async def echoing(app: Any, **options: Any) -> AsyncIterator[Dial]:
         wires.append(Wire(*await asyncio.open_connection("127.0.0.1", port)))
         return wires[-1]
 
-    async with serving(app, "127.0.0.1", port, grace=2, **options):
+    async with serving(app, "127.0.0.1", port, grace=lambda: 2, **options):
         try:
             yield dial
         finally:
@@ -421,7 +421,7 @@ async def test_a_socket_that_waits_to_be_accepted_is_answered_by_the_application
         await send_problem(send, Problem(503, "this replica is going away"), "websocket.http")
 
     port = free_port()
-    async with serving(app, "127.0.0.1", port, grace=5):
+    async with serving(app, "127.0.0.1", port, grace=lambda: 5):
         wire = Wire(*await asyncio.open_connection("127.0.0.1", port))
         wire.say(
             b"GET /ws HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"

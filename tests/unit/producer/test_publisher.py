@@ -163,24 +163,49 @@ async def test_an_acknowledgement_from_before_going_back_does_not_count() -> Non
     assert writer.unacknowledged == 2
 
 
-async def test_nothing_is_published_after_the_lease() -> None:
+async def test_nothing_is_published_while_the_lease_has_lapsed_and_all_of_it_once_it_is_held_again() -> None:
+    log = ForgetfulLog()
+    publisher = await started(log)
+    writer = leased(publisher, seconds=-0.1)
+    await writer.publish(b"0")
+    writer.enqueue([b"1"])
+    writer.go_back(asyncio.get_running_loop().time())
+    assert log.sent == 0
+    writer.lease.until += 60
+    publisher.resume(writer.lease)
+    async with asyncio.timeout(5):
+        await writer.drain()
+    assert log.stored == [b"0", b"1"]
+
+
+async def test_a_generation_is_not_begun_after_the_lease() -> None:
+    """Its writer may have read what its successor wrote: the condition alone would let it take over from that one."""
     log = ForgetfulLog()
     writer = leased(await started(log), seconds=-0.1)
-    with pytest.raises(Fenced):
-        await writer.publish(b"0")
-    # It may have read what its successor wrote, so the condition alone would let it take over from that one.
     with pytest.raises(Fenced):
         await writer.publish_first(b"0", 7)
     assert log.sent == 0
 
 
-async def test_a_lease_that_runs_out_while_waiting_ends_the_wait() -> None:
+async def test_nothing_is_published_with_a_lost_lease() -> None:
+    log = ForgetfulLog()
+    writer = leased(await started(log))
+    writer.lease.is_lost = True
+    with pytest.raises(Fenced):
+        await writer.publish(b"0")
+    with pytest.raises(Fenced):
+        await writer.publish_first(b"0", 7)
+    assert log.sent == 0
+
+
+async def test_a_lease_that_is_lost_while_waiting_ends_the_wait() -> None:
     log = ForgetfulLog()
     log.behave = lambda: "lose"
     publisher = await started(log, ack_timeout=0.02)
     watch = asyncio.create_task(publisher.watch())
-    writer = leased(publisher, seconds=0.1)
+    writer = leased(publisher)
     await writer.publish(b"0")
+    asyncio.get_running_loop().call_later(0.1, setattr, writer.lease, "is_lost", True)
     with pytest.raises(Fenced):
         async with asyncio.timeout(5):
             await writer.drain()

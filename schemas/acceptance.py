@@ -99,7 +99,7 @@ class Acceptance:
     ``epoch``, ``next_seq`` and ``ended`` are the position. ``through`` is the stream sequence of the last message that
     was offered (or that the owner set it to). ``highest`` is the highest epoch seen, dropped events included.
     ``headless``: at least one accepted event was preceded by events that the log no longer keeps. ``lost_beginning``:
-    the first event that was offered is not the first of the generation, so that none is accepted before `join`.
+    no first event of the generation has been offered, only later ones, so that none is accepted before `join`.
 
     Where events have expired, a streaming reader cannot know from the next event whether a later epoch has already
     taken the generation over: that event may be a zombie's. So the protocol has two steps. When `lacks` is true of an
@@ -204,7 +204,7 @@ class Acceptance:
         return self._gap if self.joined_at == at else ""
 
     def _judge(self, header: Header) -> Verdict:
-        if self.lost_beginning:
+        if self.lost_beginning and header.seq > 0:
             return Verdict.GAP
         position, verdict = judge(self.position, header.type, header.epoch, header.seq)
         self.epoch, self.next_seq, self.ended = position

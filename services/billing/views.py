@@ -327,7 +327,7 @@ def _call(call: AbandonedCall) -> CallUsage:
         upstream_model=call.upstream_model,
         upstream_id=call.upstream_id,
         counted=CountedTokens(**msgspec.structs.asdict(counted)),
-        reported=None if usage is None else ReportedTokens(**msgspec.structs.asdict(usage)),
+        reported=None if usage is None else _tokens(usage),
         usage_source=call.source,
         drift=drift,
         estimated=usage is None or call.source == "begun",
@@ -349,6 +349,10 @@ def _reported(usage: str | None) -> ReportedTokens | None:
     if usage is None:
         return None
     report = msgspec.json.decode(usage, type=Usage)
+    return _tokens(report)
+
+
+def _tokens(report: Usage) -> ReportedTokens:
     return ReportedTokens(**{name: getattr(report, name) for name in ReportedTokens.__struct_fields__})
 
 

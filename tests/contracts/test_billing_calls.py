@@ -1,5 +1,6 @@
 """Abandoned calls in the ledger, and exports that name them, on SQLite and PostgreSQL."""
 
+import msgspec
 import sqlalchemy as sa
 
 from schemas.usage import Usage

@@ -11,6 +11,7 @@ import msgspec
 
 from schemas.budgets import RELEASE_SUBJECT, RESERVE_SUBJECT, budgets_key
 from schemas.delivered import DELIVERED_FILTER
+from schemas.log_marks import MARKS_SUBJECT
 from schemas.partitions import HISTORY_SUBJECT
 from schemas.subjects import REQUESTS_PREFIX, lane_of
 from schemas.topology import (
@@ -97,6 +98,7 @@ def _delivery(topology: Topology) -> Permissions:
             RESERVE_SUBJECT,
             RELEASE_SUBJECT,
             *_written(BUCKET, ">"),
+            MARKS_SUBJECT,
             *_topology_read(topology),
             *_logs_read(topology),
             *_bucket_read(BUCKET),
@@ -121,7 +123,9 @@ def _billing(topology: Topology) -> Permissions:
         publish=(
             *_topology_read(topology),
             *_logs_read(topology),
+            *_bucket_read(REGISTRY_BUCKET),
             *_bucket_read(CREDENTIALS_BUCKET),
+            MARKS_SUBJECT,
             *(f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{durable}" for stream, durable in consumers),
             *(f"$JS.ACK.{stream}.{durable}.>" for stream, durable in consumers),
             *_written(REGISTRY_BUCKET, budgets_key("*")),

@@ -27,6 +27,7 @@ from services.delivery.subscriber import Subscriber
 from services.kit.auth.principal import Principal
 from services.kit.broker import Broker, BrokerUnavailable, StreamState
 from services.kit.clock import Clock
+from services.kit.logs import Logs
 
 __all__ = ["Hub", "Limits"]
 
@@ -81,6 +82,7 @@ class Hub:
         self.clock = clock
         self.limits = limits
         self.draining = False
+        self.logs = Logs(broker)
         self._partitions = Partitions(broker, clock, partitions)
         self._history: tuple[int, ...] = ()  # of partition counts, when feeds were last looked at
         self._settled_at = 0.0
@@ -126,7 +128,7 @@ class Hub:
 
     async def _ask(self, partition: int) -> StreamState:
         now = self.clock.monotonic()
-        state = await self.broker.state(token_stream(partition))
+        state = await self.logs.state(partition)
         self._states[partition] = (now, state)
         metrics.LOG_USED.labels(str(partition)).set(state.used)
         return state
@@ -144,7 +146,7 @@ class Hub:
         """Return what issues and recognises the cursors of a session."""
         partition = await self.partition(tenant, session)
         state = await self.state(partition)
-        return CursorIssuer(partition, state.created, tenant, session)
+        return CursorIssuer(partition, state.incarnation, tenant, session)
 
     async def feed(self, tenant: str, session: str) -> Feed:
         """Return the session's feed, opened.
@@ -174,7 +176,7 @@ class Hub:
         """Return a reader of a session's log for one subscriber."""
         known = self._states.get(partition)
         shared = None if known is None else self._shared  # what is kept must be of the incarnation that is there now
-        return LogReader(self.broker, partition, tenant, session, shared, known[1].created if known else "")
+        return LogReader(self.broker, partition, tenant, session, shared, known[1].incarnation if known else "")
 
     async def catch_up(self, feed: Feed, subscriber: Subscriber) -> bool:
         """Serve a subscriber from the log until the feed's memory reaches back far enough for it.
@@ -305,14 +307,30 @@ class Hub:
 
     async def _reread(self, feed: Feed) -> None:
         """Look for what a feed has missed; a feed of a re-created log is closed, its subscribers are told."""
+        partition = feed.issuer.partition
         try:
-            if self._follows(feed, await self.state(feed.issuer.partition)):
+            if self._follows(feed, await self._known_state(partition, feed.last_seq)):
                 await feed.reread()
                 return
         except BrokerUnavailable as error:
             log.warning("read-back failed, will be tried again", session=feed.session, detail=str(error))
             return
         await self._retire(feed)
+
+    async def _known_state(self, partition: int, seen: int) -> StreamState:
+        """Return a partition's state; a log that ends before ``seen`` begins a new era first.
+
+        Raises:
+            BrokerUnavailable: the broker does not answer.
+        """
+        state = await self.state(partition)
+        if seen <= state.last_seq:
+            return state
+        state = await self.state(partition, fresh=True)
+        if seen > state.last_seq and not await self.broker.is_replicated(token_stream(partition)):
+            await self.logs.report(partition, state.incarnation, seen)
+            state = await self.state(partition, fresh=True)
+        return state
 
     async def _check(self, feed: Feed) -> None:
         try:
@@ -355,7 +373,7 @@ class Hub:
 
     @staticmethod
     def _follows(feed: Feed, state: StreamState) -> bool:
-        issuer = CursorIssuer(feed.issuer.partition, state.created, feed.tenant, feed.session)
+        issuer = CursorIssuer(feed.issuer.partition, state.incarnation, feed.tenant, feed.session)
         return issuer.incarnation == feed.issuer.incarnation
 
     async def _retire(self, feed: Feed, why: str = "the log was re-created") -> None:

@@ -41,6 +41,9 @@ CONSUMER_DEAD: Final = Counter("tailrace_delivery_consumer_dead", "Events put as
 CONSUMER_BLOCKED: Final = Counter(
     "tailrace_delivery_consumer_dead_refused", "Times that an event could not be put aside: too many are kept already"
 )
+CONSUMER_RESUMED: Final = Counter(
+    "tailrace_delivery_consumer_resumed", "Durable consumers that begin again where their log was cut off"
+)
 CONSUMER_SETTLED: Final = Counter("tailrace_delivery_consumer_settled", "Deliveries settled by services", ["how"])
 GRPC_CALLS: Final = Counter(
     "tailrace_delivery_grpc_calls", "Ended gRPC calls, by method and status", ["method", "code"]

@@ -2,7 +2,8 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Any, Final
+from datetime import UTC, datetime
+from typing import Any, Final, TypeVar
 
 import msgspec
 import nats.errors
@@ -10,6 +11,7 @@ from nats.aio.msg import Msg
 from nats.js import errors as js_errors
 from nats.js.kv import KeyValue
 
+from schemas.log_marks import incarnation, nanoseconds
 from schemas.topology import BUCKET, Topology
 from services.kit.connection import BrokerUnavailable, Connection
 from services.kit.nats_client import RelayClient
@@ -17,6 +19,7 @@ from services.kit.streams import APPLY_SECONDS, NotReady, Refused, apply_topolog
 
 __all__ = ["Broker", "BrokerUnavailable", "ReadFailed", "Stored", "StreamState"]
 
+T = TypeVar("T")
 READ_BATCH: Final = 1_000
 READ_BYTES: Final = 512 * 1024
 READS: Final = 16  # at once: what the server sends ahead must stay far below its limit for a connection (64 MB)
@@ -40,15 +43,27 @@ class Stored(msgspec.Struct, frozen=True):
 
 
 class StreamState(msgspec.Struct, frozen=True):
-    """A stream now. ``created`` is its incarnation; ``first_seq`` and ``last_seq`` bound what it keeps.
+    """A stream now. ``created`` is its time of creation; ``first_seq`` and ``last_seq`` bound what it keeps.
 
-    ``used``: how much of its bound in bytes is taken, from 0 to 1; 0 without a bound.
+    ``used``: how much of its bound in bytes is taken, from 0 to 1; 0 without a bound. ``last_stamp``: when the last
+    message was stored, in nanoseconds since 1970 (0: never). ``holes``: messages missing between the bounds. ``era``,
+    ``base`` and ``lost`` are known of logs alone: see `schemas.log_marks`.
     """
 
     created: str
     first_seq: int
     last_seq: int
     used: float = 0.0
+    last_stamp: int = 0
+    holes: int = 0
+    era: str = ""
+    base: int = 0
+    lost: int = 0
+
+    @property
+    def incarnation(self) -> str:
+        """The name under which positions in this stream are kept."""
+        return incarnation(self.created, self.era)
 
 
 class _Info(msgspec.Struct):
@@ -56,6 +71,8 @@ class _Info(msgspec.Struct):
         first_seq: int
         last_seq: int
         bytes: int = 0
+        last_ts: str = ""
+        num_deleted: int = 0
         subjects: dict[str, int] = {}
 
     class _Config(msgspec.Struct):
@@ -65,6 +82,24 @@ class _Info(msgspec.Struct):
     created: str
     state: _State
     config: _Config
+
+
+class _Got(msgspec.Struct):
+    class _Message(msgspec.Struct):
+        time: str = ""
+
+    class _Error(msgspec.Struct):
+        code: int = 0
+
+    message: _Message | None = None
+    error: _Error | None = None
+
+
+def _decoded(data: bytes | None, type_: type[T], stream: str) -> T:
+    try:
+        return msgspec.json.decode(data or b"", type=type_)
+    except msgspec.DecodeError as error:
+        raise BrokerUnavailable(f"no stream {stream}: {(data or b'')[:200]!r}") from error
 
 
 class Broker(Connection):
@@ -85,14 +120,12 @@ class Broker(Connection):
         info = await self._info(stream)
         bound = info.config.max_bytes
         used = info.state.bytes / bound if bound > 0 else 0.0
-        return StreamState(info.created, info.state.first_seq, info.state.last_seq, used)
+        state = info.state
+        stamp = nanoseconds(state.last_ts)
+        return StreamState(info.created, state.first_seq, state.last_seq, used, stamp, state.num_deleted)
 
     async def _info(self, stream: str) -> _Info:
-        data = await self.request(f"$JS.API.STREAM.INFO.{stream}")
-        try:
-            return msgspec.json.decode(data or b"", type=_Info)
-        except msgspec.DecodeError as error:
-            raise BrokerUnavailable(f"no stream {stream}: {(data or b'')[:200]!r}") from error
+        return _decoded(await self.request(f"$JS.API.STREAM.INFO.{stream}"), _Info, stream)
 
     async def holds(self, stream: str, subject: str) -> bool:
         """Tell whether a stream's leader has stored a message of this subject, and still has it.
@@ -102,10 +135,7 @@ class Broker(Connection):
         """
         query = msgspec.json.encode({"subjects_filter": subject})
         data = await self.request(f"$JS.API.STREAM.INFO.{stream}", query)
-        try:
-            return subject in msgspec.json.decode(data or b"", type=_Info).state.subjects
-        except msgspec.DecodeError as error:
-            raise BrokerUnavailable(f"no stream {stream}: {(data or b'')[:200]!r}") from error
+        return subject in _decoded(data, _Info, stream).state.subjects
 
     async def last(self, stream: str, filter_: str) -> Stored | None:
         """Return the newest stored message that matches ``filter_``, as the stream's leader has it, if there is any."""
@@ -116,6 +146,31 @@ class Broker(Connection):
         except (nats.errors.Error, OSError, TimeoutError) as error:
             raise BrokerUnavailable(f"cannot read {stream}: {error!r}") from error
         return Stored(raw.seq or 0, raw.subject or "", raw.data or b"")
+
+    async def stamp(self, stream: str, seq: int) -> int | None:
+        """Return when a stream's leader stored the message ``seq``, in nanoseconds since 1970; ``None`` without one.
+
+        Raises:
+            BrokerUnavailable: no answer.
+        """
+        data = await self.request(f"$JS.API.STREAM.MSG.GET.{stream}", msgspec.json.encode({"seq": seq}))
+        found = _decoded(data, _Got, stream)
+        if found.message is not None:
+            return nanoseconds(found.message.time)
+        if found.error is None or found.error.code != 404:
+            raise BrokerUnavailable(f"cannot read {stream} at {seq}: {(data or b'')[:200]!r}")
+        return None
+
+    async def first_since(self, stream: str, filter_: str, stamp: int) -> int | None:
+        """Return the stream sequence of the first message stored at ``stamp`` or later (nanoseconds since 1970).
+
+        Raises:
+            ReadFailed: the broker did not answer completely.
+        """
+        seconds, rest = divmod(stamp, 1_000_000_000)
+        moment = f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{rest:09d}Z"
+        found, _ = await self._get(stream, {"start_time": moment, "next_by_subj": filter_, "batch": 1})
+        return found[0].seq if found else None
 
     async def lasts(self, stream: str, filter_: str) -> list[Stored]:
         """Return the newest stored message of each subject that matches ``filter_`` (at most 1,024 subjects).
@@ -171,12 +226,17 @@ class Broker(Connection):
 
     async def _leaders_end(self, stream: str, filter_: str) -> int:
         """Return the sequence of the last stored message of ``filter_``; 0 where every answer is the leader's."""
-        if not await self._is_replicated(stream):
+        if not await self.is_replicated(stream):
             return 0
         last = await self.last(stream, filter_)
         return last.seq if last is not None else 0
 
-    async def _is_replicated(self, stream: str) -> bool:
+    async def is_replicated(self, stream: str) -> bool:
+        """Tell whether a stream has several replicas, of which one may lag behind another.
+
+        Raises:
+            BrokerUnavailable: no answer.
+        """
         now = asyncio.get_running_loop().time()
         known = self._replicas.get(stream)
         if known is None or now - known[0] > REPLICAS_SECONDS:

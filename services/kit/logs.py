@@ -1,0 +1,182 @@
+"""The logs as all services see them: their bounds, and whether one of them has lost its end."""
+
+import asyncio
+import secrets
+from typing import Final
+
+import msgspec
+import structlog
+from nats.js.errors import APIError
+from prometheus_client import Counter
+
+from schemas.log_marks import Mark, beyond, decode_mark, mark_subject, regression
+from schemas.subjects import partition_filter
+from schemas.topology import REGISTRY_BUCKET, bucket_stream, token_stream
+from services.kit.broker import Broker, BrokerUnavailable, StreamState
+
+__all__ = ["Logs"]
+
+log = structlog.get_logger()
+REGRESSIONS: Final = Counter(
+    "tailrace_log_regressions_total", "Times that a log was found to have lost its end, or made anew", ["partition"]
+)
+LOST: Final = Counter("tailrace_log_lost_events_total", "Stream sequences that a log has lost", ["partition"])
+LOOK_SECONDS: Final = 5.0
+"""How often the message at the mark is compared while a connection lasts; it is whenever there is a new one."""
+CONFIRM_SECONDS: Final = 15.0
+"""How long a log with replicas must look cut off: a new leader answers before it has applied all that it has."""
+_WRONG_LAST_SEQUENCE: Final = (10071, 10164)
+_TRIES: Final = 5
+
+
+class Logs:
+    """Tells the state of logs, and keeps their marks. Every process has one for its connection."""
+
+    def __init__(self, broker: Broker, *, confirm: float = CONFIRM_SECONDS) -> None:
+        self._broker = broker
+        self._confirm = confirm
+        self._compared: dict[int, tuple[int, float, str]] = {}  # of each partition: connection, time, incarnation
+        self._suspected: dict[int, float] = {}  # since when a log with replicas looks cut off
+        self._marking: dict[int, asyncio.Task[None]] = {}
+
+    async def state(self, partition: int) -> StreamState:
+        """Return bounds and incarnation of a partition's log.
+
+        Raises:
+            BrokerUnavailable: the broker does not answer, or says of a log with replicas what must be confirmed first.
+        """
+        for _ in range(_TRIES):
+            # The mark first: whoever moves it on in between leaves it where the log has come to.
+            mark, revision = await self._mark(partition)
+            state = await self._broker.state(token_stream(partition))
+            if mark is None:
+                if await self._write(partition, _at_end(Mark(created=state.created), state), revision):
+                    return state
+                continue
+            reason = await self._regression(partition, mark, state)
+            if reason is None:
+                self._suspected.pop(partition, None)
+                if state.last_seq > mark.seq:
+                    self._move_on(partition, _at_end(mark, state), revision)
+                return msgspec.structs.replace(state, era=mark.era, base=mark.base, lost=mark.lost)
+            await self._confirmed(partition, mark, state, reason)
+            await self._renew(partition, mark, revision, state, reason)
+        raise BrokerUnavailable(f"the mark of {token_stream(partition)} keeps changing")
+
+    async def report(self, partition: int, incarnation: str, seq: int, stamp: int = 0) -> None:
+        """Begin a new era because the log does not hold the message that was seen at ``seq``, stored at ``stamp``.
+
+        ``stamp``: in nanoseconds since 1970, 0 where it is not known.
+
+        Nothing happens where another process has begun one since ``incarnation``.
+
+        Raises:
+            BrokerUnavailable: the broker does not answer, or does not take it.
+        """
+        mark, revision = await self._mark(partition)
+        state = await self._broker.state(token_stream(partition))
+        if mark is None:
+            mark = Mark(created=state.created)
+        if msgspec.structs.replace(state, era=mark.era).incarnation == incarnation:
+            seen = msgspec.structs.replace(mark, seq=seq, stamp=stamp or mark.stamp)
+            await self._renew(partition, seen, revision, state, "a reader had come further, or had read another one")
+
+    async def _regression(self, partition: int, mark: Mark, state: StreamState) -> str | None:
+        stamp: int | None = None
+        if mark.seq and self._is_to_compare(partition, mark, state):
+            stamp = await self._broker.stamp(token_stream(partition), mark.seq)
+            self._compared[partition] = (*self._now(), f"{mark.created} {mark.era}")
+        return regression(mark, state.created, state.last_seq, stamp)
+
+    def _is_to_compare(self, partition: int, mark: Mark, state: StreamState) -> bool:
+        if state.created != mark.created or state.last_seq < mark.seq:
+            return False
+        if state.last_seq == mark.seq:
+            return state.last_stamp != mark.stamp
+        connection, now = self._now()
+        known = self._compared.get(partition)
+        if known is None or known[0] != connection or known[2] != f"{mark.created} {mark.era}":
+            return True
+        return now - known[1] > LOOK_SECONDS
+
+    def _now(self) -> tuple[int, float]:
+        return self._broker.client.stats["reconnects"], asyncio.get_running_loop().time()
+
+    async def _confirmed(self, partition: int, mark: Mark, state: StreamState, reason: str) -> None:
+        """Let a log with replicas look cut off for a while before it is believed.
+
+        Raises:
+            BrokerUnavailable: it must be seen again.
+        """
+        if state.created != mark.created or state.last_seq >= mark.seq:
+            return
+        if not await self._broker.is_replicated(token_stream(partition)):
+            return
+        now = asyncio.get_running_loop().time()
+        since = self._suspected.setdefault(partition, now)
+        if now - since < self._confirm:
+            raise BrokerUnavailable(f"{token_stream(partition)} is not what it was yet: {reason}")
+
+    async def _renew(self, partition: int, mark: Mark, revision: int, state: StreamState, reason: str) -> None:
+        """Write that a new era has begun, unless somebody has been faster."""
+        base = await self._base(partition, mark, state)
+        era = secrets.token_hex(4) if state.created == mark.created else ""
+        renewed = _at_end(Mark(created=state.created, era=era, base=base, lost=mark.seq), state)
+        if not await self._write(partition, renewed, revision):
+            return
+        self._suspected.pop(partition, None)
+        if mark.seq == 0:
+            return  # nothing had been stored
+        REGRESSIONS.labels(str(partition)).inc()
+        LOST.labels(str(partition)).inc(mark.seq - base)
+        log.error(
+            "the log has lost its end",
+            partition=partition,
+            reason=reason,
+            kept_up_to=base,
+            lost_up_to=mark.seq,
+            ends_at=state.last_seq,
+        )
+
+    async def _base(self, partition: int, mark: Mark, state: StreamState) -> int:
+        stream = token_stream(partition)
+        if not mark.seq or not mark.stamp or not state.last_seq:
+            return 0
+        if state.created != mark.created and await self._broker.stamp(stream, mark.seq) == mark.stamp:
+            return mark.seq  # the stream's own file was lost, and its messages were not
+        later = await self._broker.first_since(stream, partition_filter(partition), mark.stamp + 1)
+        return beyond(mark, state.last_seq, later)
+
+    async def _mark(self, partition: int) -> tuple[Mark | None, int]:
+        stored = await self._broker.last(bucket_stream(REGISTRY_BUCKET), mark_subject(partition))
+        return (None, 0) if stored is None else (decode_mark(stored.data), stored.seq)
+
+    def _move_on(self, partition: int, mark: Mark, revision: int) -> None:
+        """Write a mark without waiting; one that is lost, or was overtaken, is written the next time."""
+        if partition in self._marking:
+            return
+
+        async def write() -> None:
+            try:
+                await self._write(partition, mark, revision)
+            except BrokerUnavailable as error:
+                log.warning("mark of the log not moved on", partition=partition, detail=str(error))
+            finally:
+                del self._marking[partition]
+
+        self._marking[partition] = asyncio.create_task(write())
+
+    async def _write(self, partition: int, mark: Mark, revision: int) -> bool:
+        """Store a mark behind ``revision``; ``False`` when somebody else has stored one since."""
+        headers = {"Nats-Expected-Last-Subject-Sequence": str(revision)}
+        try:
+            await self._broker.publish_stored(mark_subject(partition), msgspec.json.encode(mark), headers=headers)
+        except APIError as error:
+            if error.err_code in _WRONG_LAST_SEQUENCE:
+                return False
+            raise BrokerUnavailable(f"the mark of a log is refused: {error.description}") from error
+        return True
+
+
+def _at_end(mark: Mark, state: StreamState) -> Mark:
+    return msgspec.structs.replace(mark, seq=state.last_seq, stamp=state.last_stamp if state.last_seq else 0)

@@ -84,6 +84,7 @@ def _producer(topology: Topology) -> Permissions:
             *_bucket_watched(REGISTRY_BUCKET),
             *(f"$JS.API.CONSUMER.MSG.NEXT.{REQUESTS}.{producers_durable(lane)}" for lane in lanes),
             *(f"$JS.ACK.{REQUESTS}.{producers_durable(lane)}.>" for lane in lanes),
+            *_consumers_reset([(REQUESTS, producers_durable(lane)) for lane in lanes]),
         ),
         subscribe=(_inbox("producer"), "control.*.*.*"),
         replies=True,
@@ -128,12 +129,18 @@ def _billing(topology: Topology) -> Permissions:
             MARKS_SUBJECT,
             *(f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{durable}" for stream, durable in consumers),
             *(f"$JS.ACK.{stream}.{durable}.>" for stream, durable in consumers),
+            *_consumers_reset(consumers),
             *_written(REGISTRY_BUCKET, budgets_key("*")),
             "control.*.*.*",
         ),
         subscribe=(_inbox("billing"), RESERVE_SUBJECT, RELEASE_SUBJECT),
         replies=True,
     )
+
+
+def _consumers_reset(consumers: Sequence[tuple[str, str]]) -> list[str]:
+    """Make one's own consumers anew, when their position is beyond their stream."""
+    return [f"$JS.API.CONSUMER.{verb}.{stream}.{own}" for stream, own in consumers for verb in ("CREATE", "DELETE")]
 
 
 def _consumers_kept(streams: Sequence[str]) -> list[str]:

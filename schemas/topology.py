@@ -233,7 +233,11 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
 
     def consumers(self) -> list[ConsumerSpec]:
         """Return the durable consumers: the producers' work queue, billing's of each partition and of deliveries."""
-        producers = [
+        return [*self.producers(), *(self.billing(p) for p in self.logs), self.delivered()]
+
+    def producers(self) -> list[ConsumerSpec]:
+        """Return the durable consumers of the work queue: one for each lane of the pool."""
+        return [
             ConsumerSpec(
                 stream=REQUESTS,
                 durable=producers_durable(lane),
@@ -243,7 +247,6 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
             )
             for lane in (lane_of(self.pool, "interactive"), lane_of(self.pool, "batch"))
         ]
-        return [*producers, *(self.billing(p) for p in self.logs), self.delivered()]
 
     def delivered(self) -> ConsumerSpec:
         """Return billing's durable consumer of what was delivered."""

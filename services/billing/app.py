@@ -155,7 +155,7 @@ async def main(stop: asyncio.Event, env: Mapping[str, str] = os.environ) -> None
         raise SettingsError([f"the folder of {url.database} cannot be created: {error.strerror}"]) from error
     async with open_engine(url) as engine, Broker.connect(shared.nats_url, "billing", tls=shared.tls()) as broker:
         broker.on_reconnect(_count_reconnect)
-        await broker.apply(shared.topology())  # who calls is looked up there from the first request on
+        await broker.keep(shared.topology())  # who calls is looked up there from the first request on
         ledger = Ledger(engine, _holder(), hold=settings.hold)
         migrated = asyncio.Event()
 
@@ -188,7 +188,8 @@ async def main(stop: asyncio.Event, env: Mapping[str, str] = os.environ) -> None
             migrated.set()
             async with asyncio.TaskGroup() as group:
                 group.create_task(admission.run(stop), name="budgets")
-                group.create_task(DeliveryReports(broker, Deliveries(engine)).run(stop), name="deliveries")
+                reports = DeliveryReports(broker, Deliveries(engine), shared.topology().delivered())
+                group.create_task(reports.run(stop), name="deliveries")
                 group.create_task(_consume(broker, ledger, shared, settings, terms, stop), name="consumers")
     log.info("billing has stopped")
 

@@ -156,7 +156,7 @@ async def main(stop: asyncio.Event, *, worker: int | None = None) -> None:
     configure_logging("delivery", shared.log_level, shared.log_format)
     tls = own_tls("delivery", settings.tls_cert, settings.tls_key)
     async with Broker.connect(shared.nats_url, "delivery", tls=shared.tls()) as broker:
-        await broker.apply(shared.topology())
+        await broker.keep(shared.topology())
         clock = SystemClock()
         hub = Hub(broker, clock, shared.partitions, settings.limits())
         consumers = Consumers(hub, settings.consumer_limits())

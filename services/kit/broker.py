@@ -7,6 +7,7 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 import nats.errors
+import structlog
 from nats.aio.msg import Msg
 from nats.js import errors as js_errors
 from nats.js.kv import KeyValue
@@ -19,6 +20,7 @@ from services.kit.streams import APPLY_SECONDS, NotReady, Refused, apply_topolog
 
 __all__ = ["Broker", "BrokerUnavailable", "ReadFailed", "Stored", "StreamState"]
 
+log = structlog.get_logger()
 T = TypeVar("T")
 READ_BATCH: Final = 1_000
 READ_BYTES: Final = 512 * 1024
@@ -35,11 +37,12 @@ class ReadFailed(BrokerUnavailable):
 
 
 class Stored(msgspec.Struct, frozen=True):
-    """One stored message: ``seq`` is its stream sequence."""
+    """One stored message: ``seq`` is its stream sequence, ``time`` when it was stored, where that was told."""
 
     seq: int
     subject: str
     data: bytes
+    time: str = ""
 
 
 class StreamState(msgspec.Struct, frozen=True):
@@ -109,6 +112,7 @@ class Broker(Connection):
         super().__init__(client)
         self._reads = asyncio.Semaphore(READS)
         self._buckets: dict[str, KeyValue] = {}
+        self._applying: asyncio.Task[None] | None = None
         self._replicas: dict[str, tuple[float, int]] = {}  # of each stream, and when that was looked up
 
     async def state(self, stream: str) -> StreamState:
@@ -136,6 +140,16 @@ class Broker(Connection):
         query = msgspec.json.encode({"subjects_filter": subject})
         data = await self.request(f"$JS.API.STREAM.INFO.{stream}", query)
         return subject in _decoded(data, _Info, stream).state.subjects
+
+    async def count(self, stream: str, filter_: str) -> int:
+        """Return how many messages of ``filter_`` a stream's leader has stored, for at most 100,000 subjects.
+
+        Raises:
+            BrokerUnavailable: no answer.
+        """
+        query = msgspec.json.encode({"subjects_filter": filter_})
+        data = await self.request(f"$JS.API.STREAM.INFO.{stream}", query)
+        return sum(_decoded(data, _Info, stream).state.subjects.values())
 
     async def last(self, stream: str, filter_: str) -> Stored | None:
         """Return the newest stored message that matches ``filter_``, as the stream's leader has it, if there is any."""
@@ -273,7 +287,8 @@ class Broker(Connection):
             if not got:  # it answers: a slow answer is not asked for twice
                 patience.reschedule(loop.time() + READ_TIMEOUT)
             if status is None:
-                got.append(Stored(int(headers["Nats-Sequence"]), headers["Nats-Subject"], msg.data))
+                time = headers.get("Nats-Time-Stamp", "")
+                got.append(Stored(int(headers["Nats-Sequence"]), headers["Nats-Subject"], msg.data, time))
             elif status == "204":
                 done.set_result(int(headers.get("Nats-Num-Pending", "0")))
             elif status == "404":
@@ -309,6 +324,28 @@ class Broker(Connection):
             return await apply_topology(self, topology, BrokerUnavailable, wait)
         except (NotReady, Refused) as error:
             raise BrokerUnavailable(f"cannot set up streams: {error}") from error
+
+    async def keep(self, topology: Topology) -> Topology:
+        """Do as `apply`, now and after every reconnection: a broker may come back without some of it.
+
+        Raises:
+            BrokerUnavailable: the broker refused or did not answer, now.
+        """
+
+        async def again() -> None:
+            if self._applying is None or self._applying.done():
+                self._applying = asyncio.create_task(self._apply_again(topology))
+
+        applied = await self.apply(topology)
+        if topology.managed:
+            self.on_reconnect(again)
+        return applied
+
+    async def _apply_again(self, topology: Topology) -> None:
+        try:
+            await self.apply(topology)
+        except BrokerUnavailable as error:
+            log.error("streams not looked after since the reconnection", detail=str(error))
 
     async def partitions(self) -> list[int]:
         """Return the partitions that have a stream, those beyond the present number included.

@@ -97,7 +97,7 @@ async def main(stop: asyncio.Event) -> None:
         Broker.connect(shared.nats_url, "producer", tls=shared.tls()) as broker,
         HttpUpstreams.opened(registry, clock) as upstreams,
     ):
-        await broker.apply(shared.topology())
+        await broker.keep(shared.topology())
         if broker.client.max_payload < LEAST_PAYLOAD:
             log.warning(
                 "the broker takes too small messages: an answer with a larger event would not be stored",

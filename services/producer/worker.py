@@ -14,6 +14,7 @@ from nats.js.errors import APIError
 from schemas.control import CANCEL, HEARD, OVER, OVER_BUDGET
 from schemas.requests import Request
 from schemas.subjects import Address, control_subject, dead_subject, lane_of
+from schemas.topology import Topology
 from services.kit.broker import BrokerUnavailable
 from services.producer import metrics
 from services.producer.adapters.publisher import Lease
@@ -21,6 +22,7 @@ from services.producer.adapters.tries import Tried, Tries
 from services.producer.errors import GiveUp, ProducerError, TryAgain
 from services.producer.lane import Lane
 from services.producer.presence import Presence
+from services.producer.queue import QueueCare
 from services.producer.relay import HandBack, Interruption, Outside, Relay
 
 __all__ = ["Worker"]
@@ -81,7 +83,9 @@ class Worker:
         try:
             async with asyncio.TaskGroup() as group:
                 lanes = [group.create_task(lane.run()) for lane in self._lanes]
-                watches = [group.create_task(w) for w in (self._keep(), self._watch(), self._presence.watch())]
+                care = QueueCare(self._broker, Topology(pool=self.pool, ack_wait=self.lease).producers())
+                watching = (self._keep(), self._watch(), self._presence.watch(), care.run())
+                watches = [group.create_task(w) for w in watching]
                 await stop.wait()
                 for task in lanes:
                     task.cancel()

@@ -132,6 +132,8 @@ class Consumer:
     async def _follow(self) -> None:
         # What was delivered to a process that died comes again late, after newer events: it is read at once instead.
         await self._catch_up(self._read_up_to)
+        if self._lost:  # also after a crash between the two
+            await self.ledger.watch_unheard(self.partition, self._lost, self._now())
         ahead: asyncio.Task[Pulled] | None = None
         try:
             while not self._stop.is_set():

@@ -82,12 +82,11 @@ class Ledger:
             await connection.execute(
                 sa.update(P).where(P.c.partition == partition).values(incarnation=incarnation, applied=0, stamp=0)
             )
-            again = {"epoch": 0, "next_seq": 0, "log_seq": 0}
+            again: dict[str, int | None] = {"epoch": 0, "next_seq": 0, "log_seq": 0, "settle_at": None}
             last = max(applied, lost)
             if last > base:
                 gap = {"first": base + 1, "last": last, "noticed_at": now}
                 await connection.execute(self._insert_gap, {"partition": partition, "incarnation": incarnation} | gap)
-                again["settle_at"] = now + UNHEARD
             await connection.execute(
                 sa.update(G).where(G.c.partition == partition, G.c.status == "running").values(**again)
             )
@@ -185,9 +184,19 @@ class Ledger:
         row = {"partition": partition, "incarnation": incarnation, "first": first, "last": last, "noticed_at": now}
         async with writing(self.engine) as connection:
             await connection.execute(self._insert_gap, row)
+        await self.watch_unheard(partition, last, now)
+
+    async def watch_unheard(self, partition: int, lost: int, now: int) -> None:
+        """Have generations looked at again, `UNHEARD` after ``now``, of which nothing behind ``lost`` was read.
+
+        Raises:
+            LedgerUnavailable: the database did not answer.
+        """
+        async with writing(self.engine) as connection:
             await connection.execute(
                 sa.update(G)
-                .where(G.c.partition == partition, G.c.status == "running", G.c.log_seq <= last)
+                .where(G.c.partition == partition, G.c.status == "running", G.c.log_seq <= lost)
+                .where(G.c.settle_at.is_(None))
                 .values(settle_at=now + UNHEARD)
             )
 

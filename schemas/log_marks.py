@@ -27,9 +27,11 @@ class Mark(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What was seen last of a partition's log.
 
     ``created``: the time of creation of its stream, as the broker writes it. ``seq`` and ``stamp``: stream sequence of
-    the newest message, and when it was stored, in nanoseconds since 1970 by the broker's clock (0: not known). ``era``:
-    empty until the log has regressed once. ``base``: up to this stream sequence the log holds what it held in the era
-    before; ``lost``: the last stream sequence that was known in the era before (0 in the first one).
+    the newest message, and when it was stored, in nanoseconds since 1970 by the broker's clock (0: not known).
+    ``first``: stream sequence of the oldest message. ``holes``: how many are missing between the two. ``era``: empty
+    until the log has lost something once. ``base``: up to this stream sequence the log holds what it held in the era
+    before. ``lost``: the last stream sequence that was known in the era before (0 in the first one). ``reused``:
+    whether those between are other messages now, and not missing.
     """
 
     created: str
@@ -38,6 +40,9 @@ class Mark(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     era: str = ""
     base: int = 0
     lost: int = 0
+    reused: bool = False
+    first: int = 0
+    holes: int = 0
 
 
 def mark_subject(partition: int) -> str:

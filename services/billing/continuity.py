@@ -69,7 +69,8 @@ class Continuity:
         return False
 
     def _tell(self, before: LogPosition, state: LogState) -> None:
-        unread = max(0, state.lost - max(before.applied, state.base))
+        # What is missing in the middle is found and counted when it is read over.
+        unread = max(0, state.lost - max(before.applied, state.base)) if state.reused else 0
         metrics.GAP.labels(str(self._partition)).inc(unread)
         log.error(
             "the log is another one, or has lost its end, and is read anew",

@@ -49,8 +49,9 @@ class StreamState(msgspec.Struct, frozen=True):
     """A stream now. ``created`` is its time of creation; ``first_seq`` and ``last_seq`` bound what it keeps.
 
     ``used``: how much of its bound in bytes is taken, from 0 to 1; 0 without a bound. ``last_stamp``: when the last
-    message was stored, in nanoseconds since 1970 (0: never). ``holes``: messages missing between the bounds. ``era``,
-    ``base`` and ``lost`` are known of logs alone: see `schemas.log_marks`.
+    message was stored, in nanoseconds since 1970 (0: never). ``holes``: messages missing between the bounds.
+    ``expired_at``: what was stored before may have expired by now, in nanoseconds since 1970 (0: nothing). ``era``,
+    ``base``, ``lost`` and ``reused`` are known of logs alone: see `schemas.log_marks`.
     """
 
     created: str
@@ -59,9 +60,11 @@ class StreamState(msgspec.Struct, frozen=True):
     used: float = 0.0
     last_stamp: int = 0
     holes: int = 0
+    expired_at: int = 0
     era: str = ""
     base: int = 0
     lost: int = 0
+    reused: bool = False
 
     @property
     def incarnation(self) -> str:
@@ -80,11 +83,13 @@ class _Info(msgspec.Struct):
 
     class _Config(msgspec.Struct):
         max_bytes: int = -1
+        max_age: int = 0
         num_replicas: int = 1
 
     created: str
     state: _State
     config: _Config
+    ts: str = ""
 
 
 class _Got(msgspec.Struct):
@@ -126,7 +131,8 @@ class Broker(Connection):
         used = info.state.bytes / bound if bound > 0 else 0.0
         state = info.state
         stamp = nanoseconds(state.last_ts)
-        return StreamState(info.created, state.first_seq, state.last_seq, used, stamp, state.num_deleted)
+        expired_at = max(0, nanoseconds(info.ts) - info.config.max_age) if info.config.max_age else 0
+        return StreamState(info.created, state.first_seq, state.last_seq, used, stamp, state.num_deleted, expired_at)
 
     async def _info(self, stream: str) -> _Info:
         return _decoded(await self.request(f"$JS.API.STREAM.INFO.{stream}"), _Info, stream)
@@ -185,6 +191,30 @@ class Broker(Connection):
         moment = f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{rest:09d}Z"
         found, _ = await self._get(stream, {"start_time": moment, "next_by_subj": filter_, "batch": 1})
         return found[0].seq if found else None
+
+    async def first_hole(self, stream: str, filter_: str, first: int, last: int) -> int:
+        """Return the first stream sequence in a range that is missing, or ``last + 1``; ``filter_`` must cover all.
+
+        Raises:
+            ReadFailed: the broker did not answer completely.
+        """
+
+        async def stored(seq: int) -> int:
+            found, pending = await self._get(stream, {"seq": seq, "next_by_subj": filter_, "batch": 1})
+            return len(found) + pending
+
+        beyond = await stored(last + 1)
+        low, high = first, last + 1  # nothing is missing before ``low``
+        missing = last - first + 1 - (await stored(first) - beyond)
+        if not missing:
+            return last + 1
+        while high - low > 1:  # bisect: as much is missing from a sequence on as in all, up to the first hole
+            middle = (low + high) // 2
+            if last - middle + 1 - (await stored(middle) - beyond) == missing:
+                low = middle
+            else:
+                high = middle
+        return low
 
     async def lasts(self, stream: str, filter_: str) -> list[Stored]:
         """Return the newest stored message of each subject that matches ``filter_`` (at most 1,024 subjects).

@@ -56,9 +56,9 @@ class Logs:
             reason = await self._regression(partition, mark, state)
             if reason is None:
                 self._suspected.pop(partition, None)
-                if state.last_seq > mark.seq:
+                if state.last_seq > mark.seq or state.holes != mark.holes:
                     self._move_on(partition, _at_end(mark, state), revision)
-                return msgspec.structs.replace(state, era=mark.era, base=mark.base, lost=mark.lost)
+                return msgspec.structs.replace(state, era=mark.era, base=mark.base, lost=mark.lost, reused=mark.reused)
             await self._confirmed(partition, mark, state, reason)
             await self._renew(partition, mark, revision, state, reason)
         raise BrokerUnavailable(f"the mark of {token_stream(partition)} keeps changing")
@@ -82,11 +82,24 @@ class Logs:
             await self._renew(partition, seen, revision, state, "a reader had come further, or had read another one")
 
     async def _regression(self, partition: int, mark: Mark, state: StreamState) -> str | None:
+        known = self._compared.get(partition)
+        connection, now = self._now()
+        is_new = known is None or known[0] != connection
         stamp: int | None = None
         if mark.seq and self._is_to_compare(partition, mark, state):
             stamp = await self._broker.stamp(token_stream(partition), mark.seq)
-            self._compared[partition] = (*self._now(), f"{mark.created} {mark.era}")
-        return regression(mark, state.created, state.last_seq, stamp)
+        elif not is_new:
+            return regression(mark, state.created, state.last_seq, stamp)
+        self._compared[partition] = (connection, now, f"{mark.created} {mark.era}")
+        reason = regression(mark, state.created, state.last_seq, stamp)
+        # While a connection lasts, only what is deleted on purpose goes from the middle, or all at once.
+        if reason is not None or not is_new or await self._broker.is_replicated(token_stream(partition)):
+            return reason
+        if state.holes > mark.holes:
+            return f"{state.holes - mark.holes} messages are missing in its middle"
+        if state.first_seq > mark.seq >= mark.first > 0 and mark.stamp > state.expired_at > 0:
+            return "all that it held is gone"
+        return None
 
     def _is_to_compare(self, partition: int, mark: Mark, state: StreamState) -> bool:
         if state.created != mark.created or state.last_seq < mark.seq:
@@ -119,16 +132,17 @@ class Logs:
 
     async def _renew(self, partition: int, mark: Mark, revision: int, state: StreamState, reason: str) -> None:
         """Write that a new era has begun, unless somebody has been faster."""
-        base = await self._base(partition, mark, state)
+        base, reused = await self._base(partition, mark, state)
         era = secrets.token_hex(4) if state.created == mark.created else ""
-        renewed = _at_end(Mark(created=state.created, era=era, base=base, lost=mark.seq), state)
+        renewed = _at_end(Mark(created=state.created, era=era, base=base, lost=mark.seq, reused=reused), state)
         if not await self._write(partition, renewed, revision):
             return
         self._suspected.pop(partition, None)
         if mark.seq == 0:
             return  # nothing had been stored
         REGRESSIONS.labels(str(partition)).inc()
-        LOST.labels(str(partition)).inc(mark.seq - base)
+        missing = state.holes - mark.holes if state.first_seq <= mark.seq else mark.seq - mark.first + 1
+        LOST.labels(str(partition)).inc(mark.seq - base if reused else max(0, missing))
         log.error(
             "the log has lost its end",
             partition=partition,
@@ -138,14 +152,20 @@ class Logs:
             ends_at=state.last_seq,
         )
 
-    async def _base(self, partition: int, mark: Mark, state: StreamState) -> int:
-        stream = token_stream(partition)
+    async def _base(self, partition: int, mark: Mark, state: StreamState) -> tuple[int, bool]:
+        """Return up to where the log holds what it held, and whether what comes behind has other messages' numbers."""
+        stream, filter_ = token_stream(partition), partition_filter(partition)
         if not mark.seq or not mark.stamp or not state.last_seq:
-            return 0
-        if state.created != mark.created and await self._broker.stamp(stream, mark.seq) == mark.stamp:
-            return mark.seq  # the stream's own file was lost, and its messages were not
-        later = await self._broker.first_since(stream, partition_filter(partition), mark.stamp + 1)
-        return beyond(mark, state.last_seq, later)
+            return 0, True
+        if mark.seq <= state.last_seq and state.first_seq <= mark.seq:
+            stamp = await self._broker.stamp(stream, mark.seq)
+            if stamp == mark.stamp or (stamp is None and state.created == mark.created):
+                hole = await self._broker.first_hole(stream, filter_, state.first_seq, mark.seq)
+                return hole - 1, False
+        if state.first_seq > mark.seq and state.created == mark.created:
+            return 0, False  # all of it has gone, and what came since goes on behind it
+        later = await self._broker.first_since(stream, filter_, mark.stamp + 1)
+        return beyond(mark, state.last_seq, later), True
 
     async def _mark(self, partition: int) -> tuple[Mark | None, int]:
         stored = await self._broker.last(bucket_stream(REGISTRY_BUCKET), mark_subject(partition))
@@ -179,4 +199,5 @@ class Logs:
 
 
 def _at_end(mark: Mark, state: StreamState) -> Mark:
-    return msgspec.structs.replace(mark, seq=state.last_seq, stamp=state.last_stamp if state.last_seq else 0)
+    stamp = state.last_stamp if state.last_seq else 0
+    return msgspec.structs.replace(mark, seq=state.last_seq, stamp=stamp, first=state.first_seq, holes=state.holes)

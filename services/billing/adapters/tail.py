@@ -49,7 +49,7 @@ class Pulled(msgspec.Struct):
 class LogState(msgspec.Struct, frozen=True):
     """A stream and its consumer: incarnation, bounds of what it keeps, the last sequence delivered to any process.
 
-    ``base`` and ``lost``: see `schemas.log_marks.Mark`.
+    ``base``, ``lost`` and ``reused``: see `schemas.log_marks.Mark`.
     """
 
     incarnation: str
@@ -58,6 +58,7 @@ class LogState(msgspec.Struct, frozen=True):
     delivered_seq: int
     base: int = 0
     lost: int = 0
+    reused: bool = False
 
 
 class Tail:
@@ -111,7 +112,13 @@ class Tail:
         state = await self.state()  # behind the consumer: it cannot have been given what is stored later
         self._ack_all = info.config.get("ack_policy") == "all"
         return LogState(
-            state.incarnation, state.first_seq, state.last_seq, info.delivered.stream_seq, state.base, state.lost
+            incarnation=state.incarnation,
+            first_seq=state.first_seq,
+            last_seq=state.last_seq,
+            delivered_seq=info.delivered.stream_seq,
+            base=state.base,
+            lost=state.lost,
+            reused=state.reused,
         )
 
     async def state(self) -> StreamState:

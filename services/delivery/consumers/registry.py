@@ -209,7 +209,8 @@ class Consumers:
         streams: dict[int, Origin] = {}
         for partition, info in found.infos.items():
             state = await self._state(partition)
-            is_cut = state.lost > state.base and info.delivered.stream_seq <= state.base
+            has_passed = info.delivered.consumer_seq > 0 and info.delivered.stream_seq > state.base
+            is_cut = state.lost > state.base and not has_passed
             streams[partition] = Origin(
                 stream_of(partition), state.incarnation, info.created, state.base if is_cut else None
             )

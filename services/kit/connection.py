@@ -116,6 +116,11 @@ class Connection:
         """Whether the connection is up now."""
         return bool(self.client.is_connected)
 
+    @property
+    def reconnects(self) -> int:
+        """How often the connection has been made anew."""
+        return int(self.client.stats["reconnects"])
+
     def on_reconnect(self, callback: Callable[[], Awaitable[None]]) -> None:
         """Call ``callback`` after every reconnection."""
         self._reconnected.append(callback)

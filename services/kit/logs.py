@@ -113,7 +113,7 @@ class Logs:
         return now - known[1] > LOOK_SECONDS
 
     def _now(self) -> tuple[int, float]:
-        return self._broker.client.stats["reconnects"], asyncio.get_running_loop().time()
+        return self._broker.reconnects, asyncio.get_running_loop().time()
 
     async def _confirmed(self, partition: int, mark: Mark, state: StreamState, reason: str) -> None:
         """Let a log with replicas look cut off for a while before it is believed.

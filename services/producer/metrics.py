@@ -29,6 +29,9 @@ TOKEN_GAP: Final = Histogram(
 UPSTREAM_ERRORS: Final = Counter("tailrace_producer_upstream_errors", "Refusals and failures", ["provider", "code"])
 STALLS: Final = Counter("tailrace_producer_stalls", "Silences of more than a second in the middle of an answer")
 LEASES_LOST: Final = Counter("tailrace_producer_leases_lost", "Generations given up because the lease ran out")
+LOST_ANSWERS: Final = Counter(
+    "tailrace_producer_lost_answers", "Running answers of which the log had lost acknowledged events"
+)
 TAKEOVERS: Final = Counter("tailrace_producer_takeovers", "Begun generations taken over from another producer", ["how"])
 RETRIES: Final = Counter("tailrace_producer_retries", "Calls made again", ["provider", "code"])
 FAILOVERS: Final = Counter("tailrace_producer_failovers", "Turns to another candidate", ["provider"])

@@ -5,6 +5,7 @@ import asyncio
 import msgspec
 import structlog
 
+from schemas.codec import MalformedEvent, decode_header
 from schemas.events import AnyEvent
 from schemas.requests import GenerationRecord, Request
 from schemas.subjects import Address, token_subject
@@ -31,6 +32,7 @@ __all__ = ["HandBack", "Interruption", "LeaseLost", "Outside", "Relay"]
 log = structlog.get_logger()
 _TAKEOVER_TRIES = 4
 READ_AGAIN_SECONDS = 0.5
+LOG_LOST = "log_lost"
 
 
 class Outside(msgspec.Struct):
@@ -72,6 +74,7 @@ class Relay:
         self._asked: Provider | None = None
         self._interruption: Interruption | None = None
         self._reading: asyncio.Timeout | None = None
+        self._log_lost = False  # the log has lost events of it: what follows is not another producer's fault
 
     def interrupt(self, interruption: Interruption) -> None:
         """Stop what runs; the first call holds, later ones can only hurry it."""
@@ -90,6 +93,43 @@ class Relay:
         elif self._asking is not None:
             self._asking.check(now)
 
+    async def compare(self, *, whole: bool) -> None:
+        """Interrupt the generation if the log does not hold what it has acknowledged of it.
+
+        ``whole``: look at all that is stored, and not only at its end.
+
+        Raises:
+            TryAgain: the log cannot be read now.
+            BrokerUnavailable: the log cannot be read now.
+        """
+        if await self._has_lost(whole=whole):
+            self.interrupt(Interruption("lost", LOG_LOST))
+
+    async def _has_lost(self, *, whole: bool) -> bool:
+        journal = self.journal
+        if journal is None or not (acknowledged := journal.acknowledged):
+            return False
+        stream, subject = token_stream(self.address.partition), token_subject(self.address)
+        if not whole:
+            last = await self._outside.broker.last(stream, subject)
+            if last is not None and _seq(last.data) >= acknowledged - 1:
+                return False
+        begun = await self._read_once()
+        first = await self._outside.broker.first(stream, subject)
+        expired_at = (await self._outside.broker.state(stream)).expired_at / 1e9
+        is_headless = (first is None or _seq(first.data) > 0) and expired_at < self.request.created_at
+        is_ours = begun.position.epoch <= journal.generation.epoch
+        has_lost = is_ours and (is_headless or begun.position.next_seq < acknowledged)
+        if has_lost:
+            metrics.LOST_ANSWERS.inc()
+            log.error(
+                "the log has lost events of a running answer",
+                generation=self.request.generation,
+                acknowledged=acknowledged,
+                kept=begun.position.next_seq,
+            )
+        return has_lost
+
     async def run(self) -> bool:
         """Bring the generation to its terminal, or leave it to whoever owns it now; tell whether there was any need.
 
@@ -104,7 +144,7 @@ class Relay:
                 self.ended = True
                 return needed
             except LogRefused as error:
-                log.info("generation has grown meanwhile", generation=self.request.generation, detail=str(error))
+                log.info("generation is looked at again", generation=self.request.generation, detail=str(error))
         raise TryAgain(f"generation {self.request.generation} keeps changing under a takeover")
 
     async def give_up(self, why: str) -> None:
@@ -160,6 +200,7 @@ class Relay:
         if decision == "done":
             return False
         epoch = max(self._attempt, begun.position.epoch + (decision != "run"))
+        reconnects = self._outside.broker.reconnects
         writer = self._outside.publisher.writer(token_subject(self.address), self._lease)
         try:
             self.journal, candidates = self._journal(begun, epoch, writer)
@@ -172,6 +213,9 @@ class Relay:
                 await self._begin(self.journal, candidates[0], decision == "restart")
                 await self.journal.append(await self._ask(self.journal, candidates))
             await writer.drain()
+            if reconnects != self._outside.broker.reconnects and await self._has_lost(whole=True):
+                self._log_lost = True
+                raise LogRefused(f"the log has lost events of generation {self.request.generation}")
         finally:
             writer.close()
         self._look_up_usage()
@@ -225,14 +269,15 @@ class Relay:
         metrics.TAKEOVERS.labels("interrupted").inc()
         counted = self.journal.generation.counted()
         counted = Counted(input=counted.input, output=begun.tokens, exact=False, encoding=counted.encoding)
-        return self.journal.generation.interrupt("producer_lost", counted, self.journal.now())
+        reason = LOG_LOST if self._log_lost else "producer_lost"
+        return self.journal.generation.interrupt(reason, counted, self.journal.now())
 
     async def _begin(self, journal: Journal, candidate: Candidate, restart: bool) -> None:
         request, generation, at = self.request, journal.generation, journal.now()
         who = (candidate.provider.name, candidate.upstream_model)
         if restart:
             metrics.TAKEOVERS.labels("restarted").inc()
-            event: AnyEvent = generation.restart("producer_lost", *who, at)
+            event: AnyEvent = generation.restart(LOG_LOST if self._log_lost else "producer_lost", *who, at)
         else:
             event = generation.start(request, *who, at)
         await journal.append([event])
@@ -268,10 +313,20 @@ class Relay:
             case "overdue":
                 message = f"{interruption.code.removeprefix('deadline_').replace('_', ' ')} deadline passed"
                 return generation.fail(UpstreamFailure(interruption.code, message, recoverable=True), at)
+            case "lost":
+                self._interruption, self._log_lost = None, True
+                raise LogRefused(f"the log has lost events of generation {self.request.generation}")
             case "drain":
                 raise HandBack(f"generation {self.request.generation} is handed over")
             case _:
                 raise LeaseLost(f"generation {self.request.generation}: the lease was not renewed in time")
+
+
+def _seq(data: bytes) -> int:
+    try:
+        return decode_header(data).seq
+    except MalformedEvent:
+        return -1
 
 
 def _encoding(model: str, candidates: list[Candidate] | UnknownModel) -> tuple[str, bool]:

@@ -21,6 +21,7 @@ from services.producer.adapters.publisher import Lease
 from services.producer.adapters.tries import Tried, Tries
 from services.producer.errors import GiveUp, ProducerError, TryAgain
 from services.producer.lane import Lane
+from services.producer.losses import Losses
 from services.producer.presence import Presence
 from services.producer.queue import QueueCare
 from services.producer.relay import HandBack, Interruption, Outside, Relay
@@ -75,6 +76,7 @@ class Worker:
             Lane(self._broker, lane_of(pool, "interactive"), self._room, self._take, lease=lease, patient=True),
             Lane(self._broker, lane_of(pool, "batch"), self._batch_room, self._take, lease=lease, patient=False),
         ]
+        self._losses = Losses(self._broker, lambda: list(self.running.values()))
         self._presence = Presence(self._broker, outside.clock, lambda: list(self.running.values()))
         metrics.SLOTS.set(slots)
 
@@ -84,7 +86,7 @@ class Worker:
             async with asyncio.TaskGroup() as group:
                 lanes = [group.create_task(lane.run()) for lane in self._lanes]
                 care = QueueCare(self._broker, Topology(pool=self.pool, ack_wait=self.lease).producers())
-                watching = (self._keep(), self._watch(), self._presence.watch(), care.run())
+                watching = (self._keep(), self._watch(), self._presence.watch(), care.run(), self._losses.run())
                 watches = [group.create_task(w) for w in watching]
                 await stop.wait()
                 for task in lanes:
@@ -173,6 +175,7 @@ class Worker:
                 await self._tries.finish(relay.address, before)
                 await self._bury(msg, "max_deliver")
                 return None
+            await self._losses.learn(relay.address.partition)
             now = await self._tries.begin(relay.address, attempt, before)
             if await relay.run():
                 await self._tries.finish(relay.address, now)

@@ -24,7 +24,7 @@ def damage(server: NatsServer, kind: str, stream: str = "TOKENS_0") -> None:
 async def append(url: str, names: tuple[str, ...]) -> None:
     async with Broker.connect(url, "test") as broker:
         log = Log(broker)
-        await eventually(lambda: broker.partitions())  # a stream that was lost is made anew by a service
+        await eventually(broker.partitions)  # a stream that was lost is made anew by a service
         for name in names:
             await log.append(*story(name, SIZE))
 

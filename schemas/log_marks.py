@@ -6,21 +6,32 @@ broker stored it, which no other message has. A log that ends before its mark, o
 regressed. It begins a new *era*: cursors and positions of the era before are not taken for positions in it.
 """
 
-import re
-from datetime import datetime
 from typing import Final
 
 import msgspec
 
 from schemas.topology import REGISTRY_BUCKET
 
-__all__ = ["MARKS_SUBJECT", "Mark", "beyond", "decode_mark", "incarnation", "mark_subject", "nanoseconds", "regression"]
+__all__ = [
+    "MARKS_SUBJECT",
+    "PROBES_SUBJECT",
+    "Mark",
+    "beyond",
+    "decode_mark",
+    "incarnation",
+    "mark_subject",
+    "probe_subject",
+    "regression",
+]
 
 # Two tokens below the bucket, as the history of partitions has.
 _PREFIX: Final = f"$KV.{REGISTRY_BUCKET}.log."
-_TIME: Final = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?(Z|[+-]\d\d:\d\d)")
 MARKS_SUBJECT: Final = f"{_PREFIX}*"
 """Covers the marks of all partitions."""
+
+_PROBE: Final = f"$KV.{REGISTRY_BUCKET}.probe."
+PROBES_SUBJECT: Final = f"{_PROBE}*"
+"""Covers what services write to find out whether the broker stores anything."""
 
 
 class Mark(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -43,6 +54,11 @@ class Mark(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     reused: bool = False
     first: int = 0
     holes: int = 0
+
+
+def probe_subject(service: str) -> str:
+    """Return the subject that a service writes to, to find out whether the broker stores it."""
+    return f"{_PROBE}{service}"
 
 
 def mark_subject(partition: int) -> str:
@@ -86,16 +102,3 @@ def beyond(mark: Mark, last_seq: int, first_later: int | None) -> int:
     """
     end = last_seq if first_later is None else first_later - 1
     return max(0, min(end, mark.seq - 1, last_seq))
-
-
-def nanoseconds(text: str) -> int:
-    """Return a time as the broker writes it (RFC 3339, up to nanoseconds) in nanoseconds since 1970; 0 for none."""
-    match = _TIME.fullmatch(text)
-    if match is None:
-        return 0
-    moment, fraction, zone = match.groups()
-    try:
-        whole = int(datetime.fromisoformat(moment + zone.replace("Z", "+00:00")).timestamp())
-    except ValueError:
-        return 0
-    return max(0, whole * 1_000_000_000 + int((fraction or "").ljust(9, "0")))

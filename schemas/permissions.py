@@ -11,7 +11,7 @@ import msgspec
 
 from schemas.budgets import RELEASE_SUBJECT, RESERVE_SUBJECT, budgets_key
 from schemas.delivered import DELIVERED_FILTER
-from schemas.log_marks import MARKS_SUBJECT
+from schemas.log_marks import MARKS_SUBJECT, PROBES_SUBJECT
 from schemas.partitions import HISTORY_SUBJECT
 from schemas.subjects import REQUESTS_PREFIX, lane_of
 from schemas.topology import (
@@ -79,6 +79,7 @@ def _producer(topology: Topology) -> Permissions:
             *_written(BUCKET, ">"),
             *_written(REGISTRY_BUCKET, "pool.*", "circuit.*"),
             MARKS_SUBJECT,
+            PROBES_SUBJECT,
             *_topology_read(topology),
             *_logs_read(topology),
             *_bucket_read(BUCKET),
@@ -97,11 +98,13 @@ def _delivery(topology: Topology) -> Permissions:
     return Permissions(
         publish=(
             *(f"{REQUESTS_PREFIX}.{lane}.*" for lane in _lanes(topology)),
+            *(f"$JS.API.STREAM.MSG.{verb}.{REQUESTS}" for verb in ("GET", "DELETE")),  # what was refused is taken back
             "control.*.*.*",
             RESERVE_SUBJECT,
             RELEASE_SUBJECT,
             *_written(BUCKET, ">"),
             MARKS_SUBJECT,
+            PROBES_SUBJECT,
             *_topology_read(topology),
             *_logs_read(topology),
             *_bucket_read(BUCKET),
@@ -129,6 +132,7 @@ def _billing(topology: Topology) -> Permissions:
             *_bucket_read(REGISTRY_BUCKET),
             *_bucket_read(CREDENTIALS_BUCKET),
             MARKS_SUBJECT,
+            PROBES_SUBJECT,
             *(f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{durable}" for stream, durable in consumers),
             *(f"$JS.ACK.{stream}.{durable}.>" for stream, durable in consumers),
             *_consumers_reset(consumers),

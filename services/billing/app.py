@@ -4,8 +4,8 @@ import asyncio
 import os
 import secrets
 import socket
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Final, cast, get_args
 
@@ -39,6 +39,7 @@ from services.kit.broker import Broker, BrokerUnavailable
 from services.kit.clock import SystemClock
 from services.kit.http import serving
 from services.kit.settings import SettingsError, Shared, load_settings, own_tls
+from services.kit.storage import Storage
 from services.kit.telemetry import configure_logging
 
 __all__ = ["Settings", "main"]
@@ -162,12 +163,17 @@ async def main(stop: asyncio.Event, env: Mapping[str, str] = os.environ) -> None
         async def database() -> bool:
             return migrated.is_set() and await ledger.answers()
 
+        storage = Storage(broker, "billing")
+
         async def connected() -> bool:
             return broker.is_connected
 
+        async def stores() -> bool:
+            return storage.stores()
+
         prices = Prices(engine)
         terms = CurrentTerms(prices, settings.policy(), settings.charging())
-        checks = {"broker": connected, "database": database}
+        checks = {"broker": connected, "database": database, "log": stores}
         admission = Admission(broker, Budgets(engine), terms, SystemClock(), keep=settings.reservation)
         api = build_api(Reports(engine), checks, settings.cors_origins, terms, admission)
         async with (
@@ -186,12 +192,23 @@ async def main(stop: asyncio.Event, env: Mapping[str, str] = os.environ) -> None
             if settings.prices is not None:
                 await load_price_file(prices, Path(settings.prices), SystemClock())
             migrated.set()
-            async with asyncio.TaskGroup() as group:
+            async with _running(storage.run()), asyncio.TaskGroup() as group:
                 group.create_task(admission.run(stop), name="budgets")
                 reports = DeliveryReports(broker, Deliveries(engine), shared.topology().delivered())
                 group.create_task(reports.run(stop), name="deliveries")
                 group.create_task(_consume(broker, ledger, shared, settings, terms, stop), name="consumers")
     log.info("billing has stopped")
+
+
+@asynccontextmanager
+async def _running(work: Coroutine[object, object, None]) -> AsyncIterator[None]:
+    """Run ``work`` beside the block, and end it with the block."""
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 async def _consume(

@@ -45,7 +45,7 @@ from services.kit.auth.setup import authenticating
 from services.kit.bodies import reading_bodies
 from services.kit.broker import Broker
 from services.kit.clock import SystemClock
-from services.kit.http import probes, serving
+from services.kit.http import Check, probes, serving
 from services.kit.problem import EXCEPTION_HANDLERS
 from services.kit.settings import SettingsError, Shared, load_settings, own_tls
 from services.kit.telemetry import configure_logging
@@ -229,9 +229,16 @@ async def _own_probes(hub: Hub, settings: Settings, worker: int | None) -> Async
     if worker is None:
         yield
         return
-    app = Litestar([probes({"broker": hub.is_ready})], openapi_config=None, logging_config=None)
+    app = Litestar([probes(_checks(hub))], openapi_config=None, logging_config=None)
     async with serving(app, settings.host, settings.workers_port + worker, connections=64):
         yield
+
+
+def _checks(hub: Hub) -> dict[str, Check]:
+    async def stores() -> bool:
+        return hub.storage.stores()
+
+    return {"broker": hub.is_ready, "log": stores}
 
 
 def build_app(
@@ -261,7 +268,7 @@ def build_app(
         *events_handlers(events),
         websocket,
         consumers_router(consumers),
-        probes({"broker": hub.is_ready}),
+        probes(_checks(hub)),
     ]
     if settings.console:
         handlers += _console(settings, asks=authenticator.everybody is None)

@@ -9,7 +9,6 @@ from typing import Any, Final
 import structlog
 
 from schemas.cursor import CursorIssuer
-from schemas.topology import token_stream
 from services.delivery import metrics
 from services.delivery.accounts import Accounts
 from services.delivery.connections import Connections, End
@@ -28,6 +27,7 @@ from services.kit.auth.principal import Principal
 from services.kit.broker import Broker, BrokerUnavailable, StreamState
 from services.kit.clock import Clock
 from services.kit.logs import Logs
+from services.kit.storage import Storage
 
 __all__ = ["Hub", "Limits"]
 
@@ -83,6 +83,7 @@ class Hub:
         self.limits = limits
         self.draining = False
         self.logs = Logs(broker)
+        self.storage = Storage(broker, "delivery")
         self._partitions = Partitions(broker, clock, partitions)
         self._history: tuple[int, ...] = ()  # of partition counts, when feeds were last looked at
         self._settled_at = 0.0
@@ -276,6 +277,7 @@ class Hub:
             for subscriber in feed.everyone():
                 self._look_after(subscriber, now)
         if self.broker.is_connected:
+            self._look("storage", self.storage.look)
             self._look("starts", self.starts.look)
             self._look("logs", self._look_for_new_logs)
             self._look("moves", self._look_for_moves, now)
@@ -324,10 +326,7 @@ class Hub:
             BrokerUnavailable: the broker does not answer.
         """
         state = await self.state(partition)
-        if seen <= state.last_seq:
-            return state
-        state = await self.state(partition, fresh=True)
-        if seen > state.last_seq and not await self.broker.is_replicated(token_stream(partition)):
+        if seen > state.last_seq and seen > (state := await self.state(partition, fresh=True)).last_seq:
             await self.logs.report(partition, state.incarnation, seen)
             state = await self.state(partition, fresh=True)
         return state

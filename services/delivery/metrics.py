@@ -65,6 +65,11 @@ LIMITED: Final = Counter(
 LIMITS_BLIND: Final = Counter(
     "tailrace_delivery_limits_blind", "Counts that the broker did not answer in time; this replica counted for itself"
 )
+WITHDRAWN: Final = Counter(
+    "tailrace_delivery_withdrawn",
+    "Refused requests of which the broker may have had something, by outcome",
+    ["outcome"],
+)
 WORKERS: Final = Gauge("tailrace_delivery_workers", "Worker processes that run, where several share the ports")
 WORKER_RESTARTS: Final = Counter("tailrace_delivery_worker_restarts", "Worker processes that ended by themselves")
 DELIVERED_REPORTS: Final = Counter(

@@ -12,10 +12,11 @@ from nats.aio.msg import Msg
 from nats.js import errors as js_errors
 from nats.js.kv import KeyValue
 
-from schemas.log_marks import incarnation, nanoseconds
+from schemas.log_marks import incarnation
 from schemas.topology import BUCKET, Topology
 from services.kit.connection import BrokerUnavailable, Connection
 from services.kit.nats_client import RelayClient
+from services.kit.stamps import nanoseconds
 from services.kit.streams import APPLY_SECONDS, NotReady, Refused, apply_topology, token_partitions
 
 __all__ = ["Broker", "BrokerUnavailable", "ReadFailed", "Stored", "StreamState"]
@@ -50,7 +51,7 @@ class StreamState(msgspec.Struct, frozen=True):
 
     ``used``: how much of its bound in bytes is taken, from 0 to 1; 0 without a bound. ``last_stamp``: when the last
     message was stored, in nanoseconds since 1970 (0: never). ``holes``: messages missing between the bounds.
-    ``expired_at``: what was stored before may have expired by now, in nanoseconds since 1970 (0: nothing). ``era``,
+    ``max_age``: seconds after which messages expire (0: never). ``era``,
     ``base``, ``lost`` and ``reused`` are known of logs alone: see `schemas.log_marks`.
     """
 
@@ -60,7 +61,7 @@ class StreamState(msgspec.Struct, frozen=True):
     used: float = 0.0
     last_stamp: int = 0
     holes: int = 0
-    expired_at: int = 0
+    max_age: float = 0.0
     era: str = ""
     base: int = 0
     lost: int = 0
@@ -89,7 +90,6 @@ class _Info(msgspec.Struct):
     created: str
     state: _State
     config: _Config
-    ts: str = ""
 
 
 class _Got(msgspec.Struct):
@@ -131,8 +131,8 @@ class Broker(Connection):
         used = info.state.bytes / bound if bound > 0 else 0.0
         state = info.state
         stamp = nanoseconds(state.last_ts)
-        expired_at = max(0, nanoseconds(info.ts) - info.config.max_age) if info.config.max_age else 0
-        return StreamState(info.created, state.first_seq, state.last_seq, used, stamp, state.num_deleted, expired_at)
+        max_age = info.config.max_age / 1e9
+        return StreamState(info.created, state.first_seq, state.last_seq, used, stamp, state.num_deleted, max_age)
 
     async def _info(self, stream: str) -> _Info:
         return _decoded(await self.request(f"$JS.API.STREAM.INFO.{stream}"), _Info, stream)

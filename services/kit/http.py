@@ -13,7 +13,7 @@ from services.kit.http1 import HEAD_BYTES, Http1Server
 from services.kit.http2 import serving_http2
 from services.kit.tls import ServerTls
 
-__all__ = ["HEAD_BYTES", "PortTaken", "check_port", "probes", "serving"]
+__all__ = ["Check", "HEAD_BYTES", "PortTaken", "check_port", "probes", "serving"]
 
 Check = Callable[[], Awaitable[bool]]
 HANDSHAKE_SECONDS: Final = 10.0

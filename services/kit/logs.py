@@ -2,6 +2,7 @@
 
 import asyncio
 import secrets
+import time
 from typing import Final
 
 import msgspec
@@ -25,6 +26,7 @@ LOOK_SECONDS: Final = 5.0
 """How often the message at the mark is compared while a connection lasts; it is whenever there is a new one."""
 CONFIRM_SECONDS: Final = 15.0
 """How long a log with replicas must look cut off: a new leader answers before it has applied all that it has."""
+SUSPECTED: Final = 1_000
 _WRONG_LAST_SEQUENCE: Final = (10071, 10164)
 _TRIES: Final = 5
 
@@ -36,7 +38,7 @@ class Logs:
         self._broker = broker
         self._confirm = confirm
         self._compared: dict[int, tuple[int, float, str]] = {}  # of each partition: connection, time, incarnation
-        self._suspected: dict[int, float] = {}  # since when a log with replicas looks cut off
+        self._suspected: dict[tuple[int, int], float] = {}  # since when a log with replicas looks cut off, by its mark
         self._marking: dict[int, asyncio.Task[None]] = {}
 
     async def state(self, partition: int) -> StreamState:
@@ -55,7 +57,7 @@ class Logs:
                 continue
             reason = await self._regression(partition, mark, state)
             if reason is None:
-                self._suspected.pop(partition, None)
+                self._suspected.pop((partition, mark.seq), None)
                 if state.last_seq > mark.seq or state.holes != mark.holes:
                     self._move_on(partition, _at_end(mark, state), revision)
                 return msgspec.structs.replace(state, era=mark.era, base=mark.base, lost=mark.lost, reused=mark.reused)
@@ -79,7 +81,9 @@ class Logs:
             mark = Mark(created=state.created)
         if msgspec.structs.replace(state, era=mark.era).incarnation == incarnation:
             seen = msgspec.structs.replace(mark, seq=seq, stamp=stamp or mark.stamp)
-            await self._renew(partition, seen, revision, state, "a reader had come further, or had read another one")
+            reason = f"a reader had come to {seq}, or had another message there"
+            await self._confirmed(partition, seen, state, reason)
+            await self._renew(partition, seen, revision, state, reason)
 
     async def _regression(self, partition: int, mark: Mark, state: StreamState) -> str | None:
         known = self._compared.get(partition)
@@ -97,7 +101,8 @@ class Logs:
             return reason
         if state.holes > mark.holes:
             return f"{state.holes - mark.holes} messages are missing in its middle"
-        if state.first_seq > mark.seq >= mark.first > 0 and mark.stamp > state.expired_at > 0:
+        age = time.time() - mark.stamp / 1e9
+        if state.first_seq > mark.seq >= mark.first > 0 and (not state.max_age or age < state.max_age):
             return "all that it held is gone"
         return None
 
@@ -126,7 +131,9 @@ class Logs:
         if not await self._broker.is_replicated(token_stream(partition)):
             return
         now = asyncio.get_running_loop().time()
-        since = self._suspected.setdefault(partition, now)
+        if len(self._suspected) > SUSPECTED:
+            self._suspected.clear()
+        since = self._suspected.setdefault((partition, mark.seq), now)
         if now - since < self._confirm:
             raise BrokerUnavailable(f"{token_stream(partition)} is not what it was yet: {reason}")
 
@@ -137,7 +144,7 @@ class Logs:
         renewed = _at_end(Mark(created=state.created, era=era, base=base, lost=mark.seq, reused=reused), state)
         if not await self._write(partition, renewed, revision):
             return
-        self._suspected.pop(partition, None)
+        self._suspected.clear()
         if mark.seq == 0:
             return  # nothing had been stored
         REGRESSIONS.labels(str(partition)).inc()

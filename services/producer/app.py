@@ -15,6 +15,7 @@ from services.kit.clock import SystemClock
 from services.kit.http import probes, serving
 from services.kit.problem import EXCEPTION_HANDLERS
 from services.kit.settings import SettingsError, Shared, load_settings, read_config
+from services.kit.storage import Storage
 from services.kit.telemetry import configure_logging
 from services.producer.adapters.circuits import Circuits
 from services.producer.adapters.publisher import Publisher
@@ -126,20 +127,24 @@ async def _work(shared: Shared, settings: Settings, outside: Outside, stop: asyn
     registry = outside.registry
     await outside.records.announce(shared.pool, registry.announcement())
 
+    storage = Storage(outside.broker, "producer")
+
     async def connected() -> bool:
         return outside.broker.is_connected
 
+    async def stores() -> bool:
+        return storage.stores() and not outside.publisher.is_stuck()
+
     app = Litestar(
-        route_handlers=[probes({"broker": connected})],
+        route_handlers=[probes({"broker": connected, "log": stores})],
         exception_handlers=EXCEPTION_HANDLERS,
         logging_config=None,
         openapi_config=OpenAPIConfig("Tailrace producer", "1"),
     )
     async with serving(app, settings.host, settings.port), asyncio.TaskGroup() as group:
         circuits = outside.upstreams.circuits
-        background = [
-            group.create_task(work) for work in (outside.publisher.watch(), outside.records.write(), circuits.follow())
-        ]
+        works = (outside.publisher.watch(), outside.records.write(), circuits.follow(), storage.run())
+        background = [group.create_task(work) for work in works]
         await worker.run(stop, settings.drain)
         for task in background:
             task.cancel()

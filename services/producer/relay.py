@@ -116,8 +116,9 @@ class Relay:
                 return False
         begun = await self._read_once()
         first = await self._outside.broker.first(stream, subject)
-        expired_at = (await self._outside.broker.state(stream)).expired_at / 1e9
-        is_headless = (first is None or _seq(first.data) > 0) and expired_at < self.request.created_at
+        max_age = (await self._outside.broker.state(stream)).max_age
+        is_young = not max_age or self._outside.clock.wall() - self.request.created_at < max_age
+        is_headless = is_young and (first is None or _seq(first.data) > 0)
         is_ours = begun.position.epoch <= journal.generation.epoch
         has_lost = is_ours and (is_headless or begun.position.next_seq < acknowledged)
         if has_lost:

@@ -10,12 +10,12 @@ import nats.errors
 import structlog
 from nats.js import errors as js_errors
 
-from schemas.log_marks import nanoseconds
 from schemas.topology import ConsumerSpec, Topology
 from services.billing.core.intake import Record, read_record
 from services.kit.broker import Broker, BrokerUnavailable, Stored, StreamState
 from services.kit.consumers import DurableRefused, Durables
 from services.kit.logs import Logs
+from services.kit.stamps import nanoseconds
 
 __all__ = ["LogState", "Pulled", "Tail"]
 

@@ -63,6 +63,7 @@ def permissions(topology: Topology) -> Mapping[str, Permissions]:
                 "$JS.API.CONSUMER.>",
                 "$JS.API.DIRECT.GET.>",
                 HISTORY_SUBJECT,
+                MARKS_SUBJECT,
             ),
             subscribe=(_inbox("setup"),),
         ),

@@ -25,7 +25,7 @@ from services.billing.core.intake import Record
 from services.billing.core.sequence import holes, join
 from services.billing.core.settlement import Terms
 from services.billing.core.spending import released, steps
-from services.billing.errors import Fenced, LedgerUnavailable, StalePrices
+from services.billing.errors import Fenced, LedgerUnavailable, LedgerUnusable, StalePrices
 from services.billing.sweep import Sweep, tell
 from services.billing.terms import CurrentTerms
 from services.kit.broker import BrokerUnavailable
@@ -126,7 +126,7 @@ class Consumer:
         try:
             async with asyncio.timeout(5):
                 await self.ledger.release(self.partition)
-        except (LedgerUnavailable, TimeoutError) as error:
+        except (LedgerUnavailable, LedgerUnusable, TimeoutError) as error:
             log.warning("hold not given up; it expires", partition=self.partition, error=str(error))
 
     async def _follow(self) -> None:

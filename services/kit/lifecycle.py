@@ -11,14 +11,16 @@ import structlog
 import uvloop
 
 from services.kit.broker import BrokerUnavailable
+from services.kit.endings import CannotRun
 from services.kit.http import PortTaken
 from services.kit.settings import SettingsError
 
-__all__ = ["EXIT_USAGE", "run_service"]
+__all__ = ["EXIT_UNUSABLE", "EXIT_USAGE", "run_service"]
 
 log = structlog.get_logger()
 EXIT_USAGE: Final = 2
 EXIT_UNAVAILABLE: Final = 3
+EXIT_UNUSABLE: Final = 4
 
 
 def run_service(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
@@ -26,7 +28,8 @@ def run_service(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
 
     While ``main`` still starts, and so does not wait for ``stop`` yet, it is cancelled instead.
 
-    Exit codes: 0 stopped by wish, 2 wrong settings or a taken port, 3 a part that it needs does not answer.
+    Exit codes: 0 stopped by wish, 2 wrong settings or a taken port, 3 a part that it needs does not answer, 4 what it
+    keeps is damaged or of a newer version.
     """
     try:
         uvloop.run(_run(main))
@@ -34,6 +37,8 @@ def run_service(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
         sys.exit(_say(group, EXIT_USAGE))
     except* BrokerUnavailable as group:
         sys.exit(_say(group, EXIT_UNAVAILABLE))
+    except* CannotRun as group:
+        sys.exit(_say(group, EXIT_UNUSABLE))
 
 
 def _say(group: BaseExceptionGroup[Exception], code: int) -> int:

@@ -85,6 +85,29 @@ class Logs:
             await self._confirmed(partition, seen, state, reason)
             await self._renew(partition, seen, revision, state, reason)
 
+    async def begin_era(self, partition: int) -> bool:
+        """Begin a new era although nothing shows that the log has lost anything; ``False`` for an empty log.
+
+        For when it may have: its store was put back from a copy, or the machine went down.
+
+        Raises:
+            BrokerUnavailable: the broker does not answer, or does not take it.
+        """
+        for _ in range(_TRIES):
+            mark, revision = await self._mark(partition)
+            state = await self._broker.state(token_stream(partition))
+            if not state.last_seq:
+                return False
+            era, end = secrets.token_hex(4), state.last_seq
+            begun = Mark(created=state.created, era=era, base=end, lost=end)
+            if mark is not None and (reason := await self._regression(partition, mark, state)) is not None:
+                await self._renew(partition, mark, revision, state, reason)
+                return True
+            if await self._write(partition, _at_end(begun, state), revision):
+                log.warning("a new era of the log begins", partition=partition, ends_at=end)
+                return True
+        raise BrokerUnavailable(f"the mark of {token_stream(partition)} keeps changing")
+
     async def _regression(self, partition: int, mark: Mark, state: StreamState) -> str | None:
         known = self._compared.get(partition)
         connection, now = self._now()

@@ -8,6 +8,7 @@ from typing import Any, Final
 import msgspec
 
 __all__ = [
+    "NATS",
     "Addresses",
     "Options",
     "ServiceSpec",

@@ -11,6 +11,7 @@ import msgspec
 
 from schemas.budgets import RELEASE_SUBJECT, RESERVE_SUBJECT, budgets_key
 from schemas.delivered import DELIVERED_FILTER
+from schemas.log_marks import MARKS_SUBJECT, PROBES_SUBJECT
 from schemas.partitions import HISTORY_SUBJECT
 from schemas.subjects import DELETED_FILTER, REQUESTS_PREFIX, lane_of
 from schemas.topology import (
@@ -62,6 +63,7 @@ def permissions(topology: Topology) -> Mapping[str, Permissions]:
                 "$JS.API.CONSUMER.>",
                 "$JS.API.DIRECT.GET.>",
                 HISTORY_SUBJECT,
+                MARKS_SUBJECT,
             ),
             subscribe=(_inbox("setup"),),
         ),
@@ -78,12 +80,16 @@ def _producer(topology: Topology) -> Permissions:
             *(f"dead.{lane}.*" for lane in lanes),
             *_written(BUCKET, ">"),
             *_written(REGISTRY_BUCKET, "pool.*", "circuit.>"),
+            MARKS_SUBJECT,
+            PROBES_SUBJECT,
             *_topology_read(topology),
             *_logs_read(topology),
             *_bucket_read(BUCKET),
+            *_bucket_read(REGISTRY_BUCKET),
             *_bucket_watched(REGISTRY_BUCKET),
             *(f"$JS.API.CONSUMER.MSG.NEXT.{REQUESTS}.{producers_durable(lane)}" for lane in lanes),
             *(f"$JS.ACK.{REQUESTS}.{producers_durable(lane)}.>" for lane in lanes),
+            *_consumers_reset([(REQUESTS, producers_durable(lane)) for lane in lanes]),
         ),
         subscribe=(_inbox("producer"), "control.*.*.*", "holder.*.*.*"),
         replies=True,
@@ -94,10 +100,13 @@ def _delivery(topology: Topology) -> Permissions:
     return Permissions(
         publish=(
             *(f"{REQUESTS_PREFIX}.{lane}.*" for lane in _lanes(topology)),
+            *(f"$JS.API.STREAM.MSG.{verb}.{REQUESTS}" for verb in ("GET", "DELETE")),  # what was refused is taken back
             "control.*.*.*",
             RESERVE_SUBJECT,
             RELEASE_SUBJECT,
             *_written(BUCKET, ">"),
+            MARKS_SUBJECT,
+            PROBES_SUBJECT,
             *_topology_read(topology),
             *_logs_read(topology),
             *_bucket_read(BUCKET),
@@ -124,15 +133,24 @@ def _billing(topology: Topology) -> Permissions:
         publish=(
             *_topology_read(topology),
             *_logs_read(topology),
+            *_bucket_read(REGISTRY_BUCKET),
             *_bucket_read(CREDENTIALS_BUCKET),
+            MARKS_SUBJECT,
+            PROBES_SUBJECT,
             *(f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{durable}" for stream, durable in consumers),
             *(f"$JS.ACK.{stream}.{durable}.>" for stream, durable in consumers),
+            *_consumers_reset(consumers),
             *_written(REGISTRY_BUCKET, budgets_key("*")),
             "control.*.*.*",
         ),
         subscribe=(_inbox("billing"), RESERVE_SUBJECT, RELEASE_SUBJECT),
         replies=True,
     )
+
+
+def _consumers_reset(consumers: Sequence[tuple[str, str]]) -> list[str]:
+    """Make one's own consumers anew, when their position is beyond their stream."""
+    return [f"$JS.API.CONSUMER.{verb}.{stream}.{own}" for stream, own in consumers for verb in ("CREATE", "DELETE")]
 
 
 def _consumers_kept(streams: Sequence[str]) -> list[str]:

@@ -23,6 +23,7 @@ __all__ = [
     "live_filter",
     "log_filter",
     "parse_address",
+    "partition_filter",
     "partition_of",
     "presence_filter",
     "presence_subject",
@@ -84,6 +85,11 @@ def partition_of(tenant: str, session: str, partitions: int) -> int:
 def token_subject(address: Address) -> str:
     """Return the subject under which the log keeps a generation's events."""
     return f"tokens.{address.partition}.{address.tenant}.{address.session}.{address.generation}"
+
+
+def partition_filter(partition: int) -> str:
+    """Return the filter of all events that a partition's log keeps."""
+    return f"tokens.{partition}.*.*.*"
 
 
 def log_filter(partition: int, tenant: str, session: str, generation: str = "*") -> str:

@@ -5,7 +5,7 @@ from typing import Final
 import msgspec
 
 from schemas.delivered import DELIVERED_FILTER
-from schemas.subjects import REQUESTS_PREFIX, lane_of
+from schemas.subjects import REQUESTS_PREFIX, lane_of, partition_filter
 
 __all__ = [
     "BUCKET",
@@ -151,13 +151,13 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
         logs = [
             StreamSpec(
                 name=token_stream(p),
-                subjects=(f"tokens.{p}.*.*.*",),
+                subjects=(partition_filter(p),),
                 max_age=self.max_age,
                 max_bytes=self.max_bytes,
                 refuses=self.max_bytes > 0,
                 replicas=self.replicas,
                 republish=(
-                    f"tokens.{p}.*.*.*",
+                    partition_filter(p),
                     f"live.{p}.{{{{wildcard(1)}}}}.{{{{wildcard(2)}}}}.{{{{wildcard(3)}}}}",
                 ),
             )
@@ -233,7 +233,11 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
 
     def consumers(self) -> list[ConsumerSpec]:
         """Return the durable consumers: the producers' work queue, billing's of each partition and of deliveries."""
-        producers = [
+        return [*self.producers(), *(self.billing(p) for p in self.logs), self.delivered()]
+
+    def producers(self) -> list[ConsumerSpec]:
+        """Return the durable consumers of the work queue: one for each lane of the pool."""
+        return [
             ConsumerSpec(
                 stream=REQUESTS,
                 durable=producers_durable(lane),
@@ -243,7 +247,6 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
             )
             for lane in (lane_of(self.pool, "interactive"), lane_of(self.pool, "batch"))
         ]
-        return [*producers, *(self.billing(p) for p in self.logs), self.delivered()]
 
     def delivered(self) -> ConsumerSpec:
         """Return billing's durable consumer of what was delivered."""
@@ -260,7 +263,7 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
         return ConsumerSpec(
             stream=token_stream(partition),
             durable=billing_durable(partition),
-            filter=f"tokens.{partition}.*.*.*",
+            filter=partition_filter(partition),
             ack_wait=30.0,
             max_ack_pending=20_000,
             ack_all=True,

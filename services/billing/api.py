@@ -31,7 +31,7 @@ from services.billing.core.question import (
     render_bucket,
     write_page,
 )
-from services.billing.errors import LedgerUnavailable
+from services.billing.errors import LedgerUnavailable, LedgerUnusable
 from services.billing.ledger_api import ENTRY_COLUMNS, entry_rows, ledger, reconciliations
 from services.billing.live import Live, live_usage
 from services.billing.money_api import put_prices, put_usage, show_prices
@@ -224,7 +224,7 @@ def _refuse(_request: Request[Any, Any, Any], error: BadQuestion) -> Response[by
     return _answer(Problem(400, str(error)))
 
 
-def _postpone(_request: Request[Any, Any, Any], _error: LedgerUnavailable) -> Response[bytes]:
+def _postpone(_request: Request[Any, Any, Any], _error: LedgerUnavailable | LedgerUnusable) -> Response[bytes]:
     return _answer(Problem(503, "the database does not answer; try again", headers={"Retry-After": "1"}))
 
 
@@ -268,7 +268,12 @@ def build_api(
             probes(checks),
         ],
         state=State({"reports": reports, **money}),
-        exception_handlers={**EXCEPTION_HANDLERS, BadQuestion: _refuse, LedgerUnavailable: _postpone},
+        exception_handlers={
+            **EXCEPTION_HANDLERS,
+            BadQuestion: _refuse,
+            LedgerUnavailable: _postpone,
+            LedgerUnusable: _postpone,
+        },
         cors_config=cors(cors_origins, ["GET", "POST", "PUT", "PATCH", "DELETE"]),
         openapi_config=documented(
             "Tailrace billing",

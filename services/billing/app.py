@@ -4,8 +4,8 @@ import asyncio
 import os
 import secrets
 import socket
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import AsyncIterator, Coroutine, Mapping
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Final, cast, get_args
 
@@ -39,7 +39,8 @@ from services.kit.clock import SystemClock
 from services.kit.http import serving
 from services.kit.request_head import BodyLimit
 from services.kit.settings import SettingsError, Shared, load_settings, own_tls
-from services.kit.shutdown import ANSWERS, Stop, until_drained
+from services.kit.shutdown import ANSWERS, Stop, end, until_drained
+from services.kit.storage import Storage
 from services.kit.telemetry import configure_logging, describe_service
 
 __all__ = ["Settings", "main"]
@@ -165,19 +166,24 @@ async def main(stop: Stop, env: Mapping[str, str] = os.environ) -> None:
         raise SettingsError([f"{url.database} cannot be created: {error.strerror}"]) from error
     async with open_engine(url) as engine, Broker.connect(shared.nats_url, "billing", tls=shared.tls()) as broker:
         broker.on_reconnect(_count_reconnect)
-        await broker.apply(shared.topology())  # who calls is looked up there from the first request on
+        await broker.keep(shared.topology())  # who calls is looked up there from the first request on
         ledger = Ledger(engine, _holder(), hold=settings.hold)
         migrated = asyncio.Event()
 
         async def database() -> bool:
             return migrated.is_set() and await ledger.answers()
 
+        storage = Storage(broker, "billing")
+
         async def connected() -> bool:
             return broker.is_connected
 
+        async def stores() -> bool:
+            return storage.stores()
+
         prices = Prices(engine)
         terms = CurrentTerms(prices, settings.policy(), settings.charging())
-        checks = {"broker": connected, "database": database}
+        checks = {"broker": connected, "database": database, "log": stores}
         admission = Admission(broker, Budgets(engine), terms, SystemClock(), keep=settings.reservation)
         api = build_api(Reports(engine), checks, settings.cors_origins, terms, admission)
         limit = BodyLimit(settings.max_body, "TAILRACE_BILLING_MAX_BODY")
@@ -198,13 +204,24 @@ async def main(stop: Stop, env: Mapping[str, str] = os.environ) -> None:
                 if not await _prepared(engine, prices, settings, stop):
                     return
                 migrated.set()
-                async with asyncio.TaskGroup() as group:
+                async with _running(storage.run()), asyncio.TaskGroup() as group:
                     group.create_task(admission.run(stop), name="budgets")
-                    group.create_task(DeliveryReports(broker, Deliveries(engine)).run(stop), name="deliveries")
+                    reports = DeliveryReports(broker, Deliveries(engine), shared.topology().delivered())
+                    group.create_task(reports.run(stop), name="deliveries")
                     group.create_task(_consume(broker, ledger, shared, settings, terms, stop), name="consumers")
 
             await until_drained(stop, work(), seconds=RELEASE_SECONDS)
     log.info("billing has stopped")
+
+
+@asynccontextmanager
+async def _running(work: Coroutine[object, object, None]) -> AsyncIterator[None]:
+    """Run ``work`` beside the block, and end it with the block."""
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        await end(task)
 
 
 async def _load_prices(prices: Prices, settings: Settings) -> None:

@@ -19,14 +19,15 @@ from services.billing.adapters.budgets import Budgets
 from services.billing.adapters.ledger import Ledger
 from services.billing.adapters.tail import Pulled, Tail
 from services.billing.adapters.worklist import Money
+from services.billing.continuity import Continuity
 from services.billing.core.batch import Batch, Group, fold_batch, group
 from services.billing.core.fold import joins_late
 from services.billing.core.generation import Generation, Key
 from services.billing.core.intake import Record
-from services.billing.core.sequence import join
+from services.billing.core.sequence import holes, join
 from services.billing.core.settlement import Terms
 from services.billing.core.spending import released, steps
-from services.billing.errors import Fenced, LedgerUnavailable, StalePrices
+from services.billing.errors import Fenced, LedgerUnavailable, LedgerUnusable, StalePrices
 from services.billing.overruns import report_overruns
 from services.billing.sweep import Sweep, tell
 from services.billing.terms import CurrentTerms
@@ -55,11 +56,12 @@ class Consumer:
         self.ledger = ledger
         self.terms = terms
         self.sweep = Sweep(partition, ledger, terms)
+        self.continuity = Continuity(partition, tail, ledger)
         self.clock = clock
         self._budgets = Budgets(ledger.engine)
         self.applied = -1
         self.incarnation = ""
-        self._delivered = 0
+        self._read_up_to = 0
         self._lost = 0
         self._running: OrderedDict[Key, Generation] = OrderedDict()
         self._renewed = 0.0
@@ -116,32 +118,29 @@ class Consumer:
 
     async def _begin(self) -> bool:
         """Take the partition at the position that the database holds; ``False`` while another process has it."""
-        state = await self.tail.verify()
         await self.terms.refresh()
-        applied = await self.ledger.acquire(self.partition, state.incarnation, self._now())
-        if applied is None:
+        begun = await self.continuity.begin(self._now())
+        if begun is None:
             return False
-        if (self.incarnation, self.applied) != (state.incarnation, applied):
+        if (self.incarnation, self.applied) != (begun.incarnation, begun.applied):
             self._running.clear()
-        if applied > state.last_seq:
-            log.warning("the log is behind the ledger and is read anew", partition=self.partition, applied=applied)
-            await self.ledger.commit(self.partition, (applied, 0), self._now())
-            applied = 0
-        self.incarnation, self.applied, self._delivered = state.incarnation, applied, state.delivered_seq
+        self.incarnation, self.applied, self._read_up_to = begun
         self._renewed = self.clock.monotonic()
-        self._lost = await self.ledger.lost(self.partition, state.incarnation)
+        self._lost = await self.ledger.lost(self.partition, self.incarnation)
         return True
 
     async def _release(self) -> None:
         try:
             async with asyncio.timeout(RELEASE_SECONDS):
                 await self.ledger.release(self.partition)
-        except (LedgerUnavailable, TimeoutError) as error:
+        except (LedgerUnavailable, LedgerUnusable, TimeoutError) as error:
             log.warning("hold not given up; it expires", partition=self.partition, error=str(error))
 
     async def _follow(self) -> None:
         # What was delivered to a process that died comes again late, after newer events: it is read at once instead.
-        await self._catch_up(self._delivered)
+        await self._catch_up(self._read_up_to)
+        if self._lost:  # also after a crash between the two
+            await self.ledger.watch_unheard(self.partition, self._lost, self._now())
         ahead: asyncio.Task[Pulled] | None = None
         try:
             while not self._stop.is_set():
@@ -151,7 +150,7 @@ class Consumer:
                 sure = await self._take(pulled)
                 await self._renew()
                 await self._sweep()
-                if pulled.doubtful or not sure:
+                if pulled.doubtful or not sure or not await self._look():
                     return
         finally:
             if ahead is not None:
@@ -163,7 +162,7 @@ class Consumer:
         if joined.repeats:
             metrics.REPEATS.inc(joined.repeats)
             # A stream that was made anew counts from 1 again: its events would look like repeats.
-            if await self.tail.incarnation() != self.incarnation:
+            if (await self.tail.state()).incarnation != self.incarnation:
                 return False
         if joined.read_up_to is not None:
             await self._catch_up(joined.read_up_to)
@@ -176,6 +175,13 @@ class Consumer:
             self._lag.set(0)
         return True
 
+    async def _look(self) -> bool:
+        """Read what the consumer holds back; ``False`` when the log is another one."""
+        read_up_to = await self.continuity.look(self.incarnation, self.applied, self.clock.monotonic())
+        if read_up_to:
+            await self._catch_up(read_up_to)
+        return read_up_to != 0
+
     async def _catch_up(self, last: int) -> None:
         """Apply what the log keeps up to the stream sequence ``last``."""
         if last <= self.applied:
@@ -183,12 +189,11 @@ class Consumer:
         first = self.applied + 1
         count = 0
         async for records in self.tail.between(first, last):
-            if not count:
-                await self._miss(first, records[0].seq - 1)
+            for before, after in holes(self.applied, records):
+                await self._miss(before, after)
             count += len(records)
             await self._apply(records, records[-1].seq)
-        if not count:
-            await self._miss(first, last)
+        await self._miss(self.applied + 1, last)
         if self.applied < last:
             await self._apply([], last)
         log.info("caught up from the log", partition=self.partition, first=first, last=last, kept=count)
@@ -197,7 +202,7 @@ class Consumer:
         """Say what the log no longer keeps, if that is anything."""
         if first > last:
             return
-        log.warning("events had expired unread", partition=self.partition, first=first, last=last)
+        log.warning("events had expired or were lost unread", partition=self.partition, first=first, last=last)
         metrics.GAP.labels(str(self.partition)).inc(last - first + 1)
         await self.ledger.note_gap(self.partition, self.incarnation, (first, last), self._now())
         self._lost = max(self._lost, last)
@@ -209,7 +214,8 @@ class Consumer:
         known = await self._known(groups)
         late = [one for one in groups if joins_late(known.get(one.key), one.records, self._lost)]
         highest = await self.tail.highest_epochs(late)
-        batch = await self._commit(groups, known, now, up_to, highest)
+        stamp = records[-1].stamp if records and records[-1].seq == up_to else 0
+        batch = await self._commit(groups, known, now, (up_to, stamp), highest)
         batch.verdicts["malformed"] += strays
         self.applied = up_to
         self._renewed = self.clock.monotonic()
@@ -228,7 +234,7 @@ class Consumer:
         groups: Sequence[Group],
         known: Mapping[Key, Generation],
         now: int,
-        up_to: int,
+        reached: tuple[int, int],
         highest: Mapping[Key, int],
     ) -> Batch:
         """Fold, settle and write; by new prices again when they have changed meanwhile."""
@@ -238,8 +244,11 @@ class Consumer:
             ended = any(g.ended for g in batch.whole)
             money = _money(terms, batch, known) if ended else None
             try:
+                up_to, stamp = reached
                 position = (self.applied, up_to)
-                over = await self.ledger.commit(self.partition, position, now, batch.whole, batch.progress, money)
+                over = await self.ledger.commit(
+                    self.partition, position, now, batch.whole, batch.progress, money, stamp=stamp
+                )
                 await report_overruns(self._budgets, over)
                 return batch
             except StalePrices:

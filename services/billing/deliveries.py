@@ -10,16 +10,19 @@ from nats.aio.msg import Msg
 from nats.js import JetStreamContext
 
 from schemas.delivered import DeliveredReport, decode_delivered
-from schemas.topology import DELIVERED, DELIVERED_DURABLE
+from schemas.topology import DELIVERED, DELIVERED_DURABLE, ConsumerSpec
 from services.billing import metrics
 from services.billing.adapters.deliveries import Deliveries
 from services.billing.errors import LedgerUnavailable
 from services.kit.broker import Broker, BrokerUnavailable
+from services.kit.consumers import DurableRefused, Durables
 
 __all__ = ["DeliveryReports"]
 
 log = structlog.get_logger()
 BATCH: Final = 1_000
+LOOK_SECONDS: Final = 5.0
+"""How often the consumer's position is compared with its stream."""
 WAIT_SECONDS: Final = 1.0
 _PAUSE: Final = 1.0
 
@@ -30,8 +33,9 @@ class DeliveryReports:
     A report is written before it is acknowledged, and the newest one of a counter holds: repeats change nothing.
     """
 
-    def __init__(self, broker: Broker, deliveries: Deliveries) -> None:
+    def __init__(self, broker: Broker, deliveries: Deliveries, spec: ConsumerSpec) -> None:
         self._broker = broker
+        self._spec = spec
         self._deliveries = deliveries
         self._stop = asyncio.Event()
 
@@ -41,16 +45,21 @@ class DeliveryReports:
         while not stop.is_set():
             try:
                 await self._follow()
-            except (BrokerUnavailable, LedgerUnavailable, nats.errors.Error, OSError) as error:
+            except (BrokerUnavailable, DurableRefused, LedgerUnavailable, nats.errors.Error, OSError) as error:
                 log.warning("reports of deliveries wait", error=repr(error))
                 with suppress(TimeoutError):
                     async with asyncio.timeout(_PAUSE):
                         await stop.wait()
 
     async def _follow(self) -> None:
+        durables, looked_at = Durables(self._broker), -LOOK_SECONDS
         subscription = await self._broker.js.pull_subscribe_bind(DELIVERED_DURABLE, DELIVERED)
         try:
             while not self._stop.is_set():
+                now = asyncio.get_running_loop().time()
+                if now - looked_at >= LOOK_SECONDS:
+                    looked_at = now
+                    await durables.mend(self._spec)
                 messages = await self._fetch(subscription)
                 await self._deliveries.put(_reports(messages))
                 # Also those whose generation billing had not seen when they came.

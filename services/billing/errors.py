@@ -1,6 +1,8 @@
 """What can go wrong in billing, grouped by what the caller must do."""
 
-__all__ = ["BillingError", "Fenced", "LedgerUnavailable", "StalePrices"]
+from services.kit.endings import CannotRun
+
+__all__ = ["BillingError", "Fenced", "LedgerUnavailable", "LedgerUnusable", "StalePrices"]
 
 
 class BillingError(Exception):
@@ -12,6 +14,13 @@ class LedgerUnavailable(BillingError):
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"the database does not answer: {reason}")
+
+
+class LedgerUnusable(BillingError, CannotRun):
+    """The database is damaged, not one of billing's, of a newer version, or cannot be written: a person must act."""
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        super().__init__(f"the billing database cannot be used: {reason}; {remedy}")
 
 
 class Fenced(BillingError):

@@ -80,7 +80,9 @@ class Rebuild:
             LedgerUnavailable: the database did not answer. It can be begun again.
         """
         state = await self._tail.verify()
-        applied = await self._ledger.acquire(self._partition, state.incarnation, self._now())
+        applied = await self._ledger.acquire(
+            self._partition, state.incarnation, self._now(), base=state.base, lost=state.lost
+        )
         if applied is None:
             raise Held(self._partition)
         found = Rebuilt(
@@ -119,7 +121,8 @@ class Rebuild:
             # What moved only on is written whole too: the row may be lost, or another one.
             written = [*batch.whole, *batch.progress]
             try:
-                await self._ledger.commit(self._partition, (position, records[-1].seq), now, written, (), money)
+                moved = (position, records[-1].seq)
+                await self._ledger.commit(self._partition, moved, now, written, (), money, stamp=records[-1].stamp)
                 break
             except StalePrices:
                 await self._terms.refresh()

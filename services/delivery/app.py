@@ -48,7 +48,7 @@ from services.kit.auth.setup import authenticating
 from services.kit.bodies import reading_bodies
 from services.kit.broker import Broker
 from services.kit.clock import SystemClock
-from services.kit.http import probes, serving
+from services.kit.http import Check, probes, serving
 from services.kit.problem import EXCEPTION_HANDLERS
 from services.kit.settings import SettingsError, Shared, load_settings, own_tls
 from services.kit.shutdown import ANSWERS, HAND_OVER, Stop, end
@@ -164,7 +164,7 @@ async def main(stop: Stop, *, worker: int | None = None) -> None:
     describe_service("delivery", shared.described())
     tls = own_tls("delivery", settings.tls_cert, settings.tls_key)
     async with Broker.connect(shared.nats_url, "delivery", tls=shared.tls()) as broker:
-        await broker.apply(shared.topology())
+        await broker.keep(shared.topology())
         _compare_limits(settings.max_body, broker)
         clock = SystemClock()
         hub = Hub(broker, clock, shared.partitions, settings.limits())
@@ -255,10 +255,17 @@ async def _own_probes(hub: Hub, settings: Settings, worker: int | None, stop: St
     if worker is None:
         yield
         return
-    app = Litestar([probes({"broker": hub.is_ready})], openapi_config=None, logging_config=None)
+    app = Litestar([probes(_checks(hub))], openapi_config=None, logging_config=None)
     port, grace = settings.workers_port + worker, lambda: stop.left(ANSWERS)
     async with serving(app, settings.host, port, connections=64, grace=grace):
         yield
+
+
+def _checks(hub: Hub) -> dict[str, Check]:
+    async def stores() -> bool:
+        return hub.storage.stores()
+
+    return {"broker": hub.is_ready, "log": stores}
 
 
 def build_app(
@@ -289,7 +296,7 @@ def build_app(
         *events_handlers(events),
         websocket,
         consumers_router(consumers),
-        probes({"broker": hub.is_ready}),
+        probes(_checks(hub)),
     ]
     if settings.console:
         handlers += _console(settings, asks=authenticator.everybody is None)

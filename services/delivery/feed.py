@@ -192,7 +192,7 @@ class Feed:
             metrics.GAPS.labels("yes").inc()
 
     def _reconnects(self) -> int:
-        return self._broker.client.stats["reconnects"]
+        return self._broker.reconnects
 
     async def _read_latest(self) -> None:
         stream, reader = self._reader.stream, self._reader

@@ -10,7 +10,6 @@ import structlog
 
 from schemas.cursor import CursorIssuer
 from schemas.requests import DeletedSession
-from schemas.topology import token_stream
 from services.delivery import metrics
 from services.delivery.accounts import Accounts
 from services.delivery.connections import Connections, End
@@ -30,7 +29,9 @@ from services.delivery.subscriber import Subscriber
 from services.kit.auth.principal import Principal
 from services.kit.broker import Broker, BrokerUnavailable, StreamState
 from services.kit.clock import Clock
+from services.kit.logs import Logs
 from services.kit.shutdown import end
+from services.kit.storage import Storage
 
 __all__ = ["Hub"]
 
@@ -52,6 +53,8 @@ class Hub:
         self.clock = clock
         self.limits = limits
         self.draining = False
+        self.logs = Logs(broker)
+        self.storage = Storage(broker, "delivery")
         self._partitions = Partitions(broker, clock, partitions)
         self._history: tuple[int, ...] = ()  # of partition counts, when feeds were last looked at
         self._settled_at = 0.0
@@ -98,7 +101,7 @@ class Hub:
 
     async def _ask(self, partition: int) -> StreamState:
         now = self.clock.monotonic()
-        state = await self.broker.state(token_stream(partition))
+        state = await self.logs.state(partition)
         self._states[partition] = (now, state)
         metrics.LOG_USED.labels(str(partition)).set(state.used)
         return state
@@ -116,7 +119,7 @@ class Hub:
         """Return what issues and recognises the cursors of a session."""
         partition = await self.partition(tenant, session)
         state = await self.state(partition)
-        return CursorIssuer(partition, state.created, tenant, session)
+        return CursorIssuer(partition, state.incarnation, tenant, session)
 
     async def end_deleted(self, deleted: DeletedSession) -> None:
         """Close the feed of a session that was deleted; its subscribers are told."""
@@ -156,7 +159,7 @@ class Hub:
         """Return a reader of a session's log for one subscriber."""
         known = self._states.get(partition)
         shared = None if known is None else self._shared  # what is kept must be of the incarnation that is there now
-        return LogReader(self.broker, partition, tenant, session, shared, known[1].created if known else "")
+        return LogReader(self.broker, partition, tenant, session, shared, known[1].incarnation if known else "")
 
     async def catch_up(self, feed: Feed, subscriber: Subscriber) -> bool:
         """Serve a subscriber from the log until the feed's memory reaches back far enough for it.
@@ -260,6 +263,7 @@ class Hub:
             for subscriber in feed.everyone():
                 self._look_after(subscriber, now)
         if self.broker.is_connected:
+            self._look("storage", self.storage.look)
             self._look("starts", self.starts.look)
             if not self.deleted.heard:
                 self._look("deletions", self.deleted.listen)
@@ -293,8 +297,9 @@ class Hub:
 
     async def _reread(self, feed: Feed) -> None:
         """Look for what a feed has missed; a feed of a re-created log is closed, its subscribers are told."""
+        partition = feed.issuer.partition
         try:
-            if self._follows(feed, await self.state(feed.issuer.partition)):
+            if self._follows(feed, await self._known_state(partition, feed.last_seq)):
                 if not await self._was_deleted(feed):
                     await feed.reread()
                 return
@@ -302,6 +307,18 @@ class Hub:
             log.warning("read-back failed, will be tried again", session=feed.session, detail=str(error))
             return
         await self._retire(feed)
+
+    async def _known_state(self, partition: int, seen: int) -> StreamState:
+        """Return a partition's state; a log that ends before ``seen`` begins a new era first.
+
+        Raises:
+            BrokerUnavailable: the broker does not answer.
+        """
+        state = await self.state(partition)
+        if seen > state.last_seq and seen > (state := await self.state(partition, fresh=True)).last_seq:
+            await self.logs.report(partition, state.incarnation, seen)
+            state = await self.state(partition, fresh=True)
+        return state
 
     async def _check(self, feed: Feed) -> None:
         try:
@@ -352,7 +369,7 @@ class Hub:
 
     @staticmethod
     def _follows(feed: Feed, state: StreamState) -> bool:
-        issuer = CursorIssuer(feed.issuer.partition, state.created, feed.tenant, feed.session)
+        issuer = CursorIssuer(feed.issuer.partition, state.incarnation, feed.tenant, feed.session)
         return issuer.incarnation == feed.issuer.incarnation
 
     async def _retire(self, feed: Feed, why: str = "the log was re-created", reason: str = "gap") -> None:

@@ -27,6 +27,7 @@ from services.delivery import metrics
 from services.delivery.admission import Admission
 from services.delivery.hub import Hub
 from services.delivery.lookups import ENDED, Lookups
+from services.delivery.withdrawals import Withdrawals
 from services.kit.auth.principal import Principal
 from services.kit.broker import Broker, BrokerUnavailable
 from services.kit.clock import Clock
@@ -39,6 +40,7 @@ CANCEL_TRIES: Final = 5
 REPEAT_TRIES: Final = 5
 LOG_FULL: Final = 0.95
 LOG_FULL_RETRY_SECONDS: Final = 30
+STORAGE_RETRY_SECONDS: Final = 10
 Label = Annotated[str, msgspec.Meta(max_length=64)]
 Text = Annotated[str, msgspec.Meta(max_length=4_000)]
 
@@ -78,6 +80,7 @@ class Intake:
         self._lookups = lookups
         self._clock = clock
         self._pool = pool
+        self._withdrawals = Withdrawals(broker, lookups, admission)
 
     async def accept(
         self, principal: Principal, session: str, wish: GenerationWish, key: str | None
@@ -95,6 +98,9 @@ class Intake:
     async def _accept(
         self, principal: Principal, session: str, wish: GenerationWish, key: str | None
     ) -> tuple[str, str, bool]:
+        if not self._hub.storage.stores():
+            metrics.LOG_FULL.inc()
+            raise _not_stored()
         tenant = principal.tenant
         models = await self._candidates(wish.model)
         generation = _name(tenant, session, key)
@@ -113,17 +119,21 @@ class Intake:
             key=principal.key,
         )
         await self._check_room(issuer.partition, record)
-        created = await self._lookups.create(record)
+        lane = lane_of(self._pool, wish.priority)
+        try:
+            created = await self._lookups.create(record)
+        except BrokerUnavailable:
+            self._withdrawals.add(record, None, lane)
+            raise
         if created is None and not await self._is_waiting_repeat(record):
             return generation, cursor, True
         try:
             # A budget is about all sessions of its tenant: credentials of some are not told about it.
             await self._admission.reserve(record, models, wish, names_budget=principal.reaches_all)
         except (Problem, BrokerUnavailable):
-            if created is not None:
-                await self._lookups.forget(record, created)
+            await self._take_back(record, created, lane)
             raise
-        await self._enqueue(record, wish, issuer.partition, created)
+        await self._enqueue(record, wish, issuer.partition, created, lane)
         self._hub.starts.began(record)
         return generation, cursor, created is None
 
@@ -235,7 +245,7 @@ class Intake:
         raise BrokerUnavailable("an earlier request under this key is about to be stored or taken back: ask again")
 
     async def _enqueue(
-        self, record: GenerationRecord, wish: GenerationWish, partition: int, created: int | None
+        self, record: GenerationRecord, wish: GenerationWish, partition: int, created: int | None, lane: str
     ) -> None:
         request = Request(
             tenant=record.tenant,
@@ -257,23 +267,34 @@ class Intake:
         data = msgspec.json.encode(request)
         limit = self._broker.client.max_payload
         if len(data) > limit:
-            await self._take_back(record, created)
+            await self._take_back(record, created, lane)
             raise Problem(
                 413,
                 f"the request has {len(data)} bytes as it is queued, and at most {limit} bytes are taken: "
                 "max_payload of the broker (nats-server) sets the limit",
             )
-        subject = request_subject(lane_of(self._pool, wish.priority), record.generation)
+        subject = request_subject(lane, record.generation)
         try:
             await self._broker.publish_stored(subject, data)
         except APIError as error:
             if "per subject" in (error.description or ""):
-                await self._check_queued(subject)
+                try:
+                    await self._check_queued(subject)
+                except BrokerUnavailable:
+                    if created is not None:
+                        self._withdrawals.add(record, created, lane)
+                    raise
                 return
-            await self._take_back(record, created)
+            await self._take_back(record, created, lane)
+            if "maximum messages" not in (error.description or ""):
+                raise _not_stored() from error
             raise Problem(
                 429, "the queue of requests is full", slug="queue-full", headers={"Retry-After": "5"}
             ) from error
+        except BrokerUnavailable:
+            if created is not None:
+                self._withdrawals.add(record, created, lane)
+            raise
         metrics.REQUESTS.inc()
 
     async def _check_queued(self, subject: str) -> None:
@@ -285,10 +306,23 @@ class Intake:
         if not await self._broker.holds(REQUESTS_STREAM, subject):
             raise BrokerUnavailable("an earlier request under this key is not in the queue yet: ask again")
 
-    async def _take_back(self, record: GenerationRecord, created: int | None) -> None:
+    async def _take_back(self, record: GenerationRecord, created: int | None, lane: str) -> None:
         """Take back a request that could not be queued, unless another one under the same key goes on with it."""
-        if created is not None and await self._lookups.forget(record, created):
-            await self._admission.release(record)
+        try:
+            if created is not None and await self._lookups.forget(record, created):
+                await self._admission.release(record)
+        except BrokerUnavailable:
+            self._withdrawals.add(record, created, lane)
+
+
+def _not_stored() -> Problem:
+    return Problem(
+        503,
+        "the broker does not store what it is sent: its disk may be full",
+        slug="log-refuses",
+        title="The log takes nothing",
+        headers={"Retry-After": str(STORAGE_RETRY_SECONDS)},
+    )
 
 
 def _name(tenant: str, session: str, key: str | None) -> str:

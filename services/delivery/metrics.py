@@ -41,6 +41,9 @@ CONSUMER_DEAD: Final = Counter("tailrace_delivery_consumer_dead", "Events put as
 CONSUMER_BLOCKED: Final = Counter(
     "tailrace_delivery_consumer_dead_refused", "Times that an event could not be put aside: too many are kept already"
 )
+CONSUMER_RESUMED: Final = Counter(
+    "tailrace_delivery_consumer_resumed", "Durable consumers that begin again where their log was cut off"
+)
 CONSUMER_SETTLED: Final = Counter("tailrace_delivery_consumer_settled", "Deliveries settled by services", ["how"])
 GRPC_CALLS: Final = Counter(
     "tailrace_delivery_grpc_calls", "Ended gRPC calls, by method and status", ["method", "code"]
@@ -61,6 +64,11 @@ LIMITED: Final = Counter(
 )
 LIMITS_BLIND: Final = Counter(
     "tailrace_delivery_limits_blind", "Counts that the broker did not answer in time; this replica counted for itself"
+)
+WITHDRAWN: Final = Counter(
+    "tailrace_delivery_withdrawn",
+    "Refused requests of which the broker may have had something, by outcome",
+    ["outcome"],
 )
 WORKERS: Final = Gauge("tailrace_delivery_workers", "Worker processes that run, where several share the ports")
 WORKER_RESTARTS: Final = Counter("tailrace_delivery_worker_restarts", "Worker processes that ended by themselves")

@@ -2,21 +2,27 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Any, Final
+from datetime import UTC, datetime
+from typing import Any, Final, TypeVar
 
 import msgspec
 import nats.errors
+import structlog
 from nats.aio.msg import Msg
 from nats.js import errors as js_errors
 from nats.js.kv import KeyValue
 
+from schemas.log_marks import incarnation
 from schemas.topology import BUCKET, Topology
 from services.kit.connection import BrokerUnavailable, Connection
 from services.kit.nats_client import RelayClient
+from services.kit.stamps import nanoseconds
 from services.kit.streams import APPLY_SECONDS, NotReady, Refused, apply_topology, token_partitions
 
 __all__ = ["Broker", "BrokerUnavailable", "ReadFailed", "Stored", "StreamState"]
 
+log = structlog.get_logger()
+T = TypeVar("T")
 READ_BATCH: Final = 1_000
 SUBJECTS_PAGE: Final = 100_000
 """Subjects that the server names in one answer."""
@@ -34,23 +40,39 @@ class ReadFailed(BrokerUnavailable):
 
 
 class Stored(msgspec.Struct, frozen=True):
-    """One stored message: ``seq`` is its stream sequence."""
+    """One stored message: ``seq`` is its stream sequence, ``time`` when it was stored, where that was told."""
 
     seq: int
     subject: str
     data: bytes
+    time: str = ""
 
 
 class StreamState(msgspec.Struct, frozen=True):
-    """A stream now. ``created`` is its incarnation; ``first_seq`` and ``last_seq`` bound what it keeps.
+    """A stream now. ``created`` is its time of creation; ``first_seq`` and ``last_seq`` bound what it keeps.
 
-    ``used``: how much of its bound in bytes is taken, from 0 to 1; 0 without a bound.
+    ``used``: how much of its bound in bytes is taken, from 0 to 1; 0 without a bound. ``last_stamp``: when the last
+    message was stored, in nanoseconds since 1970 (0: never). ``holes``: messages missing between the bounds.
+    ``max_age``: seconds after which messages expire (0: never). ``era``,
+    ``base``, ``lost`` and ``reused`` are known of logs alone: see `schemas.log_marks`.
     """
 
     created: str
     first_seq: int
     last_seq: int
     used: float = 0.0
+    last_stamp: int = 0
+    holes: int = 0
+    max_age: float = 0.0
+    era: str = ""
+    base: int = 0
+    lost: int = 0
+    reused: bool = False
+
+    @property
+    def incarnation(self) -> str:
+        """The name under which positions in this stream are kept."""
+        return incarnation(self.created, self.era)
 
 
 class _Info(msgspec.Struct):
@@ -58,15 +80,36 @@ class _Info(msgspec.Struct):
         first_seq: int
         last_seq: int
         bytes: int = 0
+        last_ts: str = ""
+        num_deleted: int = 0
         subjects: dict[str, int] = {}
 
     class _Config(msgspec.Struct):
         max_bytes: int = -1
+        max_age: int = 0
         num_replicas: int = 1
 
     created: str
     state: _State
     config: _Config
+
+
+class _Got(msgspec.Struct):
+    class _Message(msgspec.Struct):
+        time: str = ""
+
+    class _Error(msgspec.Struct):
+        code: int = 0
+
+    message: _Message | None = None
+    error: _Error | None = None
+
+
+def _decoded(data: bytes | None, type_: type[T], stream: str) -> T:
+    try:
+        return msgspec.json.decode(data or b"", type=type_)
+    except msgspec.DecodeError as error:
+        raise BrokerUnavailable(f"no stream {stream}: {(data or b'')[:200]!r}") from error
 
 
 class Broker(Connection):
@@ -76,6 +119,7 @@ class Broker(Connection):
         super().__init__(client)
         self._reads = asyncio.Semaphore(READS)
         self._buckets: dict[str, KeyValue] = {}
+        self._applying: asyncio.Task[None] | None = None
         self._replicas: dict[str, tuple[float, int]] = {}  # of each stream, and when that was looked up
 
     async def state(self, stream: str) -> StreamState:
@@ -87,14 +131,13 @@ class Broker(Connection):
         info = await self._info(stream)
         bound = info.config.max_bytes
         used = info.state.bytes / bound if bound > 0 else 0.0
-        return StreamState(info.created, info.state.first_seq, info.state.last_seq, used)
+        state = info.state
+        stamp = nanoseconds(state.last_ts)
+        max_age = info.config.max_age / 1e9
+        return StreamState(info.created, state.first_seq, state.last_seq, used, stamp, state.num_deleted, max_age)
 
     async def _info(self, stream: str) -> _Info:
-        data = await self.request(f"$JS.API.STREAM.INFO.{stream}")
-        try:
-            return msgspec.json.decode(data or b"", type=_Info)
-        except msgspec.DecodeError as error:
-            raise BrokerUnavailable(f"no stream {stream}: {(data or b'')[:200]!r}") from error
+        return _decoded(await self.request(f"$JS.API.STREAM.INFO.{stream}"), _Info, stream)
 
     async def holds(self, stream: str, subject: str) -> bool:
         """Tell whether a stream's leader has stored a message of this subject, and still has it.
@@ -104,10 +147,17 @@ class Broker(Connection):
         """
         query = msgspec.json.encode({"subjects_filter": subject})
         data = await self.request(f"$JS.API.STREAM.INFO.{stream}", query)
-        try:
-            return subject in msgspec.json.decode(data or b"", type=_Info).state.subjects
-        except msgspec.DecodeError as error:
-            raise BrokerUnavailable(f"no stream {stream}: {(data or b'')[:200]!r}") from error
+        return subject in _decoded(data, _Info, stream).state.subjects
+
+    async def count(self, stream: str, filter_: str) -> int:
+        """Return how many messages of ``filter_`` a stream's leader has stored, for at most 100,000 subjects.
+
+        Raises:
+            BrokerUnavailable: no answer.
+        """
+        query = msgspec.json.encode({"subjects_filter": filter_})
+        data = await self.request(f"$JS.API.STREAM.INFO.{stream}", query)
+        return sum(_decoded(data, _Info, stream).state.subjects.values())
 
     async def subjects(self, stream: str, filter_: str) -> list[str]:
         """Return the subjects that match ``filter_`` of which a stream's leader holds messages.
@@ -136,6 +186,55 @@ class Broker(Connection):
         except (nats.errors.Error, OSError, TimeoutError) as error:
             raise BrokerUnavailable(f"cannot read {stream}: {error!r}") from error
         return Stored(raw.seq or 0, raw.subject or "", raw.data or b"")
+
+    async def stamp(self, stream: str, seq: int) -> int | None:
+        """Return when a stream's leader stored the message ``seq``, in nanoseconds since 1970; ``None`` without one.
+
+        Raises:
+            BrokerUnavailable: no answer.
+        """
+        data = await self.request(f"$JS.API.STREAM.MSG.GET.{stream}", msgspec.json.encode({"seq": seq}))
+        found = _decoded(data, _Got, stream)
+        if found.message is not None:
+            return nanoseconds(found.message.time)
+        if found.error is None or found.error.code != 404:
+            raise BrokerUnavailable(f"cannot read {stream} at {seq}: {(data or b'')[:200]!r}")
+        return None
+
+    async def first_since(self, stream: str, filter_: str, stamp: int) -> int | None:
+        """Return the stream sequence of the first message stored at ``stamp`` or later (nanoseconds since 1970).
+
+        Raises:
+            ReadFailed: the broker did not answer completely.
+        """
+        seconds, rest = divmod(stamp, 1_000_000_000)
+        moment = f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%dT%H:%M:%S}.{rest:09d}Z"
+        found, _ = await self._get(stream, {"start_time": moment, "next_by_subj": filter_, "batch": 1})
+        return found[0].seq if found else None
+
+    async def first_hole(self, stream: str, filter_: str, first: int, last: int) -> int:
+        """Return the first stream sequence in a range that is missing, or ``last + 1``; ``filter_`` must cover all.
+
+        Raises:
+            ReadFailed: the broker did not answer completely.
+        """
+
+        async def stored(seq: int) -> int:
+            found, pending = await self._get(stream, {"seq": seq, "next_by_subj": filter_, "batch": 1})
+            return len(found) + pending
+
+        beyond = await stored(last + 1)
+        low, high = first, last + 1  # nothing is missing before ``low``
+        missing = last - first + 1 - (await stored(first) - beyond)
+        if not missing:
+            return last + 1
+        while high - low > 1:  # bisect: as much is missing from a sequence on as in all, up to the first hole
+            middle = (low + high) // 2
+            if last - middle + 1 - (await stored(middle) - beyond) == missing:
+                low = middle
+            else:
+                high = middle
+        return low
 
     async def lasts(self, stream: str, filter_: str) -> list[Stored]:
         """Return the newest stored message of each subject that matches ``filter_`` (at most 1,024 subjects).
@@ -191,12 +290,17 @@ class Broker(Connection):
 
     async def _leaders_end(self, stream: str, filter_: str) -> int:
         """Return the sequence of the last stored message of ``filter_``; 0 where every answer is the leader's."""
-        if not await self._is_replicated(stream):
+        if not await self.is_replicated(stream):
             return 0
         last = await self.last(stream, filter_)
         return last.seq if last is not None else 0
 
-    async def _is_replicated(self, stream: str) -> bool:
+    async def is_replicated(self, stream: str) -> bool:
+        """Tell whether a stream has several replicas, of which one may lag behind another.
+
+        Raises:
+            BrokerUnavailable: no answer.
+        """
         now = asyncio.get_running_loop().time()
         known = self._replicas.get(stream)
         if known is None or now - known[0] > REPLICAS_SECONDS:
@@ -233,7 +337,8 @@ class Broker(Connection):
             if not got:  # it answers: a slow answer is not asked for twice
                 patience.reschedule(loop.time() + READ_TIMEOUT)
             if status is None:
-                got.append(Stored(int(headers["Nats-Sequence"]), headers["Nats-Subject"], msg.data))
+                time = headers.get("Nats-Time-Stamp", "")
+                got.append(Stored(int(headers["Nats-Sequence"]), headers["Nats-Subject"], msg.data, time))
             elif status == "204":
                 done.set_result(int(headers.get("Nats-Num-Pending", "0")))
             elif status == "404":
@@ -269,6 +374,28 @@ class Broker(Connection):
             return await apply_topology(self, topology, BrokerUnavailable, wait)
         except (NotReady, Refused) as error:
             raise BrokerUnavailable(f"cannot set up streams: {error}") from error
+
+    async def keep(self, topology: Topology) -> Topology:
+        """Do as `apply`, now and after every reconnection: a broker may come back without some of it.
+
+        Raises:
+            BrokerUnavailable: the broker refused or did not answer, now.
+        """
+
+        async def again() -> None:
+            if self._applying is None or self._applying.done():
+                self._applying = asyncio.create_task(self._apply_again(topology))
+
+        applied = await self.apply(topology)
+        if topology.managed:
+            self.on_reconnect(again)
+        return applied
+
+    async def _apply_again(self, topology: Topology) -> None:
+        try:
+            await self.apply(topology)
+        except BrokerUnavailable as error:
+            log.error("streams not looked after since the reconnection", detail=str(error))
 
     async def partitions(self) -> list[int]:
         """Return the partitions that have a stream, those beyond the present number included.

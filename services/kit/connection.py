@@ -51,6 +51,8 @@ class Connection:
     def __init__(self, client: RelayClient) -> None:
         self.client = client
         self.js: JetStreamContext = client.jetstream(timeout=5.0)
+        self.stored_at = 0.0  # event-loop time of the last acknowledgement of `publish_stored` …
+        self.unstored_at: float | None = None  # … and of the last time that none came although there was a connection
         self._closing = False
         self._reconnected: list[Callable[[], Awaitable[None]]] = []
 
@@ -116,6 +118,11 @@ class Connection:
         """Whether the connection is up now."""
         return bool(self.client.is_connected)
 
+    @property
+    def reconnects(self) -> int:
+        """How often the connection has been made anew."""
+        return int(self.client.stats["reconnects"])
+
     def on_reconnect(self, callback: Callable[[], Awaitable[None]]) -> None:
         """Call ``callback`` after every reconnection."""
         self._reconnected.append(callback)
@@ -133,19 +140,25 @@ class Connection:
         except (nats.errors.Error, OSError) as error:
             raise BrokerUnavailable(f"cannot publish: {error!r}") from error
 
-    async def publish_stored(self, subject: str, data: bytes, *, headers: dict[str, str] | None = None) -> int:
-        """Publish to a stream and wait for the acknowledgement; return the stream sequence.
+    async def publish_stored(
+        self, subject: str, data: bytes, *, headers: dict[str, str] | None = None, timeout: float | None = None
+    ) -> int:
+        """Publish to a stream and wait for the acknowledgement, 5 s without ``timeout``; return the stream sequence.
 
         Raises:
             BrokerUnavailable: no acknowledgement came.
             nats.js.errors.APIError: the stream refused it.
         """
+        loop, reconnects = asyncio.get_running_loop(), self.reconnects
         try:
-            ack = await self.js.publish(subject, data, headers=headers)
+            ack = await self.js.publish(subject, data, headers=headers, timeout=timeout)
         except js_errors.APIError:
             raise
         except (nats.errors.Error, OSError) as error:
+            if isinstance(error, TimeoutError) and self.is_connected and self.reconnects == reconnects:
+                self.unstored_at = loop.time()
             raise BrokerUnavailable(f"no acknowledgement: {error!r}") from error
+        self.stored_at = loop.time()
         return ack.seq
 
     async def subscribe(

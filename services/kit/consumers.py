@@ -4,10 +4,19 @@ from contextlib import suppress
 from typing import Any, Final, Protocol
 
 import msgspec
+import structlog
+from prometheus_client import Counter
 
+from schemas.topology import ConsumerSpec
 from services.kit.connection import BrokerUnavailable
+from services.kit.streams import consumer_config
 
 __all__ = ["DurableInfo", "DurableRefused", "Durables", "Place"]
+
+log = structlog.get_logger()
+RESET: Final = Counter(
+    "tailrace_consumers_reset_total", "Consumers made anew because their position was beyond their stream", ["consumer"]
+)
 
 ASK_SECONDS: Final = 5.0
 NUDGE_SECONDS: Final = 0.5
@@ -79,6 +88,17 @@ class _Page(msgspec.Struct):
     error: _Error | None = None
 
 
+class _Stream(msgspec.Struct):
+    class _State(msgspec.Struct):
+        last_seq: int
+
+    class _Config(msgspec.Struct):
+        num_replicas: int = 1
+
+    state: _State
+    config: _Config
+
+
 class _Failed(msgspec.Struct):
     error: _Error | None = None
 
@@ -124,6 +144,35 @@ class Durables:
         """Return a consumer; ``None`` when there is none."""
         data = await self._ask(f"$JS.API.CONSUMER.INFO.{stream}.{name}", missing_is_fine=True)
         return msgspec.json.decode(data, type=DurableInfo) if data else None
+
+    async def reset(self, spec: ConsumerSpec, after: int = 0) -> None:
+        """Make one of the topology's consumers anew, to deliver what its stream keeps behind ``after``.
+
+        Raises:
+            DurableRefused: the broker refuses a setting.
+        """
+        config = consumer_config(spec)
+        if after > 0:
+            config |= {"deliver_policy": "by_start_sequence", "opt_start_seq": after + 1}
+        await self.delete(spec.stream, spec.durable)
+        await self.create(spec.stream, config)
+        RESET.labels(spec.durable).inc()
+        log.error("consumer made anew", stream=spec.stream, consumer=spec.durable, after=after)
+
+    async def mend(self, spec: ConsumerSpec) -> None:
+        """Make one of the topology's consumers anew that is missing, or whose position is beyond its stream's end.
+
+        What the stream keeps is delivered again: for readers to whom repeats do no harm, and for work queues, which
+        keep only what is not done. In a cluster nothing is done, for a leader may lag: there no server alone loses what
+        was acknowledged.
+
+        Raises:
+            DurableRefused: the broker refuses a setting.
+        """
+        info = await self.info(spec.stream, spec.durable)
+        stream = msgspec.json.decode(await self._ask(f"$JS.API.STREAM.INFO.{spec.stream}"), type=_Stream)
+        if stream.config.num_replicas == 1 and (info is None or info.delivered.stream_seq > stream.state.last_seq):
+            await self.reset(spec)
 
     async def delete(self, stream: str, name: str) -> bool:
         """Remove a consumer; tell whether there was one."""

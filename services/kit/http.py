@@ -14,7 +14,7 @@ from services.kit.http2 import serving_http2
 from services.kit.shutdown import end
 from services.kit.tls import ServerTls
 
-__all__ = ["HEAD_BYTES", "PortTaken", "check_port", "probes", "serving"]
+__all__ = ["Check", "HEAD_BYTES", "PortTaken", "check_port", "probes", "serving"]
 
 Check = Callable[[], Awaitable[bool]]
 Grace = Callable[[], float]

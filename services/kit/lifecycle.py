@@ -14,17 +14,19 @@ import structlog
 import uvloop
 
 from services.kit.broker import BrokerUnavailable
+from services.kit.endings import CannotRun
 from services.kit.http import PortTaken
 from services.kit.private_files import UMASK
 from services.kit.settings import SettingsError
 from services.kit.shutdown import CUT, MARGIN, Stop, end, watch_over
 
-__all__ = ["EXIT_USAGE", "run_service"]
+__all__ = ["EXIT_UNUSABLE", "EXIT_USAGE", "run_service"]
 
 log = structlog.get_logger()
 EXIT_FAILED: Final = 1
 EXIT_USAGE: Final = 2
 EXIT_UNAVAILABLE: Final = 3
+EXIT_UNUSABLE: Final = 4
 CUT_AGAIN: Final = 0.3
 STARTING_CUT_AGAIN: Final = 1.0
 GENERATORS_SECONDS: Final = 0.3
@@ -40,7 +42,7 @@ def run_service(main: Callable[[Stop], Awaitable[None]]) -> NoReturn:
     Files that it creates are its user's alone.
 
     Exit codes: 0 stopped by wish, 1 a fault, 2 wrong settings or a taken port, 3 a part that it needs does not answer,
-    `services.kit.shutdown.EXIT_STUCK` it did not end by itself.
+    4 what it keeps is damaged or of a newer version, `services.kit.shutdown.EXIT_STUCK` it did not end by itself.
     """
     os.umask(UMASK)
     loop = uvloop.new_event_loop()
@@ -101,6 +103,8 @@ async def _code(task: asyncio.Future[None], stop: Stop) -> int:
     except Exception as error:
         if _is_only(error, SettingsError, PortTaken):
             return _say(error, EXIT_USAGE)
+        if _is_only(error, CannotRun):
+            return _say(error, EXIT_UNUSABLE)
         if not _is_only(error, BrokerUnavailable):
             raise
         if not stop.is_set():

@@ -136,8 +136,8 @@ async def _apply_consumer(broker: Asking, spec: ConsumerSpec, *, managed: bool) 
     wanted = consumer_config(spec)
     found = await _ask(broker, f"$JS.API.CONSUMER.INFO.{spec.stream}.{spec.durable}", missing_is_fine=True)
     if found is not None:
-        # How a consumer acknowledges cannot be changed; one that exists keeps its way, and so its position.
-        wanted = wanted | {"ack_policy": found.config.get("ack_policy")}
+        # How a consumer acknowledges and where it began cannot be changed; one that exists keeps both.
+        wanted = wanted | {name: found.config.get(name) for name in ("ack_policy", "deliver_policy")}
         wanted = found.config | _differing(found.config, wanted)
         if wanted == found.config:
             return

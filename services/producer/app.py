@@ -16,6 +16,7 @@ from services.kit.http import probes, serving
 from services.kit.problem import EXCEPTION_HANDLERS
 from services.kit.settings import SettingsError, Shared, load_settings, read_config
 from services.kit.shutdown import ANSWERS, Stop, end
+from services.kit.storage import Storage
 from services.kit.telemetry import configure_logging, describe_service
 from services.producer.adapters.circuits import Circuits
 from services.producer.adapters.publisher import Publisher
@@ -100,7 +101,7 @@ async def main(stop: Stop) -> None:
         Broker.connect(shared.nats_url, "producer", tls=shared.tls()) as broker,
         HttpUpstreams.opened(registry, clock) as upstreams,
     ):
-        await broker.apply(shared.topology())
+        await broker.keep(shared.topology())
         if broker.client.max_payload < LEAST_PAYLOAD:
             log.warning(
                 "the broker takes too small messages: an answer with a larger event would not be stored",
@@ -129,11 +130,16 @@ async def _work(shared: Shared, settings: Settings, outside: Outside, stop: Stop
     registry = outside.registry
     await outside.records.announce(shared.pool, registry.announcement())
 
+    storage = Storage(outside.broker, "producer")
+
     async def connected() -> bool:
         return outside.broker.is_connected
 
+    async def stores() -> bool:
+        return storage.stores() and not outside.publisher.is_stuck()
+
     app = Litestar(
-        route_handlers=[probes({"broker": connected})],
+        route_handlers=[probes({"broker": connected, "log": stores})],
         exception_handlers=EXCEPTION_HANDLERS,
         logging_config=None,
         openapi_config=OpenAPIConfig("Tailrace producer", "1"),
@@ -143,9 +149,8 @@ async def _work(shared: Shared, settings: Settings, outside: Outside, stop: Stop
         asyncio.TaskGroup() as group,
     ):
         circuits = outside.upstreams.circuits
-        background = [
-            group.create_task(work) for work in (outside.publisher.watch(), outside.records.write(), circuits.follow())
-        ]
+        works = (outside.publisher.watch(), outside.records.write(), circuits.follow(), storage.run())
+        background = [group.create_task(work) for work in works]
         await worker.run(stop)
         await end(*background)
         await outside.late_usage.close()

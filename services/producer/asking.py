@@ -53,7 +53,7 @@ class Interruption(Exception):
     """Why what runs is to stop.
 
     ``kind``: ``cancelled``, ``over_budget``, ``overdue`` (a deadline of the whole), ``attempt`` (a deadline of one
-    call), ``lease``, or ``drain`` (this process goes away).
+    call), ``lease``, ``lost`` (the log has lost events of it), or ``drain`` (this process goes away).
     """
 
     def __init__(self, kind: str, code: str) -> None:
@@ -95,7 +95,7 @@ class Asking:
         """
         held = self._interruption
         patience = self._patience
-        if patience is not None and interruption.kind in ("drain", "lease") and not patience.expired():
+        if patience is not None and interruption.kind in ("drain", "lease", "lost") and not patience.expired():
             patience.reschedule(asyncio.get_running_loop().time())
         if held is None or held.kind == "attempt":
             self._interruption = interruption

@@ -52,7 +52,13 @@ class Journal:
         self._records = records
         self._clock = clock
         self._last_seq: int | None = last_seq
+        self._next_seq = generation.next_seq  # of what has been given to the writer
         self._read = read
+
+    @property
+    def acknowledged(self) -> int:
+        """The seq up to which, exclusively, the log has acknowledged all."""
+        return self._next_seq - self._writer.unacknowledged
 
     def now(self) -> float:
         """Return the time to stamp events with, in seconds since 1970."""
@@ -119,6 +125,7 @@ class Journal:
             self._appended(events)
 
     def _appended(self, events: list[AnyEvent]) -> None:
+        self._next_seq += len(events)
         metrics.EVENTS.inc(len(events))
         if is_terminal(events[-1]):  # a terminal is always the last one of what is appended together
             self._end(events[-1])

@@ -35,6 +35,9 @@ LEASES_RESUMED: Final = Counter(
 LEFT_TO_HOLDERS: Final = Counter(
     "tailrace_producer_left_to_holders", "Requests given again and left to the producer that still runs them"
 )
+LOST_ANSWERS: Final = Counter(
+    "tailrace_producer_lost_answers", "Running answers of which the log had lost acknowledged events"
+)
 TAKEOVERS: Final = Counter("tailrace_producer_takeovers", "Begun generations taken over from another producer", ["how"])
 RETRIES: Final = Counter("tailrace_producer_retries", "Calls made again", ["provider", "code"])
 FAILOVERS: Final = Counter("tailrace_producer_failovers", "Turns to another candidate", ["provider"])

@@ -5,6 +5,7 @@ import asyncio
 import msgspec
 import structlog
 
+from schemas.codec import MalformedEvent, decode_header
 from schemas.events import AbandonedCall, AnyEvent
 from schemas.requests import GenerationRecord, Request
 from schemas.subjects import Address, token_subject
@@ -32,6 +33,7 @@ log = structlog.get_logger()
 _TAKEOVER_TRIES = 4
 READ_AGAIN_SECONDS = 0.5
 _LEAVES_NO_TIME = ("drain", "lease")
+LOG_LOST = "log_lost"
 
 
 class Outside(msgspec.Struct):
@@ -74,6 +76,7 @@ class Relay:
         self._abandoned: list[tuple[AbandonedCall, Provider]] = []
         self._interruption: Interruption | None = None
         self._reading: asyncio.Timeout | None = None
+        self._log_lost = False  # the log has lost events of it: what follows is not another producer's fault
 
     def interrupt(self, interruption: Interruption) -> None:
         """Stop what runs; the first call holds, later ones can only hurry it."""
@@ -95,6 +98,44 @@ class Relay:
         elif self._asking is not None:
             self._asking.check(now)
 
+    async def compare(self, *, whole: bool) -> None:
+        """Interrupt the generation if the log does not hold what it has acknowledged of it.
+
+        ``whole``: look at all that is stored, and not only at its end.
+
+        Raises:
+            TryAgain: the log cannot be read now.
+            BrokerUnavailable: the log cannot be read now.
+        """
+        if await self._has_lost(whole=whole):
+            self.interrupt(Interruption("lost", LOG_LOST))
+
+    async def _has_lost(self, *, whole: bool) -> bool:
+        journal = self.journal
+        if journal is None or not (acknowledged := journal.acknowledged):
+            return False
+        stream, subject = token_stream(self.address.partition), token_subject(self.address)
+        if not whole:
+            last = await self._outside.broker.last(stream, subject)
+            if last is not None and _seq(last.data) >= acknowledged - 1:
+                return False
+        begun = await self._read_once()
+        first = await self._outside.broker.first(stream, subject)
+        max_age = (await self._outside.broker.state(stream)).max_age
+        is_young = not max_age or self._outside.clock.wall() - self.request.created_at < max_age
+        is_headless = is_young and (first is None or _seq(first.data) > 0)
+        is_ours = begun.position.epoch <= journal.generation.epoch
+        has_lost = is_ours and (is_headless or begun.position.next_seq < acknowledged)
+        if has_lost:
+            metrics.LOST_ANSWERS.inc()
+            log.error(
+                "the log has lost events of a running answer",
+                generation=self.request.generation,
+                acknowledged=acknowledged,
+                kept=begun.position.next_seq,
+            )
+        return has_lost
+
     async def run(self) -> bool:
         """Bring the generation to its terminal, or leave it to whoever owns it now; tell whether there was any need.
 
@@ -109,7 +150,7 @@ class Relay:
                 self.ended = True
                 return needed
             except LogRefused as error:
-                log.info("generation has grown meanwhile", generation=self.request.generation, detail=str(error))
+                log.info("generation is looked at again", generation=self.request.generation, detail=str(error))
         raise TryAgain(f"generation {self.request.generation} keeps changing under a takeover")
 
     async def give_up(self, why: str) -> None:
@@ -164,6 +205,7 @@ class Relay:
         if decision == "done":
             return False
         epoch = max(self._attempt, begun.position.epoch + (decision != "run"))
+        reconnects = self._outside.broker.reconnects
         writer = self._outside.publisher.writer(token_subject(self.address), self._lease)
         try:
             self.journal, candidates = self._journal(begun, epoch, writer)
@@ -176,6 +218,9 @@ class Relay:
                 await self._begin(self.journal, candidates[0], begun if decision == "restart" else None)
                 await self.journal.append(await self._ask(self.journal, candidates))
             await writer.drain()
+            if reconnects != self._outside.broker.reconnects and await self._has_lost(whole=True):
+                self._log_lost = True
+                raise LogRefused(f"the log has lost events of generation {self.request.generation}")
         finally:
             writer.close()
         self._look_up_usage()
@@ -243,7 +288,8 @@ class Relay:
         metrics.TAKEOVERS.labels("interrupted").inc()
         counted = self.journal.generation.counted()
         counted = Counted(input=counted.input, output=begun.tokens, exact=False, encoding=counted.encoding)
-        return self.journal.generation.interrupt("producer_lost", counted, self.journal.now())
+        reason = LOG_LOST if self._log_lost else "producer_lost"
+        return self.journal.generation.interrupt(reason, counted, self.journal.now())
 
     async def _begin(self, journal: Journal, candidate: Candidate, begun: Begun | None) -> None:
         """Append the first event; ``begun``: what the log holds of an answer that begins again."""
@@ -251,7 +297,8 @@ class Relay:
         who = (candidate.provider.name, candidate.upstream_model)
         if begun is not None:
             metrics.TAKEOVERS.labels("restarted").inc()
-            event: AnyEvent = generation.restart("producer_lost", *who, at, lost_call(begun, generation.counted()))
+            reason = LOG_LOST if self._log_lost else "producer_lost"
+            event: AnyEvent = generation.restart(reason, *who, at, lost_call(begun, generation.counted()))
         else:
             event = generation.start(request, *who, at)
         await journal.append([event])
@@ -287,6 +334,9 @@ class Relay:
             case "overdue":
                 message = f"{interruption.code.removeprefix('deadline_').replace('_', ' ')} deadline passed"
                 return generation.fail(UpstreamFailure(interruption.code, message, recoverable=True), at)
+            case "lost":
+                self._interruption, self._log_lost = None, True
+                raise LogRefused(f"the log has lost events of generation {self.request.generation}")
             case "drain":
                 raise HandBack(f"generation {self.request.generation} is handed over")
             case _:
@@ -310,6 +360,13 @@ async def _fold(broker: Broker, stream: str, subject: str, begun: Begun) -> Begu
         for stored in batch:
             begun.take(stored.data, stored.seq)
     return begun
+
+
+def _seq(data: bytes) -> int:
+    try:
+        return decode_header(data).seq
+    except MalformedEvent:
+        return -1
 
 
 def _encoding(model: str, candidates: list[Candidate] | UnknownModel) -> tuple[str, bool]:

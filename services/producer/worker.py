@@ -12,6 +12,7 @@ from nats.js.errors import APIError
 from schemas.control import CANCEL, HEARD, OVER, OVER_BUDGET
 from schemas.requests import Request
 from schemas.subjects import control_subject, dead_subject, lane_of
+from schemas.topology import Topology
 from services.kit.broker import BrokerUnavailable
 from services.kit.shutdown import HAND_OVER, Stop, end
 from services.producer import metrics
@@ -20,7 +21,9 @@ from services.producer.adapters.tries import Tried, Tries
 from services.producer.errors import GiveUp, ProducerError, TryAgain
 from services.producer.lane import LEAVE_SECONDS, Lane
 from services.producer.leases import Held, Leases
+from services.producer.losses import Losses
 from services.producer.presence import Presence
+from services.producer.queue import QueueCare
 from services.producer.relay import HandBack, Interruption, Outside, Relay
 
 __all__ = ["Worker"]
@@ -57,6 +60,7 @@ class Worker:
         self.outside = outside
         self.pool = pool
         self.slots = slots
+        self._ack_wait = lease
         self.max_deliver = max_deliver
         self.running: dict[str, Relay] = {}  # by acknowledgement subject; bounded by slots
         self._broker = outside.broker
@@ -70,6 +74,7 @@ class Worker:
             Lane(self._broker, lane_of(pool, "interactive"), self._room, self._take, lease=lease, patient=True),
             Lane(self._broker, lane_of(pool, "batch"), self._batch_room, self._take, lease=lease, patient=False),
         ]
+        self._losses = Losses(self._broker, lambda: list(self.running.values()))
         self._presence = Presence(self._broker, outside.clock, lambda: list(self.running.values()))
         metrics.SLOTS.set(slots)
 
@@ -78,7 +83,9 @@ class Worker:
         try:
             async with asyncio.TaskGroup() as group:
                 lanes = [group.create_task(lane.run(), name="lane") for lane in self._lanes]
-                watches = [group.create_task(w) for w in (self.leases.keep(), self._watch(), self._presence.watch())]
+                care = QueueCare(self._broker, Topology(pool=self.pool, ack_wait=self._ack_wait).producers())
+                watching = (self.leases.keep(), self._watch(), self._presence.watch(), care.run(), self._losses.run())
+                watches = [group.create_task(w) for w in watching]
                 await stop.wait()
                 self._is_leaving = True
                 await end(*lanes, seconds=2 * LEAVE_SECONDS)
@@ -185,6 +192,7 @@ class Worker:
                 await self._tries.finish(relay.address, before)
                 await self._bury(msg, "max_deliver")
                 return None
+            await self._losses.learn(relay.address.partition)
             now = await self._tries.begin(relay.address, attempt, before)
             await self.leases.begun(held, now)
             if await relay.run():

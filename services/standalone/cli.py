@@ -302,6 +302,14 @@ def apply() -> None:
     Terminal().show(apply_topology())
 
 
+@topology.command("renew")
+def renew_topology() -> None:
+    """Begin a new era of all logs, after a store was put back from a copy: no cursor of before is taken."""
+    from services.standalone.setup import renew
+
+    Terminal().show(renew())
+
+
 @topology.command()
 def users() -> None:
     """Print nats-server configuration: one user a service, with exactly the subjects it needs."""

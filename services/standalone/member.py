@@ -21,26 +21,35 @@ __all__ = ["Member"]
 READY_TIMEOUT: Final = 60.0
 PROBE_INTERVAL: Final = 0.05
 HEALTHY_AFTER: Final = 60.0
-EXIT_SETTINGS: Final = 2
-"""A service ends with this when its settings are wrong or its port is taken: starting it again would not help."""
+HOPELESS: Final = (2, 4)
+"""A service ends with these when its settings are wrong, its port is taken, or what it keeps is damaged: starting it
+again would not help."""
 
 
 class Member:
     """A service and its current process.
 
-    ``ready`` is set once it first became ready. ``on_lost`` is called, with the reason, when it cannot be kept running.
+    ``ready`` is set once it first became ready. ``on_lost`` is called, with the reason, when it cannot be kept running;
+    ``before_start`` before each start of a process.
     """
 
     def __init__(
-        self, spec: ServiceSpec, logs: Path, say: Callable[[str], None], on_lost: Callable[[str], None]
+        self,
+        spec: ServiceSpec,
+        logs: Path,
+        say: Callable[[str], None],
+        on_lost: Callable[[str], None],
+        before_start: Callable[[ServiceSpec], None],
     ) -> None:
         self.spec = spec
+        self._before_start = before_start
         self.ready = asyncio.Event()
         self.pid: int | None = None
         self._say = say
         self._on_lost = on_lost
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
+        self._again = asyncio.Event()
         self._output = OutputFile(logs / f"{spec.name}.log", self._show)
         self._crashes = 0
 
@@ -54,6 +63,9 @@ class Member:
                     if code > 0:
                         self._say(f"{self.spec.name} {_describe(code)} while stopping; its log is {self._output.path}")
                     return
+                if self._again.is_set():
+                    self._again.clear()
+                    continue
                 if time.monotonic() - started > HEALTHY_AFTER:
                     self._crashes = 0
                 self._crashes += 1
@@ -66,6 +78,16 @@ class Member:
         finally:
             self._output.close()
 
+    async def restart(self) -> None:
+        """End the service's process and start another one; return when that is ready."""
+        before = self.pid
+        self._again.set()
+        async with httpx.AsyncClient(timeout=3, trust_env=False) as client:
+            while self.pid in (None, before) or not await _is_ready(client, self.spec.ready):
+                if self._stop.is_set():
+                    return
+                await asyncio.sleep(PROBE_INTERVAL)
+
     def stop(self) -> None:
         """Ask the service to end (SIGTERM); after its grace it is killed."""
         self._stop.set()
@@ -76,7 +98,7 @@ class Member:
         self._hurry.set()
 
     def _is_hopeless(self, code: int) -> bool:
-        return not self.ready.is_set() or code == EXIT_SETTINGS or self._crashes >= MAX_CRASHES
+        return not self.ready.is_set() or code in HOPELESS or self._crashes >= MAX_CRASHES
 
     def _show(self, line: str) -> None:
         if not self._hurry.is_set():
@@ -84,6 +106,7 @@ class Member:
 
     async def _run_once(self) -> int:
         """Start one process, see it through to its end, and return its exit code (negative: a signal)."""
+        self._before_start(self.spec)
         process = await asyncio.create_subprocess_exec(
             *leash.command(self.spec.argv),
             env=self.spec.env,
@@ -97,7 +120,7 @@ class Member:
             async with asyncio.TaskGroup() as tasks:
                 probe = tasks.create_task(self._probe())
                 pump = tasks.create_task(self._pump(process))
-                await _first(None, process.wait(), self._stop.wait())
+                await _first(None, process.wait(), self._stop.wait(), self._again.wait())
                 probe.cancel()
                 await self._end(process)
                 await _first(1.0, asyncio.shield(pump))

@@ -10,6 +10,7 @@ import msgspec
 from services.kit.shutdown import MARGIN
 
 __all__ = [
+    "NATS",
     "Addresses",
     "Options",
     "ServiceSpec",

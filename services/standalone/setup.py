@@ -2,18 +2,21 @@
 
 import asyncio
 import os
+import ssl
 from typing import Final
 
 import msgspec
 
 from schemas.permissions import users_config
+from schemas.topology import token_stream
 from services.kit.broker import Broker, BrokerUnavailable
+from services.kit.logs import Logs
 from services.kit.settings import SettingsError, Shared, load_settings
 from services.kit.telemetry import configure_logging
 from services.standalone.errors import CannotStart, Unreachable
 from services.standalone.plan import without_own_variables
 
-__all__ = ["apply_topology", "users"]
+__all__ = ["apply_topology", "begin_new_eras", "renew", "users"]
 
 
 CONNECT_SECONDS: Final = 5.0
@@ -45,6 +48,38 @@ async def _apply(shared: Shared) -> str:
         topology = await broker.apply(msgspec.structs.replace(shared.topology(), managed=True))
     streams = ", ".join(stream.name for stream in topology.streams())
     return f"{streams} ({topology.replicas} replica{'s' if topology.replicas > 1 else ''})"
+
+
+def renew() -> str:
+    """Have all logs begin a new era, after a store was put back or the machine went down; return which do.
+
+    Raises:
+        CannotStart: settings are wrong.
+        Unreachable: the broker does not answer, or refuses.
+    """
+    shared = _shared()
+    try:
+        begun = asyncio.run(begin_new_eras(shared.nats_url, shared.tls()))
+    except SettingsError as error:
+        raise CannotStart(str(error)) from error
+    except BrokerUnavailable as error:
+        raise Unreachable(str(error)) from error
+    return f"new era: {', '.join(begun)}" if begun else "nothing is stored"
+
+
+async def begin_new_eras(nats_url: str, tls: ssl.SSLContext | None = None) -> list[str]:
+    """Have all logs that hold something begin a new era; return their streams.
+
+    Raises:
+        BrokerUnavailable: the broker does not answer.
+    """
+    begun = []
+    async with Broker.connect(nats_url, "setup", tls=tls) as broker:
+        logs = Logs(broker)
+        for partition in await broker.partitions():
+            if await logs.begin_era(partition):
+                begun.append(token_stream(partition))
+    return begun
 
 
 def users() -> str:

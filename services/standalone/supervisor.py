@@ -2,7 +2,7 @@
 
 import asyncio
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -19,28 +19,45 @@ QUIET_SECONDS: Final = 0.5
 class Supervisor:
     """Runs services until it is told to stop or one of them cannot be kept running.
 
-    ``say`` shows one line to the person at the terminal. ``logs`` is an existing folder.
+    ``say`` shows one line to the person at the terminal. ``logs`` is an existing folder. ``before_start`` is called
+    before each start of a process.
     """
 
-    def __init__(self, specs: Sequence[ServiceSpec], logs: Path, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        specs: Sequence[ServiceSpec],
+        logs: Path,
+        say: Callable[[str], None],
+        before_start: Callable[[ServiceSpec], None] = lambda _spec: None,
+    ) -> None:
         self._say = say
         self._ending = asyncio.Event()
         self._lost: list[str] = []
-        self._members = [Member(spec, logs, say, self._on_lost) for spec in specs]
+        self._members = [Member(spec, logs, say, self._on_lost, before_start) for spec in specs]
         self._tasks: dict[Member, asyncio.Task[None]] = {}
 
-    async def run(self, on_ready: Callable[[], None]) -> None:
+    async def run(
+        self,
+        on_ready: Callable[[], None],
+        on_brokers: Callable[[], Awaitable[None]] | None = None,
+        beside: Callable[[], Coroutine[None, None, None]] | None = None,
+    ) -> None:
         """Start everything, call ``on_ready``, and return when everything has been stopped.
+
+        ``on_brokers`` is awaited when the first phase is ready; ``beside`` runs from when all is until the end.
 
         Raises:
             StartFailed: a service did not become ready.
             CommandFailed: a service kept ending and was given up.
         """
         async with asyncio.TaskGroup() as group:
-            started = await self._start(group)
+            started = await self._start(group, on_brokers)
             if started:
                 on_ready()
+            watch = group.create_task(beside()) if started and beside is not None else None
             await self._ending.wait()
+            if watch is not None:
+                watch.cancel()
             await self._stop_all()
         if self._lost:
             raise (CommandFailed if started else StartFailed)("\n".join(self._lost))
@@ -65,11 +82,17 @@ class Supervisor:
         """The process ids of the services that run now, by name."""
         return {member.spec.name: member.pid for member in self._members if member.pid is not None}
 
+    async def restart(self, names: Sequence[str]) -> None:
+        """Start services anew, one after another."""
+        for member in self._members:
+            if member.spec.name in names and not self._ending.is_set():
+                await member.restart()
+
     def _on_lost(self, reason: str) -> None:
         self._lost.append(reason)
         self._ending.set()
 
-    async def _start(self, group: asyncio.TaskGroup) -> bool:
+    async def _start(self, group: asyncio.TaskGroup, on_brokers: Callable[[], Awaitable[None]] | None) -> bool:
         """Start phase after phase; tell whether all became ready before the end was asked for."""
         for phase in sorted({member.spec.start_phase for member in self._members}):
             members = [member for member in self._members if member.spec.start_phase == phase]
@@ -78,6 +101,8 @@ class Supervisor:
             for member in members:
                 if not await self._until_ready(member):
                     return False
+            if phase == 0 and on_brokers is not None:
+                await on_brokers()
         return True
 
     async def _until_ready(self, member: Member) -> bool:

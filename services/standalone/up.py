@@ -13,8 +13,11 @@ from services.kit.settings import SettingsError, read_config
 from services.standalone.embedded import NatsBinary, find_nats_server, payload_for, render_config, render_node
 from services.standalone.errors import EXIT_FAILED, CannotStart
 from services.standalone.folder import locked
-from services.standalone.plan import Addresses, Options, ServiceSpec, node_files, plan_services, summary
+from services.standalone.plan import NATS, Addresses, Options, ServiceSpec, node_files, plan_services, summary
 from services.standalone.ports import PortWish, settle_ports
+from services.standalone.setup import begin_new_eras
+from services.standalone.storage_watch import StorageWatch
+from services.standalone.store import running_mark, set_aside_unreadable
 from services.standalone.supervisor import Supervisor
 from services.standalone.terminal import Terminal
 
@@ -64,7 +67,7 @@ def up(wishes: Wishes, version: str, terminal: Terminal) -> None:
     with _prepared(wishes, terminal) as ready:
         head = terminal.bold(f"Tailrace {version} is running")
         rows = summary(ready.options, ready.binary.version_text, ready.env, ready.config)
-        asyncio.run(_run(ready.specs, ready.options.data, terminal, lambda: _announce(terminal, head, rows)))
+        asyncio.run(_run(ready, terminal, lambda: _announce(terminal, head, rows)))
 
 
 def rebuild(wishes: Wishes, terminal: Terminal) -> int:
@@ -115,17 +118,44 @@ def _write_node_files(options: Options, max_payload: int) -> None:
         path.write_text(text, encoding="utf-8")
 
 
-async def _run(specs: list[ServiceSpec], data: Path, terminal: Terminal, on_ready: Callable[[], None]) -> None:
-    supervisor = Supervisor(specs, data / "logs", terminal.remark)
+async def _run(ready: _Prepared, terminal: Terminal, on_ready: Callable[[], None]) -> None:
+    specs, data = ready.specs, ready.options.data
+    brokers = [spec.name for spec in specs if spec.start_phase == 0]
+    supervisor = Supervisor(specs, data / "logs", terminal.remark, _care_of(data, terminal))
     supervisor.stop_on_signals()
     terminal.remark(f"starting (data in {data})")
-    await supervisor.run(on_ready)
+
+    async def restart() -> None:
+        await supervisor.restart(brokers)
+
+    watched = [spec.ready for spec in specs if spec.name not in brokers]
+    watch = StorageWatch(watched, data, restart, terminal.remark)
+    with running_mark(data) as has_gone_down:
+
+        async def begin_eras() -> None:
+            if has_gone_down:
+                terminal.remark("the machine went down last time: the logs begin a new era")
+                await begin_new_eras(Addresses.of(ready.options).nats)
+
+        await supervisor.run(on_ready, begin_eras, watch.run)
     terminal.remark("stopped")
+
+
+def _care_of(data: Path, terminal: Terminal) -> Callable[[ServiceSpec], None]:
+    """Return what keeps a broker from stumbling over its files, before each start of it."""
+
+    def care(spec: ServiceSpec) -> None:
+        if spec.start_phase == 0:
+            for consumer in set_aside_unreadable(data / spec.name.replace(NATS, "nats"), data / "damaged"):
+                terminal.remark(f"the position of consumer {consumer} was not readable: it begins again")
+
+    return care
 
 
 async def _rebuild(ready: _Prepared, terminal: Terminal) -> int:
     (billing,) = (spec for spec in ready.specs if spec.name == "billing")
-    supervisor = Supervisor([spec for spec in ready.specs if spec.start_phase == 0], ready.options.data / "logs", _hush)
+    data, brokers = ready.options.data, [spec for spec in ready.specs if spec.start_phase == 0]
+    supervisor = Supervisor(brokers, data / "logs", _hush, _care_of(data, terminal))
     supervisor.stop_on_signals()
     rebuilding: list[asyncio.Task[int]] = []
 
@@ -137,7 +167,7 @@ async def _rebuild(ready: _Prepared, terminal: Terminal) -> int:
         finally:
             supervisor.stop()
 
-    terminal.remark(f"rebuilding (data in {ready.options.data})")
+    terminal.remark(f"rebuilding (data in {data})")
     await supervisor.run(lambda: rebuilding.append(asyncio.create_task(run())))
     return await rebuilding[0] if rebuilding else EXIT_FAILED
 

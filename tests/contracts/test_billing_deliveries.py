@@ -7,6 +7,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from schemas.delivered import DeliveredReport, delivered_subject, encode_delivered
 from schemas.events import Completed
+from schemas.topology import Topology
 from services.billing.adapters.deliveries import Deliveries
 from services.billing.adapters.ledger import Ledger
 from services.billing.core.generation import Key
@@ -93,7 +94,7 @@ async def test_several_writers_at_once_lose_no_report(ledger: Ledger) -> None:
 async def test_reports_come_through_the_broker(broker: Broker, ledger: Ledger) -> None:
     await ledger.commit(0, (0, 1), NOW, [generation()])
     stop = asyncio.Event()
-    running = asyncio.create_task(DeliveryReports(broker, Deliveries(ledger.engine)).run(stop))
+    running = asyncio.create_task(DeliveryReports(broker, Deliveries(ledger.engine), Topology().delivered()).run(stop))
     try:
         subject = delivered_subject("default", "s", "g")
         await broker.publish_stored(subject, b"not a report")

@@ -141,6 +141,11 @@ async def write_surely(broker: Broker, events: Iterable[Event]) -> None:
                 await asyncio.sleep(0.05)
 
 
+async def append_history(broker: Broker, generation: str) -> None:
+    """Append a whole generation to the log."""
+    await write_surely(broker, history(generation, reported=Usage(input=7, output=30)))
+
+
 class Process:
     """``python -m services.billing`` as a process."""
 
@@ -158,11 +163,12 @@ class Process:
             "TAILRACE_BILLING_HOLD": "1",
         }
         self.env |= {f"TAILRACE_BILLING_{name.upper()}": value for name, value in settings.items()}
+        self.command = [sys.executable, "-m", "services.billing"]
         self.process: subprocess.Popen[bytes] | None = None
 
     async def start(self) -> "Process":
         with self.log.open("ab") as out:
-            self.process = subprocess.Popen([sys.executable, "-m", "services.billing"], env=self.env, stderr=out)
+            self.process = subprocess.Popen(self.command, env=self.env, stderr=out)
         await eventually(self.ready, timeout=30, interval=0.05)
         return self
 

@@ -245,7 +245,7 @@ FORBIDDEN_TO_PUBLISH = {
         "tokens.0.default.s.g",
         "requests.default.g",
         "$JS.API.STREAM.DELETE.TOKENS_0",
-        "$JS.API.CONSUMER.DELETE.TOKENS_0.billing-0",
+        "$JS.API.CONSUMER.DELETE.TOKENS_0.svc-7-default-c",
         "$JS.API.CONSUMER.MSG.NEXT.REQUESTS.producers-default",
         "$JS.API.DIRECT.GET.KV_generations",
         "$KV.generations.default.s.g",

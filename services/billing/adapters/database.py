@@ -11,12 +11,13 @@ import sqlalchemy as sa
 import structlog
 from alembic import command
 from alembic.config import Config
+from alembic.util import CommandError
 from sqlalchemy.engine import URL, Connection, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from services.billing.errors import LedgerUnavailable
+from services.billing.errors import LedgerUnavailable, LedgerUnusable
 from services.kit.private_files import private_file, private_folder, tighten
 
 __all__ = ["SCRIPTS", "create_file", "database_url", "migrate", "open_engine", "reading", "sqlite_url", "writing"]
@@ -35,6 +36,14 @@ SCRIPTS: Final = str(Path(__file__).parent.parent / "migrations")
 """Folder of the migrations."""
 _BUSY_SECONDS: Final = 10.0
 DISPOSE_SECONDS: Final = 0.5
+CHECKED_BYTES: Final = 256 * 1024 * 1024
+"""Bound of a SQLite file that is read through when billing starts."""
+_DAMAGED: Final = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+_NOT_WRITABLE: Final = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)
+_RESTORE: Final = (
+    "put a backup in its place and run `tailrace billing rebuild`; without a backup move the file away first: what the"
+    " log still keeps is billed anew, prices and budgets must be set again"
+)
 
 
 def database_url(text: str) -> URL:
@@ -149,10 +158,12 @@ class _translated:  # noqa: N801  # reads as a statement
         return None
 
     def __exit__(self, _type: object, error: BaseException | None, _trace: object) -> None:
-        if isinstance(error, DBAPIError):
-            raise LedgerUnavailable(str(error.orig)) from error
-        if isinstance(error, sqlite3.Error):  # of statements that were handed to the driver itself
-            raise LedgerUnavailable(str(error)) from error
+        # Of statements that were handed to the driver itself, the driver's own errors come.
+        origin = error.orig if isinstance(error, DBAPIError) else error
+        if isinstance(origin, sqlite3.Error) and _code(origin) in _DAMAGED:
+            raise LedgerUnusable(str(origin), _RESTORE) from error
+        if isinstance(error, (DBAPIError, sqlite3.Error)):
+            raise LedgerUnavailable(str(origin)) from error
         if isinstance(error, (PoolTimeout, OSError, TimeoutError, SQLAlchemyError)):
             raise LedgerUnavailable(repr(error)) from error
 
@@ -162,11 +173,52 @@ async def migrate(engine: AsyncEngine) -> None:
 
     Raises:
         LedgerUnavailable: the database did not answer or refused.
+        LedgerUnusable: it is damaged, not one of billing's, of a newer version, or cannot be written.
     """
-    async with writing(engine) as connection:
-        if connection.dialect.name == "postgresql":
-            await connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
-        await connection.run_sync(_upgrade)
+    try:
+        async with writing(engine) as connection:
+            if connection.dialect.name == "postgresql":
+                await connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_MIGRATION_LOCK)))
+            else:
+                await _check(connection)
+            await connection.run_sync(_upgrade)
+            # A file that may only be read shows with the first write.
+            await connection.execute(sa.text("UPDATE alembic_version SET version_num = version_num"))
+    except LedgerUnavailable as error:
+        origin = error.__cause__.orig if isinstance(error.__cause__, DBAPIError) else error.__cause__
+        if isinstance(origin, sqlite3.Error) and _code(origin) in _NOT_WRITABLE:
+            raise LedgerUnusable(str(origin), "let billing write the file and its folder") from error
+        raise
+    except CommandError as error:
+        remedy = "run the version of Tailrace that made it, or a newer one"
+        raise LedgerUnusable(f"its schema is not known here ({error})", remedy) from error
+
+
+async def _check(connection: AsyncConnection) -> None:
+    """See that a SQLite file is one of billing's, and find damage that shows only where it is read.
+
+    Of a large file the damage is found when it is come upon.
+
+    Raises:
+        LedgerUnusable: it is not, or is damaged.
+    """
+    tables = set((await connection.execute(sa.text("SELECT name FROM sqlite_master WHERE type = 'table'"))).scalars())
+    if tables and "alembic_version" not in tables:
+        raise LedgerUnusable(
+            f"it is a database of something else, with {sorted(tables)[0]!r} in it", "name another file"
+        )
+    pages = (await connection.execute(sa.text("PRAGMA page_count"))).scalar_one()
+    size = (await connection.execute(sa.text("PRAGMA page_size"))).scalar_one()
+    if pages * size > CHECKED_BYTES:
+        return
+    found = (await connection.execute(sa.text("PRAGMA quick_check(1)"))).scalar_one()
+    if found != "ok":
+        raise LedgerUnusable(f"it is damaged ({found})", _RESTORE)
+
+
+def _code(error: sqlite3.Error) -> int:
+    """Return the primary result code of an error; 0 where there is none."""
+    return (getattr(error, "sqlite_errorcode", 0) or 0) & 0xFF
 
 
 def _upgrade(connection: Connection) -> None:

@@ -7,7 +7,7 @@ two processes at once safe, whatever their clocks say. The time of the hold only
 
 from collections.abc import Collection, Sequence
 from decimal import Decimal
-from typing import Final
+from typing import Final, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
@@ -24,11 +24,22 @@ from services.billing.core.budgets import Overrun, overruns
 from services.billing.core.generation import Generation, Key
 from services.billing.errors import Fenced, StalePrices
 
-__all__ = ["Ledger"]
+__all__ = ["Ledger", "LogPosition"]
 
 
 UNHEARD: Final = 2 * 3_600_000
 """Milliseconds without an event after which a generation is taken to have ended in a gap: twice the longest answer."""
+
+
+class LogPosition(NamedTuple):
+    """A partition's position: the log's incarnation, the last applied stream sequence, and when that was stored.
+
+    ``stamp``: in nanoseconds since 1970, 0 where it is not known.
+    """
+
+    incarnation: str
+    applied: int
+    stamp: int
 
 
 class Ledger:
@@ -44,11 +55,12 @@ class Ledger:
         self._insert_gap = insert(GAPS).on_conflict_do_nothing()
         self._insert_partition = insert(P).on_conflict_do_nothing(index_elements=["partition"])
 
-    async def acquire(self, partition: int, incarnation: str, now: int) -> int | None:
+    async def acquire(self, partition: int, incarnation: str, now: int, *, base: int = 0, lost: int = 0) -> int | None:
         """Take or renew the hold on a partition and return the stream sequence up to which it is applied.
 
-        ``None`` while another process holds it. The position of another incarnation of the stream is set to 0.
-        ``now`` in milliseconds since 1970.
+        ``None`` while another process holds it. ``now`` in milliseconds since 1970. The position of another incarnation
+        of the log is set to 0, and generations that had not ended are folded from their beginning again. ``base`` and
+        ``lost``: the log is known to have reached ``lost`` before, and holds what it held only up to ``base``.
 
         Raises:
             LedgerUnavailable: the database did not answer.
@@ -65,13 +77,33 @@ class Ledger:
             )
             if taken.rowcount != 1:
                 return None
+            query = sa.select(P.c.incarnation, P.c.applied).where(P.c.partition == partition)
+            before, applied = (await connection.execute(query)).one()
+            if before == incarnation:
+                return int(applied)
             await connection.execute(
-                sa.update(P)
-                .where(P.c.partition == partition, P.c.incarnation != incarnation)
-                .values(incarnation=incarnation, applied=0)
+                sa.update(P).where(P.c.partition == partition).values(incarnation=incarnation, applied=0, stamp=0)
             )
-            found = await connection.execute(sa.select(P.c.applied).where(P.c.partition == partition))
-            return int(found.scalar_one())
+            again: dict[str, int | None] = {"epoch": 0, "next_seq": 0, "log_seq": 0, "settle_at": None}
+            last = max(applied, lost)
+            if last > base:
+                gap = {"first": base + 1, "last": last, "noticed_at": now}
+                await connection.execute(self._insert_gap, {"partition": partition, "incarnation": incarnation} | gap)
+            await connection.execute(
+                sa.update(G).where(G.c.partition == partition, G.c.status == "running").values(**again)
+            )
+            return 0
+
+    async def position(self, partition: int) -> LogPosition | None:
+        """Return a partition's position, whoever holds it; ``None`` before anybody has.
+
+        Raises:
+            LedgerUnavailable: the database did not answer.
+        """
+        query = sa.select(P.c.incarnation, P.c.applied, P.c.stamp).where(P.c.partition == partition)
+        async with reading(self.engine) as connection:
+            row = (await connection.execute(query)).one_or_none()
+        return None if row is None else LogPosition(*row)
 
     async def release(self, partition: int) -> None:
         """Give up the hold, so that another process need not wait for its end.
@@ -92,11 +124,13 @@ class Ledger:
         whole: Collection[Generation] = (),
         progress: Collection[Generation] = (),
         money: Money | None = None,
+        *,
+        stamp: int = 0,
     ) -> list[Overrun]:
         """Move the position from the first to the second of ``applied`` and write generations: all of it or nothing.
 
-        Of ``progress`` only position and running count are written; those rows exist. Returns the settlements that
-        used more than was reserved for them.
+        ``stamp``: when the message at the new position was stored (0: not known). Of ``progress`` only position and
+        running count are written; those rows exist. Returns the settlements that used more than was reserved for them.
 
         Raises:
             Fenced: position or hold are not what this process believes; nothing is written.
@@ -104,12 +138,13 @@ class Ledger:
             LedgerUnavailable: the database did not answer. It may be written nevertheless.
         """
         before, after = applied
+        moved_to = {} if before == after else {"applied": after, "stamp": stamp}
         reserved: dict[Key, dict[str, Decimal]] = {}
         async with writing(self.engine) as connection:
             moved = await connection.execute(
                 sa.update(P)
                 .where(P.c.partition == partition, P.c.holder == self.holder, P.c.applied == before)
-                .values(applied=after, held_until=self._until(now))
+                .values(held_until=self._until(now), **moved_to)
             )
             if moved.rowcount != 1:
                 raise Fenced(partition)
@@ -153,9 +188,19 @@ class Ledger:
         row = {"partition": partition, "incarnation": incarnation, "first": first, "last": last, "noticed_at": now}
         async with writing(self.engine) as connection:
             await connection.execute(self._insert_gap, row)
+        await self.watch_unheard(partition, last, now)
+
+    async def watch_unheard(self, partition: int, lost: int, now: int) -> None:
+        """Have generations looked at again, `UNHEARD` after ``now``, of which nothing behind ``lost`` was read.
+
+        Raises:
+            LedgerUnavailable: the database did not answer.
+        """
+        async with writing(self.engine) as connection:
             await connection.execute(
                 sa.update(G)
-                .where(G.c.partition == partition, G.c.status == "running", G.c.log_seq <= last)
+                .where(G.c.partition == partition, G.c.status == "running", G.c.log_seq <= lost)
+                .where(G.c.settle_at.is_(None))
                 .values(settle_at=now + UNHEARD)
             )
 

@@ -123,6 +123,7 @@ PARTITIONS: Final = Table(
     Column("partition", Integer, primary_key=True, autoincrement=False),
     Column("incarnation", _NAME, nullable=False),
     _count("applied"),
+    Column("stamp", BigInteger, nullable=False, server_default="0"),
     Column("holder", _NAME, nullable=True),
     _count("held_until"),
 )

@@ -3,21 +3,23 @@
 import asyncio
 from collections.abc import AsyncIterator, Iterable
 from contextlib import suppress
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 import nats.errors
 import structlog
 from nats.js import errors as js_errors
-from nats.js.api import AckPolicy
 
 from schemas.subjects import token_subject
 from schemas.topology import ConsumerSpec, Topology
 from services.billing.core.batch import Group
 from services.billing.core.generation import Key
 from services.billing.core.intake import Record, read_record
-from services.kit.broker import Broker, BrokerUnavailable, Stored
+from services.kit.broker import Broker, BrokerUnavailable, Stored, StreamState
+from services.kit.consumers import DurableRefused, Durables
 from services.kit.kept import highest_kept_epoch
+from services.kit.logs import Logs
+from services.kit.stamps import nanoseconds
 
 __all__ = ["LogState", "Pulled", "Tail"]
 
@@ -45,16 +47,22 @@ class Pulled(msgspec.Struct):
 
     def records(self) -> list[Record]:
         """Return what came, decoded."""
-        return [read_record(_delivery(reply)[0], subject.decode(), data) for subject, reply, data in self.arrived]
+        return [_pulled(subject, reply, data) for subject, reply, data in self.arrived]
 
 
 class LogState(msgspec.Struct, frozen=True):
-    """A stream and its consumer: incarnation, bounds of what it keeps, the last sequence delivered to any process."""
+    """A stream and its consumer: incarnation, bounds of what it keeps, the last sequence delivered to any process.
+
+    ``base``, ``lost`` and ``reused``: see `schemas.log_marks.Mark`.
+    """
 
     incarnation: str
     first_seq: int
     last_seq: int
     delivered_seq: int
+    base: int = 0
+    lost: int = 0
+    reused: bool = False
 
 
 class Tail:
@@ -65,7 +73,10 @@ class Tail:
         self.topology = topology
         self.batch = batch
         self.interval = interval
+        self.partition = partition
         self.spec: ConsumerSpec = topology.billing(partition)
+        self.logs = Logs(broker)
+        self._durables = Durables(broker)
         self._next = f"$JS.API.CONSUMER.MSG.NEXT.{self.spec.stream}.{self.spec.durable}"
         self._ack_all = False
         self._inbox = ""
@@ -99,23 +110,47 @@ class Tail:
             BrokerUnavailable: the broker does not answer.
         """
         await self.broker.apply(self.topology, wait=0)  # the caller asks again
-        state = await self.broker.state(self.spec.stream)
-        try:
-            info = await self.broker.js.consumer_info(self.spec.stream, self.spec.durable)
-        except (nats.errors.Error, OSError, TimeoutError) as error:
-            raise BrokerUnavailable(f"no consumer {self.spec.durable}: {error!r}") from error
-        self._ack_all = info.config.ack_policy == AckPolicy.ALL
+        info = await self._durables.info(self.spec.stream, self.spec.durable)
+        if info is None:
+            raise BrokerUnavailable(f"there is no consumer {self.spec.durable}")
+        state = await self.state()  # behind the consumer: it cannot have been given what is stored later
+        self._ack_all = info.config.get("ack_policy") == "all"
         return LogState(
-            state.created, state.first_seq, state.last_seq, info.delivered.stream_seq or 0 if info.delivered else 0
+            incarnation=state.incarnation,
+            first_seq=state.first_seq,
+            last_seq=state.last_seq,
+            delivered_seq=info.delivered.stream_seq,
+            base=state.base,
+            lost=state.lost,
+            reused=state.reused,
         )
 
-    async def incarnation(self) -> str:
-        """Return the stream's incarnation: another one means that it was made anew.
+    async def state(self) -> StreamState:
+        """Return the log's bounds and incarnation: another one means that it was made anew, or has lost its end.
 
         Raises:
             BrokerUnavailable: the broker does not answer.
         """
-        return (await self.broker.state(self.spec.stream)).created
+        return await self.logs.state(self.partition)
+
+    async def stamp(self, seq: int) -> int | None:
+        """Return when the message ``seq`` was stored, in nanoseconds since 1970; ``None`` when there is none.
+
+        Raises:
+            BrokerUnavailable: the broker does not answer.
+        """
+        return await self.broker.stamp(self.spec.stream, seq)
+
+    async def reset(self, after: int) -> None:
+        """Make the consumer anew, to deliver what the log keeps behind the stream sequence ``after``.
+
+        Raises:
+            BrokerUnavailable: the broker does not answer, or refuses.
+        """
+        try:
+            await self._durables.reset(self.spec, after)
+        except DurableRefused as error:
+            raise BrokerUnavailable(str(error)) from error
 
     async def pull(self) -> Pulled:
         """Return what has been stored since the last pull, at most ``batch`` events, every ``interval`` seconds.
@@ -143,7 +178,7 @@ class Tail:
         self._pulled = Pulled()  # what still comes of this pull belongs to the next one
         self._hurry = pulled.full = len(pulled.arrived) >= self.batch
         if pulled.arrived:
-            pulled.pending = _delivery(pulled.arrived[-1][1])[1]
+            pulled.pending = _delivery(pulled.arrived[-1][1]).pending
         return pulled
 
     def _receive(self, subject: bytes, reply: bytes, data: bytes, headers: bytes | None) -> None:
@@ -187,10 +222,10 @@ class Tail:
             BrokerUnavailable: the broker did not answer completely.
         """
         async for batch in self.broker.read(self.spec.stream, self.spec.filter, first, up_to=last):
-            yield [_record(m) for m in await self._mended(batch, first)]
+            yield _records(await self._mended(batch, first))
             first = batch[-1].seq + 1
         if first <= last and (rest := await self._kept(range(first, last + 1))):
-            yield [_record(m) for m in rest]
+            yield _records(rest)
 
     async def highest_epochs(self, groups: Iterable[Group]) -> dict[Key, int]:
         """Return the highest epoch that the log keeps of each generation, zombies' included.
@@ -211,6 +246,8 @@ class Tail:
 
     async def _kept(self, seqs: range | list[int]) -> list[Stored]:
         """Ask the stream's leader for single messages: a replica that lags may have answered without them."""
+        if not await self.broker.is_replicated(self.spec.stream):
+            return []
         state = await self.broker.state(self.spec.stream)
         kept = []
         for seq in seqs:
@@ -226,16 +263,32 @@ class Tail:
         return kept
 
 
-def _delivery(reply: bytes) -> tuple[int, int]:
-    """Return stream sequence and number of waiting events from an acknowledgement subject.
+class _Acknowledgement(NamedTuple):
+    """What an acknowledgement subject says: stream sequence, time of storing in nanoseconds, and how many wait."""
+
+    seq: int
+    stamp: int
+    pending: int
+
+
+def _delivery(reply: bytes) -> _Acknowledgement:
+    """Return what an acknowledgement subject says.
 
     ``$JS.ACK.<stream>.<consumer>.<deliveries>.<stream seq>.<consumer seq>.<time>.<pending>``; servers with a domain put
     domain and account before the stream, and a token behind.
     """
     parts = reply.split(b".")
     at = 5 if len(parts) == 9 else 7
-    return int(parts[at]), int(parts[at + 3])
+    return _Acknowledgement(int(parts[at]), int(parts[at + 2]), int(parts[at + 3]))
 
 
-def _record(message: Stored) -> Record:
-    return read_record(message.seq, message.subject, message.data)
+def _pulled(subject: bytes, reply: bytes, data: bytes) -> Record:
+    told = _delivery(reply)
+    return read_record(told.seq, subject.decode(), data, told.stamp)
+
+
+def _records(messages: list[Stored]) -> list[Record]:
+    """Return messages as records; only the last one's stamp is read, for that is where a position may come to be."""
+    records = [read_record(m.seq, m.subject, m.data) for m in messages]
+    records[-1] = records[-1]._replace(stamp=nanoseconds(messages[-1].time))
+    return records

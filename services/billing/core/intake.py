@@ -13,7 +13,7 @@ _LAST_SECOND: Final = 253_402_300_799
 
 
 class Record(NamedTuple):
-    """One stored message. ``seq`` is its stream sequence.
+    """One stored message. ``seq`` is its stream sequence, ``stamp`` when it was stored (nanoseconds; 0: not looked at).
 
     ``header`` is missing when it is no event at all; ``event`` when the header says enough (a delta) or the rest could
     not be read, and then ``fault`` says why (``unknown`` type, ``malformed``).
@@ -24,19 +24,20 @@ class Record(NamedTuple):
     header: Header | None
     event: Event | None = None
     fault: str = ""
+    stamp: int = 0
 
 
-def read_record(seq: int, subject: str, data: bytes) -> Record:
+def read_record(seq: int, subject: str, data: bytes, stamp: int = 0) -> Record:
     """Return what a stored message holds. Of a delta only the header is decoded: it carries the running count."""
     try:
         header = decode_header(data)
         if header.type == "delta":
-            return Record(seq, subject, header)
-        return Record(seq, subject, header, decode_event(data))
+            return Record(seq, subject, header, stamp=stamp)
+        return Record(seq, subject, header, decode_event(data), stamp=stamp)
     except UnknownEvent as error:
-        return Record(seq, subject, error.header, None, "unknown")
+        return Record(seq, subject, error.header, None, "unknown", stamp)
     except MalformedEvent as error:
-        return Record(seq, subject, error.header, None, "malformed")
+        return Record(seq, subject, error.header, None, "malformed", stamp)
 
 
 def clip(text: str) -> str:

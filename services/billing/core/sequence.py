@@ -5,11 +5,12 @@ After a crash it redelivers what nobody acknowledged, and later than newer event
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from services.billing.core.intake import Record
 
-__all__ = ["Joined", "join"]
+__all__ = ["Joined", "holes", "join"]
 
 
 class Joined(NamedTuple):
@@ -39,6 +40,14 @@ def join(applied: int, delivered: Sequence[Record]) -> Joined:
     if last - applied == len(fresh):
         return Joined([fresh[seq] for seq in range(applied + 1, last + 1)], repeats, None)
     return Joined([], repeats, last)
+
+
+def holes(applied: int, records: Sequence[Record]) -> list[tuple[int, int]]:
+    """Return the first and last stream sequence of what is missing behind ``applied`` and between ``records``."""
+    if not records or records[-1].seq - applied == len(records):
+        return []
+    before = [applied, *(r.seq for r in records)]
+    return [(a + 1, b - 1) for a, b in pairwise(before) if b - a > 1]
 
 
 def _ascending(records: Sequence[Record]) -> bool:

@@ -23,6 +23,8 @@ __all__ = [
     "first_position",
     "incarnation",
     "later_position",
+    "log_of",
+    "resumed_position",
     "rfc3339",
     "seconds",
     "stream_of",
@@ -31,6 +33,7 @@ __all__ = [
 AGAIN: Final = -1
 """Stands for a partition where it is about the events that a consumer is to be given again."""
 _KEY: Final = "tailrace.consumer"
+_LOG: Final = "tailrace.log"
 
 EventType = Literal[
     "started", "delta", "notice", "restarted", "usage", "completed", "failed", "cancelled", "interrupted"
@@ -84,6 +87,11 @@ def definition_of(info: DurableInfo) -> Definition | None:
         return None
 
 
+def log_of(info: DurableInfo) -> str:
+    """Return the incarnation of the log in which one of the broker's consumers has its position."""
+    return str((info.config.get("metadata") or {}).get(_LOG, ""))
+
+
 def stream_of(partition: int) -> str:
     """Return the stream that keeps a partition's events, or those to be given `AGAIN`."""
     return CONSUMERS if partition == AGAIN else token_stream(partition)
@@ -103,12 +111,12 @@ def event_filter(tenant: str, name: str, partition: int, session: str | None) ->
 
 
 def durable_config(
-    tenant: str, name: str, definition: Definition, partition: int, partitions: int, inactive: float
+    tenant: str, name: str, definition: Definition, partition: int, partitions: int, inactive: float, log: str = ""
 ) -> dict[str, Any]:
     """Return the settings of the broker's consumer of one partition, without where it begins.
 
     Each of ``partitions`` gets its share of the events in flight, at least one. ``inactive``: seconds without a reader
-    after which the broker removes it; 0 is never.
+    after which the broker removes it; 0 is never. ``log``: the incarnation of the log that it reads.
     """
     wish = definition.wish
     config: dict[str, Any] = {
@@ -119,7 +127,7 @@ def durable_config(
         "ack_wait": round(wish.ack_wait * 1e9),
         "max_ack_pending": -(-wish.max_in_flight // max(1, partitions)),
         "max_deliver": -1,
-        "metadata": {_KEY: msgspec.json.encode(definition).decode()},
+        "metadata": {_KEY: msgspec.json.encode(definition).decode(), _LOG: log},
     }
     if inactive > 0:
         config["inactive_threshold"] = round(inactive * 1e9)
@@ -140,14 +148,24 @@ def first_position(wish: Wish, partition: int) -> dict[str, Any]:
     return {"deliver_policy": "new" if wish.start == "new" else "all"}
 
 
-def later_position(wish: Wish, partition: int, born: str, created: str) -> dict[str, Any]:
+def resumed_position(info: DurableInfo, base: int) -> dict[str, Any] | None:
+    """Return where a consumer is to begin again whose log has lost its end; ``None`` when its position still holds.
+
+    ``base``: up to there the log holds what it held before. The broker delivers nothing up to a position beyond it.
+    """
+    if info.delivered.stream_seq <= base:
+        return None
+    return {"deliver_policy": "by_start_sequence", "opt_start_seq": min(info.ack_floor.stream_seq, base) + 1}
+
+
+def later_position(wish: Wish, partition: int, log: str, created: str) -> dict[str, Any]:
     """Return where the consumer of a partition begins that appeared, or was lost, after the consumer was created.
 
-    ``born``: when the partition's stream was created; ``created``: when the consumer was, by the broker's clock.
+    ``log``: the incarnation of the partition's log; ``created``: when the consumer was created, by the broker's clock.
     """
     if partition == AGAIN or wish.since is not None:
         return first_position(wish, partition)
-    if wish.after is not None and Cursor.parse(wish.after).incarnation != incarnation(born):
+    if wish.after is not None and Cursor.parse(wish.after).incarnation != incarnation(log):
         return {"deliver_policy": "all"}
     if wish.after is None and wish.start == "new":
         return {"deliver_policy": "by_start_time", "opt_start_time": created}
@@ -164,6 +182,6 @@ def seconds(created: str) -> float:
     return datetime.fromisoformat(created).timestamp()
 
 
-def incarnation(created: str) -> str:
-    """Return a short name of a stream's incarnation, as it stands in cursors."""
-    return CursorIssuer(0, created, "", "").incarnation
+def incarnation(log: str) -> str:
+    """Return a short name of a log's incarnation, as it stands in cursors."""
+    return CursorIssuer(0, log, "", "").incarnation

@@ -14,6 +14,7 @@ import structlog
 
 from schemas.cursor import CursorIssuer
 from schemas.topology import service_durable, service_of
+from services.delivery import metrics
 from services.delivery.consumers.dead import DeadEvents
 from services.delivery.consumers.definition import (
     AGAIN,
@@ -24,15 +25,17 @@ from services.delivery.consumers.definition import (
     durable_config,
     first_position,
     later_position,
+    log_of,
+    resumed_position,
     seconds,
     stream_of,
 )
 from services.delivery.consumers.judging import Judge
-from services.delivery.consumers.session import ConsumerSession, Opened
+from services.delivery.consumers.session import ConsumerSession, Opened, Origin
 from services.delivery.core.start import check_cursor
 from services.delivery.errors import TooBusy, Unknown
 from services.delivery.hub import Hub
-from services.kit.broker import BrokerUnavailable
+from services.kit.broker import BrokerUnavailable, StreamState
 from services.kit.consumers import DurableInfo, DurableRefused, Durables
 
 __all__ = ["Conflicting", "Consumers", "Found", "Limits"]
@@ -200,20 +203,23 @@ class Consumers:
         """
         if partition != AGAIN and partition not in await self._logs():
             raise Unknown(f"there is no partition {partition}")
-        return CursorIssuer(0, await self._born(partition), "", "").incarnation
+        return CursorIssuer(0, (await self._state(partition)).incarnation, "", "").incarnation
 
     async def _opened(self, tenant: str, name: str, found: Found) -> Opened:
-        streams = {
-            partition: (stream_of(partition), await self._born(partition), info.created)
-            for partition, info in found.infos.items()
-        }
+        streams: dict[int, Origin] = {}
+        for partition, info in found.infos.items():
+            state = await self._state(partition)
+            has_passed = info.delivered.consumer_seq > 0 and info.delivered.stream_seq > state.base
+            is_cut = state.lost > state.base and not has_passed
+            streams[partition] = Origin(
+                stream_of(partition), state.incarnation, info.created, state.base if is_cut else None
+            )
         return Opened(tenant, name, service_durable(tenant, name), found.definition, streams)
 
-    async def _born(self, partition: int) -> str:
-        """Return when a partition's stream was created."""
+    async def _state(self, partition: int) -> StreamState:
         if partition == AGAIN:
-            return (await self.hub.broker.state(stream_of(AGAIN))).created
-        return (await self.hub.state(partition)).created
+            return await self.hub.broker.state(stream_of(AGAIN))
+        return await self.hub.state(partition)
 
     async def _logs(self, *, fresh: bool = False) -> list[int]:
         """Return the partitions that there are, at most a few seconds old."""
@@ -246,7 +252,18 @@ class Consumers:
             await self._remove(tenant, name, found)
             return None
         whole = not missing and all(definition_of(info) == found.definition for info in infos.values())
-        return found if whole else await self._reconcile(tenant, name, found)
+        if whole and not any([await self._is_left_behind(partition, info) for partition, info in infos.items()]):
+            return found
+        return await self._reconcile(tenant, name, found)
+
+    async def _is_left_behind(self, partition: int, info: DurableInfo) -> bool:
+        """Tell whether a consumer's position is one of another incarnation of its stream, or beyond its end."""
+        if partition == AGAIN and info.delivered.stream_seq == 0:
+            return False
+        state = await self._state(partition)
+        if info.delivered.stream_seq > state.last_seq and partition != AGAIN:
+            state = await self.hub.state(partition, fresh=True)  # what is known of it may be a second old
+        return log_of(info) != _log(partition, state) or info.delivered.stream_seq > state.last_seq
 
     async def _has_expired(self, found: Found, missing: list[int]) -> bool:
         """Tell whether the broker has begun to remove a consumer that nobody read: some are gone, others follow.
@@ -256,7 +273,7 @@ class Consumers:
         inactive, born = self.limits.inactive, min(seconds(info.created) for info in found.infos.values())
         if not missing or not inactive or self.hub.clock.wall() - born < inactive:
             return False
-        return any([seconds(await self._born(partition)) < born for partition in missing])
+        return any([seconds((await self._state(partition)).created) < born for partition in missing])
 
     async def _create(self, tenant: str, name: str, wish: Wish) -> Found:
         if len(await self.all_of(tenant)) >= self.limits.consumers:
@@ -268,7 +285,7 @@ class Consumers:
         places = [*await self._logs(), AGAIN]
         try:
             for partition in places:
-                config = durable_config(tenant, name, definition, partition, len(places) - 1, self.limits.inactive)
+                config = await self._config(tenant, name, definition, partition, len(places) - 1)
                 config |= first_position(wish, partition)
                 infos[partition] = await self.durables.create(stream_of(partition), config)
         except DurableRefused as error:
@@ -298,12 +315,20 @@ class Consumers:
         paused = next((info for info in infos.values() if info.paused), None)
         for partition in sorted(places, key=lambda place: place not in infos):
             info = infos.get(partition)
-            if info is not None:
+            resumed = None if info is None else await self._resumed(partition, info)
+            if info is not None and resumed is None:
                 infos[partition] = await self._change(tenant, name, definition, partition, info, len(places) - 1)
                 continue
-            log.info("consumer reaches another partition", consumer=name, partition=partition)
-            config = durable_config(tenant, name, definition, partition, len(places) - 1, self.limits.inactive)
-            config |= later_position(definition.wish, partition, await self._born(partition), born)
+            config = await self._config(tenant, name, definition, partition, len(places) - 1)
+            if resumed is not None:
+                metrics.CONSUMER_RESUMED.inc()
+                log.warning("consumer begins again where its log was cut off", consumer=name, partition=partition)
+                await self.durables.delete(stream_of(partition), service_durable(tenant, name))
+                config |= resumed
+            else:
+                log.info("consumer reaches another partition", consumer=name, partition=partition)
+                state = await self._state(partition)
+                config |= later_position(definition.wish, partition, state.incarnation, born)
             if paused is not None:
                 config["pause_until"] = paused.config["pause_until"]
             try:
@@ -313,10 +338,23 @@ class Consumers:
                     raise
         return Found(definition, infos)
 
+    async def _resumed(self, partition: int, info: DurableInfo) -> dict[str, Any] | None:
+        """Return where a consumer is to begin again; ``None`` when its position holds."""
+        if not await self._is_left_behind(partition, info):
+            return None
+        state = await self._state(partition)
+        return resumed_position(info, 0 if partition == AGAIN else min(state.base, state.last_seq))
+
+    async def _config(
+        self, tenant: str, name: str, definition: Definition, partition: int, partitions: int
+    ) -> dict[str, Any]:
+        log_ = _log(partition, await self._state(partition))
+        return durable_config(tenant, name, definition, partition, partitions, self.limits.inactive, log_)
+
     async def _change(
         self, tenant: str, name: str, definition: Definition, partition: int, info: DurableInfo, partitions: int
     ) -> DurableInfo:
-        config: dict[str, Any] = durable_config(tenant, name, definition, partition, partitions, self.limits.inactive)
+        config = await self._config(tenant, name, definition, partition, partitions)
         config |= {field: info.config[field] for field in _KEPT if field in info.config}
         try:
             return await self.durables.update(stream_of(partition), config)
@@ -333,6 +371,11 @@ class Consumers:
     async def _reconnected(self) -> None:
         for session in list(self._sessions):
             session.reconnected()
+
+
+def _log(partition: int, state: StreamState) -> str:
+    """Return what a consumer of a partition keeps as the incarnation of its log."""
+    return "" if partition == AGAIN else state.incarnation
 
 
 def _merged(infos: Mapping[int, DurableInfo]) -> Found | None:

@@ -24,7 +24,7 @@ from services.kit.broker import Broker, BrokerUnavailable
 from services.kit.clock import Clock
 from services.kit.consumers import Durables
 
-__all__ = ["ConsumerSession", "Delivery", "Opened"]
+__all__ = ["ConsumerSession", "Delivery", "Opened", "Origin"]
 
 log = structlog.get_logger()
 PULL_BYTES: Final = 256 * 1024
@@ -60,15 +60,27 @@ class Delivery(NamedTuple):
     gap: str | None = None
 
 
+class Origin(NamedTuple):
+    """Where one of the broker's consumers reads: the stream, its incarnation, and when the consumer was created.
+
+    ``cut``: where the log has lost its end, the last stream sequence before the loss; ``None`` where nothing is missing
+    that the consumer has not passed already.
+    """
+
+    stream: str
+    incarnation: str
+    created: str
+    cut: int | None = None
+
+
 class Opened(NamedTuple):
-    """A consumer as its sessions need it: definition, and the incarnation of each partition's stream."""
+    """A consumer as its sessions need it: definition, and where it reads of each partition (and `AGAIN`)."""
 
     tenant: str
     name: str
     durable: str
     definition: Definition
-    streams: dict[int, tuple[str, str, str]]
-    """Of each partition (and `AGAIN`): stream, its time of creation, and of its consumer's."""
+    streams: dict[int, Origin]
 
 
 class ConsumerSession:
@@ -227,13 +239,14 @@ class ConsumerSession:
         self.opened = opened
         known = self._sources
         self._sources = {}
-        for partition, (stream, created, born) in opened.streams.items():
-            source = known.get(stream)
-            if source is None or source.incarnation != f"{created} {born}":
+        for partition, origin in opened.streams.items():
+            source = known.get(origin.stream)
+            if source is None or source.incarnation != f"{origin.incarnation} {origin.created}":
                 inbox = f"{self._inbox}.{partition}"
-                source = Source(self._broker, partition, stream, opened.durable, inbox)
-                source.incarnation = f"{created} {born}"
-            self._sources[stream] = source
+                source = Source(self._broker, partition, origin.stream, opened.durable, inbox)
+                source.incarnation = f"{origin.incarnation} {origin.created}"
+                source.cut = origin.cut
+            self._sources[origin.stream] = source
 
     async def _refresh(self) -> None:
         now = self._clock.monotonic()
@@ -302,15 +315,16 @@ class ConsumerSession:
         return None
 
     async def _accepted(self, source: Source, raw: Raw) -> Delivery | None:
-        created = self.opened.streams[source.partition][1]
+        incarnation = self.opened.streams[source.partition].incarnation
         judgement = await self._judge.judge(
-            source.stream, created, raw.subject, raw.seq, raw.data, since=source.seen(raw)
+            source.stream, incarnation, raw.subject, raw.seq, raw.data, since=source.seen(raw)
         )
         header, types = judgement.header, self.opened.definition.wish.types
         if not judgement.accepted or header is None or (types is not None and header.type not in types):
             return None
         session = parse_address(raw.subject).session
-        issuer = CursorIssuer(source.partition, created, self.opened.tenant, session)
+        issuer = CursorIssuer(source.partition, incarnation, self.opened.tenant, session)
+        gap = source.gap_before(raw.seq) or judgement.gap or None
         return Delivery(
             token=Token(source.partition, issuer.incarnation, raw.seq, raw.consumer_seq, raw.deliveries).text(),
             session=session,
@@ -319,13 +333,12 @@ class ConsumerSession:
             type=header.type,
             data=raw.data,
             reply=raw.reply,
-            gap=judgement.gap or None,
+            gap=gap,
         )
 
     def _kept(self, source: Source, raw: Raw) -> Delivery | None:
         """Return a dead event that is to be given again; it has been judged before it died."""
-        created = self.opened.streams[AGAIN][1]
-        incarnation = CursorIssuer(0, created, "", "").incarnation
+        incarnation = CursorIssuer(0, self.opened.streams[AGAIN].incarnation, "", "").incarnation
         try:
             dead = msgspec.json.decode(raw.data, type=DeadEvent)
         except msgspec.DecodeError:

@@ -60,6 +60,7 @@ class Source:
         self.stream = stream
         self.durable = durable
         self.incarnation = ""
+        self.cut: int | None = None  # the last stream sequence before a loss that its reader has not heard of
         self.buffer: deque[Raw] = deque()
         self.is_empty = False  # the broker had no more when it was asked last
         self.is_gone = False  # consumer or stream do not exist any more
@@ -120,6 +121,13 @@ class Source:
         """Take the open pull for lost: the broker forgets pulls when a connection ends."""
         self._wanted = 0
         self.is_empty = False
+
+    def gap_before(self, seq: int) -> str | None:
+        """Return why events are missing before the one with this stream sequence; told once."""
+        if self.cut is None or seq <= self.cut:
+            return None
+        self.cut = None
+        return "log_recreated"
 
     def seen(self, raw: Raw) -> int:
         """Note a delivery as the newest one; return above which stream sequence all came here, up to this event.

@@ -26,6 +26,7 @@ log = structlog.get_logger()
 WINDOW_EVENTS: Final = 512
 WINDOW_BYTES: Final = 4 * 1024 * 1024
 LAPSED_PAUSE: Final = 0.1
+STUCK_SECONDS: Final = 6.0
 RARER: Final = 3
 """How often the pause between two repeats doubles."""
 WRONG_LAST_SEQUENCE: Final = (10071, 10164)
@@ -94,6 +95,11 @@ class Publisher:
         for writer in list(self._writers.values()):
             if writer.lease is lease and writer.unacknowledged:
                 writer.go_back(now)
+
+    def is_stuck(self) -> bool:
+        """Tell whether the log has acknowledged nothing of an answer for a while, although it can be reached."""
+        now = asyncio.get_running_loop().time()
+        return self.broker.is_connected and any(w.stuck_for(now) > STUCK_SECONDS for w in self._writers.values())
 
     def writer(self, subject: str, lease: Lease) -> "LogWriter":
         """Return a writer for one generation's subject; close it when done."""
@@ -169,6 +175,10 @@ class LogWriter:
     def patience(self) -> float:
         """Seconds without progress after which the writer goes back."""
         return self._publisher.ack_timeout * 2.0 ** min(self._repeats, RARER)
+
+    def stuck_for(self, now: float) -> float:
+        """Return for how many seconds the log has acknowledged nothing, while something is under way."""
+        return now - self._stuck_since if self._window and self._stuck_since is not None else 0.0
 
     async def publish(self, data: bytes) -> None:
         """Append one event: `enqueue` and `room` in one call."""

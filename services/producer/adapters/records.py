@@ -16,7 +16,7 @@ from services.kit.broker import Broker, BrokerUnavailable
 __all__ = ["Records"]
 
 log = structlog.get_logger()
-_TRIES: Final = 5
+_LONGEST_PAUSE: Final = 3.0
 _WAITING: Final = 10_000
 _UNREACHABLE = (nats.errors.Error, OSError, TimeoutError)
 
@@ -47,9 +47,12 @@ class Records:
 
     def put(self, record: GenerationRecord) -> None:
         """Note a record to be stored soon."""
-        if len(self._noted) < _WAITING:
-            self._noted[generation_key(record.tenant, record.session, record.generation)] = record
+        key = generation_key(record.tenant, record.session, record.generation)
+        if len(self._noted) < _WAITING or key in self._noted:
+            self._noted[key] = record
             self._wake.set()
+        else:
+            log.warning("look-up record given up: too many wait", key=key)
 
     async def announce(self, pool: str, announcement: Announcement) -> None:
         """Tell delivery which models this pool can call.
@@ -71,18 +74,26 @@ class Records:
             await self.flush()
 
     async def flush(self) -> None:
-        """Store all that is noted now."""
+        """Store all that is noted, and return when it is; a bucket that takes nothing is asked again."""
+        failures = 0
         while self._noted:
-            key, record = self._noted.popitem()
-            await self._store(key, msgspec.json.encode(record))
+            key, record = next(iter(self._noted.items()))
+            if not await self._store(key, msgspec.json.encode(record)):
+                failures += 1
+                self._noted[key] = self._noted.pop(key)  # the others have their turn first
+                await asyncio.sleep(min(_LONGEST_PAUSE, 0.1 * 2.0 ** min(failures, 6)))
+                continue
+            failures = 0
+            if self._noted.get(key) is record:  # else a newer one has been noted meanwhile
+                del self._noted[key]
 
-    async def _store(self, key: str, value: bytes) -> None:
-        for attempt in range(_TRIES):
-            try:
-                bucket = await self._broker.bucket()
-                await bucket.put(key, value)
-                return
-            except _UNREACHABLE as error:
-                log.debug("look-up record not stored", key=key, error=repr(error))
-                await asyncio.sleep(0.1 * 2**attempt)
-        log.warning("look-up record given up", key=key)
+    async def _store(self, key: str, value: bytes) -> bool:
+        try:
+            bucket = await self._broker.bucket()
+            await bucket.put(key, value)
+        except nats.errors.MaxPayloadError:
+            log.warning("look-up record given up: it is too large", key=key)
+        except _UNREACHABLE as error:
+            log.debug("look-up record not stored yet", key=key, error=repr(error))
+            return False
+        return True

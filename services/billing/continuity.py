@@ -1,0 +1,104 @@
+"""Whether the log is still the one that the database's position is in, and whether its consumer brings all of it."""
+
+from typing import Final, NamedTuple
+
+import structlog
+
+from services.billing import metrics
+from services.billing.adapters.ledger import Ledger, LogPosition
+from services.billing.adapters.tail import LogState, Tail
+
+__all__ = ["Begun", "Continuity"]
+
+log = structlog.get_logger()
+LOOK_SECONDS: Final = 2.0
+"""How often the log's end is compared with what the consumer has brought."""
+
+
+class Begun(NamedTuple):
+    """A partition taken: its log, the position in it, and up to where the log is to be read directly at first."""
+
+    incarnation: str
+    applied: int
+    read_up_to: int
+
+
+class Continuity:
+    """Compares a partition's log, the broker's consumer of it, and the position that the ledger keeps."""
+
+    def __init__(self, partition: int, tail: Tail, ledger: Ledger) -> None:
+        self._partition = partition
+        self._tail = tail
+        self._ledger = ledger
+        self._looked_at = 0.0
+        self._seen: tuple[int, int] | None = None  # position and the log's end, when it was looked at last
+
+    async def begin(self, now: int) -> Begun | None:
+        """Take the partition, at a position that is one of the log as it is; ``None`` while another process has it.
+
+        Raises:
+            BrokerUnavailable: the broker does not answer.
+            LedgerUnavailable: the database did not answer.
+        """
+        self._seen = None
+        state = await self._tail.verify()
+        before = await self._ledger.position(self._partition)
+        applied = await self._ledger.acquire(self._partition, state.incarnation, now, base=state.base, lost=state.lost)
+        if applied is None:
+            return None
+        is_new = before is not None and before.incarnation != state.incarnation
+        if before is not None and is_new and before.applied:
+            self._tell(before, state)
+        if applied and not await self._continues(state, await self._ledger.position(self._partition)):
+            return await self.begin(now)  # in the era that has begun with it
+        delivered = state.delivered_seq
+        if delivered > state.last_seq:
+            await self._tail.reset(applied)
+        return Begun(state.incarnation, applied, state.last_seq if is_new else min(delivered, state.last_seq))
+
+    async def _continues(self, state: LogState, position: LogPosition | None) -> bool:
+        """Tell whether the log holds at the position what was applied there; if not, a new era has begun."""
+        if position is None or position.incarnation != state.incarnation:
+            return True  # somebody else has taken it meanwhile: the next transaction finds out
+        stamp: int | None = None
+        if position.stamp and position.applied <= state.last_seq:
+            stamp = await self._tail.stamp(position.applied)
+        if position.applied <= state.last_seq and stamp in (None, position.stamp):
+            return True
+        await self._tail.logs.report(self._partition, state.incarnation, position.applied, position.stamp)
+        return False
+
+    def _tell(self, before: LogPosition, state: LogState) -> None:
+        # What is missing in the middle is found and counted when it is read over.
+        unread = max(0, state.lost - max(before.applied, state.base)) if state.reused else 0
+        metrics.GAP.labels(str(self._partition)).inc(unread)
+        log.error(
+            "the log is another one, or has lost its end, and is read anew",
+            partition=self._partition,
+            applied=before.applied,
+            kept_up_to=state.base,
+            lost_unread=unread,
+            ends_at=state.last_seq,
+        )
+
+    async def look(self, incarnation: str, applied: int, now: float) -> int | None:
+        """Return up to where the log is to be read because its consumer does not bring it; ``None`` when all is well.
+
+        To be called between pulls; ``now`` in monotonic seconds. 0: another incarnation, begin again.
+
+        Raises:
+            BrokerUnavailable: the broker does not answer.
+        """
+        if now - self._looked_at < LOOK_SECONDS:
+            return None
+        self._looked_at = now
+        state = await self._tail.state()
+        if state.incarnation != incarnation:
+            return 0
+        seen, self._seen = self._seen, (applied, state.last_seq)
+        if seen is None or seen[0] != applied or seen[1] <= applied:
+            return None
+        log.error("the consumer does not deliver what the log holds", partition=self._partition, applied=applied)
+        metrics.LAG.labels(str(self._partition)).set(seen[1] - applied)
+        await self._tail.reset(seen[1])
+        return seen[1]

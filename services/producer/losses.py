@@ -1,0 +1,74 @@
+"""Finds out, whenever the broker is back, whether the log has lost events of answers that run here."""
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final
+
+import structlog
+
+from services.kit.broker import Broker, BrokerUnavailable
+from services.kit.logs import Logs
+from services.producer.errors import TryAgain
+from services.producer.relay import Relay
+
+__all__ = ["Losses"]
+
+log = structlog.get_logger()
+AT_ONCE: Final = 16
+LOOK_SECONDS: Final = 1.0
+"""How often the logs of what runs are looked at: what is stored later than that shows itself when an answer ends."""
+
+
+class Losses:
+    """Compares what the log has acknowledged of running answers with what it holds, after each reconnection.
+
+    A log that lost acknowledged events would keep a hole that no reader gets over: such an answer is taken up again
+    from what is left, as if its producer had been lost.
+    """
+
+    def __init__(self, broker: Broker, running: Callable[[], Sequence[Relay]]) -> None:
+        self._broker = broker
+        self._running = running
+        self._logs = Logs(broker)
+        self._incarnations: dict[int, str] = {}  # of the logs of what has run here
+
+    async def run(self) -> None:
+        """Look at the logs, and compare after each reconnection, until cancelled."""
+        compared = self._broker.reconnects
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            connection, relays = self._broker.reconnects, list(self._running())
+            if not self._broker.is_connected or not relays:
+                continue
+            try:
+                changed = await self._changed({relay.address.partition for relay in relays})
+                if connection != compared or changed:
+                    await self._compare(relays, changed)
+                compared = connection
+            except (BrokerUnavailable, TryAgain) as error:
+                log.warning("running answers not compared with the log yet", detail=str(error))
+
+    async def learn(self, partition: int) -> None:
+        """Note the incarnation of a log before something runs in it.
+
+        Raises:
+            BrokerUnavailable: the broker does not answer.
+        """
+        if partition not in self._incarnations:
+            self._incarnations[partition] = (await self._logs.state(partition)).incarnation
+
+    async def _changed(self, partitions: Iterable[int]) -> set[int]:
+        """Return the partitions whose log is another one than before, or has lost something."""
+        changed = set()
+        for partition in partitions:
+            known, now = self._incarnations.get(partition), (await self._logs.state(partition)).incarnation
+            if known != now:
+                changed.add(partition)
+        return changed
+
+    async def _compare(self, relays: Sequence[Relay], changed: set[int]) -> None:
+        for first in range(0, len(relays), AT_ONCE):
+            part = relays[first : first + AT_ONCE]
+            await asyncio.gather(*(relay.compare(whole=relay.address.partition in changed) for relay in part))
+        for partition in changed:
+            self._incarnations[partition] = (await self._logs.state(partition)).incarnation

@@ -32,7 +32,7 @@ HAND_OVER: Final = 1.5
 ANSWERS: Final = 2.0
 CUT: Final = 3.5
 MARGIN: Final = 5.0
-EXIT_STUCK: Final = 4
+EXIT_STUCK: Final = 5
 """Exit code of a process that did not end by itself within its drain time and `MARGIN`."""
 END_SECONDS: Final = 0.5
 _REPORT_SECONDS: Final = 0.5

@@ -14,13 +14,11 @@ from schemas.topology import REGISTRY_BUCKET
 
 __all__ = [
     "MARKS_SUBJECT",
-    "PROBES_SUBJECT",
     "Mark",
     "beyond",
     "decode_mark",
     "incarnation",
     "mark_subject",
-    "probe_subject",
     "regression",
 ]
 
@@ -28,10 +26,6 @@ __all__ = [
 _PREFIX: Final = f"$KV.{REGISTRY_BUCKET}.log."
 MARKS_SUBJECT: Final = f"{_PREFIX}*"
 """Covers the marks of all partitions."""
-
-_PROBE: Final = f"$KV.{REGISTRY_BUCKET}.probe."
-PROBES_SUBJECT: Final = f"{_PROBE}*"
-"""Covers what services write to find out whether the broker stores anything."""
 
 
 class Mark(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -54,11 +48,6 @@ class Mark(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     reused: bool = False
     first: int = 0
     holes: int = 0
-
-
-def probe_subject(service: str) -> str:
-    """Return the subject that a service writes to, to find out whether the broker stores it."""
-    return f"{_PROBE}{service}"
 
 
 def mark_subject(partition: int) -> str:

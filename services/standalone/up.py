@@ -92,7 +92,10 @@ def _prepared(wishes: Wishes) -> Iterator[_Prepared]:
     with locked(data) as describe:
         describe(f"process {os.getpid()}")
         options = _settle(wishes, data, config)
-        _write_node_files(options)
+        try:
+            _write_node_files(options)
+        except OSError as error:
+            raise CannotStart(f"cannot write to the data folder {data}: {error.strerror}") from error
         describe(f"process {os.getpid()}, {Addresses.of(options).page}")
         yield _Prepared(options, plan_services(options, env, config, str(binary.path)), binary, env, config)
 

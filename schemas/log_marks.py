@@ -36,7 +36,8 @@ class Mark(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     ``first``: stream sequence of the oldest message. ``holes``: how many are missing between the two. ``era``: empty
     until the log has lost something once. ``base``: up to this stream sequence the log holds what it held in the era
     before. ``lost``: the last stream sequence that was known in the era before (0 in the first one). ``reused``:
-    whether those between are other messages now, and not missing.
+    whether those between are other messages now, and not missing. ``repaired``: whether what the loss has left without
+    an end has been closed.
     """
 
     created: str
@@ -46,6 +47,7 @@ class Mark(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     base: int = 0
     lost: int = 0
     reused: bool = False
+    repaired: bool = False
     first: int = 0
     holes: int = 0
 

@@ -22,9 +22,11 @@ from services.producer.adapters.tries import Tried, Tries
 from services.producer.errors import GiveUp, ProducerError, TryAgain
 from services.producer.lane import Lane
 from services.producer.losses import Losses
+from services.producer.orphans import Orphans
 from services.producer.presence import Presence
 from services.producer.queue import QueueCare
 from services.producer.relay import HandBack, Interruption, Outside, Relay
+from services.producer.repair import Repair
 
 __all__ = ["Worker"]
 
@@ -86,8 +88,10 @@ class Worker:
             async with asyncio.TaskGroup() as group:
                 lanes = [group.create_task(lane.run()) for lane in self._lanes]
                 care = QueueCare(self._broker, Topology(pool=self.pool, ack_wait=self.lease).producers())
-                watching = (self._keep(), self._watch(), self._presence.watch(), care.run(), self._losses.run())
-                watches = [group.create_task(w) for w in watching]
+                orphans = Orphans(self.outside, self._is_held, self.lease)
+                repair = Repair(self.outside, self._losses.logs, orphans)
+                watches = [group.create_task(w) for w in (self._keep(), self._watch(), self._presence.watch())]
+                watches += [group.create_task(w) for w in (care.run(), self._losses.run(), orphans.run(), repair.run())]
                 await stop.wait()
                 for task in lanes:
                     task.cancel()
@@ -108,6 +112,9 @@ class Worker:
             relay.interrupt(Interruption("drain", "drain"))
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=HAND_OVER_SECONDS)
+
+    def _is_held(self, address: Address) -> bool:
+        return address in self._held
 
     def _room(self) -> int:
         return self.slots - len(self._tasks)

@@ -14,13 +14,11 @@ from schemas.topology import REGISTRY_BUCKET
 
 __all__ = [
     "MARKS_SUBJECT",
-    "PROBES_SUBJECT",
     "Mark",
     "beyond",
     "decode_mark",
     "incarnation",
     "mark_subject",
-    "probe_subject",
     "regression",
 ]
 
@@ -28,10 +26,6 @@ __all__ = [
 _PREFIX: Final = f"$KV.{REGISTRY_BUCKET}.log."
 MARKS_SUBJECT: Final = f"{_PREFIX}*"
 """Covers the marks of all partitions."""
-
-_PROBE: Final = f"$KV.{REGISTRY_BUCKET}.probe."
-PROBES_SUBJECT: Final = f"{_PROBE}*"
-"""Covers what services write to find out whether the broker stores anything."""
 
 
 class Mark(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -42,7 +36,8 @@ class Mark(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     ``first``: stream sequence of the oldest message. ``holes``: how many are missing between the two. ``era``: empty
     until the log has lost something once. ``base``: up to this stream sequence the log holds what it held in the era
     before. ``lost``: the last stream sequence that was known in the era before (0 in the first one). ``reused``:
-    whether those between are other messages now, and not missing.
+    whether those between are other messages now, and not missing. ``repaired``: whether what the loss has left without
+    an end has been closed.
     """
 
     created: str
@@ -52,13 +47,9 @@ class Mark(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     base: int = 0
     lost: int = 0
     reused: bool = False
+    repaired: bool = False
     first: int = 0
     holes: int = 0
-
-
-def probe_subject(service: str) -> str:
-    """Return the subject that a service writes to, to find out whether the broker stores it."""
-    return f"{_PROBE}{service}"
 
 
 def mark_subject(partition: int) -> str:

@@ -11,8 +11,9 @@ import msgspec
 
 from schemas.budgets import RELEASE_SUBJECT, RESERVE_SUBJECT, budgets_key
 from schemas.delivered import DELIVERED_FILTER
-from schemas.log_marks import MARKS_SUBJECT, PROBES_SUBJECT
+from schemas.log_marks import MARKS_SUBJECT
 from schemas.partitions import HISTORY_SUBJECT
+from schemas.storage import REFUSED_SUBJECT, probes
 from schemas.subjects import DELETED_FILTER, REQUESTS_PREFIX, lane_of
 from schemas.topology import (
     BUCKET,
@@ -81,7 +82,7 @@ def _producer(topology: Topology) -> Permissions:
             *_written(BUCKET, ">"),
             *_written(REGISTRY_BUCKET, "pool.*", "circuit.>"),
             MARKS_SUBJECT,
-            PROBES_SUBJECT,
+            *probes("producer"),
             *_topology_read(topology),
             *_logs_read(topology),
             *_bucket_read(BUCKET),
@@ -91,7 +92,7 @@ def _producer(topology: Topology) -> Permissions:
             *(f"$JS.ACK.{REQUESTS}.{producers_durable(lane)}.>" for lane in lanes),
             *_consumers_reset([(REQUESTS, producers_durable(lane)) for lane in lanes]),
         ),
-        subscribe=(_inbox("producer"), "control.*.*.*", "holder.*.*.*"),
+        subscribe=(_inbox("producer"), "control.*.*.*", "holder.*.*.*", REFUSED_SUBJECT),
         replies=True,
     )
 
@@ -106,7 +107,7 @@ def _delivery(topology: Topology) -> Permissions:
             RELEASE_SUBJECT,
             *_written(BUCKET, ">"),
             MARKS_SUBJECT,
-            PROBES_SUBJECT,
+            *probes("delivery"),
             *_topology_read(topology),
             *_logs_read(topology),
             *_bucket_read(BUCKET),
@@ -122,7 +123,7 @@ def _delivery(topology: Topology) -> Permissions:
             *_consumers_kept([*(token_stream(p) for p in topology.logs), CONSUMERS]),
         ),
         denied=_foreign_consumers(topology),
-        subscribe=(_inbox("delivery"), "live.>", "presence.>", DELETED_FILTER),
+        subscribe=(_inbox("delivery"), "live.>", "presence.>", DELETED_FILTER, REFUSED_SUBJECT),
         replies=True,
     )
 
@@ -136,14 +137,14 @@ def _billing(topology: Topology) -> Permissions:
             *_bucket_read(REGISTRY_BUCKET),
             *_bucket_read(CREDENTIALS_BUCKET),
             MARKS_SUBJECT,
-            PROBES_SUBJECT,
+            *probes("billing"),
             *(f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{durable}" for stream, durable in consumers),
             *(f"$JS.ACK.{stream}.{durable}.>" for stream, durable in consumers),
             *_consumers_reset(consumers),
             *_written(REGISTRY_BUCKET, budgets_key("*")),
             "control.*.*.*",
         ),
-        subscribe=(_inbox("billing"), RESERVE_SUBJECT, RELEASE_SUBJECT),
+        subscribe=(_inbox("billing"), RESERVE_SUBJECT, RELEASE_SUBJECT, REFUSED_SUBJECT),
         replies=True,
     )
 

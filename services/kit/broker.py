@@ -54,7 +54,7 @@ class StreamState(msgspec.Struct, frozen=True):
     ``used``: how much of its bound in bytes is taken, from 0 to 1; 0 without a bound. ``last_stamp``: when the last
     message was stored, in nanoseconds since 1970 (0: never). ``holes``: messages missing between the bounds.
     ``max_age``: seconds after which messages expire (0: never). ``era``,
-    ``base``, ``lost`` and ``reused`` are known of logs alone: see `schemas.log_marks`.
+    ``base``, ``lost``, ``reused`` and ``repaired`` are known of logs alone: see `schemas.log_marks`.
     """
 
     created: str
@@ -68,6 +68,7 @@ class StreamState(msgspec.Struct, frozen=True):
     base: int = 0
     lost: int = 0
     reused: bool = False
+    repaired: bool = True
 
     @property
     def incarnation(self) -> str:

@@ -11,6 +11,7 @@ from nats.js.errors import APIError
 from prometheus_client import Counter
 
 from schemas.log_marks import Mark, beyond, decode_mark, mark_subject, regression
+from schemas.log_marks import incarnation as incarnation_of
 from schemas.subjects import partition_filter
 from schemas.topology import REGISTRY_BUCKET, bucket_stream, token_stream
 from services.kit.broker import Broker, BrokerUnavailable, StreamState
@@ -60,7 +61,7 @@ class Logs:
                 self._suspected.pop((partition, mark.seq), None)
                 if state.last_seq > mark.seq or state.holes != mark.holes:
                     self._move_on(partition, _at_end(mark, state), revision)
-                return msgspec.structs.replace(state, era=mark.era, base=mark.base, lost=mark.lost, reused=mark.reused)
+                return _joined(state, mark)
             await self._confirmed(partition, mark, state, reason)
             await self._renew(partition, mark, revision, state, reason)
         raise BrokerUnavailable(f"the mark of {token_stream(partition)} keeps changing")
@@ -84,6 +85,19 @@ class Logs:
             reason = f"a reader had come to {seq}, or had another message there"
             await self._confirmed(partition, seen, state, reason)
             await self._renew(partition, seen, revision, state, reason)
+
+    async def repaired(self, partition: int, incarnation: str) -> None:
+        """Note that what a loss has left without an end has been closed in this incarnation of the log.
+
+        Raises:
+            BrokerUnavailable: the broker does not answer, or does not take it.
+        """
+        for _ in range(_TRIES):
+            mark, revision = await self._mark(partition)
+            if mark is None or mark.repaired or incarnation_of(mark.created, mark.era) != incarnation:
+                return
+            if await self._write(partition, msgspec.structs.replace(mark, repaired=True), revision):
+                return
 
     async def begin_era(self, partition: int) -> bool:
         """Begin a new era although nothing shows that the log has lost anything; ``False`` for an empty log.
@@ -226,6 +240,17 @@ class Logs:
                 return False
             raise BrokerUnavailable(f"the mark of a log is refused: {error.description}") from error
         return True
+
+
+def _joined(state: StreamState, mark: Mark) -> StreamState:
+    return msgspec.structs.replace(
+        state,
+        era=mark.era,
+        base=mark.base,
+        lost=mark.lost,
+        reused=mark.reused,
+        repaired=mark.repaired or not mark.lost,
+    )
 
 
 def _at_end(mark: Mark, state: StreamState) -> Mark:

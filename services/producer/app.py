@@ -130,13 +130,13 @@ async def _work(shared: Shared, settings: Settings, outside: Outside, stop: Stop
     registry = outside.registry
     await outside.records.announce(shared.pool, registry.announcement())
 
-    storage = Storage(outside.broker, "producer")
+    storage = Storage(outside.broker, "producer", outside.publisher.is_stuck)
 
     async def connected() -> bool:
         return outside.broker.is_connected
 
     async def stores() -> bool:
-        return storage.stores() and not outside.publisher.is_stuck()
+        return storage.stores()
 
     app = Litestar(
         route_handlers=[probes({"broker": connected, "log": stores})],

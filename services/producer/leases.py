@@ -95,6 +95,10 @@ class Leases:
             with suppress(nats.errors.Error):  # the connection is closed, and with it the subscription
                 await questions.unsubscribe()
 
+    def holds(self, address: Address) -> bool:
+        """Tell whether this process holds the request of a generation."""
+        return address in self._held
+
     def everything(self) -> list[Held]:
         """Return all that is held."""
         return list(self._held.values())

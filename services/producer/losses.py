@@ -29,7 +29,7 @@ class Losses:
     def __init__(self, broker: Broker, running: Callable[[], Sequence[Relay]]) -> None:
         self._broker = broker
         self._running = running
-        self._logs = Logs(broker)
+        self.logs = Logs(broker)
         self._incarnations: dict[int, str] = {}  # of the logs of what has run here
 
     async def run(self) -> None:
@@ -55,13 +55,13 @@ class Losses:
             BrokerUnavailable: the broker does not answer.
         """
         if partition not in self._incarnations:
-            self._incarnations[partition] = (await self._logs.state(partition)).incarnation
+            self._incarnations[partition] = (await self.logs.state(partition)).incarnation
 
     async def _changed(self, partitions: Iterable[int]) -> set[int]:
         """Return the partitions whose log is another one than before, or has lost something."""
         changed = set()
         for partition in partitions:
-            known, now = self._incarnations.get(partition), (await self._logs.state(partition)).incarnation
+            known, now = self._incarnations.get(partition), (await self.logs.state(partition)).incarnation
             if known != now:
                 changed.add(partition)
         return changed
@@ -71,4 +71,4 @@ class Losses:
             part = relays[first : first + AT_ONCE]
             await asyncio.gather(*(relay.compare(whole=relay.address.partition in changed) for relay in part))
         for partition in changed:
-            self._incarnations[partition] = (await self._logs.state(partition)).incarnation
+            self._incarnations[partition] = (await self.logs.state(partition)).incarnation

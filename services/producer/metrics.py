@@ -38,6 +38,9 @@ LEFT_TO_HOLDERS: Final = Counter(
 LOST_ANSWERS: Final = Counter(
     "tailrace_producer_lost_answers", "Running answers of which the log had lost acknowledged events"
 )
+ORPHANS: Final = Counter(
+    "tailrace_producer_orphans_closed", "Generations closed whose request or stored events were lost", ["code"]
+)
 TAKEOVERS: Final = Counter("tailrace_producer_takeovers", "Begun generations taken over from another producer", ["how"])
 RETRIES: Final = Counter("tailrace_producer_retries", "Calls made again", ["provider", "code"])
 FAILOVERS: Final = Counter("tailrace_producer_failovers", "Turns to another candidate", ["provider"])

@@ -27,13 +27,14 @@ from services.producer.journal import Journal
 from services.producer.late_usage import LateUsage, LookUp
 from services.producer.ports import UsageSource
 
-__all__ = ["HandBack", "Interruption", "LeaseLost", "Outside", "Relay", "read_begun"]
+__all__ = ["LOG_LOST", "REQUEST_LOST", "HandBack", "Interruption", "LeaseLost", "Outside", "Relay", "read_begun"]
 
 log = structlog.get_logger()
 _TAKEOVER_TRIES = 4
 READ_AGAIN_SECONDS = 0.5
 _LEAVES_NO_TIME = ("drain", "lease")
 LOG_LOST = "log_lost"
+REQUEST_LOST = "request_lost"
 
 
 class Outside(msgspec.Struct):
@@ -170,6 +171,30 @@ class Relay:
         finally:
             writer.close()
 
+    async def close_lost(self, record: GenerationRecord, code: str, why: str) -> bool:
+        """Close a generation that nobody runs and nobody will; ``False`` when it has ended already.
+
+        Raises:
+            TryAgain: the log does not take the terminal now.
+            LogRefused: somebody runs it after all.
+        """
+        begun = await self._read_log()
+        if begun.position.ended:
+            return False
+        writer = self._outside.publisher.writer(token_subject(self.address), self._lease)
+        try:
+            self.journal, _candidates = self._journal(begun, begun.position.epoch + 1, writer)
+            self.journal.record = record
+            if begun.has_tokens:
+                await self.journal.append([self._interrupted(begun, code)])
+            else:
+                failure = UpstreamFailure(code, why, recoverable=True)
+                await self.journal.append(self.journal.generation.fail(failure, self.journal.now()))
+            await writer.drain()
+        finally:
+            writer.close()
+        return True
+
     async def _read_log(self) -> Begun:
         """Read what is stored of the generation; a log without a leader, or a replica that lags, is asked again."""
         clock = self._outside.clock
@@ -210,7 +235,7 @@ class Relay:
         try:
             self.journal, candidates = self._journal(begun, epoch, writer)
             if decision == "interrupt":
-                await self.journal.append([self._interrupted(begun)])
+                await self.journal.append([self._interrupted(begun, self._loss)])
             elif isinstance(candidates, UnknownModel):
                 failure = UpstreamFailure("unknown_model", str(candidates))
                 await self.journal.append(self.journal.generation.fail(failure, self.journal.now()))
@@ -283,13 +308,17 @@ class Relay:
         except UnknownModel as error:
             return error
 
-    def _interrupted(self, begun: Begun) -> AnyEvent:
+    def _interrupted(self, begun: Begun, reason: str) -> AnyEvent:
         assert self.journal is not None
         metrics.TAKEOVERS.labels("interrupted").inc()
         counted = self.journal.generation.counted()
         counted = Counted(input=counted.input, output=begun.tokens, exact=False, encoding=counted.encoding)
-        reason = LOG_LOST if self._log_lost else "producer_lost"
         return self.journal.generation.interrupt(reason, counted, self.journal.now())
+
+    @property
+    def _loss(self) -> str:
+        """What was lost, where a begun answer is taken up again."""
+        return LOG_LOST if self._log_lost else "producer_lost"
 
     async def _begin(self, journal: Journal, candidate: Candidate, begun: Begun | None) -> None:
         """Append the first event; ``begun``: what the log holds of an answer that begins again."""
@@ -297,8 +326,8 @@ class Relay:
         who = (candidate.provider.name, candidate.upstream_model)
         if begun is not None:
             metrics.TAKEOVERS.labels("restarted").inc()
-            reason = LOG_LOST if self._log_lost else "producer_lost"
-            event: AnyEvent = generation.restart(reason, *who, at, lost_call(begun, generation.counted()))
+            lost = lost_call(begun, generation.counted())
+            event: AnyEvent = generation.restart(self._loss, *who, at, lost)
         else:
             event = generation.start(request, *who, at)
         await journal.append([event])

@@ -22,9 +22,11 @@ from services.producer.errors import GiveUp, ProducerError, TryAgain
 from services.producer.lane import LEAVE_SECONDS, Lane
 from services.producer.leases import Held, Leases
 from services.producer.losses import Losses
+from services.producer.orphans import Orphans
 from services.producer.presence import Presence
 from services.producer.queue import QueueCare
 from services.producer.relay import HandBack, Interruption, Outside, Relay
+from services.producer.repair import Repair
 
 __all__ = ["Worker"]
 
@@ -84,8 +86,10 @@ class Worker:
             async with asyncio.TaskGroup() as group:
                 lanes = [group.create_task(lane.run(), name="lane") for lane in self._lanes]
                 care = QueueCare(self._broker, Topology(pool=self.pool, ack_wait=self._ack_wait).producers())
-                watching = (self.leases.keep(), self._watch(), self._presence.watch(), care.run(), self._losses.run())
-                watches = [group.create_task(w) for w in watching]
+                orphans = Orphans(self.outside, self.leases.holds, self._ack_wait)
+                repair = Repair(self.outside, self._losses.logs, orphans)
+                watches = [group.create_task(w) for w in (self.leases.keep(), self._watch(), self._presence.watch())]
+                watches += [group.create_task(w) for w in (care.run(), self._losses.run(), orphans.run(), repair.run())]
                 await stop.wait()
                 self._is_leaving = True
                 await end(*lanes, seconds=2 * LEAVE_SECONDS)

@@ -61,13 +61,20 @@ def _brief_record(record: dict[str, Any]) -> str:
     return "  ".join(part for part in (str(record.get("event", "")), details[:300], failure[:300]) if part)
 
 
+class _Handler(RotatingFileHandler):
+    """Loses lines that the disk does not take, instead of writing a traceback for each to the terminal."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # the library's name
+        """Let it be: what matters is shown on the terminal too."""
+
+
 class OutputFile:
     """The log file of one service: appended to, and rotated when it grows beyond 8 MiB (two old ones are kept)."""
 
     def __init__(self, path: Path, show: Callable[[str], None]) -> None:
         self.path = path
         self._show = show
-        self._handler = RotatingFileHandler(path, maxBytes=FILE_BYTES, backupCount=FILES_KEPT, encoding="utf-8")
+        self._handler = _Handler(path, maxBytes=FILE_BYTES, backupCount=FILES_KEPT, encoding="utf-8")
         self._splitter = LineSplitter()
 
     def feed(self, data: bytes) -> None:

@@ -3,7 +3,7 @@
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -84,7 +84,8 @@ def running_mark(data: Path) -> Iterator[bool]:
         before = path.read_text().strip()
     except OSError:
         before = ""
-    path.write_text(boot)
+    with suppress(OSError):  # a full disk: then nothing is known the next time
+        path.write_text(boot)
     yield bool(before and boot and before != boot)
     path.unlink(missing_ok=True)
 

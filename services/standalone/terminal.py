@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import suppress
 from typing import Final, TextIO
 
 import click
@@ -53,10 +54,11 @@ class Terminal:
         self.out.flush()
 
     def remark(self, line: str) -> None:
-        """Print a line about what happens, on standard error."""
+        """Print a line about what happens, on standard error; one that it does not take is no reason to stop."""
         line = printable(line)
-        self.err.write((click.style(line, dim=True) if self._colour_err else line) + "\n")
-        self.err.flush()
+        with suppress(OSError):  # a file on a full disk
+            self.err.write((click.style(line, dim=True) if self._colour_err else line) + "\n")
+            self.err.flush()
 
     def complain(self, line: str) -> None:
         """Print what went wrong, on standard error."""

@@ -94,7 +94,10 @@ def _prepared(wishes: Wishes, terminal: Terminal) -> Iterator[_Prepared]:
     with locked(data, terminal.remark) as describe:
         describe(f"process {os.getpid()}")
         options = _settle(wishes, data, config)
-        _write_node_files(options, payload_for(wanted_body(env, config)))
+        try:
+            _write_node_files(options, payload_for(wanted_body(env, config)))
+        except OSError as error:
+            raise CannotStart(f"cannot write to the data folder {data}: {error.strerror}") from error
         describe(f"process {os.getpid()}, {Addresses.of(options).page}")
         yield _Prepared(options, plan_services(options, env, config, str(binary.path)), binary, env, config)
 

@@ -95,7 +95,7 @@ async def test_readiness_follows_the_broker(own_nats: NatsServer, tmp_path: Path
 
         async def unready() -> bool:
             answer = await process.get("/readyz")
-            return answer is not None and answer.json()["checks"] == {"broker": False, "database": True}
+            return answer is not None and answer.json()["checks"] == {"broker": False, "database": True, "log": True}
 
         await eventually(unready)
         own_nats.start()

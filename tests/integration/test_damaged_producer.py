@@ -105,3 +105,28 @@ async def is_queued(broker: Broker, request) -> bool:  # type: ignore[no-untyped
         except BrokerUnavailable:
             return False
     return True
+
+
+@pytest.mark.parametrize("kind", ["block-overwritten", "block-truncated", "block-zeroed"])
+async def test_an_ended_answer_that_lost_its_end_gets_another_one(own_nats: NatsServer, kind: str) -> None:
+    async with Broker.connect(own_nats.url, "test") as broker:
+        await broker.apply(Topology())
+        async with producing(broker) as producer:
+            for number in range(3):  # so that half of the file lies in the middle of one
+                await enqueue(broker, request := ask(f"g{number}"))
+                await ended_log(broker, request)
+            await producer._losses.logs.state(0)
+            await eventually(lambda: not producer._losses.logs._marking)
+    damage(own_nats, kind, "TOKENS_0")
+    async with Broker.connect(own_nats.url, "test") as broker, producing(broker):
+        await enqueue(broker, request := ask("new"))
+        await ended_log(broker, request)
+
+        async def all_ended() -> bool:
+            stored = await broker.lasts("TOKENS_0", "tokens.0.>")
+            names = [message.subject.rsplit(".", 1)[-1] for message in stored]
+            ends = [[type_of(e) for e in await accepted_log(broker, ask(name))][-1] for name in names]
+            assert set(names) == {"g0", "g1", "new"}, "the third one is lost as a whole"
+            return set(ends) == {"completed", "interrupted"} and ends.count("interrupted") == 1
+
+        await eventually(all_ended, timeout=30, interval=0.3)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from selenium import webdriver
+from selenium.common.exceptions import ElementClickInterceptedException, StaleElementReferenceException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
@@ -48,8 +49,17 @@ class Browser:
         self.until(lambda: wanted in self.text(css), f"{css} did not show {wanted!r} but {self.text(css)[-300:]!r}")
 
     def click(self, css: str) -> None:
+        """Click what matches; while a stream moves the page, something else may be in its place for a moment."""
+
+        def clicked() -> bool:
+            try:
+                self.one(css).click()
+            except (ElementClickInterceptedException, StaleElementReferenceException):
+                return False
+            return True
+
         self.until(lambda: self.visible(css), f"{css} is not shown")
-        self.one(css).click()
+        self.until(clicked, f"{css} stays covered")
 
     def size(self, width: int, height: int) -> None:
         """Set the size of the page itself, as a phone or a desktop has it."""

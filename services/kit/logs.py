@@ -59,7 +59,8 @@ class Logs:
             reason = await self._regression(partition, mark, state)
             if reason is None:
                 self._suspected.pop((partition, mark.seq), None)
-                if state.last_seq > mark.seq or state.holes != mark.holes:
+                was_emptied = state.first_seq > mark.seq >= mark.first  # on purpose, while we were connected
+                if state.last_seq > mark.seq or state.holes != mark.holes or was_emptied:
                     self._move_on(partition, _at_end(mark, state), revision)
                 return _joined(state, mark)
             await self._confirmed(partition, mark, state, reason)

@@ -52,7 +52,12 @@ class Ledger:
         insert = postgresql.insert if engine.dialect.name == "postgresql" else sqlite.insert
         self._bulk = BulkWriter(engine.dialect.name)
         self._sums = Sums(engine.dialect.name)
-        self._insert_gap = insert(GAPS).on_conflict_do_nothing()
+        gap = insert(GAPS)
+        self._insert_gap = gap.on_conflict_do_update(
+            index_elements=list(GAPS.primary_key),
+            set_={"last": gap.excluded.last},
+            where=gap.excluded.last > GAPS.c.last,
+        )
         self._insert_partition = insert(P).on_conflict_do_nothing(index_elements=["partition"])
 
     async def acquire(self, partition: int, incarnation: str, now: int, *, base: int = 0, lost: int = 0) -> int | None:

@@ -15,6 +15,8 @@ FILE_BYTES: Final = 8 * 1024 * 1024
 FILES_KEPT: Final = 2
 _NATS: Final = re.compile(r"\[\d+\] \S+ \S+ \[(?P<level>[A-Z]{3})\] (?P<text>.*)")
 _CALM: Final = re.compile(r"(INFO|DEBUG)\b")
+_KNOWN: Final = "Maximum payloads over"
+"""What nats-server warns of because requests may be large, which is wanted."""
 _LOUD: Final = frozenset({"warning", "error", "critical", "exception"})
 _OMITTED: Final = frozenset({"event", "level", "timestamp", "service", "exception"})
 
@@ -45,7 +47,8 @@ def brief(line: str) -> str | None:
     Shown are warnings and worse, and plain text: a service writes it only when it could not log in its own form.
     """
     if match := _NATS.fullmatch(line):
-        return match["text"] if match["level"] in {"WRN", "ERR", "FTL"} else None
+        is_known = match["text"].startswith(_KNOWN)
+        return match["text"] if match["level"] in {"WRN", "ERR", "FTL"} and not is_known else None
     try:
         record = json.loads(line)
     except ValueError:

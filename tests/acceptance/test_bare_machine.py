@@ -26,27 +26,25 @@ BUNDLE = Path("/etc/ssl/certs/ca-certificates.crt")
 SOURCES = [Path("/etc/apt/sources.list.d/debian.sources"), Path("/etc/apt/sources.list")]
 PIP_FILES = [Path("/etc/pip.conf"), *Path("/etc/xdg/pip").glob("*")]
 UP = """
-set -eum
-make up ARGS="$ARGS" >up.log 2>&1 &
-up=$!
-python3 - "$PORT" "$up" <<'PYTHON'
-import os, sys, time, urllib.request
-port, up = sys.argv[1:]
+python3 - <<'PYTHON'
+import os, signal, subprocess, time, urllib.request
+page = f"http://127.0.0.1:{os.environ['PORT']}"
+with open("up.log", "wb") as log:
+    up = subprocess.Popen(["make", "up"], stdout=log, stderr=log, start_new_session=True)
 deadline = time.monotonic() + 900
 while True:
     try:
-        urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=2).close()
+        urllib.request.urlopen(f"{page}/readyz", timeout=2).close()
         break
     except OSError:
-        os.kill(int(up), 0)
-        assert time.monotonic() < deadline
+        assert up.poll() is None and time.monotonic() < deadline
         time.sleep(0.2)
-page = urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5).read().decode()
-assert "<title>" in page, page[:200]
+assert b"<title>" in urllib.request.urlopen(page, timeout=5).read()
+ask = ["ask", "--url", page, "--session", "bare", "What is a tailrace?"]
+subprocess.run([".venv/bin/tailrace", *ask], check=True, stdout=subprocess.DEVNULL)
+os.killpg(up.pid, signal.SIGINT)
+print("make up ended with", up.wait(60))
 PYTHON
-.venv/bin/tailrace ask --url "http://127.0.0.1:$PORT" --session bare "What is a tailrace?"
-kill -INT "-$up"
-wait "$up"
 """
 
 
@@ -138,7 +136,10 @@ def test_make_up_runs_everything_and_stops_on_ctrl_c(bare: BareRoot) -> None:
     ports = {f"TAILRACE_{service}_PORT": str(free_port()) for service in services}
     port = str(free_port())
     done = bare.run(UP, PORT=port, ARGS=f"--port {port}", **ports)
-    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{bare.read('up.log')[-3000:]}"
+    seen = f"{done.stdout[-3000:]}\n{bare.read('up.log')[-3000:]}"
+    assert done.returncode == 0, seen
+    assert "make up ended with 0" in done.stdout, seen
+    assert "stopped" in bare.read("up.log"), seen
 
 
 def test_make_test_passes(bare: BareRoot) -> None:

@@ -170,6 +170,7 @@ async def test_vanished_clients_leave_nothing_behind(broker: Broker, nats_server
     log = Log(broker)
     await log.append(*story("g1"))
     async with delivering(nats_server.url, linger=0.1) as stage:
+        await eventually(lambda: stage.hub.storage._listens)  # its subscription is a task that stays
         tasks = len(asyncio.all_tasks())
         async with never_reading(stage, "", connections=40):
             await eventually(lambda: subscribers() == 40)

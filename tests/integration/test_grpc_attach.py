@@ -277,7 +277,7 @@ async def test_drain_ends_subscriptions_with_a_cursor_and_then_the_call(
     broker: Broker, nats_server: NatsServer, log: Log
 ) -> None:
     await log.append(*story("g1"))
-    async with serving_calls(nats_server.url, grace=5.0) as stage, stage.client() as client:
+    async with serving_calls(nats_server.url, grace=lambda: 5.0) as stage, stage.client() as client:
         busy = Attached(client)
         await busy.subscribe("one")
         await busy.until(lambda: busy.count("one") == 13)

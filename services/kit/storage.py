@@ -1,6 +1,7 @@
 """Whether the broker stores what it is sent: a full disk shows in nothing but acknowledgements that do not come."""
 
 import asyncio
+import secrets
 from collections.abc import Callable
 from typing import Final
 
@@ -40,6 +41,7 @@ class Storage:
         self._broker = broker
         self._subjects = probe_subjects(service)
         self._is_stuck = is_stuck
+        self._name = secrets.token_bytes(8)
         self._refused: set[str] = set()  # of the subjects
         self._heard_at: float | None = None
         self._probed_at = 0.0
@@ -81,7 +83,7 @@ class Storage:
         before = self.stores()
         await asyncio.gather(*(self._write(subject) for subject in self._subjects))
         if self._has_seen(asyncio.get_running_loop().time()) and self._broker.is_connected:
-            await self._broker.publish(REFUSED_SUBJECT, b"")
+            await self._broker.publish(REFUSED_SUBJECT, self._name)
         now = self.stores()
         STORES.set(now)
         if before and not now:
@@ -99,8 +101,9 @@ class Storage:
         else:
             self._refused.discard(subject)
 
-    async def _hear(self, _msg: Msg) -> None:
-        self._heard_at = asyncio.get_running_loop().time()
+    async def _hear(self, msg: Msg) -> None:
+        if msg.data != self._name:
+            self._heard_at = asyncio.get_running_loop().time()
 
     async def _forget(self) -> None:
         """Begin anew with a broker that may have been started anew."""

@@ -7,12 +7,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-__all__ = ["free_bytes", "is_position", "running_mark", "set_aside_unreadable"]
+__all__ = ["drop_indexes", "free_bytes", "is_position", "running_mark", "set_aside_unreadable"]
 
 _MAGIC: Final = 22
 _VERSIONS: Final = (1, 2)
 _BOOT: Final = Path("/proc/sys/kernel/random/boot_id")
 _HIGH: Final = 1 << 63
+SMALL_BYTES: Final = 256 * 1024 * 1024
+"""Bound of a stream that is read over at each start."""
 
 
 def is_position(data: bytes) -> bool:
@@ -66,6 +68,20 @@ def set_aside_unreadable(store: Path, aside: Path) -> list[str]:
             continue  # the server says what is wrong with it
         moved.append(f"{consumer} of {stream}")
     return moved
+
+
+def drop_indexes(store: Path) -> None:
+    """Remove the indexes of small streams from a nats-server's store, so that it reads their messages over.
+
+    It believes an index; where the messages behind it are damaged it then loses new ones, or answers nobody. To be
+    called while the server does not run.
+    """
+    for index in store.glob("jetstream/*/streams/*/msgs/index.db"):
+        try:
+            if sum(block.stat().st_size for block in index.parent.glob("*.blk")) <= SMALL_BYTES:
+                index.unlink()
+        except OSError:
+            continue  # the server says what is wrong with it
 
 
 def free_bytes(folder: Path) -> int:

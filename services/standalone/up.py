@@ -17,7 +17,7 @@ from services.standalone.plan import NATS, Addresses, Options, ServiceSpec, node
 from services.standalone.ports import PortWish, settle_ports
 from services.standalone.setup import begin_new_eras
 from services.standalone.storage_watch import StorageWatch
-from services.standalone.store import running_mark, set_aside_unreadable
+from services.standalone.store import drop_indexes, running_mark, set_aside_unreadable
 from services.standalone.supervisor import Supervisor
 from services.standalone.terminal import Terminal
 
@@ -149,7 +149,9 @@ def _care_of(data: Path, terminal: Terminal) -> Callable[[ServiceSpec], None]:
 
     def care(spec: ServiceSpec) -> None:
         if spec.start_phase == 0:
-            for consumer in set_aside_unreadable(data / spec.name.replace(NATS, "nats"), data / "damaged"):
+            store = data / spec.name.replace(NATS, "nats")
+            drop_indexes(store)
+            for consumer in set_aside_unreadable(store, data / "damaged"):
                 terminal.remark(f"the position of consumer {consumer} was not readable: it begins again")
 
     return care

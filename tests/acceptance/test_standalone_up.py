@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
@@ -213,3 +214,52 @@ def test_answer_goes_on_when_delivery_is_killed(tmp_path: Path) -> None:
         assert answer == undisturbed.stdout
         assert "delivery was ended by SIGKILL; starting it again" in running.shown.read_text()
         assert running.interrupt() == 0
+
+
+def test_a_damaged_ledger_ends_it_with_advice(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "billing.db").write_bytes(os.urandom(20_000))
+    ended = tailrace("up", "--data", str(data), *ANY_PORTS)
+    assert ended.returncode == 1
+    assert "the billing database cannot be used: file is not a database; put a backup in its place" in ended.stderr
+    assert "billing ended with exit code 4" in ended.stderr
+
+
+def test_a_broker_whose_consumers_were_damaged_starts_and_says_so(tmp_path: Path) -> None:
+    with up(tmp_path) as first:
+        assert tailrace("ask", "rivers", "--url", first.address("page")).returncode == 0
+        assert first.interrupt() == 0
+    (position,) = (tmp_path / "data" / "nats").glob("jetstream/*/streams/TOKENS_0/obs/billing-0/o.dat")
+    position.write_bytes(os.urandom(60))
+    with up(tmp_path) as second:
+        assert "the position of consumer billing-0 of TOKENS_0 was not readable" in second.shown.read_text()
+        assert tailrace("ask", "rivers", "--url", second.address("page")).returncode == 0
+        assert second.interrupt() == 0
+    assert len(list((tmp_path / "data" / "damaged").iterdir())) == 1
+
+
+def test_after_the_machine_went_down_the_logs_begin_a_new_era(tmp_path: Path) -> None:
+    with up(tmp_path) as first:
+        assert tailrace("ask", "rivers", "--session", "kept", "--url", first.address("page")).returncode == 0
+        page = first.address("page")
+        cursor = _cursor_of(page)
+        assert first.interrupt() == 0
+    (tmp_path / "data" / "running").write_text("another-boot")
+    with up(tmp_path) as second:
+        assert "the machine went down last time: the logs begin a new era" in second.shown.read_text()
+        page = second.address("page")
+        answer = httpx.get(f"{page}/v1/sessions/kept/events", params={"after": cursor}, timeout=20)
+        assert answer.status_code == 410
+        assert _cursor_of(page) != cursor
+        assert second.interrupt() == 0
+
+
+def _cursor_of(page: str) -> str:
+    """Return the cursor of a session's first event."""
+    query = {"from": "start"}
+    with httpx.stream("GET", f"{page}/v1/sessions/kept/events", params=query, timeout=20) as answer:
+        for line in answer.iter_lines():
+            if line.startswith("id:"):
+                return line.removeprefix("id:").strip()
+    raise AssertionError("no event came")

@@ -1,0 +1,39 @@
+"""When a log is the continuation of what was seen of it, and when not."""
+
+import pytest
+
+from schemas.log_marks import Mark, beyond, decode_mark, incarnation, mark_subject, regression
+
+MARK = Mark(created="c", seq=100, stamp=7)
+
+
+@pytest.mark.parametrize(
+    ("created", "last_seq", "stamp", "why"),
+    [
+        ("c", 100, 7, None),
+        ("c", 150, 7, None),
+        ("c", 150, None, None),
+        ("c", 99, None, "it ends at 99, and reached 100 before"),
+        ("c", 150, 8, "it holds another message at 100 than before"),
+        ("d", 150, 7, "the stream was created anew"),
+    ],
+)
+def test_a_log_is_compared_with_its_mark(created: str, last_seq: int, stamp: int | None, why: str | None) -> None:
+    assert regression(MARK, created, last_seq, stamp) == why
+
+
+@pytest.mark.parametrize(
+    ("last_seq", "first_later", "base"), [(60, None, 60), (150, 61, 60), (150, None, 99), (0, None, 0), (150, 1, 0)]
+)
+def test_what_a_log_has_kept_ends_before_what_came_later(last_seq: int, first_later: int | None, base: int) -> None:
+    assert beyond(MARK, last_seq, first_later) == base
+
+
+def test_an_incarnation_differs_between_eras_and_streams() -> None:
+    assert len({incarnation("c", ""), incarnation("c", "e"), incarnation("c", "f"), incarnation("d", "e")}) == 4
+
+
+def test_what_is_no_mark_counts_as_none() -> None:
+    assert decode_mark(b"{}") is None
+    assert decode_mark(b"") is None
+    assert mark_subject(3) == "$KV.registry.log.3"

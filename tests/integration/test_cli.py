@@ -150,8 +150,6 @@ def test_the_address_of_another_service_is_said(delivery: Delivery) -> None:
     result = tailrace("ask", "x", "--session", "s", "--url", delivery.url)
     assert result.returncode == 1
     assert f"{delivery.url} does not serve /v1/sessions/s/generations: is it the address of delivery?" in result.stderr
-    result = tailrace("ledger", "--billing-url", delivery.url)
-    assert "does not serve /v1/ledger: is it the address of billing? (--billing-url" in result.stderr
 
 
 def test_topology_without_a_broker_fails_soon_and_in_one_line() -> None:

@@ -99,7 +99,7 @@ class Acceptance:
     ``epoch``, ``next_seq`` and ``ended`` are the position. ``through`` is the stream sequence of the last message that
     was offered (or that the owner set it to). ``highest`` is the highest epoch seen, dropped events included.
     ``headless``: at least one accepted event was preceded by events that the log no longer keeps. ``lost_beginning``:
-    no first event of the generation has been offered, only later ones, so that none is accepted before `join`.
+    the first offered event was not the generation's first one, so that the log has to be joined (`join`).
 
     Where events have expired, a streaming reader cannot know from the next event whether a later epoch has already
     taken the generation over: that event may be a zombie's. So the protocol has two steps. When `lacks` is true of an
@@ -194,9 +194,12 @@ class Acceptance:
     def join(self, highest: int) -> None:
         """Go on at the next offered event whose epoch is at least ``highest`` and whose seq was not accepted before.
 
-        ``highest``: the highest epoch that the log keeps of this generation.
+        ``highest``: the highest epoch that the log keeps of this generation; it does not matter to one that has ended,
+        of which only usage is still to come.
         """
-        self.epoch = max(self.epoch, highest)
+        if not self.ended:
+            self.epoch = max(self.epoch, highest)
+        self._expected = -1
         self._joining, self._plain, self.lost_beginning = True, False, False
 
     def gap_before(self, at: int) -> str:
@@ -204,12 +207,11 @@ class Acceptance:
         return self._gap if self.joined_at == at else ""
 
     def _judge(self, header: Header) -> Verdict:
-        if self.lost_beginning and header.seq > 0:
-            return Verdict.GAP
         position, verdict = judge(self.position, header.type, header.epoch, header.seq)
         self.epoch, self.next_seq, self.ended = position
         self._plain = not self.ended
-        self.lost_beginning = verdict is Verdict.GAP and not self.next_seq
+        if verdict is Verdict.GAP and not self.next_seq:
+            self.lost_beginning = True
         return verdict
 
     def _join(self, header: Header, at: int) -> Verdict:

@@ -248,7 +248,7 @@ class Feed:
         """Find out whether events have expired before they were read here: a takeover may have been among them."""
         first = await self._broker.first(self._reader.stream, self._reader.filter)
         if first is not None and first.seq > self._last_seq:
-            await self._reader.join_running()
+            await self._reader.join_again()
 
     async def _join(self) -> None:
         """Take the live messages that came while reading back; from then on they are taken as they come."""

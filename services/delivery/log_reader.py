@@ -108,14 +108,14 @@ class LogReader:
         acceptance.through = seq - 1
         return acceptance
 
-    async def join_running(self) -> None:
-        """Join the generations that have not ended again: behind the last events read some have expired unread.
+    async def join_again(self) -> None:
+        """Join all generations again: behind the last events read some have expired unread.
 
         Raises:
             BrokerUnavailable: the log cannot be read.
         """
-        for generation, acceptance in self.positions.running():
-            acceptance.join(await self._highest_epoch(self.subject(generation)))
+        for generation, acceptance in self.positions.begun():
+            acceptance.join(0 if acceptance.ended else await self._highest_epoch(self.subject(generation)))
 
     async def _fold(self, acceptance: Acceptance, stored: Stored) -> None:
         try:

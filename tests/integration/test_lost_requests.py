@@ -36,7 +36,7 @@ async def state_of(broker: Broker, generation: str) -> tuple[str, str | None]:
 
 
 def orphans(worker: Worker) -> Orphans:
-    return Orphans(worker.outside, worker._is_held, 1.0)
+    return Orphans(worker.outside, worker.leases.holds, 1.0)
 
 
 @pytest.mark.parametrize("state", ["queued", "cancelling", "running"])

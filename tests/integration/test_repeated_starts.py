@@ -86,7 +86,7 @@ async def test_a_first_attempt_that_fails_late_does_not_take_back_what_its_repea
 ) -> None:
     asked, fails = asyncio.Event(), asyncio.Event()
 
-    async def late(*_: object) -> None:
+    async def late(*_: object, **__: object) -> None:
         if not asked.is_set():
             asked.set()
             await fails.wait()
@@ -104,7 +104,7 @@ async def test_a_first_attempt_that_fails_late_does_not_take_back_what_its_repea
 
 
 async def test_an_attempt_that_fails_alone_leaves_nothing(taking: Taking, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def refused(*_: object) -> None:
+    async def refused(*_: object, **__: object) -> None:
         raise Problem(402, "no room")
 
     with monkeypatch.context() as patch:

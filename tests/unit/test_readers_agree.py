@@ -136,9 +136,15 @@ def follows(chain: list[Entry], entry: Entry) -> bool:
 
 # Logs: of writers that keep their obligations, over an unkind network; and of anything at all.
 TYPES = ["started", "delta", "notice", "usage", UNKNOWN, "garbage", *sorted(TAKEOVERS)]
-ANYTHING = st.lists(
-    st.builds(Entry, st.sampled_from(TYPES), st.integers(1, 3), st.integers(0, 5), st.just(0)), max_size=25
-)
+ENTRIES = st.builds(Entry, st.sampled_from(TYPES), st.integers(1, 3), st.integers(0, 5), st.just(0))
+
+
+def first_alone(entries: list[Entry]) -> list[Entry]:
+    """Leave out first events behind later ones: a writer sends nothing before its first event is acknowledged."""
+    return [e for i, e in enumerate(entries) if e.seq or not any(before.seq for before in entries[:i])]
+
+
+ANYTHING = st.lists(ENTRIES, max_size=25).map(first_alone)
 
 
 @st.composite
@@ -299,7 +305,11 @@ def test_a_late_repeat_that_is_the_oldest_kept_event_is_shown_by_no_reader() -> 
 @settings(deadline=None, max_examples=300)
 @given(of_writers(), st.data())
 def test_readers_agree_where_events_expire_while_they_read(entries: list[Entry], data: st.DataObject) -> None:
-    """The first part was read, then a part expired unread, and all go on behind it; none shows anything twice."""
+    """The first part was read, then a part expired unread, and all go on behind it; none shows anything twice.
+
+    Where nothing expired unread, the last event that was read is still there: without it a hole that a writer left just
+    behind it, and will fill, looks like expired events to those who do not know where the log begins.
+    """
     read = data.draw(st.integers(0, len(entries)))
     lost = data.draw(st.integers(read, len(entries)))
     asyncio.run(check_loss(list(enumerate(entries, 1)), read, lost))
@@ -315,9 +325,10 @@ async def check_loss(log: list[tuple[int, Entry]], read: int, lost: int) -> None
     records = [read_record(m.seq, m.subject, m.data) for m in messages]
     row = fold(None, ADDRESS, records[:read]).generation
 
-    broker.cut(lost)
+    last_event = max((seq for seq, entry in log[:read] if entry.type != "garbage"), default=0)
+    broker.cut(lost if lost > read else last_event - 1)
     if lost > read:
-        await reader.join_running()
+        await reader.join_again()
     behind = [entry for m in messages[lost:] if (entry := await reader.accept(m)) is not None]
     keys = [(e["epoch"], e["seq"]) for e in (_fields(entry.data) for entry in [*by_feed, *behind])]
     assert [seq for _, seq in keys] == sorted({seq for _, seq in keys}), "nothing is shown twice"

@@ -90,9 +90,9 @@ class Judge:
     async def _look_for_loss(self, track: Track, stream: str, subject: str) -> None:
         """Join again where the last message judged here has expired: a takeover behind it may have, too."""
         acceptance, through = track.acceptance, track.through
-        if not acceptance.begun or acceptance.ended or await keeps(self._broker, stream, subject, through):
+        if not acceptance.begun or await keeps(self._broker, stream, subject, through):
             return
-        highest = await highest_kept_epoch(self._broker.read(stream, subject))
+        highest = 0 if acceptance.ended else await highest_kept_epoch(self._broker.read(stream, subject))
         if track.through == through:
             acceptance.join(highest)
 

@@ -90,9 +90,9 @@ class Positions:
             self._forget()
         return acceptance
 
-    def running(self) -> list[tuple[str, Acceptance]]:
-        """Return the generations that have begun and not ended."""
-        return [(g, p) for g, p in self._positions.items() if p.begun and not p.ended]
+    def begun(self) -> list[tuple[str, Acceptance]]:
+        """Return the generations of which events have been accepted."""
+        return [(g, p) for g, p in self._positions.items() if p.begun]
 
     def _forget(self) -> None:
         ended = [g for g, p in self._positions.items() if p.ended]

@@ -56,7 +56,7 @@ async def test_a_request_over_http_2_names_one_host(names: list[tuple[str, str]]
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     port = free_port()
-    async with serving(app, "127.0.0.1", port, grace=1):
+    async with serving(app, "127.0.0.1", port, grace=lambda: 1.0):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         connection = H2Connection(H2Configuration(validate_outbound_headers=False))
         connection.initiate_connection()

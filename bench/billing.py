@@ -27,8 +27,9 @@ from bench.billing_queries import Asked, ask_many
 from bench.postgres import CannotStart, Postgres
 from bench.processes import Died, Process, Processes, TooLate, fetch, free_port, python
 from bench.targets import start_nats
-from services.billing.adapters.database import database_url, open_engine, reading
+from services.billing.adapters.database import open_engine, reading
 from services.billing.adapters.tables import GENERATIONS, LEDGER
+from services.billing.database_url import database_url
 from services.kit.broker import Broker
 
 __all__ = ["billing"]

@@ -13,9 +13,10 @@ from bench.processes import free_port
 from schemas.topology import Topology
 from services.delivery.admission import Admission
 from services.delivery.consumers.api import consumers_router
-from services.delivery.consumers.registry import Consumers, Limits
+from services.delivery.consumers.registry import Consumers
 from services.delivery.hub import Hub
 from services.delivery.intake import Intake
+from services.delivery.limits import ConsumerLimits
 from services.delivery.limits import Limits as HubLimits
 from services.delivery.lookups import Lookups
 from services.delivery.streams import Streams
@@ -49,7 +50,7 @@ async def consuming(
     async with Broker.connect(url, "test-consumers") as broker:
         await broker.apply(topology)
         hub = Hub(broker, SystemClock(), topology.partitions, HubLimits(heartbeat=heartbeat, stall=stall))
-        consumers = Consumers(hub, Limits(**limits))
+        consumers = Consumers(hub, ConsumerLimits(**limits))
         lookups = Lookups(broker, hub.clock, hub.partition)
         admission = Admission(broker, hub.clock, output=4_096, fallback="refuse")
         intake = Intake(broker, hub, lookups, hub.clock, "default", admission)

@@ -11,10 +11,9 @@ import grpc.aio
 from schemas.rpc.tailrace.v1 import tailrace_pb2 as pb
 from services.delivery.admission import Admission
 from services.delivery.consumers.registry import Consumers
-from services.delivery.consumers.registry import Limits as ConsumerLimits
 from services.delivery.hub import Hub
 from services.delivery.intake import Intake
-from services.delivery.limits import Limits
+from services.delivery.limits import ConsumerLimits, Limits
 from services.delivery.lookups import Lookups
 from services.delivery.streams import Streams
 from services.delivery.transports.grpc_delivery import Delivery

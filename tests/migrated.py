@@ -8,7 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from services.billing.adapters.database import database_url, migrate, open_engine
+from services.billing.adapters.database import migrate, open_engine
+from services.billing.database_url import database_url
 
 __all__ = ["copy_sqlite", "elsewhere", "migrated"]
 

@@ -7,12 +7,13 @@ from collections.abc import Mapping
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from services.billing.adapters.database import create_file, database_url, migrate, open_engine, sqlite_url
+from services.billing.adapters.database import create_file, migrate, open_engine
 from services.billing.adapters.ledger import Ledger
 from services.billing.adapters.prices import Prices
 from services.billing.adapters.tail import Tail
-from services.billing.app import Settings
+from services.billing.database_url import database_url, sqlite_url
 from services.billing.rebuild import Rebuild, Rebuilt
+from services.billing.settings import Settings
 from services.billing.terms import CurrentTerms
 from services.kit.broker import Broker
 from services.kit.clock import SystemClock

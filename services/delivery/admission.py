@@ -2,7 +2,7 @@
 
 import math
 from datetime import UTC, datetime
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import msgspec
 import structlog
@@ -11,6 +11,7 @@ from schemas.budgets import RELEASE_SUBJECT, RESERVE_SUBJECT, Decision, Release,
 from schemas.requests import GenerationRecord
 from schemas.topology import REGISTRY_BUCKET, bucket_stream
 from services.delivery import metrics
+from services.delivery.limits import Fallback
 from services.kit.broker import Broker, BrokerUnavailable
 from services.kit.clock import Clock
 from services.kit.problem import Problem
@@ -25,7 +26,6 @@ RETRY_SECONDS: Final = 2
 MOST_OUTPUT: Final = 10**9  # no model writes so much; what is asked for may be any number
 BYTES_PER_TOKEN: Final = 3
 _OUTPUT_PARAMS: Final = ("max_tokens", "max_completion_tokens", "max_output_tokens")
-Fallback = Literal["refuse", "allow"]
 
 
 class Admission:

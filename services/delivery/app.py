@@ -6,23 +6,21 @@ import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Any, Final
 
-import msgspec
 import structlog
 from litestar import Litestar, MediaType, Response, asgi, get, route
 from litestar.datastructures import CacheControlHeader
 from litestar.static_files import create_static_files_router
 
-from schemas.requests import ENVELOPE, LARGEST_PAYLOAD, GenerationRecord
+from schemas.requests import ENVELOPE, GenerationRecord
 from services.delivery.accounts import Accounts
-from services.delivery.admission import Admission, Fallback
+from services.delivery.admission import Admission
 from services.delivery.api import router
 from services.delivery.completion import Completion
 from services.delivery.consumers.api import consumers_router
 from services.delivery.consumers.describe import describe_consumer_events
 from services.delivery.consumers.registry import Consumers
-from services.delivery.consumers.registry import Limits as ConsumerLimits
 from services.delivery.dead_api import dead_router
 from services.delivery.deletion import Deletion
 from services.delivery.delivered import Delivered
@@ -31,10 +29,9 @@ from services.delivery.events_api import events_handlers
 from services.delivery.hub import Hub
 from services.delivery.intake import Intake
 from services.delivery.keys_api import keys_router
-from services.delivery.limits import Limits
 from services.delivery.lookups import Lookups
 from services.delivery.request_limit import request_limit
-from services.delivery.starts import StartBounds
+from services.delivery.settings import Settings
 from services.delivery.streams import Streams
 from services.delivery.tickets_api import tickets_router
 from services.delivery.transports.answering import outliving
@@ -55,7 +52,7 @@ from services.kit.shutdown import ANSWERS, HAND_OVER, Stop, end
 from services.kit.telemetry import configure_logging, describe_service
 from services.kit.tls import ServerTls
 
-__all__ = ["Settings", "build_app", "main"]
+__all__ = ["build_app", "main"]
 
 log = structlog.get_logger()
 _CONSOLE: Final = Path(__file__).parent / "console"
@@ -63,89 +60,6 @@ _CONSOLE_POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
     "connect-src {connect}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-Positive = Annotated[float, msgspec.Meta(gt=0)]
-
-
-class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """Settings of delivery. Times in seconds, sizes in bytes.
-
-    ``grpc_port``: where gRPC is served (0: nowhere). ``tls_cert`` and ``tls_key``: files for TLS on both ports.
-    ``workers``: processes that share the ports; ``workers_port``: probes and metrics of who watches over them, and
-    those of the first worker one above, and so on. ``connections``: how many requests and streams one process serves at
-    once. ``max_body``: of a request's body, a message of a WebSocket and one of gRPC; the broker's ``max_payload`` may
-    lower it. ``feed_bytes``: events kept in memory for one session. ``wait``: how long a poll may wait.
-    ``compress``: gzip for events over HTTP.
-
-    ``consumers``: durable consumers of one tenant; each goes after ``consumer_inactive`` without a reader (0: never),
-    and keeps at most ``consumer_dead`` dead events. ``cors_origins``: origins whose pages may call this API.
-    ``budget_output``: output tokens that a request is taken to need at most when it does not say. ``budget_fallback``:
-    whether tenants with budgets may start anything while billing does not answer. ``billing_url`` and
-    ``console_models`` are handed to the console page.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 8080
-    grpc_port: Annotated[int, msgspec.Meta(ge=0, le=65_535)] = 0
-    tls_cert: str | None = None
-    tls_key: str | None = None
-    workers: Annotated[int, msgspec.Meta(ge=1, le=256)] = 1
-    workers_port: Annotated[int, msgspec.Meta(ge=1, le=65_000)] = 8_100
-    connections: Annotated[int, msgspec.Meta(ge=1)] = 16_384
-    max_body: Annotated[int, msgspec.Meta(ge=1_024, le=LARGEST_PAYLOAD - ENVELOPE)] = 16_777_216
-    feed_bytes: Annotated[int, msgspec.Meta(ge=65_536)] = 4_194_304
-    feeds: Annotated[int, msgspec.Meta(ge=1)] = 20_000
-    linger: Positive = 30.0
-    heartbeat: Positive = 15.0
-    lifetime: Positive = 3_600.0
-    stall: Positive = 30.0
-    drain: Positive = 10.0
-    wait: Positive = 60.0
-    compress: bool = False
-    consumers: Annotated[int, msgspec.Meta(ge=0)] = 100
-    consumer_inactive: Annotated[float, msgspec.Meta(ge=0)] = 604_800.0
-    consumer_dead: Annotated[int, msgspec.Meta(ge=1)] = 1_000
-    streams: Annotated[int, msgspec.Meta(ge=1)] | None = None
-    streams_per_tenant: Annotated[int, msgspec.Meta(ge=1)] | None = None
-    streams_per_key: Annotated[int, msgspec.Meta(ge=1)] | None = None
-    starts_per_minute_per_tenant: Annotated[int, msgspec.Meta(ge=1)] | None = None
-    starts_per_minute_per_key: Annotated[int, msgspec.Meta(ge=1)] | None = None
-    running_per_tenant: Annotated[int, msgspec.Meta(ge=1)] | None = None
-    running_per_key: Annotated[int, msgspec.Meta(ge=1)] | None = None
-    ticket: Annotated[float, msgspec.Meta(ge=1, le=300)] = 60.0
-    cors_origins: tuple[str, ...] = ()
-    budget_output: Annotated[int, msgspec.Meta(ge=1)] = 4_096
-    budget_fallback: Fallback = "refuse"
-    console: bool = True
-    console_models: tuple[str, ...] = ("scripted/story",)
-    billing_url: str | None = None
-
-    def admission(self, hub: Hub) -> Admission:
-        """Return what asks for room in budgets."""
-        return Admission(hub.broker, hub.clock, output=self.budget_output, fallback=self.budget_fallback)
-
-    def limits(self) -> Limits:
-        """Return the hub's bounds."""
-        return Limits(
-            feed_bytes=self.feed_bytes,
-            feeds=self.feeds,
-            linger=self.linger,
-            heartbeat=self.heartbeat,
-            lifetime=self.lifetime,
-            stall=self.stall,
-            streams=self.streams,
-            streams_per_tenant=self.streams_per_tenant,
-            streams_per_key=self.streams_per_key,
-            starts=StartBounds(
-                tenant_rate=self.starts_per_minute_per_tenant,
-                key_rate=self.starts_per_minute_per_key,
-                tenant_running=self.running_per_tenant,
-                key_running=self.running_per_key,
-            ),
-        )
-
-    def consumer_limits(self) -> ConsumerLimits:
-        """Return the bounds of durable consumers."""
-        return ConsumerLimits(consumers=self.consumers, inactive=self.consumer_inactive, dead=self.consumer_dead)
 
 
 async def main(stop: Stop, *, worker: int | None = None) -> None:
@@ -234,7 +148,7 @@ async def _serving_grpc(
         raise SettingsError([f"TAILRACE_DELIVERY_GRPC_PORT: gRPC cannot be loaded ({error}): {hint}"]) from error
 
     lookups = Lookups(hub.broker, hub.clock, hub.partition)
-    intake = Intake(hub.broker, hub, lookups, hub.clock, shared.pool, settings.admission(hub))
+    intake = Intake(hub.broker, hub, lookups, hub.clock, shared.pool, _admission(hub, settings))
     async with serving_grpc(
         Delivery(hub, Streams(hub, lookups), lookups, intake, consumers, authenticator.authenticate),
         settings.host,
@@ -261,6 +175,10 @@ async def _own_probes(hub: Hub, settings: Settings, worker: int | None, stop: St
         yield
 
 
+def _admission(hub: Hub, settings: Settings) -> Admission:
+    return Admission(hub.broker, hub.clock, output=settings.budget_output, fallback=settings.budget_fallback)
+
+
 def _checks(hub: Hub) -> dict[str, Check]:
     async def stores() -> bool:
         return hub.storage.stores()
@@ -274,7 +192,7 @@ def build_app(
     """Return the ASGI application. ``consumers``: where gRPC shares them."""
     authenticator.on_revoked(hub.connections.revoke)
     lookups = Lookups(hub.broker, hub.clock, hub.partition)
-    intake = Intake(hub.broker, hub, lookups, hub.clock, shared.pool, settings.admission(hub))
+    intake = Intake(hub.broker, hub, lookups, hub.clock, shared.pool, _admission(hub, settings))
     streams = Streams(hub, lookups)
     completion = Completion(streams, settings.wait)
     consumers = consumers or Consumers(hub, settings.consumer_limits())

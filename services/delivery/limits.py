@@ -1,8 +1,38 @@
 """Bounds of a delivery process."""
 
-from services.delivery.starts import StartBounds
+from typing import Literal
 
-__all__ = ["Limits"]
+import msgspec
+
+__all__ = ["ConsumerLimits", "Fallback", "Limits", "StartBounds"]
+
+Fallback = Literal["refuse", "allow"]
+
+
+class StartBounds(msgspec.Struct, frozen=True, kw_only=True):
+    """``None`` bounds nothing. Rates count all replicas; a repeated request counts too."""
+
+    tenant_rate: int | None = None
+    key_rate: int | None = None
+    tenant_running: int | None = None
+    key_running: int | None = None
+
+    @property
+    def bounds_running(self) -> bool:
+        """Whether it matters how many run."""
+        return self.tenant_running is not None or self.key_running is not None
+
+
+class ConsumerLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """Bounds of durable consumers.
+
+    ``consumers``: of a tenant. ``inactive``: seconds after which an unread one goes; 0 is never. ``dead``: dead events
+    kept for a consumer.
+    """
+
+    consumers: int = 100
+    inactive: float = 604_800.0
+    dead: int = 1_000
 
 
 class Limits:

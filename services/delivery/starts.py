@@ -15,6 +15,7 @@ from limits.aio.strategies import SlidingWindowCounterRateLimiter
 from schemas.requests import GenerationRecord
 from schemas.topology import BUCKET, bucket_stream
 from services.delivery import metrics
+from services.delivery.limits import StartBounds
 from services.delivery.lookups import ENDED
 from services.kit.auth.principal import Principal
 from services.kit.broker import Broker, BrokerUnavailable
@@ -22,7 +23,7 @@ from services.kit.clock import Clock
 from services.kit.limits import CounterStorage
 from services.kit.problem import Problem
 
-__all__ = ["StartBounds", "Starts"]
+__all__ = ["Starts"]
 
 log = structlog.get_logger()
 RECENT: Final = 20_000  # changes of records that are looked at when a replica starts
@@ -30,20 +31,6 @@ FORGOTTEN_SECONDS: Final = 7_200.0  # longer than a generation may take: its rec
 RETRY_SECONDS: Final = 5
 _STREAM: Final = bucket_stream(BUCKET)
 _PREFIX: Final = f"$KV.{BUCKET}."
-
-
-class StartBounds(msgspec.Struct, frozen=True, kw_only=True):
-    """``None`` bounds nothing. Rates count all replicas; a repeated request counts too."""
-
-    tenant_rate: int | None = None
-    key_rate: int | None = None
-    tenant_running: int | None = None
-    key_running: int | None = None
-
-    @property
-    def bounds_running(self) -> bool:
-        """Whether it matters how many run."""
-        return self.tenant_running is not None or self.key_running is not None
 
 
 class _Running(msgspec.Struct, frozen=True):

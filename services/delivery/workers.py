@@ -18,6 +18,7 @@ import structlog
 from litestar import Litestar
 
 from services.delivery import app, metrics
+from services.delivery.settings import Settings
 from services.kit.http import PortTaken, check_port, probes, serving
 from services.kit.lifecycle import EXIT_USAGE
 from services.kit.settings import SettingsError, load_settings
@@ -52,7 +53,7 @@ async def main(stop: Stop) -> None:
         async with _ending_with_the_starter(stop):
             await app.main(stop, worker=number)
         return
-    shared, settings = load_settings(app.Settings, "delivery", os.environ)
+    shared, settings = load_settings(Settings, "delivery", os.environ)
     if settings.workers == 1:
         await app.main(stop)
         return
@@ -70,7 +71,7 @@ def _own_number(arguments: list[str]) -> int | None:
             raise SettingsError([f"{' '.join(arguments)}: delivery takes no arguments, only variables TAILRACE_…"])
 
 
-async def _watch_over(settings: app.Settings, stop: Stop) -> None:
+async def _watch_over(settings: Settings, stop: Stop) -> None:
     stop.drain = settings.drain + WORKER_SECONDS
     workers = [_Worker(number, stop.drain) for number in range(1, settings.workers + 1)]
 
@@ -96,7 +97,7 @@ async def _watch_over(settings: app.Settings, stop: Stop) -> None:
 
 
 @contextmanager
-def _reserved(settings: app.Settings) -> Iterator[None]:
+def _reserved(settings: Settings) -> Iterator[None]:
     """Hold the ports, without listening, while the block runs: nobody else takes them while a worker is away."""
     host = settings.host
     held: list[socket.socket] = []

@@ -3,9 +3,8 @@
 import asyncio
 import os
 from contextlib import suppress
-from typing import Annotated, Final, Literal
+from typing import Final
 
-import msgspec
 import structlog
 from litestar import Litestar
 from litestar.openapi import OpenAPIConfig
@@ -14,7 +13,7 @@ from services.kit.broker import Broker
 from services.kit.clock import SystemClock
 from services.kit.http import probes, serving
 from services.kit.problem import EXCEPTION_HANDLERS
-from services.kit.settings import SettingsError, Shared, load_settings, read_config
+from services.kit.settings import Shared
 from services.kit.shutdown import ANSWERS, Stop, end
 from services.kit.storage import Storage
 from services.kit.telemetry import configure_logging, describe_service
@@ -24,60 +23,17 @@ from services.producer.adapters.records import Records
 from services.producer.adapters.upstreams import Upstreams as HttpUpstreams
 from services.producer.asking import Upstreams
 from services.producer.core.bounds import EVENT_BYTES
-from services.producer.core.deadlines import Deadlines
-from services.producer.core.registry import Registry, RegistryError
-from services.producer.core.retry import RetryPolicy
 from services.producer.gate import Gates
 from services.producer.late_usage import LateUsage
 from services.producer.relay import Outside
+from services.producer.settings import Settings, load_producer_settings
 from services.producer.worker import Worker
 
-__all__ = ["Settings", "main"]
+__all__ = ["main"]
 
-Positive = Annotated[float, msgspec.Meta(gt=0)]
 FLUSH_SECONDS: Final = 0.5
 LEAST_PAYLOAD: Final = 2 * EVENT_BYTES
 log = structlog.get_logger()
-
-
-class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """Settings of the producer. Times in seconds.
-
-    ``slots``: how many generations run at once in one process. ``drain``: how long running ones may go on after
-    SIGTERM. ``connect``, ``first_token``, ``between_tokens`` and ``total`` are deadlines of each call.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 8082
-    slots: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 1_000
-    drain: Annotated[float, msgspec.Meta(ge=0)] = 20.0
-    connect: Positive = 10.0
-    first_token: Positive = 30.0
-    between_tokens: Positive = 30.0
-    total: Positive = 900.0
-    ack_timeout: Positive = 2.0
-    append_timeout: Positive = 60.0
-    retry_attempts: Annotated[int, msgspec.Meta(ge=1, le=20)] = 3
-    retry_wait: Literal["exponential", "linear"] = "exponential"
-    retry_base: Positive = 0.5
-    retry_maximum: Positive = 20.0
-    circuit_failures: Annotated[int, msgspec.Meta(ge=1)] = 5
-    circuit_seconds: Positive = 15.0
-
-    def retry(self) -> RetryPolicy:
-        """Return how often and after which pauses a call is made again."""
-        return RetryPolicy(
-            max_attempts=self.retry_attempts, wait=self.retry_wait, base=self.retry_base, maximum=self.retry_maximum
-        )
-
-    def deadlines(self) -> Deadlines:
-        """Return the deadlines that hold where a model has none of its own."""
-        return Deadlines(
-            connect=self.connect,
-            first_token=self.first_token,
-            between_tokens=self.between_tokens,
-            total=self.total,
-        )
 
 
 async def main(stop: Stop) -> None:
@@ -88,14 +44,10 @@ async def main(stop: Stop) -> None:
         BrokerUnavailable: no broker answers at start.
         PortTaken: the probes' port is in use.
     """
-    shared, settings = load_settings(Settings, "producer", os.environ)
+    shared, settings, registry = load_producer_settings(os.environ)
     stop.drain = settings.drain
     configure_logging("producer", shared.log_level, shared.log_format)
     describe_service("producer", shared.described())
-    try:
-        registry = Registry.load(read_config(os.environ), os.environ)
-    except RegistryError as error:
-        raise SettingsError(error.problems) from error
     clock = SystemClock()
     async with (
         Broker.connect(shared.nats_url, "producer", tls=shared.tls()) as broker,

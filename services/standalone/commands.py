@@ -83,9 +83,10 @@ def tail(api: Api, terminal: Terminal, session: str, from_: str | None, after: s
         try:
             api.session(session)
         except Refused as error:
-            if error.status != HTTPStatus.NOT_FOUND:
+            if error.status == HTTPStatus.NOT_FOUND:
+                terminal.remark(f"there is no session {session} yet: waiting for its first event (Ctrl-C to leave)")
+            elif error.status < HTTPStatus.INTERNAL_SERVER_ERROR:  # others may be over before following gives up
                 raise
-            terminal.remark(f"there is no session {session} yet: waiting for its first event (Ctrl-C to leave)")
     screen = Screen(terminal, json=as_json, headings=True)
     with _leaving(screen):
         for received in follow(api, Start(session, after=after, from_=from_), terminal.remark):

@@ -11,9 +11,10 @@ import httpx
 import pytest
 
 from bench.processes import free_port
-from services.billing.adapters.database import migrate, open_engine, sqlite_url
+from services.billing.adapters.database import migrate, open_engine
 from services.billing.adapters.reports import Reports
 from services.billing.api import build_api
+from services.billing.database_url import sqlite_url
 from services.kit.api_docs import ASSETS
 from services.kit.auth.entrance import entering
 from services.kit.auth.setup import build_authenticator

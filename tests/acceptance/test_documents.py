@@ -25,11 +25,11 @@ import services.kit.storage
 import services.producer.metrics
 from bench.processes import free_port
 from schemas.events import AnyEvent
-from services.billing.app import Settings as BillingSettings
-from services.delivery.app import Settings as DeliverySettings
+from services.billing.settings import Settings as BillingSettings
+from services.delivery.settings import Settings as DeliverySettings
 from services.kit.settings import Shared
-from services.producer.app import Settings as ProducerSettings
 from services.producer.core.registry import Registry
+from services.producer.settings import Settings as ProducerSettings
 from tests.acceptance.processes import REPOSITORY, clean_environment, running
 from tests.conftest import require
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from services.billing.adapters.database import database_url, open_engine
+from services.billing.adapters.database import open_engine
+from services.billing.database_url import database_url
 from tests.migrated import copy_sqlite
 from tests.postgres import created, postgres_server, postgres_url
 

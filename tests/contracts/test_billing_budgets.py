@@ -10,12 +10,13 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from schemas.budgets import Release, Reserve
 from services.billing.adapters.budgets import Budgets
-from services.billing.adapters.database import database_url, open_engine
+from services.billing.adapters.database import open_engine
 from services.billing.adapters.ledger import Ledger
 from services.billing.adapters.worklist import Money
 from services.billing.core.budgets import Budget, Need, Overrun, Verdict, corrected
 from services.billing.core.generation import Generation
 from services.billing.core.spending import released, steps
+from services.billing.database_url import database_url
 from services.billing.overruns import report_limits, report_overruns
 from tests.billing_histories import START
 from tests.contracts.billing_database import database, engine, postgres_server, postgres_url

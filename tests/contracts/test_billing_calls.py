@@ -4,7 +4,7 @@ import msgspec
 import sqlalchemy as sa
 
 from schemas.usage import Usage
-from services.billing.adapters.database import database_url, migrate, open_engine, reading, writing
+from services.billing.adapters.database import migrate, open_engine, reading, writing
 from services.billing.adapters.reports import Reports
 from services.billing.adapters.tables import CALLS, SPENDING
 from services.billing.adapters.worklist import Money
@@ -14,6 +14,7 @@ from services.billing.core.generation import Generation, Key
 from services.billing.core.question import Filters
 from services.billing.core.settlement import settle
 from services.billing.core.spending import released, steps
+from services.billing.database_url import database_url
 from tests.billing_histories import address, records, restarted_history
 from tests.contracts.billing_database import database, empty_database, engine, postgres_server, postgres_url
 from tests.contracts.test_billing_money import NOW, ROWS, Books, books, folded, upgraded_to

@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from bench.processes import free_port
 from schemas.usage import Usage
-from services.billing.adapters.database import database_url, migrate, open_engine, reading
+from services.billing.adapters.database import migrate, open_engine, reading
 from services.billing.adapters.ledger import Ledger
 from services.billing.adapters.reports import Reports
 from services.billing.adapters.tables import metadata
@@ -20,6 +20,7 @@ from services.billing.core.fold import fold
 from services.billing.core.generation import Generation, Key
 from services.billing.core.question import Filters
 from services.billing.core.reconciliation import Policy, reconcile
+from services.billing.database_url import database_url
 from services.billing.errors import Fenced, LedgerUnavailable
 from tests.billing_histories import START, address, history, records
 from tests.contracts.billing_database import database, empty_database, engine, postgres_server, postgres_url

@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from schemas.events import Failed, UsageReported
 from schemas.usage import Usage
-from services.billing.adapters.database import SCRIPTS, database_url, migrate, open_engine, reading, writing
+from services.billing.adapters.database import SCRIPTS, migrate, open_engine, reading, writing
 from services.billing.adapters.entries import Entries
 from services.billing.adapters.imports import Imported, Imports
 from services.billing.adapters.ledger import Ledger
@@ -31,6 +31,7 @@ from services.billing.core.provider_export import parse_export
 from services.billing.core.question import Filters
 from services.billing.core.settlement import settle
 from services.billing.core.spending import steps
+from services.billing.database_url import database_url
 from services.billing.errors import LedgerUnavailable, StalePrices
 from services.billing.price_loading import SHIPPED_FILE, load_price_file, load_shipped_prices, read_price_file
 from services.billing.sweep import Sweep

@@ -17,7 +17,7 @@ from schemas.events import Completed, Event, Failed
 from schemas.subjects import Address, token_subject
 from schemas.topology import Topology
 from schemas.usage import Usage
-from services.billing.adapters.database import database_url, migrate, open_engine
+from services.billing.adapters.database import migrate, open_engine
 from services.billing.adapters.ledger import Ledger
 from services.billing.adapters.prices import Prices
 from services.billing.adapters.reports import Reports
@@ -25,6 +25,7 @@ from services.billing.adapters.tail import Tail
 from services.billing.consumer import Consumer
 from services.billing.core.charging import Charging
 from services.billing.core.reconciliation import Policy
+from services.billing.database_url import database_url
 from services.billing.terms import CurrentTerms
 from services.kit.broker import Broker
 from services.kit.clock import SystemClock

@@ -15,10 +15,11 @@ import httpx
 import pytest
 
 from bench.processes import free_port
-from services.billing.adapters.database import migrate, open_engine, sqlite_url
+from services.billing.adapters.database import migrate, open_engine
 from services.billing.adapters.ledger import Ledger
 from services.billing.adapters.reports import Reports
 from services.billing.api import build_api
+from services.billing.database_url import sqlite_url
 from services.kit.auth.entrance import entering, is_public
 from services.kit.auth.setup import build_authenticator
 from services.kit.broker import Broker

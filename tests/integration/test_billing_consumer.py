@@ -13,10 +13,11 @@ from schemas.events import UsageReported
 from schemas.subjects import token_subject
 from schemas.topology import Topology
 from schemas.usage import Usage
-from services.billing.adapters.database import database_url, open_engine, writing
+from services.billing.adapters.database import open_engine, writing
 from services.billing.adapters.reports import Reports
 from services.billing.core.question import Filters
 from services.billing.core.reconciliation import Policy
+from services.billing.database_url import database_url
 from services.kit.broker import Broker
 from tests.billing_histories import history
 from tests.conftest import NatsServer, empty, eventually

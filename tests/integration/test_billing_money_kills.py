@@ -10,8 +10,9 @@ import httpx
 import pytest
 import sqlalchemy as sa
 
-from services.billing.adapters.database import database_url, open_engine, reading
+from services.billing.adapters.database import open_engine, reading
 from services.billing.adapters.tables import GENERATIONS, LEDGER
+from services.billing.database_url import database_url
 from services.kit.broker import Broker
 from tests.conftest import eventually
 from tests.integration.billing_runs import Process, Scenario, sqlite, write

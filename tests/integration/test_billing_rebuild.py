@@ -15,7 +15,7 @@ from schemas.events import Completed, Delta, Failed, UsageReported
 from schemas.topology import Topology
 from schemas.usage import Usage
 from services.billing.adapters.balances import Balances
-from services.billing.adapters.database import database_url, migrate, open_engine, reading, writing
+from services.billing.adapters.database import migrate, open_engine, reading, writing
 from services.billing.adapters.imports import Imports
 from services.billing.adapters.ledger import UNHEARD, Ledger
 from services.billing.adapters.prices import Prices
@@ -23,6 +23,7 @@ from services.billing.adapters.tables import GAPS, GENERATIONS, LEDGER, SPENDING
 from services.billing.adapters.tail import Tail
 from services.billing.core.generation import Key
 from services.billing.core.provider_export import parse_export
+from services.billing.database_url import database_url
 from services.billing.rebuild import Held, Rebuild, Rebuilt
 from services.billing.sweep import Sweep
 from services.billing.terms import CurrentTerms

@@ -13,12 +13,13 @@ from typing import NamedTuple
 import pytest
 
 from bench.processes import free_port
-from services.billing.adapters.database import database_url, migrate, open_engine
+from services.billing.adapters.database import migrate, open_engine
 from services.billing.adapters.ledger import Ledger
 from services.billing.adapters.reports import Reports
 from services.billing.adapters.worklist import Money
 from services.billing.api import build_api
 from services.billing.core.spending import steps
+from services.billing.database_url import database_url
 from services.kit.auth.entrance import entering
 from services.kit.http import serving
 from tests.contracts.test_billing_asking import GENERATIONS, NOW, Callers, entry

@@ -7,8 +7,9 @@ import sqlalchemy as sa
 
 from schemas.topology import Topology
 from schemas.usage import Usage
-from services.billing.adapters.database import database_url, open_engine, reading
+from services.billing.adapters.database import open_engine, reading
 from services.billing.adapters.tables import GAPS
+from services.billing.database_url import database_url
 from services.kit.broker import Broker
 from tests.billing_histories import history
 from tests.conftest import NatsServer, eventually

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from services.billing.adapters.database import database_url, migrate, open_engine
+from services.billing.adapters.database import migrate, open_engine
+from services.billing.database_url import database_url
 from services.billing.errors import LedgerUnusable
 from services.kit.broker import Broker
 from services.kit.lifecycle import EXIT_UNUSABLE

@@ -4,7 +4,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.billing.adapters.database import database_url
 from services.billing.core.question import (
     BadQuestion,
     parse_group_by,
@@ -14,6 +13,7 @@ from services.billing.core.question import (
     render_bucket,
     write_page,
 )
+from services.billing.database_url import database_url
 
 
 @pytest.mark.parametrize(

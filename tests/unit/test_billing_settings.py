@@ -2,9 +2,9 @@
 
 import pytest
 
-from services.billing.app import Settings
 from services.billing.core.charging import Charging
 from services.billing.core.reconciliation import Tolerance
+from services.billing.settings import Settings
 from services.kit.settings import SettingsError, load_settings
 
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from services.billing.app import Settings as Billing
-from services.delivery.app import Settings as Delivery
+from services.billing.settings import Settings as Billing
+from services.delivery.settings import Settings as Delivery
 from services.delivery.workers import WORKER_SECONDS
 from services.kit.shutdown import ANSWERS, CUT, HAND_OVER, MARGIN
-from services.producer.app import Settings as Producer
+from services.producer.settings import Settings as Producer
 from services.standalone.plan import DRAIN, plan_services
 from tests.unit.test_standalone_plan import options
 

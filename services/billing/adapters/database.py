@@ -12,24 +12,17 @@ import structlog
 from alembic import command
 from alembic.config import Config
 from alembic.util import CommandError
-from sqlalchemy.engine import URL, Connection, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+from sqlalchemy.engine import URL, Connection
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from services.billing.errors import LedgerUnavailable, LedgerUnusable
 from services.kit.private_files import private_file, private_folder, tighten
 
-__all__ = ["SCRIPTS", "create_file", "database_url", "migrate", "open_engine", "reading", "sqlite_url", "writing"]
+__all__ = ["SCRIPTS", "create_file", "migrate", "open_engine", "reading", "writing"]
 
 log = structlog.get_logger()
-_DRIVERS: Final = {
-    "sqlite": "sqlite+aiosqlite",
-    "sqlite+aiosqlite": "sqlite+aiosqlite",
-    "postgres": "postgresql+asyncpg",
-    "postgresql": "postgresql+asyncpg",
-    "postgresql+asyncpg": "postgresql+asyncpg",
-}
 _MIGRATION_LOCK: Final = 0x7461696C72616365
 """PostgreSQL advisory lock under which only one process migrates; the number is arbitrary, but fixed for ever."""
 SCRIPTS: Final = str(Path(__file__).parent.parent / "migrations")
@@ -44,29 +37,6 @@ _RESTORE: Final = (
     "put a backup in its place and run `tailrace billing rebuild`; without a backup move the file away first: what the"
     " log still keeps is billed anew, prices and budgets must be set again"
 )
-
-
-def database_url(text: str) -> URL:
-    """Return the URL with its asynchronous driver.
-
-    Raises:
-        ValueError: it is not a URL, or that of another database than SQLite and PostgreSQL.
-    """
-    try:
-        url = make_url(text)
-    except ArgumentError as error:
-        raise ValueError(
-            "it is not a database URL such as sqlite:///billing.db or postgresql://user@host/name"
-        ) from error
-    driver = _DRIVERS.get(url.drivername)
-    if driver is None:
-        raise ValueError(f"database {url.drivername!r} is not supported: use sqlite or postgresql")
-    return url.set(drivername=driver)
-
-
-def sqlite_url(path: str) -> URL:
-    """Return the URL of a SQLite file."""
-    return URL.create("sqlite+aiosqlite", database=path)
 
 
 def create_file(url: URL) -> None:

@@ -35,27 +35,17 @@ from services.delivery.consumers.session import ConsumerSession, Opened, Origin
 from services.delivery.core.start import check_cursor
 from services.delivery.errors import TooBusy, Unknown
 from services.delivery.hub import Hub
+from services.delivery.limits import ConsumerLimits
 from services.kit.broker import BrokerUnavailable, StreamState
 from services.kit.consumers import DurableInfo, DurableRefused, Durables
 
-__all__ = ["Conflicting", "Consumers", "Found", "Limits"]
+__all__ = ["Conflicting", "Consumers", "Found"]
 
 log = structlog.get_logger()
 PARTITIONS_SECONDS: Final = 5.0
 RECENT_SECONDS: Final = 3.0
 RECENT: Final = 1_000
 _KEPT: Final = ("deliver_policy", "opt_start_seq", "opt_start_time")
-
-
-class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """Bounds. ``consumers``: of a tenant. ``inactive``: seconds after which an unread one goes; 0 is never.
-
-    ``dead``: dead events kept for a consumer.
-    """
-
-    consumers: int = 100
-    inactive: float = 604_800.0
-    dead: int = 1_000
 
 
 class Conflicting(Exception):
@@ -72,7 +62,7 @@ class Found(NamedTuple):
 class Consumers:
     """All durable consumers of services, for one process. Methods raise `BrokerUnavailable` when the broker is away."""
 
-    def __init__(self, hub: Hub, limits: Limits) -> None:
+    def __init__(self, hub: Hub, limits: ConsumerLimits) -> None:
         self.hub = hub
         self.limits = limits
         self.dead = DeadEvents(hub.broker, limits.dead)

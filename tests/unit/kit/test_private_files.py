@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from services.billing.adapters.database import migrate, open_engine, sqlite_url
+from services.billing.adapters.database import migrate, open_engine
+from services.billing.database_url import sqlite_url
 from services.kit.private_files import private_file, private_folder, tighten
 
 

@@ -1,0 +1,90 @@
+"""Settings of delivery."""
+
+from typing import Annotated
+
+import msgspec
+
+from schemas.requests import ENVELOPE, LARGEST_PAYLOAD
+from services.delivery.limits import ConsumerLimits, Fallback, Limits, StartBounds
+
+__all__ = ["Settings"]
+
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """Settings of delivery. Times in seconds, sizes in bytes.
+
+    ``grpc_port``: where gRPC is served (0: nowhere). ``tls_cert`` and ``tls_key``: files for TLS on both ports.
+    ``workers``: processes that share the ports; ``workers_port``: probes and metrics of who watches over them, and
+    those of the first worker one above, and so on. ``connections``: how many requests and streams one process serves at
+    once. ``max_body``: of a request's body, a message of a WebSocket and one of gRPC; the broker's ``max_payload`` may
+    lower it. ``feed_bytes``: events kept in memory for one session. ``wait``: how long a poll may wait.
+    ``compress``: gzip for events over HTTP.
+
+    ``consumers``: durable consumers of one tenant; each goes after ``consumer_inactive`` without a reader (0: never),
+    and keeps at most ``consumer_dead`` dead events. ``cors_origins``: origins whose pages may call this API.
+    ``budget_output``: output tokens that a request is taken to need at most when it does not say. ``budget_fallback``:
+    whether tenants with budgets may start anything while billing does not answer. ``billing_url`` and
+    ``console_models`` are handed to the console page.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    grpc_port: Annotated[int, msgspec.Meta(ge=0, le=65_535)] = 0
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    workers: Annotated[int, msgspec.Meta(ge=1, le=256)] = 1
+    workers_port: Annotated[int, msgspec.Meta(ge=1, le=65_000)] = 8_100
+    connections: Annotated[int, msgspec.Meta(ge=1)] = 16_384
+    max_body: Annotated[int, msgspec.Meta(ge=1_024, le=LARGEST_PAYLOAD - ENVELOPE)] = 16_777_216
+    feed_bytes: Annotated[int, msgspec.Meta(ge=65_536)] = 4_194_304
+    feeds: Annotated[int, msgspec.Meta(ge=1)] = 20_000
+    linger: Positive = 30.0
+    heartbeat: Positive = 15.0
+    lifetime: Positive = 3_600.0
+    stall: Positive = 30.0
+    drain: Positive = 10.0
+    wait: Positive = 60.0
+    compress: bool = False
+    consumers: Annotated[int, msgspec.Meta(ge=0)] = 100
+    consumer_inactive: Annotated[float, msgspec.Meta(ge=0)] = 604_800.0
+    consumer_dead: Annotated[int, msgspec.Meta(ge=1)] = 1_000
+    streams: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    streams_per_tenant: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    streams_per_key: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    starts_per_minute_per_tenant: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    starts_per_minute_per_key: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    running_per_tenant: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    running_per_key: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    ticket: Annotated[float, msgspec.Meta(ge=1, le=300)] = 60.0
+    cors_origins: tuple[str, ...] = ()
+    budget_output: Annotated[int, msgspec.Meta(ge=1)] = 4_096
+    budget_fallback: Fallback = "refuse"
+    console: bool = True
+    console_models: tuple[str, ...] = ("scripted/story",)
+    billing_url: str | None = None
+
+    def limits(self) -> Limits:
+        """Return the hub's bounds."""
+        return Limits(
+            feed_bytes=self.feed_bytes,
+            feeds=self.feeds,
+            linger=self.linger,
+            heartbeat=self.heartbeat,
+            lifetime=self.lifetime,
+            stall=self.stall,
+            streams=self.streams,
+            streams_per_tenant=self.streams_per_tenant,
+            streams_per_key=self.streams_per_key,
+            starts=StartBounds(
+                tenant_rate=self.starts_per_minute_per_tenant,
+                key_rate=self.starts_per_minute_per_key,
+                tenant_running=self.running_per_tenant,
+                key_running=self.running_per_key,
+            ),
+        )
+
+    def consumer_limits(self) -> ConsumerLimits:
+        """Return the bounds of durable consumers."""
+        return ConsumerLimits(consumers=self.consumers, inactive=self.consumer_inactive, dead=self.consumer_dead)

@@ -22,6 +22,7 @@ from services.kit.tls import ServerTls, TlsUnusable, client_tls, server_tls
 __all__ = ["SERVICES", "SettingsError", "Shared", "load_settings", "own_tls", "read_config"]
 
 SERVICES: Final = ("producer", "delivery", "billing")
+_TABLES: Final = ("shared", *SERVICES, "providers", "models")
 T = TypeVar("T", bound=msgspec.Struct)
 Name = Annotated[str, msgspec.Meta(pattern=NAME_PATTERN)]
 
@@ -142,8 +143,11 @@ def load_settings(cls: type[T], service: str, env: Mapping[str, str]) -> tuple[S
     config = read_config(env)
     problems: list[str] = []
     prefix = f"TAILRACE_{service.upper()}_"
-    shared = _read(Shared, "TAILRACE_", config.get("shared", {}), env, problems)
-    own = _read(cls, prefix, config.get(service, {}), env, problems)
+    for table in (t for t in ("shared", service) if not isinstance(config.get(t, {}), dict)):
+        problems.append(f"[{table}]: must be a table")
+        config[table] = {}
+    shared = _read(Shared, "TAILRACE_", "shared", config, env, problems)
+    own = _read(cls, prefix, service, config, env, problems)
     problems += _unknown(cls, service, config, env)
     if problems or shared is None or own is None:
         raise SettingsError(problems)
@@ -160,21 +164,25 @@ def _unknown(cls: type[msgspec.Struct], service: str, config: dict[str, Any], en
         for name in sorted(env)
         if name.startswith("TAILRACE_") and name not in known and not name.startswith(others)
     ]
+    problems += [f"[{table}]: there is no such table" for table in sorted(set(config) - set(_TABLES))]
     for table, struct in (("shared", Shared), (service, cls)):
         unknown = set(config.get(table, {})) - set(struct.__struct_fields__)
         problems += [f"[{table}] {key}: no such setting" for key in sorted(unknown)]
     return problems
 
 
-def _read(cls: type[T], prefix: str, table: Mapping[str, Any], env: Mapping[str, str], problems: list[str]) -> T | None:
+def _read(
+    cls: type[T], prefix: str, table: str, config: Mapping[str, Any], env: Mapping[str, str], problems: list[str]
+) -> T | None:
+    section = config.get(table, {})
     hints = typing.get_type_hints(cls, include_extras=True)
     values: dict[str, Any] = {}
     for field in msgspec.structs.fields(cls):
         variable = prefix + field.name.upper()
         if variable in env:
             raw: Any = _split(env[variable], hints[field.name])
-        elif field.name in table:
-            raw, variable = table[field.name], f"{field.name} (in the file)"
+        elif field.name in section:
+            raw, variable = section[field.name], f"[{table}] {field.name}"
         else:
             if field.required:
                 problems.append(f"{variable}: must be set")

@@ -56,13 +56,11 @@ _cluster = click.option(
 
 
 @cli.command()
-@click.option("--port", type=PORT, envvar="TAILRACE_DELIVERY_PORT", help="Port of delivery and the page [8080].")
-@click.option("--grpc-port", type=PORT, envvar="TAILRACE_DELIVERY_GRPC_PORT", help="Port of gRPC [50051].")
-@click.option("--billing-port", type=PORT, envvar="TAILRACE_BILLING_PORT", help="Port of billing [8081].")
-@click.option(
-    "--producer-port", type=PORT, envvar="TAILRACE_PRODUCER_PORT", help="Port of the (first) producer [8082]."
-)
-@click.option("--nats-port", type=PORT, envvar="TAILRACE_NATS_PORT", help="Port of the embedded nats-server [4222].")
+@click.option("--port", type=PORT, help="Port of delivery and the page [8080].")
+@click.option("--grpc-port", type=PORT, help="Port of gRPC [50051].")
+@click.option("--billing-port", type=PORT, help="Port of billing [8081].")
+@click.option("--producer-port", type=PORT, help="Port of the (first) producer [8082].")
+@click.option("--nats-port", type=PORT, help="Port of the embedded nats-server [4222].")
 @_data
 @_config
 @click.option(
@@ -78,7 +76,7 @@ def up(data: Path | None, config: Path | None, producers: int, cluster: str, **p
     """Run everything here: broker, producer, delivery, billing and the page.
 
     Ctrl-C stops all of it; the data stays in its folder, and the next start goes on with it. A port of 0 takes any
-    free one.
+    free one; ports without a flag are those of the settings (TAILRACE_DELIVERY_PORT and so on).
     """
     from services.standalone.up import Wishes
     from services.standalone.up import up as run
@@ -220,10 +218,11 @@ def rebuild(data: Path | None, config: Path | None, cluster: str) -> int:
     Nothing else may run in the folder meanwhile. Elsewhere, with billing stopped, use python -m services.billing
     rebuild with billing's own settings.
     """
-    from services.standalone.up import DEFAULT_PORTS, Wishes
+    from services.standalone.ports import PORTS
+    from services.standalone.up import Wishes
     from services.standalone.up import rebuild as run
 
-    ports: dict[str, int | None] = dict.fromkeys(DEFAULT_PORTS, 0)
+    ports: dict[str, int | None] = dict.fromkeys(PORTS, 0)
     return run(Wishes(data=data, config=config, producers=1, ports=ports, cluster=int(cluster)), Terminal())
 
 

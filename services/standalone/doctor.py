@@ -8,7 +8,7 @@ import sqlite3
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import click
 
@@ -20,8 +20,9 @@ from services.standalone.errors import EXIT_FAILED, EXIT_OK, CannotStart
 from services.standalone.folder import holder_of
 from services.standalone.options import json_option
 from services.standalone.plan import PROVIDER_KEYS
+from services.standalone.ports import PORTS, read_ports
+from services.standalone.settings_check import overruled, wrong_settings
 from services.standalone.terminal import Terminal, pretty
-from services.standalone.up import DEFAULT_PORTS
 
 __all__ = ["doctor"]
 
@@ -153,29 +154,39 @@ def _database(path: Path) -> Iterator[Finding]:
 _REBUILD: Final = "tailrace billing rebuild"
 
 
+def _config(env: dict[str, str]) -> dict[str, Any]:
+    """Return the content of the file; one that cannot be read is reported among the settings."""
+    try:
+        return read_config(env)
+    except SettingsError:
+        return {}
+
+
 def _ports(data: Path, env: dict[str, str]) -> Iterator[Finding]:
     if (holder := holder_of(data)) is not None:
         yield Finding("note", "running", f"`tailrace up` runs in {data} ({holder}); its ports are not tried")
         return
-    for name, port in DEFAULT_PORTS.items():
-        variable = f"TAILRACE_{'DELIVERY_GRPC' if name == 'grpc' else name.upper()}_PORT"
-        number = int(env[variable]) if env.get(variable, "").isdigit() else port
+    config = _config(env)
+    problems: list[str] = []
+    ports = read_ports({}, env, config, problems)
+    yield from (Finding("problem", "ports", problem) for problem in problems)
+    for name, number in ports.items():
         try:
             check_port("127.0.0.1", number)
         except PortTaken as error:
-            yield Finding("problem", f"port of {name}", f"{error}; choose another one with {variable}")
+            yield Finding("problem", f"port of {name}", f"{error}; choose another one with {PORTS[name].variable}")
         else:
-            yield Finding("ok", f"port of {name}", f"{number} is free")
+            yield Finding("ok", f"port of {name}", f"{number} is free" if number else "any free one")
 
 
 def _settings(env: dict[str, str]) -> Iterator[Finding]:
-    try:
-        read_config(env)
-    except SettingsError as error:
-        yield from (Finding("problem", "settings", problem) for problem in error.problems)
+    problems = wrong_settings(env)
+    yield from (Finding("problem", "settings", problem) for problem in problems)
+    if problems:
         return
+    yield from (Finding("note", "settings", line) for line in overruled(env, _config(env)))
     where = env.get("TAILRACE_CONFIG")
-    yield Finding("ok", "settings", f"{where} is well-formed" if where else "from the environment alone")
+    yield Finding("ok", "settings", f"{where} can be used" if where else "from the environment alone")
 
 
 def _keys(env: dict[str, str]) -> Iterator[Finding]:

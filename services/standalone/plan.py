@@ -242,8 +242,11 @@ def _child_env(options: Options, env: Mapping[str, str], config: Mapping[str, An
         "TAILRACE_NATS_PORT": str(options.nats_port),
         "TAILRACE_DATA": str(options.data),
         "TAILRACE_LOG_FORMAT": "json",
+        "TAILRACE_MANAGE_STREAMS": "true",
         "PYTHONUNBUFFERED": "1",
     }
+    child |= {f"TAILRACE_NATS_{name}": "" for name in ("CA", "CERT", "KEY")}
+    child |= {f"TAILRACE_{service}_TLS_{name}": "" for service in ("DELIVERY", "BILLING") for name in ("CERT", "KEY")}
     child["TAILRACE_DELIVERY_GRPC_PORT"] = str(options.grpc_port)
     if options.config is not None:
         child["TAILRACE_CONFIG"] = str(options.config)

@@ -1,13 +1,32 @@
 """Ports for ``tailrace up``: all checked before anything starts, all problems said together."""
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Final, NamedTuple
 
 import msgspec
 
 from services.standalone.errors import PortsTaken
 
-__all__ = ["PortWish", "settle_ports"]
+__all__ = ["PORTS", "PortWish", "read_ports", "settle_ports"]
+
+
+class _Port(NamedTuple):
+    """Where the port of a part is set, and what it is otherwise."""
+
+    table: str
+    key: str
+    variable: str
+    default: int
+
+
+PORTS: Final = {
+    "delivery": _Port("delivery", "port", "TAILRACE_DELIVERY_PORT", 8080),
+    "grpc": _Port("delivery", "grpc_port", "TAILRACE_DELIVERY_GRPC_PORT", 50051),
+    "billing": _Port("billing", "port", "TAILRACE_BILLING_PORT", 8081),
+    "producer": _Port("producer", "port", "TAILRACE_PRODUCER_PORT", 8082),
+    "nats": _Port("shared", "nats_port", "TAILRACE_NATS_PORT", 4222),
+}
 
 
 class PortWish(msgspec.Struct, frozen=True):
@@ -16,6 +35,29 @@ class PortWish(msgspec.Struct, frozen=True):
     name: str
     port: int
     option: str
+
+
+def read_ports(
+    flags: Mapping[str, int | None], env: Mapping[str, str], config: Mapping[str, Any], problems: list[str]
+) -> dict[str, int]:
+    """Return the port of each part by flag, else by variable, else from the file, else the default.
+
+    What is no port is added to ``problems``.
+    """
+    ports: dict[str, int] = {}
+    for name, (table, key, variable, default) in PORTS.items():
+        section = config.get(table)
+        value: Any = flags.get(name)
+        source = variable
+        if value is None:
+            value = env.get(variable)
+        if not value and value != 0:
+            value, source = (section if isinstance(section, dict) else {}).get(key, default), f"[{table}] {key}"
+        try:
+            ports[name] = msgspec.convert(value, Annotated[int, msgspec.Meta(ge=0, le=65_535)], strict=False)
+        except msgspec.ValidationError:
+            problems.append(f"{source}: must be a port number, 0 for any free one, not {value!r}")
+    return ports
 
 
 def settle_ports(wishes: Sequence[PortWish]) -> list[int]:

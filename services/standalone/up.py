@@ -14,22 +14,21 @@ from services.standalone.embedded import NatsBinary, find_nats_server, payload_f
 from services.standalone.errors import EXIT_FAILED, CannotStart
 from services.standalone.folder import locked
 from services.standalone.plan import NATS, Addresses, Options, ServiceSpec, node_files, plan_services, summary
-from services.standalone.ports import PortWish, settle_ports
+from services.standalone.ports import PortWish, read_ports, settle_ports
+from services.standalone.settings_check import overruled, wrong_settings
 from services.standalone.setup import begin_new_eras
 from services.standalone.storage_watch import StorageWatch
 from services.standalone.store import drop_indexes, running_mark, set_aside_unreadable
 from services.standalone.supervisor import Supervisor
 from services.standalone.terminal import Terminal
 
-__all__ = ["DEFAULT_PORTS", "Wishes", "rebuild", "up", "wanted_body"]
+__all__ = ["Wishes", "rebuild", "up", "wanted_body"]
 
 DEFAULT_DATA: Final = ".tailrace"
-DEFAULT_PORTS: Final = {"delivery": 8080, "grpc": 50051, "billing": 8081, "producer": 8082, "nats": 4222}
-_KEYS: Final = {"nats": ("shared", "nats_port"), "grpc": ("delivery", "grpc_port")}
 
 
 class Wishes:
-    """What flags and variables say; ``None`` where they say nothing and the file or the default decides."""
+    """What flags say; ``None`` where they say nothing and a variable, the file or the default decides."""
 
     def __init__(
         self,
@@ -88,12 +87,19 @@ def _prepared(wishes: Wishes, terminal: Terminal) -> Iterator[_Prepared]:
         config = read_config(env)
     except SettingsError as error:
         raise CannotStart(str(error)) from error
+    problems: list[str] = []
+    ports = read_ports(wishes.ports, env, config, problems)
+    problems += wrong_settings(env)
+    if problems:
+        raise CannotStart(str(SettingsError(problems)))
+    for line in overruled(env, config):
+        terminal.remark(line)
     binary = find_nats_server()
     data = Path(wishes.data or _section(config, "shared").get("data") or DEFAULT_DATA).expanduser().absolute()
     os.umask(UMASK)  # also of what is started: nats-server keeps its streams in there
     with locked(data, terminal.remark) as describe:
         describe(f"process {os.getpid()}")
-        options = _settle(wishes, data, config)
+        options = _settle(wishes, data, ports)
         try:
             _write_node_files(options, payload_for(wanted_body(env, config)))
         except OSError as error:
@@ -187,8 +193,8 @@ def _announce(terminal: Terminal, head: str, rows: list[tuple[str, str]]) -> Non
         terminal.show(f"  {terminal.dim(f'{label:<8}')}  {text}" if label else f"  {terminal.dim(text)}")
 
 
-def _settle(wishes: Wishes, data: Path, config: dict[str, Any]) -> Options:
-    first_producer = _port("producer", wishes, config)
+def _settle(wishes: Wishes, data: Path, wanted: Mapping[str, int]) -> Options:
+    first_producer = wanted["producer"]
     producers = [
         PortWish(
             "producer" if number == 0 else f"producer {number + 1}",
@@ -199,12 +205,12 @@ def _settle(wishes: Wishes, data: Path, config: dict[str, Any]) -> Options:
     ]
     ports = settle_ports(
         [
-            PortWish("delivery", _port("delivery", wishes, config), "--port or TAILRACE_DELIVERY_PORT"),
-            PortWish("gRPC", _port("grpc", wishes, config), "--grpc-port or TAILRACE_DELIVERY_GRPC_PORT"),
-            PortWish("billing", _port("billing", wishes, config), "--billing-port or TAILRACE_BILLING_PORT"),
-            PortWish("NATS", _port("nats", wishes, config), "--nats-port or TAILRACE_NATS_PORT"),
+            PortWish("delivery", wanted["delivery"], "--port or TAILRACE_DELIVERY_PORT"),
+            PortWish("gRPC", wanted["grpc"], "--grpc-port or TAILRACE_DELIVERY_GRPC_PORT"),
+            PortWish("billing", wanted["billing"], "--billing-port or TAILRACE_BILLING_PORT"),
+            PortWish("NATS", wanted["nats"], "--nats-port or TAILRACE_NATS_PORT"),
             *producers,
-            *_node_wishes(wishes, config),
+            *_node_wishes(wishes.cluster, wanted["nats"]),
         ]
     )
     delivery, grpc, billing, nats, *others = ports
@@ -222,28 +228,15 @@ def _settle(wishes: Wishes, data: Path, config: dict[str, Any]) -> Options:
     )
 
 
-def _node_wishes(wishes: Wishes, config: dict[str, Any]) -> list[PortWish]:
+def _node_wishes(cluster: int, first: int) -> list[PortWish]:
     """The client ports of a cluster's further servers, and a route port for each server."""
-    if wishes.cluster == 1:
+    if cluster == 1:
         return []
-    first = _port("nats", wishes, config)
     clients = [
         PortWish(f"NATS {n + 1}", first + n if first else 0, "--nats-port or TAILRACE_NATS_PORT")
-        for n in range(1, wishes.cluster)
+        for n in range(1, cluster)
     ]
-    return [*clients, *(PortWish(f"NATS route {n}", 0, "") for n in range(1, wishes.cluster + 1))]
-
-
-def _port(name: str, wishes: Wishes, config: dict[str, Any]) -> int:
-    """A port by flag or variable, else from the file, else the default."""
-    wish = wishes.ports.get(name)
-    if wish is not None:
-        return wish
-    table, key = _KEYS.get(name, (name, "port"))
-    value = _section(config, table).get(key, DEFAULT_PORTS[name])
-    if not isinstance(value, int):
-        raise CannotStart(f"[{table}] {key}: must be a whole number, not {value!r}")
-    return value
+    return [*clients, *(PortWish(f"NATS route {n}", 0, "") for n in range(1, cluster + 1))]
 
 
 def _section(config: dict[str, Any], table: str) -> dict[str, Any]:

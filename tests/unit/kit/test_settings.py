@@ -138,7 +138,7 @@ def test_the_file_is_below_the_environment(tmp_path: Path) -> None:
 def test_wrong_and_unknown_keys_of_the_file_are_named(tmp_path: Path) -> None:
     path = config(tmp_path, '[shared]\nparitions = 4\n[delivery]\nport = "high"\ncolour = "red"\n')
     assert [p.split(":")[0] for p in problems(TAILRACE_CONFIG=path)] == [
-        "port (in the file)",
+        "[delivery] port",
         "[shared] paritions",
         "[delivery] colour",
     ]

@@ -11,16 +11,16 @@ from litestar import Litestar, asgi
 
 from bench.processes import free_port
 from schemas.topology import Topology
-from services.delivery.admission import Admission
 from services.delivery.consumers.api import consumers_router
 from services.delivery.consumers.registry import Consumers
-from services.delivery.hub import Hub
-from services.delivery.intake import Intake
+from services.delivery.fanout.hub import Hub
+from services.delivery.fanout.streams import Streams
 from services.delivery.limits import ConsumerLimits
 from services.delivery.limits import Limits as HubLimits
-from services.delivery.lookups import Lookups
-from services.delivery.streams import Streams
-from services.delivery.transports.websocket import WebSockets
+from services.delivery.requests.budgets import Admission
+from services.delivery.requests.generations import Lookups
+from services.delivery.requests.intake import Intake
+from services.delivery.websocket.handler import WebSockets
 from services.kit.auth.principal import PRINCIPAL, Principal
 from services.kit.broker import Broker
 from services.kit.clock import SystemClock

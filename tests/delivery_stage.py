@@ -17,7 +17,7 @@ from schemas.subjects import Address, token_subject
 from schemas.topology import Topology
 from schemas.usage import Usage
 from services.delivery.app import build_app
-from services.delivery.hub import Hub
+from services.delivery.fanout.hub import Hub
 from services.delivery.settings import Settings
 from services.kit.auth.setup import build_authenticator
 from services.kit.broker import Broker

@@ -9,15 +9,15 @@ import grpc
 import grpc.aio
 
 from schemas.rpc.tailrace.v1 import tailrace_pb2 as pb
-from services.delivery.admission import Admission
 from services.delivery.consumers.registry import Consumers
-from services.delivery.hub import Hub
-from services.delivery.intake import Intake
+from services.delivery.fanout.hub import Hub
+from services.delivery.fanout.streams import Streams
+from services.delivery.grpc.server import serving_grpc
+from services.delivery.grpc.service import Delivery
 from services.delivery.limits import ConsumerLimits, Limits
-from services.delivery.lookups import Lookups
-from services.delivery.streams import Streams
-from services.delivery.transports.grpc_delivery import Delivery
-from services.delivery.transports.grpc_server import serving_grpc
+from services.delivery.requests.budgets import Admission
+from services.delivery.requests.generations import Lookups
+from services.delivery.requests.intake import Intake
 from services.kit.auth.principal import Principal
 from services.kit.broker import Broker
 from services.kit.clock import SystemClock

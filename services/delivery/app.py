@@ -14,29 +14,29 @@ from litestar.datastructures import CacheControlHeader
 from litestar.static_files import create_static_files_router
 
 from schemas.requests import ENVELOPE, GenerationRecord
-from services.delivery.accounts import Accounts
-from services.delivery.admission import Admission
-from services.delivery.api import router
-from services.delivery.completion import Completion
 from services.delivery.consumers.api import consumers_router
 from services.delivery.consumers.describe import describe_consumer_events
 from services.delivery.consumers.registry import Consumers
-from services.delivery.dead_api import dead_router
-from services.delivery.deletion import Deletion
-from services.delivery.delivered import Delivered
-from services.delivery.describe import describe_streams
-from services.delivery.events_api import events_handlers
-from services.delivery.hub import Hub
-from services.delivery.intake import Intake
-from services.delivery.keys_api import keys_router
-from services.delivery.lookups import Lookups
-from services.delivery.request_limit import request_limit
+from services.delivery.fanout.hub import Hub
+from services.delivery.fanout.streams import Streams
+from services.delivery.http.asgi import outliving
+from services.delivery.http.completion import Completion
+from services.delivery.http.dead import dead_router
+from services.delivery.http.events import SessionEvents
+from services.delivery.http.generations import router
+from services.delivery.http.keys import keys_router
+from services.delivery.http.openapi import describe_streams
+from services.delivery.http.routes import events_handlers
+from services.delivery.http.tickets import tickets_router
+from services.delivery.reports.counting import Accounts
+from services.delivery.reports.reporter import Delivered
+from services.delivery.requests.budgets import Admission
+from services.delivery.requests.deletion import Deletion
+from services.delivery.requests.generations import Lookups
+from services.delivery.requests.intake import Intake
+from services.delivery.requests.size_limit import request_limit
 from services.delivery.settings import Settings
-from services.delivery.streams import Streams
-from services.delivery.tickets_api import tickets_router
-from services.delivery.transports.answering import outliving
-from services.delivery.transports.events import SessionEvents
-from services.delivery.transports.websocket import WebSockets
+from services.delivery.websocket.handler import WebSockets
 from services.kit.api_docs import documented
 from services.kit.auth.authenticator import Authenticator
 from services.kit.auth.entrance import entering
@@ -141,8 +141,8 @@ async def _serving_grpc(
         return
     # Only here: who does without gRPC shall not pay for its library.
     try:
-        from services.delivery.transports.grpc_delivery import Delivery
-        from services.delivery.transports.grpc_server import serving_grpc
+        from services.delivery.grpc.server import serving_grpc
+        from services.delivery.grpc.service import Delivery
     except ImportError as error:
         hint = "it needs the C++ runtime libstdc++; 0 serves no gRPC"
         raise SettingsError([f"TAILRACE_DELIVERY_GRPC_PORT: gRPC cannot be loaded ({error}): {hint}"]) from error

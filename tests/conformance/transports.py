@@ -9,7 +9,7 @@ import httpx
 from google.protobuf.json_format import MessageToDict
 
 from schemas.rpc.tailrace.v1 import tailrace_pb2 as pb
-from services.delivery.core.composite import parse_composite
+from services.delivery.formats.multi_cursor import parse_composite
 from tests.delivery_stage import Stage, delivering
 from tests.grpc_stage import GrpcStage, serving_calls
 from tests.websocket_client import JSON, MSGPACK, SocketClient, socket

@@ -7,7 +7,7 @@ import pytest
 
 from schemas.codec import encode_event
 from schemas.requests import Message
-from services.delivery.core.transcript import Transcript as Lookup
+from services.delivery.requests.transcript import Transcript as Lookup
 from services.producer.core.counting import GenerationCounter
 from services.producer.core.dialects import dialect_of
 from services.producer.core.generation import Generation

@@ -33,9 +33,9 @@ from schemas.events import (
 )
 from schemas.rpc.tailrace.v1 import tailrace_pb2 as pb
 from schemas.usage import MAX_NUMBER, Counted, Usage
-from services.delivery.core.entries import Entry
-from services.delivery.core.formats import Address
-from services.delivery.core.protobuf import PROTOBUF, item, item_read
+from services.delivery.formats.format import Address
+from services.delivery.formats.protobuf import PROTOBUF, item, item_read
+from services.delivery.formats.tail import Entry
 
 RPC = Path(pb.__file__).parents[2]
 AT = Address("s", b"t100" + b"0123456789abcdef")

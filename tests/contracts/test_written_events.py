@@ -18,12 +18,12 @@ from schemas.usage import Usage
 from services.billing.core.fold import fold
 from services.billing.core.intake import read_record
 from services.delivery.consumers.judging import read_header
-from services.delivery.core.entries import Entry
-from services.delivery.core.formats import Address as FormatAddress
-from services.delivery.core.granularity import Grain, Merger, Place
-from services.delivery.core.protobuf import typed
-from services.delivery.core.transcript import Transcript
-from services.delivery.core.websocket_events import msgpack_frame
+from services.delivery.formats.format import Address as FormatAddress
+from services.delivery.formats.granularity import Grain, Merger, Place
+from services.delivery.formats.protobuf import typed
+from services.delivery.formats.tail import Entry
+from services.delivery.formats.websocket import msgpack_frame
+from services.delivery.requests.transcript import Transcript
 from services.producer.core.bounds import CHOICES, EVENT_BYTES, JSON_BYTES, PIECE_BYTES, PIECE_CHARS
 from services.producer.core.counting import GenerationCounter
 from services.producer.core.generation import Generation

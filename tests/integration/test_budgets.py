@@ -19,7 +19,7 @@ from services.billing.admission import Admission
 from services.billing.core.budgets import Budget
 from services.billing.core.reconciliation import Policy
 from services.billing.terms import CurrentTerms
-from services.delivery.admission import Admission as Asking
+from services.delivery.requests.budgets import Admission as Asking
 from services.kit.broker import Broker
 from services.kit.clock import SystemClock
 from services.kit.problem import Problem

@@ -6,7 +6,7 @@ from pathlib import Path
 from bench.processes import free_port
 from schemas.partitions import candidates
 from schemas.topology import Topology, token_stream
-from services.delivery.partitions import Partitions
+from services.delivery.log.partitions import Partitions
 from services.kit.broker import Broker
 from services.kit.clock import SystemClock
 from services.kit.settings import Shared

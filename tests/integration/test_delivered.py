@@ -8,8 +8,8 @@ import pytest
 from schemas.codec import encode_event
 from schemas.delivered import DELIVERED_FILTER, DeliveredReport, decode_delivered
 from schemas.topology import DELIVERED
-from services.delivery.accounts import Accounts
-from services.delivery.delivered import Delivered
+from services.delivery.reports.counting import Accounts
+from services.delivery.reports.reporter import Delivered
 from services.kit.broker import Broker
 from tests.conftest import eventually
 from tests.delivery_stage import Log, Stage, delivering, story

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from services.delivery.hub import Hub
+from services.delivery.fanout.hub import Hub
 from services.delivery.limits import Limits
 from services.kit.broker import Broker, BrokerUnavailable, StreamState
 from services.kit.clock import SystemClock

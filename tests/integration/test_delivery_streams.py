@@ -392,7 +392,7 @@ async def test_answer_whose_beginning_has_expired_is_told_and_goes_on(stage: Sta
 
 
 async def test_many_subscribers_share_one_feed_and_one_framing(stage: Stage, log: Log, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    from services.delivery.core.sse import ServerSentEvents
+    from services.delivery.formats.sse import ServerSentEvents
 
     framed: list[int] = []
     original = ServerSentEvents.frame

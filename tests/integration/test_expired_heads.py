@@ -13,7 +13,7 @@ import pytest
 from schemas.events import AnyEvent, Completed, Delta, Interrupted, Restarted, Started, UsageReported
 from schemas.requests import GenerationRecord
 from schemas.usage import Counted, Usage
-from services.delivery.lookups import Lookups
+from services.delivery.requests.generations import Lookups
 from services.kit.broker import Broker
 from services.producer.core.takeover import decide
 from services.producer.relay import read_begun

@@ -131,7 +131,7 @@ async def test_subscribers_of_all_granularities_read_one_feed_at_once(stage: Sta
 
 
 async def test_text_is_joined_once_for_all_who_want_it_so(stage: Stage, log: Log, monkeypatch: Any) -> None:
-    from services.delivery.core.sse import ServerSentEvents
+    from services.delivery.formats.sse import ServerSentEvents
 
     framed: list[bytes] = []
     original = ServerSentEvents.frame

@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from schemas.rpc.tailrace.v1 import tailrace_pb2 as pb
-from services.delivery.transports.grpc_problems import PROBLEM_KEY
+from services.delivery.grpc.problems import PROBLEM_KEY
 from services.kit.broker import Broker
 from services.kit.http import PortTaken
 from services.kit.tls import server_tls
@@ -153,7 +153,7 @@ async def test_calls_beyond_the_bound_are_refused_and_come_in_again_later(
 
 
 async def test_taken_port_is_said(stage: GrpcStage) -> None:
-    from services.delivery.transports.grpc_server import serving_grpc
+    from services.delivery.grpc.server import serving_grpc
 
     with pytest.raises(PortTaken, match=str(stage.port)):
         async with serving_grpc(stage.delivery, "127.0.0.1", stage.port):

@@ -10,8 +10,8 @@ import pytest
 
 from schemas.events import Binary, Cancelled, Completed, Delta, Failed, Interrupted, Notice, Restarted, Started
 from schemas.rpc.tailrace.v1 import tailrace_pb2 as pb
+from services.delivery.grpc.problems import PROBLEM_KEY
 from services.delivery.limits import Limits
-from services.delivery.transports.grpc_problems import PROBLEM_KEY
 from services.kit.auth.principal import Principal
 from services.kit.broker import Broker
 from services.kit.problem import Problem

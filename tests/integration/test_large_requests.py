@@ -11,7 +11,7 @@ import pytest
 
 from bench.processes import free_port
 from schemas.requests import ENVELOPE, LARGEST_PAYLOAD
-from services.delivery.request_limit import request_limit
+from services.delivery.requests.size_limit import request_limit
 from services.delivery.settings import Settings
 from services.kit.problem import MEDIA_TYPE
 from services.standalone.embedded import MAX_PAYLOAD, payload_for, render_config

@@ -8,7 +8,7 @@ from bench.processes import free_port
 from schemas.codec import encode_event
 from schemas.events import UsageReported, type_of
 from schemas.subjects import control_subject
-from services.delivery.core.transcript import Transcript
+from services.delivery.requests.transcript import Transcript
 from services.kit.broker import Broker
 from services.producer.core.dialects.openrouter import late_usage
 from tests.answers import QUICK, ending

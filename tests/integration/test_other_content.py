@@ -11,7 +11,7 @@ from schemas.codec import decode_event, encode_event
 from schemas.events import AnyEvent, Completed, Delta, is_terminal
 from schemas.subjects import Address, token_subject
 from schemas.topology import token_stream
-from services.delivery.core.transcript import Transcript
+from services.delivery.requests.transcript import Transcript
 from services.kit.broker import Broker
 from services.producer.core.bounds import EVENT_BYTES
 from tests.conftest import eventually

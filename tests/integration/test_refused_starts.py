@@ -8,8 +8,8 @@ import pytest
 
 from schemas.events import Cancelled
 from schemas.subjects import request_subject
-from services.delivery import withdrawals
-from services.delivery.intake import GenerationWish
+from services.delivery.requests import withdrawals
+from services.delivery.requests.intake import GenerationWish
 from services.kit.auth.principal import Principal
 from services.kit.broker import Broker, BrokerUnavailable
 from services.kit.problem import Problem

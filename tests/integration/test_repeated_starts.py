@@ -9,11 +9,11 @@ import pytest
 from nats.js.errors import APIError
 
 from schemas.subjects import lane_of, request_subject
-from services.delivery.admission import Admission
-from services.delivery.hub import Hub
-from services.delivery.intake import GenerationWish, Intake
+from services.delivery.fanout.hub import Hub
 from services.delivery.limits import Limits
-from services.delivery.lookups import Lookups
+from services.delivery.requests.budgets import Admission
+from services.delivery.requests.generations import Lookups
+from services.delivery.requests.intake import GenerationWish, Intake
 from services.kit.auth.principal import Principal
 from services.kit.broker import Broker, BrokerUnavailable
 from services.kit.clock import SystemClock

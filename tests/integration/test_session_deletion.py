@@ -14,8 +14,8 @@ import pytest
 from schemas.requests import GenerationRecord, Request
 from schemas.subjects import dead_subject, lane_of
 from schemas.topology import CONSUMERS, DEAD, Topology
-from services.delivery import deletion as deleting
-from services.delivery.lookups import Lookups
+from services.delivery.requests import deletion as deleting
+from services.delivery.requests.generations import Lookups
 from services.kit.broker import Broker, BrokerUnavailable
 from tests.conftest import eventually
 from tests.consumers_stage import Service

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from schemas.budgets import Reserve
 from services.billing.core.budgets import Budget, Need, Standing, Use, admit, beyond, need_of, period_at
 from services.billing.core.prices import Price, PriceBook
-from services.delivery.admission import worst_case
+from services.delivery.requests.budgets import worst_case
 
 
 def price(token_class: str, amount: str, model: str = "m", currency: str = "USD") -> Price:

@@ -5,7 +5,7 @@ import pytest
 
 from schemas.requests import GenerationRecord
 from services.delivery.errors import Unknown
-from services.delivery.lookups import Lookups
+from services.delivery.requests.generations import Lookups
 from services.kit.broker import BrokerUnavailable, Stored
 from services.kit.clock import SystemClock
 

@@ -31,9 +31,9 @@ from services.billing.core.fold import fold, joins_late
 from services.billing.core.generation import Generation
 from services.billing.core.intake import read_record
 from services.delivery.consumers.judging import Judge
-from services.delivery.log_reader import LogReader
-from services.delivery.lookups import Lookups
-from services.delivery.shared_reads import SharedReads
+from services.delivery.log.read_cache import SharedReads
+from services.delivery.log.reader import LogReader
+from services.delivery.requests.generations import Lookups
 from services.kit.broker import Stored
 from services.kit.clock import SystemClock
 from services.kit.kept import highest_kept_epoch

@@ -10,7 +10,6 @@ from litestar.params import Body, FromPath, FromQuery, QueryParameter
 from litestar.types import ASGIApp
 
 from schemas.cursor import Cursor, InvalidCursor
-from services.delivery.answers import PROBLEMS, named, reach
 from services.delivery.consumers.access import covers, permitted
 from services.delivery.consumers.definition import Wish, rfc3339
 from services.delivery.consumers.events import ConsumerEvents
@@ -27,6 +26,7 @@ from services.delivery.consumers.views import (
     dead_view,
 )
 from services.delivery.errors import CursorExpired, CursorForeign, TooBusy
+from services.delivery.http.responses import PROBLEMS, named, reach
 from services.kit.auth.principal import Principal, authorize
 from services.kit.auth.rules import caller, needs
 from services.kit.consumers import DurableRefused

@@ -14,8 +14,8 @@ from services.delivery import metrics
 from services.delivery.consumers.access import open_session
 from services.delivery.consumers.registry import Consumers
 from services.delivery.consumers.session import ConsumerSession, Delivery
-from services.delivery.core.ndjson import control_line
-from services.delivery.core.sse import HEADERS, control_frame
+from services.delivery.formats.ndjson import control_line
+from services.delivery.formats.sse import HEADERS, control_frame
 from services.kit.auth.principal import Principal
 from services.kit.broker import BrokerUnavailable
 from services.kit.problem import Problem

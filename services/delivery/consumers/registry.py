@@ -32,9 +32,9 @@ from services.delivery.consumers.definition import (
 )
 from services.delivery.consumers.judging import Judge
 from services.delivery.consumers.session import ConsumerSession, Opened, Origin
-from services.delivery.core.start import check_cursor
 from services.delivery.errors import TooBusy, Unknown
-from services.delivery.hub import Hub
+from services.delivery.fanout.hub import Hub
+from services.delivery.fanout.start_position import check_cursor
 from services.delivery.limits import ConsumerLimits
 from services.kit.broker import BrokerUnavailable, StreamState
 from services.kit.consumers import DurableInfo, DurableRefused, Durables

@@ -2,7 +2,7 @@
 
 import pytest
 
-from services.delivery.core.accept import chosen
+from services.delivery.formats.negotiation import chosen
 
 OFFERED = ["text/event-stream", "application/x-ndjson", "application/json"]
 BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,*/*;q=0.8"

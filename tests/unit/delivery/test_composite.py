@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from schemas.cursor import Cursor, CursorIssuer, InvalidCursor
-from services.delivery.core.composite import MAX_SESSIONS, Composite, parse_composite
-from services.delivery.core.granularity import Place
+from services.delivery.formats.granularity import Place
+from services.delivery.formats.multi_cursor import MAX_SESSIONS, Composite, parse_composite
 
 CURSORS = st.lists(
     st.builds(

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from schemas.delivered import DeliveredReport, decode_delivered
-from services.delivery.delivered import IDLE_ROUNDS, Delivered, Place
+from services.delivery.reports.reporter import IDLE_ROUNDS, Delivered, Place
 from services.kit.broker import BrokerUnavailable
 
 PLACE = Place("default", "s", "g")

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from schemas.acceptance import Acceptance, Position, Verdict
 from schemas.codec import Header
-from services.delivery.core.entries import GAP, Entry, Positions, Span, Tail, replay_start
+from services.delivery.formats.tail import GAP, Entry, Positions, Span, Tail, replay_start
 
 sizes = st.lists(st.integers(0, 40), min_size=1, max_size=200)
 

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from schemas.codec import encode_event
 from schemas.events import Delta
-from services.delivery.core.entries import Entry, Tail, gap_before
-from services.delivery.core.formats import Address
-from services.delivery.core.frames import Chunk, Frames
-from services.delivery.core.sse import SSE, ServerSentEvents, control_frame
+from services.delivery.formats.format import Address
+from services.delivery.formats.frames import Chunk, Frames
+from services.delivery.formats.sse import SSE, ServerSentEvents, control_frame
+from services.delivery.formats.tail import Entry, Tail, gap_before
 
 json_text = st.text(max_size=60) | st.sampled_from(["\n", "\r\n\r\n", "\u2028data: x", "id: 5\n", "\x85", "\0", ""])
 

@@ -11,9 +11,9 @@ from schemas.acceptance import BEGINNING
 from schemas.acceptance import Position as Accepted
 from schemas.codec import encode_event
 from schemas.events import Completed, Delta, Extra, Started, ToolCall
-from services.delivery.core.entries import Entry, Tail
-from services.delivery.core.formats import Address
-from services.delivery.core.granularity import CUTS, HOLD_CHARS, TOKEN, Grain, Merger, Place, rest, wanted_grain
+from services.delivery.formats.format import Address
+from services.delivery.formats.granularity import CUTS, HOLD_CHARS, TOKEN, Grain, Merger, Place, rest, wanted_grain
+from services.delivery.formats.tail import Entry, Tail
 
 START = Place(0)
 GRAINS = [TOKEN, Grain("line"), Grain("sentence"), Grain("coalesce", 0.05)]

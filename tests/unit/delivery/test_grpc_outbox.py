@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from services.delivery.transports.grpc_outbox import BOUND, Outbox
+from services.delivery.grpc.outbox import BOUND, Outbox
 from tests.conftest import eventually
 
 

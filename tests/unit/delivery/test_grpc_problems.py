@@ -4,7 +4,7 @@ import grpc
 import pytest
 
 from services.delivery.errors import CursorExpired, Unknown
-from services.delivery.transports.grpc_problems import as_message, as_problem, code_of
+from services.delivery.grpc.problems import as_message, as_problem, code_of
 from services.kit.broker import BrokerUnavailable
 from services.kit.problem import Problem
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from services.delivery.transports.answering import RESTS, outliving
+from services.delivery.http.asgi import RESTS, outliving
 
 
 class Known:

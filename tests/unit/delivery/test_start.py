@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from schemas.cursor import Cursor, CursorIssuer
-from services.delivery.core.start import Start, check_cursor, wanted_start
 from services.delivery.errors import CursorExpired, CursorForeign
+from services.delivery.fanout.start_position import Start, check_cursor, wanted_start
 
 ISSUER = CursorIssuer(0, "2026-01-01T00:00:00Z", "default", "s")
 

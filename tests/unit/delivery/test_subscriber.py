@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from services.delivery.core.entries import Entry, Tail
-from services.delivery.core.formats import Address
-from services.delivery.core.frames import Chunk, Frames
-from services.delivery.core.sse import ServerSentEvents
-from services.delivery.subscriber import Subscriber
+from services.delivery.fanout.subscriber import Subscriber
+from services.delivery.formats.format import Address
+from services.delivery.formats.frames import Chunk, Frames
+from services.delivery.formats.sse import ServerSentEvents
+from services.delivery.formats.tail import Entry, Tail
 
 
 class Client:

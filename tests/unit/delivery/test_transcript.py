@@ -22,8 +22,8 @@ from schemas.events import (
     UsageReported,
 )
 from schemas.usage import Counted, Usage
-from services.delivery.core.answer import BINARY_BYTES, BinaryContent
-from services.delivery.core.transcript import Alternative, Transcript
+from services.delivery.requests.answer import BINARY_BYTES, BinaryContent
+from services.delivery.requests.transcript import Alternative, Transcript
 
 STARTED = Started(
     generation="g",

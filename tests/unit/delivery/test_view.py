@@ -6,13 +6,13 @@ from typing import Any
 
 from schemas.codec import encode_event
 from schemas.events import Delta
-from services.delivery.core.entries import Entry, Tail
-from services.delivery.core.formats import Address
-from services.delivery.core.frames import UNLIMITED
-from services.delivery.core.ndjson import NDJSON
-from services.delivery.core.sse import SSE, ServerSentEvents
-from services.delivery.subscriber import Subscriber
-from services.delivery.view import View
+from services.delivery.fanout.subscriber import Subscriber
+from services.delivery.fanout.view import View
+from services.delivery.formats.format import Address
+from services.delivery.formats.frames import UNLIMITED
+from services.delivery.formats.ndjson import NDJSON
+from services.delivery.formats.sse import SSE, ServerSentEvents
+from services.delivery.formats.tail import Entry, Tail
 from tests.delivery_stage import metric
 
 

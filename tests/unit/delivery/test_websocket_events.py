@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from schemas.cursor import CursorIssuer
-from services.delivery.core.entries import Entry
-from services.delivery.core.formats import Address
-from services.delivery.core.websocket import JSON, MSGPACK, Dialect
-from services.delivery.core.websocket_events import Formats, SessionFormat, place_of
+from services.delivery.formats.format import Address
+from services.delivery.formats.tail import Entry
+from services.delivery.formats.websocket import Formats, SessionFormat, place_of
+from services.delivery.formats.websocket_messages import JSON, MSGPACK, Dialect
 
 PREFIX = CursorIssuer(0, "2026-01-01T00:00:00Z", "t", "s").prefix
 AT = Address("s", PREFIX.encode())

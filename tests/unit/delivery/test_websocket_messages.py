@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.delivery.core.websocket import (
+from services.delivery.formats.websocket_messages import (
     JSON,
     MSGPACK,
     Ack,

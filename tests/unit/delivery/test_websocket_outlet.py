@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from services.delivery.transports.websocket_outlet import BOUND, Outlet
+from services.delivery.websocket.outbox import BOUND, Outlet
 from tests.conftest import eventually
 
 

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.delivery.core.pace import Pace
-from services.delivery.core.window import RECORDS, AutoWindow, InFlight
+from services.delivery.fanout.flow_control import RECORDS, AutoWindow, InFlight
+from services.delivery.websocket.token_bucket import Pace
 
 LOW, START, HIGH = 16_384, 65_536, 1_048_576
 

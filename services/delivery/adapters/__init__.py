@@ -1,1 +1,0 @@
-"""Delivery's shells around the broker."""

@@ -1,1 +1,0 @@
-"""Pure parts of delivery: no I/O, no clock."""

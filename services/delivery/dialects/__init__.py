@@ -1,1 +1,0 @@
-"""The shapes in which a log is shown; one module a dialect."""

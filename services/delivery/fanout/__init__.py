@@ -1,0 +1,1 @@
+"""Feeds of sessions, and the subscribers that they serve."""

@@ -1,0 +1,378 @@
+"""One feed per live session and process: reads the log, joins it to the live subject, writes to all subscribers."""
+
+import asyncio
+from collections import deque
+from typing import Final
+
+import structlog
+from nats.aio.subscription import Subscription
+
+from schemas.codec import MalformedEvent, decode_header
+from schemas.cursor import CursorIssuer
+from schemas.events import TERMINAL_TYPES
+from schemas.subjects import live_filter
+from services.delivery import metrics
+from services.delivery.fanout.subscriber import Subscriber
+from services.delivery.fanout.view import Views
+from services.delivery.formats.format import Address
+from services.delivery.formats.tail import Positions, Tail, replay_start
+from services.delivery.log.reader import LogReader
+from services.kit.broker import Broker, BrokerUnavailable, ReadFailed, Stored
+from services.kit.clock import Clock
+from services.kit.nats_client import header_number
+
+__all__ = ["Feed"]
+
+log = structlog.get_logger()
+OPEN_TRIES: Final = 16
+_SEQUENCE: Final = b"Nats-Sequence: "
+_BEFORE: Final = b"Nats-Last-Sequence: "
+BEHIND_MESSAGES: Final = 20_000
+QUIET_RUNNING: Final = 3.0
+QUIET_IDLE: Final = 60.0
+
+
+class Feed:
+    """Follows one session. `open` must have returned before subscribers join.
+
+    ``max_bytes`` bounds the events kept in memory.
+    """
+
+    def __init__(
+        self, broker: Broker, clock: Clock, issuer: CursorIssuer, tenant: str, session: str, max_bytes: int
+    ) -> None:
+        self.tenant = tenant
+        self.session = session
+        self.issuer = issuer
+        self.address = Address(session, issuer.prefix.encode())
+        self.tail = Tail(0, max_bytes)
+        self.subscribers: set[Subscriber] = set()
+        self.readers: set[Subscriber] = set()  # those that are served from the log until they can be subscribers
+        self.closed = False
+        self.deleted_through = 0  # the stream sequence up to which the session has been deleted, when this was opened
+        self.idle_since: float | None = None
+        self._broker = broker
+        self._clock = clock
+        self._max_bytes = max_bytes
+        self._reader = LogReader(broker, issuer.partition, tenant, session)
+        self._views = Views(self.tail, self.address, clock, max_bytes)
+        self._subscription: Subscription | None = None
+        self._last_seq = 0
+        self._on_subject: dict[str, int] = {}  # last stream sequence seen of each generation …
+        self._since = 0  # … that has any above this one
+        # Live messages, each with the sequence before it on its subject, that wait for a read-back; None when in step.
+        self._behind: deque[tuple[Stored, int]] | None = deque()
+        self._overflowed = False
+        self._reading = asyncio.Lock()
+        self._healing: asyncio.Task[None] | None = None
+        self._flush_due = False
+        self._newest_at = 0.0
+        self._heard = 0
+        self._quiet_since = clock.monotonic()
+        self._loop = asyncio.get_running_loop()
+        self._connection = self._reconnects()
+
+    async def open(self) -> None:
+        """Subscribe to the live subject, read back the running or latest answer, and join both.
+
+        Raises:
+            BrokerUnavailable: the broker does not answer.
+        """
+        subject = live_filter(self.issuer.partition, self.tenant, self.session)
+        self._subscription = await self._broker.listen(subject, self._live)
+        await self._broker.flush()
+        async with self._reading:
+            await self._read_latest()
+            await self._join()
+
+    async def close(self) -> None:
+        """Stop following; the subscribers must have been told before. Closing again does nothing."""
+        self.closed = True
+        self._views.close()
+        subscription, self._subscription = self._subscription, None
+        if subscription is not None:
+            await self._broker.unlisten(subscription)
+        if self._healing is not None:
+            self._healing.cancel()
+
+    def everyone(self) -> list[Subscriber]:
+        """Return whoever is served from memory or from the log."""
+        return [*self.subscribers, *self.readers]
+
+    def hold(self, subscriber: Subscriber) -> None:
+        """Keep the feed open for a subscriber that reads from the log for now."""
+        self.subscribers.discard(subscriber)
+        self._views.hold(subscriber)
+        self.readers.add(subscriber)
+        subscriber.joined = False
+        self.idle_since = None
+
+    def add(self, subscriber: Subscriber) -> None:
+        """Serve a subscriber from memory; it must be at or above its floor."""
+        self.readers.discard(subscriber)
+        self.subscribers.add(subscriber)
+        self.idle_since = None
+        self._views.add(subscriber)
+
+    def remove(self, subscriber: Subscriber) -> None:
+        """Forget a subscriber."""
+        self.subscribers.discard(subscriber)
+        self.readers.discard(subscriber)
+        self._views.remove(subscriber)
+        subscriber.joined = False
+        if not self.subscribers and not self.readers:
+            self.idle_since = self._clock.monotonic()
+
+    def floor(self, subscriber: Subscriber) -> int:
+        """Return the stream sequence from which on a subscriber can be served from memory."""
+        return self._views.floor(subscriber)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the events kept in memory, in every granularity that somebody wants."""
+        return self._views.size
+
+    def latest_start(self) -> int:
+        """Return the stream sequence *before* the running or latest answer."""
+        start = replay_start(self.tail.spans)
+        return self._last_seq if start is None else start - 1
+
+    @property
+    def last_seq(self) -> int:
+        """The stream sequence up to which the log has been seen."""
+        return self._last_seq
+
+    async def reread(self, start: int | None = None, *, until: int | None = None) -> None:
+        """Read what was stored since the last message that arrived (or from ``start`` on).
+
+        ``until``: nothing is to be done once the log has been seen up to this stream sequence.
+        """
+        async with self._reading:
+            if until is not None and self._last_seq >= until:
+                return
+            if self._behind is None:
+                self._behind = deque()
+            self._connection = self._reconnects()
+            await self._look_for_loss()
+            await self._read_from(self._last_seq + 1 if start is None else start)
+            await self._join()
+        self._flush()
+
+    async def reach(self, seq: int) -> None:
+        """Read on if the log has not been seen up to the stream sequence ``seq``.
+
+        Who comes from another replica may have more than this one, and would get it again once it is read here.
+
+        Raises:
+            BrokerUnavailable: the broker does not answer.
+        """
+        if seq > self._last_seq:
+            await self.reread(until=seq)  # of many that come together one reads
+
+    def is_quiet(self, now: float) -> bool:
+        """Tell whether nothing has come for so long that the log should be asked; to be called about every second."""
+        if self._last_seq != self._heard:
+            self._heard, self._quiet_since = self._last_seq, now
+            return False
+        running = any(not span.ended for span in self.tail.spans.values())
+        if now - self._quiet_since < (QUIET_RUNNING if running else QUIET_IDLE):
+            return False
+        self._quiet_since = now
+        return True
+
+    async def check(self) -> None:
+        """Read on where the log holds more than was heard.
+
+        A live message that is lost between two brokers shows only with the next one, and after the last there is none.
+        """
+        last = await self._broker.last(self._reader.stream, self._reader.filter)
+        if last is not None and last.seq > self._last_seq and self.in_step:
+            log.warning("live messages were lost", session=self.session, heard=self._last_seq, stored=last.seq)
+            await self.reread()
+            metrics.GAPS.labels("yes").inc()
+
+    def _reconnects(self) -> int:
+        return self._broker.reconnects
+
+    async def _read_latest(self) -> None:
+        stream, reader = self._reader.stream, self._reader
+        last = await self._broker.last(stream, reader.filter)
+        if last is None:
+            return
+        start = await reader.first_of(last.subject.rsplit(".", 1)[-1]) or last.seq
+        start = min([start, *await self._running()])
+        for _ in range(OPEN_TRIES):
+            self._reset(start - 1)
+            await self._read_from(start)
+            earlier = [first for first in await self._firsts() if first < start]
+            if not earlier:
+                return
+            start = min(earlier)
+
+    async def _running(self) -> list[int]:
+        """Return where the generations begin that have not ended, however long they have been silent."""
+        reader, found = self._reader, []
+        try:
+            newest = await self._broker.lasts(reader.stream, reader.filter)
+        except ReadFailed as error:
+            log.warning("running generations not looked up", session=self.session, detail=str(error))
+            return []
+        for stored in newest:
+            generation = stored.subject.rsplit(".", 1)[-1]
+            try:
+                ended = decode_header(stored.data).type in TERMINAL_TYPES
+            except MalformedEvent:
+                ended = False
+            if not ended and not (await reader.before(generation, stored.seq + 1)).ended:
+                first = await reader.first_of(generation)
+                found += [] if first is None else [first]
+        return found
+
+    async def _firsts(self) -> list[int]:
+        firsts = [await self._reader.first_of(generation) for generation in list(self.tail.spans)[:OPEN_TRIES]]
+        return [first for first in firsts if first is not None]
+
+    def _reset(self, floor: int) -> None:
+        self.tail = Tail(floor, self._max_bytes)
+        self._views = Views(self.tail, self.address, self._clock, self._max_bytes)
+        self._reader.positions = Positions()
+        self._on_subject.clear()
+        self._last_seq = self._since = floor
+
+    async def _read_from(self, start: int) -> None:
+        async for batch in self._broker.read(self._reader.stream, self._reader.filter, start):
+            for stored in batch:
+                await self._take(stored)
+
+    async def _look_for_loss(self) -> None:
+        """Find out whether events have expired before they were read here: a takeover may have been among them."""
+        first = await self._broker.first(self._reader.stream, self._reader.filter)
+        if first is not None and first.seq > self._last_seq:
+            await self._reader.join_again()
+
+    async def _join(self) -> None:
+        """Take the live messages that came while reading back; from then on they are taken as they come."""
+        while self._behind or self._overflowed:
+            if self._overflowed:
+                self._overflowed = False
+                await self._read_from(self._last_seq + 1)
+                continue
+            stored, before = self._behind.popleft()  # type: ignore[union-attr]  # only `reread` and this replace it
+            generation = stored.subject.rsplit(".", 1)[-1]
+            known = self._on_subject.get(generation)
+            if before > (self._since if known is None else known):
+                await self._read_from(1 + await self._before_missing(generation, known))
+            if stored.seq > self._last_seq:
+                await self._take(stored)
+        self._behind = None
+
+    async def _take(self, stored: Stored) -> None:
+        entry = await self._reader.accept(stored)
+        self._note(stored)
+        if entry is not None:
+            # What was missed and read late comes behind what was delivered meanwhile: cursors never go back.
+            moved = entry.seq < self._last_seq
+            self.tail.append(entry._replace(seq=self._last_seq, moved=True) if moved else entry)
+
+    def _note(self, stored: Stored) -> None:
+        self._last_seq = max(stored.seq, self._last_seq)
+        self._on_subject[stored.subject.rsplit(".", 1)[-1]] = stored.seq
+        if len(self._on_subject) > 2_000:
+            for generation in list(self._on_subject)[:1_000]:
+                self._since = max(self._since, self._on_subject.pop(generation))
+
+    def _live(self, subject: str, data: bytes, headers: bytes) -> None:
+        seq, before = header_number(headers, _SEQUENCE), header_number(headers, _BEFORE)
+        if seq is None or before is None:
+            metrics.EVENTS_IN.labels("foreign").inc()
+            return
+        stored = Stored(seq, subject, data)
+        if self._behind is None and self._connection != self._reconnects():
+            self._behind = deque()  # what was missed while the connection was away must come before this one
+        if self._behind is not None:
+            self._wait(stored, before)
+            return
+        if stored.seq <= self._last_seq:
+            return
+        generation = subject.rsplit(".", 1)[-1]
+        known = self._on_subject.get(generation)
+        # Without `before` it is the oldest message kept of its generation; `_take_live` sees whether it is the first.
+        if known is None and before == 0:
+            self._take_live(stored)
+            return
+        if known is None and before > self._since:
+            self._heal(stored, before, None)
+            return
+        if known is None or (known == before and not self._reader.positions.knows(generation)):
+            self._heal(stored, before, self._last_seq)
+            return
+        if known != before:
+            self._heal(stored, before, known)
+            return
+        self._take_live(stored)
+
+    def _wait(self, stored: Stored, before: int) -> None:
+        """Keep a live message until the read-back is through; too many are left to the log."""
+        assert self._behind is not None
+        if len(self._behind) >= BEHIND_MESSAGES:
+            self._behind.clear()
+            self._overflowed = True
+        if not self._overflowed:
+            self._behind.append((stored, before))
+
+    def _take_live(self, stored: Stored) -> None:
+        try:
+            header = decode_header(stored.data)
+        except MalformedEvent:
+            metrics.EVENTS_IN.labels("malformed").inc()
+            self._note(stored)
+            return
+        entry = self._reader.judge(header, stored)
+        if entry is None and self._reader.begins_late(header):
+            self._heal(stored, 0, self._last_seq)
+            return
+        self._note(stored)
+        if entry is not None:
+            self.tail.append(entry)
+            self._newest_at = header.at
+            if not self._flush_due:
+                self._flush_due = True
+                self._loop.call_soon(self._flush)
+
+    def _heal(self, stored: Stored, before: int, known: int | None) -> None:
+        """Messages are missing behind the stream sequence ``known``, or a generation is new here: read the log.
+
+        Without ``known`` the beginning of the generation itself is missing.
+        """
+        self._behind = deque([(stored, before)])
+        generation = stored.subject.rsplit(".", 1)[-1]
+        self._healing = self._loop.create_task(self._read_missing(generation, known))
+
+    async def _before_missing(self, generation: str, known: int | None) -> int:
+        """Return the stream sequence behind which messages of a generation are missing."""
+        if known is not None:
+            return known
+        first = await self._reader.first_of(generation)
+        return max(self._since, (first or self._last_seq + 1) - 1)
+
+    async def _read_missing(self, generation: str, known: int | None) -> None:
+        try:
+            await self.reread(1 + await self._before_missing(generation, known))
+            metrics.GAPS.labels("yes").inc()
+        except BrokerUnavailable as error:
+            metrics.GAPS.labels("no").inc()
+            log.warning("gap not read again yet", session=self.session, detail=str(error))
+
+    @property
+    def in_step(self) -> bool:
+        """Whether live messages are taken as they come (no read-back is due)."""
+        return self._behind is None
+
+    def _flush(self) -> None:
+        """Write what is new to every subscriber that is ready."""
+        self._flush_due = False
+        writes = self._views.flush()
+        if writes:
+            metrics.WRITES.inc(writes)
+            if self._newest_at:
+                metrics.ADDED_LATENCY.observe(max(0.0, self._clock.wall() - self._newest_at))

@@ -1,0 +1,321 @@
+"""One subscriber: an index into a feed, and a connection that is written to without a task of its own."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Generator, Iterator
+from typing import Any, Final
+
+from services.delivery import metrics
+from services.delivery.formats.format import Format
+from services.delivery.formats.frames import UNLIMITED, Chunk
+from services.delivery.formats.granularity import TOKEN, Grain, Place
+
+__all__ = ["Send", "Stand", "Subscriber"]
+
+Send = Callable[[Any], Awaitable[None]]
+"""Takes a message. It may have ``offer`` beside it: a plain function that takes one too, or says that it cannot now."""
+
+MET: Final = 256
+"""Bound of generations that a subscriber is remembered to have met; beyond it it is counted again."""
+
+
+class Stand:
+    """How far a subscriber has been served; those that were sent the same share one.
+
+    ``index``: the next entry of the feed's tail; ``seq``: the stream sequence up to which it was served, and ``offset``
+    the characters of the event behind it; ``at``: when it was last sent something (event-loop time).
+    """
+
+    __slots__ = ("at", "index", "offset", "seq")
+
+    def __init__(self, index: int, seq: int, offset: int, at: float) -> None:
+        self.index = index
+        self.seq = seq
+        self.offset = offset
+        self.at = at
+
+
+class _Rest:
+    """The rest of an awaitable that was started by hand and is waiting for ``future``."""
+
+    def __init__(self, steps: Iterator[Any], future: Any) -> None:
+        self._steps = steps
+        self._future = future
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        future = self._future
+        while True:
+            try:
+                yield future
+            except BaseException:  # given up: the write must not linger half done
+                close = getattr(self._steps, "close", None)
+                if close is not None:
+                    close()
+                raise
+            try:
+                future = next(self._steps)
+            except StopIteration:
+                return
+
+
+class Subscriber:
+    """A client reading a session (``generation`` is None) or one generation.
+
+    ``stand`` says how far it has been served. It is ``quick`` while nothing about it needs a closer look: it stands in
+    a view, no write waits, and it takes whatever comes. ``done`` resolves with the reason when its stream ends;
+    ``until`` and ``until_reason`` say when it ends at the latest (monotonic seconds), and why. A write that has to wait
+    becomes a task; meanwhile the subscriber only falls behind and later gets everything that it missed in few writes.
+
+    ``grain``: in which pieces it is shown text; ``joining``: it may stand in the middle of the entry at its index.
+
+    ``room`` and ``space``: how many events and bytes it may be sent, where the client grants them; the last event may
+    go beyond ``space``.
+    """
+
+    __slots__ = (
+        "_after",
+        "_blocked",
+        "_joined",
+        "_joining",
+        "_loop",
+        "_roomy",
+        "_send",
+        "_wake",
+        "accounted",
+        "blocked_at",
+        "done",
+        "format",
+        "generation",
+        "grain",
+        "met",
+        "offer",
+        "quick",
+        "room",
+        "space",
+        "stand",
+        "until",
+        "until_reason",
+    )
+
+    def __init__(
+        self, send: Send, format_: Format, generation: str | None, seq: int, offset: int = 0, grain: Grain = TOKEN
+    ) -> None:
+        self._loop = loop = asyncio.get_running_loop()
+        self.format = format_
+        self.generation = generation
+        self.stand = Stand(0, seq, offset, loop.time())
+        self.quick = False
+        self.offer: Callable[[Any], bool] | None = getattr(send, "offer", None)
+        self.grain = grain
+        self._joined = False
+        self._joining = False
+        self.done: asyncio.Future[str] = loop.create_future()
+        self.until = float("inf")
+        self.until_reason = "lifetime"
+        self.room = UNLIMITED
+        self.space = UNLIMITED
+        self.accounted = seq  # up to where it has been counted for billing
+        self.met: set[str] | None = None  # the generations of which it was counted among the subscribers
+        self._send = send
+        self.blocked_at: float | None = None
+        self._blocked: asyncio.Task[None] | None = None
+        self._wake: Callable[[Subscriber], None] | None = None
+        self._roomy: asyncio.Event | None = None
+        self._after: str | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether a write can be started now."""
+        return self._blocked is None and self.room > 0 and self.space > 0 and not self.done.done()
+
+    @property
+    def joined(self) -> bool:
+        """Whether it stands in a view."""
+        return self._joined
+
+    @joined.setter
+    def joined(self, joined: bool) -> None:
+        self._joined = joined
+        self._look()
+
+    @property
+    def joining(self) -> bool:
+        """Whether it may stand in the middle of the entry at its index."""
+        return self._joining
+
+    @joining.setter
+    def joining(self, joining: bool) -> None:
+        self._joining = joining
+        self._look()
+
+    @property
+    def index(self) -> int:
+        """The next entry of the feed's tail that it is to get."""
+        return self.stand.index
+
+    @index.setter
+    def index(self, index: int) -> None:
+        self.stand = Stand(index, self.stand.seq, self.stand.offset, self.stand.at)
+
+    @property
+    def seq(self) -> int:
+        """The stream sequence up to which it has been served."""
+        return self.stand.seq
+
+    @property
+    def offset(self) -> int:
+        """How many characters of the event behind `seq` it has been served."""
+        return self.stand.offset
+
+    @property
+    def place(self) -> Place:
+        """What it has been served."""
+        return Place(self.stand.seq, self.stand.offset)
+
+    @place.setter
+    def place(self, place: Place) -> None:
+        self.stand = Stand(self.stand.index, place.seq, place.offset, self.stand.at)
+
+    def touch(self, now: float) -> None:
+        """Note that it is sent something beside the events."""
+        self.stand = Stand(self.stand.index, self.stand.seq, self.stand.offset, now)
+
+    def _look(self) -> None:
+        """Find out whether anything needs a closer look."""
+        self.quick = (
+            self._joined
+            and not self._joining
+            and self._blocked is None
+            and self.room == UNLIMITED
+            and self.space == UNLIMITED
+            and not self.done.done()
+        )
+
+    def meets(self, generation: str) -> bool:
+        """Tell whether it is counted for this generation for the first time."""
+        met = self.met
+        if met is None:
+            self.met = {generation}
+            return True
+        if generation in met:
+            return False
+        if len(met) >= MET:
+            met.clear()
+        met.add(generation)
+        return True
+
+    def on_ready(self, wake: Callable[["Subscriber"], None]) -> None:
+        """Call ``wake`` whenever a write that had to wait is through."""
+        self._wake = wake
+
+    def deliver(self, chunk: Chunk, stand: Stand | None = None) -> None:
+        """Start to write a chunk; it is through at once unless the client's buffers are full.
+
+        ``stand``: of somebody who has just got the same.
+        """
+        self.stand = stand or self.behind(chunk)
+        if chunk.message is not None:
+            self.count(chunk.count, chunk.size)
+            self.start(chunk.message)
+        if chunk.ends:
+            self.finish("terminal")
+
+    def behind(self, chunk: Chunk) -> Stand:
+        """Return where it stands when it has got a chunk."""
+        before, now = self.stand, self._loop.time()
+        if chunk.last_seq:
+            return Stand(chunk.stop, chunk.last_seq, chunk.offset, now)
+        return Stand(chunk.stop, before.seq, before.offset, now)
+
+    def count(self, events: int, size: int) -> None:
+        """Note what was sent: it takes from what the client has granted."""
+        metrics.EVENTS_OUT.inc(events)
+        if self.room != UNLIMITED:
+            self.room -= events
+        if self.space != UNLIMITED:
+            self.space -= size
+
+    def limit(self, room: int, space: int) -> None:
+        """Set what may be sent from now on, in events and bytes; serve it if it waited for that."""
+        self.room, self.space = room, space
+        self._look()
+        if self._roomy is not None:
+            self._roomy.set()
+        if self.ready and self.joined and self._wake is not None:
+            self._wake(self)
+
+    async def has_room(self) -> None:
+        """Wait until something may be sent, or the stream is to end."""
+        self._roomy = self._roomy or asyncio.Event()
+        while not (self.room > 0 and self.space > 0) and not self.done.done():
+            self._roomy.clear()
+            waiting = asyncio.ensure_future(self._roomy.wait())
+            try:
+                either: set[asyncio.Future[Any]] = {waiting, self.done}
+                await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                waiting.cancel()
+
+    def start(self, message: Any) -> None:
+        """Start to send a message. Must not be called while another one waits."""
+        offer = self.offer
+        if offer is not None and offer(message):
+            return
+        try:
+            steps = iter(self._send(message).__await__())
+            future = next(steps)
+        except StopIteration:
+            return
+        except (OSError, RuntimeError):
+            self.finish("disconnected")
+            return
+        metrics.BLOCKED.inc()
+        self.blocked_at = self._loop.time()
+        self._blocked = self._loop.create_task(self._wait(_Rest(steps, future)))
+        self.quick = False
+
+    async def send(self, message: Any) -> None:
+        """Send a message and wait until it is through or the stream is to end: for catching up."""
+        self.start(message)
+        if self._blocked is not None:
+            either: set[asyncio.Future[Any]] = {self._blocked, self.done}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+
+    def finish(self, reason: str) -> None:
+        """End the stream; the first reason holds, except that having fallen behind is no end."""
+        self.quick = False
+        if not self.done.done():
+            self.done.set_result(reason)
+        elif not self.done.cancelled() and self.done.result() == "behind" and self._after is None:
+            self._after = reason
+
+    def rearm(self) -> None:
+        """Make a subscriber that has fallen behind ready to be served again, unless it was to end meanwhile."""
+        if self.done.done() and self.done.result() == "behind":
+            self.done = self._loop.create_future()
+            if self._after is not None:
+                self.done.set_result(self._after)
+            self._look()
+
+    async def close(self) -> None:
+        """Give up a write that still waits."""
+        if self._blocked is not None:
+            self._blocked.cancel()
+            await asyncio.gather(self._blocked, return_exceptions=True)
+
+    async def through(self, seconds: float) -> bool:
+        """Wait for a write that still waits, at most so long; tell whether it is through."""
+        if self._blocked is not None:
+            await asyncio.wait({self._blocked}, timeout=seconds)
+        return self._blocked is None
+
+    async def _wait(self, rest: _Rest) -> None:
+        try:
+            await rest
+        except (OSError, RuntimeError):
+            self.finish("disconnected")
+        finally:
+            self._blocked = None
+            self.blocked_at = None
+            self._look()
+        if self._wake is not None and not self.done.done():
+            self._wake(self)

@@ -1,0 +1,1 @@
+"""How events are encoded for clients: no input or output, no clock."""

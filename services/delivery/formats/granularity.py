@@ -1,0 +1,255 @@
+"""In which pieces text is shown: as it came, by line or sentence, or joined over a time.
+
+Neighbouring deltas of one generation, epoch, choice and kind (text, reasoning, refusal) are joined; any other event
+first lets out what is held, so that the order of the log is kept. Joined, all pieces are the text of the log, whatever
+the granularity; every piece ends at a place from which reading can go on in any granularity.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Final, Literal, NamedTuple
+
+import msgspec
+
+from schemas.events import Delta
+from services.delivery.formats.tail import Entry
+
+__all__ = ["COALESCE_STEPS", "HOLD_CHARS", "HOLD_SECONDS", "TOKEN", "Grain", "Merger", "Place", "rest", "wanted_grain"]
+
+HOLD_SECONDS: Final = 2.0
+HOLD_CHARS: Final = 4_096
+CUTS: Final = 64  # of one event: what is left of it then is let out together
+COALESCE_STEPS: Final = (10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000)
+"""Milliseconds. What is asked for is rounded down to one of them, so that subscribers share what is joined for them."""
+_LOOK_BACK: Final = 16  # characters that an end which was not complete yet may reach back
+_KINDS: Final = ("text", "reasoning", "refusal")
+_LINE: Final = re.compile(r"\n")
+_CLOSING: Final = "\"'\u201d\u2019\u00bb)\\]"
+_SENTENCE: Final = re.compile(
+    rf"[.!?\u2026]+[{_CLOSING}]*\s"  # with the white space behind it: 3.14 is no end
+    rf"|[\u3002\uff01\uff1f\uff61\u0964\u061f]+[{_CLOSING}\u300d\u300f\uff09\u3011]*"  # scripts that put no space there
+    r"|\n"
+)
+
+
+class Place(NamedTuple):
+    """Everything up to a stream sequence, and so many characters of the event with the next one."""
+
+    seq: int
+    offset: int = 0
+
+
+class Grain(NamedTuple):
+    """A granularity. ``hold``: how long text may be held back, in seconds."""
+
+    mode: Literal["token", "line", "sentence", "coalesce"]
+    hold: float = HOLD_SECONDS
+
+
+TOKEN: Final = Grain("token", 0.0)
+
+
+def wanted_grain(granularity: str | None, coalesce: int | None) -> Grain:
+    """Return the granularity that a client's words mean.
+
+    Raises:
+        ValueError: both are given, or one is out of its range.
+    """
+    if coalesce is not None:
+        if granularity is not None:
+            raise ValueError("granularity and coalesce exclude each other")
+        if not COALESCE_STEPS[0] <= coalesce <= COALESCE_STEPS[-1]:
+            raise ValueError(f"coalesce={coalesce} is not within {COALESCE_STEPS[0]} to {COALESCE_STEPS[-1]} ms")
+        return Grain("coalesce", max(step for step in COALESCE_STEPS if step <= coalesce) / 1_000)
+    match granularity:
+        case None | "token":
+            return TOKEN
+        case "line" | "sentence":
+            return Grain(granularity)
+        case _:
+            raise ValueError(f"granularity={granularity[:40]!r} is not one of: token, line, sentence")
+
+
+class _Merged(Delta, tag="delta"):
+    """A delta that holds the text of several, or a part of one: ``through`` is the last seq that it completes."""
+
+    through: int | None = None
+
+
+class _Part:
+    """What is left to show of one delta, from character ``start`` on."""
+
+    __slots__ = ("delta", "entry", "kind", "start", "text")
+
+    def __init__(self, entry: Entry, delta: Delta, kind: str, text: str, start: int) -> None:
+        self.entry = entry
+        self.delta = delta
+        self.kind = kind
+        self.text = text
+        self.start = start
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        delta = self.delta
+        return delta.generation, delta.epoch, delta.choice, self.kind
+
+    def place(self) -> Place:
+        """Return the place before what is left."""
+        return Place(self.entry.seq - 1, self.start)
+
+
+_decoder: Final = msgspec.json.Decoder(Delta)
+_encode: Final = msgspec.json.Encoder().encode
+
+
+def _part(entry: Entry, start: int) -> _Part | None:
+    """Return an entry as text that can be joined or cut; ``None`` for everything else."""
+    if entry.type != "delta" or entry.moved or entry.offset:
+        return None
+    try:
+        delta = _decoder.decode(entry.data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    for kind in _KINDS:
+        text = getattr(delta, kind)
+        if text is not None and delta.tool_call is None and delta.binary is None:
+            return _Part(entry, delta, kind, text, min(start, len(text)))
+    return None
+
+
+class Merger:
+    """Joins and cuts deltas; ``place`` is where its reader stands in the log.
+
+    Times are seconds of any steady clock.
+    """
+
+    def __init__(self, grain: Grain, place: Place) -> None:
+        self.grain = grain
+        self._begin = place
+        self._parts: list[_Part] = []
+        self._text = ""  # what is held: at most `HOLD_CHARS` and one delta
+        self._scan = 0
+        self._since = 0.0
+        self._released = float("-inf")
+
+    @property
+    def due(self) -> float | None:
+        """When what is held must be let out by `settle`; ``None`` when nothing is held."""
+        if not self._parts:
+            return None
+        return (self._released if self.grain.mode == "coalesce" else self._since) + self.grain.hold
+
+    def place(self, seq: int) -> Place:
+        """Return the place behind what was let out, when everything up to ``seq`` was offered."""
+        return self._parts[0].place() if self._parts else Place(seq)
+
+    def offer(self, entry: Entry, now: float) -> list[Entry]:
+        """Take the next entry; return what is to be shown now."""
+        start = self._begin.offset if entry.seq == self._begin.seq + 1 else 0
+        if self.grain.mode == "token" and not start:
+            return [entry]
+        part = _part(entry, start)
+        if part is None:
+            return [*self._release(), entry]
+        shown: list[Entry] = []
+        if self._parts and self._parts[0].key != part.key:
+            shown = self._release()
+        if not self._parts:
+            self._since = now
+        self._parts.append(part)
+        self._text += part.text[part.start :]
+        shown += self._cut(now)
+        return shown
+
+    def settle(self, now: float) -> list[Entry]:
+        """Let out what has been held for long enough."""
+        due = self.due
+        if due is None or now < due:
+            return []
+        self._released = now
+        return self._release()
+
+    def release(self) -> list[Entry]:
+        """Let out what is held."""
+        return self._release()
+
+    def _cut(self, now: float) -> list[Entry]:
+        if self.grain.mode == "token":
+            return self._release()
+        shown: list[Entry] = []
+        if self.grain.mode != "coalesce":
+            while len(shown) < CUTS and (end := self._end()) is not None:
+                shown.append(self._take(end))
+                self._since = now
+        if len(self._text) >= HOLD_CHARS or len(shown) == CUTS:
+            shown += self._release()
+        return shown
+
+    def _end(self) -> int | None:
+        """Return where the first whole line or sentence of what is held ends."""
+        text = self._text
+        for match in (_LINE if self.grain.mode == "line" else _SENTENCE).finditer(text, self._scan):
+            if self.grain.mode == "line" or not text[: match.end()].isspace():
+                return match.end()
+        self._scan = max(0, len(text) - _LOOK_BACK)
+        return None
+
+    def _release(self) -> list[Entry]:
+        return [self._take(len(self._text), whole=True)] if self._parts else []
+
+    def _take(self, size: int, *, whole: bool = False) -> Entry:
+        """Return so many characters of what is held as one piece; ``whole``: with empty deltas at its end."""
+        parts, taken, left = self._parts, 0, size
+        first, start, within = parts[0], parts[0].start, 0
+        while taken < len(parts) and (left > 0 or whole):
+            part = parts[taken]
+            rest_ = len(part.text) - part.start
+            if rest_ > left:
+                part.start += left
+                within = part.start
+                break
+            left -= rest_
+            taken += 1
+        piece = _piece(parts[: taken + (within > 0)], first, start, self._text[:size], within)
+        del parts[:taken]
+        self._text, self._scan = self._text[size:], 0
+        return piece
+
+
+def _piece(parts: Sequence[_Part], first: _Part, start: int, text: str, within: int) -> Entry:
+    """Return the entry of one piece; ``within``: it ends behind so many characters of its last delta."""
+    last = parts[-1]
+    if len(parts) == 1 and not start and not within:
+        return first.entry
+    delta = first.delta
+    through = last.delta.seq if not within else (parts[-2].delta.seq if len(parts) > 1 else delta.seq - 1)
+    merged = _Merged(
+        generation=delta.generation,
+        seq=delta.seq,
+        epoch=delta.epoch,
+        at=delta.at,
+        v=delta.v,
+        choice=delta.choice,
+        tokens=last.delta.tokens,
+        provider_at=delta.provider_at,
+        through=None if through == delta.seq else through,
+    )
+    setattr(merged, first.kind, text)
+    seq = last.entry.seq - (within > 0)
+    return Entry(seq, first.entry.generation, "delta", _encode(merged), within)
+
+
+def rest(entries: Sequence[Entry], place: Place, end: Place) -> Entry | None:
+    """Return what is left of a piece that ends at ``end`` for who stands inside of it.
+
+    ``entries`` are the log's events behind ``place`` that the piece holds text of. ``None`` when it is not text.
+    """
+    parts = [_part(entry, place.offset if entry.seq == place.seq + 1 else 0) for entry in entries]
+    known = [part for part in parts if part is not None]
+    if not known or len(known) < len(parts):
+        return None
+    texts = [part.text[part.start :] for part in known]
+    if end.offset:
+        last = known[-1]
+        texts[-1] = last.text[last.start : end.offset]
+    return _piece(known, known[0], known[0].start, "".join(texts), end.offset)

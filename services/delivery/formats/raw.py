@@ -1,0 +1,75 @@
+"""Events in no form yet: for what puts together its own answer from one session or several."""
+
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+from services.delivery.formats.format import Address
+from services.delivery.formats.tail import Entry
+
+__all__ = ["HEARTBEAT", "Bye", "Gap", "Part", "Parts", "part_of"]
+
+_SEQ: Final = 12
+_OFFSET: Final = 20
+_HEAD: Final = 21
+
+
+class Gap(bytes):
+    """Something is missing; the reason, and the generation behind a blank if there is one."""
+
+
+class Bye(bytes):
+    """The stream ends and can be resumed; the reason."""
+
+
+HEARTBEAT: Final[list[bytes]] = []
+"""The message that says nothing."""
+
+
+class Part(NamedTuple):
+    """One event, and the place after it; see `Entry`."""
+
+    seq: int
+    offset: int
+    moved: bool
+    data: bytes
+
+
+def part_of(frame: bytes) -> Part:
+    """Return the event that a frame of `Parts` holds."""
+    seq, offset = int(frame[:_SEQ], 16), int(frame[_SEQ:_OFFSET], 16)
+    return Part(seq, offset, frame[_OFFSET:_HEAD] == b"1", frame[_HEAD:])
+
+
+class Parts:
+    """Frames that `part_of` reads, `Gap` and `Bye`; a message is a list of them.
+
+    ``protocol`` names what is made of them.
+    """
+
+    def __init__(self, protocol: str, *, heartbeats: bool = False) -> None:
+        self.protocol = protocol
+        self._heartbeats = heartbeats
+
+    def frame(self, entry: Entry, at: Address) -> bytes:
+        """Return one event behind its place."""
+        return b"%012x%08x%d%b" % (entry.seq, entry.offset, entry.moved, entry.data)
+
+    def message(self, frames: Sequence[bytes], *, ends: bool) -> list[bytes]:
+        """Return the frames."""
+        return list(frames)
+
+    def opening(self, at: Address) -> bytes:
+        """Return nothing."""
+        return b""
+
+    def gap(self, reason: str, generation: str | None, at: Address) -> bytes:
+        """Return a `Gap`."""
+        return Gap(f"{reason} {generation}".encode() if generation else reason.encode())
+
+    def bye(self, reason: str, seq: int, at: Address) -> bytes:
+        """Return a `Bye`."""
+        return Bye(reason.encode())
+
+    def heartbeat(self) -> Any | None:
+        """Return an empty message where heartbeats are wanted."""
+        return HEARTBEAT if self._heartbeats else None

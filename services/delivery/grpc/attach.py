@@ -1,0 +1,312 @@
+"""`Attach`: several subscriptions over one call, each with a window that the client opens."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Final, TypeVar
+
+from google.protobuf.message import DecodeError, Message
+
+from schemas.cursor import Cursor, InvalidCursor
+from schemas.rpc.tailrace.v1 import tailrace_pb2 as pb
+from services.delivery import metrics
+from services.delivery.fanout.flow_control import AutoWindow, InFlight
+from services.delivery.fanout.streams import Streams, Wish
+from services.delivery.fanout.subscriber import Subscriber
+from services.delivery.formats.frames import UNLIMITED
+from services.delivery.formats.protobuf import PROTOBUF, Batch, item, item_read
+from services.delivery.grpc.outbox import Outbox
+from services.delivery.grpc.problems import as_message, as_problem
+from services.kit.auth.principal import Principal
+from services.kit.problem import Problem
+
+__all__ = ["TOO_SLOW", "Attachment", "Operation", "decoded", "wish_of"]
+
+SUBSCRIPTIONS: Final = 1_000
+OPERATIONS: Final = 32  # starts and cancels under way
+WINDOW_LOW: Final = 16 * 1024
+WINDOW_START: Final = 64 * 1024
+WINDOW_HIGH: Final = 1024 * 1024
+CREDIT_HIGH: Final = 2**53
+ID_LENGTH: Final = 64
+LAST_WRITE_SECONDS: Final = 5.0
+EXPIRED: Final = Problem(401, "the credentials are not valid any more")
+TOO_SLOW: Final = Problem(503, "nothing was taken for too long: read again after the last cursor", slug="evicted")
+_BEGIN: Final = {pb.BEGIN_UNSPECIFIED: None, pb.BEGIN_START: "start", pb.BEGIN_LIVE: "live"}
+
+M = TypeVar("M", bound=Message)
+Operation = Callable[[Principal, Any], Awaitable[Any]]
+
+
+def decoded(message: type[M], data: bytes) -> M:
+    """Return what a client said.
+
+    Raises:
+        Problem: 400, it is none of these messages.
+    """
+    try:
+        return message.FromString(data)
+    except DecodeError as error:
+        raise Problem(400, f"the request is no {message.DESCRIPTOR.full_name}: {error}") from error
+
+
+def wish_of(request: pb.ReadRequest) -> Wish:
+    """Return what a request to read asks for.
+
+    Raises:
+        Problem: 400, a part of it is not valid.
+    """
+    if request.begin not in _BEGIN:
+        raise Problem(400, f"begin={request.begin} is not one of: BEGIN_UNSPECIFIED, BEGIN_START, BEGIN_LIVE")
+    return Wish.read(
+        request.session,
+        generation=request.generation or None,
+        after=request.after or None,
+        from_=_BEGIN[request.begin],
+        granularity=request.granularity or None,
+        coalesce=request.coalesce_ms or None,
+    )
+
+
+class _Subscription:
+    """One subscription, and what it may be sent: as the client grants it, as it acknowledges, or without limit."""
+
+    def __init__(self, id_: str, request: pb.Subscribe, outbox: Outbox) -> None:
+        self.id = id_
+        self._outbox = outbox
+        self._loop = asyncio.get_running_loop()
+        self._window = AutoWindow(WINDOW_LOW, WINDOW_HIGH, WINDOW_START) if request.auto_window else None
+        self._room = _granted(request.credit.events)
+        self._space = _granted(request.credit.bytes)
+        self._has_credit = self._room != UNLIMITED or self._space != UNLIMITED
+        if self._window is not None:
+            if self._has_credit:
+                raise Problem(400, "credit and auto_window exclude each other")
+            self._space = self._window.size
+        self._in_flight = InFlight() if self._has_credit or self._window is not None else None
+        self._newest = 0
+        self._subscriber: Subscriber | None = None
+        self._unwanted: str | None = None
+
+    def join(self, subscriber: Subscriber) -> None:
+        self._subscriber = subscriber
+        if self._unwanted is not None:
+            subscriber.finish(self._unwanted)
+        subscriber.limit(self._room, self._space)
+
+    async def send(self, batch: Batch) -> None:
+        if batch.events:
+            self._newest = _place(batch.cursor.decode())
+            if self._in_flight is not None:
+                filled = self._window is not None and self._window.is_filled(self._in_flight.size + batch.size)
+                self._in_flight.sent(self._newest, batch.events, batch.size, self._loop.time(), filled=filled)
+        await self._outbox.put(item_read(self.id, batch.data))
+
+    def credit(self, events: int, size: int) -> None:
+        """Let so many more events and bytes be sent.
+
+        Raises:
+            Problem: 409, the subscription has no credit to add to.
+        """
+        if not self._has_credit:
+            raise Problem(409, "this subscription has no credit to add to: give `credit` when you subscribe")
+        subscriber = self._subscriber
+        room, space = (self._room, self._space) if subscriber is None else (subscriber.room, subscriber.space)
+        self._limit(_more(room, events), _more(space, size))
+
+    def acknowledge(self, cursor: str) -> None:
+        """Take note that the client has dealt with all up to a cursor: that may be sent again.
+
+        Raises:
+            Problem: 400, it is no cursor; 409, it has not been sent so much yet.
+        """
+        place = _place(cursor)
+        if place > self._newest:
+            raise Problem(409, "the cursor is ahead of what this subscription has been sent")
+        released = self._in_flight.acked(place, self._loop.time()) if self._in_flight is not None else None
+        if released is None or self._in_flight is None:
+            return
+        if self._window is None:
+            self.credit(released.events, released.size)
+        else:
+            self._limit(UNLIMITED, self._window.measured(released) - self._in_flight.size)
+
+    def end(self, reason: str) -> None:
+        """End it, now or as soon as it is joined."""
+        self._unwanted = reason
+        if self._subscriber is not None:
+            self._subscriber.finish(reason)
+
+    def _limit(self, room: int, space: int) -> None:
+        self._room, self._space = room, space
+        if self._subscriber is not None:
+            self._subscriber.limit(room, space)
+
+
+def _granted(amount: int) -> int:
+    return min(amount, CREDIT_HIGH) or UNLIMITED
+
+
+def _more(now: int, granted: int) -> int:
+    return now if now == UNLIMITED else min(now + granted, CREDIT_HIGH)
+
+
+def _place(text: str) -> int:
+    """Return a cursor as a number that grows with the log."""
+    try:
+        cursor = Cursor.parse(text)
+    except InvalidCursor as error:
+        raise Problem(400, str(error), slug="cursor-invalid") from error
+    return cursor.seq << 32 | cursor.offset
+
+
+class Attachment:
+    """One call of `Attach`. ``operations`` carry out `start` and `cancel` for a principal.
+
+    ``end``: when it ends at the latest, in monotonic seconds, and why.
+    """
+
+    def __init__(
+        self,
+        streams: Streams,
+        principal: Principal,
+        outbox: Outbox,
+        operations: dict[str, Operation],
+        end: tuple[float, str],
+    ) -> None:
+        self._until, self._until_reason = end
+        self._reason: str | None = None
+        self._streams = streams
+        self._principal = principal
+        self._outbox = outbox
+        self._operations = operations
+        self._under_way = asyncio.Semaphore(OPERATIONS)
+        self._subscriptions: dict[str, _Subscription] = {}  # bounded by SUBSCRIPTIONS
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._reader: asyncio.Task[None] | None = None
+
+    async def run(self, requests: AsyncIterator[bytes]) -> None:
+        """Do what the client says until it has said all and its subscriptions have ended.
+
+        Raises:
+            Problem: 503, the client has taken nothing for too long; 401, its credentials are not valid any more.
+        """
+        self._reader = asyncio.create_task(self._read(requests))
+        try:
+            await asyncio.wait({self._reader})
+            while self._tasks and self._reason != "evicted":
+                await asyncio.wait(self._tasks, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
+            if self._reason == "evicted" or not await self._outbox.flush(LAST_WRITE_SECONDS):
+                raise TOO_SLOW
+            if self._reason == "expired":
+                raise EXPIRED
+            if not self._reader.cancelled():
+                self._reader.result()
+        finally:
+            left = [self._reader, *self._tasks]
+            for task in left:
+                task.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
+
+    def stop(self, reason: str) -> None:
+        """Take no more from the client, and end its subscriptions; with them the call ends."""
+        self._reason = self._reason or reason
+        if self._reader is not None:
+            self._reader.cancel()
+        for subscription in self._subscriptions.values():
+            subscription.end(reason)
+
+    def look_after(self, now: float, stall: float) -> None:
+        """End it when it is due, or when the client has taken nothing for ``stall`` seconds."""
+        if self._outbox.writing_since is not None and now - self._outbox.writing_since > stall:
+            self._reason = "evicted"
+            self.stop("evicted")
+        elif now > self._until:
+            self.stop(self._until_reason)
+
+    async def _read(self, requests: AsyncIterator[bytes]) -> None:
+        async for data in requests:
+            id_ = ""
+            try:
+                request = decoded(pb.AttachRequest, data)
+                id_ = request.id[:ID_LENGTH]
+                await self._take(request)
+            except Problem as problem:
+                await self._outbox.put(item(id_, problem=as_message(problem)))
+
+    async def _take(self, request: pb.AttachRequest) -> None:
+        if not 0 < len(request.id) <= ID_LENGTH:
+            raise Problem(400, f"id must have 1 to {ID_LENGTH} characters")
+        kind = request.WhichOneof("kind")
+        metrics.GRPC_REQUESTS.labels(kind or "none").inc()
+        match kind:
+            case "subscribe":
+                self._subscribe(request.id, request.subscribe)
+            case "start" | "cancel":
+                await self._under_way.acquire()
+                self._spawn(self._operate(request.id, kind, getattr(request, kind)))
+            case "credit":
+                self._known(request.id).credit(request.credit.events, request.credit.bytes)
+            case "ack":
+                self._known(request.id).acknowledge(request.ack.cursor)
+            case "unsubscribe":
+                self._known(request.id).end("unsubscribed")
+            case _:
+                raise Problem(400, "kind must be one of: subscribe, credit, ack, unsubscribe, start, cancel")
+
+    def _known(self, id_: str) -> _Subscription:
+        """Return a subscription.
+
+        Raises:
+            Problem: 404, there is none; it may just have ended.
+        """
+        found = self._subscriptions.get(id_)
+        if found is None:
+            raise Problem(404, f"there is no subscription {id_!r}")
+        return found
+
+    def _subscribe(self, id_: str, request: pb.Subscribe) -> None:
+        if id_ in self._subscriptions:
+            raise Problem(409, f"the subscription {id_!r} has not ended: use another id")
+        if len(self._subscriptions) >= SUBSCRIPTIONS:
+            raise Problem(429, f"a call has at most {SUBSCRIPTIONS} subscriptions: open another one")
+        subscription = _Subscription(id_, request, self._outbox)
+        self._subscriptions[id_] = subscription
+        self._spawn(self._serve(subscription, request.read))
+
+    async def _serve(self, subscription: _Subscription, request: pb.ReadRequest) -> None:
+        id_ = subscription.id
+        try:
+            stream = await self._streams.open(self._principal, wish_of(request))
+            reason = "complete"
+            if stream.seq is not None:
+                await self._outbox.put(item(id_, subscribed=pb.Subscribed(cursor=stream.cursor)))
+                reason = await self._streams.serve(stream, subscription.send, PROTOBUF, subscription.join)
+            last = item(id_, ended=pb.Ended(reason=reason))
+        except Exception as error:
+            reason, last = "problem", item(id_, problem=as_message(as_problem(error)))
+        finally:
+            del self._subscriptions[id_]
+        if reason == "evicted":
+            self._reason = "evicted"
+            self.stop(reason)
+            return
+        await self._outbox.put(last)
+
+    async def _operate(self, id_: str, kind: str, request: Any) -> None:
+        try:
+            answer = item(id_, **{kind: await self._operations[kind](self._principal, request)})
+        except Exception as error:
+            answer = item(id_, problem=as_message(as_problem(error)))
+        finally:
+            self._under_way.release()
+        await self._outbox.put(answer)
+
+    def _spawn(self, work: Any) -> None:
+        task: asyncio.Task[None] = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # the call is over: nobody is left to be told

@@ -1,0 +1,216 @@
+"""`Consume`: a durable consumer over one call, which also says what became of its events."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import suppress
+from typing import Any, Final
+
+import grpc
+import msgspec
+
+from schemas.rpc.tailrace.v1 import tailrace_pb2 as pb
+from services.delivery import metrics
+from services.delivery.consumers.access import permitted
+from services.delivery.consumers.consumption import Consumption
+from services.delivery.consumers.registry import Consumers
+from services.delivery.consumers.session import Delivery
+from services.delivery.consumers.settling import Settlement, settle
+from services.delivery.consumers.tokens import InvalidToken
+from services.delivery.formats.protobuf import typed
+from services.delivery.grpc.attach import EXPIRED, ID_LENGTH, LAST_WRITE_SECONDS, TOO_SLOW, decoded
+from services.delivery.grpc.problems import as_message, as_problem
+from services.delivery.http.responses import reach
+from services.kit.auth.principal import Principal
+from services.kit.problem import Problem
+
+__all__ = ["Consuming"]
+
+FIRST_SECONDS: Final = 30.0
+"""How long a call may last without saying what it wants."""
+
+
+class Consuming:
+    """One call of `Consume`. ``write`` sends a response; ``end``: as of `Attachment`.
+
+    The client's words are taken one after another, so what it says is bounded by the flow control of HTTP/2.
+    """
+
+    def __init__(
+        self,
+        consumers: Consumers,
+        principal: Principal,
+        write: Callable[[bytes], Awaitable[None]],
+        end: tuple[float, str],
+    ) -> None:
+        self._consumers = consumers
+        self._principal = principal
+        self._write = write
+        self._turn = asyncio.Lock()  # one writes at a time; those who wait are the reader and the consumption
+        self._writing_since: float | None = None
+        self._until, self._until_reason = end
+        self._loop = asyncio.get_running_loop()
+        self._reason: str | None = None
+        self._consumption: Consumption | None = None
+        self._first: asyncio.Task[pb.OpenConsumer] | None = None
+        self._task: asyncio.Task[str] | None = None
+
+    async def run(self, requests: AsyncIterator[bytes]) -> None:
+        """Read through the consumer until the client stops it, or it has to end.
+
+        Raises:
+            Problem: the caller has no such consumer; 503, it has taken nothing for too long; 401, its credentials are
+                not valid any more.
+        """
+        opening = await self._opening(requests)
+        self._consumption = Consumption(
+            self._consumers, opening.consumer, auto=opening.auto_ack, credit=opening.window or None
+        )
+        give = self._giving(auto=opening.auto_ack)
+        self._task = asyncio.create_task(self._consumption.run(self._principal, self._opened, give))
+        reader = asyncio.create_task(self._read(requests, opening.consumer))
+        try:
+            await asyncio.wait({self._task})
+            if self._task.cancelled():
+                raise TOO_SLOW
+            await self._end(self._task.result())
+        except ConnectionError:
+            return
+        finally:
+            for task in (self._task, reader):
+                task.cancel()
+            await asyncio.gather(self._task, reader, return_exceptions=True)
+
+    def stop(self, reason: str) -> None:
+        """End the call; the first reason holds."""
+        self._reason = self._reason or reason
+        if self._consumption is not None:
+            self._consumption.finish(self._reason)
+        elif self._first is not None:
+            self._first.cancel()
+
+    def look_after(self, now: float, stall: float) -> None:
+        """End it when it is due, or when the client has taken nothing for ``stall`` seconds."""
+        if self._writing_since is not None and now - self._writing_since > stall:
+            self.stop("evicted")
+            if self._task is not None:
+                self._task.cancel()
+        elif now > self._until:
+            self.stop(self._until_reason)
+
+    async def _opening(self, requests: AsyncIterator[bytes]) -> pb.OpenConsumer:
+        """Return the first request; `stop` ends the wait for it."""
+        self._first = asyncio.create_task(_first(requests))
+        try:
+            await asyncio.wait({self._first})
+            if not self._first.cancelled():
+                return self._first.result()
+        finally:
+            self._first.cancel()
+        if self._reason == "expired":
+            raise EXPIRED
+        raise Problem(503, "this replica is going away", headers={"Retry-After": "1"})
+
+    async def _end(self, reason: str) -> None:
+        if reason == "evicted":
+            raise TOO_SLOW
+        if reason == "disconnected":
+            return
+        try:
+            async with asyncio.timeout(LAST_WRITE_SECONDS):
+                await self._say(stopped=pb.Stopped(reason=reason))
+        except TimeoutError as error:
+            raise TOO_SLOW from error
+        if reason == "expired":
+            raise EXPIRED
+
+    async def _read(self, requests: AsyncIterator[bytes], name: str) -> None:
+        """Take what the client says after its first request."""
+        async for data in requests:
+            id_ = ""
+            try:
+                request = decoded(pb.ConsumeRequest, data)
+                id_ = request.settle.id[:ID_LENGTH]
+                await self._take(request, name)
+            except ConnectionError:
+                return
+            except Exception as error:
+                await self._say(refused=pb.Refused(id=id_, problem=as_message(as_problem(error))))
+
+    async def _take(self, request: pb.ConsumeRequest, name: str) -> None:
+        kind = request.WhichOneof("kind")
+        metrics.GRPC_REQUESTS.labels(kind or "none").inc()
+        assert self._consumption is not None
+        match kind:
+            case "settle":
+                await self._settle(request.settle, name, self._consumption)
+            case "credit" if request.credit.events:
+                self._consumption.grant(request.credit.events)
+            case "credit":
+                raise Problem(400, "credit needs `events`, of 1 or more")
+            case "stop":
+                self._consumption.finish("unconsumed")
+            case "open":
+                raise Problem(409, "this call reads a consumer already: open another call")
+            case _:
+                raise Problem(400, "kind must be one of: settle, credit, stop")
+
+    async def _settle(self, words: pb.Settle, name: str, consumption: Consumption) -> None:
+        if len(words.id) > ID_LENGTH:
+            raise Problem(400, f"id must have at most {ID_LENGTH} characters")
+        fields = {"acks": [*words.acks], "nacks": [*words.nacks], "working": [*words.working], "delay": words.delay}
+        try:
+            settlement = msgspec.convert(fields, Settlement)
+            await permitted(self._consumers, self._principal, name, recent=True)
+            found = await reach(settle(self._consumers, self._principal.tenant, name, settlement))
+        except msgspec.ValidationError as error:
+            raise Problem(400, str(error)) from error
+        except InvalidToken as error:
+            raise Problem(400, str(error), slug="token-invalid", title="The token is not valid here") from error
+        consumption.settled([*words.acks, *words.nacks])
+        await self._say(settled=pb.Settled(id=words.id, settled=found.settled, unknown=found.unknown))
+
+    async def _opened(self) -> None:
+        await self._say(consuming=pb.Consuming())
+
+    def _giving(self, *, auto: bool) -> Callable[[Sequence[Delivery]], Awaitable[None]]:
+        async def give(events: Sequence[Delivery]) -> None:
+            await self._say(deliveries=pb.Deliveries(events=[_event(event, auto=auto) for event in events]))
+
+        return give
+
+    async def _say(self, **kind: Any) -> None:
+        """Write one response.
+
+        Raises:
+            ConnectionError: the call is over.
+        """
+        data = pb.ConsumeResponse(**kind).SerializeToString()
+        async with self._turn:
+            self._writing_since = self._loop.time()
+            try:
+                await self._write(data)
+            except grpc.aio.BaseError as error:
+                raise ConnectionResetError("the call is over") from error
+            finally:
+                self._writing_since = None
+
+
+async def _first(requests: AsyncIterator[bytes]) -> pb.OpenConsumer:
+    with suppress(TimeoutError, StopAsyncIteration):
+        async with asyncio.timeout(FIRST_SECONDS):
+            request = decoded(pb.ConsumeRequest, await anext(requests))
+            if request.WhichOneof("kind") == "open":
+                return request.open
+    raise Problem(400, "the first request must be `open`, with the name of a consumer")
+
+
+def _event(delivery: Delivery, *, auto: bool) -> pb.ConsumerEvent:
+    event = typed(delivery.data)
+    event.cursor = delivery.cursor
+    return pb.ConsumerEvent(
+        token="" if auto else delivery.token,
+        session=delivery.session,
+        deliveries=delivery.deliveries,
+        gap=delivery.gap or "",
+        event=event,
+    )

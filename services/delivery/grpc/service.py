@@ -1,0 +1,231 @@
+"""The methods of `tailrace.v1.Delivery`. Messages that stream are finished bytes: gRPC only carries them."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import grpc
+import msgspec
+
+from schemas.names import InvalidName, check_name
+from schemas.rpc.tailrace.v1 import tailrace_pb2 as pb
+from services.delivery.consumers.registry import Consumers
+from services.delivery.fanout.hub import Hub
+from services.delivery.fanout.streams import Streams
+from services.delivery.formats.protobuf import PROTOBUF, Batch
+from services.delivery.grpc.attach import TOO_SLOW, Attachment, Operation, decoded, wish_of
+from services.delivery.grpc.consume import Consuming
+from services.delivery.grpc.outbox import Outbox
+from services.delivery.grpc.problems import answering
+from services.delivery.http.generations import view_of
+from services.delivery.requests.generations import Lookups
+from services.delivery.requests.intake import GenerationWish, Intake
+from services.kit.auth.principal import Principal, authorize
+from services.kit.problem import Problem
+
+__all__ = ["SERVICE", "Authenticate", "Delivery"]
+
+SERVICE: Final = pb.DESCRIPTOR.services_by_name["Delivery"].full_name
+KEY_LIMIT: Final = 200
+LAST_WRITE_SECONDS: Final = 5.0
+
+Authenticate = Callable[[str | None], Awaitable[Principal]]
+"""Returns who calls, by the value of `authorization`; raises `Problem` 401 or 503."""
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class Delivery:
+    """What may be asked over gRPC, over the same streams, look-ups and queue as over HTTP."""
+
+    def __init__(
+        self,
+        hub: Hub,
+        streams: Streams,
+        lookups: Lookups,
+        intake: Intake,
+        consumers: Consumers,
+        authenticate: Authenticate,
+    ) -> None:
+        self._hub = hub
+        self._streams = streams
+        self._lookups = lookups
+        self._intake = intake
+        self._consumers = consumers
+        self._authenticate = authenticate
+        self._attachments: set[Attachment | Consuming] = set()  # bounded by the server's calls
+
+    def handlers(self) -> grpc.GenericRpcHandler:
+        """Return the methods; requests and answers are bytes."""
+        return grpc.method_handlers_generic_handler(
+            SERVICE,
+            {
+                "Read": grpc.unary_stream_rpc_method_handler(self.read),
+                "Attach": grpc.stream_stream_rpc_method_handler(self.attach),
+                "Consume": grpc.stream_stream_rpc_method_handler(self.consume),
+                "Start": self._unary("Start", self.start, pb.StartRequest),
+                "Cancel": self._unary("Cancel", self.cancel, pb.CancelRequest),
+                "GetGeneration": self._unary("GetGeneration", self.generation, pb.GetGenerationRequest),
+            },
+        )
+
+    async def sweep(self) -> bool:
+        """Look after calls of `Attach` and `Consume`; return whether new ones are taken. Call it about every second."""
+        now = self._hub.clock.monotonic()
+        for attachment in tuple(self._attachments):
+            if self._hub.draining:
+                attachment.stop("drain")
+            else:
+                attachment.look_after(now, self._hub.limits.stall)
+        return await self._hub.is_ready()
+
+    async def read(self, data: bytes, context: Context) -> None:
+        """Serve one stream to its end."""
+        async with answering("Read", context):
+            principal = await self._principal(context)
+            stream = await self._streams.open(principal, wish_of(decoded(pb.ReadRequest, data)))
+            await context.send_initial_metadata(())
+            if stream.seq is None:
+                return
+            async with Outbox(context.write) as outbox:
+
+                async def send(batch: Batch) -> None:
+                    await outbox.put(batch.data)
+
+                if await self._streams.serve(stream, send, PROTOBUF) == "evicted":
+                    raise TOO_SLOW
+                if not await outbox.flush(LAST_WRITE_SECONDS):
+                    raise TOO_SLOW
+
+    async def attach(self, requests: AsyncIterator[bytes], context: Context) -> None:
+        """Serve one call of `Attach` to its end."""
+        async with answering("Attach", context):
+            principal = await self._entering(context)
+            async with Outbox(context.write) as outbox:
+                operations: dict[str, Operation] = {"start": self.start, "cancel": self.cancel}
+                end = self._hub.end_of(principal.expires_at)
+                attachment = Attachment(self._streams, principal, outbox, operations, end)
+                with self._attached(principal, attachment):
+                    await attachment.run(requests)
+
+    async def consume(self, requests: AsyncIterator[bytes], context: Context) -> None:
+        """Serve one call of `Consume` to its end."""
+        async with answering("Consume", context):
+            principal = await self._entering(context)
+            consuming = Consuming(self._consumers, principal, context.write, self._hub.end_of(principal.expires_at))
+            with self._attached(principal, consuming):
+                await consuming.run(requests)
+
+    async def _entering(self, context: Context) -> Principal:
+        """Return who opens a call that lasts.
+
+        Raises:
+            Problem: 401, 429 or 503.
+        """
+        principal = await self._principal(context)
+        self._hub.connections.check(principal)
+        if self._hub.draining:
+            raise Problem(503, "this replica is going away", headers={"Retry-After": "1"})
+        await context.send_initial_metadata(())
+        return principal
+
+    @contextmanager
+    def _attached(self, principal: Principal, call: Attachment | Consuming) -> Iterator[None]:
+        """Count a call as open, and look after it, while the block runs."""
+        self._attachments.add(call)
+        try:
+            with self._hub.stream(principal, call.stop):
+                yield
+        finally:
+            self._attachments.discard(call)
+
+    async def start(self, principal: Principal, request: pb.StartRequest) -> pb.StartResponse:
+        """Queue a request for a generation.
+
+        Raises:
+            Problem: it is not valid, not allowed, or cannot be taken now.
+            BrokerUnavailable: nothing was queued.
+        """
+        _check("session", request.session)
+        authorize(principal, "start", request.session)
+        key = request.idempotency_key or None
+        if key is not None and len(key) > KEY_LIMIT:
+            raise Problem(400, f"idempotency_key must have at most {KEY_LIMIT} characters")
+        generation, cursor, repeated = await self._intake.accept(
+            principal, request.session, _generation_wish(request), key
+        )
+        return pb.StartResponse(
+            session=request.session, generation=generation, cursor=cursor, state="queued", repeated=repeated
+        )
+
+    async def cancel(self, principal: Principal, request: pb.CancelRequest) -> pb.CancelResponse:
+        """Ask for a generation to end.
+
+        Raises:
+            Problem: a name is not valid, or it is not allowed.
+            Unknown: there is no such generation.
+            BrokerUnavailable: the wish could not be noted.
+        """
+        _check("session", request.session)
+        _check("generation", request.generation)
+        authorize(principal, "cancel", request.session)
+        state = await self._intake.cancel(principal.tenant, request.session, request.generation)
+        return pb.CancelResponse(generation=request.generation, state=state)
+
+    async def generation(self, principal: Principal, request: pb.GetGenerationRequest) -> pb.Generation:
+        """Return a generation with what it has said so far.
+
+        Raises:
+            Problem: a name is not valid, or it is not allowed.
+            Unknown: there is no such generation.
+            BrokerUnavailable: the log cannot be read.
+        """
+        _check("session", request.session)
+        _check("generation", request.generation)
+        authorize(principal, "read", request.session)
+        view = await view_of(self._lookups, principal.tenant, request.session, request.generation)
+        return pb.Generation(
+            session=view.session,
+            generation=view.generation,
+            state=view.state,
+            text=view.text,
+            reasoning=view.reasoning,
+            refusal=view.refusal,
+            finish_reason=view.finish_reason or "",
+            json=msgspec.json.encode(view),
+        )
+
+    def _unary(
+        self, name: str, method: Callable[[Principal, Any], Awaitable[Any]], request_type: type[Any]
+    ) -> "grpc.RpcMethodHandler[Any, Any]":
+        async def call(data: bytes, context: Context) -> bytes:
+            async with answering(name, context):
+                answer = await method(await self._principal(context), decoded(request_type, data))
+            return bytes(answer.SerializeToString())
+
+        return grpc.unary_unary_rpc_method_handler(call)
+
+    async def _principal(self, context: Context) -> Principal:
+        for name, value in context.invocation_metadata() or ():
+            if name == "authorization":
+                return await self._authenticate(value if isinstance(value, str) else value.decode("latin-1"))
+        return await self._authenticate(None)
+
+
+def _check(role: str, value: str) -> None:
+    try:
+        check_name(role, value)
+    except InvalidName as error:
+        raise Problem(400, str(error)) from error
+
+
+def _generation_wish(request: pb.StartRequest) -> GenerationWish:
+    """Return the wish, checked by the rules of the body over HTTP."""
+    try:
+        options = msgspec.json.decode(request.options, type=dict[str, Any]) if request.options else {}
+        messages = [
+            msgspec.json.decode(m.json) if m.json else {"role": m.role, "content": m.content} for m in request.messages
+        ]
+        fields = {"model": request.model, "messages": messages, "metadata": dict(request.metadata)}
+        return msgspec.convert({**fields, **options}, GenerationWish)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Problem(400, f"the request is not valid: {error}") from error

@@ -1,0 +1,113 @@
+"""Events over HTTP: one resource, several forms, chosen by what the client accepts."""
+
+from typing import Any, Final
+
+import msgspec
+from litestar.types import ASGIApp
+
+from services.delivery.fanout.streams import Streams
+from services.delivery.formats.format import Format
+from services.delivery.formats.gzip import Gzipped, takes_gzip
+from services.delivery.formats.multiplex import SEVERAL_NDJSON, SEVERAL_SSE, Several
+from services.delivery.formats.ndjson import NDJSON
+from services.delivery.formats.negotiation import chosen
+from services.delivery.formats.sse import SSE
+from services.delivery.http.asgi import streaming, whole
+from services.delivery.http.completion import Completion
+from services.delivery.http.generations import view_of
+from services.delivery.http.long_poll import BATCH_EVENTS, MAX_EVENTS, polling
+from services.delivery.http.multiplex import open_several, streaming_several
+from services.delivery.http.read_request import COMPLETE, Ask, header, wish_of
+from services.delivery.http.responses import named, reach
+from services.delivery.requests.generations import Lookups
+from services.kit.auth.principal import Principal, principal_of
+from services.kit.problem import Problem
+
+__all__ = ["SessionEvents"]
+
+_JSON: Final = "application/json"
+_STREAMS: Final[dict[str, tuple[Format, Several, bytes]]] = {
+    "text/event-stream": (SSE, SEVERAL_SSE, b"text/event-stream; charset=utf-8"),
+    "application/x-ndjson": (NDJSON, SEVERAL_NDJSON, b"application/x-ndjson"),
+    "application/ndjson": (NDJSON, SEVERAL_NDJSON, b"application/ndjson"),
+}
+_GZIPPED: Final = {SSE: Gzipped(SSE), NDJSON: Gzipped(NDJSON)}  # one object each, so that feeds compress once
+
+
+class SessionEvents:
+    """Answers to ``…/sessions/{session}/events`` and ``/events``.
+
+    ``max_wait``: seconds for which a poll may wait; ``heartbeat``: silence in seconds that a stream fills;
+    ``compress``: whether clients that take gzip get it.
+    """
+
+    def __init__(
+        self,
+        streams: Streams,
+        lookups: Lookups,
+        completion: Completion,
+        *,
+        max_wait: float,
+        heartbeat: float,
+        compress: bool = False,
+    ) -> None:
+        self._compress = compress
+        self._streams = streams
+        self._lookups = lookups
+        self._completion = completion
+        self._max_wait = max_wait
+        self._heartbeat = heartbeat
+
+    async def of_session(self, scope: Any, receive: Any, ask: Ask, session: str) -> ASGIApp:
+        """Return the answer to a request for one session's events.
+
+        Raises:
+            Problem: the request is not valid, or cannot be met.
+        """
+        principal = principal_of(scope)
+        media_type = _form(scope, [_JSON] if ask.wait is not None else [*_STREAMS, _JSON])
+        if ask.wait == COMPLETE:
+            return await self._complete(principal, receive, ask, session)
+        wait = min(ask.seconds or 0.0, self._max_wait)
+        limit = _limit(ask)
+        stream = await self._streams.open(principal, wish_of(scope, ask, session))
+        gzip = self._compress and takes_gzip(header(scope, b"accept-encoding"))
+        if media_type == _JSON:
+            return polling(self._streams, stream, wait, limit, gzip=gzip)
+        format_, _, content_type = _STREAMS[media_type]
+        if gzip:
+            return streaming(self._streams, stream, _GZIPPED[format_], content_type, gzip=True)
+        return streaming(self._streams, stream, format_, content_type)
+
+    async def of_several(self, scope: Any, ask: Ask) -> ASGIApp:
+        """Return the answer to a request for the events of several sessions.
+
+        Raises:
+            Problem: the request is not valid, or cannot be met.
+        """
+        _, form, content_type = _STREAMS[_form(scope, [*_STREAMS])]
+        opened = await open_several(self._streams, principal_of(scope), scope, ask)
+        return streaming_several(self._streams, opened, form, content_type, self._heartbeat)
+
+    async def _complete(self, principal: Principal, receive: Any, ask: Ask, session: str) -> ASGIApp:
+        if ask.generation is None:
+            raise Problem(400, "wait=complete needs a generation")
+        named("generation", ask.generation)
+        ended = await self._completion.wait(principal, session, ask.generation, receive)
+        view = await reach(view_of(self._lookups, principal.tenant, session, ask.generation))
+        return whole(200 if ended else 202, msgspec.json.encode(view), _JSON)
+
+
+def _form(scope: Any, offered: list[str]) -> str:
+    media_type = chosen(header(scope, b"accept"), offered)
+    if media_type is None:
+        raise Problem(406, f"there is no such form of these events: accept one of {', '.join(offered)}")
+    return media_type
+
+
+def _limit(ask: Ask) -> int:
+    if ask.limit is None:
+        return BATCH_EVENTS
+    if not 1 <= ask.limit <= MAX_EVENTS:
+        raise Problem(400, f"limit={ask.limit} is not within 1 to {MAX_EVENTS}")
+    return ask.limit

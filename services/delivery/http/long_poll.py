@@ -1,0 +1,162 @@
+"""Long polls: a batch of events as soon as there is one, for clients that cannot stream."""
+
+import asyncio
+from typing import Any, Final
+
+import msgspec
+from litestar.types import ASGIApp
+
+from schemas.codec import decode_header
+from services.delivery.fanout.streams import Stream, Streams
+from services.delivery.fanout.subscriber import Subscriber
+from services.delivery.formats.format import Address
+from services.delivery.formats.granularity import TOKEN, Merger, Place
+from services.delivery.formats.raw import Bye, Gap, Parts, part_of
+from services.delivery.formats.tail import Entry
+from services.delivery.http.asgi import send_whole, watching
+from services.kit.problem import Problem, send_problem
+
+__all__ = ["BATCH_EVENTS", "MAX_EVENTS", "Batch", "polling"]
+
+BATCH_EVENTS: Final = 500
+MAX_EVENTS: Final = 5_000
+BATCH_BYTES: Final = 1_048_576
+GATHER_SECONDS: Final = 0.005  # what comes right behind the first event is taken along
+_FORMAT: Final = Parts("poll")
+
+
+class _Item(msgspec.Struct):
+    cursor: str
+    event: msgspec.Raw
+
+
+class Batch(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """What a poll brings. ``cursor``: ask again with it as ``after``; ``more``: there is more already.
+
+    ``ended``: the wanted generation has ended, nothing follows. ``gaps``: what is missing, as on a stream.
+    """
+
+    events: list[_Item]
+    cursor: str
+    more: bool
+    ended: bool | None = None
+    gaps: list[dict[str, str]] = []
+
+
+class _Poll:
+    """Gathers one batch; ``wait`` in seconds."""
+
+    def __init__(self, wait: float, limit: int) -> None:
+        self.gaps: list[Gap] = []
+        self.frames: list[bytes] = []
+        self.subscriber: Subscriber | None = None
+        self._wait = wait
+        self._limit = limit
+        self._size = 0
+        self._caught_up = False
+        self._loop = asyncio.get_running_loop()
+        self._timers: list[asyncio.TimerHandle] = []
+
+    def joined(self, subscriber: Subscriber) -> None:
+        self.subscriber = subscriber
+        subscriber.limit(self._limit, BATCH_BYTES)
+        if self._wait:
+            self._end_in(self._wait)
+
+    def caught_up(self, _subscriber: Subscriber) -> None:
+        self._caught_up = True
+        if not self._wait:
+            self._end_in(0)
+        elif self.frames:
+            self._end_in(GATHER_SECONDS)
+
+    async def send(self, message: list[bytes]) -> None:
+        before = len(self.frames)
+        for frame in message:
+            if isinstance(frame, Gap):
+                self.gaps.append(frame)
+            elif not isinstance(frame, Bye):
+                self.frames.append(frame)
+                self._size += len(frame)
+        if len(self.frames) >= self._limit or self._size >= BATCH_BYTES:
+            self._end_in(0)
+        elif self._caught_up and self.frames and not before:
+            self._end_in(GATHER_SECONDS)
+
+    def close(self) -> None:
+        for timer in self._timers:
+            timer.cancel()
+
+    def _end_in(self, seconds: float) -> None:
+        assert self.subscriber is not None
+        if seconds:
+            self._timers.append(self._loop.call_later(seconds, self.subscriber.finish, "batch"))
+        else:
+            self.subscriber.finish("batch")
+
+
+def polling(streams: Streams, stream: Stream, wait: float, limit: int, *, gzip: bool = False) -> ASGIApp:
+    """Return the answer that waits so many seconds for at most so many events of the log."""
+
+    async def answer(_scope: Any, receive: Any, send: Any) -> None:
+        if stream.seq is None:
+            await _send(send, Batch(events=[], cursor=stream.wish.cursor or "", more=False, ended=True))
+            return
+        # A granularity is applied to the batch: it is sent at once, so that there is nothing to hold back for.
+        plain = stream._replace(wish=stream.wish._replace(grain=TOKEN), offset=0)
+        poll = _Poll(wait, limit)
+        with watching(receive) as watch:
+
+            def joined(subscriber: Subscriber) -> None:
+                poll.joined(subscriber)
+                watch(subscriber)
+
+            try:
+                reason = await streams.serve(plain, poll.send, _FORMAT, joined, poll.caught_up)
+            finally:
+                poll.close()
+        if reason == "unavailable" and not poll.frames:
+            problem = Problem(503, "the log cannot be read now", headers={"Retry-After": "1"})
+            await send_problem(send, problem)
+        elif reason != "disconnected":
+            await _send(send, _batch(stream, poll, reason), gzip=gzip)
+
+    return answer
+
+
+def _batch(stream: Stream, poll: _Poll, reason: str) -> Batch:
+    assert poll.subscriber is not None
+    assert stream.seq is not None
+    feed, place = stream.feed, max(poll.subscriber.place, Place(stream.seq, stream.offset))
+    ended = reason in ("terminal", "complete")
+    behind = place.seq < feed.tail.floor or feed.tail.after(*place) < feed.tail.end
+    return Batch(
+        events=_items(stream, poll.frames),
+        cursor=feed.address.inside(place.offset).cursor(place.seq).decode(),
+        more=behind and not ended,
+        ended=True if ended else None,
+        gaps=[dict(zip(("reason", "generation"), gap.decode().split(), strict=False)) for gap in poll.gaps],
+    )
+
+
+def _items(stream: Stream, frames: list[bytes]) -> list[_Item]:
+    at, seq = stream.feed.address, stream.seq or 0
+    merger = Merger(stream.wish.grain, Place(seq, stream.offset))
+    entries: list[Entry] = []
+    for frame in frames:
+        entries += merger.offer(_entry(frame), 0.0)
+    return [_item(entry, at) for entry in [*entries, *merger.release()]]
+
+
+def _entry(frame: bytes) -> Entry:
+    part = part_of(frame)
+    header = decode_header(part.data)
+    return Entry(part.seq, header.generation, header.type, part.data, part.offset, part.moved)
+
+
+def _item(entry: Entry, at: Address) -> _Item:
+    return _Item(at.after(entry).decode(), msgspec.Raw(entry.data))
+
+
+async def _send(send: Any, batch: Batch, *, gzip: bool = False) -> None:
+    await send_whole(send, 200, msgspec.json.encode(batch), "application/json", gzip=gzip)

@@ -1,0 +1,175 @@
+"""Several sessions over one connection: a stream for each, and one outlet that all of them share."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+from litestar.types import ASGIApp
+
+from schemas.cursor import Cursor, InvalidCursor, session_mark
+from services.delivery.fanout.streams import Stream, Streams
+from services.delivery.fanout.subscriber import Send, Subscriber
+from services.delivery.formats.granularity import Place
+from services.delivery.formats.multi_cursor import MAX_SESSIONS, Composite, parse_composite
+from services.delivery.formats.multiplex import Several
+from services.delivery.formats.raw import Bye, Gap, Parts, part_of
+from services.delivery.formats.sse import http_body
+from services.delivery.http.asgi import RAW_SEND, STREAM_HEADERS, watching
+from services.delivery.http.read_request import Ask, last_event_id, wish_of
+from services.kit.auth.principal import Principal
+from services.kit.problem import Problem
+
+__all__ = ["Opened", "open_several", "streaming_several"]
+
+QUIET_SHARE: Final = 0.5  # of the time between heartbeats: each session has its own, and one of them is enough
+_EXPIRED: Final = "expired"
+_SAID: Final = frozenset({"disconnected", "evicted", "sibling", "failed"})
+
+
+class Opened(NamedTuple):
+    """Streams that can be served over one connection, and the sessions whose cursor was no good any more."""
+
+    streams: Sequence[Stream]
+    expired: Sequence[str]
+
+
+async def open_several(streams: Streams, principal: Principal, scope: Any, ask: Ask) -> Opened:
+    """Open a stream for each session that is asked for.
+
+    A session that the cursor does not hold begins at its default; one whose place has expired does too, and is told of.
+
+    Raises:
+        Problem: 400, the request is not valid; or whatever keeps one of the sessions from being read.
+    """
+    _check(ask)
+    known = _known(last_event_id(scope) or ask.after)
+    marks = [session_mark(principal.tenant, session) for session in ask.sessions]
+    if len(set(marks)) < len(marks):
+        raise Problem(400, "two of these sessions cannot be told apart by their cursors: read them apart")
+    found = await asyncio.gather(
+        *(
+            _open(streams, principal, wish_of({"headers": ()}, _for_one(ask, known.get(mark)), session))
+            for session, mark in zip(ask.sessions, marks, strict=True)
+        )
+    )
+    return Opened([stream for stream, _ in found], [s.wish.session for s, expired in found if expired])
+
+
+def streaming_several(streams: Streams, opened: Opened, form: Several, media_type: bytes, quiet: float) -> ASGIApp:
+    """Return the answer that shows several sessions; ``quiet``: silence in seconds after which a heartbeat is due."""
+
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
+        headers = [(b"content-type", media_type), *STREAM_HEADERS]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        outlet = _Outlet(opened, form, scope.get(RAW_SEND, send), quiet * QUIET_SHARE)
+        await outlet.open()
+        with watching(receive) as watch:
+            reasons = await asyncio.gather(
+                *(outlet.serve(streams, number, watch) for number in range(len(opened.streams)))
+            )
+        await outlet.close(next(reason for reason in reasons if reason != "sibling"))
+
+    return answer
+
+
+class _Outlet:
+    """One connection. Only one message is on its way at a time; streams that have to wait fall behind meanwhile."""
+
+    def __init__(self, opened: Opened, form: Several, send: Send, quiet: float) -> None:
+        self._opened = opened
+        self._form = form
+        self._send = send
+        self._quiet = quiet
+        self._places = Composite([Cursor.parse(stream.cursor) for stream in opened.streams])
+        self._lock = asyncio.Lock()
+        self._subscribers: list[Subscriber] = []
+        self._ending = False
+        self._loop = asyncio.get_running_loop()
+        self._sent_at = self._loop.time()
+
+    async def open(self) -> None:
+        """Say what stands before everything else."""
+        gaps = [self._form.gap(session, _EXPIRED, None) for session in self._opened.expired]
+        if body := self._form.opening + b"".join(gaps):
+            await self._send(http_body(body))
+
+    async def serve(self, streams: Streams, number: int, watch: Any) -> str:
+        """Serve one session until any of them ends; return why."""
+
+        def joined(subscriber: Subscriber) -> None:
+            self._subscribers.append(subscriber)
+            if self._ending:
+                subscriber.finish("sibling")
+            elif len(self._subscribers) == 1:
+                watch(subscriber)
+
+        async def send(message: list[bytes]) -> None:
+            await self._forward(number, message)
+
+        format_ = Parts(self._form.protocol, heartbeats=True)
+        try:
+            return await streams.serve(self._opened.streams[number], send, format_, joined)
+        finally:
+            self._ending = True
+            for subscriber in self._subscribers:
+                subscriber.finish("sibling")
+
+    async def close(self, reason: str) -> None:
+        """Say how to go on, unless nobody is there any more."""
+        if reason not in _SAID:
+            await self._send(http_body(self._form.bye(reason, self._places.text()), more=False))
+
+    async def _forward(self, number: int, message: list[bytes]) -> None:
+        if not message and (self._lock.locked() or self._loop.time() - self._sent_at < self._quiet):
+            return
+        async with self._lock:
+            # Only now: what others have sent meanwhile is part of the cursor.
+            body = b"".join([self._said(number, frame) for frame in message]) if message else self._form.heartbeat
+            if body:
+                self._sent_at = self._loop.time()
+                await self._send(http_body(body))
+
+    def _said(self, number: int, frame: bytes) -> bytes:
+        session = self._opened.streams[number].wish.session
+        if isinstance(frame, Bye):
+            return b""
+        if isinstance(frame, Gap):
+            reason, _, generation = frame.decode().partition(" ")
+            return self._form.gap(session, reason, generation or None)
+        part = part_of(frame)
+        self._places.advance(number, Place(part.seq, part.offset))
+        return self._form.event(session, self._places.text(), part.data)
+
+
+async def _open(streams: Streams, principal: Principal, wish: Any) -> tuple[Stream, bool]:
+    try:
+        return await streams.open(principal, wish), False
+    except Problem as problem:
+        if problem.status != 410:
+            raise
+    return await streams.open(principal, wish._replace(cursor=None)), True
+
+
+def _check(ask: Ask) -> None:
+    if not 0 < len(ask.sessions) <= MAX_SESSIONS or len(set(ask.sessions)) < len(ask.sessions):
+        raise Problem(400, f"name 1 to {MAX_SESSIONS} different sessions: session=a&session=b")
+    if ask.generation is not None or ask.wait is not None or ask.limit is not None:
+        raise Problem(400, "generation, wait and limit are for one session: ask at /v1/sessions/{session}/events")
+
+
+def _known(text: str | None) -> dict[str, Cursor]:
+    if text is None:
+        return {}
+    try:
+        return {cursor.session: cursor for cursor in parse_composite(text)}
+    except InvalidCursor as error:
+        raise Problem(400, str(error), slug="cursor-invalid", title="The cursor is not valid here") from error
+
+
+def _for_one(ask: Ask, cursor: Cursor | None) -> Ask:
+    return Ask(
+        after=cursor.text if cursor else None,
+        from_=ask.from_,
+        granularity=ask.granularity,
+        coalesce=ask.coalesce,
+    )

@@ -1,0 +1,107 @@
+"""What a request for events asks for: its query, or the JSON body of a POST."""
+
+from typing import Any, Final
+from urllib.parse import parse_qs
+
+import msgspec
+
+from services.delivery.fanout.streams import Wish
+from services.kit.problem import Problem
+
+__all__ = ["COMPLETE", "Ask", "asked", "wish_of"]
+
+COMPLETE: Final = "complete"
+_NAMES: Final = ("after", "from", "generation", "granularity", "coalesce", "wait", "limit")
+
+
+class Ask(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, rename={"from_": "from"}):
+    """A request for events of one session or several. ``wait``: seconds, or ``complete``."""
+
+    after: str | None = None
+    from_: str | None = None
+    generation: str | None = None
+    granularity: str | None = None
+    coalesce: int | None = None
+    wait: float | str | None = None
+    limit: int | None = None
+    sessions: list[str] = []
+
+    @property
+    def seconds(self) -> float | None:
+        """How long to wait at most; ``None``: for ever.
+
+        Raises:
+            Problem: 400, it is no number.
+        """
+        if self.wait is None or self.wait == COMPLETE:
+            return None
+        try:
+            seconds = float(self.wait)
+        except ValueError:
+            seconds = -1.0
+        if not seconds >= 0:
+            raise Problem(400, f"wait={str(self.wait)[:40]!r} is neither a number of seconds nor {COMPLETE!r}")
+        return seconds
+
+
+def asked(scope: Any, body: bytes | None = None, *, several: bool = False) -> Ask:
+    """Return what a request asks for, in its body if there is one, else in its query.
+
+    ``several``: it names its sessions itself.
+
+    Raises:
+        Problem: 400, a part of it is not valid.
+    """
+    try:
+        ask = _of_query(scope["query_string"], several) if body is None else _of_body(body)
+    except (ValueError, RecursionError) as error:
+        raise Problem(400, str(error) or "the body is not readable as JSON") from error
+    if ask.sessions and not several:
+        raise Problem(400, "the session is named by the path: 'sessions' belongs to /v1/events")
+    return ask
+
+
+def wish_of(scope: Any, ask: Ask, session: str) -> Wish:
+    """Return the wish for one session that a request means.
+
+    Raises:
+        Problem: 400, a part of it is not valid.
+    """
+    return Wish.read(
+        session,
+        generation=ask.generation,
+        after=ask.after,
+        last_event_id=last_event_id(scope),
+        from_=ask.from_,
+        granularity=ask.granularity,
+        coalesce=ask.coalesce,
+    )
+
+
+def last_event_id(scope: Any) -> str | None:
+    """Return the last id that a browser has seen."""
+    return header(scope, b"last-event-id")
+
+
+def header(scope: Any, name: bytes) -> str | None:
+    """Return a header's value, several joined by commas; ``None`` where there is none or nothing in it."""
+    found = [value.decode("latin-1") for key, value in scope["headers"] if key == name]
+    return ", ".join(found) or None
+
+
+def _of_query(text: bytes, several: bool) -> Ask:
+    names = (*_NAMES, "session") if several else _NAMES
+    query = parse_qs(text.decode("ascii"), keep_blank_values=True, max_num_fields=100)
+    unknown = sorted(set(query) - set(names))
+    if unknown:
+        raise ValueError(f"unknown query parameter {unknown[0][:40]!r}: use {', '.join(names)}")
+    sessions = query.pop("session", [])
+    twice = [name for name, values in query.items() if len(values) > 1]
+    if twice:
+        raise ValueError(f"query parameter {twice[0]!r} stands more than once")
+    single: dict[str, Any] = {name: values[0] for name, values in query.items()}
+    return msgspec.convert(single | {"sessions": sessions}, Ask, strict=False)
+
+
+def _of_body(body: bytes) -> Ask:
+    return msgspec.json.decode(body, type=Ask) if body.strip() else Ask()

@@ -1,0 +1,1 @@
+"""Reading sessions from the log."""

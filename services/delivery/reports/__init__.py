@@ -1,0 +1,1 @@
+"""What was delivered, counted for billing."""

@@ -1,0 +1,88 @@
+"""What subscribers were sent of each generation, worked out now and then from where they stand: nothing per token."""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from schemas.codec import MalformedEvent, decode_header
+from services.delivery.fanout.subscriber import Subscriber
+from services.delivery.formats.tail import GAP, Entry, Tail
+from services.delivery.reports.reporter import Delivered, Place
+
+__all__ = ["Accounts"]
+
+
+class _Sum(NamedTuple):
+    """What a stretch of the log holds of one generation. ``base``: its running count before it, ``reached``: behind."""
+
+    generation: str
+    events: int
+    size: int
+    base: int
+    reached: int
+
+
+class Accounts:
+    """Counts for billing what the subscribers of one process were sent."""
+
+    def __init__(self, delivered: Delivered) -> None:
+        self._delivered = delivered
+
+    def settle(self, tenant: str, session: str, tail: Tail, subscribers: Iterable[Subscriber]) -> None:
+        """Count what subscribers were sent from memory since they were last looked at, once for all that went alike."""
+        stretches: dict[tuple[int, int, str | None], list[_Sum]] = {}
+        alike: dict[tuple[int, int, str | None], int] = {}
+        firsts: dict[tuple[tuple[int, int, str | None], str], int] = {}
+        for subscriber in subscribers:
+            if subscriber.seq <= subscriber.accounted:
+                continue
+            key = (subscriber.accounted, subscriber.seq, subscriber.generation)
+            subscriber.accounted = subscriber.seq
+            sums = stretches.get(key)
+            if sums is None:
+                first = max(tail.after(max(key[0], tail.floor)), tail.base)
+                sums = stretches[key] = _sums(tail.slice(first, tail.after(key[1])), key[2])
+            alike[key] = alike.get(key, 0) + 1
+            for each in sums:
+                if subscriber.meets(each.generation):
+                    firsts[key, each.generation] = firsts.get((key, each.generation), 0) + 1
+        for key, count in alike.items():
+            for each in stretches[key]:
+                self._add(tenant, session, each, count, firsts.get((key, each.generation), 0))
+
+    def replayed(self, tenant: str, session: str, subscriber: Subscriber, entries: Sequence[Entry]) -> None:
+        """Count what one subscriber was sent from the log."""
+        for each in _sums(entries, subscriber.generation):
+            self._add(tenant, session, each, 1, int(subscriber.meets(each.generation)))
+
+    def _add(self, tenant: str, session: str, each: _Sum, count: int, firsts: int) -> None:
+        self._delivered.add(
+            Place(tenant, session, each.generation),
+            events=each.events * count,
+            tokens=max(0, each.reached - each.base) * count,
+            reached=each.reached,
+            size=each.size * count,
+            subscribers=firsts,
+        )
+
+
+def _sums(entries: Iterable[Entry], generation: str | None) -> list[_Sum]:
+    found: dict[str, list[Entry]] = {}
+    for entry in entries:
+        if entry.type != GAP and (generation is None or entry.generation == generation):
+            found.setdefault(entry.generation, []).append(entry)
+    return [_sum(name, of) for name, of in found.items()]
+
+
+def _sum(generation: str, entries: Sequence[Entry]) -> _Sum:
+    deltas = [entry for entry in entries if entry.type == "delta"]
+    whole = entries[0].type in ("started", "restarted")
+    base = 0 if whole or not deltas else _tokens(deltas[0])
+    size = sum(len(entry.data) for entry in entries)
+    return _Sum(generation, len(entries), size, base, _tokens(deltas[-1]) if deltas else 0)
+
+
+def _tokens(entry: Entry) -> int:
+    try:
+        return decode_header(entry.data).tokens or 0
+    except MalformedEvent:
+        return 0

@@ -1,0 +1,1 @@
+"""Taking, looking up and deleting generations."""

@@ -1,0 +1,177 @@
+"""Look-ups of sessions and generations: the bucket for lists, the log for what was said."""
+
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import msgspec
+import nats.errors
+from nats.js import errors as js_errors
+
+from schemas.codec import MalformedEvent
+from schemas.requests import Announcement, DeletedSession, GenerationRecord
+from schemas.subjects import generation_key, log_filter, session_key
+from schemas.topology import BUCKET, REGISTRY_BUCKET, token_stream
+from services.delivery.errors import Deleted, Unknown
+from services.delivery.requests.deleted_sessions import deletion_of
+from services.delivery.requests.transcript import Transcript
+from services.kit.broker import Broker, BrokerUnavailable
+from services.kit.clock import Clock
+
+__all__ = ["ENDED", "Lookups"]
+
+ENDED: Final = frozenset({"completed", "failed", "cancelled", "interrupted", "deleted"})
+RECENT: Final = 20_000
+REGISTRY_SECONDS: Final = 2.0
+_STREAM: Final = f"KV_{BUCKET}"
+_PREFIX: Final = f"$KV.{BUCKET}."
+WRONG_LAST_SEQUENCE: Final = (10071, 10164)
+_AWAY = (nats.errors.Error, OSError, TimeoutError)
+
+
+class Lookups:
+    """Reads and writes generation records. A bucket that is away raises `BrokerUnavailable`.
+
+    ``partition_of`` tells which partition keeps the session of a tenant.
+    """
+
+    def __init__(self, broker: Broker, clock: Clock, partition_of: Callable[[str, str], Awaitable[int]]) -> None:
+        self._broker = broker
+        self._clock = clock
+        self._partition_of = partition_of
+        self._announced: tuple[float, list[Announcement]] | None = None
+
+    async def get(self, tenant: str, session: str, generation: str) -> tuple[GenerationRecord, int] | None:
+        """Return a generation's record and its revision; ``None`` when there is none.
+
+        The bucket's leader is asked: another replica may lag, and would not know what was accepted a moment ago.
+        """
+        stored = await self._broker.last(_STREAM, _PREFIX + generation_key(tenant, session, generation))
+        if stored is None or not stored.data:  # a deletion marker is empty
+            return None
+        try:
+            return msgspec.json.decode(stored.data, type=GenerationRecord), stored.seq
+        except msgspec.DecodeError:
+            return None
+
+    async def create(self, record: GenerationRecord) -> int | None:
+        """Store a new record and return its revision; ``None`` when there is one already."""
+        key = generation_key(record.tenant, record.session, record.generation)
+        try:
+            bucket = await self._broker.bucket()
+            return await bucket.create(key, msgspec.json.encode(record))
+        except js_errors.KeyWrongLastSequenceError:
+            return None
+        except _AWAY as error:
+            raise BrokerUnavailable(f"look-ups are away: {error!r}") from error
+
+    async def update(self, record: GenerationRecord, revision: int) -> bool:
+        """Replace a record; tell whether it still had this revision."""
+        key = generation_key(record.tenant, record.session, record.generation)
+        try:
+            bucket = await self._broker.bucket()
+            await bucket.update(key, msgspec.json.encode(record), last=revision)
+        except js_errors.KeyWrongLastSequenceError:
+            return False
+        except _AWAY as error:
+            raise BrokerUnavailable(f"look-ups are away: {error!r}") from error
+        return True
+
+    async def forget(self, record: GenerationRecord, revision: int) -> bool:
+        """Remove a record whose request could not be queued, unless it has changed; tell whether it is gone."""
+        try:
+            bucket = await self._broker.bucket()
+            return await bucket.delete(generation_key(record.tenant, record.session, record.generation), last=revision)
+        except js_errors.APIError as error:
+            if error.err_code in WRONG_LAST_SEQUENCE:
+                return False
+            raise BrokerUnavailable(f"look-ups are away: {error!r}") from error
+        except _AWAY as error:
+            raise BrokerUnavailable(f"look-ups are away: {error!r}") from error
+
+    async def require(self, tenant: str, session: str, generation: str) -> GenerationRecord | None:
+        """Find out whether a generation exists, in the bucket or in the log; return its record where it has one.
+
+        Raises:
+            Unknown: it does not.
+            Deleted: it did, and its session was deleted.
+            BrokerUnavailable: neither answers.
+        """
+        away: BrokerUnavailable | None = None
+        try:
+            if (found := await self.get(tenant, session, generation)) is not None:
+                if found[0].state == "deleted":
+                    raise Deleted(f"session {session!r} was deleted, and generation {generation!r} with it")
+                return found[0]
+        except BrokerUnavailable as error:
+            away = error  # the log is the truth; the bucket only saves reading it
+        partition = await self._partition_of(tenant, session)
+        subject = log_filter(partition, tenant, session, generation)
+        if await self._broker.first(token_stream(partition), subject) is None:
+            if away is not None:  # it may be queued: only the bucket knows of that
+                raise away
+            raise Unknown(f"session {session!r} has no generation {generation!r}")
+        return None
+
+    async def transcript(self, tenant: str, session: str, generation: str) -> Transcript:
+        """Return what a generation has said, as far as the log keeps it."""
+        partition = await self._partition_of(tenant, session)
+        subject = log_filter(partition, tenant, session, generation)
+        transcript = await self._fold(token_stream(partition), subject, Transcript())
+        if transcript.lost_beginning:
+            transcript = await self._fold(token_stream(partition), subject, transcript.joined())
+        return transcript
+
+    async def _fold(self, stream: str, subject: str, transcript: Transcript) -> Transcript:
+        async for batch in self._broker.read(stream, subject):
+            for stored in batch:
+                try:
+                    transcript.offer(stored.data)
+                except MalformedEvent:
+                    continue
+        return transcript
+
+    async def of_session(self, tenant: str, session: str) -> list[GenerationRecord]:
+        """Return the records of a session's generations, oldest first, without those that were deleted."""
+        return [record for record, _ in await self.kept(tenant, session) if record.state != "deleted"]
+
+    async def kept(self, tenant: str, session: str) -> list[tuple[GenerationRecord, int]]:
+        """Return the records of a session's generations with their revisions, those that were deleted included."""
+        return await self._records(f"{tenant}.{session}.*")
+
+    async def deletion(self, tenant: str, session: str) -> DeletedSession | None:
+        """Return when and up to where a session was deleted last; ``None`` where that was never, or long ago."""
+        return await deletion_of(self._broker, tenant, session)
+
+    async def note_deletion(self, deleted: DeletedSession) -> None:
+        """Keep that a session was deleted."""
+        try:
+            bucket = await self._broker.bucket()
+            await bucket.put(session_key(deleted.tenant, deleted.session), msgspec.json.encode(deleted))
+        except _AWAY as error:
+            raise BrokerUnavailable(f"look-ups are away: {error!r}") from error
+
+    async def recent(self, tenant: str) -> list[GenerationRecord]:
+        """Return the tenant's records among the `RECENT` newest changes, oldest change first."""
+        state = await self._broker.state(_STREAM)
+        records = await self._records(f"{tenant}.*.*", max(1, state.last_seq - RECENT))
+        return [record for record, _ in records if record.state != "deleted"]
+
+    async def models(self) -> list[Announcement]:
+        """Return what the pools of producers have announced, at most two seconds old; empty when none ever has."""
+        now = self._clock.monotonic()
+        if self._announced is not None and now - self._announced[0] < REGISTRY_SECONDS:
+            return self._announced[1]
+        found: list[Announcement] = []
+        prefix = f"$KV.{REGISTRY_BUCKET}.pool."
+        async for batch in self._broker.read(f"KV_{REGISTRY_BUCKET}", prefix + "*"):
+            found += [msgspec.json.decode(stored.data, type=Announcement) for stored in batch if stored.data]
+        self._announced = (now, found)
+        return found
+
+    async def _records(self, keys: str, from_seq: int = 1) -> list[tuple[GenerationRecord, int]]:
+        found: list[tuple[GenerationRecord, int]] = []
+        async for batch in self._broker.read(_STREAM, _PREFIX + keys, from_seq):
+            for stored in batch:
+                if stored.data:  # a deletion marker is empty
+                    found.append((msgspec.json.decode(stored.data, type=GenerationRecord), stored.seq))
+        return found

@@ -1,0 +1,332 @@
+"""Takes requests for generations and their cancellation."""
+
+import hashlib
+import secrets
+from base64 import b32encode
+from typing import Annotated, Any, Final
+
+import msgspec
+from nats.js.errors import APIError
+
+from schemas.control import CANCEL, OVER
+from schemas.cursor import CursorIssuer
+from schemas.events import type_of
+from schemas.names import check_readable
+from schemas.requests import (
+    GenerationRecord,
+    Message,
+    OnDisconnect,
+    OnProducerLoss,
+    Priority,
+    Request,
+    RequestDeadlines,
+)
+from schemas.subjects import control_subject, lane_of, request_subject
+from schemas.topology import REQUESTS as REQUESTS_STREAM
+from services.delivery import metrics
+from services.delivery.fanout.hub import Hub
+from services.delivery.requests.budgets import Admission
+from services.delivery.requests.generations import ENDED, Lookups
+from services.delivery.requests.withdrawals import Withdrawals
+from services.kit.auth.principal import Principal
+from services.kit.broker import Broker, BrokerUnavailable
+from services.kit.clock import Clock
+from services.kit.problem import Problem
+
+__all__ = ["GenerationWish", "Intake"]
+
+_MAX_METADATA: Final = 16
+CANCEL_TRIES: Final = 5
+REPEAT_TRIES: Final = 5
+LOG_FULL: Final = 0.95
+LOG_FULL_RETRY_SECONDS: Final = 30
+STORAGE_RETRY_SECONDS: Final = 10
+Label = Annotated[str, msgspec.Meta(max_length=64)]
+Text = Annotated[str, msgspec.Meta(max_length=4_000)]
+
+
+class GenerationWish(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """The body of a request for a generation.
+
+    ``model``: an alias, or ``provider/model``. ``messages`` and ``params`` in the OpenAI chat form. ``metadata``: up to
+    16 labels that come back in ``started``; neither models nor labels have control characters in their names.
+    ``on_disconnect``: ``"continue"`` or ``{"cancel_after": seconds}``.
+    """
+
+    model: Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
+    messages: Annotated[list[Message], msgspec.Meta(min_length=1, max_length=10_000)]
+    params: dict[str, Any] = {}
+    metadata: Annotated[dict[Label, Text], msgspec.Meta(max_length=_MAX_METADATA)] = {}
+    on_disconnect: OnDisconnect = "continue"
+    on_producer_loss: OnProducerLoss = "interrupt"
+    priority: Priority = "interactive"
+    deadlines: RequestDeadlines = RequestDeadlines()
+
+    def __post_init__(self) -> None:
+        check_readable("model", self.model)
+        for label in self.metadata:
+            check_readable("label", label)
+
+
+class Intake:
+    """Puts requests into the work queue, once for each idempotency key, and cancels them."""
+
+    def __init__(
+        self, broker: Broker, hub: Hub, lookups: Lookups, clock: Clock, pool: str, admission: Admission
+    ) -> None:
+        self._broker = broker
+        self._admission = admission
+        self._hub = hub
+        self._lookups = lookups
+        self._clock = clock
+        self._pool = pool
+        self._withdrawals = Withdrawals(broker, lookups, admission)
+
+    async def accept(
+        self, principal: Principal, session: str, wish: GenerationWish, key: str | None
+    ) -> tuple[str, str, bool]:
+        """Queue a request; return the generation's name, the cursor before it, and whether it is a repeat.
+
+        Raises:
+            Problem: too many are started or running, unknown model, no room in a budget, another request under the same
+                key, queue or log full, or too large.
+            BrokerUnavailable: nothing was queued.
+        """
+        async with self._hub.starts.starting(principal):
+            return await self._accept(principal, session, wish, key)
+
+    async def _accept(
+        self, principal: Principal, session: str, wish: GenerationWish, key: str | None
+    ) -> tuple[str, str, bool]:
+        if not self._hub.storage.stores():
+            metrics.LOG_FULL.inc()
+            raise _not_stored()
+        tenant = principal.tenant
+        models = await self._candidates(wish.model)
+        generation = _name(tenant, session, key)
+        issuer = await self._hub.issuer(tenant, session)
+        cursor = await self._cursor(tenant, session, issuer, generation if key else None)
+        body = msgspec.json.encode(wish)
+        record = GenerationRecord(
+            tenant=tenant,
+            session=session,
+            generation=generation,
+            state="queued",
+            model=wish.model,
+            created_at=self._clock.wall(),
+            metadata=wish.metadata,
+            request_hash=hashlib.sha256(body).hexdigest()[:32],
+            key=principal.key,
+        )
+        await self._check_room(issuer.partition, record)
+        lane = lane_of(self._pool, wish.priority)
+        try:
+            created = await self._lookups.create(record)
+        except BrokerUnavailable:
+            self._withdrawals.add(record, None, lane)
+            raise
+        if created is None and not await self._is_waiting_repeat(record):
+            return generation, cursor, True
+        try:
+            # A budget is about all sessions of its tenant: credentials of some are not told about it.
+            await self._admission.reserve(record, models, wish, names_budget=principal.reaches_all)
+        except (Problem, BrokerUnavailable):
+            await self._take_back(record, created, lane)
+            raise
+        await self._enqueue(record, wish, issuer.partition, created, lane)
+        self._hub.starts.began(record)
+        return generation, cursor, created is None
+
+    async def cancel(self, tenant: str, session: str, generation: str) -> str:
+        """Ask for a generation to end; return its state now. Asking again changes nothing.
+
+        The wish is noted before the producer is told, and a producer listens before it reads the note: so a request
+        that is just being taken from the queue hears of it either way.
+
+        Raises:
+            Unknown: there is no such generation.
+            BrokerUnavailable: the wish could not be noted.
+        """
+        await self._lookups.require(tenant, session, generation)
+        for _ in range(CANCEL_TRIES):
+            found = await self._lookups.get(tenant, session, generation)
+            if found is None:
+                break
+            record, revision = found
+            if record.state in ENDED:
+                return record.state
+            # Also for a running one: its producer may be lost, and the next one is to find the wish.
+            wanted = msgspec.structs.replace(record, state="cancelling")
+            if record.state == "cancelling" or await self._lookups.update(wanted, revision):
+                break
+        try:
+            answer = await self._broker.request(control_subject(tenant, session, generation), CANCEL)
+        except BrokerUnavailable:
+            answer = None  # its producer may just have gone; the wish is noted
+        if answer in (None, OVER):
+            return await self._state_without_producer(tenant, session, generation)
+        return "cancelling"
+
+    async def _state_without_producer(self, tenant: str, session: str, generation: str) -> str:
+        terminal = (await self._lookups.transcript(tenant, session, generation)).terminal
+        return type_of(terminal) if terminal is not None else "cancelling"
+
+    async def _candidates(self, model: str) -> list[str]:
+        """Return who may answer to a model's name, as ``provider/model``; nobody knows before any pool has said so."""
+        announced = await self._lookups.models()
+        if announced and not any(a.knows(model) for a in announced):
+            names = dict.fromkeys(name for a in announced for name in a.names())
+            raise Problem(
+                422,
+                f"model {model[:80]!r} is not known: use one of {', '.join(names)}",
+                slug="unknown-model",
+                title="The model is not known",
+            )
+        return [name for a in announced for name in a.candidates(model)]
+
+    async def _check_room(self, partition: int, record: GenerationRecord) -> None:
+        """Refuse what is new before the log is quite full, so that what runs can still end."""
+        if (await self._hub.state(partition)).used < LOG_FULL:
+            return
+        if await self._lookups.get(record.tenant, record.session, record.generation) is None:
+            metrics.LOG_FULL.inc()
+            raise Problem(
+                503,
+                "the log is full: it takes requests again when older events have expired",
+                slug="log-full",
+                title="The log is full",
+                headers={"Retry-After": str(LOG_FULL_RETRY_SECONDS)},
+            )
+
+    async def _cursor(self, tenant: str, session: str, issuer: CursorIssuer, repeated: str | None) -> str:
+        """Return the cursor before a new generation, or before one that a repeated request may find begun or ended."""
+        reader = self._hub.reader(tenant, session, issuer.partition)
+        last = await self._broker.last(reader.stream, reader.filter)
+        first = await reader.first_of(repeated) if last and repeated else None
+        if first is not None:
+            return issuer.issue(first - 1)
+        return issuer.issue(last.seq if last else await self._hub.deleted.through(tenant, session, issuer))
+
+    async def _is_waiting_repeat(self, record: GenerationRecord) -> bool:
+        """Tell whether an earlier request under the same key may not have reached the queue.
+
+        Its record is then written anew: whoever wrote it first may still be about to take it back, and must not.
+
+        Raises:
+            Problem: the earlier request had another body.
+            BrokerUnavailable: the record was there and is not: it is being stored, or taken back.
+        """
+        seen: tuple[float, int] | None = None
+        for _ in range(REPEAT_TRIES):
+            found = await self._lookups.get(record.tenant, record.session, record.generation)
+            if found is None:
+                break
+            earlier, revision = found
+            if earlier.request_hash != record.request_hash:
+                raise Problem(
+                    422,
+                    "this Idempotency-Key was used with another body",
+                    slug="idempotency-conflict",
+                    title="The key belongs to another request",
+                )
+            if earlier.state == "deleted":
+                raise Problem(
+                    410,
+                    "this Idempotency-Key was used for a generation whose session was deleted: use another one",
+                    slug="session-deleted",
+                    title="The session was deleted",
+                )
+            if earlier.state != "queued":
+                return False
+            written_anew = seen is not None and seen[0] == earlier.created_at and seen[1] != revision
+            if written_anew or await self._lookups.update(earlier, revision):  # by another repeat, or by this one
+                return True
+            seen = (earlier.created_at, revision)
+        raise BrokerUnavailable("an earlier request under this key is about to be stored or taken back: ask again")
+
+    async def _enqueue(
+        self, record: GenerationRecord, wish: GenerationWish, partition: int, created: int | None, lane: str
+    ) -> None:
+        request = Request(
+            tenant=record.tenant,
+            session=record.session,
+            generation=record.generation,
+            model=wish.model,
+            messages=wish.messages,
+            params=wish.params,
+            metadata=wish.metadata,
+            on_disconnect=wish.on_disconnect,
+            on_producer_loss=wish.on_producer_loss,
+            priority=wish.priority,
+            deadlines=wish.deadlines,
+            created_at=record.created_at,
+            partition=partition,
+            key=record.key,
+            request_hash=record.request_hash,
+        )
+        data = msgspec.json.encode(request)
+        limit = self._broker.client.max_payload
+        if len(data) > limit:
+            await self._take_back(record, created, lane)
+            raise Problem(
+                413,
+                f"the request has {len(data)} bytes as it is queued, and at most {limit} bytes are taken: "
+                "max_payload of the broker (nats-server) sets the limit",
+            )
+        subject = request_subject(lane, record.generation)
+        try:
+            await self._broker.publish_stored(subject, data)
+        except APIError as error:
+            if "per subject" in (error.description or ""):
+                try:
+                    await self._check_queued(subject)
+                except BrokerUnavailable:
+                    if created is not None:
+                        self._withdrawals.add(record, created, lane)
+                    raise
+                return
+            await self._take_back(record, created, lane)
+            if "maximum messages" not in (error.description or ""):
+                raise _not_stored() from error
+            raise Problem(
+                429, "the queue of requests is full", slug="queue-full", headers={"Retry-After": "5"}
+            ) from error
+        except BrokerUnavailable:
+            if created is not None:
+                self._withdrawals.add(record, created, lane)
+            raise
+        metrics.REQUESTS.inc()
+
+    async def _check_queued(self, subject: str) -> None:
+        """Make sure that an earlier request waits in the queue: a leader that is alone refuses what it cannot store.
+
+        Raises:
+            BrokerUnavailable: it does not, or not yet.
+        """
+        if not await self._broker.holds(REQUESTS_STREAM, subject):
+            raise BrokerUnavailable("an earlier request under this key is not in the queue yet: ask again")
+
+    async def _take_back(self, record: GenerationRecord, created: int | None, lane: str) -> None:
+        """Take back a request that could not be queued, unless another one under the same key goes on with it."""
+        try:
+            if created is not None and await self._lookups.forget(record, created):
+                await self._admission.release(record)
+        except BrokerUnavailable:
+            self._withdrawals.add(record, created, lane)
+
+
+def _not_stored() -> Problem:
+    return Problem(
+        503,
+        "the broker does not store what it is sent: its disk may be full",
+        slug="log-refuses",
+        title="The log takes nothing",
+        headers={"Retry-After": str(STORAGE_RETRY_SECONDS)},
+    )
+
+
+def _name(tenant: str, session: str, key: str | None) -> str:
+    if key is None:
+        return "gen_" + secrets.token_hex(12)
+    digest = hashlib.sha256(f"{tenant}\0{session}\0{key}".encode()).digest()
+    return "gen_" + b32encode(digest)[:26].decode().lower()

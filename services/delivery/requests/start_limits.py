@@ -1,0 +1,178 @@
+"""How many generations a tenant and a key may start a minute, and have running at once."""
+
+import math
+import secrets
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Final
+
+import msgspec
+import structlog
+from limits import RateLimitItemPerMinute
+from limits.aio.strategies import SlidingWindowCounterRateLimiter
+
+from schemas.requests import GenerationRecord
+from schemas.topology import BUCKET, bucket_stream
+from services.delivery import metrics
+from services.delivery.limits import StartBounds
+from services.delivery.requests.generations import ENDED
+from services.kit.auth.principal import Principal
+from services.kit.broker import Broker, BrokerUnavailable
+from services.kit.clock import Clock
+from services.kit.limits import CounterStorage
+from services.kit.problem import Problem
+
+__all__ = ["Starts"]
+
+log = structlog.get_logger()
+RECENT: Final = 20_000  # changes of records that are looked at when a replica starts
+FORGOTTEN_SECONDS: Final = 7_200.0  # longer than a generation may take: its record was not closed, the log was
+RETRY_SECONDS: Final = 5
+_STREAM: Final = bucket_stream(BUCKET)
+_PREFIX: Final = f"$KV.{BUCKET}."
+
+
+class _Running(msgspec.Struct, frozen=True):
+    tenant: str
+    key: str
+    since: float
+
+
+class _Tally:
+    """What has not ended yet, by the record's name, with sums."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, _Running] = {}  # bounded by the records that are kept
+        self.tenants: Counter[str] = Counter()
+        self.keys: Counter[tuple[str, str]] = Counter()
+
+    def put(self, name: str, running: _Running) -> None:
+        self.drop(name)
+        self._entries[name] = running
+        self._count(running, 1)
+
+    def drop(self, name: str) -> None:
+        known = self._entries.pop(name, None)
+        if known is not None:
+            self._count(known, -1)
+
+    def forget(self, before: float) -> None:
+        for name in [name for name, running in self._entries.items() if running.since < before]:
+            self.drop(name)
+
+    def _count(self, running: _Running, amount: int) -> None:
+        entry = (running.tenant, running.key)
+        self.tenants[running.tenant] += amount
+        self.keys[entry] += amount
+        if not self.keys[entry]:
+            del self.keys[entry]
+        if not self.tenants[running.tenant]:
+            del self.tenants[running.tenant]
+
+
+class Starts:
+    """Admits what is to be started.
+
+    What runs is counted from the records of generations, which `look` follows, with what this replica has just
+    admitted: so replicas together may exceed a bound by what the others admit between two looks.
+    """
+
+    def __init__(self, broker: Broker, clock: Clock, bounds: StartBounds) -> None:
+        self._broker = broker
+        self._clock = clock
+        self._bounds = bounds
+        self._limiter = SlidingWindowCounterRateLimiter(CounterStorage(broker, clock, metrics.LIMITS_BLIND.inc))
+        self._running = _Tally()
+        self._entering = _Tally()  # being admitted now
+        self._incarnation = ""
+        self._seq = 0
+
+    @asynccontextmanager
+    async def starting(self, principal: Principal) -> AsyncIterator[None]:
+        """Admit one start; while the block runs it counts as running, afterwards if `began` was told of it.
+
+        Raises:
+            Problem: 429, too many are started or running.
+        """
+        self._check_running(principal)
+        await self._check_rates(principal)
+        self._check_running(principal)
+        name = secrets.token_hex(8)
+        self._entering.put(name, _Running(principal.tenant, principal.key, self._clock.wall()))
+        try:
+            yield
+        finally:
+            self._entering.drop(name)
+
+    def began(self, record: GenerationRecord) -> None:
+        """Count a generation whose record has just been made."""
+        if self._bounds.bounds_running:
+            name = f"{record.tenant}.{record.session}.{record.generation}"
+            self._running.put(name, _Running(record.tenant, record.key, record.created_at))
+
+    async def look(self) -> None:
+        """Take over what has changed in the records; to be called about every second."""
+        if not self._bounds.bounds_running:
+            return
+        try:
+            await self._look()
+        except BrokerUnavailable as error:
+            log.warning("running generations not counted", detail=str(error))
+
+    async def _look(self) -> None:
+        state = await self._broker.state(_STREAM)
+        if state.created != self._incarnation or state.last_seq < self._seq:
+            self._running = _Tally()
+            self._incarnation, self._seq = state.created, max(0, state.last_seq - RECENT)
+        if state.last_seq > self._seq:
+            async for batch in self._broker.read(_STREAM, _PREFIX + ">", self._seq + 1):
+                for stored in batch:
+                    self._take(stored.subject.removeprefix(_PREFIX), stored.data)
+                self._seq = batch[-1].seq
+            self._seq = max(self._seq, state.last_seq)
+        self._running.forget(self._clock.wall() - FORGOTTEN_SECONDS)
+
+    def _take(self, name: str, data: bytes) -> None:
+        try:
+            record = msgspec.json.decode(data, type=GenerationRecord) if data else None
+        except msgspec.DecodeError:
+            record = None
+        if record is None or record.state in ENDED:
+            self._running.drop(name)
+        else:
+            since = record.started_at or record.created_at
+            self._running.put(name, _Running(record.tenant, record.key, since))
+
+    def _check_running(self, principal: Principal) -> None:
+        bounds, tenant, entry = self._bounds, principal.tenant, (principal.tenant, principal.key)
+        of_tenant = self._running.tenants[tenant] + self._entering.tenants[tenant]
+        if bounds.tenant_running is not None and of_tenant >= bounds.tenant_running:
+            raise _refused("running", "tenant", f"the tenant has {bounds.tenant_running} generations running")
+        of_key = self._running.keys[entry] + self._entering.keys[entry]
+        if bounds.key_running is not None and of_key >= bounds.key_running:
+            raise _refused("running", "key", f"the credentials have {bounds.key_running} generations running")
+
+    async def _check_rates(self, principal: Principal) -> None:
+        bounds = self._bounds
+        if bounds.key_rate is not None:
+            await self._count(bounds.key_rate, "key", principal.tenant, principal.key)
+        if bounds.tenant_rate is not None:
+            await self._count(bounds.tenant_rate, "tenant", principal.tenant)
+
+    async def _count(self, rate: int, whose: str, *name: str) -> None:
+        item = RateLimitItemPerMinute(rate, namespace=f"starts-{whose}")
+        if await self._limiter.hit(item, *name):
+            return
+        reset = (await self._limiter.get_window_stats(item, *name)).reset_time
+        wait = min(60, max(1, math.ceil(reset - self._clock.wall())))
+        raise _refused("starts", whose, f"{rate} generations may be started a minute", wait)
+
+
+def _refused(limit: str, whose: str, detail: str, wait: int = RETRY_SECONDS) -> Problem:
+    metrics.LIMITED.labels(limit, whose).inc()
+    slug, title = {
+        "running": ("too-many-running", "Too many generations are running"),
+        "starts": ("too-many-starts", "Too many generations are started"),
+    }[limit]
+    return Problem(429, detail, slug=slug, title=title, headers={"Retry-After": str(wait)})

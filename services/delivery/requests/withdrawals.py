@@ -1,0 +1,128 @@
+"""Takes back requests that were refused while nobody knows whether the broker has stored something of them."""
+
+import asyncio
+from typing import Final, NamedTuple
+
+import msgspec
+import nats.errors
+import structlog
+from nats.js import errors as js_errors
+from nats.js.errors import APIError
+
+from schemas.control import CANCEL
+from schemas.requests import GenerationRecord, Request
+from schemas.subjects import control_subject, request_subject
+from schemas.topology import REQUESTS
+from services.delivery import metrics
+from services.delivery.requests.budgets import Admission
+from services.delivery.requests.generations import Lookups
+from services.kit.broker import Broker, BrokerUnavailable, Stored
+
+__all__ = ["Withdrawals"]
+
+log = structlog.get_logger()
+WAITING: Final = 10_000
+PAUSE_SECONDS: Final = 1.0
+LATER_SECONDS: Final = 5.0
+"""How long after it was taken back to look once more: a producer may just have taken it from the queue."""
+
+
+class _Refused(NamedTuple):
+    """``created``: the record's revision, where it is known; ``due``: when to look once more, 0 at first."""
+
+    record: GenerationRecord
+    created: int | None
+    lane: str
+    due: float
+
+
+class Withdrawals:
+    """Remembers refused requests until the broker has nothing of them: no record, no place in the queue, no producer.
+
+    Of a request under an idempotency key that was repeated meanwhile everything is left as it is. A replica that ends
+    before leaves the rest to the producers, which close what nobody runs.
+    """
+
+    def __init__(self, broker: Broker, lookups: Lookups, admission: Admission) -> None:
+        self._broker = broker
+        self._lookups = lookups
+        self._admission = admission
+        self._waiting: dict[str, _Refused] = {}  # by generation; bounded by WAITING
+        self._task: asyncio.Task[None] | None = None
+
+    def add(self, record: GenerationRecord, created: int | None, lane: str) -> None:
+        """Take a request back as soon as the broker takes part; ``created``: its record's revision, where known."""
+        if len(self._waiting) >= WAITING:
+            metrics.WITHDRAWN.labels("forgotten").inc()
+            return
+        self._waiting[record.generation] = _Refused(record, created, lane, 0.0)
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._work())
+
+    async def _work(self) -> None:
+        """Work until nothing is left."""
+        while self._waiting:
+            await asyncio.sleep(PAUSE_SECONDS)
+            now = asyncio.get_running_loop().time()
+            for name, refused in list(self._waiting.items()):
+                if not self._broker.is_connected:
+                    break
+                try:
+                    if refused.due == 0.0:
+                        await self._withdraw(refused)
+                        self._waiting[name] = refused._replace(due=now + LATER_SECONDS)
+                    elif now >= refused.due:
+                        await self._cancel(refused.record)
+                        del self._waiting[name]
+                except (BrokerUnavailable, APIError) as error:
+                    log.warning("refused request not taken back yet", generation=name, detail=str(error))
+                    break  # the others would wait for the same
+
+    async def _withdraw(self, refused: _Refused) -> None:
+        record, created, lane, _ = refused
+        found = await self._lookups.get(record.tenant, record.session, record.generation)
+        if found is not None and (found[0].created_at, found[0].state) != (record.created_at, "queued"):
+            return  # a producer has it
+        queued = await self._queued(record, lane)
+        if queued is not None and queued[1] != record.created_at:
+            return  # it was repeated, and the repeat is in the queue
+        if queued is not None:
+            await self._remove(queued[0].seq)
+        if found is not None and not await self._lookups.forget(record, created or found[1]):
+            if queued is not None:  # it was repeated just now, and counted on what was in the queue
+                await self._put_back(record, lane, queued[0].data)
+            return
+        await self._admission.release(record)
+        metrics.WITHDRAWN.labels("withdrawn").inc()
+        log.info("refused request taken back", session=record.session, generation=record.generation)
+
+    async def _queued(self, record: GenerationRecord, lane: str) -> tuple[Stored, float] | None:
+        """Return what waits in the queue under the request's name, and when that was asked for."""
+        stored = await self._broker.last(REQUESTS, request_subject(lane, record.generation))
+        if stored is None:
+            return None
+        try:
+            return stored, msgspec.json.decode(stored.data, type=Request).created_at
+        except msgspec.DecodeError:
+            return stored, 0.0
+
+    async def _remove(self, seq: int) -> None:
+        try:
+            await self._broker.js.delete_msg(REQUESTS, seq)
+        except js_errors.NotFoundError:
+            return
+        except (nats.errors.Error, OSError, TimeoutError) as error:
+            raise BrokerUnavailable(f"the queue does not answer: {error!r}") from error
+
+    async def _put_back(self, record: GenerationRecord, lane: str, data: bytes) -> None:
+        try:
+            await self._broker.publish_stored(request_subject(lane, record.generation), data)
+        except APIError as error:
+            if "per subject" not in (error.description or ""):
+                raise
+
+    async def _cancel(self, record: GenerationRecord) -> None:
+        """End it where a producer had taken it before it could be removed."""
+        found = await self._lookups.get(record.tenant, record.session, record.generation)
+        if found is not None and found[0].created_at == record.created_at:
+            await self._broker.request(control_subject(record.tenant, record.session, record.generation), CANCEL)

@@ -1,1 +1,0 @@
-"""The ways by which frames reach a client; one module a protocol."""

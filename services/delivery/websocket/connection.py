@@ -1,0 +1,387 @@
+"""One WebSocket: what its client asks, answered; its subscriptions; and how it ends."""
+
+import asyncio
+from typing import Any, Final, NamedTuple
+
+import msgspec
+import structlog
+
+from schemas.cursor import InvalidCursor
+from services.delivery import metrics
+from services.delivery.consumers.registry import Consumers
+from services.delivery.fanout.hub import Hub
+from services.delivery.fanout.streams import LAST_WRITE_SECONDS, Streams, Wish
+from services.delivery.formats.websocket import Formats, frame_message, place_of
+from services.delivery.formats.websocket_messages import (
+    Accepted,
+    Ack,
+    Cancel,
+    Cancelling,
+    Consume,
+    Credit,
+    End,
+    Error,
+    Ping,
+    Pong,
+    RequestId,
+    Settle,
+    StartGeneration,
+    Subscribe,
+    Subscribed,
+    Unconsume,
+    Unreadable,
+    Unsubscribe,
+)
+from services.delivery.http.responses import named, reach
+from services.delivery.requests.intake import GenerationWish, Intake
+from services.delivery.websocket.consumptions import Consumptions
+from services.delivery.websocket.outbox import Outlet
+from services.delivery.websocket.subscription import Subscription
+from services.delivery.websocket.token_bucket import Pace
+from services.kit.auth.principal import Principal, authorize
+from services.kit.problem import Problem
+from services.kit.request_head import BodyLimit
+
+__all__ = ["CLOSES", "Connection", "Desk"]
+
+log = structlog.get_logger()
+SUBSCRIPTIONS: Final = 64
+OPERATIONS: Final = 8
+RATE: Final = 200.0
+BURST: Final = 400.0
+COSTLY: Final = 10.0  # what is wrong or asks the broker for something counts as so many messages
+SILENT_HEARTBEATS: Final = 3.0
+KEY_LIMIT: Final = 200
+CLOSES: Final[dict[str, tuple[int, str]]] = {
+    "drain": (1001, "this replica stops: connect again"),
+    "lifetime": (1001, "sockets do not last for ever: connect again"),
+    "too-large": (1009, "a message has at most {0} bytes: {1} sets the limit"),
+    "failed": (1011, "the error has been logged"),
+    "expired": (4401, "the credentials have expired"),
+    "silent": (4408, "no pong came"),
+    "evicted": (4408, "nothing was read for too long"),
+}
+_ENDS: Final = {"complete": "complete", "terminal": "complete", "gap": "gap", "deleted": "gap", "failed": "failed"}
+_ABOUT_ONE: Final = (Ack, Credit, Unsubscribe)
+_EXPENSIVE: Final = (Subscribe, StartGeneration, Cancel, Consume, Unreadable)
+_ABOUT_A_CONSUMER: Final = (Credit, Unconsume)
+TOKENS_OF_A_MESSAGE: Final = 100.0  # so many tokens to settle count as one message more
+
+
+class Desk(NamedTuple):
+    """What all sockets of a process share. ``max_message``: of the bytes of one message."""
+
+    hub: Hub
+    streams: Streams
+    intake: Intake
+    consumers: Consumers
+    max_message: BodyLimit
+
+
+class Connection:
+    """Serves one accepted socket; `look_after` is to be called about every second."""
+
+    def __init__(self, desk: Desk, principal: Principal, formats: Formats, outlet: Outlet) -> None:
+        self._desk = desk
+        self._principal = principal
+        self._formats = formats
+        self._dialect = formats.dialect
+        self._outlet = outlet
+        self._clock = desk.hub.clock
+        now = self._clock.monotonic()
+        self._until, self._until_reason = desk.hub.end_of(principal.expires_at)
+        self._pace = Pace(RATE, BURST, now)
+        self._heard_at = self._asked_at = now
+        self._pings = 0
+        self._subscriptions: dict[str, Subscription] = {}  # bounded by SUBSCRIPTIONS
+        self._consumptions = Consumptions(desk.consumers, principal, formats.dialect, outlet, _error)
+        self._operations: set[asyncio.Task[None]] = set()  # bounded by OPERATIONS
+        self._over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    async def run(self, receive: Any) -> str:
+        """Serve the socket to its end; return why it ended."""
+        reading = asyncio.create_task(self._read(receive), name="websocket-reader")
+        try:
+            await asyncio.wait({reading, self._over}, return_when=asyncio.FIRST_COMPLETED)
+            if self._over.done():
+                return self._over.result()
+            return reading.result()
+        finally:
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+
+    def stop(self, reason: str) -> None:
+        """End the socket; the first reason holds."""
+        if not self._over.done():
+            self._over.set_result(reason)
+
+    async def end(self, reason: str) -> None:
+        """End what still goes on, so that every subscription says where it stood."""
+        if reason in ("too-large", "failed"):
+            reason = "disconnected"
+        tasks = self._tasks()
+        self._consumptions.finish(reason)
+        for subscription in list(self._subscriptions.values()):
+            subscription.finish(reason)
+        if reason in ("evicted", "silent"):
+            return
+        if tasks:
+            await asyncio.wait(tasks, timeout=2 * LAST_WRITE_SECONDS)
+        await self._outlet.flush(LAST_WRITE_SECONDS)
+
+    async def abandon(self) -> None:
+        """Give up what has not ended by itself."""
+        tasks = self._tasks()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _tasks(self) -> set[asyncio.Task[None]]:
+        reading = {s.task for s in self._subscriptions.values() if s.task is not None}
+        return reading | self._consumptions.tasks | self._operations
+
+    def look_after(self, now: float) -> None:
+        """Ask the client whether it is there, and end the socket when its time is over."""
+        limits = self._desk.hub.limits
+        if self._outlet.blocked_at is not None and now - self._outlet.blocked_at > limits.stall:
+            self.stop("evicted")
+        elif self._desk.hub.draining:
+            self.stop("drain")
+        elif now > self._until:
+            self.stop(self._until_reason)
+        elif self._asked_at > self._heard_at and now - self._heard_at > SILENT_HEARTBEATS * limits.heartbeat:
+            self.stop("silent")
+        elif now - self._asked_at >= limits.heartbeat:
+            self._pings += 1
+            self._asked_at = now
+            self._outlet.offer([self._message(Ping(id=self._pings))])
+
+    def _message(self, message: msgspec.Struct) -> dict[str, Any]:
+        return frame_message(self._dialect.encode(message), self._dialect.text)
+
+    async def _say(self, message: msgspec.Struct) -> None:
+        await self._outlet.send([self._message(message)])
+
+    async def _read(self, receive: Any) -> str:
+        while True:
+            message = await receive()
+            if message["type"] == "websocket.disconnect":
+                return "disconnected"
+            self._heard_at = self._clock.monotonic()
+            text = message.get("text")
+            data: str | bytes = (message.get("bytes") or b"") if text is None else text
+            if _size(data) > self._desk.max_message.size:
+                return "too-large"
+            said = self._dialect.decode(data)
+            metrics.SOCKET_MESSAGES.labels(type(said).__name__.lower()).inc()
+            wait = self._pace.take(_cost(said), self._heard_at)
+            if wait:
+                metrics.SOCKET_THROTTLED.inc()
+                await asyncio.sleep(wait)
+            try:
+                await self._answer(said)
+            except ConnectionError:
+                return "disconnected"
+
+    async def _answer(self, said: Any) -> None:
+        if said.id is None and self._has_ended(said):
+            return  # it crossed the end on the way
+        try:
+            await self._take(said)
+        except Problem as problem:
+            await self._say(_error(problem, said))
+
+    def _has_ended(self, said: Any) -> bool:
+        """Tell whether something concerns what is not read, or not any more."""
+        if isinstance(said, _ABOUT_A_CONSUMER) and said.consumer is not None:
+            return said.consumer not in self._consumptions
+        return isinstance(said, _ABOUT_ONE) and said.session is not None and said.session not in self._subscriptions
+
+    async def _take(self, said: Any) -> None:
+        match said:
+            case Ack():
+                self._acknowledge(said)
+            case Consume() | Settle() | Unconsume():
+                await self._take_for_consumer(said)
+            case Credit() if said.consumer is not None:
+                self._consumptions.grant(said)
+            case Credit():
+                self._subscription(said.session).grant(said.events, said.bytes)
+            case Subscribe():
+                self._subscribe(said)
+            case Unsubscribe():
+                subscription = self._subscription(said.session)
+                subscription.unsubscribed = True
+                subscription.finish("disconnected")
+            case StartGeneration():
+                await self._operate(said, self._start(said))
+            case Cancel():
+                await self._operate(said, self._cancel(said))
+            case Ping():
+                await self._say(Pong(id=said.id))
+            case Pong():
+                self._take_pong(said)
+            case Unreadable():
+                raise Problem(400, said.detail, slug=said.slug)
+
+    async def _take_for_consumer(self, said: Consume | Settle | Unconsume) -> None:
+        match said:
+            case Consume():
+                self._consumptions.consume(said)
+            case Settle():
+                await self._operate(said, self._consumptions.settle(said))
+            case Unconsume():
+                self._consumptions.unconsume(said)
+
+    def _take_pong(self, pong: Pong) -> None:
+        if pong.id == self._pings:
+            for subscription in self._subscriptions.values():
+                subscription.trip(self._heard_at - self._asked_at)
+
+    def _subscription(self, session: str | None) -> Subscription:
+        if session is None:
+            raise Problem(400, "credit needs `session` or `consumer`")
+        found = self._subscriptions.get(session)
+        if found is None:
+            raise Problem(404, f"this socket has no subscription of session {session[:80]!r}")
+        return found
+
+    def _acknowledge(self, said: Ack) -> None:
+        subscription = self._subscription(said.session)
+        try:
+            place = place_of(said.cursor)
+        except InvalidCursor as error:
+            raise Problem(400, str(error), slug="cursor-invalid", title="The cursor is not valid here") from error
+        subscription.acked(place)
+
+    def _subscribe(self, said: Subscribe) -> None:
+        if said.credit is not None and said.window is not None:
+            raise Problem(400, "a subscription has either `credit` or a `window`")
+        wish = Wish.read(
+            said.session,
+            generation=said.generation,
+            after=said.after,
+            from_=said.from_,
+            granularity=said.granularity,
+            coalesce=said.coalesce,
+        )
+        if said.session in self._subscriptions:
+            raise Problem(409, f"this socket reads session {said.session!r} already: unsubscribe first")
+        if len(self._subscriptions) >= SUBSCRIPTIONS:
+            raise Problem(429, f"a socket has at most {SUBSCRIPTIONS} subscriptions", slug="too-many-subscriptions")
+        subscription = Subscription(self._outlet, self._clock.monotonic, said.credit, auto=said.window is not None)
+        self._subscriptions[said.session] = subscription
+        subscription.task = asyncio.create_task(self._follow(said.id, wish, subscription))
+
+    async def _follow(self, id_: RequestId | None, wish: Wish, subscription: Subscription) -> None:
+        reason = "disconnected"
+        try:
+            stream = await self._desk.streams.open(self._principal, wish)
+            feed = stream.feed
+            cursor = stream.cursor or wish.cursor or feed.address.cursor(feed.last_seq).decode()
+            await self._say(Subscribed(id=id_, session=wish.session, cursor=cursor))
+            reason = "complete"
+            if stream.seq is not None:
+                format_ = self._formats.of(wish.session)
+                reason = await self._desk.streams.serve(stream, subscription.send, format_, subscription.joined)
+        except asyncio.CancelledError:
+            if not subscription.unsubscribed:
+                raise
+        except ConnectionError:
+            return
+        except Problem as problem:
+            await self._say_if_open(Error(**_refusal(problem), id=id_, session=wish.session))
+            return
+        except Exception:
+            log.exception("subscription failed", session=wish.session)
+            reason = "failed"
+        finally:
+            del self._subscriptions[wish.session]
+        await self._part(wish, reason, subscription)
+
+    async def _part(self, wish: Wish, reason: str, subscription: Subscription) -> None:
+        """Say that a subscription is over, where it can neither be resumed nor is the socket over with it."""
+        ended = "unsubscribed" if subscription.unsubscribed and reason == "disconnected" else _ENDS.get(reason)
+        if ended is not None:
+            await self._say_if_open(End(session=wish.session, reason=ended, generation=wish.generation))
+        elif reason in ("drain", "evicted", "expired"):
+            self.stop(reason)
+
+    async def _say_if_open(self, message: msgspec.Struct) -> None:
+        try:
+            await self._say(message)
+        except ConnectionError:
+            return
+
+    async def _operate(self, said: Any, operation: Any) -> None:
+        """Do what asks the broker beside everything else; with too many of those, read no further for now."""
+        while len(self._operations) >= OPERATIONS:
+            await asyncio.wait(self._operations, return_when=asyncio.FIRST_COMPLETED)
+        task = asyncio.create_task(self._answered(said, operation))
+        self._operations.add(task)
+        task.add_done_callback(self._operations.discard)
+
+    async def _answered(self, said: Any, operation: Any) -> None:
+        answer: msgspec.Struct
+        try:
+            answer = await operation
+        except Problem as problem:
+            answer = _error(problem, said)
+        except Exception:
+            log.exception("request over a socket failed", request=type(said).__name__)
+            answer = _error(Problem(500, "the error has been logged"), said)
+        await self._say_if_open(answer)
+
+    async def _start(self, said: StartGeneration) -> msgspec.Struct:
+        named("session", said.session)
+        principal = authorize(self._principal, "start", said.session)
+        key = said.idempotency_key
+        if key is not None and not 0 < len(key) <= KEY_LIMIT:
+            raise Problem(400, f"idempotency_key must have 1 to {KEY_LIMIT} characters")
+        wish = _generation_wish(said.request)
+        accepted = self._desk.intake.accept(principal, said.session, wish, key)
+        generation, cursor, repeated = await reach(accepted)
+        return Accepted(
+            id=said.id, session=said.session, generation=generation, cursor=cursor, state="queued", repeated=repeated
+        )
+
+    async def _cancel(self, said: Cancel) -> msgspec.Struct:
+        named("session", said.session)
+        named("generation", said.generation)
+        principal = authorize(self._principal, "cancel", said.session)
+        state = await reach(self._desk.intake.cancel(principal.tenant, said.session, said.generation))
+        return Cancelling(id=said.id, session=said.session, generation=said.generation, state=state)
+
+
+def _cost(said: Any) -> float:
+    """Return as how many messages something counts."""
+    if isinstance(said, Settle):
+        return 1.0 + (len(said.acks) + len(said.nacks) + len(said.working)) / TOKENS_OF_A_MESSAGE
+    return COSTLY if isinstance(said, _EXPENSIVE) else 1.0
+
+
+def _error(problem: Problem, said: Any) -> Error:
+    """Return the answer to what cannot be done."""
+    about = {name: getattr(said, name, None) for name in ("id", "session", "consumer")}
+    return Error(**_refusal(problem), **about)
+
+
+def _refusal(problem: Problem) -> dict[str, Any]:
+    retry = problem.headers.get("Retry-After", "")
+    return {"problem": problem.details, "retry_after": int(retry) if retry.isdigit() else None}
+
+
+def _size(data: str | bytes) -> int:
+    return len(data) if isinstance(data, bytes) or data.isascii() else len(data.encode())
+
+
+def _generation_wish(request: Any) -> GenerationWish:
+    """Return the body of a request; by way of JSON, since MessagePack can hold what no provider can be sent.
+
+    Raises:
+        Problem: 400, it is no such body.
+    """
+    try:
+        return msgspec.json.decode(msgspec.json.encode(request), type=GenerationWish)
+    except (msgspec.MsgspecError, TypeError, ValueError, RecursionError) as error:
+        raise Problem(400, f"request: {error}") from error

@@ -1,0 +1,159 @@
+"""What one WebSocket reads through durable consumers, and what its client says became of it."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import msgspec
+import structlog
+
+from services.delivery.consumers.access import permitted
+from services.delivery.consumers.consumption import LOST, Consumption
+from services.delivery.consumers.events import about, envelope
+from services.delivery.consumers.registry import Consumers
+from services.delivery.consumers.session import Delivery
+from services.delivery.consumers.settling import Settlement, settle
+from services.delivery.consumers.tokens import InvalidToken
+from services.delivery.formats.websocket import frame_message, packed
+from services.delivery.formats.websocket_messages import (
+    Consume,
+    Consuming,
+    Credit,
+    Deliveries,
+    Dialect,
+    Error,
+    Settle,
+    Settled,
+    Stopped,
+    Unconsume,
+)
+from services.delivery.http.responses import reach
+from services.delivery.websocket.outbox import Outlet
+from services.kit.auth.principal import Principal
+from services.kit.problem import Problem
+
+__all__ = ["Consumptions"]
+
+log = structlog.get_logger()
+CONSUMPTIONS: Final = 8
+Refuse = Callable[[Problem, Consume], Error]
+
+
+class Consumptions:
+    """The consumers that a socket reads: `CONSUMPTIONS` at most. ``refuse`` makes what is said to who cannot."""
+
+    def __init__(
+        self, consumers: Consumers, principal: Principal, dialect: Dialect, outlet: Outlet, refuse: Refuse
+    ) -> None:
+        self._consumers = consumers
+        self._principal = principal
+        self._dialect = dialect
+        self._outlet = outlet
+        self._refuse = refuse
+        self._open: dict[str, Consumption] = {}  # bounded by CONSUMPTIONS
+        self.tasks: set[asyncio.Task[None]] = set()  # one for each that is open, and for each that is ending
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._open
+
+    def finish(self, reason: str) -> None:
+        """End them all."""
+        for consumption in self._open.values():
+            consumption.finish(reason)
+
+    def consume(self, said: Consume) -> None:
+        """Begin to read.
+
+        Raises:
+            Problem: 409, it is read already; 429, as many are read as may be.
+        """
+        if said.consumer in self._open:
+            raise Problem(409, f"this socket reads consumer {said.consumer!r} already: unconsume first")
+        if len(self._open) >= CONSUMPTIONS:
+            raise Problem(429, f"a socket reads at most {CONSUMPTIONS} consumers", slug="too-many-consumers")
+        credit = None if said.credit is None else said.credit.events
+        consumption = Consumption(self._consumers, said.consumer, auto=said.ack == "auto", credit=credit)
+        self._open[said.consumer] = consumption
+        task = asyncio.create_task(self._follow(said, consumption))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    def grant(self, said: Credit) -> None:
+        """Let so much more be sent.
+
+        Raises:
+            Problem: 400, it does not say how many events; 404, the consumer is not read here; 409, without credit.
+        """
+        if said.session is not None or said.bytes is not None or said.events is None:
+            raise Problem(400, "credit for a consumer has `events`, and neither `bytes` nor `session`")
+        self._reading(said.consumer).grant(said.events)
+
+    def unconsume(self, said: Unconsume) -> None:
+        """Read no longer.
+
+        Raises:
+            Problem: 404, the consumer is not read here.
+        """
+        self._reading(said.consumer).finish("unconsumed")
+
+    async def settle(self, said: Settle) -> Settled:
+        """Settle events, wherever they have been given.
+
+        Raises:
+            Problem: this caller has no such consumer; 400, a token is none; 503, the broker is away.
+        """
+        await permitted(self._consumers, self._principal, said.consumer, recent=True)
+        words = Settlement(acks=said.acks, nacks=said.nacks, working=said.working, delay=said.delay)
+        try:
+            found = await reach(settle(self._consumers, self._principal.tenant, said.consumer, words))
+        except InvalidToken as error:
+            raise Problem(400, str(error), slug="token-invalid", title="The token is not valid here") from error
+        if (consumption := self._open.get(said.consumer)) is not None:
+            consumption.settled([*said.acks, *said.nacks])
+        return Settled(id=said.id, consumer=said.consumer, settled=found.settled, unknown=found.unknown)
+
+    def _reading(self, name: str | None) -> Consumption:
+        found = self._open.get(name or "")
+        if found is None:
+            raise Problem(404, f"this socket does not read consumer {str(name)[:80]!r}")
+        return found
+
+    async def _follow(self, said: Consume, consumption: Consumption) -> None:
+        name, auto = said.consumer, said.ack == "auto"
+
+        async def opened() -> None:
+            await self._say(Consuming(id=said.id, consumer=name))
+
+        async def give(events: Sequence[Delivery]) -> None:
+            frames = [msgspec.Raw(self._frame(event, auto=auto)) for event in events]
+            await self._outlet.write([self._message(Deliveries(consumer=name, events=frames))])
+
+        last: msgspec.Struct | None = None
+        try:
+            reason = await consumption.run(self._principal, opened, give)
+            last = None if reason in LOST else Stopped(consumer=name, reason=reason)
+        except ConnectionError:
+            return
+        except Problem as problem:
+            last = self._refuse(problem, said)
+        except Exception:
+            log.exception("consumer no longer read", consumer=name)
+            last = Stopped(consumer=name, reason="failed")
+        finally:
+            del self._open[name]
+        if last is not None:
+            await self._say(last)
+
+    def _frame(self, delivery: Delivery, *, auto: bool) -> bytes:
+        if self._dialect.text:
+            return envelope(delivery, auto=auto)
+        return packed(about(delivery, auto=auto), delivery.data)
+
+    def _message(self, message: msgspec.Struct) -> dict[str, object]:
+        return frame_message(self._dialect.encode(message), self._dialect.text)
+
+    async def _say(self, message: msgspec.Struct) -> None:
+        try:
+            await self._outlet.send([self._message(message)])
+        except ConnectionError:
+            return

@@ -1,0 +1,122 @@
+"""WebSockets: several sessions over one connection, with credit, starting and cancelling beside them."""
+
+import asyncio
+from typing import Any, Final
+
+import structlog
+
+from services.delivery import metrics
+from services.delivery.consumers.registry import Consumers
+from services.delivery.fanout.hub import Hub
+from services.delivery.fanout.streams import LAST_WRITE_SECONDS, Streams
+from services.delivery.formats.websocket import Formats
+from services.delivery.formats.websocket_messages import JSON, SUBPROTOCOLS, Dialect
+from services.delivery.http.asgi import RAW_SEND
+from services.delivery.requests.intake import Intake
+from services.delivery.websocket.connection import CLOSES, Connection, Desk
+from services.delivery.websocket.outbox import Outlet
+from services.kit.auth.principal import principal_of
+from services.kit.problem import Problem, send_problem
+from services.kit.request_head import BodyLimit
+
+__all__ = ["WebSockets"]
+
+log = structlog.get_logger()
+SWEEP_SECONDS: Final = 1.0
+
+
+class WebSockets:
+    """``GET /v1/ws``, as a raw ASGI application."""
+
+    def __init__(
+        self, hub: Hub, streams: Streams, intake: Intake, consumers: Consumers, max_message: BodyLimit
+    ) -> None:
+        self._desk = Desk(hub, streams, intake, consumers, max_message)
+        self._formats = {name: Formats(Dialect(name)) for name in SUBPROTOCOLS}
+        self._connections: set[Connection] = set()  # bounded by the server's connections
+        self._sweeper: asyncio.Task[None] | None = None
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Serve one socket to its end, or refuse it with problem details."""
+        if scope["type"] == "http":
+            upgrade = {"Upgrade": "websocket", "Connection": "Upgrade"}
+            problem = Problem(426, "this address is for WebSockets", slug="upgrade-required", headers=upgrade)
+            await send_problem(send, problem)
+            return
+        send = scope.get(RAW_SEND, send)
+        await receive()  # the wish to connect
+        try:
+            principal = principal_of(scope)
+            self._desk.hub.connections.check(principal)
+            if self._desk.hub.draining:
+                raise Problem(503, "this replica is going away", headers={"Retry-After": "1"})
+            name = _subprotocol(scope["subprotocols"])
+        except Problem as problem:
+            await send_problem(send, problem, "websocket.http")
+            return
+        await send({"type": "websocket.accept", "subprotocol": name})
+        async with Outlet(send) as outlet:
+            connection = Connection(self._desk, principal, self._formats[name or JSON], outlet)
+            with self._desk.hub.stream(principal, connection.stop):
+                reason = await self._serve(connection, receive)
+        metrics.SOCKETS_CLOSED.labels(reason).inc()
+        if reason in CLOSES:
+            code, why = CLOSES[reason]
+            why = why.format(*self._desk.max_message)
+            await _close(send, code, why, 0.5 if reason == "evicted" else LAST_WRITE_SECONDS)
+
+    async def _serve(self, connection: Connection, receive: Any) -> str:
+        self._connections.add(connection)
+        metrics.SOCKETS.set(len(self._connections))
+        self._keep_sweeping()
+        reason = "failed"
+        try:
+            reason = await connection.run(receive)
+        except Exception:
+            log.exception("socket failed")
+        finally:
+            try:
+                await connection.end(reason)
+            finally:
+                await connection.abandon()
+                self._connections.discard(connection)
+                metrics.SOCKETS.set(len(self._connections))
+        return reason
+
+    def _keep_sweeping(self) -> None:
+        if self._sweeper is None or self._sweeper.done():
+            self._sweeper = asyncio.create_task(self._sweep(), name="websocket-sweeper")
+
+    async def _sweep(self) -> None:
+        """Look after all sockets as long as there are any."""
+        while self._connections:
+            await asyncio.sleep(SWEEP_SECONDS)
+            now = self._desk.hub.clock.monotonic()
+            for connection in tuple(self._connections):
+                connection.look_after(now)
+
+
+def _subprotocol(offered: list[str]) -> str | None:
+    """Return the first subprotocol offered that is spoken here; ``None``, which means JSON, when none was offered.
+
+    Raises:
+        Problem: 400, all of them are unknown.
+    """
+    known = [name for name in offered if name in SUBPROTOCOLS]
+    if offered and not known:
+        shown = ", ".join(offered)[:100]
+        detail = f"subprotocol {shown!r} is not spoken here: offer {' or '.join(SUBPROTOCOLS)}, or none"
+        raise Problem(400, detail, slug="unknown-subprotocol")
+    return known[0] if known else None
+
+
+async def _close(send: Any, code: int, why: str, seconds: float) -> None:
+    """Close the socket; a client that takes nothing is not waited for longer than so many seconds."""
+    closing = asyncio.create_task(_send(send, {"type": "websocket.close", "code": code, "reason": why}))
+    await asyncio.wait({closing}, timeout=seconds)
+    closing.cancel()
+    await asyncio.gather(closing, return_exceptions=True)
+
+
+async def _send(send: Any, message: Any) -> None:
+    await send(message)

@@ -11,15 +11,10 @@ from litestar import Litestar, asgi
 
 from bench.processes import free_port
 from schemas.topology import Topology
-from services.delivery.consumers.api import consumers_router
-from services.delivery.consumers.registry import Consumers
-from services.delivery.fanout.hub import Hub
-from services.delivery.fanout.streams import Streams
-from services.delivery.limits import ConsumerLimits
-from services.delivery.limits import Limits as HubLimits
-from services.delivery.requests.budgets import Admission
-from services.delivery.requests.generations import Lookups
-from services.delivery.requests.intake import Intake
+from services.delivery.app import Replica
+from services.delivery.http.consumer_events import ConsumerEvents
+from services.delivery.http.consumers import consumers_router
+from services.delivery.settings import Settings
 from services.delivery.websocket.handler import WebSockets
 from services.kit.auth.principal import PRINCIPAL, Principal
 from services.kit.broker import Broker
@@ -27,16 +22,17 @@ from services.kit.clock import SystemClock
 from services.kit.http import serving
 from services.kit.problem import EXCEPTION_HANDLERS
 from services.kit.request_head import BodyLimit
+from services.kit.settings import Shared
 from tests.delivery_stage import TENANT
 
 
 class Stage:
     """A running replica and a client of it. ``principal``: who calls it."""
 
-    def __init__(self, url: str, hub: Hub, consumers: Consumers, http: httpx.AsyncClient) -> None:
+    def __init__(self, url: str, replica: Replica, http: httpx.AsyncClient) -> None:
         self.url = url
-        self.hub = hub
-        self.consumers = consumers
+        self.replica = replica
+        self.consumers = replica.consumers
         self.http = http
         self.principal: Principal | None = Principal(tenant=TENANT)
 
@@ -49,36 +45,39 @@ async def consuming(
     topology = topology or Topology()
     async with Broker.connect(url, "test-consumers") as broker:
         await broker.apply(topology)
-        hub = Hub(broker, SystemClock(), topology.partitions, HubLimits(heartbeat=heartbeat, stall=stall))
-        consumers = Consumers(hub, ConsumerLimits(**limits))
-        lookups = Lookups(broker, hub.clock, hub.partition)
-        admission = Admission(broker, hub.clock, output=4_096, fallback="refuse")
-        intake = Intake(broker, hub, lookups, hub.clock, "default", admission)
-        sockets = WebSockets(hub, Streams(hub, lookups), intake, consumers, BodyLimit(1_048_576, "max"))
+        settings = Settings(heartbeat=heartbeat, stall=stall, **limits)
+        replica = Replica(broker, SystemClock(), Shared(partitions=topology.partitions), settings)
+        consumers, supervisor, clock = replica.consumers, replica.supervisor, replica.clock
+        limit = BodyLimit(1_048_576, "max")
+        sockets = WebSockets(clock, supervisor, settings, replica.streams, replica.intake, consumers, limit)
+        consumer_events = ConsumerEvents(consumers, supervisor, clock, settings)
 
         @asgi("/v1/ws", copy_scope=False)
         async def websocket(scope: Any, receive: Any, send: Any) -> None:
             await sockets(scope, receive, send)
 
         litestar = Litestar(
-            [consumers_router(consumers), websocket],
+            [consumers_router(consumers, consumer_events), websocket],
             exception_handlers=EXCEPTION_HANDLERS,
             logging_config=None,
             openapi_config=None,
         )
         port = free_port()
         async with httpx.AsyncClient(timeout=15) as http:
-            stage = Stage(f"http://127.0.0.1:{port}", hub, consumers, http)
+            stage = Stage(f"http://127.0.0.1:{port}", replica, http)
 
             async def app(scope: Any, receive: Any, send: Any) -> None:
                 scope[PRINCIPAL] = stage.principal
                 await litestar(scope, receive, send)
 
             async with serving(app, "127.0.0.1", port, grace=lambda: 2):
+                supervising = asyncio.create_task(replica.run())
                 try:
                     yield stage
                 finally:
-                    await hub.drain(3)
+                    supervising.cancel()
+                    await asyncio.gather(supervising, return_exceptions=True)
+                    await replica.drain(3)
 
 
 class Service:

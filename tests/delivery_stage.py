@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -16,8 +16,9 @@ from schemas.requests import ENVELOPE
 from schemas.subjects import Address, token_subject
 from schemas.topology import Topology
 from schemas.usage import Usage
-from services.delivery.app import build_app
-from services.delivery.fanout.hub import Hub
+from services.delivery.app import Replica, build_app
+from services.delivery.reports.counting import DeliveryCounts
+from services.delivery.reports.reporter import DeliveryReporter
 from services.delivery.settings import Settings
 from services.kit.auth.setup import build_authenticator
 from services.kit.broker import Broker
@@ -34,11 +35,19 @@ SILENCE = 20.0  # seconds without a byte after which a test fails: a cluster tha
 class Stage:
     """A running delivery and a client of it."""
 
-    def __init__(self, url: str, hub: Hub, broker: Broker, http: httpx.AsyncClient) -> None:
+    def __init__(
+        self,
+        url: str,
+        replica: Replica,
+        broker: Broker,
+        http: httpx.AsyncClient,
+        counts: DeliveryReporter | None = None,
+    ) -> None:
         self.url = url
-        self.hub = hub
+        self.replica = replica
         self.broker = broker
         self.http = http
+        self.counts = counts
 
     def events(self, session: str = "s", **query: str) -> SseClient:
         """Return a client of a session's events that has not connected yet."""
@@ -46,22 +55,32 @@ class Stage:
 
     async def settled(self) -> None:
         """Wait until nobody is connected and nothing that served them is left."""
-        await eventually(lambda: subscribers() == 0 and not any(f.subscribers for f in self.hub._feeds.values()))
+        await eventually(
+            lambda: subscribers() == 0 and not any(f.subscribers for f in self.replica.feeds._feeds.values())
+        )
 
 
 @asynccontextmanager
-async def delivering(url: str, *, shared: Shared | None = None, **settings: Any) -> AsyncIterator[Stage]:
-    """Run delivery against the broker at ``url`` while the block runs."""
+async def delivering(
+    url: str,
+    *,
+    shared: Shared | None = None,
+    counts: Callable[[Broker], DeliveryReporter] | None = None,
+    **settings: Any,
+) -> AsyncIterator[Stage]:
+    """Run delivery against the broker at ``url`` while the block runs; ``counts`` makes what counts for billing."""
     shared = shared or Shared(nats_url=url)
     own = Settings(**({"port": free_port(), "console": False} | settings))
     async with Broker.connect(url, "test-delivery") as broker:
         await broker.apply(shared.topology())
-        hub = Hub(broker, SystemClock(), shared.partitions, own.limits())
-        authenticator = build_authenticator(shared, own.host, broker, hub.clock)
+        reporter = None if counts is None else counts(broker)
+        sums = None if reporter is None else DeliveryCounts(reporter)
+        replica = Replica(broker, SystemClock(), shared, own, sums)
+        authenticator = build_authenticator(shared, own.host, broker, replica.clock)
         async with (
             authenticator.running(),
             serving(
-                build_app(hub, shared, own, authenticator),
+                build_app(replica, authenticator),
                 own.host,
                 own.port,
                 grace=lambda: 2,
@@ -69,13 +88,13 @@ async def delivering(url: str, *, shared: Shared | None = None, **settings: Any)
             ),
             httpx.AsyncClient(timeout=SILENCE) as http,
         ):
-            sweeper = asyncio.create_task(hub.run())
+            sweeper = asyncio.create_task(replica.run())
             try:
-                yield Stage(f"http://{own.host}:{own.port}", hub, broker, http)
+                yield Stage(f"http://{own.host}:{own.port}", replica, broker, http, reporter)
             finally:
                 sweeper.cancel()
                 await asyncio.gather(sweeper, return_exceptions=True)
-                await hub.drain(1)
+                await replica.drain(1)
 
 
 def story(generation: str, deltas: int = 10, *, size: int = 0) -> list[AnyEvent]:

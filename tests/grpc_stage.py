@@ -9,15 +9,10 @@ import grpc
 import grpc.aio
 
 from schemas.rpc.tailrace.v1 import tailrace_pb2 as pb
-from services.delivery.consumers.registry import Consumers
-from services.delivery.fanout.hub import Hub
-from services.delivery.fanout.streams import Streams
+from services.delivery.app import Replica
 from services.delivery.grpc.server import serving_grpc
-from services.delivery.grpc.service import Delivery
-from services.delivery.limits import ConsumerLimits, Limits
-from services.delivery.requests.budgets import Admission
-from services.delivery.requests.generations import Lookups
-from services.delivery.requests.intake import Intake
+from services.delivery.grpc.service import DeliveryService
+from services.delivery.settings import Settings
 from services.kit.auth.principal import Principal
 from services.kit.broker import Broker
 from services.kit.clock import SystemClock
@@ -50,8 +45,8 @@ class Client:
 class GrpcStage:
     """A running server. ``refuse`` is what credentials are checked with, where a test sets it."""
 
-    def __init__(self, hub: Hub, broker: Broker, delivery: Delivery, port: int) -> None:
-        self.hub = hub
+    def __init__(self, replica: Replica, broker: Broker, delivery: DeliveryService, port: int) -> None:
+        self.replica = replica
         self.broker = broker
         self.delivery = delivery
         self.port = port
@@ -69,28 +64,25 @@ async def anybody(_authorization: str | None) -> Principal:
 
 @asynccontextmanager
 async def serving_calls(
-    url: str, *, limits: Limits | None = None, authenticate: Any = anybody, **options: Any
+    url: str, *, settings: Settings | None = None, authenticate: Any = anybody, **options: Any
 ) -> AsyncIterator[GrpcStage]:
     """Run delivery over gRPC against the broker at ``url`` while the block runs."""
     shared = Shared(nats_url=url)
     async with Broker.connect(url, "test-delivery") as broker:
         await broker.apply(shared.topology())
-        clock = SystemClock()
-        hub = Hub(broker, clock, shared.partitions, limits or Limits())
-        lookups = Lookups(broker, clock, hub.partition)
-        admission = Admission(broker, clock, output=4_096, fallback="refuse")
-        intake = Intake(broker, hub, lookups, clock, shared.pool, admission)
-        consumers = Consumers(hub, ConsumerLimits())
-        delivery = Delivery(hub, Streams(hub, lookups), lookups, intake, consumers, authenticate)
+        replica = Replica(broker, SystemClock(), shared, settings or Settings())
+        delivery = DeliveryService(
+            replica.supervisor, replica.streams, replica.lookups, replica.intake, replica.consumers, authenticate
+        )
 
         async with serving_grpc(delivery, "127.0.0.1", 0, **{"grace": lambda: 2.0} | options) as port:
-            sweeper = asyncio.create_task(hub.run())
+            sweeper = asyncio.create_task(replica.run())
             try:
-                yield GrpcStage(hub, broker, delivery, port)
+                yield GrpcStage(replica, broker, delivery, port)
             finally:
                 sweeper.cancel()
                 await asyncio.gather(sweeper, return_exceptions=True)
-                await hub.drain(1)
+                await replica.drain(1)
 
 
 class Read:

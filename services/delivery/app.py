@@ -1,26 +1,27 @@
-"""The delivery process: settings, its parts put together, and its shutdown."""
+"""The delivery process: its parts composed once, served over all transports, and shut down."""
 
 import asyncio
 import os
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import structlog
-from litestar import Litestar, MediaType, Response, asgi, get, route
-from litestar.datastructures import CacheControlHeader
-from litestar.static_files import create_static_files_router
+from litestar import Litestar, asgi
 
 from schemas.requests import ENVELOPE, GenerationRecord
-from services.delivery.consumers.api import consumers_router
-from services.delivery.consumers.describe import describe_consumer_events
 from services.delivery.consumers.registry import Consumers
-from services.delivery.fanout.hub import Hub
+from services.delivery.fanout.feeds import Feeds
+from services.delivery.fanout.presence import Presence
 from services.delivery.fanout.streams import Streams
+from services.delivery.fanout.supervisor import Supervisor
 from services.delivery.http.asgi import outliving
 from services.delivery.http.completion import Completion
+from services.delivery.http.console import console_handlers
+from services.delivery.http.consumer_events import ConsumerEvents
+from services.delivery.http.consumer_openapi import describe_consumer_events
+from services.delivery.http.consumers import consumers_router
 from services.delivery.http.dead import dead_router
 from services.delivery.http.events import SessionEvents
 from services.delivery.http.generations import router
@@ -28,13 +29,16 @@ from services.delivery.http.keys import keys_router
 from services.delivery.http.openapi import describe_streams
 from services.delivery.http.routes import events_handlers
 from services.delivery.http.tickets import tickets_router
-from services.delivery.reports.counting import Accounts
-from services.delivery.reports.reporter import Delivered
+from services.delivery.log.states import LogStates
+from services.delivery.reports.counting import DeliveryCounts
+from services.delivery.reports.reporter import DeliveryReporter
 from services.delivery.requests.budgets import Admission
+from services.delivery.requests.deleted_sessions import DeletedSessions
 from services.delivery.requests.deletion import Deletion
 from services.delivery.requests.generations import Lookups
 from services.delivery.requests.intake import Intake
 from services.delivery.requests.size_limit import request_limit
+from services.delivery.requests.start_limits import StartLimits
 from services.delivery.settings import Settings
 from services.delivery.websocket.handler import WebSockets
 from services.kit.api_docs import documented
@@ -44,22 +48,18 @@ from services.kit.auth.rules import cors
 from services.kit.auth.setup import authenticating
 from services.kit.bodies import reading_bodies
 from services.kit.broker import Broker
-from services.kit.clock import SystemClock
+from services.kit.clock import Clock, SystemClock
 from services.kit.http import Check, probes, serving
 from services.kit.problem import EXCEPTION_HANDLERS
 from services.kit.settings import SettingsError, Shared, load_settings, own_tls
 from services.kit.shutdown import ANSWERS, HAND_OVER, Stop, end
+from services.kit.storage import Storage
 from services.kit.telemetry import configure_logging, describe_service
 from services.kit.tls import ServerTls
 
-__all__ = ["build_app", "main"]
+__all__ = ["Replica", "build_app", "main"]
 
 log = structlog.get_logger()
-_CONSOLE: Final = Path(__file__).parent / "console"
-_CONSOLE_POLICY: Final = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
-    "connect-src {connect}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
 
 
 async def main(stop: Stop, *, worker: int | None = None) -> None:
@@ -81,15 +81,13 @@ async def main(stop: Stop, *, worker: int | None = None) -> None:
         await broker.keep(shared.topology())
         _compare_limits(settings.max_body, broker)
         clock = SystemClock()
-        hub = Hub(broker, clock, shared.partitions, settings.limits())
-        consumers = Consumers(hub, settings.consumer_limits())
-        delivered = Delivered(broker.publish_stored, f"d{secrets.token_hex(8)}")
+        reporter = DeliveryReporter(broker.publish_stored, f"d{secrets.token_hex(8)}")
+        replica = Replica(broker, clock, shared, settings, DeliveryCounts(reporter))
         drained = asyncio.Event()
-        hub.accounts = Accounts(delivered)
         async with (
             authenticating(shared, settings.host, broker, clock) as authenticator,
             serving(
-                build_app(hub, shared, settings, authenticator, consumers),
+                build_app(replica, authenticator),
                 settings.host,
                 settings.port,
                 connections=settings.connections,
@@ -98,17 +96,95 @@ async def main(stop: Stop, *, worker: int | None = None) -> None:
                 shared=worker is not None,
                 message_bytes=settings.max_body + ENVELOPE,
             ),
-            _serving_grpc(hub, shared, settings, authenticator, consumers, tls, stop, shared_port=worker is not None),
-            _own_probes(hub, settings, worker, stop),
+            _serving_grpc(replica, authenticator, tls, stop, shared_port=worker is not None),
+            _own_probes(replica, worker, stop),
             asyncio.TaskGroup() as group,
         ):
-            sweeper = group.create_task(hub.run())
-            reporting = group.create_task(delivered.run(drained))
+            supervising = group.create_task(replica.run())
+            reporting = group.create_task(reporter.run(drained))
             await stop.wait()
-            await hub.drain(stop.left())
+            await replica.drain(stop.left())
             drained.set()
             await asyncio.wait({reporting}, timeout=stop.left(HAND_OVER))
-            await end(sweeper, reporting)
+            await end(supervising, reporting)
+
+
+class Replica:
+    """The parts of one delivery process, built once and handed to all its transports.
+
+    ``counts``: where what subscribers are sent is counted for billing; ``None`` counts nothing.
+    """
+
+    def __init__(
+        self,
+        broker: Broker,
+        clock: Clock,
+        shared: Shared,
+        settings: Settings,
+        counts: DeliveryCounts | None = None,
+    ) -> None:
+        self.broker = broker
+        self.clock = clock
+        self.settings = settings
+        self.pool = shared.pool
+        self.limit = request_limit(settings.max_body, broker.client.max_payload)
+        self.storage = Storage(broker, "delivery")
+        self.states = LogStates(broker, clock, shared.partitions)
+        self.supervisor = Supervisor(broker, clock, settings)
+        self.deleted = DeletedSessions(broker)
+        self.presence = Presence(broker)
+        self.feeds = Feeds(broker, clock, self.states, self.supervisor, self.deleted, settings, counts)
+        self.lookups = Lookups(broker, clock, self.states.partition)
+        self.starts = StartLimits(broker, clock, settings)
+        self.admission = Admission(broker, clock, output=settings.budget_output, fallback=settings.budget_fallback)
+        self.intake = Intake(
+            broker,
+            clock,
+            self.states,
+            self.storage,
+            self.lookups,
+            self.deleted,
+            self.starts,
+            self.admission,
+            shared.pool,
+        )
+        self.streams = Streams(self.feeds, self.states, self.supervisor, self.presence, self.lookups)
+        self.consumers = Consumers(broker, clock, self.states, self.supervisor, settings)
+        self.deletion = Deletion(
+            broker,
+            clock,
+            self.states,
+            self.lookups,
+            self.intake,
+            self.deleted,
+            self.consumers.dead.forget_session,
+            shared.pool,
+        )
+        self.supervisor.every_second("storage", self.storage.look)
+        self.supervisor.every_second("starts", self.starts.poll)
+        self.supervisor.every_second("deletions", self.deleted.listen)
+
+    async def run(self) -> None:
+        """Supervise streams and keep feeds right until cancelled."""
+        self.supervisor.start("deletions", self.deleted.listen())
+        await self.supervisor.run()
+
+    async def drain(self, seconds: float) -> None:
+        """End every stream with a resumable notice, wait at most so long for slow clients, and close all feeds."""
+        await self.supervisor.drain(seconds)
+        await self.feeds.close()
+        await self.supervisor.close()
+
+    def checks(self) -> dict[str, Check]:
+        """Return what readiness depends on."""
+
+        async def is_ready() -> bool:
+            return self.supervisor.is_ready()
+
+        async def stores() -> bool:
+            return self.storage.stores()
+
+        return {"broker": is_ready, "log": stores}
 
 
 def _compare_limits(max_body: int, broker: Broker) -> None:
@@ -125,36 +201,35 @@ def _compare_limits(max_body: int, broker: Broker) -> None:
 
 @asynccontextmanager
 async def _serving_grpc(
-    hub: Hub,
-    shared: Shared,
-    settings: Settings,
-    authenticator: Authenticator,
-    consumers: Consumers,
-    tls: ServerTls | None,
-    stop: Stop,
-    *,
-    shared_port: bool,
+    replica: Replica, authenticator: Authenticator, tls: ServerTls | None, stop: Stop, *, shared_port: bool
 ) -> AsyncIterator[None]:
     """Serve gRPC while the block runs, where it is wanted."""
+    settings = replica.settings
     if not settings.grpc_port:
         yield
         return
-    # Only here: who does without gRPC shall not pay for its library.
+    # Imported only here: a replica without gRPC need not load its library.
     try:
         from services.delivery.grpc.server import serving_grpc
-        from services.delivery.grpc.service import Delivery
+        from services.delivery.grpc.service import DeliveryService
     except ImportError as error:
         hint = "it needs the C++ runtime libstdc++; 0 serves no gRPC"
         raise SettingsError([f"TAILRACE_DELIVERY_GRPC_PORT: gRPC cannot be loaded ({error}): {hint}"]) from error
 
-    lookups = Lookups(hub.broker, hub.clock, hub.partition)
-    intake = Intake(hub.broker, hub, lookups, hub.clock, shared.pool, _admission(hub, settings))
+    service = DeliveryService(
+        replica.supervisor,
+        replica.streams,
+        replica.lookups,
+        replica.intake,
+        replica.consumers,
+        authenticator.authenticate,
+    )
     async with serving_grpc(
-        Delivery(hub, Streams(hub, lookups), lookups, intake, consumers, authenticator.authenticate),
+        service,
         settings.host,
         settings.grpc_port,
         tls=tls,
-        max_request=request_limit(settings.max_body, hub.broker.client.max_payload).size,
+        max_request=replica.limit.size,
         calls=settings.connections,
         lifetime=settings.lifetime,
         grace=lambda: stop.left(ANSWERS),
@@ -164,60 +239,52 @@ async def _serving_grpc(
 
 
 @asynccontextmanager
-async def _own_probes(hub: Hub, settings: Settings, worker: int | None, stop: Stop) -> AsyncIterator[None]:
+async def _own_probes(replica: Replica, worker: int | None, stop: Stop) -> AsyncIterator[None]:
     """Answer probes on a port that no other worker has, while the block runs."""
     if worker is None:
         yield
         return
-    app = Litestar([probes(_checks(hub))], openapi_config=None, logging_config=None)
+    settings = replica.settings
+    app = Litestar([probes(replica.checks())], openapi_config=None, logging_config=None)
     port, grace = settings.workers_port + worker, lambda: stop.left(ANSWERS)
     async with serving(app, settings.host, port, connections=64, grace=grace):
         yield
 
 
-def _admission(hub: Hub, settings: Settings) -> Admission:
-    return Admission(hub.broker, hub.clock, output=settings.budget_output, fallback=settings.budget_fallback)
-
-
-def _checks(hub: Hub) -> dict[str, Check]:
-    async def stores() -> bool:
-        return hub.storage.stores()
-
-    return {"broker": hub.is_ready, "log": stores}
-
-
-def build_app(
-    hub: Hub, shared: Shared, settings: Settings, authenticator: Authenticator, consumers: Consumers | None = None
-) -> Any:
-    """Return the ASGI application. ``consumers``: where gRPC shares them."""
-    authenticator.on_revoked(hub.connections.revoke)
-    lookups = Lookups(hub.broker, hub.clock, hub.partition)
-    intake = Intake(hub.broker, hub, lookups, hub.clock, shared.pool, _admission(hub, settings))
-    streams = Streams(hub, lookups)
-    completion = Completion(streams, settings.wait)
-    consumers = consumers or Consumers(hub, settings.consumer_limits())
+def build_app(replica: Replica, authenticator: Authenticator) -> Any:
+    """Return the ASGI application of a replica."""
+    settings, limit = replica.settings, replica.limit
+    authenticator.on_revoked(replica.supervisor.open_streams.revoke)
+    completion = Completion(replica.streams, settings.wait)
     events = SessionEvents(
-        streams, lookups, completion, max_wait=settings.wait, heartbeat=settings.heartbeat, compress=settings.compress
+        replica.streams,
+        replica.lookups,
+        completion,
+        max_wait=settings.wait,
+        heartbeat=settings.heartbeat,
+        compress=settings.compress,
     )
-    limit = request_limit(settings.max_body, hub.broker.client.max_payload)
-    sockets = WebSockets(hub, streams, intake, consumers, limit)
+    consumer_events = ConsumerEvents(replica.consumers, replica.supervisor, replica.clock, settings)
+    sockets = WebSockets(
+        replica.clock, replica.supervisor, settings, replica.streams, replica.intake, replica.consumers, limit
+    )
 
     @asgi("/v1/ws", copy_scope=False)
     async def websocket(scope: Any, receive: Any, send: Any) -> None:
         await sockets(scope, receive, send)
 
     handlers: list[Any] = [
-        router(intake, lookups, completion, Deletion(hub, lookups, intake, shared.pool)),
-        dead_router(intake, hub.broker, shared.pool),
-        keys_router(authenticator, hub.clock),
-        tickets_router(authenticator, hub.clock, settings.ticket),
+        router(replica.intake, replica.lookups, completion, replica.deletion),
+        dead_router(replica.intake, replica.broker, replica.pool),
+        keys_router(authenticator, replica.clock),
+        tickets_router(authenticator, replica.clock, settings.ticket),
         *events_handlers(events),
         websocket,
-        consumers_router(consumers),
-        probes(_checks(hub)),
+        consumers_router(replica.consumers, consumer_events),
+        probes(replica.checks()),
     ]
     if settings.console:
-        handlers += _console(settings, asks=authenticator.everybody is None)
+        handlers += console_handlers(settings, asks=authenticator.everybody is None)
     litestar = Litestar(
         route_handlers=handlers,
         exception_handlers=EXCEPTION_HANDLERS,
@@ -233,31 +300,3 @@ def build_app(
     describe_consumer_events(litestar.openapi_schema)
 
     return outliving(entering(reading_bodies(litestar, limit), authenticator, settings.cors_origins, limit))
-
-
-def _console(settings: Settings, *, asks: bool) -> list[Any]:
-    """Return the page and its parts; ``asks``: whether it has to ask for a key."""
-    connect = "'self'" + (f" {settings.billing_url}" if settings.billing_url else "")
-    headers = {
-        "Content-Security-Policy": _CONSOLE_POLICY.format(connect=connect),
-        "Cache-Control": "no-cache",
-        "X-Content-Type-Options": "nosniff",
-        "Referrer-Policy": "no-referrer",
-    }
-
-    @route("/", http_method=["GET", "HEAD"], include_in_schema=False, sync_to_thread=False)
-    def page() -> Response[bytes]:
-        return Response((_CONSOLE / "index.html").read_bytes(), media_type=MediaType.HTML, headers=headers)
-
-    @route("/console/usage", http_method=["GET", "HEAD"], include_in_schema=False, sync_to_thread=False)
-    def usage_page() -> Response[bytes]:
-        return Response((_CONSOLE / "usage.html").read_bytes(), media_type=MediaType.HTML, headers=headers)
-
-    @get("/console/config.json", include_in_schema=False, sync_to_thread=False)
-    def config() -> dict[str, Any]:
-        return {"billing": settings.billing_url, "models": settings.console_models, "credentials": asks}
-
-    files = create_static_files_router(
-        "/console", [_CONSOLE], include_in_schema=False, cache_control=CacheControlHeader(no_cache=True)
-    )
-    return [page, usage_page, config, files]

@@ -1,14 +1,14 @@
 """Settings of delivery."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
 from schemas.requests import ENVELOPE, LARGEST_PAYLOAD
-from services.delivery.limits import ConsumerLimits, Fallback, Limits, StartBounds
 
-__all__ = ["Settings"]
+__all__ = ["Fallback", "Settings"]
 
+Fallback = Literal["refuse", "allow"]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 
 
@@ -64,27 +64,3 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     console: bool = True
     console_models: tuple[str, ...] = ("scripted/story",)
     billing_url: str | None = None
-
-    def limits(self) -> Limits:
-        """Return the hub's bounds."""
-        return Limits(
-            feed_bytes=self.feed_bytes,
-            feeds=self.feeds,
-            linger=self.linger,
-            heartbeat=self.heartbeat,
-            lifetime=self.lifetime,
-            stall=self.stall,
-            streams=self.streams,
-            streams_per_tenant=self.streams_per_tenant,
-            streams_per_key=self.streams_per_key,
-            starts=StartBounds(
-                tenant_rate=self.starts_per_minute_per_tenant,
-                key_rate=self.starts_per_minute_per_key,
-                tenant_running=self.running_per_tenant,
-                key_running=self.running_per_key,
-            ),
-        )
-
-    def consumer_limits(self) -> ConsumerLimits:
-        """Return the bounds of durable consumers."""
-        return ConsumerLimits(consumers=self.consumers, inactive=self.consumer_inactive, dead=self.consumer_dead)

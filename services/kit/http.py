@@ -14,11 +14,13 @@ from services.kit.http2 import serving_http2
 from services.kit.shutdown import end
 from services.kit.tls import ServerTls
 
-__all__ = ["Check", "HEAD_BYTES", "PortTaken", "check_port", "probes", "serving"]
+__all__ = ["Check", "HEAD_BYTES", "PortTaken", "RAW_SEND", "check_port", "probes", "serving"]
 
 Check = Callable[[], Awaitable[bool]]
 Grace = Callable[[], float]
 """Returns for how many seconds more open answers may go on; asked when they are to end."""
+RAW_SEND: Final = "tailrace.send"
+"""Key of an ASGI scope: the server's own `send`, past what wraps it for ordinary answers."""
 HANDSHAKE_SECONDS: Final = 10.0
 GRACE_SECONDS: Final = 10.0
 UNSENT_BYTES: Final = 128 * 1024

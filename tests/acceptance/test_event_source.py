@@ -206,7 +206,7 @@ def brings(client: Client, count: int) -> Callable[[], Any]:
 
 
 def dismiss(stage: Stage, reason: str) -> None:
-    for feed in stage.hub._feeds.values():
+    for feed in stage.replica.feeds._feeds.values():
         for subscriber in feed.everyone():
             subscriber.finish(reason)
 
@@ -246,7 +246,7 @@ async def test_sentences_of_several_sessions_survive_drops(
     await client.open(proxy.url, f"{proxy.url}/v1/events?session=a&session=b&granularity=sentence")
 
     def is_read() -> bool:
-        return sum(len(feed.everyone()) for feed in stage.hub._feeds.values()) >= len(told)
+        return sum(len(feed.everyone()) for feed in stage.replica.feeds._feeds.values()) >= len(told)
 
     await eventually(is_read, timeout=20)
 

@@ -65,6 +65,6 @@ async def test_socket_through_the_edge_is_told_when_its_replica_stops(edge: Edge
     async with socket(clear_address(edge)) as client:
         await client.say("subscribe", session="s", from_="start")
         await client.gather("s", 4)
-        await stage.hub.drain(10)
+        await stage.replica.drain(10)
         assert (await client.hear("bye"))["cursor"] == client.cursors["s"][-1]
         assert (await client.closed())[0] == 1001

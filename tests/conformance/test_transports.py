@@ -46,7 +46,7 @@ async def write(broker: Broker, session: str, events: list[dict[str, Any]]) -> l
 
 
 async def question_of(stand: Stand, session: str, read: dict[str, Any], places: list[int]) -> Question:
-    issuer = await stand.stage.hub.issuer(TENANT, session)
+    issuer = await stand.stage.replica.states.issuer(TENANT, session)
     generation = read.get("generation")
     after = issuer.issue(places[read["after"]]) if "after" in read else None
     return Question(session, generation or SENTINEL, generation, after, read.get("from"))
@@ -69,7 +69,7 @@ def check(seen: Seen, read: dict[str, Any], log: list[dict[str, Any]], cursors: 
 async def test_what_is_stored_is_the_same_over_every_transport(stand: Stand, broker: Broker, path: Path) -> None:
     case = vector(path)
     places = await write(broker, "s", case["log"])
-    issuer = await stand.stage.hub.issuer(TENANT, "s")
+    issuer = await stand.stage.replica.states.issuer(TENANT, "s")
     for read in case["reads"]:
         question = await question_of(stand, "s", read, places)
         cursors = [issuer.issue(places[index]) for index in read["gives"]]
@@ -92,14 +92,14 @@ async def test_what_is_being_written_is_the_same_over_every_transport(stand: Sta
         readers = {name: asyncio.create_task(reader(stand, question)) for name, reader in READERS.items()}
         await eventually(lambda: listening(stand) == len(READERS))
         places = await write(broker, "s", case["log"])
-        issuer = await stand.stage.hub.issuer(TENANT, "s")
+        issuer = await stand.stage.replica.states.issuer(TENANT, "s")
         cursors = [issuer.issue(places[index]) for index in read["gives"]]
         for name, task in readers.items():
             check(await task, read, case["log"], cursors, f"{name}, live")
 
 
 def listening(stand: Stand) -> int:
-    return sum(len(feed.everyone()) for hub in (stand.stage.hub, stand.grpc.hub) for feed in hub._feeds.values())
+    return sum(len(feed.everyone()) for one in (stand.stage, stand.grpc) for feed in one.replica.feeds.all())
 
 
 def test_vectors_name_only_what_they_hold() -> None:

@@ -189,7 +189,7 @@ async def test_live_messages_lost_between_brokers_are_read_from_the_log(broker: 
                     token_subject(address), encode_event(Delta(generation="g", seq=seq, text=str(seq), tokens=seq))
                 )
             await eventually(lambda: len(client.events) == 2)
-            feed = await stage.hub.feed("default", "s")
+            feed = await stage.replica.feeds.feed("default", "s")
             assert feed._subscription is not None
             # From here on nothing arrives, and nobody says so.
             stage.broker.client._arrivals[feed._subscription._id] = lambda *_: None

@@ -79,7 +79,7 @@ async def test_a_replica_that_runs_learns_of_the_change_and_lets_go_of_feeds_tha
         client = old.events(session, **{"from": "start"})
         following = asyncio.create_task(client.follow(lambda c: bool(c.events) and c.events[-1]["type"] == "completed"))
         try:
-            await eventually(lambda: len(old.hub._feeds) == 1)  # follows a session of which nothing is stored
+            await eventually(lambda: len(old.replica.feeds._feeds) == 1)  # follows a session of which nothing is stored
             async with delivering(nats_url, shared=Shared(nats_url=nats_url, partitions=4)) as new:
                 await answered(new, session, 1)
                 async with asyncio.timeout(20):

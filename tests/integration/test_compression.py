@@ -94,7 +94,7 @@ async def test_farewell_ends_a_compressed_stream_whole(stage: Stage, log: Log) -
     await log.append(*story("g1")[:3])
     reading = asyncio.create_task(raw(stage, GZIP))
     await eventually(lambda: subscribers() == 1)
-    await stage.hub.drain(5)
+    await stage.replica.drain(5)
     assert b"event: bye" in unpacked((await reading)[1])
 
 

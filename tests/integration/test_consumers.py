@@ -186,7 +186,7 @@ async def test_what_is_given_again_can_die_again_and_be_removed(stage: Stage, lo
 
 
 async def test_with_as_many_dead_events_as_may_be_the_next_one_stays_in_flight(nats_url: str, broker: Broker) -> None:
-    async with consuming(nats_url, dead=1) as stage:
+    async with consuming(nats_url, consumer_dead=1) as stage:
         service = await Service(stage).created(ack_wait=0.2, max_deliver=1)
         await Log(broker).append(*story("g1", 0)[:2])
         await service.batch()
@@ -313,7 +313,7 @@ async def test_a_stream_of_a_consumer_that_is_removed_ends_and_says_so(stage: St
 async def test_streams_end_with_a_notice_when_the_replica_stops(stage: Stage) -> None:
     service = await Service(stage).created()
     async with service.stream() as lines:
-        await stage.hub.drain(5)
+        await stage.replica.drain(5)
         assert await lines.next() == {"type": "bye", "reason": "drain"}
 
 

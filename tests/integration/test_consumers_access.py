@@ -104,7 +104,7 @@ async def test_a_narrow_caller_cannot_take_a_wide_consumer_over(stage: Stage) ->
 
 async def test_a_stream_ends_when_its_credentials_expire(stage: Stage) -> None:
     service = await Service(stage).created()
-    stage.principal = Principal(tenant=TENANT, expires_at=stage.hub.clock.wall() + 1.5)
+    stage.principal = Principal(tenant=TENANT, expires_at=stage.replica.clock.wall() + 1.5)
     async with service.stream() as lines:
         assert await lines.next() == {"type": "bye", "reason": "expired"}
 
@@ -198,7 +198,7 @@ async def test_no_more_consumers_than_allowed(nats_url: str, broker: Broker) -> 
 
 
 async def test_nobody_reads_for_too_long_and_the_consumer_goes(nats_url: str, broker: Broker) -> None:
-    async with consuming(nats_url, inactive=1.0) as stage:
+    async with consuming(nats_url, consumer_inactive=1.0) as stage:
         service = await Service(stage).created()
 
         async def gone() -> bool:

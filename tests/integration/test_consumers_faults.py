@@ -58,7 +58,7 @@ async def test_the_position_outlives_the_broker(own_nats: NatsServer) -> None:
             await service.ack(first)
             own_nats.kill()
             await asyncio.to_thread(own_nats.start)
-            await eventually(lambda: broker.is_connected and stage.hub.broker.is_connected, timeout=20)
+            await eventually(lambda: broker.is_connected and stage.replica.broker.is_connected, timeout=20)
             await log.append(*story("g2", 1))
             rest: list[tuple[str, int]] = []
             async with asyncio.timeout(30):
@@ -89,7 +89,7 @@ async def test_what_cannot_be_settled_while_the_broker_is_away_can_be_settled_ag
         assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
         assert answer.json()["detail"] == "the broker cannot be reached"
         await asyncio.to_thread(own_nats.start)
-        await eventually(lambda: stage.hub.broker.is_connected, timeout=20)
+        await eventually(lambda: stage.replica.broker.is_connected, timeout=20)
         answer = await stage.http.post(f"{service.path}/acks", json=words)
         settled = answer.json()
         assert (answer.status_code, settled["settled"] + len(settled["unknown"])) == (200, len(rest))
@@ -250,7 +250,7 @@ async def test_a_client_that_reads_nothing_holds_little_and_is_let_go(nats_url: 
     async with consuming(nats_url, stall=1.0) as stage, small_buffers() as slow:
         service = await Service(stage).created(max_in_flight=10_000)
         await Log(broker).append(*story("g1", 300, size=60_000))
-        stuck = Service(Stage(stage.url, stage.hub, stage.consumers, slow))
+        stuck = Service(Stage(stage.url, stage.replica, slow))
         worst, before = 0, metric("tailrace_delivery_streams_closed_total", reason="evicted")
         async with stuck.stream():
             (session,) = stage.consumers._sessions

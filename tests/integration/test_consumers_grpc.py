@@ -192,7 +192,7 @@ async def test_a_drain_ends_calls_those_without_a_first_request_too(
     await Service(stage).created()
     call, silent = await Consumed(client).opened(), client.consume()
     await silent.initial_metadata()
-    await calls.hub.drain(5)
+    await calls.replica.drain(5)
     assert (await call.hear("stopped")).reason == "drain"
     assert await silent.code() == grpc.StatusCode.UNAVAILABLE
 

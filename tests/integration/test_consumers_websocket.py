@@ -180,7 +180,7 @@ async def test_a_drain_says_so_for_every_consumer(stage: Stage) -> None:
     await Service(stage).created()
     async with socket(stage.url) as client:
         await consume(client)
-        draining = asyncio.create_task(stage.hub.drain(5))
+        draining = asyncio.create_task(stage.replica.drain(5))
         assert (await client.hear("stopped"))["reason"] == "drain"
         assert (await client.closed())[0] == 1001
         await draining

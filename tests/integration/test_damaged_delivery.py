@@ -96,8 +96,8 @@ async def test_a_durable_consumer_is_given_what_is_new_and_told_what_is_missing(
         await append(own_nats.url, OLD)
         total = len(OLD) * (SIZE + 3)
         await service.take(total)
-        await stage.hub.state(0, fresh=True)
-        await marked(stage.hub.broker, total)
+        await stage.replica.states.state(0, fresh=True)
+        await marked(stage.replica.broker, total)
     damage(own_nats, kind)
     async with consuming(own_nats.url) as stage:
         service = Service(stage)
@@ -119,11 +119,11 @@ async def test_a_durable_consumer_is_given_what_is_new_and_told_what_is_missing(
 async def test_what_a_log_has_lost_is_counted(own_nats: NatsServer) -> None:
     async with delivering(own_nats.url) as stage:
         await append(own_nats.url, OLD)
-        await stage.hub.state(0)
-        await stage.hub.state(0, fresh=True)
+        await stage.replica.states.state(0)
+        await stage.replica.states.state(0, fresh=True)
         await marked(stage.broker, 159)
     before = metric("tailrace_log_lost_events_total", partition="0")
     damage(own_nats, "block-truncated")
     async with delivering(own_nats.url) as stage:
-        state = await stage.hub.state(0)
+        state = await stage.replica.states.state(0)
         assert metric("tailrace_log_lost_events_total", partition="0") == before + state.holes > before

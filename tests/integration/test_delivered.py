@@ -8,8 +8,7 @@ import pytest
 from schemas.codec import encode_event
 from schemas.delivered import DELIVERED_FILTER, DeliveredReport, decode_delivered
 from schemas.topology import DELIVERED
-from services.delivery.reports.counting import Accounts
-from services.delivery.reports.reporter import Delivered
+from services.delivery.reports.reporter import DeliveryReporter
 from services.kit.broker import Broker
 from tests.conftest import eventually
 from tests.delivery_stage import Log, Stage, delivering, story
@@ -22,15 +21,17 @@ async def log(broker: Broker) -> Log:
 
 @pytest.fixture
 async def stage(nats_url: str, broker: Broker) -> AsyncIterator[Stage]:
-    async with delivering(nats_url, linger=60.0) as made:
-        made.hub.accounts = Accounts(Delivered(made.broker.publish_stored, "replica"))
+    def counts(broker: Broker) -> DeliveryReporter:
+        return DeliveryReporter(broker.publish_stored, "replica")
+
+    async with delivering(nats_url, counts=counts, linger=60.0) as made:
         yield made
 
 
 async def reported(stage: Stage, broker: Broker, generation: str) -> DeliveredReport | None:
     """Report, and return the newest word on a generation, summed over its counters."""
-    assert stage.hub.accounts is not None
-    await stage.hub.accounts._delivered.report()
+    assert stage.counts is not None
+    await stage.counts.report()
     newest: dict[str, DeliveredReport] = {}
     async for batch in broker.read(DELIVERED, DELIVERED_FILTER):
         for stored in batch:
@@ -57,7 +58,9 @@ async def test_what_several_subscribers_were_sent_is_reported(
     tasks = [asyncio.create_task(read(reader)) for reader in readers]
     if source == "memory":
         await log.append(events[0])
-        await eventually(lambda: stage.hub._feeds and sum(len(f.everyone()) for f in stage.hub._feeds.values()) == 3)
+        await eventually(
+            lambda: stage.replica.feeds._feeds and sum(len(f.everyone()) for f in stage.replica.feeds.all()) == 3
+        )
         await log.append(*events[1:])
     await asyncio.gather(*tasks)
     await stage.settled()

@@ -33,7 +33,7 @@ async def test_client_that_stops_reading_is_read_from_the_log_and_gets_everythin
                 assert await reading.count(len(events))
             assert not slow.events
             assert metric("tailrace_delivery_blocked_writes_total") > 0
-            assert sum(feed.tail.bytes for feed in stage.hub._feeds.values()) <= 65_536 + 2 * BIG
+            assert sum(feed.tail.bytes for feed in stage.replica.feeds._feeds.values()) <= 65_536 + 2 * BIG
             assert await pausing.count(len(events))
         assert keys(quick.events) == keys(slow.events) == keys(events)
         assert slow.ids == quick.ids
@@ -124,27 +124,24 @@ async def test_slow_replay_outlives_the_linger_of_its_feed(broker: Broker, nats_
         async with slow.connected() as connection:
             sweeps = await sweeps_passed(stage, 3)
             assert sweeps >= 3
-            assert stage.hub._feeds
+            assert stage.replica.feeds._feeds
             assert await connection.count(len(events))
             await log.append(*story("g2"))
             async with asyncio.timeout(10):
                 assert await connection.count(len(events) + 13)
-        await eventually(lambda: not stage.hub._feeds)
+        await eventually(lambda: not stage.replica.feeds._feeds)
 
 
 async def sweeps_passed(stage: Stage, count: int) -> int:
-    """Wait until the hub has looked after its feeds so many times more."""
+    """Wait until feeds have been swept so many times more."""
     seen = 0
-    original = stage.hub._sweep
 
-    def counting(now: float) -> None:
+    def counting(_now: float) -> None:
         nonlocal seen
         seen += 1
-        original(now)
 
-    stage.hub._sweep = counting  # type: ignore[method-assign]
+    stage.replica.supervisor.on_poll(counting)
     await eventually(lambda: seen >= count)
-    stage.hub._sweep = original  # type: ignore[method-assign]
     return seen
 
 
@@ -170,12 +167,12 @@ async def test_vanished_clients_leave_nothing_behind(broker: Broker, nats_server
     log = Log(broker)
     await log.append(*story("g1"))
     async with delivering(nats_server.url, linger=0.1) as stage:
-        await eventually(lambda: stage.hub.storage._listens)  # its subscription is a task that stays
+        await eventually(lambda: stage.replica.storage._listens)  # its subscription is a task that stays
         tasks = len(asyncio.all_tasks())
         async with never_reading(stage, "", connections=40):
             await eventually(lambda: subscribers() == 40)
         await stage.settled()
-        await eventually(lambda: not stage.hub._feeds)
+        await eventually(lambda: not stage.replica.feeds._feeds)
         await eventually(lambda: metric("tailrace_delivery_feeds") == 0)
         await eventually(lambda: metric("tailrace_delivery_feed_bytes") == 0)
         await eventually(lambda: len(asyncio.all_tasks()) <= tasks + 1)
@@ -192,7 +189,7 @@ async def test_client_that_vanishes_in_the_middle_of_a_blocked_write_leaves_noth
             await log.append(*story("g1", 300, size=BIG))
             await eventually(lambda: metric("tailrace_delivery_blocked_writes_total") > blocked)
         await stage.settled()
-        await eventually(lambda: not stage.hub._feeds)
+        await eventually(lambda: not stage.replica.feeds._feeds)
 
 
 async def test_half_closed_connection_ends_cleanly(broker: Broker, nats_server: NatsServer) -> None:
@@ -256,7 +253,7 @@ async def test_drain_ends_live_and_replaying_streams_with_a_cursor(broker: Broke
         slow = SseClient(slow_http, f"{stage.url}/v1/sessions/s/events", **{"from": "start"})
         async with live.connected() as one, slow.connected() as other:
             await eventually(lambda: subscribers() == 2)
-            drained = asyncio.create_task(stage.hub.drain(5))
+            drained = asyncio.create_task(stage.replica.drain(5))
             async with asyncio.timeout(15):
                 await one.to_the_end()
                 await other.to_the_end()

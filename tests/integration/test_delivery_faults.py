@@ -181,7 +181,7 @@ async def test_broker_away_while_a_feed_opens_is_503_and_the_next_try_works(own_
         await eventually(lambda: not stage.broker.is_connected)
         response = await stage.http.get(f"{stage.url}/v1/sessions/s/events", timeout=20)
         assert response.status_code == 503
-        assert not stage.hub._opening
+        assert not stage.replica.feeds._opening
         own_nats.start()
         await eventually(lambda: stage.broker.is_connected)
         reader = stage.events(generation="g1")

@@ -36,7 +36,7 @@ async def test_a_replica_that_has_fallen_behind_does_not_show_a_newcomer_what_it
             staying = behind.events(**{"from": "start"})
             async with staying.connected() as connection:
                 assert await connection.count(3)
-                (feed,) = behind.hub._feeds.values()
+                (feed,) = behind.replica.feeds._feeds.values()
                 deaf.set()
                 await log.append(*events[3:10])
                 moving = ahead.events(**{"from": "start"})

@@ -4,15 +4,16 @@ import asyncio
 
 import pytest
 
-from services.delivery.fanout.hub import Hub
-from services.delivery.limits import Limits
+from services.delivery.app import Replica
+from services.delivery.settings import Settings
 from services.kit.broker import Broker, BrokerUnavailable, StreamState
 from services.kit.clock import SystemClock
+from services.kit.settings import Shared
 from tests.conftest import eventually
 
 
 class Slow:
-    """Stands between a hub and the state of streams: answers when it is told to."""
+    """Stands between a replica and the state of streams: answers when it is told to."""
 
     def __init__(self, broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
         self.asked = 0
@@ -30,15 +31,15 @@ class Slow:
 
 
 @pytest.fixture
-def hub(broker: Broker) -> Hub:
-    return Hub(broker, SystemClock(), 1, Limits())
+def replica(broker: Broker) -> Replica:
+    return Replica(broker, SystemClock(), Shared(), Settings())
 
 
 async def test_many_that_want_to_know_the_bounds_of_a_log_ask_once(
-    hub: Hub, broker: Broker, monkeypatch: pytest.MonkeyPatch
+    replica: Replica, broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow = Slow(broker, monkeypatch)
-    waiting = [asyncio.create_task(hub.state(0)) for _ in range(20)]
+    waiting = [asyncio.create_task(replica.states.state(0)) for _ in range(20)]
     await eventually(lambda: slow.asked > 0)
     slow.answers.set()
     assert len(set(await asyncio.gather(*waiting))) == 1
@@ -46,31 +47,31 @@ async def test_many_that_want_to_know_the_bounds_of_a_log_ask_once(
 
 
 async def test_a_question_that_failed_is_asked_anew_by_the_next(
-    hub: Hub, broker: Broker, monkeypatch: pytest.MonkeyPatch
+    replica: Replica, broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow = Slow(broker, monkeypatch)
     slow.lost = True
-    answers = await asyncio.gather(*(hub.state(0) for _ in range(5)), return_exceptions=True)
+    answers = await asyncio.gather(*(replica.states.state(0) for _ in range(5)), return_exceptions=True)
     assert [type(answer) for answer in answers] == [BrokerUnavailable] * 5
     slow.lost = False
     slow.answers.set()
-    assert (await hub.state(0)).last_seq == 0
+    assert (await replica.states.state(0)).last_seq == 0
     assert slow.asked == 2
 
 
-async def test_a_look_that_has_not_ended_is_not_begun_again(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_look_that_has_not_ended_is_not_begun_again(replica: Replica) -> None:
     begun, ends = [], asyncio.Event()
 
     async def look() -> None:
         begun.append(1)
         await ends.wait()
 
-    monkeypatch.setattr(hub.starts, "look", look)
+    replica.supervisor.every_second("starts", look)
     for _ in range(5):
-        hub._sweep(0.0)
+        replica.supervisor.poll(0.0)
         await asyncio.sleep(0)
     assert len(begun) == 1
     ends.set()
-    await eventually(lambda: "starts" not in hub._looking)
-    hub._sweep(0.0)
+    await eventually(lambda: "starts" not in replica.supervisor._running)
+    replica.supervisor.poll(0.0)
     await eventually(lambda: len(begun) == 2)

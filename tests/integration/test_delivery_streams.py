@@ -223,7 +223,7 @@ async def test_resume_in_the_middle_of_repeats_and_zombies_is_exact(stage: Stage
     whole = stage.events(generation="g1")
     await whole.read_all()
     assert keys(whole.events) == keys(events)
-    issuer = await stage.hub.issuer("default", "s")
+    issuer = await stage.replica.states.issuer("default", "s")
     for position, seq in enumerate(stored):
         cursor = issuer.issue(seq)
         again = stage.events(generation="g1", after=cursor)
@@ -414,7 +414,7 @@ async def test_many_subscribers_share_one_feed_and_one_framing(stage: Stage, log
         for reader in readers:
             group.create_task(read(reader))
         await eventually(lambda: metric("tailrace_delivery_subscribers", transport="sse") == 50)
-        assert len(stage.hub._feeds) == 1
+        assert len(stage.replica.feeds._feeds) == 1
         await log.append(*events[1:])
     assert all(keys(r.events) == keys(events) for r in readers)
     assert len(framed) == len(set(framed)) == len(events)

@@ -92,7 +92,7 @@ async def test_subscribers_that_listen_are_told_in_the_stream_where_events_expir
     reader = stage.events(**{"from": "start"})
     async with reader.connected() as connection:
         await connection.count(5)
-        [feed] = stage.hub._feeds.values()
+        [feed] = stage.replica.feeds._feeds.values()
         subscription = feed._subscription
         assert subscription is not None
         await stage.broker.unlisten(subscription)  # live messages are lost on the way
@@ -138,7 +138,7 @@ async def test_the_look_up_shows_the_true_state_and_what_is_left(stage: Stage, b
 
 
 async def record(stage: Stage, **fields: Any) -> None:
-    lookups = Lookups(stage.broker, stage.hub.clock, stage.hub.partition)
+    lookups = Lookups(stage.broker, stage.replica.clock, stage.replica.states.partition)
     known = {"tenant": TENANT, "session": "s", "generation": "g1", "model": "m", "created_at": 1.0}
     assert await lookups.create(GenerationRecord(**(known | fields)))
 

@@ -142,7 +142,7 @@ async def test_text_is_joined_once_for_all_who_want_it_so(stage: Stage, log: Log
 
     clients = [stage.events(**{"from": "live"}, granularity="line") for _ in range(20)]
     reading = [asyncio.create_task(client.follow(is_whole)) for client in clients]
-    feed = await stage.hub.feed("default", "s")
+    feed = await stage.replica.feeds.feed("default", "s")
     await eventually(lambda: len(feed.subscribers) == 20)
     monkeypatch.setattr(ServerSentEvents, "frame", counting)
     await log.append(*answer())
@@ -199,7 +199,7 @@ async def test_bye_inside_an_event_names_a_cursor_inside_of_it(stage: Stage, log
     async with client.connected() as connection:
         await log.append(*answer(said=["One. Tw", "o."])[:2])
         assert await connection.count(2)
-        drained = asyncio.create_task(stage.hub.drain(5))
+        drained = asyncio.create_task(stage.replica.drain(5))
         await connection.to_the_end()
         await drained
     assert client.controls == [("bye", {"reason": "drain", "cursor": client.ids[-1]})]

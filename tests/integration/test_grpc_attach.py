@@ -10,7 +10,7 @@ import grpc.aio
 import pytest
 
 from schemas.rpc.tailrace.v1 import tailrace_pb2 as pb
-from services.delivery.limits import Limits
+from services.delivery.settings import Settings
 from services.kit.auth.principal import Principal
 from services.kit.broker import Broker
 from tests.conftest import NatsServer, eventually
@@ -270,7 +270,7 @@ async def test_cancelling_the_call_frees_every_subscription(stage: GrpcStage, at
     assert metric("tailrace_delivery_subscribers", transport="grpc") == 20
     attached.call.cancel()
     await eventually(lambda: metric("tailrace_delivery_subscribers", transport="grpc") == 0)
-    assert not stage.delivery._attachments
+    assert not stage.replica.supervisor._supervised
 
 
 async def test_drain_ends_subscriptions_with_a_cursor_and_then_the_call(
@@ -281,7 +281,7 @@ async def test_drain_ends_subscriptions_with_a_cursor_and_then_the_call(
         busy = Attached(client)
         await busy.subscribe("one")
         await busy.until(lambda: busy.count("one") == 13)
-        await stage.hub.drain(5)
+        await stage.replica.drain(5)
         await busy.to_the_end()
         assert await busy.call.code() is grpc.StatusCode.OK
     assert [bye.reason for bye in busy.reads["one"].byes] == ["drain"]
@@ -293,7 +293,7 @@ async def test_client_that_takes_nothing_is_evicted_as_a_whole(
     broker: Broker, nats_server: NatsServer, log: Log
 ) -> None:
     async with (
-        serving_calls(nats_server.url, limits=Limits(stall=1.0)) as stage,
+        serving_calls(nats_server.url, settings=Settings(stall=1.0)) as stage,
         stage.client(("grpc.http2.bdp_probe", 0)) as client,
     ):
         attached = Attached(client)
@@ -320,7 +320,7 @@ async def test_credentials_that_may_only_read_start_nothing(broker: Broker, nats
 
 async def test_client_that_talks_and_never_listens_is_evicted(broker: Broker, nats_server: NatsServer) -> None:
     async with (
-        serving_calls(nats_server.url, limits=Limits(stall=1.0)) as stage,
+        serving_calls(nats_server.url, settings=Settings(stall=1.0)) as stage,
         stage.client(("grpc.http2.bdp_probe", 0)) as client,
     ):
         attached = Attached(client)
@@ -343,7 +343,7 @@ async def test_idle_call_ends_with_the_replica(broker: Broker, nats_server: Nats
     async with serving_calls(nats_server.url) as stage, stage.client() as client:
         attached = Attached(client)
         await attached.call.initial_metadata()
-        draining = asyncio.create_task(stage.hub.drain(10))
+        draining = asyncio.create_task(stage.replica.drain(10))
         await attached.to_the_end()
         assert await attached.call.code() is grpc.StatusCode.OK
         await draining
@@ -375,7 +375,7 @@ async def test_revoked_key_ends_the_call_at_once(broker: Broker, nats_server: Na
         attached = Attached(client)
         await attached.subscribe("one")
         await attached.until(lambda: attached.count("one") == 13)
-        stage.hub.connections.revoke(frozenset({"key_1"}))
+        stage.replica.supervisor.open_streams.revoke(frozenset({"key_1"}))
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await attached.to_the_end()
         assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED

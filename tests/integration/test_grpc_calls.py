@@ -96,7 +96,7 @@ async def test_health_says_whether_calls_are_taken(stage: GrpcStage, client: Cli
         return [await status(""), await status("tailrace.v1.Delivery")] == [wanted, wanted]
 
     await eventually(lambda: both(health_pb2.HealthCheckResponse.SERVING))
-    stage.hub.draining = True
+    stage.replica.supervisor.draining = True
     await eventually(lambda: both(health_pb2.HealthCheckResponse.NOT_SERVING))
 
 

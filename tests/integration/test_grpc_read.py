@@ -11,7 +11,7 @@ import pytest
 from schemas.events import Binary, Cancelled, Completed, Delta, Failed, Interrupted, Notice, Restarted, Started
 from schemas.rpc.tailrace.v1 import tailrace_pb2 as pb
 from services.delivery.grpc.problems import PROBLEM_KEY
-from services.delivery.limits import Limits
+from services.delivery.settings import Settings
 from services.kit.auth.principal import Principal
 from services.kit.broker import Broker
 from services.kit.problem import Problem
@@ -181,7 +181,7 @@ async def test_cancelling_the_call_frees_the_subscriber(stage: GrpcStage, client
     assert readers() == 1
     call.cancel()
     await eventually(lambda: readers() == 0)
-    assert not any(feed.subscribers for feed in stage.hub._feeds.values())
+    assert not any(feed.subscribers for feed in stage.replica.feeds._feeds.values())
 
 
 async def test_deadline_of_the_client_ends_the_call_and_frees_the_subscriber(client: Client, log: Log) -> None:
@@ -202,7 +202,7 @@ async def test_drain_says_goodbye_with_a_cursor_that_another_server_continues(
         async with serving_calls(nats_server.url) as one, one.client() as client:
             call = client.read(pb.ReadRequest(session="s"))
             got = await Read().of(call, 10)
-            await one.hub.drain(2)
+            await one.replica.drain(2)
             await got.of(call)
             assert await call.code() is grpc.StatusCode.OK
             assert (await refused(client.read(pb.ReadRequest(session="s"))))[0] is grpc.StatusCode.UNAVAILABLE
@@ -220,7 +220,7 @@ async def test_client_that_reads_nothing_costs_bounded_memory_and_is_evicted_whi
     broker: Broker, nats_server: NatsServer, log: Log
 ) -> None:
     async with (
-        serving_calls(nats_server.url, limits=Limits(stall=2.0, feed_bytes=262_144)) as stage,
+        serving_calls(nats_server.url, settings=Settings(stall=2.0, feed_bytes=262_144)) as stage,
         # Its own connection: what one client leaves unread fills no window of the other.
         stage.client(("grpc.use_local_subchannel_pool", 1), ("grpc.http2.bdp_probe", 0)) as stuck,
         stage.client(("grpc.use_local_subchannel_pool", 1)) as fast,

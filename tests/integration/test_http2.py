@@ -188,7 +188,7 @@ async def test_drain_ends_every_stream_of_a_connection_in_order(broker: Broker, 
     async with delivering(nats_server.url) as stage, RawClient.connect(stage.url) as raw:
         streams = [raw.get("/v1/sessions/s/events") for _ in range(50)]
         await raw.until(lambda: all(b"retry" in raw.bodies[s] for s in streams))
-        draining = asyncio.create_task(stage.hub.drain(5))
+        draining = asyncio.create_task(stage.replica.drain(5))
         await raw.until(lambda: raw.ended >= set(streams))
         await draining
         assert not raw.refused

@@ -162,7 +162,7 @@ async def test_drain_ends_all_sessions_with_one_cursor(
             await eventually(lambda: connected() == 3)
             await append_all(logs, {name: events[:4] for name, events in told.items()})
             assert await connection.count(12)
-            drained = asyncio.create_task(stage.hub.drain(5))
+            drained = asyncio.create_task(stage.replica.drain(5))
             await connection.to_the_end()
             await drained
         assert client.controls == [("bye", {"reason": "drain", "cursor": client.last_id})]
@@ -202,7 +202,7 @@ async def test_place_that_has_expired_is_told_and_its_session_begins_anew(
     last = await logs["a"].append(*story("g_new"))
     await broker.js.purge_stream("TOKENS_0", subject="tokens.*.*.a.g_a")
     await broker.js.purge_stream("TOKENS_0", seq=last[0])
-    await stage.hub.state(0, fresh=True)
+    await stage.replica.states.state(0, fresh=True)
     client = client_of(stage, "a", "b", after=early)
     async with client.connected() as connection:
         assert await connection.count(13)

@@ -76,7 +76,7 @@ async def test_stream_that_ends_early_says_how_to_go_on(stage: Stage, log: Log) 
     async with stage.http.stream("GET", url(stage), headers=NDJSON) as response:
         lines = response.aiter_lines()
         events = [json.loads(await anext(lines)) for _ in range(3)]
-        drained = asyncio.create_task(stage.hub.drain(5))
+        drained = asyncio.create_task(stage.replica.drain(5))
         bye = json.loads(await anext(lines))
         await drained
     assert bye == {"type": "bye", "reason": "drain", "cursor": events[-1]["cursor"]}

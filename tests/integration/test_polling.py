@@ -160,7 +160,7 @@ async def test_missing_beginning_is_told_in_the_batch(stage: Stage, log: Log, br
 async def test_poll_that_meets_a_drain_is_answered(stage: Stage, log: Log) -> None:
     asked = asyncio.create_task(poll(stage, wait=LONG))
     await eventually(lambda: waiting() == 1)
-    await stage.hub.drain(5)
+    await stage.replica.drain(5)
     assert (await asked)["events"] == []
 
 

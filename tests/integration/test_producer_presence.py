@@ -87,12 +87,12 @@ async def test_the_last_of_ten_subscribers_on_two_replicas_starts_the_grace(brok
                 await last_one.enter_async_context(listening(two, generation="g1"))
                 await eventually(lambda: not is_missed(producer, request))
                 await stays_alive(producer, request)
-            await eventually(lambda: not one.hub.presence._held)
-            assert len(two.hub.presence._held) == 1
+            await eventually(lambda: not one.replica.presence._held)
+            assert len(two.replica.presence._held) == 1
             await stays_alive(producer, request)
             assert not is_missed(producer, request)
         assert await is_disconnected(broker, request)
-        await eventually(lambda: not two.hub.presence._held)
+        await eventually(lambda: not two.replica.presence._held)
 
 
 async def test_coming_back_within_the_grace_keeps_it_alive(broker: Broker, nats_url: str) -> None:

@@ -117,7 +117,7 @@ async def test_a_start_that_was_repeated_meanwhile_is_left_to_its_repeat(
 async def test_nothing_is_begun_while_the_broker_stores_nothing(
     taking: Taking, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(taking.intake._hub.storage, "stores", lambda: False)
+    monkeypatch.setattr(taking.intake._storage, "stores", lambda: False)
     with pytest.raises(Problem) as refused:
         await start(taking)
     assert (refused.value.status, refused.value.details.type) == (503, "urn:tailrace:problem:log-refuses")

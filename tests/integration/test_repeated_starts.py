@@ -9,15 +9,14 @@ import pytest
 from nats.js.errors import APIError
 
 from schemas.subjects import lane_of, request_subject
-from services.delivery.fanout.hub import Hub
-from services.delivery.limits import Limits
-from services.delivery.requests.budgets import Admission
-from services.delivery.requests.generations import Lookups
-from services.delivery.requests.intake import GenerationWish, Intake
+from services.delivery.app import Replica
+from services.delivery.requests.intake import GenerationWish
+from services.delivery.settings import Settings
 from services.kit.auth.principal import Principal
 from services.kit.broker import Broker, BrokerUnavailable
 from services.kit.clock import SystemClock
 from services.kit.problem import Problem
+from services.kit.settings import Shared
 from tests.conftest import eventually
 from tests.delivery_stage import Stage, delivering
 from tests.pipeline import producing
@@ -59,10 +58,10 @@ class Taking:
 
     def __init__(self, broker: Broker) -> None:
         clock = SystemClock()
-        hub = Hub(broker, clock, 1, Limits())
-        self.lookups = Lookups(broker, clock, hub.partition)
-        self.admission = Admission(broker, clock, output=100, fallback="refuse")
-        self.intake = Intake(broker, hub, self.lookups, clock, "default", self.admission)
+        replica = Replica(broker, clock, Shared(), Settings())
+        self.lookups = replica.lookups
+        self.admission = replica.admission
+        self.intake = replica.intake
         self.broker = broker
 
     async def accept(self) -> str:

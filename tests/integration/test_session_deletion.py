@@ -45,7 +45,7 @@ async def billed(broker: Broker, folder: Path) -> AsyncIterator[Any]:
 
 
 def lookups(stage: Stage) -> Lookups:
-    return Lookups(stage.broker, stage.hub.clock, stage.hub.partition)
+    return Lookups(stage.broker, stage.replica.clock, stage.replica.states.partition)
 
 
 async def answered(stage: Stage, log: Log, generation: str, deltas: int = 3, session: str = "s") -> None:
@@ -130,7 +130,7 @@ async def test_subscribers_are_told_and_a_cursor_of_before_is_refused(stage: Sta
     await _nobody_bills(stage)
     async with delivering(nats_url) as second:  # applying the topology makes billing's consumer again
         await _nobody_bills(stage)
-        await eventually(lambda: second.hub.deleted.heard)
+        await eventually(lambda: second.replica.deleted.heard)
         readers = [stage.events(), second.events()]
         async with readers[0].connected() as here, readers[1].connected() as there:
             assert await here.count(6)
@@ -152,11 +152,11 @@ async def test_a_replica_that_did_not_hear_of_it_finds_out(stage: Stage, log: Lo
     reader = stage.events()
     async with reader.connected() as connection:
         assert await connection.count(6)
-        [feed] = stage.hub._feeds.values()
-        stage.hub._feeds.clear()  # the message does not find it
+        [feed] = stage.replica.feeds._feeds.values()
+        stage.replica.feeds._feeds.clear()  # the message does not find it
         assert (await delete(stage)).status_code == 204
-        stage.hub._feeds[feed.tenant, feed.session] = feed
-        await stage.hub._check(feed)
+        stage.replica.feeds._feeds[feed.tenant, feed.session] = feed
+        await stage.replica.feeds._check(feed)
         async with asyncio.timeout(15):
             await connection.to_the_end()
     assert reader.controls == [("gap", {"reason": "deleted"})]

@@ -428,7 +428,7 @@ async def test_drain_says_goodbye_with_a_cursor_and_closes_the_socket(
     async with delivering(nats_server.url) as stage, socket(stage.url) as client, socket(stage.url) as idle:
         await client.say("subscribe", session="s", from_="start")
         await client.gather("s", 5)
-        await stage.hub.drain(10)
+        await stage.replica.drain(10)
         bye = await client.hear("bye")
         assert (bye["session"], bye["reason"], bye["cursor"]) == ("s", "drain", client.cursors["s"][-1])
         assert (await client.closed())[0] == 1001
@@ -527,7 +527,7 @@ async def test_events_are_framed_once_for_all_sockets_of_a_session(stage: Stage,
         clients = [one, two]
         for client in clients:
             await client.ask("subscribe", id=1, session="s", from_="start")
-        feed = await stage.hub.feed("default", "s")
+        feed = await stage.replica.feeds.feed("default", "s")
         assert len({id(subscriber.format) for subscriber in feed.subscribers}) == 1
         await log.append(*story("g1"))
         for client in clients:

@@ -3,7 +3,7 @@
 from schemas.names import InvalidName, check_name
 from services.delivery.consumers.registry import Consumers, Found
 from services.delivery.consumers.session import ConsumerSession
-from services.delivery.errors import Unknown
+from services.delivery.errors import Unknown, unreachable
 from services.kit.auth.principal import Principal, authorize
 from services.kit.broker import BrokerUnavailable
 from services.kit.problem import Problem
@@ -31,7 +31,7 @@ async def permitted(consumers: Consumers, principal: Principal, name: str, *, re
     except Unknown as error:
         raise Problem(404, str(error)) from error
     except BrokerUnavailable as error:
-        raise Problem(503, "the broker cannot be reached", headers={"Retry-After": "1"}) from error
+        raise unreachable() from error
     if not covers(principal, found.definition.wish.session):
         raise Problem(404, f"there is no consumer {name!r}")
     return found
@@ -44,11 +44,11 @@ async def open_session(consumers: Consumers, principal: Principal, name: str) ->
         Problem: as `permitted`; 503 also while this replica is going away.
     """
     await permitted(consumers, principal, name)
-    if consumers.hub.draining:
+    if consumers.supervisor.draining:
         raise Problem(503, "this replica is going away", headers={"Retry-After": "1"})
     try:
         return await consumers.open(principal.tenant, name)
     except Unknown as error:
         raise Problem(404, str(error)) from error
     except BrokerUnavailable as error:
-        raise Problem(503, "the broker cannot be reached", headers={"Retry-After": "1"}) from error
+        raise unreachable() from error

@@ -8,7 +8,7 @@ from typing import Final
 import structlog
 
 from services.delivery.consumers.access import open_session
-from services.delivery.consumers.events import PIECE_BYTES, SLICE, STREAM_BATCH, pulled
+from services.delivery.consumers.pulling import PIECE_BYTES, SLICE, STREAM_BATCH, pulled
 from services.delivery.consumers.registry import Consumers
 from services.delivery.consumers.session import ConsumerSession, Delivery
 from services.kit.auth.principal import Principal
@@ -30,7 +30,7 @@ Give = Callable[[Sequence[Delivery]], Awaitable[None]]
 
 
 class Consumption:
-    """Reads one consumer for one connection until `finish`.
+    """Reads one consumer for one connection until `stop`.
 
     ``credit``: how many events may be given at first; each that is settled here with an explicit acknowledgement gives
     its place back, `grant` adds more. ``None``: whatever the connection takes. ``auto``: what has been written is
@@ -46,7 +46,7 @@ class Consumption:
         self._changed = asyncio.Event()
         self._over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
-    def finish(self, reason: str) -> None:
+    def stop(self, reason: str) -> None:
         """End it; the first reason holds."""
         if not self._over.done():
             self._over.set_result(reason)
@@ -76,7 +76,7 @@ class Consumption:
     async def run(self, principal: Principal, opened: Callable[[], Awaitable[None]], give: Give) -> str:
         """Read to the end; return why it ended. ``opened`` is called when reading begins.
 
-        Reasons beside those of `finish`: ``deleted``, and ``unavailable`` when the broker is away.
+        Reasons beside those of `stop`: ``deleted``, and ``unavailable`` when the broker is away.
 
         Raises:
             Problem: this caller has no such consumer, or cannot read it now.

@@ -33,10 +33,12 @@ from services.delivery.consumers.definition import (
 from services.delivery.consumers.judging import Judge
 from services.delivery.consumers.session import ConsumerSession, Opened, Origin
 from services.delivery.errors import TooBusy, Unknown
-from services.delivery.fanout.hub import Hub
 from services.delivery.fanout.start_position import check_cursor
-from services.delivery.limits import ConsumerLimits
-from services.kit.broker import BrokerUnavailable, StreamState
+from services.delivery.fanout.supervisor import Supervisor
+from services.delivery.log.states import LogStates
+from services.delivery.settings import Settings
+from services.kit.broker import Broker, BrokerUnavailable, StreamState
+from services.kit.clock import Clock
 from services.kit.consumers import DurableInfo, DurableRefused, Durables
 
 __all__ = ["Conflicting", "Consumers", "Found"]
@@ -62,16 +64,22 @@ class Found(NamedTuple):
 class Consumers:
     """All durable consumers of services, for one process. Methods raise `BrokerUnavailable` when the broker is away."""
 
-    def __init__(self, hub: Hub, limits: ConsumerLimits) -> None:
-        self.hub = hub
-        self.limits = limits
-        self.dead = DeadEvents(hub.broker, limits.dead)
-        self.durables = Durables(hub.broker)
-        self._judge = Judge(hub.broker)
+    def __init__(
+        self, broker: Broker, clock: Clock, states: LogStates, supervisor: Supervisor, settings: Settings
+    ) -> None:
+        self.broker = broker
+        self.clock = clock
+        self.supervisor = supervisor
+        self.dead = DeadEvents(broker, settings.consumer_dead)
+        self.durables = Durables(broker)
+        self._states = states
+        self._limit = settings.consumers
+        self._inactive = settings.consumer_inactive
+        self._judge = Judge(broker)
         self._sessions: weakref.WeakSet[ConsumerSession] = weakref.WeakSet()
         self._partitions: tuple[float, list[int]] | None = None
         self._known: dict[tuple[str, str], tuple[float, Found]] = {}  # bounded by RECENT
-        hub.broker.on_reconnect(self._reconnected)
+        broker.on_reconnect(self._reconnected)
 
     async def put(self, tenant: str, name: str, wish: Wish) -> tuple[Found, bool]:
         """Create a consumer or change it; tell whether it is new. Doing it again changes nothing.
@@ -110,7 +118,7 @@ class Consumers:
         Raises:
             Unknown: there is none.
         """
-        now = self.hub.clock.monotonic()
+        now = self.clock.monotonic()
         known = self._known.get((tenant, name))
         if known is None or now - known[0] > RECENT_SECONDS:
             self._known.pop((tenant, name), None)
@@ -178,9 +186,8 @@ class Consumers:
                 return None
             return await self._opened(tenant, name, again)
 
-        hub = self.hub
         opened = await self._opened(tenant, name, found)
-        session = ConsumerSession(hub.broker, hub.clock, self._judge, self.dead, opened, reload)
+        session = ConsumerSession(self.broker, self.clock, self._judge, self.dead, opened, reload)
         await session.open()
         self._sessions.add(session)
         return session
@@ -208,14 +215,14 @@ class Consumers:
 
     async def _state(self, partition: int) -> StreamState:
         if partition == AGAIN:
-            return await self.hub.broker.state(stream_of(AGAIN))
-        return await self.hub.state(partition)
+            return await self.broker.state(stream_of(AGAIN))
+        return await self._states.state(partition)
 
     async def _logs(self, *, fresh: bool = False) -> list[int]:
         """Return the partitions that there are, at most a few seconds old."""
-        now = self.hub.clock.monotonic()
+        now = self.clock.monotonic()
         if self._partitions is None or fresh or now - self._partitions[0] > PARTITIONS_SECONDS:
-            self._partitions = (now, await self.hub.broker.partitions())
+            self._partitions = (now, await self.broker.partitions())
         return self._partitions[1]
 
     async def _find(self, tenant: str, name: str, *, fresh: bool = False) -> Found | None:
@@ -252,7 +259,7 @@ class Consumers:
             return False
         state = await self._state(partition)
         if info.delivered.stream_seq > state.last_seq and partition != AGAIN:
-            state = await self.hub.state(partition, fresh=True)  # what is known of it may be a second old
+            state = await self._states.state(partition, fresh=True)  # what is known of it may be a second old
         return log_of(info) != _log(partition, state) or info.delivered.stream_seq > state.last_seq
 
     async def _has_expired(self, found: Found, missing: list[int]) -> bool:
@@ -260,14 +267,14 @@ class Consumers:
 
         Else what is missing is a partition that has appeared or was made anew since, or a making that broke off.
         """
-        inactive, born = self.limits.inactive, min(seconds(info.created) for info in found.infos.values())
-        if not missing or not inactive or self.hub.clock.wall() - born < inactive:
+        inactive, born = self._inactive, min(seconds(info.created) for info in found.infos.values())
+        if not missing or not inactive or self.clock.wall() - born < inactive:
             return False
         return any([seconds((await self._state(partition)).created) < born for partition in missing])
 
     async def _create(self, tenant: str, name: str, wish: Wish) -> Found:
-        if len(await self.all_of(tenant)) >= self.limits.consumers:
-            raise TooBusy(f"there are {self.limits.consumers} consumers of this tenant already: delete one")
+        if len(await self.all_of(tenant)) >= self._limit:
+            raise TooBusy(f"there are {self._limit} consumers of this tenant already: delete one")
         await self._check_start(tenant, wish)
         await self.dead.clear(tenant, name)  # of one that nobody read, and that the broker has removed
         definition = Definition(wish=wish)
@@ -290,8 +297,8 @@ class Consumers:
     async def _check_start(self, tenant: str, wish: Wish) -> None:
         if wish.after is None or wish.session is None:
             return
-        issuer = await self.hub.issuer(tenant, wish.session)
-        state = await self.hub.state(issuer.partition, fresh=True)
+        issuer = await self._states.issuer(tenant, wish.session)
+        state = await self._states.state(issuer.partition, fresh=True)
         check_cursor(wish.after, issuer, state.first_seq, state.last_seq)
 
     async def _reconcile(self, tenant: str, name: str, found: Found) -> Found:
@@ -339,7 +346,7 @@ class Consumers:
         self, tenant: str, name: str, definition: Definition, partition: int, partitions: int
     ) -> dict[str, Any]:
         log_ = _log(partition, await self._state(partition))
-        return durable_config(tenant, name, definition, partition, partitions, self.limits.inactive, log_)
+        return durable_config(tenant, name, definition, partition, partitions, self._inactive, log_)
 
     async def _change(
         self, tenant: str, name: str, definition: Definition, partition: int, info: DurableInfo, partitions: int

@@ -64,10 +64,10 @@ async def settle(consumers: Consumers, tenant: str, name: str, wish: Settlement)
             return text
         subject = token.subject(durable)
         try:
-            if await consumers.hub.broker.request(subject, word, timeout=CONFIRM_SECONDS) is None:
+            if await consumers.broker.request(subject, word, timeout=CONFIRM_SECONDS) is None:
                 return text
         except BrokerUnavailable:
-            if not consumers.hub.broker.is_connected:
+            if not consumers.broker.is_connected:
                 raise
             return text  # the broker does not answer for what it has not delivered
         metrics.CONSUMER_SETTLED.labels(how).inc()

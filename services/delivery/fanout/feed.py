@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 import structlog
@@ -12,16 +13,21 @@ from schemas.cursor import CursorIssuer
 from schemas.events import TERMINAL_TYPES
 from schemas.subjects import live_filter
 from services.delivery import metrics
+from services.delivery.fanout.replay import replay
 from services.delivery.fanout.subscriber import Subscriber
 from services.delivery.fanout.view import Views
 from services.delivery.formats.format import Address
-from services.delivery.formats.tail import Positions, Tail, replay_start
+from services.delivery.formats.granularity import Place
+from services.delivery.formats.tail import Entry, Positions, Tail, replay_start
 from services.delivery.log.reader import LogReader
+from services.delivery.log.states import LogStates
+from services.delivery.reports.counting import DeliveryCounts
+from services.delivery.settings import Settings
 from services.kit.broker import Broker, BrokerUnavailable, ReadFailed, Stored
 from services.kit.clock import Clock
 from services.kit.nats_client import header_number
 
-__all__ = ["Feed"]
+__all__ = ["LAST_WRITE_SECONDS", "Feed"]
 
 log = structlog.get_logger()
 OPEN_TRIES: Final = 16
@@ -30,22 +36,35 @@ _BEFORE: Final = b"Nats-Last-Sequence: "
 BEHIND_MESSAGES: Final = 20_000
 QUIET_RUNNING: Final = 3.0
 QUIET_IDLE: Final = 60.0
+LAST_WRITE_SECONDS: Final = 5.0
+"""How long a client may take to receive the message that ends its stream."""
+_GAPS: Final = {"gap": "log_recreated", "deleted": "deleted"}
+"""Reasons of gaps behind which a stream ends, by why it ends."""
+_SILENT_ENDS: Final = frozenset({"complete", "disconnected", "evicted", "batch", "sibling"})
 
 
 class Feed:
-    """Follows one session. `open` must have returned before subscribers join.
+    """Follows one session, and serves its subscribers. `open` must have returned before the first one.
 
-    ``max_bytes`` bounds the events kept in memory.
+    ``settings.feed_bytes`` bounds the events kept in memory. ``counts``: where what was sent is counted for billing.
     """
 
     def __init__(
-        self, broker: Broker, clock: Clock, issuer: CursorIssuer, tenant: str, session: str, max_bytes: int
+        self,
+        broker: Broker,
+        clock: Clock,
+        states: LogStates,
+        issuer: CursorIssuer,
+        tenant: str,
+        session: str,
+        settings: Settings,
+        counts: DeliveryCounts | None,
     ) -> None:
         self.tenant = tenant
         self.session = session
         self.issuer = issuer
         self.address = Address(session, issuer.prefix.encode())
-        self.tail = Tail(0, max_bytes)
+        self.tail = Tail(0, settings.feed_bytes)
         self.subscribers: set[Subscriber] = set()
         self.readers: set[Subscriber] = set()  # those that are served from the log until they can be subscribers
         self.closed = False
@@ -53,9 +72,13 @@ class Feed:
         self.idle_since: float | None = None
         self._broker = broker
         self._clock = clock
-        self._max_bytes = max_bytes
+        self._states = states
+        self._counts = counts
+        self._stall = settings.stall
+        self._heartbeat = settings.heartbeat
+        self._max_bytes = settings.feed_bytes
         self._reader = LogReader(broker, issuer.partition, tenant, session)
-        self._views = Views(self.tail, self.address, clock, max_bytes)
+        self._views = Views(self.tail, self.address, clock, self._max_bytes)
         self._subscription: Subscription | None = None
         self._last_seq = 0
         self._on_subject: dict[str, int] = {}  # last stream sequence seen of each generation …
@@ -96,34 +119,136 @@ class Feed:
             self._healing.cancel()
 
     def everyone(self) -> list[Subscriber]:
-        """Return whoever is served from memory or from the log."""
+        """Return all subscribers, served from memory or from the log."""
         return [*self.subscribers, *self.readers]
 
-    def hold(self, subscriber: Subscriber) -> None:
+    async def serve(self, subscriber: Subscriber, caught_up: Callable[[Subscriber], None] | None = None) -> str:
+        """Serve a subscriber to the end of its stream; return why it ended.
+
+        From the log and from memory in turn: from the log until memory reaches back far enough, then from memory until
+        it has fallen behind that. ``caught_up`` is called whenever it has been sent all that is stored, as far as the
+        client lets it.
+        """
+        protocol, reason = subscriber.format.protocol, "failed"
+        metrics.SUBSCRIBERS.labels(protocol).inc()
+        subscriber.heartbeat = self._heartbeat
+        self._hold(subscriber)
+        try:
+            reason = await self._serve(subscriber, caught_up)
+        finally:
+            subscriber.stop(reason)
+            self.count([subscriber])
+            self._remove(subscriber)
+            metrics.SUBSCRIBERS.labels(protocol).dec()
+            metrics.CLOSED.labels(reason).inc()
+            await subscriber.close()
+        return reason
+
+    def count(self, subscribers: Iterable[Subscriber]) -> None:
+        """Count for billing what subscribers were sent from memory since the last time."""
+        if self._counts is not None:
+            self._counts.count(self.tenant, self.session, self.tail, subscribers)
+
+    async def _serve(self, subscriber: Subscriber, caught_up: Callable[[Subscriber], None] | None) -> str:
+        format_ = subscriber.format
+        opening = format_.opening(self.address)
+        try:
+            if opening:
+                await subscriber.send(format_.message([opening], ends=False))
+            reason = await self._follow(subscriber, caught_up)
+        except BrokerUnavailable as error:
+            log.warning("stream ended: the log cannot be read", session=self.session, detail=str(error))
+            reason = "unavailable"
+        await self._say_goodbye(subscriber, reason)
+        return reason
+
+    async def _follow(self, subscriber: Subscriber, caught_up: Callable[[Subscriber], None] | None) -> str:
+        """Serve a subscriber until its stream is to end; return why."""
+        while True:
+            if self.closed:
+                subscriber.stop("lifetime")
+            # From the log, until memory reaches back far enough.
+            if subscriber.seq < self._floor(subscriber):
+                if await self._catch_up(subscriber):
+                    return "complete"
+                if subscriber.seq < self._floor(subscriber) and not subscriber.done.done():
+                    continue
+            # From memory: flushes write to it from now on, until it is to end or falls behind.
+            if not subscriber.done.done():
+                self._add(subscriber)
+                if caught_up is not None:
+                    caught_up(subscriber)
+            reason = await subscriber.done
+            if reason != "behind":
+                return reason
+            # Memory has dropped what it needs next: from the log again, once its last write is through.
+            self._hold(subscriber)
+            if not await subscriber.through(self._stall):
+                return "evicted"
+            subscriber.rearm()
+
+    async def _catch_up(self, subscriber: Subscriber) -> bool:
+        """Serve a subscriber from the log until memory reaches back far enough.
+
+        Returns whether the wanted generation has ended with what was sent.
+        """
+        metrics.REPLAYS.inc()
+        reader = self._states.reader(self.tenant, self.session, self.issuer.partition)
+
+        def counted(entries: Sequence[Entry]) -> None:
+            if self._counts is not None:
+                self._counts.count_replayed(self.tenant, self.session, subscriber, entries)
+
+        while subscriber.seq < self._floor(subscriber) and not subscriber.done.done():
+            floor = self._floor(subscriber)
+            self.count([subscriber])
+            ended = await replay(reader, subscriber, self.address, floor, counted)
+            subscriber.accounted = subscriber.seq
+            if ended:
+                return True
+            if not subscriber.done.done() and subscriber.seq < floor:
+                subscriber.place = Place(floor)
+                subscriber.accounted = floor
+        return False
+
+    async def _say_goodbye(self, subscriber: Subscriber, reason: str) -> None:
+        """Send the last message, which says why the stream ends and from where it can be resumed."""
+        if reason in _SILENT_ENDS:
+            return
+        if reason == "terminal":
+            await subscriber.through(self._stall)
+            return
+        if not await subscriber.through(LAST_WRITE_SECONDS):
+            return
+        format_, at = subscriber.format, self.address.inside(subscriber.offset)
+        gap = _GAPS.get(reason)
+        last = format_.gap(gap, None, at) if gap else format_.bye(reason, subscriber.seq, at)
+        await subscriber.send(format_.message([last], ends=True))
+        await subscriber.through(LAST_WRITE_SECONDS)
+
+    def _hold(self, subscriber: Subscriber) -> None:
         """Keep the feed open for a subscriber that reads from the log for now."""
         self.subscribers.discard(subscriber)
         self._views.hold(subscriber)
         self.readers.add(subscriber)
-        subscriber.joined = False
         self.idle_since = None
 
-    def add(self, subscriber: Subscriber) -> None:
+    def _add(self, subscriber: Subscriber) -> None:
         """Serve a subscriber from memory; it must be at or above its floor."""
         self.readers.discard(subscriber)
         self.subscribers.add(subscriber)
         self.idle_since = None
         self._views.add(subscriber)
 
-    def remove(self, subscriber: Subscriber) -> None:
+    def _remove(self, subscriber: Subscriber) -> None:
         """Forget a subscriber."""
         self.subscribers.discard(subscriber)
         self.readers.discard(subscriber)
         self._views.remove(subscriber)
-        subscriber.joined = False
         if not self.subscribers and not self.readers:
             self.idle_since = self._clock.monotonic()
 
-    def floor(self, subscriber: Subscriber) -> int:
+    def _floor(self, subscriber: Subscriber) -> int:
         """Return the stream sequence from which on a subscriber can be served from memory."""
         return self._views.floor(subscriber)
 

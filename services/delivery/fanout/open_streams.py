@@ -10,14 +10,14 @@ from services.delivery import metrics
 from services.kit.auth.principal import Principal
 from services.kit.problem import Problem
 
-__all__ = ["Connections"]
+__all__ = ["OpenStreams"]
 
 RETRY_SECONDS: Final = 5
 End = Callable[[str], None]
 T = TypeVar("T")
 
 
-class Connections:
+class OpenStreams:
     """Streams that are open in this process. ``None`` bounds nothing; ``total`` bounds those of all tenants."""
 
     def __init__(self, *, total: int | None = None, tenant: int | None = None, key: int | None = None) -> None:
@@ -77,18 +77,18 @@ class Connections:
 class _Held:
     """One open stream. There are many: this takes a tenth of what a generator would."""
 
-    __slots__ = ("_connections", "_end", "key")
+    __slots__ = ("_end", "_streams", "key")
 
-    def __init__(self, connections: Connections, principal: Principal, end: End) -> None:
+    def __init__(self, streams: OpenStreams, principal: Principal, end: End) -> None:
         self.key = (principal.tenant, principal.key)
-        self._connections = connections
+        self._streams = streams
         self._end = end
 
     def __enter__(self) -> None:
-        self._connections._add(self, self._end)
+        self._streams._add(self, self._end)
 
     def __exit__(self, *_: object) -> None:
-        self._connections._remove(self)
+        self._streams._remove(self)
 
 
 def _decrease(counter: Counter[T], key: T) -> None:

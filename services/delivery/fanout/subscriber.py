@@ -1,7 +1,8 @@
-"""One subscriber: an index into a feed, and a connection that is written to without a task of its own."""
+"""One subscriber: a position in a feed, and a connection that is written to without a task of its own."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Generator, Iterator
+from enum import Enum
 from typing import Any, Final
 
 from services.delivery import metrics
@@ -9,13 +10,35 @@ from services.delivery.formats.format import Format
 from services.delivery.formats.frames import UNLIMITED, Chunk
 from services.delivery.formats.granularity import TOKEN, Grain, Place
 
-__all__ = ["Send", "Stand", "Subscriber"]
+__all__ = ["Send", "Stand", "State", "Subscriber"]
 
 Send = Callable[[Any], Awaitable[None]]
 """Takes a message. It may have ``offer`` beside it: a plain function that takes one too, or says that it cannot now."""
 
 MET: Final = 256
 """Bound of generations that a subscriber is remembered to have met; beyond it it is counted again."""
+
+
+class State(Enum):
+    """Where a subscriber is in its life.
+
+    ``FROM_LOG``: it is sent what it has missed from the log. ``LIVE``: it is sent what its feed keeps in memory, and
+    what comes. ``BLOCKED``: a write waits for the client; afterwards it goes on as before. ``OVER``: its stream ends.
+    """
+
+    FROM_LOG = "from_log"
+    LIVE = "live"
+    BLOCKED = "blocked"
+    OVER = "over"
+
+
+TRANSITIONS: Final = {
+    State.FROM_LOG: frozenset({State.LIVE, State.BLOCKED, State.OVER}),
+    State.LIVE: frozenset({State.FROM_LOG, State.BLOCKED, State.OVER}),
+    State.BLOCKED: frozenset({State.FROM_LOG, State.LIVE, State.OVER}),
+    State.OVER: frozenset[State](),
+}
+"""The legal moves; staying where one is is always one."""
 
 
 class Stand:
@@ -60,10 +83,12 @@ class _Rest:
 class Subscriber:
     """A client reading a session (``generation`` is None) or one generation.
 
-    ``stand`` says how far it has been served. It is ``quick`` while nothing about it needs a closer look: it stands in
-    a view, no write waits, and it takes whatever comes. ``done`` resolves with the reason when its stream ends;
-    ``until`` and ``until_reason`` say when it ends at the latest (monotonic seconds), and why. A write that has to wait
-    becomes a task; meanwhile the subscriber only falls behind and later gets everything that it missed in few writes.
+    ``stand`` says how far it has been served. `Feed.serve` owns its `state`. It is ``quick`` while nothing about it
+    needs a closer look: it is live, stands at a piece's edge, and has no credit to watch. ``done`` resolves with the
+    reason when its stream ends, or with ``behind`` when it has to read from the log again; ``until`` and
+    ``until_reason`` say when it ends at the latest (monotonic seconds), and why; ``heartbeat``: after how many seconds
+    without anything else it is sent one. A write that has to wait becomes a task; meanwhile the subscriber only falls
+    behind and later gets everything that it missed in few writes.
 
     ``grain``: in which pieces it is shown text; ``joining``: it may stand in the middle of the entry at its index.
 
@@ -74,11 +99,12 @@ class Subscriber:
     __slots__ = (
         "_after",
         "_blocked",
-        "_joined",
         "_joining",
+        "_live",
         "_loop",
         "_roomy",
         "_send",
+        "_state",
         "_wake",
         "accounted",
         "blocked_at",
@@ -86,6 +112,7 @@ class Subscriber:
         "format",
         "generation",
         "grain",
+        "heartbeat",
         "met",
         "offer",
         "quick",
@@ -106,11 +133,13 @@ class Subscriber:
         self.quick = False
         self.offer: Callable[[Any], bool] | None = getattr(send, "offer", None)
         self.grain = grain
-        self._joined = False
+        self._state = State.FROM_LOG
+        self._live = False  # whether it is live, or will be again when it is no longer blocked
         self._joining = False
         self.done: asyncio.Future[str] = loop.create_future()
         self.until = float("inf")
         self.until_reason = "lifetime"
+        self.heartbeat = float("inf")
         self.room = UNLIMITED
         self.space = UNLIMITED
         self.accounted = seq  # up to where it has been counted for billing
@@ -128,14 +157,29 @@ class Subscriber:
         return self._blocked is None and self.room > 0 and self.space > 0 and not self.done.done()
 
     @property
-    def joined(self) -> bool:
-        """Whether it stands in a view."""
-        return self._joined
+    def state(self) -> State:
+        """Where it is in its life."""
+        return self._state
 
-    @joined.setter
-    def joined(self, joined: bool) -> None:
-        self._joined = joined
-        self._look()
+    @property
+    def joined(self) -> bool:
+        """Whether it stands in a view, blocked or not."""
+        return self._live
+
+    def move(self, state: State) -> None:
+        """Move to another state.
+
+        Raises:
+            RuntimeError: `TRANSITIONS` does not have that move.
+        """
+        if state is not self._state and state not in TRANSITIONS[self._state]:
+            raise RuntimeError(f"a subscriber cannot move from {self._state.value} to {state.value}")
+        if state is not State.BLOCKED:
+            self._live = state is State.LIVE
+            if self._blocked is not None and state is not State.OVER:
+                state = State.BLOCKED  # the write still waits; it is there afterwards
+        self._state = state
+        self._refresh()
 
     @property
     def joining(self) -> bool:
@@ -145,7 +189,7 @@ class Subscriber:
     @joining.setter
     def joining(self, joining: bool) -> None:
         self._joining = joining
-        self._look()
+        self._refresh()
 
     @property
     def index(self) -> int:
@@ -179,12 +223,11 @@ class Subscriber:
         """Note that it is sent something beside the events."""
         self.stand = Stand(self.stand.index, self.stand.seq, self.stand.offset, now)
 
-    def _look(self) -> None:
-        """Find out whether anything needs a closer look."""
+    def _refresh(self) -> None:
+        """Work out anew whether anything needs a closer look."""
         self.quick = (
-            self._joined
+            self._state is State.LIVE
             and not self._joining
-            and self._blocked is None
             and self.room == UNLIMITED
             and self.space == UNLIMITED
             and not self.done.done()
@@ -217,7 +260,7 @@ class Subscriber:
             self.count(chunk.count, chunk.size)
             self.start(chunk.message)
         if chunk.ends:
-            self.finish("terminal")
+            self.stop("terminal")
 
     def behind(self, chunk: Chunk) -> Stand:
         """Return where it stands when it has got a chunk."""
@@ -237,7 +280,7 @@ class Subscriber:
     def limit(self, room: int, space: int) -> None:
         """Set what may be sent from now on, in events and bytes; serve it if it waited for that."""
         self.room, self.space = room, space
-        self._look()
+        self._refresh()
         if self._roomy is not None:
             self._roomy.set()
         if self.ready and self.joined and self._wake is not None:
@@ -266,12 +309,13 @@ class Subscriber:
         except StopIteration:
             return
         except (OSError, RuntimeError):
-            self.finish("disconnected")
+            self.stop("disconnected")
             return
         metrics.BLOCKED.inc()
         self.blocked_at = self._loop.time()
         self._blocked = self._loop.create_task(self._wait(_Rest(steps, future)))
-        self.quick = False
+        if self._state is not State.OVER:
+            self.move(State.BLOCKED)
 
     async def send(self, message: Any) -> None:
         """Send a message and wait until it is through or the stream is to end: for catching up."""
@@ -280,21 +324,37 @@ class Subscriber:
             either: set[asyncio.Future[Any]] = {self._blocked, self.done}
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
 
-    def finish(self, reason: str) -> None:
+    def fall_behind(self) -> None:
+        """Leave memory, which no longer keeps what it needs next: it is to read on from the log."""
+        if not self.done.done():
+            self.done.set_result("behind")
+            self.move(State.FROM_LOG)
+
+    def stop(self, reason: str) -> None:
         """End the stream; the first reason holds, except that having fallen behind is no end."""
-        self.quick = False
+        if self._state is State.OVER:
+            return
         if not self.done.done():
             self.done.set_result(reason)
-        elif not self.done.cancelled() and self.done.result() == "behind" and self._after is None:
+        elif self._after is None:
             self._after = reason
+        self.move(State.OVER)
 
     def rearm(self) -> None:
         """Make a subscriber that has fallen behind ready to be served again, unless it was to end meanwhile."""
-        if self.done.done() and self.done.result() == "behind":
+        if self.done.done() and not self.done.cancelled() and self.done.result() == "behind":
             self.done = self._loop.create_future()
             if self._after is not None:
                 self.done.set_result(self._after)
-            self._look()
+            self._refresh()
+
+    def poll(self, now: float) -> None:
+        """Send a heartbeat where nothing else was sent for a while."""
+        if self._blocked is None and now - self.stand.at > self.heartbeat and not self.done.done():
+            self.touch(now)
+            heartbeat = self.format.heartbeat()
+            if heartbeat is not None:
+                self.start(heartbeat)
 
     async def close(self) -> None:
         """Give up a write that still waits."""
@@ -312,10 +372,11 @@ class Subscriber:
         try:
             await rest
         except (OSError, RuntimeError):
-            self.finish("disconnected")
+            self.stop("disconnected")
         finally:
             self._blocked = None
             self.blocked_at = None
-            self._look()
+            if self._state is State.BLOCKED:
+                self.move(State.LIVE if self._live else State.FROM_LOG)
         if self._wake is not None and not self.done.done():
             self._wake(self)

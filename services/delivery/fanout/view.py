@@ -4,7 +4,7 @@ import asyncio
 from typing import Final
 
 from services.delivery import metrics
-from services.delivery.fanout.subscriber import Stand, Subscriber
+from services.delivery.fanout.subscriber import Stand, State, Subscriber
 from services.delivery.formats.format import Address, Format
 from services.delivery.formats.frames import Chunk, Frames
 from services.delivery.formats.granularity import TOKEN, Grain, Merger, Place, rest
@@ -40,7 +40,7 @@ class View:
     def add(self, subscriber: Subscriber) -> None:
         """Serve a subscriber; it must be at or above the floor, or is sent to the log."""
         subscriber.index = self.tail.after(subscriber.seq, subscriber.offset)
-        subscriber.joined = True
+        subscriber.move(State.LIVE)
         subscriber.joining = self._is_inside(subscriber)
         self.subscribers.add(subscriber)
         subscriber.on_ready(self.serve)
@@ -72,7 +72,7 @@ class View:
             if stand.index >= end or not subscriber.ready:
                 continue
             if stand.index < self.tail.base:
-                subscriber.finish("behind")
+                subscriber.fall_behind()
                 continue
             key = (subscriber.format, subscriber.generation, stand.index, stand.seq, stand.offset)
             known = chunks.get(key)
@@ -99,7 +99,7 @@ class View:
         """Write to one subscriber what it has missed, until it is up to date or has to wait."""
         while subscriber.ready and subscriber.joined and subscriber.index < self.tail.end:
             if subscriber.index < self.tail.base or (subscriber.joining and subscriber.seq < self.source.floor):
-                subscriber.finish("behind")
+                subscriber.fall_behind()
                 return
             if subscriber.joining:  # what was held when it came may end where it stands
                 subscriber.index = max(subscriber.index, self.tail.after(subscriber.seq, subscriber.offset))
@@ -159,7 +159,7 @@ class Joined(View):
         """Serve a subscriber, with what is left of the piece that it stands in, if any."""
         self.follow(self._clock.monotonic())
         if self.tail.base and subscriber.seq < self.floor:  # joining what was new has pushed out what it needs
-            subscriber.finish("behind")
+            subscriber.fall_behind()
             return
         super().add(subscriber)
 

@@ -90,7 +90,7 @@ class _Subscription:
     def join(self, subscriber: Subscriber) -> None:
         self._subscriber = subscriber
         if self._unwanted is not None:
-            subscriber.finish(self._unwanted)
+            subscriber.stop(self._unwanted)
         subscriber.limit(self._room, self._space)
 
     async def send(self, batch: Batch) -> None:
@@ -134,7 +134,7 @@ class _Subscription:
         """End it, now or as soon as it is joined."""
         self._unwanted = reason
         if self._subscriber is not None:
-            self._subscriber.finish(reason)
+            self._subscriber.stop(reason)
 
     def _limit(self, room: int, space: int) -> None:
         self._room, self._space = room, space
@@ -173,7 +173,7 @@ class Attachment:
         operations: dict[str, Operation],
         end: tuple[float, str],
     ) -> None:
-        self._until, self._until_reason = end
+        self.until, self.until_reason = end
         self._reason: str | None = None
         self._streams = streams
         self._principal = principal
@@ -209,19 +209,19 @@ class Attachment:
 
     def stop(self, reason: str) -> None:
         """Take no more from the client, and end its subscriptions; with them the call ends."""
-        self._reason = self._reason or reason
+        self._reason = "evicted" if reason == "evicted" else self._reason or reason
         if self._reader is not None:
             self._reader.cancel()
         for subscription in self._subscriptions.values():
             subscription.end(reason)
 
-    def look_after(self, now: float, stall: float) -> None:
-        """End it when it is due, or when the client has taken nothing for ``stall`` seconds."""
-        if self._outbox.writing_since is not None and now - self._outbox.writing_since > stall:
-            self._reason = "evicted"
-            self.stop("evicted")
-        elif now > self._until:
-            self.stop(self._until_reason)
+    @property
+    def blocked_at(self) -> float | None:
+        """Since when a write has waited for the client."""
+        return self._outbox.writing_since
+
+    def poll(self, now: float) -> None:
+        """Do nothing: the transport pings its clients."""
 
     async def _read(self, requests: AsyncIterator[bytes]) -> None:
         async for data in requests:
@@ -287,7 +287,6 @@ class Attachment:
         finally:
             del self._subscriptions[id_]
         if reason == "evicted":
-            self._reason = "evicted"
             self.stop(reason)
             return
         await self._outbox.put(last)

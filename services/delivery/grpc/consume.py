@@ -16,10 +16,10 @@ from services.delivery.consumers.registry import Consumers
 from services.delivery.consumers.session import Delivery
 from services.delivery.consumers.settling import Settlement, settle
 from services.delivery.consumers.tokens import InvalidToken
+from services.delivery.errors import reach
 from services.delivery.formats.protobuf import typed
 from services.delivery.grpc.attach import EXPIRED, ID_LENGTH, LAST_WRITE_SECONDS, TOO_SLOW, decoded
 from services.delivery.grpc.problems import as_message, as_problem
-from services.delivery.http.responses import reach
 from services.kit.auth.principal import Principal
 from services.kit.problem import Problem
 
@@ -46,8 +46,8 @@ class Consuming:
         self._principal = principal
         self._write = write
         self._turn = asyncio.Lock()  # one writes at a time; those who wait are the reader and the consumption
-        self._writing_since: float | None = None
-        self._until, self._until_reason = end
+        self.blocked_at: float | None = None
+        self.until, self.until_reason = end
         self._loop = asyncio.get_running_loop()
         self._reason: str | None = None
         self._consumption: Consumption | None = None
@@ -81,21 +81,17 @@ class Consuming:
             await asyncio.gather(self._task, reader, return_exceptions=True)
 
     def stop(self, reason: str) -> None:
-        """End the call; the first reason holds."""
+        """End the call; the first reason holds, and the write of a client that is evicted is given up."""
         self._reason = self._reason or reason
         if self._consumption is not None:
-            self._consumption.finish(self._reason)
+            self._consumption.stop(self._reason)
         elif self._first is not None:
             self._first.cancel()
+        if reason == "evicted" and self._task is not None:
+            self._task.cancel()
 
-    def look_after(self, now: float, stall: float) -> None:
-        """End it when it is due, or when the client has taken nothing for ``stall`` seconds."""
-        if self._writing_since is not None and now - self._writing_since > stall:
-            self.stop("evicted")
-            if self._task is not None:
-                self._task.cancel()
-        elif now > self._until:
-            self.stop(self._until_reason)
+    def poll(self, now: float) -> None:
+        """Do nothing: the transport pings its clients."""
 
     async def _opening(self, requests: AsyncIterator[bytes]) -> pb.OpenConsumer:
         """Return the first request; `stop` ends the wait for it."""
@@ -148,7 +144,7 @@ class Consuming:
             case "credit":
                 raise Problem(400, "credit needs `events`, of 1 or more")
             case "stop":
-                self._consumption.finish("unconsumed")
+                self._consumption.stop("unconsumed")
             case "open":
                 raise Problem(409, "this call reads a consumer already: open another call")
             case _:
@@ -186,13 +182,13 @@ class Consuming:
         """
         data = pb.ConsumeResponse(**kind).SerializeToString()
         async with self._turn:
-            self._writing_since = self._loop.time()
+            self.blocked_at = self._loop.time()
             try:
                 await self._write(data)
             except grpc.aio.BaseError as error:
                 raise ConnectionResetError("the call is over") from error
             finally:
-                self._writing_since = None
+                self.blocked_at = None
 
 
 async def _first(requests: AsyncIterator[bytes]) -> pb.OpenConsumer:

@@ -9,8 +9,7 @@ import structlog
 
 from schemas.rpc.tailrace.v1 import tailrace_pb2 as pb
 from services.delivery import metrics
-from services.delivery.errors import DeliveryError
-from services.delivery.fanout.streams import problem_of
+from services.delivery.errors import DeliveryError, problem_of, unreachable
 from services.kit.broker import BrokerUnavailable
 from services.kit.problem import Problem, problem_bytes
 
@@ -49,7 +48,7 @@ def as_problem(error: Exception) -> Problem:
         case DeliveryError():
             return problem_of(error)
         case BrokerUnavailable():
-            return Problem(503, "the broker cannot be reached", headers={"Retry-After": "1"})
+            return unreachable()
         case _:
             log.error("call failed", exc_info=error)
             return Problem(500, "the error has been logged")

@@ -1,4 +1,4 @@
-"""The gRPC server of the delivery process: one port beside HTTP's, over the same hub."""
+"""The gRPC server of the delivery process: one port beside HTTP's, over the same feeds."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -10,7 +10,7 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from services.delivery.grpc.service import SERVICE, Delivery
+from services.delivery.grpc.service import SERVICE, DeliveryService
 from services.kit.http import PortTaken, check_port
 from services.kit.shutdown import end
 from services.kit.tls import ServerTls
@@ -24,7 +24,7 @@ KEEPALIVE_MS: Final = 30_000
 KEEPALIVE_TIMEOUT_MS: Final = 10_000
 SHORTEST_PING_MS: Final = 10_000
 METADATA_BYTES: Final = 16_384
-SWEEP_SECONDS: Final = 1.0
+HEALTH_SECONDS: Final = 1.0
 GRACE_SECONDS: Final = 10.0
 LAST_SECONDS: Final = 0.5
 """How long the library may take to end the calls that it has cancelled."""
@@ -33,7 +33,7 @@ _STATUS: Final = health_pb2.HealthCheckResponse
 
 @asynccontextmanager
 async def serving_grpc(
-    delivery: Delivery,
+    delivery: DeliveryService,
     host: str,
     port: int,
     *,
@@ -67,13 +67,12 @@ async def serving_grpc(
     except RuntimeError as error:
         raise PortTaken(host, port, str(error)) from error
     await server.start()
-    watch = asyncio.create_task(_look_after(delivery, probe), name="grpc-sweep")
+    watch = asyncio.create_task(_report_health(delivery, probe), name="grpc-health")
     try:
         yield bound
     finally:
         await end(watch)
         await probe.enter_graceful_shutdown()
-        await delivery.sweep()
         seconds = grace()
         try:
             async with asyncio.timeout(seconds + LAST_SECONDS):
@@ -106,10 +105,10 @@ def _credentials(tls: ServerTls) -> grpc.ServerCredentials:
     return grpc.ssl_server_credentials([(key, certificate)])
 
 
-async def _look_after(delivery: Delivery, probe: health.aio.HealthServicer) -> None:
-    """Look after calls, and keep the health service up to date: as a whole (the empty name) and for the one service."""
+async def _report_health(delivery: DeliveryService, probe: health.aio.HealthServicer) -> None:
+    """Keep the health service up to date: as a whole (the empty name) and for the one service."""
     while True:
-        status = _STATUS.SERVING if await delivery.sweep() else _STATUS.NOT_SERVING
+        status = _STATUS.SERVING if delivery.is_ready() else _STATUS.NOT_SERVING
         for name in ("", SERVICE):
             await probe.set(name, status)
-        await asyncio.sleep(SWEEP_SECONDS)
+        await asyncio.sleep(HEALTH_SECONDS)

@@ -1,7 +1,6 @@
 """The methods of `tailrace.v1.Delivery`. Messages that stream are finished bytes: gRPC only carries them."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Final
 
 import grpc
@@ -10,20 +9,20 @@ import msgspec
 from schemas.names import InvalidName, check_name
 from schemas.rpc.tailrace.v1 import tailrace_pb2 as pb
 from services.delivery.consumers.registry import Consumers
-from services.delivery.fanout.hub import Hub
 from services.delivery.fanout.streams import Streams
+from services.delivery.fanout.supervisor import Supervisor
 from services.delivery.formats.protobuf import PROTOBUF, Batch
 from services.delivery.grpc.attach import TOO_SLOW, Attachment, Operation, decoded, wish_of
 from services.delivery.grpc.consume import Consuming
 from services.delivery.grpc.outbox import Outbox
 from services.delivery.grpc.problems import answering
-from services.delivery.http.generations import view_of
 from services.delivery.requests.generations import Lookups
 from services.delivery.requests.intake import GenerationWish, Intake
+from services.delivery.requests.views import view_of
 from services.kit.auth.principal import Principal, authorize
 from services.kit.problem import Problem
 
-__all__ = ["SERVICE", "Authenticate", "Delivery"]
+__all__ = ["SERVICE", "Authenticate", "DeliveryService"]
 
 SERVICE: Final = pb.DESCRIPTOR.services_by_name["Delivery"].full_name
 KEY_LIMIT: Final = 200
@@ -34,25 +33,24 @@ Authenticate = Callable[[str | None], Awaitable[Principal]]
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-class Delivery:
+class DeliveryService:
     """What may be asked over gRPC, over the same streams, look-ups and queue as over HTTP."""
 
     def __init__(
         self,
-        hub: Hub,
+        supervisor: Supervisor,
         streams: Streams,
         lookups: Lookups,
         intake: Intake,
         consumers: Consumers,
         authenticate: Authenticate,
     ) -> None:
-        self._hub = hub
+        self._supervisor = supervisor
         self._streams = streams
         self._lookups = lookups
         self._intake = intake
         self._consumers = consumers
         self._authenticate = authenticate
-        self._attachments: set[Attachment | Consuming] = set()  # bounded by the server's calls
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """Return the methods; requests and answers are bytes."""
@@ -68,15 +66,9 @@ class Delivery:
             },
         )
 
-    async def sweep(self) -> bool:
-        """Look after calls of `Attach` and `Consume`; return whether new ones are taken. Call it about every second."""
-        now = self._hub.clock.monotonic()
-        for attachment in tuple(self._attachments):
-            if self._hub.draining:
-                attachment.stop("drain")
-            else:
-                attachment.look_after(now, self._hub.limits.stall)
-        return await self._hub.is_ready()
+    def is_ready(self) -> bool:
+        """Tell whether new calls are taken."""
+        return self._supervisor.is_ready()
 
     async def read(self, data: bytes, context: Context) -> None:
         """Serve one stream to its end."""
@@ -102,17 +94,19 @@ class Delivery:
             principal = await self._entering(context)
             async with Outbox(context.write) as outbox:
                 operations: dict[str, Operation] = {"start": self.start, "cancel": self.cancel}
-                end = self._hub.end_of(principal.expires_at)
+                end = self._supervisor.end_of(principal.expires_at)
                 attachment = Attachment(self._streams, principal, outbox, operations, end)
-                with self._attached(principal, attachment):
+                with self._supervisor.supervise(principal, attachment):
                     await attachment.run(requests)
 
     async def consume(self, requests: AsyncIterator[bytes], context: Context) -> None:
         """Serve one call of `Consume` to its end."""
         async with answering("Consume", context):
             principal = await self._entering(context)
-            consuming = Consuming(self._consumers, principal, context.write, self._hub.end_of(principal.expires_at))
-            with self._attached(principal, consuming):
+            consuming = Consuming(
+                self._consumers, principal, context.write, self._supervisor.end_of(principal.expires_at)
+            )
+            with self._supervisor.supervise(principal, consuming):
                 await consuming.run(requests)
 
     async def _entering(self, context: Context) -> Principal:
@@ -122,21 +116,9 @@ class Delivery:
             Problem: 401, 429 or 503.
         """
         principal = await self._principal(context)
-        self._hub.connections.check(principal)
-        if self._hub.draining:
-            raise Problem(503, "this replica is going away", headers={"Retry-After": "1"})
+        self._supervisor.check(principal)
         await context.send_initial_metadata(())
         return principal
-
-    @contextmanager
-    def _attached(self, principal: Principal, call: Attachment | Consuming) -> Iterator[None]:
-        """Count a call as open, and look after it, while the block runs."""
-        self._attachments.add(call)
-        try:
-            with self._hub.stream(principal, call.stop):
-                yield
-        finally:
-            self._attachments.discard(call)
 
     async def start(self, principal: Principal, request: pb.StartRequest) -> pb.StartResponse:
         """Queue a request for a generation.

@@ -11,10 +11,10 @@ from services.delivery.fanout.streams import Stream, Streams
 from services.delivery.fanout.subscriber import Subscriber
 from services.delivery.formats.format import Format
 from services.delivery.formats.gzip import GZIPPED, Block, Wrapping, whole_gzip
+from services.kit.http import RAW_SEND
 
-__all__ = ["NOTHING_FOLLOWS", "RAW_SEND", "STREAM_HEADERS", "outliving", "send_whole", "streaming", "watching", "whole"]
+__all__ = ["NOTHING_FOLLOWS", "STREAM_HEADERS", "outliving", "send_whole", "streaming", "watching", "whole"]
 
-RAW_SEND: Final = "tailrace.send"
 RESTS: Final = "tailrace.rests"
 Rest = Callable[[Any, Any], Awaitable[None]]
 """What is left of an answer that has begun; takes the connection's own ``receive`` and ``send``."""
@@ -131,5 +131,5 @@ async def _watch(receive: Any, subscriber: Subscriber) -> None:
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
-            subscriber.finish("disconnected")
+            subscriber.stop("disconnected")
             return

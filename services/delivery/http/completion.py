@@ -43,7 +43,7 @@ class Completion:
             def joined(subscriber: Subscriber) -> None:
                 watch(subscriber)
                 loop = asyncio.get_running_loop()
-                timers.append(loop.call_later(self._limit, subscriber.finish, "batch"))
+                timers.append(loop.call_later(self._limit, subscriber.stop, "batch"))
 
             try:
                 return await self._streams.serve(stream, _nothing, _FORMAT, joined) in _ENDS

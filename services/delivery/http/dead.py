@@ -12,7 +12,8 @@ from litestar.openapi.spec import Example
 from litestar.params import FromPath, FromQuery, QueryParameter
 
 from schemas.requests import Request
-from services.delivery.http.responses import PROBLEMS, Accepted, accepted, named, reach
+from services.delivery.errors import named, reach
+from services.delivery.http.responses import PROBLEMS, Accepted, accepted
 from services.delivery.requests.dead import Dead, DeadRequests
 from services.delivery.requests.intake import GenerationWish, Intake
 from services.kit.auth.principal import Principal

@@ -5,6 +5,7 @@ from typing import Any, Final
 import msgspec
 from litestar.types import ASGIApp
 
+from services.delivery.errors import named, reach
 from services.delivery.fanout.streams import Streams
 from services.delivery.formats.format import Format
 from services.delivery.formats.gzip import Gzipped, takes_gzip
@@ -14,12 +15,11 @@ from services.delivery.formats.negotiation import chosen
 from services.delivery.formats.sse import SSE
 from services.delivery.http.asgi import streaming, whole
 from services.delivery.http.completion import Completion
-from services.delivery.http.generations import view_of
 from services.delivery.http.long_poll import BATCH_EVENTS, MAX_EVENTS, polling
 from services.delivery.http.multiplex import open_several, streaming_several
 from services.delivery.http.read_request import COMPLETE, Ask, header, wish_of
-from services.delivery.http.responses import named, reach
 from services.delivery.requests.generations import Lookups
+from services.delivery.requests.views import view_of
 from services.kit.auth.principal import Principal, principal_of
 from services.kit.problem import Problem
 

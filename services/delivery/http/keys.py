@@ -10,7 +10,8 @@ from litestar.openapi.spec import Example
 from litestar.params import Body, FromPath
 
 from schemas.names import check_readable
-from services.delivery.http.responses import PROBLEMS, named, reach
+from services.delivery.errors import named, reach
+from services.delivery.http.responses import PROBLEMS
 from services.kit.auth.api_keys import KeyRecord, SessionPattern, mint
 from services.kit.auth.authenticator import Authenticator
 from services.kit.auth.key_table import TooManyKeys

@@ -90,9 +90,9 @@ class _Poll:
     def _end_in(self, seconds: float) -> None:
         assert self.subscriber is not None
         if seconds:
-            self._timers.append(self._loop.call_later(seconds, self.subscriber.finish, "batch"))
+            self._timers.append(self._loop.call_later(seconds, self.subscriber.stop, "batch"))
         else:
-            self.subscriber.finish("batch")
+            self.subscriber.stop("batch")
 
 
 def polling(streams: Streams, stream: Stream, wait: float, limit: int, *, gzip: bool = False) -> ASGIApp:

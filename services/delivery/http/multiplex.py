@@ -14,9 +14,10 @@ from services.delivery.formats.multi_cursor import MAX_SESSIONS, Composite, pars
 from services.delivery.formats.multiplex import Several
 from services.delivery.formats.raw import Bye, Gap, Parts, part_of
 from services.delivery.formats.sse import http_body
-from services.delivery.http.asgi import RAW_SEND, STREAM_HEADERS, watching
+from services.delivery.http.asgi import STREAM_HEADERS, watching
 from services.delivery.http.read_request import Ask, last_event_id, wish_of
 from services.kit.auth.principal import Principal
+from services.kit.http import RAW_SEND
 from services.kit.problem import Problem
 
 __all__ = ["Opened", "open_several", "streaming_several"]
@@ -99,7 +100,7 @@ class _Outlet:
         def joined(subscriber: Subscriber) -> None:
             self._subscribers.append(subscriber)
             if self._ending:
-                subscriber.finish("sibling")
+                subscriber.stop("sibling")
             elif len(self._subscribers) == 1:
                 watch(subscriber)
 
@@ -112,7 +113,7 @@ class _Outlet:
         finally:
             self._ending = True
             for subscriber in self._subscribers:
-                subscriber.finish("sibling")
+                subscriber.stop("sibling")
 
     async def close(self, reason: str) -> None:
         """Say how to go on, unless nobody is there any more."""

@@ -1,19 +1,17 @@
 """Answers that several routes of the HTTP API give."""
 
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 from litestar import Response
 from litestar.openapi.datastructures import ResponseSpec
 
-from schemas.names import InvalidName, check_name
-from services.delivery.errors import Deleted, Unknown
+from services.delivery.errors import named
 from services.kit.auth.principal import Principal
 from services.kit.auth.rules import REFUSALS
-from services.kit.broker import BrokerUnavailable
 from services.kit.problem import Problem, ProblemDetails
 
-__all__ = ["PROBLEMS", "Accepted", "Links", "accepted", "gone", "named", "own", "reach"]
+__all__ = ["PROBLEMS", "Accepted", "Links", "accepted", "own"]
 
 PROBLEMS: Final = {
     400: ResponseSpec(ProblemDetails, description="Not valid", media_type="application/problem+json"),
@@ -55,18 +53,6 @@ def accepted(session: str, generation: str, cursor: str, repeated: bool) -> Resp
     return Response(Accepted(session, generation, cursor, "queued", links), headers=headers, status_code=202)
 
 
-def named(role: str, value: str) -> None:
-    """Refuse a name that cannot stand in a subject.
-
-    Raises:
-        Problem: 400, saying what would be right.
-    """
-    try:
-        check_name(role, value)
-    except InvalidName as error:
-        raise Problem(400, str(error)) from error
-
-
 def own(principal: Principal, session: str) -> str:
     """Return a session's name, which must be one of the principal's.
 
@@ -77,24 +63,3 @@ def own(principal: Principal, session: str) -> str:
     if not principal.reaches(session):
         raise Problem(404, f"there is no session {session!r}")
     return session
-
-
-def gone(detail: str) -> Problem:
-    """Return the answer for a session that was deleted, or for what was in it."""
-    return Problem(410, detail, slug="session-deleted", title="The session was deleted")
-
-
-async def reach(call: Any) -> Any:
-    """Await what needs the broker.
-
-    Raises:
-        Problem: 503 when the broker is away, 404 for what does not exist, 410 for what was deleted.
-    """
-    try:
-        return await call
-    except BrokerUnavailable as error:
-        raise Problem(503, "the broker cannot be reached", headers={"Retry-After": "1"}) from error
-    except Deleted as error:
-        raise gone(str(error)) from error
-    except Unknown as error:
-        raise Problem(404, str(error)) from error

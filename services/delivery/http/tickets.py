@@ -7,7 +7,8 @@ from litestar import Request, Router, post
 from litestar.openapi.spec import Example
 from litestar.params import Body
 
-from services.delivery.http.responses import PROBLEMS, own, reach
+from services.delivery.errors import reach
+from services.delivery.http.responses import PROBLEMS, own
 from services.kit.auth.authenticator import Authenticator
 from services.kit.auth.principal import authorize
 from services.kit.auth.rules import caller, needs

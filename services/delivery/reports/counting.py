@@ -1,14 +1,30 @@
 """What subscribers were sent of each generation, worked out now and then from where they stand: nothing per token."""
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from schemas.codec import MalformedEvent, decode_header
-from services.delivery.fanout.subscriber import Subscriber
 from services.delivery.formats.tail import GAP, Entry, Tail
-from services.delivery.reports.reporter import Delivered, Place
+from services.delivery.reports.reporter import DeliveryReporter, Place
 
-__all__ = ["Accounts"]
+__all__ = ["Counted", "DeliveryCounts"]
+
+
+class Counted(Protocol):
+    """A subscriber, as far as it is counted: what it was sent up to ``seq``, of which ``accounted`` is counted."""
+
+    accounted: int
+
+    @property
+    def seq(self) -> int:
+        """The stream sequence up to which it was served."""
+
+    @property
+    def generation(self) -> str | None:
+        """The one generation that it reads; ``None`` for all of the session."""
+
+    def meets(self, generation: str) -> bool:
+        """Tell whether it is counted for this generation for the first time."""
 
 
 class _Sum(NamedTuple):
@@ -21,13 +37,13 @@ class _Sum(NamedTuple):
     reached: int
 
 
-class Accounts:
+class DeliveryCounts:
     """Counts for billing what the subscribers of one process were sent."""
 
-    def __init__(self, delivered: Delivered) -> None:
+    def __init__(self, delivered: DeliveryReporter) -> None:
         self._delivered = delivered
 
-    def settle(self, tenant: str, session: str, tail: Tail, subscribers: Iterable[Subscriber]) -> None:
+    def count(self, tenant: str, session: str, tail: Tail, subscribers: Iterable[Counted]) -> None:
         """Count what subscribers were sent from memory since they were last looked at, once for all that went alike."""
         stretches: dict[tuple[int, int, str | None], list[_Sum]] = {}
         alike: dict[tuple[int, int, str | None], int] = {}
@@ -49,7 +65,7 @@ class Accounts:
             for each in stretches[key]:
                 self._add(tenant, session, each, count, firsts.get((key, each.generation), 0))
 
-    def replayed(self, tenant: str, session: str, subscriber: Subscriber, entries: Sequence[Entry]) -> None:
+    def count_replayed(self, tenant: str, session: str, subscriber: Counted, entries: Sequence[Entry]) -> None:
         """Count what one subscriber was sent from the log."""
         for each in _sums(entries, subscriber.generation):
             self._add(tenant, session, each, 1, int(subscriber.meets(each.generation)))

@@ -15,7 +15,7 @@ from schemas.names import InvalidName
 from services.delivery import metrics
 from services.kit.broker import BrokerUnavailable
 
-__all__ = ["Delivered", "Place"]
+__all__ = ["DeliveryReporter", "Place"]
 
 log = structlog.get_logger()
 REPORT_SECONDS: Final = 5.0
@@ -49,7 +49,7 @@ class _Counter:
         self.subscribers = self.events = self.tokens = self.sent_tokens = self.bytes = 0
 
 
-class Delivered:
+class DeliveryReporter:
     """Collects counts and publishes them. ``replica`` names this process, another one each time that it starts.
 
     `add` costs less than a microsecond and is meant to be called once a written chunk, or once a stream.

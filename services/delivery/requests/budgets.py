@@ -11,7 +11,7 @@ from schemas.budgets import RELEASE_SUBJECT, RESERVE_SUBJECT, Decision, Release,
 from schemas.requests import GenerationRecord
 from schemas.topology import REGISTRY_BUCKET, bucket_stream
 from services.delivery import metrics
-from services.delivery.limits import Fallback
+from services.delivery.settings import Fallback
 from services.kit.broker import Broker, BrokerUnavailable
 from services.kit.clock import Clock
 from services.kit.problem import Problem

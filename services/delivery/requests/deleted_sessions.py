@@ -21,11 +21,11 @@ _PREFIX: Final = f"$KV.{BUCKET}."
 
 
 class DeletedSessions:
-    """Finds out which sessions were deleted, and up to where. ``ended`` is called when another replica deletes one."""
+    """Finds out which sessions were deleted, and up to where."""
 
-    def __init__(self, broker: Broker, ended: Callable[[DeletedSession], Awaitable[None]]) -> None:
+    def __init__(self, broker: Broker) -> None:
         self._broker = broker
-        self._ended = ended
+        self._callbacks: list[Callable[[DeletedSession], Awaitable[None]]] = []
         self.heard = False
         """Whether this replica hears of what others delete."""
 
@@ -41,8 +41,19 @@ class DeletedSessions:
         then = CursorIssuer(deleted.partition, deleted.incarnation, tenant, session)
         return deleted.through if then.incarnation == issuer.incarnation else 0
 
+    def on_deleted(self, callback: Callable[[DeletedSession], Awaitable[None]]) -> None:
+        """Call ``callback`` when a session is deleted, here or by another replica."""
+        self._callbacks.append(callback)
+
+    async def notify(self, deleted: DeletedSession) -> None:
+        """Call everybody who wants to know of deletions."""
+        for callback in self._callbacks:
+            await callback(deleted)
+
     async def listen(self) -> None:
-        """Listen for deletions by other replicas; to be called until they are `heard`."""
+        """Listen for deletions by other replicas, unless they are `heard` already; to be called until they are."""
+        if self.heard:
+            return
         try:
             await self._broker.subscribe(DELETED_FILTER, self._hear)
             self.heard = True
@@ -51,7 +62,7 @@ class DeletedSessions:
 
     async def _hear(self, msg: Msg) -> None:
         try:
-            await self._ended(msgspec.json.decode(msg.data, type=DeletedSession))
+            await self.notify(msgspec.json.decode(msg.data, type=DeletedSession))
         except msgspec.DecodeError as error:
             log.warning("deletion was not readable", detail=str(error))
 

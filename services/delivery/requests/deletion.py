@@ -6,7 +6,7 @@ start on the same session beside it is safe.
 """
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Container, Iterable
 from typing import Final
 
 import msgspec
@@ -25,12 +25,13 @@ from schemas.subjects import (
     request_filter,
 )
 from schemas.topology import DEAD, REQUESTS, billing_durable, token_stream
-from services.delivery.consumers.dead import DeadEvents
 from services.delivery.errors import Unknown
-from services.delivery.fanout.hub import Hub
+from services.delivery.log.states import LogStates
+from services.delivery.requests.deleted_sessions import DeletedSessions
 from services.delivery.requests.generations import ENDED, Lookups
 from services.delivery.requests.intake import Intake
-from services.kit.broker import BrokerUnavailable
+from services.kit.broker import Broker, BrokerUnavailable
+from services.kit.clock import Clock
 from services.kit.problem import Problem
 
 __all__ = ["Deletion"]
@@ -47,16 +48,34 @@ BILLED_SECONDS: Final = 10.0
 UNBILLED_SECONDS: Final = 600.0
 """Age of billing's consumer beyond which, if it has never read anything, no billing runs here."""
 NAMED: Final = 10
+PurgeDead = Callable[[str, str, Container[str]], Awaitable[None]]
+"""Removes the dead events of some generations of a tenant's session, for good."""
 _AWAY: Final = (nats.errors.Error, OSError, TimeoutError)
 
 
 class Deletion:
-    """Deletes sessions. ``pool``: whose requests may run in them."""
+    """Deletes sessions. ``pool``: whose requests may run in them.
 
-    def __init__(self, hub: Hub, lookups: Lookups, intake: Intake, pool: str) -> None:
-        self._hub = hub
-        self._broker = hub.broker
+    ``purge_dead``: removes the dead events that durable consumers keep of a session.
+    """
+
+    def __init__(
+        self,
+        broker: Broker,
+        clock: Clock,
+        states: LogStates,
+        lookups: Lookups,
+        intake: Intake,
+        deleted: DeletedSessions,
+        purge_dead: PurgeDead,
+        pool: str,
+    ) -> None:
+        self._broker = broker
+        self._clock = clock
+        self._states = states
         self._lookups = lookups
+        self._deleted = deleted
+        self._purge_dead = purge_dead
         self._intake = intake
         self._lanes = (lane_of(pool, "interactive"), lane_of(pool, "batch"))
 
@@ -69,8 +88,8 @@ class Deletion:
             BrokerUnavailable: the broker does not answer; the deletion may be half done, and is to be repeated.
         """
         # Before the generations are listed: what is stored later belongs to one of the list, or to a later one.
-        partition = await self._hub.partition(tenant, session)
-        state = await self._hub.state(partition, fresh=True)
+        partition = await self._states.partition(tenant, session)
+        state = await self._states.state(partition, fresh=True)
         stored = await self._stored(tenant, session)
         records = {record.generation: record for record, _ in await self._lookups.kept(tenant, session)}
         generations = {*stored, *records}
@@ -84,7 +103,7 @@ class Deletion:
             partition=partition,
             incarnation=state.created,
             through=state.last_seq,
-            deleted_at=self._hub.clock.wall(),
+            deleted_at=self._clock.wall(),
         )
         await self._lookups.note_deletion(deleted)
         for generation in sorted(generations):
@@ -93,7 +112,7 @@ class Deletion:
             await self._purge(token_stream(parse_address(subject).partition), subject)
         await self._forget_dead(tenant, session, generations)
         await self._broker.publish(deleted_subject(tenant, session), msgspec.json.encode(deleted))
-        await self._hub.end_deleted(deleted)
+        await self._deleted.notify(deleted)
         log.info("session deleted", session=session, generations=len(generations))
 
     async def _stored(self, tenant: str, session: str) -> dict[str, list[str]]:
@@ -133,7 +152,7 @@ class Deletion:
         for record, _ in await self._lookups.kept(tenant, session):
             if record.generation not in generations or record.generation in busy or record.state in ENDED:
                 continue
-            fresh = self._hub.clock.wall() - record.created_at < START_SECONDS
+            fresh = self._clock.wall() - record.created_at < START_SECONDS
             ended = not fresh or await self._has_ended(record)
             (closing if ended else busy).add(record.generation)
         return busy, closing
@@ -173,7 +192,7 @@ class Deletion:
         if acknowledged >= seq or (not info.num_pending and not info.num_ack_pending):
             return True
         delivered = (info.delivered.stream_seq if info.delivered else 0) or 0
-        age = self._hub.clock.wall() - info.created.timestamp() if info.created else 0.0
+        age = self._clock.wall() - info.created.timestamp() if info.created else 0.0
         return delivered == 0 and age > UNBILLED_SECONDS
 
     async def _bury(self, tenant: str, session: str, generation: str) -> None:
@@ -188,7 +207,7 @@ class Deletion:
                 generation=generation,
                 state="deleted",
                 model="",
-                created_at=found[0].created_at if found else self._hub.clock.wall(),
+                created_at=found[0].created_at if found else self._clock.wall(),
                 request_hash=found[0].request_hash if found else "",
             )
             if found is None:
@@ -204,7 +223,7 @@ class Deletion:
                 generation = subject.rpartition(".")[2]
                 if generation in generations:
                     await self._purge(DEAD, dead_subject(lane, generation))
-        await DeadEvents(self._broker, 0).forget_session(tenant, session, generations)
+        await self._purge_dead(tenant, session, generations)
 
     async def _purge(self, stream: str, subject: str) -> None:
         try:

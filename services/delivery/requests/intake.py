@@ -24,14 +24,17 @@ from schemas.requests import (
 from schemas.subjects import control_subject, lane_of, request_subject
 from schemas.topology import REQUESTS as REQUESTS_STREAM
 from services.delivery import metrics
-from services.delivery.fanout.hub import Hub
+from services.delivery.log.states import LogStates
 from services.delivery.requests.budgets import Admission
+from services.delivery.requests.deleted_sessions import DeletedSessions
 from services.delivery.requests.generations import ENDED, Lookups
+from services.delivery.requests.start_limits import StartLimits
 from services.delivery.requests.withdrawals import Withdrawals
 from services.kit.auth.principal import Principal
 from services.kit.broker import Broker, BrokerUnavailable
 from services.kit.clock import Clock
 from services.kit.problem import Problem
+from services.kit.storage import Storage
 
 __all__ = ["GenerationWish", "Intake"]
 
@@ -72,11 +75,23 @@ class Intake:
     """Puts requests into the work queue, once for each idempotency key, and cancels them."""
 
     def __init__(
-        self, broker: Broker, hub: Hub, lookups: Lookups, clock: Clock, pool: str, admission: Admission
+        self,
+        broker: Broker,
+        clock: Clock,
+        states: LogStates,
+        storage: Storage,
+        lookups: Lookups,
+        deleted: DeletedSessions,
+        starts: StartLimits,
+        admission: Admission,
+        pool: str,
     ) -> None:
         self._broker = broker
+        self._states = states
+        self._storage = storage
+        self._deleted = deleted
+        self._starts = starts
         self._admission = admission
-        self._hub = hub
         self._lookups = lookups
         self._clock = clock
         self._pool = pool
@@ -92,19 +107,19 @@ class Intake:
                 key, queue or log full, or too large.
             BrokerUnavailable: nothing was queued.
         """
-        async with self._hub.starts.starting(principal):
+        async with self._starts.starting(principal):
             return await self._accept(principal, session, wish, key)
 
     async def _accept(
         self, principal: Principal, session: str, wish: GenerationWish, key: str | None
     ) -> tuple[str, str, bool]:
-        if not self._hub.storage.stores():
+        if not self._storage.stores():
             metrics.LOG_FULL.inc()
             raise _not_stored()
         tenant = principal.tenant
         models = await self._candidates(wish.model)
         generation = _name(tenant, session, key)
-        issuer = await self._hub.issuer(tenant, session)
+        issuer = await self._states.issuer(tenant, session)
         cursor = await self._cursor(tenant, session, issuer, generation if key else None)
         body = msgspec.json.encode(wish)
         record = GenerationRecord(
@@ -134,7 +149,7 @@ class Intake:
             await self._take_back(record, created, lane)
             raise
         await self._enqueue(record, wish, issuer.partition, created, lane)
-        self._hub.starts.began(record)
+        self._starts.began(record)
         return generation, cursor, created is None
 
     async def cancel(self, tenant: str, session: str, generation: str) -> str:
@@ -186,7 +201,7 @@ class Intake:
 
     async def _check_room(self, partition: int, record: GenerationRecord) -> None:
         """Refuse what is new before the log is quite full, so that what runs can still end."""
-        if (await self._hub.state(partition)).used < LOG_FULL:
+        if (await self._states.state(partition)).used < LOG_FULL:
             return
         if await self._lookups.get(record.tenant, record.session, record.generation) is None:
             metrics.LOG_FULL.inc()
@@ -200,12 +215,12 @@ class Intake:
 
     async def _cursor(self, tenant: str, session: str, issuer: CursorIssuer, repeated: str | None) -> str:
         """Return the cursor before a new generation, or before one that a repeated request may find begun or ended."""
-        reader = self._hub.reader(tenant, session, issuer.partition)
+        reader = self._states.reader(tenant, session, issuer.partition)
         last = await self._broker.last(reader.stream, reader.filter)
         first = await reader.first_of(repeated) if last and repeated else None
         if first is not None:
             return issuer.issue(first - 1)
-        return issuer.issue(last.seq if last else await self._hub.deleted.through(tenant, session, issuer))
+        return issuer.issue(last.seq if last else await self._deleted.through(tenant, session, issuer))
 
     async def _is_waiting_repeat(self, record: GenerationRecord) -> bool:
         """Tell whether an earlier request under the same key may not have reached the queue.

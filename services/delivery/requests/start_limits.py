@@ -15,15 +15,15 @@ from limits.aio.strategies import SlidingWindowCounterRateLimiter
 from schemas.requests import GenerationRecord
 from schemas.topology import BUCKET, bucket_stream
 from services.delivery import metrics
-from services.delivery.limits import StartBounds
 from services.delivery.requests.generations import ENDED
+from services.delivery.settings import Settings
 from services.kit.auth.principal import Principal
 from services.kit.broker import Broker, BrokerUnavailable
 from services.kit.clock import Clock
 from services.kit.limits import CounterStorage
 from services.kit.problem import Problem
 
-__all__ = ["Starts"]
+__all__ = ["StartLimits"]
 
 log = structlog.get_logger()
 RECENT: Final = 20_000  # changes of records that are looked at when a replica starts
@@ -71,17 +71,18 @@ class _Tally:
             del self.tenants[running.tenant]
 
 
-class Starts:
+class StartLimits:
     """Admits what is to be started.
 
-    What runs is counted from the records of generations, which `look` follows, with what this replica has just
-    admitted: so replicas together may exceed a bound by what the others admit between two looks.
+    What runs is counted from the records of generations, which `poll` follows, with what this replica has just
+    admitted: so replicas together may exceed a bound by what the others admit between two polls.
     """
 
-    def __init__(self, broker: Broker, clock: Clock, bounds: StartBounds) -> None:
+    def __init__(self, broker: Broker, clock: Clock, settings: Settings) -> None:
         self._broker = broker
         self._clock = clock
-        self._bounds = bounds
+        self._settings = settings
+        self._counts_running = settings.running_per_tenant is not None or settings.running_per_key is not None
         self._limiter = SlidingWindowCounterRateLimiter(CounterStorage(broker, clock, metrics.LIMITS_BLIND.inc))
         self._running = _Tally()
         self._entering = _Tally()  # being admitted now
@@ -107,20 +108,20 @@ class Starts:
 
     def began(self, record: GenerationRecord) -> None:
         """Count a generation whose record has just been made."""
-        if self._bounds.bounds_running:
+        if self._counts_running:
             name = f"{record.tenant}.{record.session}.{record.generation}"
             self._running.put(name, _Running(record.tenant, record.key, record.created_at))
 
-    async def look(self) -> None:
+    async def poll(self) -> None:
         """Take over what has changed in the records; to be called about every second."""
-        if not self._bounds.bounds_running:
+        if not self._counts_running:
             return
         try:
-            await self._look()
+            await self._read_changes()
         except BrokerUnavailable as error:
             log.warning("running generations not counted", detail=str(error))
 
-    async def _look(self) -> None:
+    async def _read_changes(self) -> None:
         state = await self._broker.state(_STREAM)
         if state.created != self._incarnation or state.last_seq < self._seq:
             self._running = _Tally()
@@ -145,20 +146,20 @@ class Starts:
             self._running.put(name, _Running(record.tenant, record.key, since))
 
     def _check_running(self, principal: Principal) -> None:
-        bounds, tenant, entry = self._bounds, principal.tenant, (principal.tenant, principal.key)
+        bounds, tenant, entry = self._settings, principal.tenant, (principal.tenant, principal.key)
         of_tenant = self._running.tenants[tenant] + self._entering.tenants[tenant]
-        if bounds.tenant_running is not None and of_tenant >= bounds.tenant_running:
-            raise _refused("running", "tenant", f"the tenant has {bounds.tenant_running} generations running")
+        if bounds.running_per_tenant is not None and of_tenant >= bounds.running_per_tenant:
+            raise _refused("running", "tenant", f"the tenant has {bounds.running_per_tenant} generations running")
         of_key = self._running.keys[entry] + self._entering.keys[entry]
-        if bounds.key_running is not None and of_key >= bounds.key_running:
-            raise _refused("running", "key", f"the credentials have {bounds.key_running} generations running")
+        if bounds.running_per_key is not None and of_key >= bounds.running_per_key:
+            raise _refused("running", "key", f"the credentials have {bounds.running_per_key} generations running")
 
     async def _check_rates(self, principal: Principal) -> None:
-        bounds = self._bounds
-        if bounds.key_rate is not None:
-            await self._count(bounds.key_rate, "key", principal.tenant, principal.key)
-        if bounds.tenant_rate is not None:
-            await self._count(bounds.tenant_rate, "tenant", principal.tenant)
+        bounds = self._settings
+        if bounds.starts_per_minute_per_key is not None:
+            await self._count(bounds.starts_per_minute_per_key, "key", principal.tenant, principal.key)
+        if bounds.starts_per_minute_per_tenant is not None:
+            await self._count(bounds.starts_per_minute_per_tenant, "tenant", principal.tenant)
 
     async def _count(self, rate: int, whose: str, *name: str) -> None:
         item = RateLimitItemPerMinute(rate, namespace=f"starts-{whose}")

@@ -9,8 +9,10 @@ import structlog
 from schemas.cursor import InvalidCursor
 from services.delivery import metrics
 from services.delivery.consumers.registry import Consumers
-from services.delivery.fanout.hub import Hub
-from services.delivery.fanout.streams import LAST_WRITE_SECONDS, Streams, Wish
+from services.delivery.errors import named, reach
+from services.delivery.fanout.feed import LAST_WRITE_SECONDS
+from services.delivery.fanout.streams import Streams, Wish
+from services.delivery.fanout.supervisor import Supervisor
 from services.delivery.formats.websocket import Formats, frame_message, place_of
 from services.delivery.formats.websocket_messages import (
     Accepted,
@@ -32,13 +34,13 @@ from services.delivery.formats.websocket_messages import (
     Unreadable,
     Unsubscribe,
 )
-from services.delivery.http.responses import named, reach
 from services.delivery.requests.intake import GenerationWish, Intake
 from services.delivery.websocket.consumptions import Consumptions
 from services.delivery.websocket.outbox import Outlet
 from services.delivery.websocket.subscription import Subscription
 from services.delivery.websocket.token_bucket import Pace
 from services.kit.auth.principal import Principal, authorize
+from services.kit.clock import Clock
 from services.kit.problem import Problem
 from services.kit.request_head import BodyLimit
 
@@ -69,9 +71,11 @@ TOKENS_OF_A_MESSAGE: Final = 100.0  # so many tokens to settle count as one mess
 
 
 class Desk(NamedTuple):
-    """What all sockets of a process share. ``max_message``: of the bytes of one message."""
+    """What all sockets of a process share. ``heartbeat``: seconds between pings; ``max_message``: of one message."""
 
-    hub: Hub
+    clock: Clock
+    supervisor: Supervisor
+    heartbeat: float
     streams: Streams
     intake: Intake
     consumers: Consumers
@@ -79,7 +83,7 @@ class Desk(NamedTuple):
 
 
 class Connection:
-    """Serves one accepted socket; `look_after` is to be called about every second."""
+    """Serves one accepted socket. Supervised."""
 
     def __init__(self, desk: Desk, principal: Principal, formats: Formats, outlet: Outlet) -> None:
         self._desk = desk
@@ -87,9 +91,9 @@ class Connection:
         self._formats = formats
         self._dialect = formats.dialect
         self._outlet = outlet
-        self._clock = desk.hub.clock
+        self._clock = desk.clock
         now = self._clock.monotonic()
-        self._until, self._until_reason = desk.hub.end_of(principal.expires_at)
+        self.until, self.until_reason = desk.supervisor.end_of(principal.expires_at)
         self._pace = Pace(RATE, BURST, now)
         self._heard_at = self._asked_at = now
         self._pings = 0
@@ -120,9 +124,9 @@ class Connection:
         if reason in ("too-large", "failed"):
             reason = "disconnected"
         tasks = self._tasks()
-        self._consumptions.finish(reason)
+        self._consumptions.stop(reason)
         for subscription in list(self._subscriptions.values()):
-            subscription.finish(reason)
+            subscription.stop(reason)
         if reason in ("evicted", "silent"):
             return
         if tasks:
@@ -140,18 +144,17 @@ class Connection:
         reading = {s.task for s in self._subscriptions.values() if s.task is not None}
         return reading | self._consumptions.tasks | self._operations
 
-    def look_after(self, now: float) -> None:
-        """Ask the client whether it is there, and end the socket when its time is over."""
-        limits = self._desk.hub.limits
-        if self._outlet.blocked_at is not None and now - self._outlet.blocked_at > limits.stall:
-            self.stop("evicted")
-        elif self._desk.hub.draining:
-            self.stop("drain")
-        elif now > self._until:
-            self.stop(self._until_reason)
-        elif self._asked_at > self._heard_at and now - self._heard_at > SILENT_HEARTBEATS * limits.heartbeat:
+    @property
+    def blocked_at(self) -> float | None:
+        """Since when a write has waited for the client."""
+        return self._outlet.blocked_at
+
+    def poll(self, now: float) -> None:
+        """Ping the client, and end the socket when it does not answer."""
+        heartbeat = self._desk.heartbeat
+        if self._asked_at > self._heard_at and now - self._heard_at > SILENT_HEARTBEATS * heartbeat:
             self.stop("silent")
-        elif now - self._asked_at >= limits.heartbeat:
+        elif now - self._asked_at >= heartbeat:
             self._pings += 1
             self._asked_at = now
             self._outlet.offer([self._message(Ping(id=self._pings))])
@@ -212,7 +215,7 @@ class Connection:
             case Unsubscribe():
                 subscription = self._subscription(said.session)
                 subscription.unsubscribed = True
-                subscription.finish("disconnected")
+                subscription.stop("disconnected")
             case StartGeneration():
                 await self._operate(said, self._start(said))
             case Cancel():

@@ -9,11 +9,12 @@ import structlog
 
 from services.delivery.consumers.access import permitted
 from services.delivery.consumers.consumption import LOST, Consumption
-from services.delivery.consumers.events import about, envelope
+from services.delivery.consumers.pulling import about, envelope
 from services.delivery.consumers.registry import Consumers
 from services.delivery.consumers.session import Delivery
 from services.delivery.consumers.settling import Settlement, settle
 from services.delivery.consumers.tokens import InvalidToken
+from services.delivery.errors import reach
 from services.delivery.formats.websocket import frame_message, packed
 from services.delivery.formats.websocket_messages import (
     Consume,
@@ -27,7 +28,6 @@ from services.delivery.formats.websocket_messages import (
     Stopped,
     Unconsume,
 )
-from services.delivery.http.responses import reach
 from services.delivery.websocket.outbox import Outlet
 from services.kit.auth.principal import Principal
 from services.kit.problem import Problem
@@ -56,10 +56,10 @@ class Consumptions:
     def __contains__(self, name: object) -> bool:
         return name in self._open
 
-    def finish(self, reason: str) -> None:
+    def stop(self, reason: str) -> None:
         """End them all."""
         for consumption in self._open.values():
-            consumption.finish(reason)
+            consumption.stop(reason)
 
     def consume(self, said: Consume) -> None:
         """Begin to read.
@@ -94,7 +94,7 @@ class Consumptions:
         Raises:
             Problem: 404, the consumer is not read here.
         """
-        self._reading(said.consumer).finish("unconsumed")
+        self._reading(said.consumer).stop("unconsumed")
 
     async def settle(self, said: Settle) -> Settled:
         """Settle events, wherever they have been given.

@@ -1,40 +1,49 @@
 """WebSockets: several sessions over one connection, with credit, starting and cancelling beside them."""
 
 import asyncio
-from typing import Any, Final
+from typing import Any
 
 import structlog
 
 from services.delivery import metrics
 from services.delivery.consumers.registry import Consumers
-from services.delivery.fanout.hub import Hub
-from services.delivery.fanout.streams import LAST_WRITE_SECONDS, Streams
+from services.delivery.fanout.feed import LAST_WRITE_SECONDS
+from services.delivery.fanout.streams import Streams
+from services.delivery.fanout.supervisor import Supervisor
 from services.delivery.formats.websocket import Formats
 from services.delivery.formats.websocket_messages import JSON, SUBPROTOCOLS, Dialect
-from services.delivery.http.asgi import RAW_SEND
 from services.delivery.requests.intake import Intake
+from services.delivery.settings import Settings
 from services.delivery.websocket.connection import CLOSES, Connection, Desk
 from services.delivery.websocket.outbox import Outlet
 from services.kit.auth.principal import principal_of
+from services.kit.clock import Clock
+from services.kit.http import RAW_SEND
 from services.kit.problem import Problem, send_problem
 from services.kit.request_head import BodyLimit
 
 __all__ = ["WebSockets"]
 
 log = structlog.get_logger()
-SWEEP_SECONDS: Final = 1.0
 
 
 class WebSockets:
     """``GET /v1/ws``, as a raw ASGI application."""
 
     def __init__(
-        self, hub: Hub, streams: Streams, intake: Intake, consumers: Consumers, max_message: BodyLimit
+        self,
+        clock: Clock,
+        supervisor: Supervisor,
+        settings: Settings,
+        streams: Streams,
+        intake: Intake,
+        consumers: Consumers,
+        max_message: BodyLimit,
     ) -> None:
-        self._desk = Desk(hub, streams, intake, consumers, max_message)
+        self._supervisor = supervisor
+        self._desk = Desk(clock, supervisor, settings.heartbeat, streams, intake, consumers, max_message)
         self._formats = {name: Formats(Dialect(name)) for name in SUBPROTOCOLS}
-        self._connections: set[Connection] = set()  # bounded by the server's connections
-        self._sweeper: asyncio.Task[None] | None = None
+        self._open = 0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Serve one socket to its end, or refuse it with problem details."""
@@ -47,9 +56,7 @@ class WebSockets:
         await receive()  # the wish to connect
         try:
             principal = principal_of(scope)
-            self._desk.hub.connections.check(principal)
-            if self._desk.hub.draining:
-                raise Problem(503, "this replica is going away", headers={"Retry-After": "1"})
+            self._supervisor.check(principal)
             name = _subprotocol(scope["subprotocols"])
         except Problem as problem:
             await send_problem(send, problem, "websocket.http")
@@ -57,7 +64,7 @@ class WebSockets:
         await send({"type": "websocket.accept", "subprotocol": name})
         async with Outlet(send) as outlet:
             connection = Connection(self._desk, principal, self._formats[name or JSON], outlet)
-            with self._desk.hub.stream(principal, connection.stop):
+            with self._supervisor.supervise(principal, connection):
                 reason = await self._serve(connection, receive)
         metrics.SOCKETS_CLOSED.labels(reason).inc()
         if reason in CLOSES:
@@ -66,9 +73,8 @@ class WebSockets:
             await _close(send, code, why, 0.5 if reason == "evicted" else LAST_WRITE_SECONDS)
 
     async def _serve(self, connection: Connection, receive: Any) -> str:
-        self._connections.add(connection)
-        metrics.SOCKETS.set(len(self._connections))
-        self._keep_sweeping()
+        self._open += 1
+        metrics.SOCKETS.set(self._open)
         reason = "failed"
         try:
             reason = await connection.run(receive)
@@ -79,21 +85,9 @@ class WebSockets:
                 await connection.end(reason)
             finally:
                 await connection.abandon()
-                self._connections.discard(connection)
-                metrics.SOCKETS.set(len(self._connections))
+                self._open -= 1
+                metrics.SOCKETS.set(self._open)
         return reason
-
-    def _keep_sweeping(self) -> None:
-        if self._sweeper is None or self._sweeper.done():
-            self._sweeper = asyncio.create_task(self._sweep(), name="websocket-sweeper")
-
-    async def _sweep(self) -> None:
-        """Look after all sockets as long as there are any."""
-        while self._connections:
-            await asyncio.sleep(SWEEP_SECONDS)
-            now = self._desk.hub.clock.monotonic()
-            for connection in tuple(self._connections):
-                connection.look_after(now)
 
 
 def _subprotocol(offered: list[str]) -> str | None:

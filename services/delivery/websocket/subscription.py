@@ -90,10 +90,10 @@ class Subscription:
         if self._window is not None:
             self._window.trip(seconds)
 
-    def finish(self, reason: str) -> None:
+    def stop(self, reason: str) -> None:
         """End it; before it has begun there is nothing to end in order."""
         if self._subscriber is not None:
-            self._subscriber.finish(reason)
+            self._subscriber.stop(reason)
         elif self.task is not None:  # not at once: before its first step it would end without a word
             asyncio.get_running_loop().call_soon(self.task.cancel)
 

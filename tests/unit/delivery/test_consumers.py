@@ -19,11 +19,11 @@ from services.delivery.consumers.definition import (
     later_position,
     seconds,
 )
-from services.delivery.consumers.events import envelope, wanted_shape
 from services.delivery.consumers.session import Delivery, nak
 from services.delivery.consumers.source import Raw, Source, stream_in
 from services.delivery.consumers.tokens import InvalidToken, Token
 from services.delivery.consumers.verdicts import REMEMBERED, Track
+from services.delivery.http.consumer_events import envelope, wanted_shape
 from services.kit.consumers import DurableInfo
 from services.kit.problem import Problem
 

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from schemas.delivered import DeliveredReport, decode_delivered
-from services.delivery.reports.reporter import IDLE_ROUNDS, Delivered, Place
+from services.delivery.reports.reporter import IDLE_ROUNDS, DeliveryReporter, Place
 from services.kit.broker import BrokerUnavailable
 
 PLACE = Place("default", "s", "g")
@@ -33,7 +33,7 @@ def numbers(report: DeliveredReport) -> tuple[int, ...]:
 
 async def test_many_chunks_are_one_report_and_only_news_is_reported() -> None:
     log = Log()
-    delivered = Delivered(log.publish, "replica")
+    delivered = DeliveryReporter(log.publish, "replica")
     for reached in (10, 20, 15):
         delivered.add(PLACE, events=2, tokens=5, reached=reached, size=100, subscribers=reached == 10)
     await delivered.report()
@@ -46,7 +46,7 @@ async def test_many_chunks_are_one_report_and_only_news_is_reported() -> None:
 
 async def test_without_a_broker_the_counts_wait() -> None:
     log = Log()
-    delivered = Delivered(log.publish, "replica")
+    delivered = DeliveryReporter(log.publish, "replica")
     delivered.add(PLACE, events=1)
     log.away = True
     await delivered.report()
@@ -58,7 +58,7 @@ async def test_without_a_broker_the_counts_wait() -> None:
 
 async def test_an_idle_counter_is_forgotten_and_another_one_counts_anew() -> None:
     log = Log()
-    delivered = Delivered(log.publish, "replica")
+    delivered = DeliveryReporter(log.publish, "replica")
     delivered.add(PLACE, events=1)
     for _round in range(IDLE_ROUNDS + 2):
         await delivered.report()
@@ -74,7 +74,7 @@ async def test_an_idle_counter_is_forgotten_and_another_one_counts_anew() -> Non
 async def test_counters_are_bounded(away: bool) -> None:
     log = Log()
     log.away = away
-    delivered = Delivered(log.publish, "replica", limit=10)
+    delivered = DeliveryReporter(log.publish, "replica", limit=10)
     for number in range(30):
         delivered.add(Place("default", "s", f"g{number}"), events=1)
     await delivered.report()
@@ -85,7 +85,7 @@ async def test_counters_are_bounded(away: bool) -> None:
 
 async def test_the_last_counts_are_reported_when_it_stops() -> None:
     log, stop = Log(), asyncio.Event()
-    delivered = Delivered(log.publish, "replica")
+    delivered = DeliveryReporter(log.publish, "replica")
     running = asyncio.create_task(delivered.run(stop))
     delivered.add(PLACE, events=1)
     stop.set()

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from services.delivery.fanout.subscriber import Subscriber
+from services.delivery.fanout.subscriber import TRANSITIONS, State, Subscriber
 from services.delivery.formats.format import Address
 from services.delivery.formats.frames import Chunk, Frames
 from services.delivery.formats.sse import ServerSentEvents
@@ -124,8 +124,8 @@ async def test_connection_that_goes_while_a_write_waits_ends_the_stream(client: 
 
 
 async def test_first_reason_to_end_holds(subscriber: Subscriber) -> None:
-    subscriber.finish("drain")
-    subscriber.finish("lifetime")
+    subscriber.stop("drain")
+    subscriber.stop("lifetime")
     assert await subscriber.done == "drain"
     assert not subscriber.ready
 
@@ -140,14 +140,14 @@ async def test_terminal_ends_the_stream_with_its_write(client: Client, subscribe
 async def test_end_that_meets_a_subscriber_which_has_fallen_behind_is_not_forgotten(
     subscriber: Subscriber, reason: str
 ) -> None:
-    subscriber.finish("behind")
-    subscriber.finish(reason)
+    subscriber.fall_behind()
+    subscriber.stop(reason)
     subscriber.rearm()
     assert await subscriber.done == reason
 
 
 async def test_subscriber_that_fell_behind_can_be_served_again(client: Client, subscriber: Subscriber) -> None:
-    subscriber.finish("behind")
+    subscriber.fall_behind()
     assert not subscriber.ready
     subscriber.rearm()
     Feed().say(subscriber)
@@ -162,7 +162,7 @@ async def test_catching_up_waits_for_the_client_but_not_beyond_the_end_of_the_st
     await asyncio.sleep(0)
     assert not sending.done()
     assert subscriber.blocked_at is not None
-    subscriber.finish("evicted")
+    subscriber.stop("evicted")
     async with asyncio.timeout(5):
         await sending
     assert not await subscriber.through(0)
@@ -191,7 +191,7 @@ async def test_client_gets_what_it_has_granted_and_the_rest_when_it_grants_more(
 ) -> None:
     feed = Feed()
     subscriber.on_ready(feed.serve)
-    subscriber.joined = True
+    subscriber.move(State.LIVE)
     subscriber.limit(1, 1_000)
     feed.say(subscriber, 3)
     assert client.taken == [b"1;"]
@@ -211,5 +211,30 @@ async def test_waiting_for_room_ends_with_a_grant_or_with_the_stream(subscriber:
     subscriber.limit(1, 0)
     waiting = asyncio.create_task(subscriber.has_room())
     await asyncio.sleep(0)
-    subscriber.finish("drain")
+    subscriber.stop("drain")
     await asyncio.wait_for(waiting, 5)
+
+
+@pytest.mark.parametrize(("before", "after"), [(a, b) for a in State for b in State])
+async def test_a_subscriber_moves_only_as_the_table_says(subscriber: Subscriber, before: State, after: State) -> None:
+    subscriber.move(before)
+    if after is before or after in TRANSITIONS[before]:
+        subscriber.move(after)
+        assert subscriber.state is after
+    else:
+        with pytest.raises(RuntimeError, match=f"from {before.value} to {after.value}"):
+            subscriber.move(after)
+
+
+async def test_a_blocked_subscriber_goes_on_where_it_was(client: Client, subscriber: Subscriber) -> None:
+    client.block()
+    subscriber.move(State.LIVE)
+    subscriber.start({"body": b"first"})
+    assert subscriber.state is State.BLOCKED
+    assert subscriber.joined
+    client.unblock()
+    assert await subscriber.through(5)
+    assert subscriber.state is State.LIVE
+    subscriber.stop("drain")
+    assert subscriber.state is State.OVER
+    assert not subscriber.joined

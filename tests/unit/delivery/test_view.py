@@ -129,7 +129,7 @@ async def test_those_of_one_generation_and_those_that_have_ended_get_nothing_els
     lines = Subscriber(other.send, NDJSON, None, 0)
     stage.view.add(lines)
     for _, subscriber in ended:
-        subscriber.finish("disconnected")
+        subscriber.stop("disconnected")
     generations = [random.Random(1).choice("ab") for _ in range(20)]
     for generation in generations:
         stage.say(generation)

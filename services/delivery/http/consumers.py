@@ -12,11 +12,12 @@ from litestar.types import ASGIApp
 from schemas.cursor import Cursor, InvalidCursor
 from services.delivery.consumers.access import covers, permitted
 from services.delivery.consumers.definition import Wish, rfc3339
-from services.delivery.consumers.events import ConsumerEvents
 from services.delivery.consumers.registry import Conflicting, Consumers, Found
 from services.delivery.consumers.settling import Settled, Settlement, settle
 from services.delivery.consumers.tokens import InvalidToken
-from services.delivery.consumers.views import (
+from services.delivery.errors import CursorExpired, CursorForeign, TooBusy, named, reach
+from services.delivery.http.consumer_events import ConsumerEvents
+from services.delivery.http.consumer_views import (
     ConsumerList,
     ConsumerView,
     DeadEventList,
@@ -25,8 +26,7 @@ from services.delivery.consumers.views import (
     consumer_view,
     dead_view,
 )
-from services.delivery.errors import CursorExpired, CursorForeign, TooBusy
-from services.delivery.http.responses import PROBLEMS, named, reach
+from services.delivery.http.responses import PROBLEMS
 from services.kit.auth.principal import Principal, authorize
 from services.kit.auth.rules import caller, needs
 from services.kit.consumers import DurableRefused
@@ -40,9 +40,9 @@ AnyRequest = Request[Any, Any, Any]
 _TAGS: Final = ["consumers"]
 
 
-def consumers_router(consumers: Consumers) -> Router:
+def consumers_router(consumers: Consumers, events: ConsumerEvents) -> Router:
     """Return the routes under ``/v1/consumers``."""
-    handlers = [*_definitions(consumers), *_pauses(consumers), *_reading(consumers), *_dead(consumers)]
+    handlers = [*_definitions(consumers), *_pauses(consumers), *_reading(consumers, events), *_dead(consumers)]
     return Router("/v1/consumers", route_handlers=handlers, tags=_TAGS, **needs("consume"))
 
 
@@ -168,11 +168,10 @@ def _pauses(consumers: Consumers) -> list[HTTPRouteHandler]:
 def _until(consumers: Consumers, pause: Pause | None) -> str | None:
     if pause is None or pause.seconds is None:
         return None
-    return rfc3339(consumers.hub.clock.wall() + pause.seconds)
+    return rfc3339(consumers.clock.wall() + pause.seconds)
 
 
-def _reading(consumers: Consumers) -> list[HTTPRouteHandler]:
-    events = ConsumerEvents(consumers)
+def _reading(consumers: Consumers, events: ConsumerEvents) -> list[HTTPRouteHandler]:
 
     @get("/{name:str}/events", include_in_schema=False)
     async def consumer_events(request: AnyRequest, name: FromPath[str]) -> ASGIApp:

@@ -1,45 +1,32 @@
 """The events of a durable consumer over HTTP: as a stream (server-sent events, NDJSON), or a batch at a time."""
 
 import asyncio
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Final, NamedTuple
 from urllib.parse import parse_qs
 
-import msgspec
 import structlog
 from litestar.types import ASGIApp
 
 from services.delivery import metrics
 from services.delivery.consumers.access import open_session
+from services.delivery.consumers.pulling import PIECE_BYTES, SLICE, STREAM_BATCH, envelope, pulled
 from services.delivery.consumers.registry import Consumers
 from services.delivery.consumers.session import ConsumerSession, Delivery
+from services.delivery.fanout.supervisor import Supervisor
 from services.delivery.formats.ndjson import control_line
 from services.delivery.formats.sse import HEADERS, control_frame
+from services.delivery.settings import Settings
 from services.kit.auth.principal import Principal
 from services.kit.broker import BrokerUnavailable
+from services.kit.clock import Clock
 from services.kit.problem import Problem
 
-__all__ = [
-    "PIECE_BYTES",
-    "SLICE",
-    "STREAM_BATCH",
-    "ConsumerEvents",
-    "Shape",
-    "about",
-    "envelope",
-    "pulled",
-    "wanted_shape",
-]
+__all__ = ["ConsumerEvents", "Shape", "wanted_shape"]
 
 log = structlog.get_logger()
-STREAM_BATCH: Final = 200
-"""Events taken for one write to a stream; in bytes they are bounded by what one pull may bring."""
-PIECE_BYTES: Final = 65_536
 BATCH: Final = 1_000
 WAIT: Final = 30.0
-SLICE: Final = 1.0
-"""Seconds after which a stream looks whether it has to end."""
 _PARAMETERS: Final = frozenset({"ack", "batch", "wait"})
 _HEARTBEAT: Final = b": hb\n\n"
 _ALIVE: Final = control_line("heartbeat", {})
@@ -98,29 +85,14 @@ def _number(query: dict[str, list[str]], name: str, least: float, most: float, *
     raise Problem(400, f"{name}={text[:40]!r} is not a{' whole' if whole else ''} number from {least:g} to {most:g}")
 
 
-def about(delivery: Delivery, *, auto: bool) -> dict[str, Any]:
-    """Return what services get with an event; with ``auto`` there is no token, since nothing is to be settled."""
-    fields: dict[str, Any] = {} if auto else {"token": delivery.token}
-    fields |= {"session": delivery.session, "cursor": delivery.cursor, "deliveries": delivery.deliveries}
-    if delivery.gap is not None:
-        fields["gap"] = delivery.gap
-    return fields
-
-
-def envelope(delivery: Delivery, *, auto: bool) -> bytes:
-    """Return one event as services get it, as a line of JSON: the stored bytes, and what belongs to the delivery."""
-    data = delivery.data
-    if b"\n" in data or b"\r" in data:
-        data = msgspec.json.format(data, indent=-1)
-    return msgspec.json.encode(about(delivery, auto=auto))[:-1] + b',"event":' + data + b"}"
-
-
 class ConsumerEvents:
     """``GET /v1/consumers/{name}/events``."""
 
-    def __init__(self, consumers: Consumers) -> None:
+    def __init__(self, consumers: Consumers, supervisor: Supervisor, clock: Clock, settings: Settings) -> None:
         self._consumers = consumers
-        self._hub = consumers.hub
+        self._supervisor = supervisor
+        self._clock = clock
+        self._heartbeat = settings.heartbeat
 
     async def open(self, scope: Any, principal: Principal, name: str) -> ASGIApp:
         """Check one request and return the answer to it, which streams.
@@ -129,96 +101,98 @@ class ConsumerEvents:
             Problem: the wish cannot be met.
         """
         shape = wanted_shape(scope)
-        self._hub.connections.check(principal)
+        self._supervisor.check(principal)
         session = await open_session(self._consumers, principal, name)
 
         async def answer(_scope: Any, receive: Any, send: Any) -> None:
-            watch = asyncio.create_task(_disconnected(receive))
-
-            def end(_reason: str) -> None:
-                watch.cancel()
-
+            pull = _Pull(session, shape, send, self._clock, self._supervisor.end_of(principal.expires_at))
+            watch = asyncio.create_task(_disconnected(receive, pull))
             try:
-                with self._hub.stream(principal, end):
-                    if shape.batch is None:
-                        await _Stream(self._consumers, session, shape, send, watch, principal).serve()
-                    else:
-                        await self._answer_batch(session, shape, send, watch)
+                with self._supervisor.supervise(principal, pull):
+                    await (pull.stream(self._heartbeat) if shape.batch is None else pull.batch(shape.batch))
             finally:
                 watch.cancel()
                 await session.close()
 
         return answer
 
-    async def _answer_batch(self, session: ConsumerSession, shape: Shape, send: Any, watch: asyncio.Task[None]) -> None:
-        until = self._hub.clock.monotonic() + shape.wait
-        try:
-            given: list[Delivery] = []
-            while not given and not watch.done() and not session.is_gone:
-                left = until - self._hub.clock.monotonic()
-                given = await pulled(session, shape.batch or 1, max(0.0, min(SLICE, left)), watch)
-                if left <= 0 or self._hub.draining:
-                    break
-        except BrokerUnavailable:
-            await _say(send, 503, b'{"type":"urn:tailrace:problem:unavailable","status":503}')
-            return
-        if watch.done():
-            await session.nack(given)
-            return
-        body = b",".join(envelope(each, auto=shape.auto) for each in given)
-        await _say(send, 200, b'{"events":[' + body + b"]}")
-        if shape.auto:
-            await session.ack(given)
 
+class _Pull:
+    """One request: a stream of events, or a batch, until the client leaves or it has to end. Supervised."""
 
-class _Stream:
-    """One stream of events, until the client leaves or it has to end."""
-
-    def __init__(
-        self,
-        consumers: Consumers,
-        session: ConsumerSession,
-        shape: Shape,
-        send: Any,
-        watch: asyncio.Task[None],
-        principal: Principal,
-    ) -> None:
-        self._hub = consumers.hub
+    def __init__(self, session: ConsumerSession, shape: Shape, send: Any, clock: Clock, end: tuple[float, str]) -> None:
+        self.until, self.until_reason = end
+        self.blocked_at: float | None = None
         self._session = session
         self._shape = shape
         self._send = send
-        self._watch = watch
-        self._until, self._end = self._hub.end_of(principal.expires_at)
+        self._clock = clock
         self._sent_at = 0.0
+        self._over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._write_task: asyncio.Task[None] | None = None
 
-    async def serve(self) -> None:
+    def stop(self, reason: str) -> None:
+        """End it; the first reason holds."""
+        if not self._over.done():
+            self._over.set_result(reason)
+        if reason == "evicted" and self._write_task is not None:
+            self._write_task.cancel()
+
+    def poll(self, now: float) -> None:
+        """Do nothing: heartbeats come between two pulls."""
+
+    async def batch(self, limit: int) -> None:
+        """Answer with what there is, at most ``limit`` events; wait for the first one as long as the request says."""
+        until = self._clock.monotonic() + self._shape.wait
+        given: list[Delivery] = []
+        try:
+            while not given and not self._session.is_gone:
+                left = until - self._clock.monotonic()
+                given = await pulled(self._session, limit, max(0.0, min(SLICE, left)), self._over)
+                if left <= 0 or self._over.done():
+                    break
+        except BrokerUnavailable:
+            await _answer(self._send, 503, b'{"type":"urn:tailrace:problem:unavailable","status":503}')
+            return
+        if self._over.done() and self._over.result() in ("disconnected", "expired"):
+            await self._session.nack(given)
+            return
+        body = b",".join(envelope(each, auto=self._shape.auto) for each in given)
+        await _answer(self._send, 200, b'{"events":[' + body + b"]}")
+        if self._shape.auto:
+            await self._session.ack(given)
+
+    async def stream(self, heartbeat: float) -> None:
+        """Stream events to the end; ``heartbeat``: after how many seconds without events a comment is sent."""
         headers = list(_NDJSON if self._shape.ndjson else HEADERS)
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
         reason = "failed"
         try:
             await self._write(_ALIVE if self._shape.ndjson else b"retry: 1000\n\n")
-            reason = await self._follow()
-            if reason != "disconnected":
+            reason = await self._follow(heartbeat)
+            if reason not in ("disconnected", "evicted"):
                 await self._write(self._bye(reason), more=False)
-        except TimeoutError:
+        except _Evicted:
             reason = "evicted"
         finally:
             metrics.CLOSED.labels(reason).inc()
 
-    async def _follow(self) -> str:
-        while (reason := self._reason()) is None:
+    async def _follow(self, heartbeat: float) -> str:
+        while not self._over.done():
+            if self._session.is_gone:
+                return "deleted"
             try:
-                given = await pulled(self._session, STREAM_BATCH, SLICE, self._watch)
+                given = await pulled(self._session, STREAM_BATCH, SLICE, self._over)
             except BrokerUnavailable as error:
                 log.warning("stream ended: the log cannot be read", detail=str(error))
                 return "unavailable"
-            if self._watch.done():
+            if self._over.done():
                 await self._session.nack(given)
             elif given:
                 await self._give(given)
-            elif self._hub.clock.monotonic() - self._sent_at > self._hub.limits.heartbeat:
+            elif self._clock.monotonic() - self._sent_at > heartbeat:
                 await self._write(_ALIVE if self._shape.ndjson else _HEARTBEAT)
-        return reason
+        return self._over.result()
 
     async def _give(self, given: list[Delivery]) -> None:
         """Write events in pieces: the HTTP server takes several pieces ahead of a slow client."""
@@ -232,18 +206,6 @@ class _Stream:
                 await self._session.ack(given[start:stop])
             start, size = stop, 0
 
-    def _reason(self) -> str | None:
-        """Return why the stream has to end; ``None`` while it may go on."""
-        clock = self._hub.clock
-        reasons: tuple[tuple[str, Callable[[], bool]], ...] = (
-            ("expired", self._watch.cancelled),  # the key has been revoked
-            ("disconnected", self._watch.done),
-            ("drain", lambda: self._hub.draining),
-            ("deleted", lambda: self._session.is_gone),
-            (self._end, lambda: clock.monotonic() > self._until),
-        )
-        return next((reason for reason, holds in reasons if holds()), None)
-
     def _framed(self, delivery: Delivery) -> bytes:
         line = envelope(delivery, auto=self._shape.auto)
         return line + b"\n" if self._shape.ndjson else b"data: " + line + b"\n\n"
@@ -253,33 +215,38 @@ class _Stream:
         return control_line("bye", fields) if self._shape.ndjson else control_frame("bye", fields)
 
     async def _write(self, data: bytes, *, more: bool = True) -> None:
-        async with asyncio.timeout(self._hub.limits.stall):
-            await self._send({"type": "http.response.body", "body": data, "more_body": more})
-        self._sent_at = self._hub.clock.monotonic()
+        """Write one piece.
+
+        Raises:
+            _Evicted: the client has not taken it for too long.
+        """
+        message = {"type": "http.response.body", "body": data, "more_body": more}
+        self.blocked_at = self._clock.monotonic()
+        self._write_task = asyncio.ensure_future(self._send(message))
+        try:
+            await self._write_task
+        except asyncio.CancelledError:
+            if self._over.done() and self._over.result() == "evicted" and self._write_task.cancelled():
+                raise _Evicted from None
+            raise
+        finally:
+            self._write_task.cancel()
+            self.blocked_at = self._write_task = None
+        self._sent_at = self._clock.monotonic()
 
 
-async def pulled(session: ConsumerSession, limit: int, wait: float, watch: asyncio.Future[Any]) -> list[Delivery]:
-    """Return what a pull brings; when ``watch`` ends before, what it had goes back, and nothing is returned."""
-    pull = asyncio.create_task(session.pull(limit, wait))
-    try:
-        await asyncio.wait({pull, watch}, return_when=asyncio.FIRST_COMPLETED)
-        if pull.done():
-            return pull.result()
-        return []
-    finally:
-        if not pull.done():
-            pull.cancel()
-            with suppress(asyncio.CancelledError, BrokerUnavailable):
-                await pull
+class _Evicted(Exception):
+    """The client has taken nothing for too long."""
 
 
-async def _disconnected(receive: Any) -> None:
-    """Return when the client has left."""
+async def _disconnected(receive: Any, pull: _Pull) -> None:
+    """Stop the pull when the client has left."""
     while (await receive())["type"] != "http.disconnect":
         pass
+    pull.stop("disconnected")
 
 
-async def _say(send: Any, status: int, body: bytes) -> None:
+async def _answer(send: Any, status: int, body: bytes) -> None:
     kind = _JSON if status == 200 else ((b"content-type", b"application/problem+json"),)
     headers = [*kind, (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})

@@ -1,0 +1,236 @@
+"""All feeds of a replica: opened on demand, shared by their subscribers, closed when nobody listens any more."""
+
+import asyncio
+from typing import Final
+
+import structlog
+
+from schemas.cursor import CursorIssuer
+from schemas.requests import DeletedSession
+from services.delivery import metrics
+from services.delivery.errors import TooBusy
+from services.delivery.fanout.feed import Feed
+from services.delivery.fanout.supervisor import Supervisor
+from services.delivery.log.states import LogStates
+from services.delivery.reports.counting import DeliveryCounts
+from services.delivery.requests.deleted_sessions import DeletedSessions
+from services.delivery.settings import Settings
+from services.kit.broker import Broker, BrokerUnavailable, StreamState
+from services.kit.clock import Clock
+from services.kit.shutdown import end
+
+__all__ = ["Feeds"]
+
+log = structlog.get_logger()
+COUNT_SECONDS: Final = 2.0
+"""How often what was sent is counted for billing while streams go on."""
+CLOSE_SECONDS: Final = 0.5
+"""How long the broker may take to hear that sessions are followed no more."""
+MOVES_SECONDS: Final = 60.0
+"""How often sessions are checked for another partition, besides whenever the number of partitions changes."""
+
+
+class Feeds:
+    """Opens one feed for each session that is read here, and keeps feeds right.
+
+    A feed is closed when it had no subscriber for ``settings.linger`` seconds, when its log was created anew, when its
+    session was deleted, and when another partition keeps the session from now on.
+    """
+
+    def __init__(
+        self,
+        broker: Broker,
+        clock: Clock,
+        states: LogStates,
+        supervisor: Supervisor,
+        deleted: DeletedSessions,
+        settings: Settings,
+        counts: DeliveryCounts | None = None,
+    ) -> None:
+        self._broker = broker
+        self._clock = clock
+        self._states = states
+        self._supervisor = supervisor
+        self._deleted = deleted
+        self._settings = settings
+        self._counts = counts
+        self._feeds: dict[tuple[str, str], Feed] = {}  # bounded by settings.feeds
+        self._opening: dict[tuple[str, str], asyncio.Task[Feed]] = {}
+        self._history: tuple[int, ...] = ()  # of partition counts, when feeds were last checked against it
+        self._moves_checked_at = 0.0
+        self._counted_at = 0.0
+        deleted.on_deleted(self.end_deleted)
+        broker.on_reconnect(self._reconnected)
+        supervisor.on_poll(self.sweep)
+        supervisor.every_second("logs", self._check_logs)
+        supervisor.every_second("moves", self._check_moves)
+
+    def all(self) -> list[Feed]:
+        """Return the open feeds."""
+        return list(self._feeds.values())
+
+    async def feed(self, tenant: str, session: str) -> Feed:
+        """Return the session's feed, opened.
+
+        Raises:
+            TooBusy: this replica follows as many sessions as it may.
+            BrokerUnavailable: the broker does not answer.
+        """
+        key = (tenant, session)
+        feed = self._feeds.get(key)
+        if feed is not None:
+            if feed.idle_since is not None:
+                feed.idle_since = self._clock.monotonic()
+            if _follows(feed, await self._states.state(feed.issuer.partition)):
+                return feed
+            await self._retire(feed)
+        task = self._opening.get(key)
+        if task is None:
+            if len(self._feeds) + len(self._opening) >= self._settings.feeds:
+                raise TooBusy(f"this replica follows {self._settings.feeds} sessions already")
+            task = asyncio.create_task(self._open(tenant, session))
+            self._opening[key] = task
+            task.add_done_callback(lambda _: self._opening.pop(key, None))
+        return await asyncio.shield(task)
+
+    async def end_deleted(self, deleted: DeletedSession) -> None:
+        """Close the feed of a session that was deleted; its subscribers are told."""
+        self._states.forget(deleted.tenant, deleted.session)
+        key = (deleted.tenant, deleted.session)
+        if key in self._opening:  # it may have read what is about to be removed
+            await asyncio.wait({self._opening[key]})
+        feed = self._feeds.get(key)
+        if feed is not None and feed.issuer.partition == deleted.partition and feed.deleted_through < deleted.through:
+            await self._retire(feed, "the session was deleted", "deleted")
+
+    async def close(self) -> None:
+        """Close all feeds; their subscribers must have been ended before."""
+        closing = [asyncio.create_task(feed.close()) for feed in self._feeds.values()]
+        if closing:  # the broker may take nothing any more
+            await asyncio.wait(closing, timeout=CLOSE_SECONDS)
+        await end(*closing)
+
+    def sweep(self, now: float) -> None:
+        """Close idle feeds, have those with a loss or without news read again, and count; called about every second."""
+        size = 0
+        for feed in self.all():
+            size += feed.size
+            if feed.idle_since is not None and now - feed.idle_since > self._settings.linger:
+                self._drop(feed)
+                self._supervisor.start((feed, "close"), feed.close())
+            elif not feed.in_step and self._broker.is_connected:
+                self._supervisor.start(feed, self._reread(feed))
+            elif feed.is_quiet(now) and self._broker.is_connected:
+                self._supervisor.start(feed, self._check(feed))
+        if now - self._counted_at >= COUNT_SECONDS:
+            self._counted_at = now
+            for feed in self._feeds.values():
+                feed.count(feed.everyone())
+        self._states.sweep()
+        metrics.FEEDS.set(len(self._feeds))
+        metrics.FEED_BYTES.set(size)
+
+    async def _open(self, tenant: str, session: str) -> Feed:
+        issuer = await self._states.issuer(tenant, session)
+        feed = Feed(self._broker, self._clock, self._states, issuer, tenant, session, self._settings, self._counts)
+        feed.deleted_through = await self._deleted.through(tenant, session, issuer)
+        try:
+            await feed.open()
+        except BaseException:
+            await feed.close()
+            raise
+        feed.idle_since = self._clock.monotonic()
+        self._feeds[tenant, session] = feed
+        self._states.follow(tenant, session, issuer.partition)
+        metrics.FEEDS.set(len(self._feeds))
+        return feed
+
+    async def _reconnected(self) -> None:
+        self._states.reset()
+        for feed in self.all():
+            self._supervisor.start((feed, "reconnected"), self._reread(feed))
+
+    async def _reread(self, feed: Feed) -> None:
+        """Look for what a feed has missed; a feed of a re-created log is closed, its subscribers are told."""
+        try:
+            if _follows(feed, await self._states.state_behind(feed.issuer.partition, feed.last_seq)):
+                if not await self._was_deleted(feed):
+                    await feed.reread()
+                return
+        except BrokerUnavailable as error:
+            log.warning("read-back failed, will be tried again", session=feed.session, detail=str(error))
+            return
+        await self._retire(feed)
+
+    async def _check(self, feed: Feed) -> None:
+        try:
+            if not await self._was_deleted(feed):
+                await feed.check()
+        except BrokerUnavailable as error:
+            log.warning("quiet feed not checked", session=feed.session, detail=str(error))
+
+    async def _was_deleted(self, feed: Feed) -> bool:
+        """Close a feed whose session was deleted without this replica hearing of it; tell whether it was."""
+        if await self._deleted.through(feed.tenant, feed.session, feed.issuer) <= feed.deleted_through:
+            return False
+        await self._retire(feed, "the session was deleted", "deleted")
+        return True
+
+    async def _check_logs(self) -> None:
+        """Close the feeds of a stream that was deleted and created anew: nothing that arrives would tell them."""
+        for partition in self._states.bounded() | {feed.issuer.partition for feed in self._feeds.values()}:
+            try:
+                state = await self._states.state(partition)
+            except BrokerUnavailable:
+                continue
+            for feed in self.all():
+                if feed.issuer.partition == partition and not _follows(feed, state):
+                    await self._retire(feed)
+
+    async def _check_moves(self) -> None:
+        """Close the feeds of sessions that another partition keeps from now on, as every replica will find.
+
+        That happens when the number of partitions changes while nothing of a session is stored, and when the last of
+        it has expired where an earlier number had put it.
+        """
+        now, partitions = self._clock.monotonic(), self._states.partitions
+        try:
+            history = await partitions.history()
+            changed = history != self._history
+            if not changed and (len(history) == 1 or now - self._moves_checked_at < MOVES_SECONDS):
+                return
+            self._history, self._moves_checked_at = history, now
+            for feed in self.all():
+                at = feed.issuer.partition
+                if await partitions.is_settled(feed.tenant, feed.session, at):
+                    continue
+                if await partitions.of(feed.tenant, feed.session) != at:
+                    await self._retire(feed, "the session is kept by another partition now")
+        except BrokerUnavailable as error:
+            log.warning("partitions not checked", detail=str(error))
+
+    async def _retire(self, feed: Feed, why: str = "the log was re-created", reason: str = "gap") -> None:
+        """Close the feed of a log that is not the session's any more; its subscribers are told.
+
+        Where a session was deleted, the subscribers of one generation are sent to ask again: theirs may be a new one.
+        """
+        if feed.closed:
+            return
+        log.warning("feed closed", session=feed.session, why=why)
+        self._drop(feed)
+        for subscriber in feed.everyone():
+            asks_again = reason == "deleted" and subscriber.generation is not None
+            subscriber.stop("lifetime" if asks_again else reason)
+        await feed.close()
+
+    def _drop(self, feed: Feed) -> None:
+        key = (feed.tenant, feed.session)
+        if self._feeds.get(key) is feed:
+            del self._feeds[key]
+            self._states.unfollow(*key)
+
+
+def _follows(feed: Feed, state: StreamState) -> bool:
+    """Tell whether a feed follows the incarnation of its log that is there now."""
+    issuer = CursorIssuer(feed.issuer.partition, state.incarnation, feed.tenant, feed.session)
+    return issuer.incarnation == feed.issuer.incarnation

@@ -1,0 +1,130 @@
+"""The partitions of the log as this replica knows them: their bounds and incarnations, and what keeps a session."""
+
+import asyncio
+from typing import Final
+
+from schemas.cursor import CursorIssuer
+from services.delivery import metrics
+from services.delivery.log.partitions import Partitions
+from services.delivery.log.read_cache import SharedReads
+from services.delivery.log.reader import LogReader
+from services.kit.broker import Broker, StreamState
+from services.kit.clock import Clock
+from services.kit.logs import Logs
+
+__all__ = ["LogStates"]
+
+STATE_SECONDS: Final = 1.0
+"""Age up to which a partition's state is used again."""
+
+
+class LogStates:
+    """Caches the state of each partition, and makes readers and cursors of sessions from it.
+
+    ``partitions``: the history of partition counts. One request for a partition's state is in flight at a time;
+    everybody who needs it awaits the same one.
+    """
+
+    def __init__(self, broker: Broker, clock: Clock, partitions: int) -> None:
+        self.partitions = Partitions(broker, clock, partitions)
+        self._broker = broker
+        self._clock = clock
+        self._logs = Logs(broker)
+        self._states: dict[int, tuple[float, StreamState]] = {}  # by partition
+        self._asking: dict[int, asyncio.Task[StreamState]] = {}  # by partition: the request in flight
+        self._followed: dict[tuple[str, str], int] = {}  # partitions of sessions with a feed; bounded by the feeds
+        self._cache = SharedReads(broker)
+
+    async def state(self, partition: int, *, fresh: bool = False) -> StreamState:
+        """Return a partition's bounds and incarnation, at most a second old.
+
+        Raises:
+            BrokerUnavailable: the broker does not answer.
+        """
+        now = self._clock.monotonic()
+        known = self._states.get(partition)
+        if known is not None and not fresh and now - known[0] < STATE_SECONDS:
+            return known[1]
+        if fresh:
+            return await self._ask(partition)
+        asking = self._asking.get(partition)
+        if asking is None:
+            asking = self._asking[partition] = asyncio.create_task(self._ask(partition))
+            asking.add_done_callback(lambda task: self._answered(partition, task))
+        return await asyncio.shield(asking)
+
+    async def state_behind(self, partition: int, seen: int) -> StreamState:
+        """Return a partition's state; a log that ends before the stream sequence ``seen`` begins a new era first.
+
+        Raises:
+            BrokerUnavailable: the broker does not answer.
+        """
+        state = await self.state(partition)
+        if seen > state.last_seq and seen > (state := await self.state(partition, fresh=True)).last_seq:
+            await self._logs.report(partition, state.incarnation, seen)
+            state = await self.state(partition, fresh=True)
+        return state
+
+    async def partition(self, tenant: str, session: str) -> int:
+        """Return the partition that keeps a session.
+
+        Raises:
+            BrokerUnavailable: the broker does not answer.
+        """
+        followed = self._followed.get((tenant, session))
+        return await self.partitions.of(tenant, session) if followed is None else followed
+
+    async def issuer(self, tenant: str, session: str) -> CursorIssuer:
+        """Return what issues and recognises the cursors of a session.
+
+        Raises:
+            BrokerUnavailable: the broker does not answer.
+        """
+        partition = await self.partition(tenant, session)
+        state = await self.state(partition)
+        return CursorIssuer(partition, state.incarnation, tenant, session)
+
+    def reader(self, tenant: str, session: str, partition: int) -> LogReader:
+        """Return a reader of a session's log for one subscriber."""
+        known = self._states.get(partition)
+        # Cached reads are valid only for the incarnation that is there now.
+        cache, incarnation = (None, "") if known is None else (self._cache, known[1].incarnation)
+        return LogReader(self._broker, partition, tenant, session, cache, incarnation)
+
+    def follow(self, tenant: str, session: str, partition: int) -> None:
+        """Note the partition of a session that has a feed from now on."""
+        self._followed[tenant, session] = partition
+
+    def unfollow(self, tenant: str, session: str) -> None:
+        """Note that a session has no feed any more."""
+        self._followed.pop((tenant, session), None)
+
+    def forget(self, tenant: str, session: str) -> None:
+        """Drop cached reads of a session."""
+        self._cache.forget(tenant, session)
+
+    def bounded(self) -> set[int]:
+        """Return the partitions whose log has a size limit and holds something."""
+        return {partition for partition, (_, state) in self._states.items() if state.used > 0}
+
+    def reset(self) -> None:
+        """Forget all states after a reconnect: what was asked over the lost connection is not answered any more."""
+        self._states.clear()
+        self._asking.clear()
+
+    def sweep(self) -> None:
+        """Drop cached reads that were not used for a while; to be called about every second."""
+        self._cache.sweep()
+
+    async def _ask(self, partition: int) -> StreamState:
+        now = self._clock.monotonic()
+        state = await self._logs.state(partition)
+        self._states[partition] = (now, state)
+        metrics.LOG_USED.labels(str(partition)).set(state.used)
+        return state
+
+    def _answered(self, partition: int, task: asyncio.Task[StreamState]) -> None:
+        if self._asking.get(partition) is task:
+            del self._asking[partition]
+        if not task.cancelled():
+            task.exception()  # everybody who awaits it gets it; there may be nobody left

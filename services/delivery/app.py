@@ -16,7 +16,7 @@ from services.delivery.fanout.feeds import Feeds
 from services.delivery.fanout.presence import Presence
 from services.delivery.fanout.streams import Streams
 from services.delivery.fanout.supervisor import Supervisor
-from services.delivery.http.asgi import outliving
+from services.delivery.http.asgi import detaching_streams
 from services.delivery.http.completion import Completion
 from services.delivery.http.console import console_handlers
 from services.delivery.http.consumer_events import ConsumerEvents
@@ -32,7 +32,7 @@ from services.delivery.http.tickets import tickets_router
 from services.delivery.log.states import LogStates
 from services.delivery.reports.counting import DeliveryCounts
 from services.delivery.reports.reporter import DeliveryReporter
-from services.delivery.requests.budgets import Admission
+from services.delivery.requests.budgets import BudgetReservations
 from services.delivery.requests.deleted_sessions import DeletedSessions
 from services.delivery.requests.deletion import Deletion
 from services.delivery.requests.generations import Lookups
@@ -136,7 +136,9 @@ class Replica:
         self.feeds = Feeds(broker, clock, self.states, self.supervisor, self.deleted, settings, counts)
         self.lookups = Lookups(broker, clock, self.states.partition)
         self.starts = StartLimits(broker, clock, settings)
-        self.admission = Admission(broker, clock, output=settings.budget_output, fallback=settings.budget_fallback)
+        self.admission = BudgetReservations(
+            broker, clock, output=settings.budget_output, fallback=settings.budget_fallback
+        )
         self.intake = Intake(
             broker,
             clock,
@@ -299,4 +301,4 @@ def build_app(replica: Replica, authenticator: Authenticator) -> Any:
     describe_streams(litestar.openapi_schema)
     describe_consumer_events(litestar.openapi_schema)
 
-    return outliving(entering(reading_bodies(litestar, limit), authenticator, settings.cors_origins, limit))
+    return detaching_streams(entering(reading_bodies(litestar, limit), authenticator, settings.cors_origins, limit))

@@ -9,7 +9,7 @@ import httpx
 from google.protobuf.json_format import MessageToDict
 
 from schemas.rpc.tailrace.v1 import tailrace_pb2 as pb
-from services.delivery.formats.multi_cursor import parse_composite
+from services.delivery.formats.multi_cursor import parse_multi_cursor
 from tests.delivery_stage import Stage, delivering
 from tests.grpc_stage import GrpcStage, serving_calls
 from tests.websocket_client import JSON, MSGPACK, SocketClient, socket
@@ -117,7 +117,7 @@ async def read_several(stand: Stand, question: Question) -> Seen:
 
 
 def _single(composite: str) -> str:
-    (cursor,) = parse_composite(composite)
+    (cursor,) = parse_multi_cursor(composite)
     return f"t1{cursor.partition:02x}{cursor.incarnation}{cursor.session}{cursor.seq:012x}"
 
 

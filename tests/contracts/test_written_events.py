@@ -19,7 +19,7 @@ from services.billing.core.fold import fold
 from services.billing.core.intake import read_record
 from services.delivery.consumers.judging import read_header
 from services.delivery.formats.format import Address as FormatAddress
-from services.delivery.formats.granularity import Grain, Merger, Place
+from services.delivery.formats.granularity import Chunker, Granularity, Position
 from services.delivery.formats.protobuf import typed
 from services.delivery.formats.tail import Entry
 from services.delivery.formats.websocket import msgpack_frame
@@ -146,7 +146,7 @@ def check_every_reader(events: list[AnyEvent]) -> None:
             assert message.delta.WhichOneof("content") == contents[0]
         entry = Entry(seq, "g", header.type, data)
         assert msgpack_frame(entry, FormatAddress("s", b"c"))
-        shown = [e for e in Merger(Grain("line"), Place(seq - 1)).offer(entry, 0.0) if e.data == data]
+        shown = [e for e in Chunker(Granularity("line"), Position(seq - 1)).offer(entry, 0.0) if e.data == data]
         assert shown or isinstance(event, Delta)
         transcript.offer(data)
         begun.take(data, seq)

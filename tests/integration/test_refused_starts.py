@@ -9,7 +9,7 @@ import pytest
 from schemas.events import Cancelled
 from schemas.subjects import request_subject
 from services.delivery.requests import withdrawals
-from services.delivery.requests.intake import GenerationWish
+from services.delivery.requests.intake import GenerationRequest
 from services.kit.auth.principal import Principal
 from services.kit.broker import Broker, BrokerUnavailable
 from services.kit.problem import Problem
@@ -30,7 +30,7 @@ def taking(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> Taking:
 
 
 async def start(taking: Taking, key: str | None = None, **params: object) -> str:
-    wish = msgspec.convert(WISH | {"params": WISH["params"] | params}, GenerationWish)  # type: ignore[operator]
+    wish = msgspec.convert(WISH | {"params": WISH["params"] | params}, GenerationRequest)  # type: ignore[operator]
     return (await taking.intake.accept(Principal(tenant="default"), "s", wish, key))[0]
 
 

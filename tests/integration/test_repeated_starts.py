@@ -10,7 +10,7 @@ from nats.js.errors import APIError
 
 from schemas.subjects import lane_of, request_subject
 from services.delivery.app import Replica
-from services.delivery.requests.intake import GenerationWish
+from services.delivery.requests.intake import GenerationRequest
 from services.delivery.settings import Settings
 from services.kit.auth.principal import Principal
 from services.kit.broker import Broker, BrokerUnavailable
@@ -65,7 +65,7 @@ class Taking:
         self.broker = broker
 
     async def accept(self) -> str:
-        wish = msgspec.convert(WISH, GenerationWish)
+        wish = msgspec.convert(WISH, GenerationRequest)
         return (await self.intake.accept(Principal(tenant="default"), "s", wish, "once"))[0]
 
     async def is_queued(self, generation: str) -> bool:

@@ -31,7 +31,7 @@ from services.billing.core.fold import fold, joins_late
 from services.billing.core.generation import Generation
 from services.billing.core.intake import read_record
 from services.delivery.consumers.judging import Judge
-from services.delivery.log.read_cache import SharedReads
+from services.delivery.log.read_cache import ReadCache
 from services.delivery.log.reader import LogReader
 from services.delivery.requests.generations import Lookups
 from services.kit.broker import Stored
@@ -190,7 +190,7 @@ def cut_logs(draw: st.DrawFn) -> list[tuple[int, Entry]]:
 
 
 def log_reader(broker: Broker, *, shared: bool) -> LogReader:
-    reads = SharedReads(broker) if shared else None  # type: ignore[arg-type]  # the part of it that is used
+    reads = ReadCache(broker) if shared else None  # type: ignore[arg-type]  # the part of it that is used
     return LogReader(broker, 0, "t", "s", reads)  # type: ignore[arg-type]
 
 

@@ -15,7 +15,7 @@ __all__ = [
     "AGAIN",
     "Definition",
     "EventType",
-    "Wish",
+    "ConsumerSpec",
     "changed",
     "definition_of",
     "durable_config",
@@ -40,7 +40,7 @@ EventType = Literal[
 ]
 
 
-class Wish(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ConsumerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a service asks for. Times in seconds.
 
     ``session``: the only one to read; all of the tenant's without it. ``types``: the only types of events to give; all
@@ -67,12 +67,12 @@ class Definition(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     still has this is what a removal left behind.
     """
 
-    wish: Wish
+    wish: ConsumerSpec
     revision: int = 1
     deleted: bool = False
 
 
-def changed(definition: Definition, wish: Wish) -> tuple[str, ...]:
+def changed(definition: Definition, wish: ConsumerSpec) -> tuple[str, ...]:
     """Return the fields in which a wish differs from a definition and that cannot be changed afterwards."""
     fixed = ("session", "start", "after", "since")
     return tuple(name for name in fixed if getattr(definition.wish, name) != getattr(wish, name))
@@ -134,7 +134,7 @@ def durable_config(
     return config
 
 
-def first_position(wish: Wish, partition: int) -> dict[str, Any]:
+def first_position(wish: ConsumerSpec, partition: int) -> dict[str, Any]:
     """Return where the broker's consumer of a partition begins that is there when the consumer is created."""
     if partition == AGAIN:
         return {"deliver_policy": "all"}
@@ -158,7 +158,7 @@ def resumed_position(info: DurableInfo, base: int) -> dict[str, Any] | None:
     return {"deliver_policy": "by_start_sequence", "opt_start_seq": min(info.ack_floor.stream_seq, base) + 1}
 
 
-def later_position(wish: Wish, partition: int, log: str, created: str) -> dict[str, Any]:
+def later_position(wish: ConsumerSpec, partition: int, log: str, created: str) -> dict[str, Any]:
     """Return where the consumer of a partition begins that appeared, or was lost, after the consumer was created.
 
     ``log``: the incarnation of the partition's log; ``created``: when the consumer was created, by the broker's clock.

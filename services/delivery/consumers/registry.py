@@ -18,8 +18,8 @@ from services.delivery import metrics
 from services.delivery.consumers.dead import DeadEvents
 from services.delivery.consumers.definition import (
     AGAIN,
+    ConsumerSpec,
     Definition,
-    Wish,
     changed,
     definition_of,
     durable_config,
@@ -81,7 +81,7 @@ class Consumers:
         self._known: dict[tuple[str, str], tuple[float, Found]] = {}  # bounded by RECENT
         broker.on_reconnect(self._reconnected)
 
-    async def put(self, tenant: str, name: str, wish: Wish) -> tuple[Found, bool]:
+    async def put(self, tenant: str, name: str, wish: ConsumerSpec) -> tuple[Found, bool]:
         """Create a consumer or change it; tell whether it is new. Doing it again changes nothing.
 
         Raises:
@@ -272,7 +272,7 @@ class Consumers:
             return False
         return any([seconds((await self._state(partition)).created) < born for partition in missing])
 
-    async def _create(self, tenant: str, name: str, wish: Wish) -> Found:
+    async def _create(self, tenant: str, name: str, wish: ConsumerSpec) -> Found:
         if len(await self.all_of(tenant)) >= self._limit:
             raise TooBusy(f"there are {self._limit} consumers of this tenant already: delete one")
         await self._check_start(tenant, wish)
@@ -294,7 +294,7 @@ class Consumers:
             raise
         return Found(definition, infos)
 
-    async def _check_start(self, tenant: str, wish: Wish) -> None:
+    async def _check_start(self, tenant: str, wish: ConsumerSpec) -> None:
         if wish.after is None or wish.session is None:
             return
         issuer = await self._states.issuer(tenant, wish.session)

@@ -14,7 +14,7 @@ from services.delivery.consumers.tokens import Token
 from services.delivery.errors import Unknown
 from services.kit.broker import BrokerUnavailable
 
-__all__ = ["Settled", "Settlement", "settle"]
+__all__ = ["SettlementResult", "Settlement", "settle"]
 
 TOKENS: Final = 1_000
 """Bound of tokens in one call."""
@@ -33,7 +33,7 @@ class Settlement(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     delay: Annotated[float, msgspec.Meta(ge=0, le=3_600)] = 0.0
 
 
-class Settled(msgspec.Struct):
+class SettlementResult(msgspec.Struct):
     """How many the broker has confirmed, and the tokens of which nobody knows.
 
     ``unknown``: of a delivery that there was not, or from before the log was created anew.
@@ -43,7 +43,7 @@ class Settled(msgspec.Struct):
     unknown: list[str]
 
 
-async def settle(consumers: Consumers, tenant: str, name: str, wish: Settlement) -> Settled:
+async def settle(consumers: Consumers, tenant: str, name: str, wish: Settlement) -> SettlementResult:
     """Pass a service's words on to the broker, and wait until it has taken them.
 
     Raises:
@@ -80,7 +80,7 @@ async def settle(consumers: Consumers, tenant: str, name: str, wish: Settlement)
             raise answer
         if answer is not None:
             unknown.append(answer)
-    return Settled(len(todo) - len(unknown), unknown)
+    return SettlementResult(len(todo) - len(unknown), unknown)
 
 
 async def _incarnation(consumers: Consumers, partition: int) -> str:

@@ -17,7 +17,7 @@ from services.delivery.fanout.replay import replay
 from services.delivery.fanout.subscriber import Subscriber
 from services.delivery.fanout.view import Views
 from services.delivery.formats.format import Address
-from services.delivery.formats.granularity import Place
+from services.delivery.formats.granularity import Position
 from services.delivery.formats.tail import Entry, Positions, Tail, replay_start
 from services.delivery.log.reader import LogReader
 from services.delivery.log.states import LogStates
@@ -207,7 +207,7 @@ class Feed:
             if ended:
                 return True
             if not subscriber.done.done() and subscriber.seq < floor:
-                subscriber.place = Place(floor)
+                subscriber.place = Position(floor)
                 subscriber.accounted = floor
         return False
 

@@ -5,7 +5,7 @@ from typing import Final
 
 from services.delivery.fanout.subscriber import Subscriber
 from services.delivery.formats.format import Address
-from services.delivery.formats.granularity import Merger, Place
+from services.delivery.formats.granularity import Chunker, Position
 from services.delivery.formats.tail import Entry
 from services.delivery.log.reader import LogReader
 
@@ -34,7 +34,7 @@ class _Piece:
         subscriber = self._subscriber
         return self._size >= min(PIECE_BYTES, subscriber.space) or self._events >= subscriber.room
 
-    async def send(self, place: Place, *, ends: bool = False) -> None:
+    async def send(self, place: Position, *, ends: bool = False) -> None:
         """Send it, and wait until there is room for another: who reads is then served up to ``place``."""
         subscriber = self._subscriber
         if self.frames:
@@ -54,7 +54,7 @@ class _Replay:
         self._subscriber = subscriber
         self._at = at
         self._piece = _Piece(subscriber)
-        self._merger = Merger(subscriber.grain, subscriber.place)
+        self._merger = Chunker(subscriber.grain, subscriber.place)
 
     @property
     def is_over(self) -> bool:
@@ -84,7 +84,7 @@ class _Replay:
             piece.add(subscriber.format.frame(entry, self._at))
             ends = subscriber.generation is not None and entry.terminal
             if ends or piece.is_full:
-                await piece.send(Place(entry.seq, entry.offset), ends=ends)
+                await piece.send(Position(entry.seq, entry.offset), ends=ends)
             if ends:
                 return True
         return False

@@ -5,20 +5,20 @@ from typing import Literal, NamedTuple
 from schemas.cursor import Cursor, CursorIssuer, InvalidCursor
 from services.delivery.errors import CursorExpired, CursorForeign
 
-__all__ = ["LIVE", "LATEST", "Start", "check_cursor", "wanted_start"]
+__all__ = ["LIVE", "LATEST", "StartPosition", "check_cursor", "parse_start"]
 
 LATEST: Literal["latest"] = "latest"
 LIVE: Literal["live"] = "live"
 
 
-class Start(NamedTuple):
+class StartPosition(NamedTuple):
     """``after``: a stream sequence to read on from; else ``where``: the session's beginning, latest answer, or now."""
 
     after: int | None = None
     where: Literal["start", "latest", "live"] = "latest"
 
 
-def wanted_start(after: str | None, last_event_id: str | None, from_: str | None) -> tuple[str | None, Start]:
+def parse_start(after: str | None, last_event_id: str | None, from_: str | None) -> tuple[str | None, StartPosition]:
     """Return the cursor text that counts (the header wins over the query, since a browser sends it when it reconnects)
     and the start that holds without one.
 
@@ -27,9 +27,9 @@ def wanted_start(after: str | None, last_event_id: str | None, from_: str | None
     """
     match from_:
         case None:
-            start = Start()
+            start = StartPosition()
         case "start" | "live":
-            start = Start(where=from_)
+            start = StartPosition(where=from_)
         case _:
             raise ValueError(f"from={from_[:40]!r} is not one of: start, live")
     return last_event_id or after, start

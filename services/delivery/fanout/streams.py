@@ -15,28 +15,28 @@ from services.delivery.errors import (
 from services.delivery.fanout.feed import Feed
 from services.delivery.fanout.feeds import Feeds
 from services.delivery.fanout.presence import Presence
-from services.delivery.fanout.start_position import Start, check_cursor, wanted_start
+from services.delivery.fanout.start_position import StartPosition, check_cursor, parse_start
 from services.delivery.fanout.subscriber import Send, Subscriber
 from services.delivery.fanout.supervisor import Supervisor
 from services.delivery.formats.format import Format
-from services.delivery.formats.granularity import TOKEN, Grain, Place, wanted_grain
+from services.delivery.formats.granularity import TOKEN, Granularity, Position, parse_granularity
 from services.delivery.log.states import LogStates
 from services.delivery.requests.generations import ENDED, Lookups
 from services.kit.auth.principal import Principal, authorize
 from services.kit.broker import BrokerUnavailable
 from services.kit.problem import Problem
 
-__all__ = ["Stream", "Streams", "Wish"]
+__all__ = ["Stream", "Streams", "ReadOptions"]
 
 
-class Wish(NamedTuple):
+class ReadOptions(NamedTuple):
     """What a subscriber asks for: a session or one generation of it, after a cursor or from a start, and how fine."""
 
     session: str
     generation: str | None = None
     cursor: str | None = None
-    start: Start = Start()
-    grain: Grain = TOKEN
+    start: StartPosition = StartPosition()
+    grain: Granularity = TOKEN
 
     @classmethod
     def read(
@@ -49,7 +49,7 @@ class Wish(NamedTuple):
         from_: str | None = None,
         granularity: str | None = None,
         coalesce: int | None = None,
-    ) -> "Wish":
+    ) -> "ReadOptions":
         """Return the wish that a client's words mean.
 
         Raises:
@@ -59,8 +59,8 @@ class Wish(NamedTuple):
             check_name("session", session)
             if generation is not None:
                 check_name("generation", generation)
-            cursor, start = wanted_start(after, last_event_id, from_)
-            grain = wanted_grain(granularity, coalesce)
+            cursor, start = parse_start(after, last_event_id, from_)
+            grain = parse_granularity(granularity, coalesce)
         except (InvalidName, ValueError) as error:
             raise Problem(400, str(error)) from error
         return cls(session, generation, cursor, start, grain)
@@ -73,7 +73,7 @@ class Stream(NamedTuple):
     """
 
     feed: Feed
-    wish: Wish
+    wish: ReadOptions
     principal: Principal
     seq: int | None
     offset: int = 0
@@ -96,7 +96,7 @@ class Streams:
         self._presence = presence
         self._lookups = lookups
 
-    async def open(self, principal: Principal, wish: Wish) -> Stream:
+    async def open(self, principal: Principal, wish: ReadOptions) -> Stream:
         """Return a stream that can be served.
 
         Raises:
@@ -139,7 +139,7 @@ class Streams:
                     joined(subscriber)
                 return await feed.serve(subscriber, caught_up)
 
-    async def _locate(self, tenant: str, wish: Wish) -> tuple[Feed, Place | None]:
+    async def _locate(self, tenant: str, wish: ReadOptions) -> tuple[Feed, Position | None]:
         """Return the feed and the place after which to read; ``None`` when all has been read already."""
         record = None
         if wish.generation is not None:
@@ -153,7 +153,7 @@ class Streams:
         else:
             if wish.generation is None and feed.deleted_through:
                 await self._require_anew(feed, feed.deleted_through)
-            place = Place(await self._beginning(feed, wish.generation, wish.start))
+            place = Position(await self._beginning(feed, wish.generation, wish.start))
             if wish.start.where != "live":
                 if await self._has_expired(feed, record, place.seq):
                     raise CursorExpired(
@@ -166,14 +166,14 @@ class Streams:
             return feed, None
         return feed, place
 
-    async def _check(self, text: str, feed: Feed) -> Place:
+    async def _check(self, text: str, feed: Feed) -> Position:
         state = await self._states.state(feed.issuer.partition)
         try:
             cursor = check_cursor(text, feed.issuer, state.first_seq, max(state.last_seq, feed.last_seq))
         except CursorExpired:
             state = await self._states.state(feed.issuer.partition, fresh=True)
             cursor = check_cursor(text, feed.issuer, state.first_seq, max(state.last_seq, feed.last_seq))
-        return Place(cursor.seq, cursor.offset)
+        return Position(cursor.seq, cursor.offset)
 
     async def _has_expired(self, feed: Feed, record: GenerationRecord | None, seq: int) -> bool:
         """Tell whether a generation has ended and nothing of it is kept: a reader would wait for ever."""
@@ -196,7 +196,7 @@ class Streams:
         reader = self._states.reader(feed.tenant, feed.session, feed.issuer.partition)
         return (await reader.before(generation, seq + 1)).ended
 
-    async def _beginning(self, feed: Feed, generation: str | None, start: Start) -> int:
+    async def _beginning(self, feed: Feed, generation: str | None, start: StartPosition) -> int:
         if start.where == "live":
             return feed.last_seq
         if generation is not None:

@@ -8,9 +8,9 @@ from typing import Any, Final
 from services.delivery import metrics
 from services.delivery.formats.format import Format
 from services.delivery.formats.frames import UNLIMITED, Chunk
-from services.delivery.formats.granularity import TOKEN, Grain, Place
+from services.delivery.formats.granularity import TOKEN, Granularity, Position
 
-__all__ = ["Send", "Stand", "State", "Subscriber"]
+__all__ = ["Send", "Progress", "State", "Subscriber"]
 
 Send = Callable[[Any], Awaitable[None]]
 """Takes a message. It may have ``offer`` beside it: a plain function that takes one too, or says that it cannot now."""
@@ -41,7 +41,7 @@ TRANSITIONS: Final = {
 """The legal moves; staying where one is is always one."""
 
 
-class Stand:
+class Progress:
     """How far a subscriber has been served; those that were sent the same share one.
 
     ``index``: the next entry of the feed's tail; ``seq``: the stream sequence up to which it was served, and ``offset``
@@ -124,12 +124,12 @@ class Subscriber:
     )
 
     def __init__(
-        self, send: Send, format_: Format, generation: str | None, seq: int, offset: int = 0, grain: Grain = TOKEN
+        self, send: Send, format_: Format, generation: str | None, seq: int, offset: int = 0, grain: Granularity = TOKEN
     ) -> None:
         self._loop = loop = asyncio.get_running_loop()
         self.format = format_
         self.generation = generation
-        self.stand = Stand(0, seq, offset, loop.time())
+        self.stand = Progress(0, seq, offset, loop.time())
         self.quick = False
         self.offer: Callable[[Any], bool] | None = getattr(send, "offer", None)
         self.grain = grain
@@ -198,7 +198,7 @@ class Subscriber:
 
     @index.setter
     def index(self, index: int) -> None:
-        self.stand = Stand(index, self.stand.seq, self.stand.offset, self.stand.at)
+        self.stand = Progress(index, self.stand.seq, self.stand.offset, self.stand.at)
 
     @property
     def seq(self) -> int:
@@ -211,17 +211,17 @@ class Subscriber:
         return self.stand.offset
 
     @property
-    def place(self) -> Place:
+    def place(self) -> Position:
         """What it has been served."""
-        return Place(self.stand.seq, self.stand.offset)
+        return Position(self.stand.seq, self.stand.offset)
 
     @place.setter
-    def place(self, place: Place) -> None:
-        self.stand = Stand(self.stand.index, place.seq, place.offset, self.stand.at)
+    def place(self, place: Position) -> None:
+        self.stand = Progress(self.stand.index, place.seq, place.offset, self.stand.at)
 
     def touch(self, now: float) -> None:
         """Note that it is sent something beside the events."""
-        self.stand = Stand(self.stand.index, self.stand.seq, self.stand.offset, now)
+        self.stand = Progress(self.stand.index, self.stand.seq, self.stand.offset, now)
 
     def _refresh(self) -> None:
         """Work out anew whether anything needs a closer look."""
@@ -250,7 +250,7 @@ class Subscriber:
         """Call ``wake`` whenever a write that had to wait is through."""
         self._wake = wake
 
-    def deliver(self, chunk: Chunk, stand: Stand | None = None) -> None:
+    def deliver(self, chunk: Chunk, stand: Progress | None = None) -> None:
         """Start to write a chunk; it is through at once unless the client's buffers are full.
 
         ``stand``: of somebody who has just got the same.
@@ -262,12 +262,12 @@ class Subscriber:
         if chunk.ends:
             self.stop("terminal")
 
-    def behind(self, chunk: Chunk) -> Stand:
+    def behind(self, chunk: Chunk) -> Progress:
         """Return where it stands when it has got a chunk."""
         before, now = self.stand, self._loop.time()
         if chunk.last_seq:
-            return Stand(chunk.stop, chunk.last_seq, chunk.offset, now)
-        return Stand(chunk.stop, before.seq, before.offset, now)
+            return Progress(chunk.stop, chunk.last_seq, chunk.offset, now)
+        return Progress(chunk.stop, before.seq, before.offset, now)
 
     def count(self, events: int, size: int) -> None:
         """Note what was sent: it takes from what the client has granted."""

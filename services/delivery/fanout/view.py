@@ -4,10 +4,10 @@ import asyncio
 from typing import Final
 
 from services.delivery import metrics
-from services.delivery.fanout.subscriber import Stand, State, Subscriber
+from services.delivery.fanout.subscriber import Progress, State, Subscriber
 from services.delivery.formats.format import Address, Format
 from services.delivery.formats.frames import Chunk, Frames
-from services.delivery.formats.granularity import TOKEN, Grain, Merger, Place, rest
+from services.delivery.formats.granularity import TOKEN, Chunker, Granularity, Position, rest
 from services.delivery.formats.tail import Tail
 from services.kit.clock import Clock
 
@@ -20,7 +20,7 @@ _SHARE: Final = 4  # a granularity keeps so much less than the feed: who is furt
 class View:
     """The entries of one granularity, the frames of each format, and the subscribers that stand in them.
 
-    ``source`` is the feed's own tail, which is shown unchanged; `Joined` derives another one from it.
+    ``source`` is the feed's own tail, which is shown unchanged; `ChunkedView` derives another one from it.
     """
 
     def __init__(self, source: Tail, at: Address, clock: Clock) -> None:
@@ -56,7 +56,7 @@ class View:
         """Write to every subscriber that is ready: one chunk for all that stand at the same index. Return how many."""
         self.follow(now)
         end = self.tail.end
-        chunks: dict[tuple[Format, str | None, int, int, int], tuple[Chunk, Stand]] = {}
+        chunks: dict[tuple[Format, str | None, int, int, int], tuple[Chunk, Progress]] = {}
         usual = moved = None  # where most stand, and will when they have got what the one before got
         message: object = None
         writes = quick = count = 0
@@ -126,7 +126,7 @@ class View:
             return None
         stop = self.source.after(entry.seq) + (entry.offset > 0)
         covered = self.source.slice(self.source.after(subscriber.seq), stop)
-        left = rest(covered, subscriber.place, Place(entry.seq, entry.offset))
+        left = rest(covered, subscriber.place, Position(entry.seq, entry.offset))
         if left is None:
             return None
         frame = subscriber.format.frame(left, self._at)
@@ -140,17 +140,19 @@ class View:
         return frames
 
 
-class Joined(View):
+class ChunkedView(View):
     """A view whose entries are pieces of another size, joined once for all its subscribers.
 
     It begins at ``place``, keeps at most ``max_bytes``, and one timer lets out what has been held for long enough.
     """
 
-    def __init__(self, source: Tail, at: Address, clock: Clock, grain: Grain, place: Place, max_bytes: int) -> None:
+    def __init__(
+        self, source: Tail, at: Address, clock: Clock, grain: Granularity, place: Position, max_bytes: int
+    ) -> None:
         super().__init__(source, at, clock)
         self.tail = Tail(place.seq + (place.offset > 0), max_bytes)
         self._grain = grain
-        self._merger = Merger(grain, place)
+        self._merger = Chunker(grain, place)
         self._read = source.after(place.seq)
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
@@ -169,7 +171,7 @@ class Joined(View):
         if self._read < source.base:
             self.tail.restart(source.floor)
             self._frames.clear()
-            merger = self._merger = Merger(self._grain, Place(source.floor))
+            merger = self._merger = Chunker(self._grain, Position(source.floor))
             self._read = source.base
         for entry in source.slice(self._read, source.end):
             for piece in merger.offer(entry, now):
@@ -203,7 +205,7 @@ class Views:
         self._at = at
         self._clock = clock
         self._max_bytes = max_bytes
-        self._views: dict[Grain, View] = {TOKEN: View(tail, at, clock)}  # at most one for each `Grain` there is
+        self._views: dict[Granularity, View] = {TOKEN: View(tail, at, clock)}  # at most one for each `Grain` there is
 
     @property
     def size(self) -> int:
@@ -220,7 +222,7 @@ class Views:
         view = self._views.get(subscriber.grain)
         if view is None:
             place, size = subscriber.place, self._max_bytes // _SHARE
-            view = Joined(self.tail, self._at, self._clock, subscriber.grain, place, size)
+            view = ChunkedView(self.tail, self._at, self._clock, subscriber.grain, place, size)
             self._views[subscriber.grain] = view
         view.waiting.discard(subscriber)
         view.add(subscriber)

@@ -14,7 +14,17 @@ import msgspec
 from schemas.events import Delta
 from services.delivery.formats.tail import Entry
 
-__all__ = ["COALESCE_STEPS", "HOLD_CHARS", "HOLD_SECONDS", "TOKEN", "Grain", "Merger", "Place", "rest", "wanted_grain"]
+__all__ = [
+    "COALESCE_STEPS",
+    "HOLD_CHARS",
+    "HOLD_SECONDS",
+    "TOKEN",
+    "Granularity",
+    "Chunker",
+    "Position",
+    "rest",
+    "parse_granularity",
+]
 
 HOLD_SECONDS: Final = 2.0
 HOLD_CHARS: Final = 4_096
@@ -32,24 +42,24 @@ _SENTENCE: Final = re.compile(
 )
 
 
-class Place(NamedTuple):
+class Position(NamedTuple):
     """Everything up to a stream sequence, and so many characters of the event with the next one."""
 
     seq: int
     offset: int = 0
 
 
-class Grain(NamedTuple):
+class Granularity(NamedTuple):
     """A granularity. ``hold``: how long text may be held back, in seconds."""
 
     mode: Literal["token", "line", "sentence", "coalesce"]
     hold: float = HOLD_SECONDS
 
 
-TOKEN: Final = Grain("token", 0.0)
+TOKEN: Final = Granularity("token", 0.0)
 
 
-def wanted_grain(granularity: str | None, coalesce: int | None) -> Grain:
+def parse_granularity(granularity: str | None, coalesce: int | None) -> Granularity:
     """Return the granularity that a client's words mean.
 
     Raises:
@@ -60,12 +70,12 @@ def wanted_grain(granularity: str | None, coalesce: int | None) -> Grain:
             raise ValueError("granularity and coalesce exclude each other")
         if not COALESCE_STEPS[0] <= coalesce <= COALESCE_STEPS[-1]:
             raise ValueError(f"coalesce={coalesce} is not within {COALESCE_STEPS[0]} to {COALESCE_STEPS[-1]} ms")
-        return Grain("coalesce", max(step for step in COALESCE_STEPS if step <= coalesce) / 1_000)
+        return Granularity("coalesce", max(step for step in COALESCE_STEPS if step <= coalesce) / 1_000)
     match granularity:
         case None | "token":
             return TOKEN
         case "line" | "sentence":
-            return Grain(granularity)
+            return Granularity(granularity)
         case _:
             raise ValueError(f"granularity={granularity[:40]!r} is not one of: token, line, sentence")
 
@@ -93,9 +103,9 @@ class _Part:
         delta = self.delta
         return delta.generation, delta.epoch, delta.choice, self.kind
 
-    def place(self) -> Place:
+    def place(self) -> Position:
         """Return the place before what is left."""
-        return Place(self.entry.seq - 1, self.start)
+        return Position(self.entry.seq - 1, self.start)
 
 
 _decoder: Final = msgspec.json.Decoder(Delta)
@@ -117,13 +127,13 @@ def _part(entry: Entry, start: int) -> _Part | None:
     return None
 
 
-class Merger:
+class Chunker:
     """Joins and cuts deltas; ``place`` is where its reader stands in the log.
 
     Times are seconds of any steady clock.
     """
 
-    def __init__(self, grain: Grain, place: Place) -> None:
+    def __init__(self, grain: Granularity, place: Position) -> None:
         self.grain = grain
         self._begin = place
         self._parts: list[_Part] = []
@@ -139,9 +149,9 @@ class Merger:
             return None
         return (self._released if self.grain.mode == "coalesce" else self._since) + self.grain.hold
 
-    def place(self, seq: int) -> Place:
+    def place(self, seq: int) -> Position:
         """Return the place behind what was let out, when everything up to ``seq`` was offered."""
-        return self._parts[0].place() if self._parts else Place(seq)
+        return self._parts[0].place() if self._parts else Position(seq)
 
     def offer(self, entry: Entry, now: float) -> list[Entry]:
         """Take the next entry; return what is to be shown now."""
@@ -239,7 +249,7 @@ def _piece(parts: Sequence[_Part], first: _Part, start: int, text: str, within: 
     return Entry(seq, first.entry.generation, "delta", _encode(merged), within)
 
 
-def rest(entries: Sequence[Entry], place: Place, end: Place) -> Entry | None:
+def rest(entries: Sequence[Entry], place: Position, end: Position) -> Entry | None:
     """Return what is left of a piece that ends at ``end`` for who stands inside of it.
 
     ``entries`` are the log's events behind ``place`` that the piece holds text of. ``None`` when it is not text.

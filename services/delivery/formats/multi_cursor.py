@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Final
 
 from schemas.cursor import Cursor, InvalidCursor
-from services.delivery.formats.granularity import Place
+from services.delivery.formats.granularity import Position
 
-__all__ = ["MAX_SESSIONS", "Composite", "parse_composite"]
+__all__ = ["MAX_SESSIONS", "MultiCursor", "parse_multi_cursor"]
 
 MAX_SESSIONS: Final = 32
 _MARK: Final = "m1"
@@ -16,7 +16,7 @@ _MAX_TEXT: Final = 1_400  # more than `MAX_SESSIONS` cursors can need; far less 
 _NUMBER_BYTES: Final = 8
 
 
-class Composite:
+class MultiCursor:
     """The places of a connection's sessions, one cursor each, in an order that stays."""
 
     def __init__(self, cursors: Sequence[Cursor]) -> None:
@@ -25,9 +25,9 @@ class Composite:
         self._marks = [bytes.fromhex(cursor.session) for cursor in cursors]
         self._records = [b""] * len(cursors)
         for index, cursor in enumerate(cursors):
-            self.advance(index, Place(cursor.seq, cursor.offset))
+            self.advance(index, Position(cursor.seq, cursor.offset))
 
-    def advance(self, index: int, place: Place) -> None:
+    def advance(self, index: int, place: Position) -> None:
         """Set the place in one session."""
         self._records[index] = self._marks[index] + _number(place.seq) + _number(place.offset)
 
@@ -42,7 +42,7 @@ class Composite:
         return _MARK.encode() + base64.urlsafe_b64encode(b"".join(parts)).rstrip(b"=")
 
 
-def parse_composite(text: str) -> list[Cursor]:
+def parse_multi_cursor(text: str) -> list[Cursor]:
     """Return the cursors that a composite one holds; one of a single session is taken as well.
 
     Raises:

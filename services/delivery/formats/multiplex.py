@@ -5,10 +5,10 @@ from typing import Any, Final, Protocol
 from services.delivery.formats.ndjson import control_line
 from services.delivery.formats.sse import RETRY_MS, control_frame
 
-__all__ = ["SEVERAL_NDJSON", "SEVERAL_SSE", "Several"]
+__all__ = ["MULTIPLEX_NDJSON", "MULTIPLEX_SSE", "MultiplexFormat"]
 
 
-class Several(Protocol):
+class MultiplexFormat(Protocol):
     """The words of one form."""
 
     protocol: str
@@ -62,5 +62,5 @@ def _gap(session: str, reason: str, generation: str | None) -> dict[str, Any]:
     return {"session": session, "reason": reason} | ({"generation": generation} if generation else {})
 
 
-SEVERAL_SSE: Final[Several] = _ServerSentEvents()
-SEVERAL_NDJSON: Final[Several] = _NewlineDelimited()
+MULTIPLEX_SSE: Final[MultiplexFormat] = _ServerSentEvents()
+MULTIPLEX_NDJSON: Final[MultiplexFormat] = _NewlineDelimited()

@@ -6,18 +6,18 @@ from typing import Any, Final, NamedTuple
 from services.delivery.formats.format import Address
 from services.delivery.formats.tail import Entry
 
-__all__ = ["HEARTBEAT", "Bye", "Gap", "Part", "Parts", "part_of"]
+__all__ = ["HEARTBEAT", "RawBye", "RawGap", "RawEvent", "RawFormat", "raw_event_of"]
 
 _SEQ: Final = 12
 _OFFSET: Final = 20
 _HEAD: Final = 21
 
 
-class Gap(bytes):
+class RawGap(bytes):
     """Something is missing; the reason, and the generation behind a blank if there is one."""
 
 
-class Bye(bytes):
+class RawBye(bytes):
     """The stream ends and can be resumed; the reason."""
 
 
@@ -25,7 +25,7 @@ HEARTBEAT: Final[list[bytes]] = []
 """The message that says nothing."""
 
 
-class Part(NamedTuple):
+class RawEvent(NamedTuple):
     """One event, and the place after it; see `Entry`."""
 
     seq: int
@@ -34,14 +34,14 @@ class Part(NamedTuple):
     data: bytes
 
 
-def part_of(frame: bytes) -> Part:
-    """Return the event that a frame of `Parts` holds."""
+def raw_event_of(frame: bytes) -> RawEvent:
+    """Return the event that a frame of `RawFormat` holds."""
     seq, offset = int(frame[:_SEQ], 16), int(frame[_SEQ:_OFFSET], 16)
-    return Part(seq, offset, frame[_OFFSET:_HEAD] == b"1", frame[_HEAD:])
+    return RawEvent(seq, offset, frame[_OFFSET:_HEAD] == b"1", frame[_HEAD:])
 
 
-class Parts:
-    """Frames that `part_of` reads, `Gap` and `Bye`; a message is a list of them.
+class RawFormat:
+    """Frames that `raw_event_of` reads, `RawGap` and `RawBye`; a message is a list of them.
 
     ``protocol`` names what is made of them.
     """
@@ -63,12 +63,12 @@ class Parts:
         return b""
 
     def gap(self, reason: str, generation: str | None, at: Address) -> bytes:
-        """Return a `Gap`."""
-        return Gap(f"{reason} {generation}".encode() if generation else reason.encode())
+        """Return a `RawGap`."""
+        return RawGap(f"{reason} {generation}".encode() if generation else reason.encode())
 
     def bye(self, reason: str, seq: int, at: Address) -> bytes:
-        """Return a `Bye`."""
-        return Bye(reason.encode())
+        """Return a `RawBye`."""
+        return RawBye(reason.encode())
 
     def heartbeat(self) -> Any | None:
         """Return an empty message where heartbeats are wanted."""

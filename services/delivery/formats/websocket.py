@@ -11,7 +11,16 @@ from services.delivery.formats.format import Address
 from services.delivery.formats.tail import Entry
 from services.delivery.formats.websocket_messages import Bye, Dialect, Gap
 
-__all__ = ["Formats", "Outgoing", "SessionFormat", "frame_message", "json_frame", "msgpack_frame", "packed", "place_of"]
+__all__ = [
+    "Formats",
+    "Outgoing",
+    "SessionFormat",
+    "frame_message",
+    "json_frame",
+    "msgpack_frame",
+    "packed",
+    "position_of",
+]
 
 _REFUSALS: Final = (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, RecursionError, OverflowError)
 _pack: Final = msgspec.msgpack.Encoder()
@@ -29,7 +38,7 @@ class Outgoing(NamedTuple):
     place: int
 
 
-def place_of(cursor: str) -> int:
+def position_of(cursor: str) -> int:
     """Return a number that grows with the cursors of a session.
 
     Raises:
@@ -110,7 +119,7 @@ class SessionFormat:
             messages.append(frame_message(bytes(frame), self._dialect.text))
         self._put(messages, waiting)
         newest = next((frame for frame in reversed(frames) if type(frame) is not _Control), None)
-        return Outgoing(messages, events, size, 0 if newest is None else place_of(self._cursor(newest)))
+        return Outgoing(messages, events, size, 0 if newest is None else position_of(self._cursor(newest)))
 
     def opening(self, at: Address) -> bytes:
         """Return nothing: who subscribes has been answered already."""

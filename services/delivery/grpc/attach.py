@@ -10,16 +10,16 @@ from schemas.cursor import Cursor, InvalidCursor
 from schemas.rpc.tailrace.v1 import tailrace_pb2 as pb
 from services.delivery import metrics
 from services.delivery.fanout.flow_control import AutoWindow, InFlight
-from services.delivery.fanout.streams import Streams, Wish
+from services.delivery.fanout.streams import ReadOptions, Streams
 from services.delivery.fanout.subscriber import Subscriber
 from services.delivery.formats.frames import UNLIMITED
 from services.delivery.formats.protobuf import PROTOBUF, Batch, item, item_read
-from services.delivery.grpc.outbox import Outbox
+from services.delivery.grpc.outbox import CallOutbox
 from services.delivery.grpc.problems import as_message, as_problem
 from services.kit.auth.principal import Principal
 from services.kit.problem import Problem
 
-__all__ = ["TOO_SLOW", "Attachment", "Operation", "decoded", "wish_of"]
+__all__ = ["TOO_SLOW", "AttachCall", "Operation", "decoded", "read_options_of"]
 
 SUBSCRIPTIONS: Final = 1_000
 OPERATIONS: Final = 32  # starts and cancels under way
@@ -49,7 +49,7 @@ def decoded(message: type[M], data: bytes) -> M:
         raise Problem(400, f"the request is no {message.DESCRIPTOR.full_name}: {error}") from error
 
 
-def wish_of(request: pb.ReadRequest) -> Wish:
+def read_options_of(request: pb.ReadRequest) -> ReadOptions:
     """Return what a request to read asks for.
 
     Raises:
@@ -57,7 +57,7 @@ def wish_of(request: pb.ReadRequest) -> Wish:
     """
     if request.begin not in _BEGIN:
         raise Problem(400, f"begin={request.begin} is not one of: BEGIN_UNSPECIFIED, BEGIN_START, BEGIN_LIVE")
-    return Wish.read(
+    return ReadOptions.read(
         request.session,
         generation=request.generation or None,
         after=request.after or None,
@@ -70,7 +70,7 @@ def wish_of(request: pb.ReadRequest) -> Wish:
 class _Subscription:
     """One subscription, and what it may be sent: as the client grants it, as it acknowledges, or without limit."""
 
-    def __init__(self, id_: str, request: pb.Subscribe, outbox: Outbox) -> None:
+    def __init__(self, id_: str, request: pb.Subscribe, outbox: CallOutbox) -> None:
         self.id = id_
         self._outbox = outbox
         self._loop = asyncio.get_running_loop()
@@ -159,7 +159,7 @@ def _place(text: str) -> int:
     return cursor.seq << 32 | cursor.offset
 
 
-class Attachment:
+class AttachCall:
     """One call of `Attach`. ``operations`` carry out `start` and `cancel` for a principal.
 
     ``end``: when it ends at the latest, in monotonic seconds, and why.
@@ -169,7 +169,7 @@ class Attachment:
         self,
         streams: Streams,
         principal: Principal,
-        outbox: Outbox,
+        outbox: CallOutbox,
         operations: dict[str, Operation],
         end: tuple[float, str],
     ) -> None:
@@ -276,7 +276,7 @@ class Attachment:
     async def _serve(self, subscription: _Subscription, request: pb.ReadRequest) -> None:
         id_ = subscription.id
         try:
-            stream = await self._streams.open(self._principal, wish_of(request))
+            stream = await self._streams.open(self._principal, read_options_of(request))
             reason = "complete"
             if stream.seq is not None:
                 await self._outbox.put(item(id_, subscribed=pb.Subscribed(cursor=stream.cursor)))

@@ -23,13 +23,13 @@ from services.delivery.grpc.problems import as_message, as_problem
 from services.kit.auth.principal import Principal
 from services.kit.problem import Problem
 
-__all__ = ["Consuming"]
+__all__ = ["ConsumeCall"]
 
 FIRST_SECONDS: Final = 30.0
 """How long a call may last without saying what it wants."""
 
 
-class Consuming:
+class ConsumeCall:
     """One call of `Consume`. ``write`` sends a response; ``end``: as of `Attachment`.
 
     The client's words are taken one after another, so what it says is bounded by the flow control of HTTP/2.

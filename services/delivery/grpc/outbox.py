@@ -4,12 +4,12 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-__all__ = ["Outbox"]
+__all__ = ["CallOutbox"]
 
 BOUND: Final = 65_536
 
 
-class Outbox:
+class CallOutbox:
     """Takes finished messages that may be joined, and writes them while its block runs.
 
     At most `BOUND` bytes wait beside what is being written, or one message that is larger. gRPC takes a message when
@@ -28,7 +28,7 @@ class Outbox:
         self._free = asyncio.Event()
         self._writer: asyncio.Task[None] | None = None
 
-    async def __aenter__(self) -> "Outbox":
+    async def __aenter__(self) -> "CallOutbox":
         self._writer = asyncio.create_task(self._run(), name="grpc-outbox")
         return self
 

@@ -12,12 +12,12 @@ from services.delivery.consumers.registry import Consumers
 from services.delivery.fanout.streams import Streams
 from services.delivery.fanout.supervisor import Supervisor
 from services.delivery.formats.protobuf import PROTOBUF, Batch
-from services.delivery.grpc.attach import TOO_SLOW, Attachment, Operation, decoded, wish_of
-from services.delivery.grpc.consume import Consuming
-from services.delivery.grpc.outbox import Outbox
+from services.delivery.grpc.attach import TOO_SLOW, AttachCall, Operation, decoded, read_options_of
+from services.delivery.grpc.consume import ConsumeCall
+from services.delivery.grpc.outbox import CallOutbox
 from services.delivery.grpc.problems import answering
 from services.delivery.requests.generations import Lookups
-from services.delivery.requests.intake import GenerationWish, Intake
+from services.delivery.requests.intake import GenerationRequest, Intake
 from services.delivery.requests.views import view_of
 from services.kit.auth.principal import Principal, authorize
 from services.kit.problem import Problem
@@ -74,11 +74,11 @@ class DeliveryService:
         """Serve one stream to its end."""
         async with answering("Read", context):
             principal = await self._principal(context)
-            stream = await self._streams.open(principal, wish_of(decoded(pb.ReadRequest, data)))
+            stream = await self._streams.open(principal, read_options_of(decoded(pb.ReadRequest, data)))
             await context.send_initial_metadata(())
             if stream.seq is None:
                 return
-            async with Outbox(context.write) as outbox:
+            async with CallOutbox(context.write) as outbox:
 
                 async def send(batch: Batch) -> None:
                     await outbox.put(batch.data)
@@ -92,10 +92,10 @@ class DeliveryService:
         """Serve one call of `Attach` to its end."""
         async with answering("Attach", context):
             principal = await self._entering(context)
-            async with Outbox(context.write) as outbox:
+            async with CallOutbox(context.write) as outbox:
                 operations: dict[str, Operation] = {"start": self.start, "cancel": self.cancel}
                 end = self._supervisor.end_of(principal.expires_at)
-                attachment = Attachment(self._streams, principal, outbox, operations, end)
+                attachment = AttachCall(self._streams, principal, outbox, operations, end)
                 with self._supervisor.supervise(principal, attachment):
                     await attachment.run(requests)
 
@@ -103,7 +103,7 @@ class DeliveryService:
         """Serve one call of `Consume` to its end."""
         async with answering("Consume", context):
             principal = await self._entering(context)
-            consuming = Consuming(
+            consuming = ConsumeCall(
                 self._consumers, principal, context.write, self._supervisor.end_of(principal.expires_at)
             )
             with self._supervisor.supervise(principal, consuming):
@@ -200,7 +200,7 @@ def _check(role: str, value: str) -> None:
         raise Problem(400, str(error)) from error
 
 
-def _generation_wish(request: pb.StartRequest) -> GenerationWish:
+def _generation_wish(request: pb.StartRequest) -> GenerationRequest:
     """Return the wish, checked by the rules of the body over HTTP."""
     try:
         options = msgspec.json.decode(request.options, type=dict[str, Any]) if request.options else {}
@@ -208,6 +208,6 @@ def _generation_wish(request: pb.StartRequest) -> GenerationWish:
             msgspec.json.decode(m.json) if m.json else {"role": m.role, "content": m.content} for m in request.messages
         ]
         fields = {"model": request.model, "messages": messages, "metadata": dict(request.metadata)}
-        return msgspec.convert({**fields, **options}, GenerationWish)
+        return msgspec.convert({**fields, **options}, GenerationRequest)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Problem(400, f"the request is not valid: {error}") from error

@@ -13,7 +13,7 @@ from services.delivery.formats.format import Format
 from services.delivery.formats.gzip import GZIPPED, Block, Wrapping, whole_gzip
 from services.kit.http import RAW_SEND
 
-__all__ = ["NOTHING_FOLLOWS", "STREAM_HEADERS", "outliving", "send_whole", "streaming", "watching", "whole"]
+__all__ = ["NOTHING_FOLLOWS", "STREAM_HEADERS", "detaching_streams", "send_whole", "streaming", "watching", "whole"]
 
 RESTS: Final = "tailrace.rests"
 Rest = Callable[[Any, Any], Awaitable[None]]
@@ -74,7 +74,7 @@ def streaming(streams: Streams, stream: Stream, format_: Format, media_type: byt
     return answer
 
 
-def outliving(app: Any) -> Any:
+def detaching_streams(app: Any) -> Any:
     """Return ``app`` (ASGI), whose streams go on without it, once they have begun.
 
     A stream lasts for hours, and everything that found out what to send would be kept in memory until its end.

@@ -3,15 +3,15 @@
 import asyncio
 from typing import Any, Final
 
-from services.delivery.fanout.streams import Streams, Wish
+from services.delivery.fanout.streams import ReadOptions, Streams
 from services.delivery.fanout.subscriber import Subscriber
-from services.delivery.formats.raw import Parts
+from services.delivery.formats.raw import RawFormat
 from services.delivery.http.asgi import watching
 from services.kit.auth.principal import Principal
 
 __all__ = ["Completion"]
 
-_FORMAT: Final = Parts("complete")
+_FORMAT: Final = RawFormat("complete")
 _ENDS: Final = frozenset({"terminal", "complete"})
 
 
@@ -34,7 +34,7 @@ class Completion:
         Raises:
             Problem: there is no such generation, or it may not be read.
         """
-        stream = await self._streams.open(principal, Wish.read(session, generation=generation, from_="live"))
+        stream = await self._streams.open(principal, ReadOptions.read(session, generation=generation, from_="live"))
         if stream.seq is None:
             return True
         timers: list[asyncio.TimerHandle] = []

@@ -22,7 +22,7 @@ from services.kit.broker import BrokerUnavailable
 from services.kit.clock import Clock
 from services.kit.problem import Problem
 
-__all__ = ["ConsumerEvents", "Shape", "wanted_shape"]
+__all__ = ["ConsumerEvents", "PullOptions", "parse_pull_options"]
 
 log = structlog.get_logger()
 BATCH: Final = 1_000
@@ -38,7 +38,7 @@ _NDJSON: Final = (
 _JSON: Final = ((b"content-type", b"application/json"), (b"cache-control", b"no-store"))
 
 
-class Shape(NamedTuple):
+class PullOptions(NamedTuple):
     """How events are wanted. ``batch``: so many at most in one answer, within ``wait`` seconds; ``None``: a stream."""
 
     ndjson: bool = False
@@ -47,7 +47,7 @@ class Shape(NamedTuple):
     wait: float = 0.0
 
 
-def wanted_shape(scope: dict[str, Any]) -> Shape:
+def parse_pull_options(scope: dict[str, Any]) -> PullOptions:
     """Return what a request asks for.
 
     Raises:
@@ -68,7 +68,7 @@ def wanted_shape(scope: dict[str, Any]) -> Shape:
     if "wait" in query and "batch" not in query:
         raise Problem(400, "wait needs batch: a stream waits by itself")
     accept = dict(scope["headers"]).get(b"accept", b"").decode("latin-1")
-    return Shape(
+    return PullOptions(
         ndjson="application/x-ndjson" in accept,
         auto=ack == "auto",
         batch=int(_number(query, "batch", 1, BATCH, whole=True)) if "batch" in query else None,
@@ -100,7 +100,7 @@ class ConsumerEvents:
         Raises:
             Problem: the wish cannot be met.
         """
-        shape = wanted_shape(scope)
+        shape = parse_pull_options(scope)
         self._supervisor.check(principal)
         session = await open_session(self._consumers, principal, name)
 
@@ -120,7 +120,9 @@ class ConsumerEvents:
 class _Pull:
     """One request: a stream of events, or a batch, until the client leaves or it has to end. Supervised."""
 
-    def __init__(self, session: ConsumerSession, shape: Shape, send: Any, clock: Clock, end: tuple[float, str]) -> None:
+    def __init__(
+        self, session: ConsumerSession, shape: PullOptions, send: Any, clock: Clock, end: tuple[float, str]
+    ) -> None:
         self.until, self.until_reason = end
         self.blocked_at: float | None = None
         self._session = session

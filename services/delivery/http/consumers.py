@@ -11,9 +11,9 @@ from litestar.types import ASGIApp
 
 from schemas.cursor import Cursor, InvalidCursor
 from services.delivery.consumers.access import covers, permitted
-from services.delivery.consumers.definition import Wish, rfc3339
+from services.delivery.consumers.definition import ConsumerSpec, rfc3339
 from services.delivery.consumers.registry import Conflicting, Consumers, Found
-from services.delivery.consumers.settling import Settled, Settlement, settle
+from services.delivery.consumers.settling import Settlement, SettlementResult, settle
 from services.delivery.consumers.tokens import InvalidToken
 from services.delivery.errors import CursorExpired, CursorForeign, TooBusy, named, reach
 from services.delivery.http.consumer_events import ConsumerEvents
@@ -62,7 +62,7 @@ def _definitions(consumers: Consumers) -> list[HTTPRouteHandler]:
         },
     )
     async def put_consumer(
-        request: AnyRequest, name: FromPath[str], data: Annotated[Wish, Body()]
+        request: AnyRequest, name: FromPath[str], data: Annotated[ConsumerSpec, Body()]
     ) -> Response[ConsumerView]:
         named("consumer", name)
         principal = caller(request)
@@ -93,7 +93,7 @@ def _definitions(consumers: Consumers) -> list[HTTPRouteHandler]:
     return [put_consumer, list_consumers, get_consumer, delete_consumer]
 
 
-def _check(wish: Wish, principal: Principal) -> None:
+def _check(wish: ConsumerSpec, principal: Principal) -> None:
     if wish.session is not None:
         named("session", wish.session)
         authorize(principal, "consume", wish.session)
@@ -184,11 +184,13 @@ def _reading(consumers: Consumers, events: ConsumerEvents) -> list[HTTPRouteHand
         operation_id="settleEvents",
         responses=PROBLEMS,
     )
-    async def settle_events(request: AnyRequest, name: FromPath[str], data: Annotated[Settlement, Body()]) -> Settled:
+    async def settle_events(
+        request: AnyRequest, name: FromPath[str], data: Annotated[Settlement, Body()]
+    ) -> SettlementResult:
         principal = caller(request)
         await permitted(consumers, principal, name, recent=True)
         try:
-            settled: Settled = await reach(settle(consumers, principal.tenant, name, data))
+            settled: SettlementResult = await reach(settle(consumers, principal.tenant, name, data))
         except InvalidToken as error:
             raise Problem(400, str(error), slug="token-invalid", title="The token is not valid here") from error
         return settled

@@ -13,9 +13,9 @@ from litestar.params import FromPath, FromQuery, QueryParameter
 
 from schemas.requests import Request
 from services.delivery.errors import named, reach
-from services.delivery.http.responses import PROBLEMS, Accepted, accepted
+from services.delivery.http.responses import PROBLEMS, QueuedRequest, accepted
 from services.delivery.requests.dead import Dead, DeadRequests
-from services.delivery.requests.intake import GenerationWish, Intake
+from services.delivery.requests.intake import GenerationRequest, Intake
 from services.kit.auth.principal import Principal
 from services.kit.auth.rules import caller, needs
 from services.kit.broker import Broker
@@ -139,10 +139,10 @@ def _changes(intake: Intake, requests: _Requests) -> list[HTTPRouteHandler]:
         status_code=202,
         summary="Send a dead request again, as a new generation",
         operation_id="resendDeadRequest",
-        responses=PROBLEMS | {202: _example(Accepted, _RESENT), 422: _REFUSED},
+        responses=PROBLEMS | {202: _example(QueuedRequest, _RESENT), 422: _REFUSED},
         **needs("start"),
     )
-    async def resend_dead(request: HttpRequest[Any, Any, Any], generation: FromPath[str]) -> Response[Accepted]:
+    async def resend_dead(request: HttpRequest[Any, Any, Any], generation: FromPath[str]) -> Response[QueuedRequest]:
         named("generation", generation)
         principal = caller(request)
         dead = requests(principal)
@@ -203,7 +203,7 @@ def _line(dead: Dead) -> DeadRequest:
     return DeadRequest(**{name: getattr(view, name) for name in DeadRequest.__struct_fields__})
 
 
-def _again(dead: Dead) -> tuple[Request, GenerationWish]:
+def _again(dead: Dead) -> tuple[Request, GenerationRequest]:
     """Return a dead request and what it wished for.
 
     Raises:
@@ -218,8 +218,8 @@ def _again(dead: Dead) -> tuple[Request, GenerationWish]:
             title="The request cannot be read",
         )
     given = msgspec.to_builtins(dead.request)
-    wished = {name: given[name] for name in GenerationWish.__struct_fields__ if name in given}
+    wished = {name: given[name] for name in GenerationRequest.__struct_fields__ if name in given}
     try:
-        return dead.request, msgspec.convert(wished, GenerationWish)
+        return dead.request, msgspec.convert(wished, GenerationRequest)
     except msgspec.ValidationError as error:
         raise Problem(422, f"the request cannot be sent again: {error}") from error

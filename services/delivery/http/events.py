@@ -9,7 +9,7 @@ from services.delivery.errors import named, reach
 from services.delivery.fanout.streams import Streams
 from services.delivery.formats.format import Format
 from services.delivery.formats.gzip import Gzipped, takes_gzip
-from services.delivery.formats.multiplex import SEVERAL_NDJSON, SEVERAL_SSE, Several
+from services.delivery.formats.multiplex import MULTIPLEX_NDJSON, MULTIPLEX_SSE, MultiplexFormat
 from services.delivery.formats.ndjson import NDJSON
 from services.delivery.formats.negotiation import chosen
 from services.delivery.formats.sse import SSE
@@ -17,7 +17,7 @@ from services.delivery.http.asgi import streaming, whole
 from services.delivery.http.completion import Completion
 from services.delivery.http.long_poll import BATCH_EVENTS, MAX_EVENTS, polling
 from services.delivery.http.multiplex import open_several, streaming_several
-from services.delivery.http.read_request import COMPLETE, Ask, header, wish_of
+from services.delivery.http.read_request import COMPLETE, ReadRequest, header, read_options_of
 from services.delivery.requests.generations import Lookups
 from services.delivery.requests.views import view_of
 from services.kit.auth.principal import Principal, principal_of
@@ -26,10 +26,10 @@ from services.kit.problem import Problem
 __all__ = ["SessionEvents"]
 
 _JSON: Final = "application/json"
-_STREAMS: Final[dict[str, tuple[Format, Several, bytes]]] = {
-    "text/event-stream": (SSE, SEVERAL_SSE, b"text/event-stream; charset=utf-8"),
-    "application/x-ndjson": (NDJSON, SEVERAL_NDJSON, b"application/x-ndjson"),
-    "application/ndjson": (NDJSON, SEVERAL_NDJSON, b"application/ndjson"),
+_STREAMS: Final[dict[str, tuple[Format, MultiplexFormat, bytes]]] = {
+    "text/event-stream": (SSE, MULTIPLEX_SSE, b"text/event-stream; charset=utf-8"),
+    "application/x-ndjson": (NDJSON, MULTIPLEX_NDJSON, b"application/x-ndjson"),
+    "application/ndjson": (NDJSON, MULTIPLEX_NDJSON, b"application/ndjson"),
 }
 _GZIPPED: Final = {SSE: Gzipped(SSE), NDJSON: Gzipped(NDJSON)}  # one object each, so that feeds compress once
 
@@ -58,7 +58,7 @@ class SessionEvents:
         self._max_wait = max_wait
         self._heartbeat = heartbeat
 
-    async def of_session(self, scope: Any, receive: Any, ask: Ask, session: str) -> ASGIApp:
+    async def of_session(self, scope: Any, receive: Any, ask: ReadRequest, session: str) -> ASGIApp:
         """Return the answer to a request for one session's events.
 
         Raises:
@@ -70,7 +70,7 @@ class SessionEvents:
             return await self._complete(principal, receive, ask, session)
         wait = min(ask.seconds or 0.0, self._max_wait)
         limit = _limit(ask)
-        stream = await self._streams.open(principal, wish_of(scope, ask, session))
+        stream = await self._streams.open(principal, read_options_of(scope, ask, session))
         gzip = self._compress and takes_gzip(header(scope, b"accept-encoding"))
         if media_type == _JSON:
             return polling(self._streams, stream, wait, limit, gzip=gzip)
@@ -79,7 +79,7 @@ class SessionEvents:
             return streaming(self._streams, stream, _GZIPPED[format_], content_type, gzip=True)
         return streaming(self._streams, stream, format_, content_type)
 
-    async def of_several(self, scope: Any, ask: Ask) -> ASGIApp:
+    async def of_several(self, scope: Any, ask: ReadRequest) -> ASGIApp:
         """Return the answer to a request for the events of several sessions.
 
         Raises:
@@ -89,7 +89,7 @@ class SessionEvents:
         opened = await open_several(self._streams, principal_of(scope), scope, ask)
         return streaming_several(self._streams, opened, form, content_type, self._heartbeat)
 
-    async def _complete(self, principal: Principal, receive: Any, ask: Ask, session: str) -> ASGIApp:
+    async def _complete(self, principal: Principal, receive: Any, ask: ReadRequest, session: str) -> ASGIApp:
         if ask.generation is None:
             raise Problem(400, "wait=complete needs a generation")
         named("generation", ask.generation)
@@ -105,7 +105,7 @@ def _form(scope: Any, offered: list[str]) -> str:
     return media_type
 
 
-def _limit(ask: Ask) -> int:
+def _limit(ask: ReadRequest) -> int:
     if ask.limit is None:
         return BATCH_EVENTS
     if not 1 <= ask.limit <= MAX_EVENTS:

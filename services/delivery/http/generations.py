@@ -12,10 +12,10 @@ from litestar.params import Body, FromPath, FromQuery, HeaderParameter, QueryPar
 from schemas.requests import GenerationRecord
 from services.delivery.errors import gone, named, reach
 from services.delivery.http.completion import Completion
-from services.delivery.http.responses import PROBLEMS, Accepted, accepted, own
+from services.delivery.http.responses import PROBLEMS, QueuedRequest, accepted, own
 from services.delivery.requests.deletion import Deletion
 from services.delivery.requests.generations import Lookups
-from services.delivery.requests.intake import GenerationWish, Intake
+from services.delivery.requests.intake import GenerationRequest, Intake
 from services.delivery.requests.views import GenerationView, view_of
 from services.kit.auth.rules import caller, needs
 from services.kit.problem import Problem, ProblemDetails, problem_bytes
@@ -93,10 +93,10 @@ def _requests(intake: Intake, lookups: Lookups, completion: Completion) -> list[
     async def create_generation(
         request: Request[Any, Any, Any],
         session: FromPath[str],
-        data: Annotated[GenerationWish, Body(examples=[Example(summary="A question", value=_EXAMPLE)])],
+        data: Annotated[GenerationRequest, Body(examples=[Example(summary="A question", value=_EXAMPLE)])],
         idempotency_key: Annotated[str | None, HeaderParameter(name="Idempotency-Key", required=False)] = None,
         wait: FromQuery[Literal["complete"] | None] = None,
-    ) -> Response[Accepted | GenerationView]:
+    ) -> Response[QueuedRequest | GenerationView]:
         principal = caller(request)
         own(principal, session)
         if idempotency_key is not None and not 0 < len(idempotency_key) <= _KEY_LIMIT:

@@ -20,14 +20,14 @@ from services.kit.auth.rules import caller, needs
 from services.kit.clock import Clock
 from services.kit.problem import Problem, ProblemDetails
 
-__all__ = ["Key", "KeyList", "KeyWish", "NewKey", "keys_router"]
+__all__ = ["Key", "KeyList", "KeySpec", "NewKey", "keys_router"]
 
 _YEARS: Final = 10 * 366 * 86_400.0
 _EXAMPLE: Final = {"name": "web backend", "scopes": ["start", "read", "cancel"], "sessions": ["chat-*"]}
 _FULL: Final = ResponseSpec(ProblemDetails, description="As many keys as may be", media_type="application/problem+json")
 
 
-class KeyWish(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class KeySpec(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """A key to make. ``expires_in``: seconds from now; without it the key lasts until it is revoked.
 
     ``tenant``: only the operator may name another one than its own.
@@ -80,7 +80,7 @@ def _handlers(authenticator: Authenticator, clock: Clock) -> list[HTTPRouteHandl
     @post("/", summary="Make an API key", operation_id="createKey", responses=PROBLEMS | {409: _FULL}, **needs("admin"))
     async def create_key(
         request: Request[Any, Any, Any],
-        data: Annotated[KeyWish, Body(examples=[Example(summary="For a backend", value=_EXAMPLE)])],
+        data: Annotated[KeySpec, Body(examples=[Example(summary="For a backend", value=_EXAMPLE)])],
     ) -> NewKey:
         id_, text, hash_ = mint()
         record = _record(caller(request), data, id_, hash_, clock.wall())
@@ -115,7 +115,7 @@ def _fields(record: KeyRecord) -> dict[str, Any]:
     return fields | {"scopes": list(record.scopes), "sessions": list(record.sessions)}
 
 
-def _record(principal: Principal, wish: KeyWish, id_: str, hash_: str, now: float) -> KeyRecord:
+def _record(principal: Principal, wish: KeySpec, id_: str, hash_: str, now: float) -> KeyRecord:
     """Return the record of a wished key. Nobody gives more than he has.
 
     Raises:

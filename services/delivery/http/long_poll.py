@@ -10,19 +10,19 @@ from schemas.codec import decode_header
 from services.delivery.fanout.streams import Stream, Streams
 from services.delivery.fanout.subscriber import Subscriber
 from services.delivery.formats.format import Address
-from services.delivery.formats.granularity import TOKEN, Merger, Place
-from services.delivery.formats.raw import Bye, Gap, Parts, part_of
+from services.delivery.formats.granularity import TOKEN, Chunker, Position
+from services.delivery.formats.raw import RawBye, RawFormat, RawGap, raw_event_of
 from services.delivery.formats.tail import Entry
 from services.delivery.http.asgi import send_whole, watching
 from services.kit.problem import Problem, send_problem
 
-__all__ = ["BATCH_EVENTS", "MAX_EVENTS", "Batch", "polling"]
+__all__ = ["BATCH_EVENTS", "MAX_EVENTS", "EventBatch", "polling"]
 
 BATCH_EVENTS: Final = 500
 MAX_EVENTS: Final = 5_000
 BATCH_BYTES: Final = 1_048_576
 GATHER_SECONDS: Final = 0.005  # what comes right behind the first event is taken along
-_FORMAT: Final = Parts("poll")
+_FORMAT: Final = RawFormat("poll")
 
 
 class _Item(msgspec.Struct):
@@ -30,7 +30,7 @@ class _Item(msgspec.Struct):
     event: msgspec.Raw
 
 
-class Batch(msgspec.Struct, kw_only=True, omit_defaults=True):
+class EventBatch(msgspec.Struct, kw_only=True, omit_defaults=True):
     """What a poll brings. ``cursor``: ask again with it as ``after``; ``more``: there is more already.
 
     ``ended``: the wanted generation has ended, nothing follows. ``gaps``: what is missing, as on a stream.
@@ -47,7 +47,7 @@ class _Poll:
     """Gathers one batch; ``wait`` in seconds."""
 
     def __init__(self, wait: float, limit: int) -> None:
-        self.gaps: list[Gap] = []
+        self.gaps: list[RawGap] = []
         self.frames: list[bytes] = []
         self.subscriber: Subscriber | None = None
         self._wait = wait
@@ -73,9 +73,9 @@ class _Poll:
     async def send(self, message: list[bytes]) -> None:
         before = len(self.frames)
         for frame in message:
-            if isinstance(frame, Gap):
+            if isinstance(frame, RawGap):
                 self.gaps.append(frame)
-            elif not isinstance(frame, Bye):
+            elif not isinstance(frame, RawBye):
                 self.frames.append(frame)
                 self._size += len(frame)
         if len(self.frames) >= self._limit or self._size >= BATCH_BYTES:
@@ -100,7 +100,7 @@ def polling(streams: Streams, stream: Stream, wait: float, limit: int, *, gzip: 
 
     async def answer(_scope: Any, receive: Any, send: Any) -> None:
         if stream.seq is None:
-            await _send(send, Batch(events=[], cursor=stream.wish.cursor or "", more=False, ended=True))
+            await _send(send, EventBatch(events=[], cursor=stream.wish.cursor or "", more=False, ended=True))
             return
         # A granularity is applied to the batch: it is sent at once, so that there is nothing to hold back for.
         plain = stream._replace(wish=stream.wish._replace(grain=TOKEN), offset=0)
@@ -124,13 +124,13 @@ def polling(streams: Streams, stream: Stream, wait: float, limit: int, *, gzip: 
     return answer
 
 
-def _batch(stream: Stream, poll: _Poll, reason: str) -> Batch:
+def _batch(stream: Stream, poll: _Poll, reason: str) -> EventBatch:
     assert poll.subscriber is not None
     assert stream.seq is not None
-    feed, place = stream.feed, max(poll.subscriber.place, Place(stream.seq, stream.offset))
+    feed, place = stream.feed, max(poll.subscriber.place, Position(stream.seq, stream.offset))
     ended = reason in ("terminal", "complete")
     behind = place.seq < feed.tail.floor or feed.tail.after(*place) < feed.tail.end
-    return Batch(
+    return EventBatch(
         events=_items(stream, poll.frames),
         cursor=feed.address.inside(place.offset).cursor(place.seq).decode(),
         more=behind and not ended,
@@ -141,7 +141,7 @@ def _batch(stream: Stream, poll: _Poll, reason: str) -> Batch:
 
 def _items(stream: Stream, frames: list[bytes]) -> list[_Item]:
     at, seq = stream.feed.address, stream.seq or 0
-    merger = Merger(stream.wish.grain, Place(seq, stream.offset))
+    merger = Chunker(stream.wish.grain, Position(seq, stream.offset))
     entries: list[Entry] = []
     for frame in frames:
         entries += merger.offer(_entry(frame), 0.0)
@@ -149,7 +149,7 @@ def _items(stream: Stream, frames: list[bytes]) -> list[_Item]:
 
 
 def _entry(frame: bytes) -> Entry:
-    part = part_of(frame)
+    part = raw_event_of(frame)
     header = decode_header(part.data)
     return Entry(part.seq, header.generation, header.type, part.data, part.offset, part.moved)
 
@@ -158,5 +158,5 @@ def _item(entry: Entry, at: Address) -> _Item:
     return _Item(at.after(entry).decode(), msgspec.Raw(entry.data))
 
 
-async def _send(send: Any, batch: Batch, *, gzip: bool = False) -> None:
+async def _send(send: Any, batch: EventBatch, *, gzip: bool = False) -> None:
     await send_whole(send, 200, msgspec.json.encode(batch), "application/json", gzip=gzip)

@@ -9,32 +9,32 @@ from litestar.types import ASGIApp
 from schemas.cursor import Cursor, InvalidCursor, session_mark
 from services.delivery.fanout.streams import Stream, Streams
 from services.delivery.fanout.subscriber import Send, Subscriber
-from services.delivery.formats.granularity import Place
-from services.delivery.formats.multi_cursor import MAX_SESSIONS, Composite, parse_composite
-from services.delivery.formats.multiplex import Several
-from services.delivery.formats.raw import Bye, Gap, Parts, part_of
+from services.delivery.formats.granularity import Position
+from services.delivery.formats.multi_cursor import MAX_SESSIONS, MultiCursor, parse_multi_cursor
+from services.delivery.formats.multiplex import MultiplexFormat
+from services.delivery.formats.raw import RawBye, RawFormat, RawGap, raw_event_of
 from services.delivery.formats.sse import http_body
 from services.delivery.http.asgi import STREAM_HEADERS, watching
-from services.delivery.http.read_request import Ask, last_event_id, wish_of
+from services.delivery.http.read_request import ReadRequest, last_event_id, read_options_of
 from services.kit.auth.principal import Principal
 from services.kit.http import RAW_SEND
 from services.kit.problem import Problem
 
-__all__ = ["Opened", "open_several", "streaming_several"]
+__all__ = ["OpenedStreams", "open_several", "streaming_several"]
 
 QUIET_SHARE: Final = 0.5  # of the time between heartbeats: each session has its own, and one of them is enough
 _EXPIRED: Final = "expired"
 _SAID: Final = frozenset({"disconnected", "evicted", "sibling", "failed"})
 
 
-class Opened(NamedTuple):
+class OpenedStreams(NamedTuple):
     """Streams that can be served over one connection, and the sessions whose cursor was no good any more."""
 
     streams: Sequence[Stream]
     expired: Sequence[str]
 
 
-async def open_several(streams: Streams, principal: Principal, scope: Any, ask: Ask) -> Opened:
+async def open_several(streams: Streams, principal: Principal, scope: Any, ask: ReadRequest) -> OpenedStreams:
     """Open a stream for each session that is asked for.
 
     A session that the cursor does not hold begins at its default; one whose place has expired does too, and is told of.
@@ -49,14 +49,16 @@ async def open_several(streams: Streams, principal: Principal, scope: Any, ask: 
         raise Problem(400, "two of these sessions cannot be told apart by their cursors: read them apart")
     found = await asyncio.gather(
         *(
-            _open(streams, principal, wish_of({"headers": ()}, _for_one(ask, known.get(mark)), session))
+            _open(streams, principal, read_options_of({"headers": ()}, _for_one(ask, known.get(mark)), session))
             for session, mark in zip(ask.sessions, marks, strict=True)
         )
     )
-    return Opened([stream for stream, _ in found], [s.wish.session for s, expired in found if expired])
+    return OpenedStreams([stream for stream, _ in found], [s.wish.session for s, expired in found if expired])
 
 
-def streaming_several(streams: Streams, opened: Opened, form: Several, media_type: bytes, quiet: float) -> ASGIApp:
+def streaming_several(
+    streams: Streams, opened: OpenedStreams, form: MultiplexFormat, media_type: bytes, quiet: float
+) -> ASGIApp:
     """Return the answer that shows several sessions; ``quiet``: silence in seconds after which a heartbeat is due."""
 
     async def answer(scope: Any, receive: Any, send: Any) -> None:
@@ -76,12 +78,12 @@ def streaming_several(streams: Streams, opened: Opened, form: Several, media_typ
 class _Outlet:
     """One connection. Only one message is on its way at a time; streams that have to wait fall behind meanwhile."""
 
-    def __init__(self, opened: Opened, form: Several, send: Send, quiet: float) -> None:
+    def __init__(self, opened: OpenedStreams, form: MultiplexFormat, send: Send, quiet: float) -> None:
         self._opened = opened
         self._form = form
         self._send = send
         self._quiet = quiet
-        self._places = Composite([Cursor.parse(stream.cursor) for stream in opened.streams])
+        self._places = MultiCursor([Cursor.parse(stream.cursor) for stream in opened.streams])
         self._lock = asyncio.Lock()
         self._subscribers: list[Subscriber] = []
         self._ending = False
@@ -107,7 +109,7 @@ class _Outlet:
         async def send(message: list[bytes]) -> None:
             await self._forward(number, message)
 
-        format_ = Parts(self._form.protocol, heartbeats=True)
+        format_ = RawFormat(self._form.protocol, heartbeats=True)
         try:
             return await streams.serve(self._opened.streams[number], send, format_, joined)
         finally:
@@ -132,13 +134,13 @@ class _Outlet:
 
     def _said(self, number: int, frame: bytes) -> bytes:
         session = self._opened.streams[number].wish.session
-        if isinstance(frame, Bye):
+        if isinstance(frame, RawBye):
             return b""
-        if isinstance(frame, Gap):
+        if isinstance(frame, RawGap):
             reason, _, generation = frame.decode().partition(" ")
             return self._form.gap(session, reason, generation or None)
-        part = part_of(frame)
-        self._places.advance(number, Place(part.seq, part.offset))
+        part = raw_event_of(frame)
+        self._places.advance(number, Position(part.seq, part.offset))
         return self._form.event(session, self._places.text(), part.data)
 
 
@@ -151,7 +153,7 @@ async def _open(streams: Streams, principal: Principal, wish: Any) -> tuple[Stre
     return await streams.open(principal, wish._replace(cursor=None)), True
 
 
-def _check(ask: Ask) -> None:
+def _check(ask: ReadRequest) -> None:
     if not 0 < len(ask.sessions) <= MAX_SESSIONS or len(set(ask.sessions)) < len(ask.sessions):
         raise Problem(400, f"name 1 to {MAX_SESSIONS} different sessions: session=a&session=b")
     if ask.generation is not None or ask.wait is not None or ask.limit is not None:
@@ -162,13 +164,13 @@ def _known(text: str | None) -> dict[str, Cursor]:
     if text is None:
         return {}
     try:
-        return {cursor.session: cursor for cursor in parse_composite(text)}
+        return {cursor.session: cursor for cursor in parse_multi_cursor(text)}
     except InvalidCursor as error:
         raise Problem(400, str(error), slug="cursor-invalid", title="The cursor is not valid here") from error
 
 
-def _for_one(ask: Ask, cursor: Cursor | None) -> Ask:
-    return Ask(
+def _for_one(ask: ReadRequest, cursor: Cursor | None) -> ReadRequest:
+    return ReadRequest(
         after=cursor.text if cursor else None,
         from_=ask.from_,
         granularity=ask.granularity,

@@ -5,16 +5,16 @@ from urllib.parse import parse_qs
 
 import msgspec
 
-from services.delivery.fanout.streams import Wish
+from services.delivery.fanout.streams import ReadOptions
 from services.kit.problem import Problem
 
-__all__ = ["COMPLETE", "Ask", "asked", "wish_of"]
+__all__ = ["COMPLETE", "ReadRequest", "parse_read_request", "read_options_of"]
 
 COMPLETE: Final = "complete"
 _NAMES: Final = ("after", "from", "generation", "granularity", "coalesce", "wait", "limit")
 
 
-class Ask(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, rename={"from_": "from"}):
+class ReadRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, rename={"from_": "from"}):
     """A request for events of one session or several. ``wait``: seconds, or ``complete``."""
 
     after: str | None = None
@@ -44,7 +44,7 @@ class Ask(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, rename={"fro
         return seconds
 
 
-def asked(scope: Any, body: bytes | None = None, *, several: bool = False) -> Ask:
+def parse_read_request(scope: Any, body: bytes | None = None, *, several: bool = False) -> ReadRequest:
     """Return what a request asks for, in its body if there is one, else in its query.
 
     ``several``: it names its sessions itself.
@@ -61,13 +61,13 @@ def asked(scope: Any, body: bytes | None = None, *, several: bool = False) -> As
     return ask
 
 
-def wish_of(scope: Any, ask: Ask, session: str) -> Wish:
+def read_options_of(scope: Any, ask: ReadRequest, session: str) -> ReadOptions:
     """Return the wish for one session that a request means.
 
     Raises:
         Problem: 400, a part of it is not valid.
     """
-    return Wish.read(
+    return ReadOptions.read(
         session,
         generation=ask.generation,
         after=ask.after,
@@ -89,7 +89,7 @@ def header(scope: Any, name: bytes) -> str | None:
     return ", ".join(found) or None
 
 
-def _of_query(text: bytes, several: bool) -> Ask:
+def _of_query(text: bytes, several: bool) -> ReadRequest:
     names = (*_NAMES, "session") if several else _NAMES
     query = parse_qs(text.decode("ascii"), keep_blank_values=True, max_num_fields=100)
     unknown = sorted(set(query) - set(names))
@@ -100,8 +100,8 @@ def _of_query(text: bytes, several: bool) -> Ask:
     if twice:
         raise ValueError(f"query parameter {twice[0]!r} stands more than once")
     single: dict[str, Any] = {name: values[0] for name, values in query.items()}
-    return msgspec.convert(single | {"sessions": sessions}, Ask, strict=False)
+    return msgspec.convert(single | {"sessions": sessions}, ReadRequest, strict=False)
 
 
-def _of_body(body: bytes) -> Ask:
-    return msgspec.json.decode(body, type=Ask) if body.strip() else Ask()
+def _of_body(body: bytes) -> ReadRequest:
+    return msgspec.json.decode(body, type=ReadRequest) if body.strip() else ReadRequest()

@@ -11,7 +11,7 @@ from services.kit.auth.principal import Principal
 from services.kit.auth.rules import REFUSALS
 from services.kit.problem import Problem, ProblemDetails
 
-__all__ = ["PROBLEMS", "Accepted", "Links", "accepted", "own"]
+__all__ = ["PROBLEMS", "QueuedRequest", "Links", "accepted", "own"]
 
 PROBLEMS: Final = {
     400: ResponseSpec(ProblemDetails, description="Not valid", media_type="application/problem+json"),
@@ -30,7 +30,7 @@ class Links(msgspec.Struct):
     cancel: str
 
 
-class Accepted(msgspec.Struct):
+class QueuedRequest(msgspec.Struct):
     """A request has been queued. ``cursor``: read the session after it to see this generation and nothing earlier."""
 
     session: str
@@ -40,7 +40,7 @@ class Accepted(msgspec.Struct):
     links: Links
 
 
-def accepted(session: str, generation: str, cursor: str, repeated: bool) -> Response[Accepted]:
+def accepted(session: str, generation: str, cursor: str, repeated: bool) -> Response[QueuedRequest]:
     """Return the answer for a queued request; ``repeated``: it had been queued before."""
     path = f"/v1/sessions/{session}"
     links = Links(
@@ -50,7 +50,7 @@ def accepted(session: str, generation: str, cursor: str, repeated: bool) -> Resp
         cancel=f"{path}/generations/{generation}/cancel",
     )
     headers = {"Location": links.generation} | ({"Idempotency-Replayed": "true"} if repeated else {})
-    return Response(Accepted(session, generation, cursor, "queued", links), headers=headers, status_code=202)
+    return Response(QueuedRequest(session, generation, cursor, "queued", links), headers=headers, status_code=202)
 
 
 def own(principal: Principal, session: str) -> str:

@@ -15,13 +15,13 @@ from services.kit.auth.rules import caller, needs
 from services.kit.auth.tickets import TicketScope
 from services.kit.clock import Clock
 
-__all__ = ["Ticket", "TicketWish", "tickets_router"]
+__all__ = ["Ticket", "TicketSpec", "tickets_router"]
 
 _SESSIONS: Final = 50
 _EXAMPLE: Final = {"sessions": ["demo"]}
 
 
-class TicketWish(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class TicketSpec(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """What a ticket is to be good for: these sessions, by name, and these of the caller's own scopes."""
 
     sessions: Annotated[list[str], msgspec.Meta(min_length=1, max_length=_SESSIONS)]
@@ -43,7 +43,7 @@ def tickets_router(authenticator: Authenticator, clock: Clock, seconds: float) -
     @post("/", summary="Get a ticket", operation_id="createTicket", responses=PROBLEMS, **needs("read"))
     async def create_ticket(
         request: Request[Any, Any, Any],
-        data: Annotated[TicketWish, Body(examples=[Example(summary="To read a session", value=_EXAMPLE)])],
+        data: Annotated[TicketSpec, Body(examples=[Example(summary="To read a session", value=_EXAMPLE)])],
     ) -> Ticket:
         principal = caller(request)
         for scope in data.scopes:

@@ -10,7 +10,7 @@ from schemas.acceptance import Acceptance
 from services.delivery import metrics
 from services.kit.broker import Broker, Stored
 
-__all__ = ["LogKey", "SharedReads"]
+__all__ = ["LogKey", "ReadCache"]
 
 KEEP_SECONDS: Final = 10.0
 KEEP_BYTES: Final = 8 * 1024 * 1024
@@ -64,7 +64,7 @@ class _Log:
         return before, self.segments[at].first - 1 if at < len(self.segments) else None
 
 
-class SharedReads:
+class ReadCache:
     """Reads what is stored, for subscribers that catch up: one read of a filter at a time, kept for a few seconds.
 
     What is stored never changes, so that a range that has been read once is read for everybody. At most ``max_bytes``

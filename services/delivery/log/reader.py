@@ -11,7 +11,7 @@ from schemas.subjects import log_filter
 from schemas.topology import token_stream
 from services.delivery import metrics
 from services.delivery.formats.tail import Entry, Positions
-from services.delivery.log.read_cache import LogKey, SharedReads
+from services.delivery.log.read_cache import LogKey, ReadCache
 from services.kit.broker import Broker, Stored
 from services.kit.kept import highest_kept_epoch, keeps
 
@@ -36,7 +36,7 @@ class LogReader:
         partition: int,
         tenant: str,
         session: str,
-        shared: SharedReads | None = None,
+        shared: ReadCache | None = None,
         incarnation: str = "",
     ) -> None:
         self.broker = broker

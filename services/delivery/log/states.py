@@ -6,7 +6,7 @@ from typing import Final
 from schemas.cursor import CursorIssuer
 from services.delivery import metrics
 from services.delivery.log.partitions import Partitions
-from services.delivery.log.read_cache import SharedReads
+from services.delivery.log.read_cache import ReadCache
 from services.delivery.log.reader import LogReader
 from services.kit.broker import Broker, StreamState
 from services.kit.clock import Clock
@@ -33,7 +33,7 @@ class LogStates:
         self._states: dict[int, tuple[float, StreamState]] = {}  # by partition
         self._asking: dict[int, asyncio.Task[StreamState]] = {}  # by partition: the request in flight
         self._followed: dict[tuple[str, str], int] = {}  # partitions of sessions with a feed; bounded by the feeds
-        self._cache = SharedReads(broker)
+        self._cache = ReadCache(broker)
 
     async def state(self, partition: int, *, fresh: bool = False) -> StreamState:
         """Return a partition's bounds and incarnation, at most a second old.

@@ -5,7 +5,7 @@ from typing import NamedTuple, Protocol
 
 from schemas.codec import MalformedEvent, decode_header
 from services.delivery.formats.tail import GAP, Entry, Tail
-from services.delivery.reports.reporter import DeliveryReporter, Place
+from services.delivery.reports.reporter import DeliveryReporter, GenerationKey
 
 __all__ = ["Counted", "DeliveryCounts"]
 
@@ -72,7 +72,7 @@ class DeliveryCounts:
 
     def _add(self, tenant: str, session: str, each: _Sum, count: int, firsts: int) -> None:
         self._delivered.add(
-            Place(tenant, session, each.generation),
+            GenerationKey(tenant, session, each.generation),
             events=each.events * count,
             tokens=max(0, each.reached - each.base) * count,
             reached=each.reached,

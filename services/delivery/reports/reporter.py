@@ -15,7 +15,7 @@ from schemas.names import InvalidName
 from services.delivery import metrics
 from services.kit.broker import BrokerUnavailable
 
-__all__ = ["DeliveryReporter", "Place"]
+__all__ = ["DeliveryReporter", "GenerationKey"]
 
 log = structlog.get_logger()
 REPORT_SECONDS: Final = 5.0
@@ -28,7 +28,7 @@ Publish = Callable[[str, bytes], Awaitable[object]]
 """Stores a message and returns once that is sure; raises ``BrokerUnavailable`` otherwise."""
 
 
-class Place(NamedTuple):
+class GenerationKey(NamedTuple):
     """A generation."""
 
     tenant: str
@@ -60,10 +60,17 @@ class DeliveryReporter:
         self._replica = replica[:40]
         self._limit = limit
         self._serial = 0
-        self._counters: OrderedDict[Place, _Counter] = OrderedDict()
+        self._counters: OrderedDict[GenerationKey, _Counter] = OrderedDict()
 
     def add(
-        self, place: Place, *, events: int, tokens: int = 0, reached: int = 0, size: int = 0, subscribers: int = 0
+        self,
+        place: GenerationKey,
+        *,
+        events: int,
+        tokens: int = 0,
+        reached: int = 0,
+        size: int = 0,
+        subscribers: int = 0,
     ) -> None:
         """Count what was sent: ``tokens`` to this subscriber, whose running count has thereby ``reached`` so many.
 
@@ -112,7 +119,7 @@ class DeliveryReporter:
                 self._counters.popitem(last=False)
                 metrics.DELIVERED_REPORTS.labels("lost").inc()
 
-    async def _tell(self, place: Place, counter: _Counter) -> None:
+    async def _tell(self, place: GenerationKey, counter: _Counter) -> None:
         counter.number += 1
         counter.idle = 0
         counter.reported = True

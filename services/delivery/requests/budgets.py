@@ -16,7 +16,7 @@ from services.kit.broker import Broker, BrokerUnavailable
 from services.kit.clock import Clock
 from services.kit.problem import Problem
 
-__all__ = ["Admission", "worst_case"]
+__all__ = ["BudgetReservations", "worst_case"]
 
 log = structlog.get_logger()
 ASK_SECONDS: Final = 5.0
@@ -28,7 +28,7 @@ BYTES_PER_TOKEN: Final = 3
 _OUTPUT_PARAMS: Final = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 
 
-class Admission:
+class BudgetReservations:
     """Reserves what a generation may use at most; a tenant without budgets costs one look-up in two seconds.
 
     ``output``: output tokens to expect of a request that does not bound them. ``fallback``: whether requests of tenants

@@ -25,7 +25,7 @@ from schemas.subjects import control_subject, lane_of, request_subject
 from schemas.topology import REQUESTS as REQUESTS_STREAM
 from services.delivery import metrics
 from services.delivery.log.states import LogStates
-from services.delivery.requests.budgets import Admission
+from services.delivery.requests.budgets import BudgetReservations
 from services.delivery.requests.deleted_sessions import DeletedSessions
 from services.delivery.requests.generations import ENDED, Lookups
 from services.delivery.requests.start_limits import StartLimits
@@ -36,7 +36,7 @@ from services.kit.clock import Clock
 from services.kit.problem import Problem
 from services.kit.storage import Storage
 
-__all__ = ["GenerationWish", "Intake"]
+__all__ = ["GenerationRequest", "Intake"]
 
 _MAX_METADATA: Final = 16
 CANCEL_TRIES: Final = 5
@@ -48,7 +48,7 @@ Label = Annotated[str, msgspec.Meta(max_length=64)]
 Text = Annotated[str, msgspec.Meta(max_length=4_000)]
 
 
-class GenerationWish(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class GenerationRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """The body of a request for a generation.
 
     ``model``: an alias, or ``provider/model``. ``messages`` and ``params`` in the OpenAI chat form. ``metadata``: up to
@@ -83,7 +83,7 @@ class Intake:
         lookups: Lookups,
         deleted: DeletedSessions,
         starts: StartLimits,
-        admission: Admission,
+        admission: BudgetReservations,
         pool: str,
     ) -> None:
         self._broker = broker
@@ -98,7 +98,7 @@ class Intake:
         self._withdrawals = Withdrawals(broker, lookups, admission)
 
     async def accept(
-        self, principal: Principal, session: str, wish: GenerationWish, key: str | None
+        self, principal: Principal, session: str, wish: GenerationRequest, key: str | None
     ) -> tuple[str, str, bool]:
         """Queue a request; return the generation's name, the cursor before it, and whether it is a repeat.
 
@@ -111,7 +111,7 @@ class Intake:
             return await self._accept(principal, session, wish, key)
 
     async def _accept(
-        self, principal: Principal, session: str, wish: GenerationWish, key: str | None
+        self, principal: Principal, session: str, wish: GenerationRequest, key: str | None
     ) -> tuple[str, str, bool]:
         if not self._storage.stores():
             metrics.LOG_FULL.inc()
@@ -260,7 +260,7 @@ class Intake:
         raise BrokerUnavailable("an earlier request under this key is about to be stored or taken back: ask again")
 
     async def _enqueue(
-        self, record: GenerationRecord, wish: GenerationWish, partition: int, created: int | None, lane: str
+        self, record: GenerationRecord, wish: GenerationRequest, partition: int, created: int | None, lane: str
     ) -> None:
         request = Request(
             tenant=record.tenant,

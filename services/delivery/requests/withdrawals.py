@@ -14,7 +14,7 @@ from schemas.requests import GenerationRecord, Request
 from schemas.subjects import control_subject, request_subject
 from schemas.topology import REQUESTS
 from services.delivery import metrics
-from services.delivery.requests.budgets import Admission
+from services.delivery.requests.budgets import BudgetReservations
 from services.delivery.requests.generations import Lookups
 from services.kit.broker import Broker, BrokerUnavailable, Stored
 
@@ -43,7 +43,7 @@ class Withdrawals:
     before leaves the rest to the producers, which close what nobody runs.
     """
 
-    def __init__(self, broker: Broker, lookups: Lookups, admission: Admission) -> None:
+    def __init__(self, broker: Broker, lookups: Lookups, admission: BudgetReservations) -> None:
         self._broker = broker
         self._lookups = lookups
         self._admission = admission

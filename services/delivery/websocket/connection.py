@@ -11,9 +11,9 @@ from services.delivery import metrics
 from services.delivery.consumers.registry import Consumers
 from services.delivery.errors import named, reach
 from services.delivery.fanout.feed import LAST_WRITE_SECONDS
-from services.delivery.fanout.streams import Streams, Wish
+from services.delivery.fanout.streams import ReadOptions, Streams
 from services.delivery.fanout.supervisor import Supervisor
-from services.delivery.formats.websocket import Formats, frame_message, place_of
+from services.delivery.formats.websocket import Formats, frame_message, position_of
 from services.delivery.formats.websocket_messages import (
     Accepted,
     Ack,
@@ -34,17 +34,17 @@ from services.delivery.formats.websocket_messages import (
     Unreadable,
     Unsubscribe,
 )
-from services.delivery.requests.intake import GenerationWish, Intake
+from services.delivery.requests.intake import GenerationRequest, Intake
 from services.delivery.websocket.consumptions import Consumptions
-from services.delivery.websocket.outbox import Outlet
+from services.delivery.websocket.outbox import SocketOutbox
 from services.delivery.websocket.subscription import Subscription
-from services.delivery.websocket.token_bucket import Pace
+from services.delivery.websocket.token_bucket import TokenBucket
 from services.kit.auth.principal import Principal, authorize
 from services.kit.clock import Clock
 from services.kit.problem import Problem
 from services.kit.request_head import BodyLimit
 
-__all__ = ["CLOSES", "Connection", "Desk"]
+__all__ = ["CLOSES", "Connection", "SocketContext"]
 
 log = structlog.get_logger()
 SUBSCRIPTIONS: Final = 64
@@ -70,7 +70,7 @@ _ABOUT_A_CONSUMER: Final = (Credit, Unconsume)
 TOKENS_OF_A_MESSAGE: Final = 100.0  # so many tokens to settle count as one message more
 
 
-class Desk(NamedTuple):
+class SocketContext(NamedTuple):
     """What all sockets of a process share. ``heartbeat``: seconds between pings; ``max_message``: of one message."""
 
     clock: Clock
@@ -85,7 +85,7 @@ class Desk(NamedTuple):
 class Connection:
     """Serves one accepted socket. Supervised."""
 
-    def __init__(self, desk: Desk, principal: Principal, formats: Formats, outlet: Outlet) -> None:
+    def __init__(self, desk: SocketContext, principal: Principal, formats: Formats, outlet: SocketOutbox) -> None:
         self._desk = desk
         self._principal = principal
         self._formats = formats
@@ -94,7 +94,7 @@ class Connection:
         self._clock = desk.clock
         now = self._clock.monotonic()
         self.until, self.until_reason = desk.supervisor.end_of(principal.expires_at)
-        self._pace = Pace(RATE, BURST, now)
+        self._pace = TokenBucket(RATE, BURST, now)
         self._heard_at = self._asked_at = now
         self._pings = 0
         self._subscriptions: dict[str, Subscription] = {}  # bounded by SUBSCRIPTIONS
@@ -252,7 +252,7 @@ class Connection:
     def _acknowledge(self, said: Ack) -> None:
         subscription = self._subscription(said.session)
         try:
-            place = place_of(said.cursor)
+            place = position_of(said.cursor)
         except InvalidCursor as error:
             raise Problem(400, str(error), slug="cursor-invalid", title="The cursor is not valid here") from error
         subscription.acked(place)
@@ -260,7 +260,7 @@ class Connection:
     def _subscribe(self, said: Subscribe) -> None:
         if said.credit is not None and said.window is not None:
             raise Problem(400, "a subscription has either `credit` or a `window`")
-        wish = Wish.read(
+        wish = ReadOptions.read(
             said.session,
             generation=said.generation,
             after=said.after,
@@ -276,7 +276,7 @@ class Connection:
         self._subscriptions[said.session] = subscription
         subscription.task = asyncio.create_task(self._follow(said.id, wish, subscription))
 
-    async def _follow(self, id_: RequestId | None, wish: Wish, subscription: Subscription) -> None:
+    async def _follow(self, id_: RequestId | None, wish: ReadOptions, subscription: Subscription) -> None:
         reason = "disconnected"
         try:
             stream = await self._desk.streams.open(self._principal, wish)
@@ -302,7 +302,7 @@ class Connection:
             del self._subscriptions[wish.session]
         await self._part(wish, reason, subscription)
 
-    async def _part(self, wish: Wish, reason: str, subscription: Subscription) -> None:
+    async def _part(self, wish: ReadOptions, reason: str, subscription: Subscription) -> None:
         """Say that a subscription is over, where it can neither be resumed nor is the socket over with it."""
         ended = "unsubscribed" if subscription.unsubscribed and reason == "disconnected" else _ENDS.get(reason)
         if ended is not None:
@@ -378,13 +378,13 @@ def _size(data: str | bytes) -> int:
     return len(data) if isinstance(data, bytes) or data.isascii() else len(data.encode())
 
 
-def _generation_wish(request: Any) -> GenerationWish:
+def _generation_wish(request: Any) -> GenerationRequest:
     """Return the body of a request; by way of JSON, since MessagePack can hold what no provider can be sent.
 
     Raises:
         Problem: 400, it is no such body.
     """
     try:
-        return msgspec.json.decode(msgspec.json.encode(request), type=GenerationWish)
+        return msgspec.json.decode(msgspec.json.encode(request), type=GenerationRequest)
     except (msgspec.MsgspecError, TypeError, ValueError, RecursionError) as error:
         raise Problem(400, f"request: {error}") from error

@@ -28,7 +28,7 @@ from services.delivery.formats.websocket_messages import (
     Stopped,
     Unconsume,
 )
-from services.delivery.websocket.outbox import Outlet
+from services.delivery.websocket.outbox import SocketOutbox
 from services.kit.auth.principal import Principal
 from services.kit.problem import Problem
 
@@ -43,7 +43,7 @@ class Consumptions:
     """The consumers that a socket reads: `CONSUMPTIONS` at most. ``refuse`` makes what is said to who cannot."""
 
     def __init__(
-        self, consumers: Consumers, principal: Principal, dialect: Dialect, outlet: Outlet, refuse: Refuse
+        self, consumers: Consumers, principal: Principal, dialect: Dialect, outlet: SocketOutbox, refuse: Refuse
     ) -> None:
         self._consumers = consumers
         self._principal = principal

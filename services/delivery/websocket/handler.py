@@ -14,8 +14,8 @@ from services.delivery.formats.websocket import Formats
 from services.delivery.formats.websocket_messages import JSON, SUBPROTOCOLS, Dialect
 from services.delivery.requests.intake import Intake
 from services.delivery.settings import Settings
-from services.delivery.websocket.connection import CLOSES, Connection, Desk
-from services.delivery.websocket.outbox import Outlet
+from services.delivery.websocket.connection import CLOSES, Connection, SocketContext
+from services.delivery.websocket.outbox import SocketOutbox
 from services.kit.auth.principal import principal_of
 from services.kit.clock import Clock
 from services.kit.http import RAW_SEND
@@ -41,7 +41,7 @@ class WebSockets:
         max_message: BodyLimit,
     ) -> None:
         self._supervisor = supervisor
-        self._desk = Desk(clock, supervisor, settings.heartbeat, streams, intake, consumers, max_message)
+        self._desk = SocketContext(clock, supervisor, settings.heartbeat, streams, intake, consumers, max_message)
         self._formats = {name: Formats(Dialect(name)) for name in SUBPROTOCOLS}
         self._open = 0
 
@@ -62,7 +62,7 @@ class WebSockets:
             await send_problem(send, problem, "websocket.http")
             return
         await send({"type": "websocket.accept", "subprotocol": name})
-        async with Outlet(send) as outlet:
+        async with SocketOutbox(send) as outlet:
             connection = Connection(self._desk, principal, self._formats[name or JSON], outlet)
             with self._supervisor.supervise(principal, connection):
                 reason = await self._serve(connection, receive)

@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
 
-__all__ = ["Outlet"]
+__all__ = ["SocketOutbox"]
 
 BOUND: Final = 65_536
 Messages = Sequence[dict[str, Any]]
@@ -15,7 +15,7 @@ def _size(messages: Messages) -> int:
     return sum(len(message.get("text") or message.get("bytes") or b"") for message in messages)
 
 
-class Outlet:
+class SocketOutbox:
     """Takes ASGI messages of several subscriptions, and writes them while its block runs.
 
     At most `BOUND` bytes wait, or one write that is larger; whoever has more waits for its turn, which is how a client
@@ -37,7 +37,7 @@ class Outlet:
         self._writer: asyncio.Task[None] | None = None
         self.blocked_at: float | None = None
 
-    async def __aenter__(self) -> "Outlet":
+    async def __aenter__(self) -> "SocketOutbox":
         self._writer = asyncio.create_task(self._run(), name="websocket-outlet")
         return self
 

@@ -9,7 +9,7 @@ from services.delivery.fanout.subscriber import Subscriber
 from services.delivery.formats.frames import UNLIMITED
 from services.delivery.formats.websocket import Outgoing
 from services.delivery.formats.websocket_messages import CreditBody
-from services.delivery.websocket.outbox import Outlet
+from services.delivery.websocket.outbox import SocketOutbox
 from services.kit.problem import Problem
 
 __all__ = ["Subscription"]
@@ -23,7 +23,9 @@ CREDIT_HIGH: Final = 2**53
 class Subscription:
     """Without ``credit`` and window the client is sent whatever it takes; ``clock`` gives monotonic seconds."""
 
-    def __init__(self, outlet: Outlet, clock: Callable[[], float], credit: CreditBody | None, *, auto: bool) -> None:
+    def __init__(
+        self, outlet: SocketOutbox, clock: Callable[[], float], credit: CreditBody | None, *, auto: bool
+    ) -> None:
         self._outlet = outlet
         self._clock = clock
         self._subscriber: Subscriber | None = None

@@ -1,9 +1,9 @@
 """How fast a client may talk: a bucket of tokens that fills with time."""
 
-__all__ = ["Pace"]
+__all__ = ["TokenBucket"]
 
 
-class Pace:
+class TokenBucket:
     """Allows ``burst`` at once and ``rate`` per second on average. Times in seconds of any monotonic clock."""
 
     def __init__(self, rate: float, burst: float, now: float) -> None:

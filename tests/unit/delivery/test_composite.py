@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from schemas.cursor import Cursor, CursorIssuer, InvalidCursor
-from services.delivery.formats.granularity import Place
-from services.delivery.formats.multi_cursor import MAX_SESSIONS, Composite, parse_composite
+from services.delivery.formats.granularity import Position
+from services.delivery.formats.multi_cursor import MAX_SESSIONS, MultiCursor, parse_multi_cursor
 
 CURSORS = st.lists(
     st.builds(
@@ -26,34 +26,34 @@ CURSORS = st.lists(
 
 @given(CURSORS)
 def test_composite_cursor_holds_every_place(cursors: list[Cursor]) -> None:
-    text = Composite(cursors).text().decode()
-    assert sorted(parse_composite(text)) == sorted(cursors)
+    text = MultiCursor(cursors).text().decode()
+    assert sorted(parse_multi_cursor(text)) == sorted(cursors)
     assert len(text) < 1_400
 
 
 @given(CURSORS, st.data())
 def test_place_that_moves_changes_its_session_alone(cursors: list[Cursor], data: st.DataObject) -> None:
-    composite = Composite(cursors)
+    composite = MultiCursor(cursors)
     index = data.draw(st.integers(0, len(cursors) - 1))
-    composite.advance(index, Place(77, 5))
+    composite.advance(index, Position(77, 5))
     wanted = [c._replace(seq=77, offset=5) if n == index else c for n, c in enumerate(cursors)]
-    assert sorted(parse_composite(composite.text().decode())) == sorted(wanted)
+    assert sorted(parse_multi_cursor(composite.text().decode())) == sorted(wanted)
 
 
 def test_cursor_of_one_session_is_taken_as_well() -> None:
     issuer = CursorIssuer(3, "now", "t", "s")
-    assert parse_composite(issuer.issue(9)) == [Cursor.parse(issuer.issue(9))]
+    assert parse_multi_cursor(issuer.issue(9)) == [Cursor.parse(issuer.issue(9))]
 
 
 def test_many_sessions_of_one_log_fit_into_a_header() -> None:
     cursors = [Cursor.parse(CursorIssuer(0, "now", "t", f"s{n}").issue(10_000_000 + n)) for n in range(MAX_SESSIONS)]
-    assert len(Composite(cursors).text()) < 500
+    assert len(MultiCursor(cursors).text()) < 500
 
 
 @given(st.one_of(st.text(), st.text().map("m1".__add__), st.binary().map(lambda b: "m1" + b.hex())))
 def test_text_that_is_no_cursor_is_refused(text: str) -> None:
     try:
-        found = parse_composite(text)
+        found = parse_multi_cursor(text)
     except InvalidCursor:
         return
     assert 0 < len(found) <= MAX_SESSIONS
@@ -62,7 +62,7 @@ def test_text_that_is_no_cursor_is_refused(text: str) -> None:
 @pytest.mark.parametrize("text", ["", "m1", "m1AAAA", "m1" + "A" * 3_000, "m1é", "t1"])
 def test_broken_composite_cursors_are_refused(text: str) -> None:
     with pytest.raises(InvalidCursor):
-        parse_composite(text)
+        parse_multi_cursor(text)
 
 
 @given(st.integers(0, 255), st.integers(0, 2**47), st.integers(0, 2**32 - 1))

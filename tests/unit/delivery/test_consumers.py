@@ -11,8 +11,8 @@ from schemas.codec import Header
 from schemas.cursor import CursorIssuer
 from services.delivery.consumers.definition import (
     AGAIN,
+    ConsumerSpec,
     Definition,
-    Wish,
     definition_of,
     durable_config,
     first_position,
@@ -23,7 +23,7 @@ from services.delivery.consumers.session import Delivery, nak
 from services.delivery.consumers.source import Raw, Source, stream_in
 from services.delivery.consumers.tokens import InvalidToken, Token
 from services.delivery.consumers.verdicts import REMEMBERED, Track
-from services.delivery.http.consumer_events import envelope, wanted_shape
+from services.delivery.http.consumer_events import envelope, parse_pull_options
 from services.kit.consumers import DurableInfo
 from services.kit.problem import Problem
 
@@ -111,7 +111,7 @@ def test_whatever_passes_for_a_token_names_only_the_consumer_it_is_used_for(text
 
 
 def test_a_definition_is_found_again_beside_the_brokers_consumer() -> None:
-    definition = Definition(wish=Wish(session="s", types=("completed",)), revision=3)
+    definition = Definition(wish=ConsumerSpec(session="s", types=("completed",)), revision=3)
     config = durable_config("t", "n", definition, 2, 4, 60.0)
     assert config["filter_subject"] == "tokens.2.t.s.*"
     assert config["max_ack_pending"] == 250
@@ -123,7 +123,7 @@ def test_a_definition_is_found_again_beside_the_brokers_consumer() -> None:
 
 @pytest.mark.parametrize(("wanted", "partitions", "share"), [(1, 1, 1), (1, 4, 1), (10, 4, 3), (1_000, 1, 1_000)])
 def test_partitions_share_what_may_be_in_flight(wanted: int, partitions: int, share: int) -> None:
-    config = durable_config("t", "n", Definition(wish=Wish(max_in_flight=wanted)), 0, partitions, 0)
+    config = durable_config("t", "n", Definition(wish=ConsumerSpec(max_in_flight=wanted)), 0, partitions, 0)
     assert config["max_ack_pending"] == share
     assert "inactive_threshold" not in config
 
@@ -131,17 +131,17 @@ def test_partitions_share_what_may_be_in_flight(wanted: int, partitions: int, sh
 def test_a_partition_that_comes_later_leaves_nothing_out() -> None:
     born = "2026-01-01T00:00:00Z"
     cursor = CursorIssuer(1, born, "t", "s").issue(41)
-    assert first_position(Wish(), 0) == {"deliver_policy": "all"}
-    assert first_position(Wish(start="new"), 0) == {"deliver_policy": "new"}
-    assert later_position(Wish(start="new"), 0, born, "2026-02-02T00:00:00Z") == {
+    assert first_position(ConsumerSpec(), 0) == {"deliver_policy": "all"}
+    assert first_position(ConsumerSpec(start="new"), 0) == {"deliver_policy": "new"}
+    assert later_position(ConsumerSpec(start="new"), 0, born, "2026-02-02T00:00:00Z") == {
         "deliver_policy": "by_start_time",
         "opt_start_time": "2026-02-02T00:00:00Z",
     }
-    after = Wish(session="s", after=cursor)
+    after = ConsumerSpec(session="s", after=cursor)
     assert later_position(after, 1, born, born) == {"deliver_policy": "by_start_sequence", "opt_start_seq": 42}
     assert later_position(after, 1, "2026-03-03T00:00:00Z", born) == {"deliver_policy": "all"}
     assert first_position(after, 0) == {"deliver_policy": "all"}
-    since = first_position(Wish(since=0.5), 0)
+    since = first_position(ConsumerSpec(since=0.5), 0)
     assert since == {"deliver_policy": "by_start_time", "opt_start_time": "1970-01-01T00:00:00.500000Z"}
 
 
@@ -202,8 +202,8 @@ def scope(query: str = "", accept: str = "") -> dict[str, Any]:
 
 
 def test_a_query_tells_batches_from_streams() -> None:
-    assert wanted_shape(scope()) == (False, False, None, 0.0)
-    assert wanted_shape(scope("ack=auto", "application/x-ndjson")) == (True, True, None, 0.0)
-    assert wanted_shape(scope("batch=10&wait=2.5")) == (False, False, 10, 2.5)
+    assert parse_pull_options(scope()) == (False, False, None, 0.0)
+    assert parse_pull_options(scope("ack=auto", "application/x-ndjson")) == (True, True, None, 0.0)
+    assert parse_pull_options(scope("batch=10&wait=2.5")) == (False, False, 10, 2.5)
     with pytest.raises(Problem):
-        wanted_shape({"query_string": b"\xff=1", "headers": []})
+        parse_pull_options({"query_string": b"\xff=1", "headers": []})

@@ -5,10 +5,10 @@ import asyncio
 import pytest
 
 from schemas.delivered import DeliveredReport, decode_delivered
-from services.delivery.reports.reporter import IDLE_ROUNDS, DeliveryReporter, Place
+from services.delivery.reports.reporter import IDLE_ROUNDS, DeliveryReporter, GenerationKey
 from services.kit.broker import BrokerUnavailable
 
-PLACE = Place("default", "s", "g")
+PLACE = GenerationKey("default", "s", "g")
 
 
 class Log:
@@ -76,7 +76,7 @@ async def test_counters_are_bounded(away: bool) -> None:
     log.away = away
     delivered = DeliveryReporter(log.publish, "replica", limit=10)
     for number in range(30):
-        delivered.add(Place("default", "s", f"g{number}"), events=1)
+        delivered.add(GenerationKey("default", "s", f"g{number}"), events=1)
     await delivered.report()
     await delivered.report()
     assert len(delivered) <= 10

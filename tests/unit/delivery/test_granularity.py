@@ -12,11 +12,20 @@ from schemas.acceptance import Position as Accepted
 from schemas.codec import encode_event
 from schemas.events import Completed, Delta, Extra, Started, ToolCall
 from services.delivery.formats.format import Address
-from services.delivery.formats.granularity import CUTS, HOLD_CHARS, TOKEN, Grain, Merger, Place, rest, wanted_grain
+from services.delivery.formats.granularity import (
+    CUTS,
+    HOLD_CHARS,
+    TOKEN,
+    Chunker,
+    Granularity,
+    Position,
+    parse_granularity,
+    rest,
+)
 from services.delivery.formats.tail import Entry, Tail
 
-START = Place(0)
-GRAINS = [TOKEN, Grain("line"), Grain("sentence"), Grain("coalesce", 0.05)]
+START = Position(0)
+GRAINS = [TOKEN, Granularity("line"), Granularity("sentence"), Granularity("coalesce", 0.05)]
 TEXTS = st.text(st.sampled_from("ab .!?\n\"'。\uff01」…3中é\U0001f600"), max_size=12)
 KINDS = ["reasoning", "refusal", "tool", "extra", "other", "choice", "moved"]
 SAID = st.lists(
@@ -53,10 +62,10 @@ def entries_of(said: list[tuple[str, str]], step: int = 3) -> list[Entry]:
 
 
 def shown(
-    entries: list[Entry], grain: Grain, place: Place = START, pauses: frozenset[int] = frozenset()
+    entries: list[Entry], grain: Granularity, place: Position = START, pauses: frozenset[int] = frozenset()
 ) -> list[Entry]:
     """Return what is shown of a log behind a place; time passes at ``pauses``."""
-    merger, out, now = Merger(grain, place), [], 0.0
+    merger, out, now = Chunker(grain, place), [], 0.0
     for number, entry in enumerate(e for e in entries if e.seq > place.seq):
         out += merger.offer(entry, now)
         if number in pauses:
@@ -65,8 +74,8 @@ def shown(
     return out + merger.release()
 
 
-def place_of(entry: Entry) -> Place:
-    return Place(entry.seq, entry.offset)
+def place_of(entry: Entry) -> Position:
+    return Position(entry.seq, entry.offset)
 
 
 def content(entries: list[Entry]) -> list[tuple[str, str]]:
@@ -89,7 +98,7 @@ def content(entries: list[Entry]) -> list[tuple[str, str]]:
 
 @given(SAID, st.sampled_from(GRAINS), st.frozensets(st.integers(0, 30)))
 def test_text_is_the_same_in_every_granularity(
-    said: list[tuple[str, str]], grain: Grain, pauses: frozenset[int]
+    said: list[tuple[str, str]], grain: Granularity, pauses: frozenset[int]
 ) -> None:
     entries = entries_of(said)
     assert content(shown(entries, grain, pauses=pauses)) == content(entries)
@@ -97,11 +106,11 @@ def test_text_is_the_same_in_every_granularity(
 
 @given(SAID, st.lists(st.sampled_from(GRAINS), min_size=2, max_size=6), st.data())
 def test_going_on_from_any_cursor_in_any_granularity_gives_every_character_once(
-    said: list[tuple[str, str]], grains: list[Grain], data: st.DataObject
+    said: list[tuple[str, str]], grains: list[Granularity], data: st.DataObject
 ) -> None:
     entries = entries_of(said)
     seen: list[Entry] = []
-    place = Place(0)
+    place = Position(0)
     for grain in grains:
         pieces = shown(entries, grain, place, data.draw(st.frozensets(st.integers(0, 30))))
         if not pieces:
@@ -115,12 +124,12 @@ def test_going_on_from_any_cursor_in_any_granularity_gives_every_character_once(
 
 @given(SAID, st.sampled_from(GRAINS[1:]), st.frozensets(st.integers(0, 30)), st.data())
 def test_who_stands_inside_a_piece_gets_the_rest_of_it(
-    said: list[tuple[str, str]], grain: Grain, pauses: frozenset[int], data: st.DataObject
+    said: list[tuple[str, str]], grain: Granularity, pauses: frozenset[int], data: st.DataObject
 ) -> None:
     entries = entries_of(said)
     other = shown(entries, data.draw(st.sampled_from(GRAINS)), pauses=data.draw(st.frozensets(st.integers(0, 30))))
     taken = other[: data.draw(st.integers(0, len(other)))]
-    place = place_of(taken[-1]) if taken else Place(0)
+    place = place_of(taken[-1]) if taken else Position(0)
     pieces, log = Tail(0, 1_000_000), Tail(0, 1_000_000)
     for entry in entries:
         log.append(entry)
@@ -138,7 +147,7 @@ def test_who_stands_inside_a_piece_gets_the_rest_of_it(
 
 @given(SAID, st.sampled_from(GRAINS), st.frozensets(st.integers(0, 30)))
 def test_places_only_go_forward_and_cursors_sort_as_text(
-    said: list[tuple[str, str]], grain: Grain, pauses: frozenset[int]
+    said: list[tuple[str, str]], grain: Granularity, pauses: frozenset[int]
 ) -> None:
     pieces = shown(entries_of(said), grain, pauses=pauses)
     places = [place_of(piece) for piece in pieces]
@@ -149,7 +158,7 @@ def test_places_only_go_forward_and_cursors_sort_as_text(
 
 @given(SAID, st.sampled_from(GRAINS), st.frozensets(st.integers(0, 30)))
 def test_acceptance_rule_holds_for_joined_deltas_with_through(
-    said: list[tuple[str, str]], grain: Grain, pauses: frozenset[int]
+    said: list[tuple[str, str]], grain: Granularity, pauses: frozenset[int]
 ) -> None:
     said = [(kind, text) for kind, text in said if kind != "other"]
     position: Accepted = BEGINNING
@@ -166,12 +175,12 @@ def test_token_is_the_log_byte_for_byte(said: list[tuple[str, str]]) -> None:
     assert shown(entries, TOKEN) == entries
 
 
-def lines(grain: Grain, *said: str) -> list[str]:
+def lines(grain: Granularity, *said: str) -> list[str]:
     return [json.loads(e.data)["text"] for e in shown(entries_of([("text", s) for s in said]), grain)[1:-1]]
 
 
 def test_lines_end_at_line_ends() -> None:
-    assert lines(Grain("line"), "one\ntw", "o\n", "\nthree") == ["one\n", "two\n", "\n", "three"]
+    assert lines(Granularity("line"), "one\ntw", "o\n", "\nthree") == ["one\n", "two\n", "\n", "three"]
 
 
 @pytest.mark.parametrize(
@@ -187,17 +196,17 @@ def test_lines_end_at_line_ends() -> None:
     ],
 )
 def test_sentences_end_where_they_do(said: list[str], wanted: list[str]) -> None:
-    assert lines(Grain("sentence"), *said) == wanted
+    assert lines(Granularity("sentence"), *said) == wanted
 
 
 def test_text_without_an_end_is_let_out_when_it_grows_too_long() -> None:
-    pieces = lines(Grain("line"), *["x" * 100] * 100)
+    pieces = lines(Granularity("line"), *["x" * 100] * 100)
     assert len(pieces) > 1
     assert max(map(len, pieces)) < HOLD_CHARS + 100
 
 
 def test_text_without_an_end_is_let_out_in_time() -> None:
-    merger = Merger(Grain("line"), Place(0))
+    merger = Chunker(Granularity("line"), Position(0))
     _, held, *_ = entries_of([("text", "no end")])
     assert merger.offer(held, 5.0) == []
     due = merger.due
@@ -208,7 +217,7 @@ def test_text_without_an_end_is_let_out_in_time() -> None:
 
 
 def test_coalesced_text_that_comes_after_a_pause_is_shown_at_once() -> None:
-    merger = Merger(Grain("coalesce", 0.1), Place(0))
+    merger = Chunker(Granularity("coalesce", 0.1), Position(0))
     _, one, two, *_ = entries_of([("text", "one "), ("text", "two")])
     merger.offer(one, 5.0)
     assert merger.settle(5.0) == [one]
@@ -218,7 +227,7 @@ def test_coalesced_text_that_comes_after_a_pause_is_shown_at_once() -> None:
 
 
 def test_event_of_very_many_lines_is_cut_only_so_often() -> None:
-    pieces = lines(Grain("line"), "\n" * 100_000)
+    pieces = lines(Granularity("line"), "\n" * 100_000)
     assert len(pieces) == CUTS + 1
     assert "".join(pieces) == "\n" * 100_000
 
@@ -227,14 +236,14 @@ def test_delta_that_cannot_be_read_is_passed_on_in_its_place() -> None:
     entries = entries_of([("text", "a"), ("text", "b")])
     broken = entries[2]._replace(data=b'{"type":"delta","generation":"g","seq":2,"text":7}')
     entries[2] = broken
-    assert shown(entries, Grain("coalesce", 1.0)) == entries
+    assert shown(entries, Granularity("coalesce", 1.0)) == entries
 
 
 def test_place_behind_what_is_held_is_before_it() -> None:
-    merger = Merger(Grain("sentence"), Place(0))
+    merger = Chunker(Granularity("sentence"), Position(0))
     _, one, *_ = entries_of([("text", "Yes. And")])
     (piece,) = merger.offer(one, 0.0)
-    assert place_of(piece) == merger.place(one.seq) == Place(one.seq - 1, 5)
+    assert place_of(piece) == merger.place(one.seq) == Position(one.seq - 1, 5)
 
 
 @pytest.mark.parametrize(
@@ -242,17 +251,17 @@ def test_place_behind_what_is_held_is_before_it() -> None:
     [
         (None, None, TOKEN),
         ("token", None, TOKEN),
-        ("line", None, Grain("line")),
-        (None, 10, Grain("coalesce", 0.01)),
-        (None, 99, Grain("coalesce", 0.05)),
-        (None, 5000, Grain("coalesce", 5.0)),
+        ("line", None, Granularity("line")),
+        (None, 10, Granularity("coalesce", 0.01)),
+        (None, 99, Granularity("coalesce", 0.05)),
+        (None, 5000, Granularity("coalesce", 5.0)),
     ],
 )
-def test_words_of_clients(granularity: str | None, coalesce: int | None, wanted: Grain) -> None:
-    assert wanted_grain(granularity, coalesce) == wanted
+def test_words_of_clients(granularity: str | None, coalesce: int | None, wanted: Granularity) -> None:
+    assert parse_granularity(granularity, coalesce) == wanted
 
 
 @pytest.mark.parametrize(("granularity", "coalesce"), [("word", None), ("line", 100), (None, 9), (None, 5001)])
 def test_words_that_mean_nothing_are_refused(granularity: str | None, coalesce: int | None) -> None:
     with pytest.raises(ValueError, match=r"granularity|coalesce"):
-        wanted_grain(granularity, coalesce)
+        parse_granularity(granularity, coalesce)

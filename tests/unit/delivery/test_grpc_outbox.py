@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from services.delivery.grpc.outbox import BOUND, Outbox
+from services.delivery.grpc.outbox import BOUND, CallOutbox
 from tests.conftest import eventually
 
 
@@ -27,7 +27,7 @@ class Client:
 
 async def test_what_comes_while_a_write_is_under_way_leaves_together_in_order() -> None:
     client = Client(open_=False)
-    async with Outbox(client.write) as outbox:
+    async with CallOutbox(client.write) as outbox:
         await outbox.put(b"a")
         await eventually(lambda: outbox.writing_since is not None)
         for part in (b"b", b"c", b"d"):
@@ -39,7 +39,7 @@ async def test_what_comes_while_a_write_is_under_way_leaves_together_in_order() 
 
 async def test_beyond_the_bound_whoever_puts_waits_until_something_is_taken() -> None:
     client = Client(open_=False)
-    async with Outbox(client.write) as outbox:
+    async with CallOutbox(client.write) as outbox:
         await outbox.put(b"first")
         await eventually(lambda: outbox.writing_since is not None)
         await outbox.put(b"x" * BOUND)
@@ -56,7 +56,7 @@ async def test_beyond_the_bound_whoever_puts_waits_until_something_is_taken() ->
 
 async def test_one_message_may_be_larger_than_the_bound() -> None:
     client = Client()
-    async with Outbox(client.write) as outbox:
+    async with CallOutbox(client.write) as outbox:
         await outbox.put(b"x" * (3 * BOUND))
         assert await outbox.flush(5)
     assert client.taken == [b"x" * (3 * BOUND)]
@@ -65,7 +65,7 @@ async def test_one_message_may_be_larger_than_the_bound() -> None:
 async def test_client_that_is_gone_is_said_to_whoever_puts() -> None:
     client = Client(open_=False)
     client.error = RuntimeError("gone")
-    async with Outbox(client.write) as outbox:
+    async with CallOutbox(client.write) as outbox:
         await outbox.put(b"a")
         await outbox.put(b"b" * BOUND)
         waiting = asyncio.create_task(outbox.put(b"c" * BOUND))
@@ -79,7 +79,7 @@ async def test_client_that_is_gone_is_said_to_whoever_puts() -> None:
 
 async def test_leaving_the_block_ends_those_who_wait() -> None:
     client = Client(open_=False)
-    async with Outbox(client.write) as outbox:
+    async with CallOutbox(client.write) as outbox:
         await outbox.put(b"a")
         await eventually(lambda: outbox.writing_since is not None)
         await outbox.put(b"b" * BOUND)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from services.delivery.http.asgi import RESTS, outliving
+from services.delivery.http.asgi import RESTS, detaching_streams
 
 
 class Known:
@@ -37,7 +37,7 @@ async def test_the_rest_of_an_answer_outlives_the_application_and_what_it_knew()
 
         scope[RESTS].append(rest)
 
-    await outliving(app)({"type": "http"}, receive, send)
+    await detaching_streams(app)({"type": "http"}, receive, send)
     assert sent == ["head", "body, None left"]
 
 
@@ -50,4 +50,4 @@ async def test_an_application_that_fails_leaves_nothing_to_go_on_with() -> None:
         raise KeyError("x")
 
     with pytest.raises(KeyError):
-        await outliving(app)({"type": "http"}, receive, receive)
+        await detaching_streams(app)({"type": "http"}, receive, receive)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from schemas.acceptance import BEGINNING, Acceptance, Position
 from schemas.codec import Header
-from services.delivery.log.read_cache import POSITIONS, LogKey, SharedReads
+from services.delivery.log.read_cache import POSITIONS, LogKey, ReadCache
 from services.kit.broker import Broker, ReadFailed, Stored
 
 KEY = LogKey("S", "then", "log.>")
@@ -35,11 +35,11 @@ class Log:
             yield wanted[start : start + self._batch]
 
 
-def shared(log: Log, **bounds: Any) -> SharedReads:
-    return SharedReads(cast("Broker", log), **bounds)
+def shared(log: Log, **bounds: Any) -> ReadCache:
+    return ReadCache(cast("Broker", log), **bounds)
 
 
-async def read(reads: SharedReads, from_seq: int, up_to: int, key: LogKey = KEY) -> list[int]:
+async def read(reads: ReadCache, from_seq: int, up_to: int, key: LogKey = KEY) -> list[int]:
     batches = [batch async for batch in reads.read(key, from_seq, up_to)]
     assert all(batches)
     return [stored.seq for batch in batches for stored in batch]

@@ -6,30 +6,30 @@ from hypothesis import strategies as st
 
 from schemas.cursor import Cursor, CursorIssuer
 from services.delivery.errors import CursorExpired, CursorForeign
-from services.delivery.fanout.start_position import Start, check_cursor, wanted_start
+from services.delivery.fanout.start_position import StartPosition, check_cursor, parse_start
 
 ISSUER = CursorIssuer(0, "2026-01-01T00:00:00Z", "default", "s")
 
 
 def test_without_anything_reading_begins_at_the_latest_answer() -> None:
-    assert wanted_start(None, None, None) == (None, Start(where="latest"))
+    assert parse_start(None, None, None) == (None, StartPosition(where="latest"))
 
 
 def test_header_wins_over_the_query() -> None:
-    assert wanted_start("query", "header", None)[0] == "header"
-    assert wanted_start("query", None, None)[0] == "query"
-    assert wanted_start("query", "", None)[0] == "query"
+    assert parse_start("query", "header", None)[0] == "header"
+    assert parse_start("query", None, None)[0] == "query"
+    assert parse_start("query", "", None)[0] == "query"
 
 
 @pytest.mark.parametrize("where", ["start", "live"])
 def test_start_can_be_chosen(where: str) -> None:
-    assert wanted_start(None, None, where)[1].where == where
+    assert parse_start(None, None, where)[1].where == where
 
 
 @pytest.mark.parametrize("where", ["", "latest", "LIVE", "x" * 500])
 def test_other_starts_are_refused_in_few_words(where: str) -> None:
     with pytest.raises(ValueError, match="start, live") as caught:
-        wanted_start(None, None, where)
+        parse_start(None, None, where)
     assert len(str(caught.value)) < 120
 
 

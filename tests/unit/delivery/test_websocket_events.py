@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from schemas.cursor import CursorIssuer
 from services.delivery.formats.format import Address
 from services.delivery.formats.tail import Entry
-from services.delivery.formats.websocket import Formats, SessionFormat, place_of
+from services.delivery.formats.websocket import Formats, SessionFormat, position_of
 from services.delivery.formats.websocket_messages import JSON, MSGPACK, Dialect
 
 PREFIX = CursorIssuer(0, "2026-01-01T00:00:00Z", "t", "s").prefix
@@ -61,7 +61,7 @@ def test_what_is_no_event_is_a_message_of_its_own_in_its_place(name: str) -> Non
     assert found[3] == {"type": "bye", "session": "s", "reason": "drain", "cursor": f"{PREFIX}{2:012x}"}
     outgoing = format_.message(frames, ends=True)
     assert (outgoing.events, outgoing.size) == (2, len(frames[0]) + len(frames[2]))
-    assert outgoing.place == place_of(f"{PREFIX}{2:012x}")
+    assert outgoing.place == position_of(f"{PREFIX}{2:012x}")
 
 
 @pytest.mark.parametrize("name", [JSON, MSGPACK])
@@ -70,13 +70,13 @@ def test_place_of_a_write_is_that_of_its_last_cursor(name: str, places: list[tup
     format_ = SessionFormat("s", Dialect(name))
     frames = [format_.frame(entry(seq, offset=offset), AT) for seq, offset in places]
     last = AT.after(entry(places[-1][0], offset=places[-1][1])).decode()
-    assert format_.message(frames, ends=False).place == place_of(last)
+    assert format_.message(frames, ends=False).place == position_of(last)
 
 
 @given(st.lists(st.tuples(st.integers(0, 2**40), st.integers(0, 2**30)), min_size=2, max_size=2))
 def test_places_grow_as_cursors_do(places: list[tuple[int, int]]) -> None:
     one, two = (AT.after(entry(seq, offset=offset)).decode() for seq, offset in places)
-    assert (place_of(one) < place_of(two)) == (one < two)
+    assert (position_of(one) < position_of(two)) == (one < two)
 
 
 def test_write_without_events_has_no_place() -> None:

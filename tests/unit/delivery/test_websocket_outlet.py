@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from services.delivery.websocket.outbox import BOUND, Outlet
+from services.delivery.websocket.outbox import BOUND, SocketOutbox
 from tests.conftest import eventually
 
 
@@ -35,7 +35,7 @@ def text(data: str) -> list[dict[str, Any]]:
 async def test_messages_of_one_write_stay_together_and_in_order() -> None:
     wire = Wire()
     wire.open.set()
-    async with Outlet(wire.send) as outlet:
+    async with SocketOutbox(wire.send) as outlet:
         await asyncio.gather(*(outlet.send(text(f"{n}a") + text(f"{n}b")) for n in range(20)))
         assert await outlet.flush(5)
     assert wire.taken == [f"{n}{half}" for n in range(20) for half in "ab"]
@@ -43,7 +43,7 @@ async def test_messages_of_one_write_stay_together_and_in_order() -> None:
 
 async def test_who_has_more_than_fits_waits_for_a_turn_and_turns_are_fair() -> None:
     wire = Wire()
-    async with Outlet(wire.send) as outlet:
+    async with SocketOutbox(wire.send) as outlet:
         await outlet.send(text("x" * BOUND))
         waiting = [asyncio.create_task(outlet.send(text(f"{n}" * 40_000))) for n in range(6)]
         await asyncio.sleep(0)
@@ -58,7 +58,7 @@ async def test_who_has_more_than_fits_waits_for_a_turn_and_turns_are_fair() -> N
 
 async def test_turn_that_is_given_up_passes_on() -> None:
     wire = Wire()
-    async with Outlet(wire.send) as outlet:
+    async with SocketOutbox(wire.send) as outlet:
         await outlet.send(text("x" * BOUND))
         first, second, third = (asyncio.create_task(outlet.send(text(name))) for name in "abc")
         await asyncio.sleep(0)
@@ -75,7 +75,7 @@ async def test_turn_that_is_given_up_passes_on() -> None:
 
 async def test_client_that_takes_nothing_is_seen() -> None:
     wire = Wire()
-    async with Outlet(wire.send) as outlet:
+    async with SocketOutbox(wire.send) as outlet:
         assert outlet.blocked_at is None
         await outlet.send(text("x"))
         await eventually(lambda: outlet.blocked_at is not None)
@@ -92,7 +92,7 @@ async def test_connection_that_breaks_ends_all_who_wait() -> None:
         await failing.wait()
         raise ConnectionResetError
 
-    async with Outlet(send) as outlet:
+    async with SocketOutbox(send) as outlet:
         await outlet.send(text("x" * BOUND))
         waiting = [asyncio.create_task(outlet.send(text("more"))) for _ in range(3)]
         await asyncio.sleep(0)
@@ -107,7 +107,7 @@ async def test_connection_that_breaks_ends_all_who_wait() -> None:
 
 async def test_socket_that_is_left_leaves_nobody_waiting() -> None:
     wire = Wire()
-    async with Outlet(wire.send) as outlet:
+    async with SocketOutbox(wire.send) as outlet:
         await outlet.send(text("x" * BOUND))
         waiting = asyncio.create_task(outlet.send(text("more")))
         await asyncio.sleep(0)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.delivery.fanout.flow_control import RECORDS, AutoWindow, InFlight
-from services.delivery.websocket.token_bucket import Pace
+from services.delivery.websocket.token_bucket import TokenBucket
 
 LOW, START, HIGH = 16_384, 65_536, 1_048_576
 
@@ -103,7 +103,7 @@ def test_window_of_a_session_that_says_little_stays_as_it_is() -> None:
 
 @given(st.lists(st.floats(0.0, 5.0), min_size=1, max_size=200))
 def test_pace_never_allows_more_than_burst_and_rate(pauses: list[float]) -> None:
-    pace, now = Pace(10.0, 20.0, 0.0), 0.0
+    pace, now = TokenBucket(10.0, 20.0, 0.0), 0.0
     for taken, pause in enumerate(pauses, 1):
         now += pause
         now += pace.take(1.0, now)

@@ -1,6 +1,8 @@
 """The promises, each as a function from the evidence of a run to the violations of it. Pure."""
 
+import hashlib
 import signal
+from base64 import b32encode
 from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
@@ -8,6 +10,7 @@ from bench.chaos.bills import check_bills
 from bench.chaos.evidence import Evidence
 from bench.chaos.money import check_money
 from bench.chaos.readers import check_readers
+from bench.chaos.schedule import Ask
 from bench.chaos.services import check_services
 from bench.chaos.told import Told
 from bench.chaos.violation import Violation
@@ -86,9 +89,17 @@ def _cancels(evidence: Evidence) -> Iterator[Violation]:
     asks = evidence.opened.schedule.asks
     asked = {record.generation for record in evidence.cancels}
     asked |= {name for name, posted in evidence.posted.items() if asks[posted.ask].grace is not None}
+    # Also where the client was refused: what is taken back later may have run meanwhile, and nobody listened.
+    asked |= {_generation(ask) for ask in asks if ask.grace is not None}
     for told in evidence.told.values():
         if told.generation not in asked and any(e.type == "cancelled" for e in told.terminals):
             yield Violation("cancelled", told.generation, "nobody asked for that")
+
+
+def _generation(ask: Ask) -> str:
+    """Return the name that a request under this idempotency key gets, which is the same on every replica."""
+    digest = hashlib.sha256(f"default\0{ask.session}\0{ask.key}".encode()).digest()
+    return "gen_" + b32encode(digest)[:26].decode().lower()
 
 
 def end_times(evidence: Evidence) -> dict[str, float]:

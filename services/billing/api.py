@@ -16,7 +16,6 @@ from services.billing.adapters.imports import Imports
 from services.billing.adapters.prices import Prices
 from services.billing.adapters.reports import Reports, Totals
 from services.billing.admission import Admission
-from services.billing.answers import NOT_FOUND, PROBLEMS, answer, only
 from services.billing.budgets_api import delete_budget, list_budgets, put_budget, show_budget
 from services.billing.core.question import (
     BUCKETS,
@@ -35,6 +34,7 @@ from services.billing.errors import LedgerUnavailable, LedgerUnusable
 from services.billing.ledger_api import ENTRY_COLUMNS, entry_rows, ledger, reconciliations
 from services.billing.live import Live, live_usage
 from services.billing.money_api import put_prices, put_usage, show_prices
+from services.billing.responses import NOT_FOUND, PROBLEMS, answer, only
 from services.billing.statements import statement
 from services.billing.terms import CurrentTerms
 from services.billing.views import GenerationTrail, SessionUsage, UsageReport, UsageRow, trail, view

@@ -11,7 +11,6 @@ from litestar.params import QueryParameter
 from schemas.usage import COUNTS
 from services.billing.adapters.entries import Entries
 from services.billing.adapters.reports import Reports
-from services.billing.answers import PROBLEMS, answer, only
 from services.billing.core.charging import Entry
 from services.billing.core.question import (
     BadQuestion,
@@ -22,6 +21,7 @@ from services.billing.core.question import (
     parse_status,
     write_page,
 )
+from services.billing.responses import PROBLEMS, answer, only
 from services.billing.views import GenerationUsage, LedgerEntry, entry_view, view
 from services.kit.auth.principal import Principal
 from services.kit.auth.rules import caller, needs

@@ -14,10 +14,10 @@ from litestar.openapi.datastructures import ResponseSpec
 from litestar.response import ServerSentEvent, ServerSentEventMessage
 
 from services.billing.adapters.reports import Reports, Totals
-from services.billing.answers import PROBLEMS, only
 from services.billing.core.question import Filters
 from services.billing.core.spending import DAY, OPEN
 from services.billing.errors import LedgerUnavailable
+from services.billing.responses import PROBLEMS, only
 from services.kit.auth.principal import is_still_valid
 from services.kit.auth.rules import caller, needs
 from services.kit.clock import Clock

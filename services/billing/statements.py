@@ -15,9 +15,9 @@ from litestar.openapi.spec import Example
 from litestar.params import PathParameter
 
 from services.billing.adapters.reports import Reports, Totals
-from services.billing.answers import PROBLEMS, answer, only
 from services.billing.core.money import render
 from services.billing.core.question import BadQuestion, Filters
+from services.billing.responses import PROBLEMS, answer, only
 from services.kit.auth.rules import caller, needs
 from services.kit.problem import Problem
 

@@ -9,10 +9,10 @@ from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from services.billing.core.money import PLACES
 
-__all__ = ["Money"]
+__all__ = ["MoneyType"]
 
 
-class Money(TypeDecorator[Decimal]):
+class MoneyType(TypeDecorator[Decimal]):
     """An exact amount with twelve places: ``NUMERIC`` on PostgreSQL; on SQLite, which has none, a number of 10⁻¹².
 
     Sums are exact on both; one that SQLite cannot hold (9.2 million) is an error there and never a wrong number.

@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from services.billing.adapters.bulk import BulkWriter
 from services.billing.adapters.database import reading, writing
-from services.billing.adapters.sums import Sums
+from services.billing.adapters.sums import SpendingWriter
 from services.billing.adapters.tables import GAPS, STATE
 from services.billing.adapters.tables import GENERATIONS as G
 from services.billing.adapters.tables import PARTITIONS as P
@@ -51,7 +51,7 @@ class Ledger:
         self.hold = hold
         insert = postgresql.insert if engine.dialect.name == "postgresql" else sqlite.insert
         self._bulk = BulkWriter(engine.dialect.name)
-        self._sums = Sums(engine.dialect.name)
+        self._sums = SpendingWriter(engine.dialect.name)
         gap = insert(GAPS)
         self._insert_gap = gap.on_conflict_do_update(
             index_elements=list(GAPS.primary_key),

@@ -14,7 +14,7 @@ from services.billing.core.budgets import TOKENS
 from services.billing.core.generation import Key
 from services.billing.core.spending import PLACE, SUMS, Step
 
-__all__ = ["Sums"]
+__all__ = ["SpendingWriter"]
 
 _release = sa.delete(R).where(*(R.c[name] == sa.bindparam(f"key_{name}") for name in Key._fields))
 _reserved = sa.select(*(R.c[name] for name in Key._fields), R.c.currency, R.c.tokens, R.c.amount)
@@ -22,7 +22,7 @@ AT_ONCE: Final = 500
 _any_reserved = sa.select(sa.exists(sa.select(R.c.tenant)))
 
 
-class Sums:
+class SpendingWriter:
     """Writes on a connection, within its transaction."""
 
     def __init__(self, dialect: str) -> None:

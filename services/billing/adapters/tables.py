@@ -4,7 +4,7 @@ from typing import Final
 
 from sqlalchemy import BigInteger, Boolean, Column, Index, Integer, MetaData, String, Table, Text, text
 
-from services.billing.adapters.columns import Money
+from services.billing.adapters.columns import MoneyType
 
 __all__ = [
     "BUDGETS",
@@ -79,7 +79,7 @@ GENERATIONS: Final = Table(
     Column("metadata", Text, nullable=False, server_default=""),
     Column("credential", _TEXT, nullable=False, server_default=""),
     Column("pricing", String(16), nullable=False, server_default="pending"),
-    Column("amount", Money, nullable=False, server_default="0"),
+    Column("amount", MoneyType, nullable=False, server_default="0"),
     Column("currency", String(3), nullable=False, server_default=""),
     Column("entries", Integer, nullable=False, server_default="0"),
     Column("tokens", BigInteger, nullable=False, server_default="0"),
@@ -136,7 +136,7 @@ LEDGER: Final = Table(
     Column("generation", _NAME, primary_key=True),
     Column("number", Integer, primary_key=True, autoincrement=False),
     Column("kind", String(16), nullable=False),
-    Column("amount", Money, nullable=False),
+    Column("amount", MoneyType, nullable=False),
     Column("currency", String(3), nullable=False),
     Column("source", String(24), nullable=False),
     Column("rule", _TEXT, nullable=False),
@@ -172,7 +172,7 @@ PRICES: Final = Table(
     Column("model", _TEXT, nullable=False),
     Column("token_class", String(16), nullable=False),
     Column("currency", String(3), nullable=False),
-    Column("amount", Money, nullable=False),
+    Column("amount", MoneyType, nullable=False),
     _count("valid_from"),
     _reported("valid_until"),
 )
@@ -261,7 +261,7 @@ RESERVATIONS: Final = Table(
     Column("currency", String(3), primary_key=True),
     Column("credential", _TEXT, nullable=False),
     _count("tokens"),
-    Column("amount", Money, nullable=False),
+    Column("amount", MoneyType, nullable=False),
     _count("expires_at"),
     Index("reservations_by_age", "expires_at"),
 )
@@ -278,7 +278,7 @@ SPENDING: Final = Table(
     Column("status", String(24), primary_key=True),
     Column("currency", String(3), primary_key=True),
     *(_count(name) for name in ("generations", "tokens")),
-    Column("amount", Money, nullable=False),
+    Column("amount", MoneyType, nullable=False),
     *(_count(name) for name in ("input", "output", "cached_input", "cache_write", "reasoning")),
     *(_count(name) for name in ("counted_input", "counted_output", "drift", "unpriced")),
     Column("cache_write_1h", BigInteger, nullable=False, server_default="0"),

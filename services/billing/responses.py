@@ -5,6 +5,7 @@ import hashlib
 import io
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, TypeVar
+from urllib.parse import quote, urlencode
 
 import msgspec
 from litestar import Request, Response
@@ -48,15 +49,10 @@ def answer(
     headers = {"ETag": tag, "Cache-Control": "private, no-cache", "Vary": "Accept, Authorization"}
     if following is not None:
         query = dict(request.query_params.dict()) | {"cursor": following}
-        pairs = [f"{name}={value}" for name, values in query.items() for value in _each(values)]
-        headers["Link"] = f'<{request.url.path}?{"&".join(pairs)}>; rel="next"'
+        headers["Link"] = f'<{quote(request.url.path)}?{urlencode(query, doseq=True)}>; rel="next"'
     if tag in request.headers.get("if-none-match", "").replace("W/", "").split(", "):
         return Response(b"", status_code=304, headers=headers)
     return Response(body, media_type="text/csv; charset=utf-8" if is_csv else "application/json", headers=headers)
-
-
-def _each(value: object) -> Iterable[object]:
-    return value if isinstance(value, list) else [value]
 
 
 def _as_csv(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes:

@@ -1,0 +1,19 @@
+"""Pages of reports that can be had as CSV."""
+
+import re
+from urllib.parse import parse_qs, urlsplit
+
+from litestar.testing import RequestFactory
+
+from services.billing.responses import answer
+
+
+def test_the_next_page_of_csv_keeps_the_query_whatever_its_characters() -> None:
+    query = {"model": "a&b+c%d", "label": ["x=y z", "ü"]}
+    request = RequestFactory().get("/v1/usage", headers={"accept": "text/csv"}, query_params=query)
+    response = answer(request, [], ["model"], lambda _: [], following="c&1")
+    found = re.fullmatch(r'<([^>]+)>; rel="next"', response.headers["Link"])
+    assert found is not None
+    address = urlsplit(found[1])
+    assert address.path == "/v1/usage"
+    assert parse_qs(address.query) == {"model": ["a&b+c%d"], "label": ["x=y z", "ü"], "cursor": ["c&1"]}

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
 
 from services.delivery.formats.format import Address, Format
-from services.delivery.formats.negotiation import chosen
+from services.delivery.formats.negotiation import negotiate
 from services.delivery.formats.sse import http_body
 from services.delivery.formats.tail import Entry
 
@@ -26,7 +26,7 @@ _RAW_DEFLATE: Final = -15
 
 def takes_gzip(accept_encoding: str | None) -> bool:
     """Tell whether a client takes gzip."""
-    return accept_encoding is not None and chosen(accept_encoding, ["gzip"]) is not None
+    return accept_encoding is not None and negotiate(accept_encoding, ["gzip"]) is not None
 
 
 def whole_gzip(body: bytes) -> bytes:

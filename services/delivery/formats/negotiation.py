@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 
-__all__ = ["chosen"]
+__all__ = ["negotiate"]
 
 _LIMIT = 50  # ranges of one header that are looked at
 
 
-def chosen(accept: str | None, offered: Sequence[str]) -> str | None:
+def negotiate(accept: str | None, offered: Sequence[str]) -> str | None:
     """Return the offered media type that a client likes best, the first one among equals; ``None``: it takes none.
 
     Parameters other than the quality are not looked at. Without a header everything is taken.

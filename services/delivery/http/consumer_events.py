@@ -3,7 +3,6 @@
 import asyncio
 from contextlib import suppress
 from typing import Any, Final, NamedTuple
-from urllib.parse import parse_qs
 
 import structlog
 from litestar.types import ASGIApp
@@ -15,7 +14,10 @@ from services.delivery.consumers.registry import Consumers
 from services.delivery.consumers.session import ConsumerSession, Delivery
 from services.delivery.fanout.supervisor import Supervisor
 from services.delivery.formats.ndjson import control_line
+from services.delivery.formats.negotiation import negotiate
 from services.delivery.formats.sse import HEADERS, control_frame
+from services.delivery.http.query import parse_query
+from services.delivery.http.read_request import header
 from services.delivery.settings import Settings
 from services.kit.auth.principal import Principal
 from services.kit.broker import BrokerUnavailable
@@ -27,7 +29,7 @@ __all__ = ["ConsumerEvents", "PullOptions", "parse_pull_options"]
 log = structlog.get_logger()
 BATCH: Final = 1_000
 WAIT: Final = 30.0
-_PARAMETERS: Final = frozenset({"ack", "batch", "wait"})
+_PARAMETERS: Final = ("ack", "batch", "wait")
 _HEARTBEAT: Final = b": hb\n\n"
 _ALIVE: Final = control_line("heartbeat", {})
 _NDJSON: Final = (
@@ -54,30 +56,25 @@ def parse_pull_options(scope: dict[str, Any]) -> PullOptions:
         Problem: 400, a part of it is not valid.
     """
     try:
-        query = parse_qs(scope["query_string"].decode("ascii"), keep_blank_values=True, max_num_fields=20)
+        query, _ = parse_query(scope, _PARAMETERS)
     except ValueError as error:
         raise Problem(400, str(error)) from error
-    for name, values in query.items():
-        if name not in _PARAMETERS:
-            raise Problem(400, f"unknown query parameter {name[:40]!r}: use ack, batch, wait")
-        if len(values) > 1:
-            raise Problem(400, f"query parameter {name!r} stands more than once")
-    ack = query.get("ack", ["explicit"])[0]
+    ack = query.get("ack", "explicit")
     if ack not in ("explicit", "auto"):
         raise Problem(400, f"ack={ack[:40]!r} is not one of: explicit, auto")
     if "wait" in query and "batch" not in query:
         raise Problem(400, "wait needs batch: a stream waits by itself")
-    accept = dict(scope["headers"]).get(b"accept", b"").decode("latin-1")
+    form = negotiate(header(scope, b"accept"), ["text/event-stream", "application/x-ndjson"])
     return PullOptions(
-        ndjson="application/x-ndjson" in accept,
+        ndjson=form == "application/x-ndjson",
         auto=ack == "auto",
         batch=int(_number(query, "batch", 1, BATCH, whole=True)) if "batch" in query else None,
         wait=_number(query, "wait", 0, WAIT) if "wait" in query else 0.0,
     )
 
 
-def _number(query: dict[str, list[str]], name: str, least: float, most: float, *, whole: bool = False) -> float:
-    text = query[name][0]
+def _number(query: dict[str, str], name: str, least: float, most: float, *, whole: bool = False) -> float:
+    text = query[name]
     with suppress(ValueError):
         value = int(text) if whole else float(text)
         if least <= value <= most:

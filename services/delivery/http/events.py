@@ -1,4 +1,4 @@
-"""Events over HTTP: one resource, several forms, chosen by what the client accepts."""
+"""Events over HTTP: one resource, several forms, negotiate by what the client accepts."""
 
 from typing import Any, Final
 
@@ -11,7 +11,7 @@ from services.delivery.formats.format import Format
 from services.delivery.formats.gzip import Gzipped, takes_gzip
 from services.delivery.formats.multiplex import MULTIPLEX_NDJSON, MULTIPLEX_SSE, MultiplexFormat
 from services.delivery.formats.ndjson import NDJSON
-from services.delivery.formats.negotiation import chosen
+from services.delivery.formats.negotiation import negotiate
 from services.delivery.formats.sse import SSE
 from services.delivery.http.asgi import streaming, whole
 from services.delivery.http.completion import Completion
@@ -99,7 +99,7 @@ class SessionEvents:
 
 
 def _form(scope: Any, offered: list[str]) -> str:
-    media_type = chosen(header(scope, b"accept"), offered)
+    media_type = negotiate(header(scope, b"accept"), offered)
     if media_type is None:
         raise Problem(406, f"there is no such form of these events: accept one of {', '.join(offered)}")
     return media_type

@@ -1,11 +1,11 @@
 """What a request for events asks for: its query, or the JSON body of a POST."""
 
 from typing import Any, Final
-from urllib.parse import parse_qs
 
 import msgspec
 
 from services.delivery.fanout.streams import ReadOptions
+from services.delivery.http.query import parse_query
 from services.kit.problem import Problem
 
 __all__ = ["COMPLETE", "ReadRequest", "parse_read_request", "read_options_of"]
@@ -53,7 +53,7 @@ def parse_read_request(scope: Any, body: bytes | None = None, *, several: bool =
         Problem: 400, a part of it is not valid.
     """
     try:
-        ask = _of_query(scope["query_string"], several) if body is None else _of_body(body)
+        ask = _of_query(scope, several) if body is None else _of_body(body)
     except (ValueError, RecursionError) as error:
         raise Problem(400, str(error) or "the body is not readable as JSON") from error
     if ask.sessions and not several:
@@ -89,18 +89,9 @@ def header(scope: Any, name: bytes) -> str | None:
     return ", ".join(found) or None
 
 
-def _of_query(text: bytes, several: bool) -> ReadRequest:
-    names = (*_NAMES, "session") if several else _NAMES
-    query = parse_qs(text.decode("ascii"), keep_blank_values=True, max_num_fields=100)
-    unknown = sorted(set(query) - set(names))
-    if unknown:
-        raise ValueError(f"unknown query parameter {unknown[0][:40]!r}: use {', '.join(names)}")
-    sessions = query.pop("session", [])
-    twice = [name for name, values in query.items() if len(values) > 1]
-    if twice:
-        raise ValueError(f"query parameter {twice[0]!r} stands more than once")
-    single: dict[str, Any] = {name: values[0] for name, values in query.items()}
-    return msgspec.convert(single | {"sessions": sessions}, ReadRequest, strict=False)
+def _of_query(scope: Any, several: bool) -> ReadRequest:
+    single, sessions = parse_query(scope, _NAMES, repeated="session" if several else None)
+    return msgspec.convert({**single, "sessions": sessions}, ReadRequest, strict=False)
 
 
 def _of_body(body: bytes) -> ReadRequest:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from services.delivery.formats.negotiation import chosen
+from services.delivery.formats.negotiation import negotiate
 
 OFFERED = ["text/event-stream", "application/x-ndjson", "application/json"]
 BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,*/*;q=0.8"
@@ -30,4 +30,4 @@ BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,*/*;
     ],
 )
 def test_form_is_the_one_that_the_client_likes_best(accept: str | None, wanted: str | None) -> None:
-    assert chosen(accept, OFFERED) == wanted
+    assert negotiate(accept, OFFERED) == wanted

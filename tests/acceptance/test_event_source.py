@@ -208,7 +208,7 @@ def brings(client: Client, count: int) -> Callable[[], Any]:
 def dismiss(stage: Stage, reason: str) -> None:
     for feed in stage.replica.feeds._feeds.values():
         for subscriber in feed.everyone():
-            subscriber.finish(reason)
+            subscriber.stop(reason)
 
 
 @pytest.mark.parametrize("stage", [False, True], ids=["plain", "gzip"], indirect=True)

@@ -22,9 +22,9 @@ from services.delivery.requests.generations import Lookups
 from services.delivery.requests.intake import Intake
 from services.delivery.websocket.handler import WebSockets
 from services.kit.auth.principal import PRINCIPAL, Principal
-from services.kit.broker import Broker
 from services.kit.clock import SystemClock
 from services.kit.http import serving
+from services.kit.jetstream.broker import Broker
 from services.kit.problem import EXCEPTION_HANDLERS
 from services.kit.request_head import BodyLimit
 from tests.delivery_stage import TENANT

@@ -19,8 +19,8 @@ from services.delivery.requests.budgets import Admission
 from services.delivery.requests.generations import Lookups
 from services.delivery.requests.intake import Intake
 from services.kit.auth.principal import Principal
-from services.kit.broker import Broker
 from services.kit.clock import SystemClock
+from services.kit.jetstream.broker import Broker
 from services.kit.settings import Shared
 from tests.delivery_stage import TENANT
 

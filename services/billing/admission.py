@@ -19,8 +19,8 @@ from services.billing.core.budgets import TOKENS, Budget, Standing, Use, Verdict
 from services.billing.core.money import render
 from services.billing.errors import LedgerUnavailable
 from services.billing.terms import CurrentTerms
-from services.kit.broker import Broker, BrokerUnavailable
 from services.kit.clock import Clock
+from services.kit.jetstream.broker import Broker, BrokerUnavailable
 from services.kit.shutdown import end
 
 __all__ = ["Admission"]

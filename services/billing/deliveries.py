@@ -14,8 +14,8 @@ from schemas.topology import DELIVERED, DELIVERED_DURABLE, ConsumerSpec
 from services.billing import metrics
 from services.billing.adapters.deliveries import Deliveries
 from services.billing.errors import LedgerUnavailable
-from services.kit.broker import Broker, BrokerUnavailable
-from services.kit.consumers import DurableRefused, Durables
+from services.kit.jetstream.broker import Broker, BrokerUnavailable
+from services.kit.jetstream.consumer import DurableRefused, Durables
 
 __all__ = ["DeliveryReports"]
 

@@ -17,7 +17,7 @@ from nats.aio.subscription import Subscription
 
 from schemas.holders import HELD, asked_claim, holder_question
 from schemas.subjects import Address, holder_subject
-from services.kit.broker import Broker, BrokerUnavailable
+from services.kit.jetstream.broker import Broker, BrokerUnavailable
 from services.producer import metrics
 from services.producer.adapters.publisher import Lease, Publisher
 from services.producer.adapters.tries import Tried, Tries

@@ -7,8 +7,8 @@ from typing import Final
 import structlog
 
 from schemas.topology import ConsumerSpec
-from services.kit.broker import Broker, BrokerUnavailable
-from services.kit.consumers import DurableRefused, Durables
+from services.kit.jetstream.broker import Broker, BrokerUnavailable
+from services.kit.jetstream.consumer import DurableRefused, Durables
 
 __all__ = ["QueueCare"]
 

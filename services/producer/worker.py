@@ -13,7 +13,7 @@ from schemas.control import CANCEL, HEARD, OVER, OVER_BUDGET
 from schemas.requests import Request
 from schemas.subjects import control_subject, dead_subject, lane_of
 from schemas.topology import Topology
-from services.kit.broker import BrokerUnavailable
+from services.kit.jetstream.broker import BrokerUnavailable
 from services.kit.shutdown import HAND_OVER, Stop, end
 from services.producer import metrics
 from services.producer.adapters.publisher import Lease

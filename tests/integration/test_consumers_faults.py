@@ -14,7 +14,7 @@ import pytest
 
 from bench.processes import free_port
 from schemas.topology import Topology, token_stream
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from tests.acceptance.processes import REPOSITORY, clean_environment
 from tests.conftest import NatsServer, eventually
 from tests.consumers_stage import Service, Stage, consuming, seqs

@@ -10,7 +10,7 @@ from schemas.delivered import DELIVERED_FILTER, DeliveredReport, decode_delivere
 from schemas.topology import DELIVERED
 from services.delivery.reports.counting import Accounts
 from services.delivery.reports.reporter import Delivered
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from tests.conftest import eventually
 from tests.delivery_stage import Log, Stage, delivering, story
 

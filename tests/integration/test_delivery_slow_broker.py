@@ -6,8 +6,8 @@ import pytest
 
 from services.delivery.fanout.hub import Hub
 from services.delivery.limits import Limits
-from services.kit.broker import Broker, BrokerUnavailable, StreamState
 from services.kit.clock import SystemClock
+from services.kit.jetstream.broker import Broker, BrokerUnavailable, StreamState
 from tests.conftest import eventually
 
 

@@ -17,7 +17,7 @@ from schemas.events import Completed, Delta, Interrupted, Restarted, is_terminal
 from schemas.requests import Request
 from schemas.subjects import Address, lane_of, request_subject, token_subject
 from schemas.topology import REQUESTS, Topology
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from services.producer.adapters.tries import Tries
 from services.producer.core.retry import RetryPolicy
 from services.producer.core.takeover import Begun

@@ -15,8 +15,8 @@ from services.delivery.requests.budgets import Admission
 from services.delivery.requests.generations import Lookups
 from services.delivery.requests.intake import GenerationWish, Intake
 from services.kit.auth.principal import Principal
-from services.kit.broker import Broker, BrokerUnavailable
 from services.kit.clock import SystemClock
+from services.kit.jetstream.broker import Broker, BrokerUnavailable
 from services.kit.problem import Problem
 from tests.conftest import eventually
 from tests.delivery_stage import Stage, delivering

@@ -15,10 +15,10 @@ from schemas.topology import ConsumerSpec, Topology
 from services.billing.core.batch import Group
 from services.billing.core.generation import Key
 from services.billing.core.intake import Record, read_record
-from services.kit.broker import Broker, BrokerUnavailable, Stored, StreamState
-from services.kit.consumers import DurableRefused, Durables
-from services.kit.kept import highest_kept_epoch
-from services.kit.logs import Logs
+from services.kit.jetstream.broker import Broker, BrokerUnavailable, Stored, StreamState
+from services.kit.jetstream.consumer import DurableRefused, Durables
+from services.kit.jetstream.kept import highest_kept_epoch
+from services.kit.jetstream.logs import Logs
 from services.kit.stamps import nanoseconds
 
 __all__ = ["LogState", "Pulled", "Tail"]

@@ -29,7 +29,7 @@ from services.delivery.errors import CursorExpired, CursorForeign, TooBusy
 from services.delivery.http.responses import PROBLEMS, named, reach
 from services.kit.auth.principal import Principal, authorize
 from services.kit.auth.rules import caller, needs
-from services.kit.consumers import DurableRefused
+from services.kit.jetstream.consumer import DurableRefused
 from services.kit.problem import MEDIA_TYPE as PROBLEM_TYPE
 from services.kit.problem import Problem, ProblemDetails
 

@@ -12,7 +12,7 @@ from schemas.subjects import consumer_filter, consumer_subject
 from schemas.topology import CONSUMERS
 from services.delivery import metrics
 from services.delivery.errors import TooBusy, Unknown
-from services.kit.broker import Broker, BrokerUnavailable, Stored
+from services.kit.jetstream.broker import Broker, BrokerUnavailable, Stored
 
 __all__ = ["DeadEvent", "DeadEvents"]
 

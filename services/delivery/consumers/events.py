@@ -17,7 +17,7 @@ from services.delivery.consumers.session import ConsumerSession, Delivery
 from services.delivery.formats.ndjson import control_line
 from services.delivery.formats.sse import HEADERS, control_frame
 from services.kit.auth.principal import Principal
-from services.kit.broker import BrokerUnavailable
+from services.kit.jetstream.broker import BrokerUnavailable
 from services.kit.problem import Problem
 
 __all__ = [

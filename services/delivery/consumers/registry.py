@@ -36,8 +36,8 @@ from services.delivery.errors import TooBusy, Unknown
 from services.delivery.fanout.hub import Hub
 from services.delivery.fanout.start_position import check_cursor
 from services.delivery.limits import ConsumerLimits
-from services.kit.broker import BrokerUnavailable, StreamState
-from services.kit.consumers import DurableInfo, DurableRefused, Durables
+from services.kit.jetstream.broker import BrokerUnavailable, StreamState
+from services.kit.jetstream.consumer import DurableInfo, DurableRefused, Durables
 
 __all__ = ["Conflicting", "Consumers", "Found"]
 

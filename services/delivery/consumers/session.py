@@ -20,9 +20,9 @@ from services.delivery.consumers.judging import Judge
 from services.delivery.consumers.source import PATIENCE, WAIT_SECONDS, Raw, Source, stream_in
 from services.delivery.consumers.tokens import Token
 from services.delivery.errors import TooBusy
-from services.kit.broker import Broker, BrokerUnavailable
 from services.kit.clock import Clock
-from services.kit.consumers import Durables
+from services.kit.jetstream.broker import Broker, BrokerUnavailable
+from services.kit.jetstream.consumer import Durables
 
 __all__ = ["ConsumerSession", "Delivery", "Opened", "Origin"]
 

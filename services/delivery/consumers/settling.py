@@ -12,7 +12,7 @@ from services.delivery.consumers.registry import Consumers
 from services.delivery.consumers.session import ACK, nak
 from services.delivery.consumers.tokens import Token
 from services.delivery.errors import Unknown
-from services.kit.broker import BrokerUnavailable
+from services.kit.jetstream.broker import BrokerUnavailable
 
 __all__ = ["Settled", "Settlement", "settle"]
 

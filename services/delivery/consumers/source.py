@@ -6,7 +6,7 @@ from typing import Final, NamedTuple
 import msgspec
 from nats.aio.msg import Msg
 
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 
 __all__ = ["PATIENCE", "WAIT_SECONDS", "Raw", "Source", "stream_in"]
 

@@ -17,9 +17,9 @@ from services.delivery.fanout.view import Views
 from services.delivery.formats.format import Address
 from services.delivery.formats.tail import Positions, Tail, replay_start
 from services.delivery.log.reader import LogReader
-from services.kit.broker import Broker, BrokerUnavailable, ReadFailed, Stored
 from services.kit.clock import Clock
-from services.kit.nats_client import header_number
+from services.kit.jetstream.broker import Broker, BrokerUnavailable, ReadFailed, Stored
+from services.kit.jetstream.client import header_number
 
 __all__ = ["Feed"]
 

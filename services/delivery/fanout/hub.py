@@ -27,11 +27,11 @@ from services.delivery.reports.counting import Accounts
 from services.delivery.requests.deleted_sessions import DeletedSessions
 from services.delivery.requests.start_limits import Starts
 from services.kit.auth.principal import Principal
-from services.kit.broker import Broker, BrokerUnavailable, StreamState
 from services.kit.clock import Clock
-from services.kit.logs import Logs
+from services.kit.jetstream.broker import Broker, BrokerUnavailable, StreamState
+from services.kit.jetstream.logs import Logs
+from services.kit.jetstream.storage import Storage
 from services.kit.shutdown import end
-from services.kit.storage import Storage
 
 __all__ = ["Hub"]
 

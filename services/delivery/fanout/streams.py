@@ -17,7 +17,7 @@ from services.delivery.formats.format import Format
 from services.delivery.formats.granularity import TOKEN, Grain, Place, wanted_grain
 from services.delivery.requests.generations import ENDED, Lookups
 from services.kit.auth.principal import Principal, authorize
-from services.kit.broker import BrokerUnavailable
+from services.kit.jetstream.broker import BrokerUnavailable
 from services.kit.problem import Problem
 
 __all__ = ["Stream", "Streams", "Wish", "problem_of"]

@@ -20,7 +20,7 @@ from services.delivery.requests.generations import ENDED, Lookups
 from services.delivery.requests.intake import GenerationWish, Intake
 from services.delivery.requests.transcript import Alternative, Transcript
 from services.kit.auth.rules import caller, needs
-from services.kit.broker import BrokerUnavailable
+from services.kit.jetstream.broker import BrokerUnavailable
 from services.kit.problem import Problem, ProblemDetails, problem_bytes
 
 __all__ = ["GenerationView", "SessionView", "router", "view_of"]

@@ -10,7 +10,7 @@ from schemas.names import InvalidName, check_name
 from services.delivery.errors import Deleted, Unknown
 from services.kit.auth.principal import Principal
 from services.kit.auth.rules import REFUSALS
-from services.kit.broker import BrokerUnavailable
+from services.kit.jetstream.broker import BrokerUnavailable
 from services.kit.problem import Problem, ProblemDetails
 
 __all__ = ["PROBLEMS", "Accepted", "Links", "accepted", "gone", "named", "own", "reach"]

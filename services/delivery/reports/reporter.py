@@ -13,7 +13,7 @@ import structlog
 from schemas.delivered import DeliveredReport, delivered_subject, encode_delivered
 from schemas.names import InvalidName
 from services.delivery import metrics
-from services.kit.broker import BrokerUnavailable
+from services.kit.jetstream.broker import BrokerUnavailable
 
 __all__ = ["Delivered", "Place"]
 

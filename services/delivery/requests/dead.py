@@ -13,7 +13,7 @@ from schemas.subjects import dead_filter, dead_subject
 from schemas.topology import DEAD
 from services.delivery.errors import Unknown
 from services.kit.auth.principal import Principal
-from services.kit.broker import Broker, BrokerUnavailable
+from services.kit.jetstream.broker import Broker, BrokerUnavailable
 
 __all__ = ["REASON", "Dead", "DeadRequests"]
 

@@ -11,7 +11,7 @@ from schemas.cursor import CursorIssuer
 from schemas.requests import DeletedSession
 from schemas.subjects import DELETED_FILTER, session_key
 from schemas.topology import BUCKET, bucket_stream
-from services.kit.broker import Broker, BrokerUnavailable
+from services.kit.jetstream.broker import Broker, BrokerUnavailable
 
 __all__ = ["DeletedSessions", "deletion_of"]
 

@@ -30,7 +30,7 @@ from services.delivery.errors import Unknown
 from services.delivery.fanout.hub import Hub
 from services.delivery.requests.generations import ENDED, Lookups
 from services.delivery.requests.intake import Intake
-from services.kit.broker import BrokerUnavailable
+from services.kit.jetstream.broker import BrokerUnavailable
 from services.kit.problem import Problem
 
 __all__ = ["Deletion"]

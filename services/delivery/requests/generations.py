@@ -14,8 +14,8 @@ from schemas.topology import BUCKET, REGISTRY_BUCKET, token_stream
 from services.delivery.errors import Deleted, Unknown
 from services.delivery.requests.deleted_sessions import deletion_of
 from services.delivery.requests.transcript import Transcript
-from services.kit.broker import Broker, BrokerUnavailable
 from services.kit.clock import Clock
+from services.kit.jetstream.broker import Broker, BrokerUnavailable
 
 __all__ = ["ENDED", "Lookups"]
 

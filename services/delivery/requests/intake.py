@@ -29,8 +29,8 @@ from services.delivery.requests.budgets import Admission
 from services.delivery.requests.generations import ENDED, Lookups
 from services.delivery.requests.withdrawals import Withdrawals
 from services.kit.auth.principal import Principal
-from services.kit.broker import Broker, BrokerUnavailable
 from services.kit.clock import Clock
+from services.kit.jetstream.broker import Broker, BrokerUnavailable
 from services.kit.problem import Problem
 
 __all__ = ["GenerationWish", "Intake"]

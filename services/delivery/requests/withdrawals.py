@@ -16,7 +16,7 @@ from schemas.topology import REQUESTS
 from services.delivery import metrics
 from services.delivery.requests.budgets import Admission
 from services.delivery.requests.generations import Lookups
-from services.kit.broker import Broker, BrokerUnavailable, Stored
+from services.kit.jetstream.broker import Broker, BrokerUnavailable, Stored
 
 __all__ = ["Withdrawals"]
 

@@ -19,8 +19,8 @@ from nats.js import errors as js_errors
 from schemas.topology import CREDENTIALS_BUCKET, bucket_stream
 from services.kit.auth import metrics
 from services.kit.auth.api_keys import KeyRecord
-from services.kit.broker import Broker, BrokerUnavailable
 from services.kit.clock import Clock
+from services.kit.jetstream.broker import Broker, BrokerUnavailable
 
 __all__ = ["KeyTable", "TooManyKeys"]
 

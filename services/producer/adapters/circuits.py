@@ -18,8 +18,8 @@ import structlog
 from nats.js.kv import KeyValue
 
 from schemas.topology import REGISTRY_BUCKET
-from services.kit.broker import Broker
-from services.kit.nats_client import heeding
+from services.kit.jetstream.broker import Broker
+from services.kit.jetstream.client import heeding
 from services.producer import metrics
 from services.producer.core.circuit import Circuit, CircuitState
 from services.producer.core.parts import UpstreamFailure

@@ -16,7 +16,7 @@ import msgspec
 import structlog
 from nats.js.errors import APIError
 
-from services.kit.broker import Broker, BrokerUnavailable
+from services.kit.jetstream.broker import Broker, BrokerUnavailable
 from services.producer.errors import Fenced, LogRefused, LogUnavailable
 from services.producer.metrics import LOG_REFUSALS, PUBLISH_REPEATS, PUBLISH_WINDOW
 

@@ -11,7 +11,7 @@ from nats.js import errors as js_errors
 from schemas.requests import Announcement, GenerationRecord
 from schemas.subjects import generation_key
 from schemas.topology import REGISTRY_BUCKET
-from services.kit.broker import Broker, BrokerUnavailable
+from services.kit.jetstream.broker import Broker, BrokerUnavailable
 
 __all__ = ["Records"]
 

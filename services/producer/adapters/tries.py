@@ -8,7 +8,7 @@ from nats.js.errors import APIError
 
 from schemas.subjects import Address, generation_key
 from schemas.topology import BUCKET, bucket_stream
-from services.kit.broker import Broker, BrokerUnavailable
+from services.kit.jetstream.broker import Broker, BrokerUnavailable
 from services.producer.adapters.publisher import WRONG_LAST_SEQUENCE
 from services.producer.errors import GiveUp
 

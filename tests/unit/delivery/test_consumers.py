@@ -24,7 +24,7 @@ from services.delivery.consumers.session import Delivery, nak
 from services.delivery.consumers.source import Raw, Source, stream_in
 from services.delivery.consumers.tokens import InvalidToken, Token
 from services.delivery.consumers.verdicts import REMEMBERED, Track
-from services.kit.consumers import DurableInfo
+from services.kit.jetstream.consumer import DurableInfo
 from services.kit.problem import Problem
 
 TYPES = ["delta", "delta", "delta", "restarted", "completed", "usage"]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from services.producer.adapters import circuits as module
 from services.producer.adapters.circuits import COUNTED, Circuits, Permit
 from services.producer.core.circuit import Circuit

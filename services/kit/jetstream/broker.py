@@ -14,10 +14,10 @@ from nats.js.kv import KeyValue
 
 from schemas.log_marks import incarnation
 from schemas.topology import BUCKET, Topology
-from services.kit.connection import BrokerUnavailable, Connection
-from services.kit.nats_client import RelayClient
+from services.kit.jetstream.admin import APPLY_SECONDS, NotReady, Refused, apply_topology, token_partitions
+from services.kit.jetstream.client import RelayClient
+from services.kit.jetstream.connection import BrokerUnavailable, Connection
 from services.kit.stamps import nanoseconds
-from services.kit.streams import APPLY_SECONDS, NotReady, Refused, apply_topology, token_partitions
 
 __all__ = ["Broker", "BrokerUnavailable", "ReadFailed", "Stored", "StreamState"]
 

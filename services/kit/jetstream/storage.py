@@ -11,7 +11,7 @@ from nats.js.errors import APIError
 from prometheus_client import Gauge
 
 from schemas.storage import REFUSED_SUBJECT, probe_subjects
-from services.kit.broker import Broker, BrokerUnavailable
+from services.kit.jetstream.broker import Broker, BrokerUnavailable
 
 __all__ = ["Storage"]
 

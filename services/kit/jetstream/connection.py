@@ -17,7 +17,7 @@ from nats.aio.subscription import Subscription
 from nats.js import JetStreamContext
 from nats.js import errors as js_errors
 
-from services.kit.nats_client import Arrival, RelayClient
+from services.kit.jetstream.client import Arrival, RelayClient
 
 __all__ = ["BrokerUnavailable", "Connection"]
 
@@ -171,7 +171,7 @@ class Connection:
         return await self.client.subscribe(subject, queue=queue, cb=callback, pending_bytes_limit=pending_bytes)
 
     async def listen(self, subject: str, arrival: Arrival) -> Subscription:
-        """Subscribe a plain function to a core subject that carries tokens: see `services.kit.nats_client`."""
+        """Subscribe a plain function to a core subject that carries tokens: see `services.kit.jetstream.client`."""
         return await self.client.listen(subject, arrival)
 
     async def unlisten(self, subscription: Subscription) -> None:

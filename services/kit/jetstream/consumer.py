@@ -8,8 +8,8 @@ import structlog
 from prometheus_client import Counter
 
 from schemas.topology import ConsumerSpec
-from services.kit.connection import BrokerUnavailable
-from services.kit.streams import consumer_config
+from services.kit.jetstream.admin import consumer_config
+from services.kit.jetstream.connection import BrokerUnavailable
 
 __all__ = ["DurableInfo", "DurableRefused", "Durables", "Place"]
 

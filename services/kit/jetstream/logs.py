@@ -14,7 +14,7 @@ from schemas.log_marks import Mark, beyond, decode_mark, mark_subject, regressio
 from schemas.log_marks import incarnation as incarnation_of
 from schemas.subjects import partition_filter
 from schemas.topology import REGISTRY_BUCKET, bucket_stream, token_stream
-from services.kit.broker import Broker, BrokerUnavailable, StreamState
+from services.kit.jetstream.broker import Broker, BrokerUnavailable, StreamState
 
 __all__ = ["Logs"]
 

@@ -41,7 +41,7 @@ async def test_what_a_replica_had_not_given_yet_goes_back_at_once(nats_url: str,
         await Log(broker).append(*story("g1", 2))
         pulled = await session.pull(2, 5)
         source = session._sources["TOKENS_0"]
-        await source.ask(3, 1_000_000, 0.0)
+        await source.ask(3, 1_000_000)
         await eventually(lambda: len(source.buffer) == 3)
         await session.nack(pulled)
         await session.close()

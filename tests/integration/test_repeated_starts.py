@@ -6,7 +6,6 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
-from nats.js.errors import APIError
 
 from schemas.subjects import lane_of, request_subject
 from services.delivery.fanout.hub import Hub
@@ -17,6 +16,7 @@ from services.delivery.requests.intake import GenerationWish, Intake
 from services.kit.auth.principal import Principal
 from services.kit.clock import SystemClock
 from services.kit.jetstream.broker import Broker, BrokerUnavailable
+from services.kit.jetstream.errors import APIError
 from services.kit.problem import Problem
 from tests.conftest import eventually
 from tests.delivery_stage import Stage, delivering

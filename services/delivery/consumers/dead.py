@@ -5,20 +5,18 @@ from collections.abc import Container
 from typing import Final
 
 import msgspec
-import nats.errors
-from nats.js import errors as js_errors
 
 from schemas.subjects import consumer_filter, consumer_subject
 from schemas.topology import CONSUMERS
 from services.delivery import metrics
 from services.delivery.errors import TooBusy, Unknown
 from services.kit.jetstream.broker import Broker, BrokerUnavailable, Stored
+from services.kit.jetstream.errors import APIError
 
 __all__ = ["DeadEvent", "DeadEvents"]
 
 ROOM: Final = 4_096
 """More than a dead event adds to the event itself."""
-_AWAY: Final = (nats.errors.Error, OSError, TimeoutError)
 
 
 class DeadEvent(msgspec.Struct, frozen=True, kw_only=True):
@@ -143,15 +141,12 @@ class DeadEvents:
         subject = consumer_subject(kind, tenant, name, dead.id)
         try:
             await self._broker.publish_stored(subject, msgspec.json.encode(dead))
-        except js_errors.APIError as error:
+        except APIError as error:
             if await self._broker.last(CONSUMERS, subject) is None:
                 raise TooBusy(f"no more events can be put aside: {error.description}") from error
 
     async def _purge(self, subject: str) -> None:
-        try:
-            await self._broker.js.purge_stream(CONSUMERS, subject=subject)
-        except _AWAY as error:
-            raise BrokerUnavailable(f"cannot remove dead events: {error!r}") from error
+        await self._broker.purge(CONSUMERS, subject)
 
 
 def _decoded(stored: Stored) -> DeadEvent:

@@ -5,7 +5,6 @@ from collections import deque
 from typing import Final
 
 import structlog
-from nats.aio.subscription import Subscription
 
 from schemas.codec import MalformedEvent, decode_header
 from schemas.cursor import CursorIssuer
@@ -20,6 +19,7 @@ from services.delivery.log.reader import LogReader
 from services.kit.clock import Clock
 from services.kit.jetstream.broker import Broker, BrokerUnavailable, ReadFailed, Stored
 from services.kit.jetstream.client import header_number
+from services.kit.jetstream.connection import Subscription
 
 __all__ = ["Feed"]
 

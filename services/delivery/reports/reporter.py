@@ -7,13 +7,12 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Final, NamedTuple
 
-import nats.errors
 import structlog
 
 from schemas.delivered import DeliveredReport, delivered_subject, encode_delivered
 from schemas.names import InvalidName
 from services.delivery import metrics
-from services.kit.jetstream.broker import BrokerUnavailable
+from services.kit.jetstream.errors import APIError, BrokerUnavailable
 
 __all__ = ["Delivered", "Place"]
 
@@ -25,7 +24,7 @@ COUNTERS: Final = 50_000
 """Bound of counters in memory. Beyond it those longest without news are reported and forgotten early."""
 
 Publish = Callable[[str, bytes], Awaitable[object]]
-"""Stores a message and returns once that is sure; raises ``BrokerUnavailable`` otherwise."""
+"""Stores a message and returns once that is sure; raises `BrokerUnavailable` or `APIError` otherwise."""
 
 
 class Place(NamedTuple):
@@ -105,7 +104,7 @@ class Delivered:
                     del self._counters[place]
                 else:
                     counter.idle += 1
-        except (BrokerUnavailable, nats.errors.Error) as error:
+        except (BrokerUnavailable, APIError) as error:
             metrics.DELIVERED_REPORTS.labels("failed").inc()
             log.warning("what was delivered is not reported yet", waiting=len(self._counters), error=str(error))
             while len(self._counters) > self._limit:
@@ -131,7 +130,7 @@ class Delivered:
         )
         try:
             await self._publish(delivered_subject(*place), encode_delivered(report))
-        except (BrokerUnavailable, nats.errors.Error, asyncio.CancelledError):
+        except (BrokerUnavailable, APIError, asyncio.CancelledError):
             counter.reported = False
             raise
         except InvalidName as error:

@@ -10,9 +10,7 @@ from collections.abc import Iterable
 from typing import Final
 
 import msgspec
-import nats.errors
 import structlog
-from nats.js import errors as js_errors
 
 from schemas.requests import DeletedSession, GenerationRecord
 from schemas.subjects import (
@@ -30,8 +28,9 @@ from services.delivery.errors import Unknown
 from services.delivery.fanout.hub import Hub
 from services.delivery.requests.generations import ENDED, Lookups
 from services.delivery.requests.intake import Intake
-from services.kit.jetstream.broker import BrokerUnavailable
+from services.kit.jetstream.consumer import Durables
 from services.kit.problem import Problem
+from services.kit.stamps import nanoseconds
 
 __all__ = ["Deletion"]
 
@@ -47,7 +46,6 @@ BILLED_SECONDS: Final = 10.0
 UNBILLED_SECONDS: Final = 600.0
 """Age of billing's consumer beyond which, if it has never read anything, no billing runs here."""
 NAMED: Final = 10
-_AWAY: Final = (nats.errors.Error, OSError, TimeoutError)
 
 
 class Deletion:
@@ -90,7 +88,7 @@ class Deletion:
         for generation in sorted(generations):
             await self._bury(tenant, session, generation)
         for subject in _flat(stored.values()):
-            await self._purge(token_stream(parse_address(subject).partition), subject)
+            await self._broker.purge(token_stream(parse_address(subject).partition), subject)
         await self._forget_dead(tenant, session, generations)
         await self._broker.publish(deleted_subject(tenant, session), msgspec.json.encode(deleted))
         await self._hub.end_deleted(deleted)
@@ -163,18 +161,11 @@ class Deletion:
                 await asyncio.sleep(POLL_SECONDS)
 
     async def _has_billed(self, partition: int, seq: int) -> bool:
-        try:
-            info = await self._broker.js.consumer_info(token_stream(partition), billing_durable(partition))
-        except js_errors.NotFoundError:
+        info = await Durables(self._broker).info(token_stream(partition), billing_durable(partition))
+        if info is None or info.ack_floor.stream_seq >= seq or (not info.num_pending and not info.num_ack_pending):
             return True
-        except _AWAY as error:
-            raise BrokerUnavailable(f"billing's position cannot be read: {error!r}") from error
-        acknowledged = (info.ack_floor.stream_seq if info.ack_floor else 0) or 0
-        if acknowledged >= seq or (not info.num_pending and not info.num_ack_pending):
-            return True
-        delivered = (info.delivered.stream_seq if info.delivered else 0) or 0
-        age = self._hub.clock.wall() - info.created.timestamp() if info.created else 0.0
-        return delivered == 0 and age > UNBILLED_SECONDS
+        age = self._hub.clock.wall() - nanoseconds(info.created) / 1e9
+        return info.delivered.stream_seq == 0 and age > UNBILLED_SECONDS
 
     async def _bury(self, tenant: str, session: str, generation: str) -> None:
         """Replace a generation's record by one that says only that it was deleted: its name is not used again."""
@@ -203,14 +194,8 @@ class Deletion:
             for subject in await self._broker.subjects(DEAD, dead_filter(lane)):
                 generation = subject.rpartition(".")[2]
                 if generation in generations:
-                    await self._purge(DEAD, dead_subject(lane, generation))
+                    await self._broker.purge(DEAD, dead_subject(lane, generation))
         await DeadEvents(self._broker, 0).forget_session(tenant, session, generations)
-
-    async def _purge(self, stream: str, subject: str) -> None:
-        try:
-            await self._broker.js.purge_stream(stream, subject=subject)
-        except _AWAY as error:
-            raise BrokerUnavailable(f"cannot remove {subject} from {stream}: {error!r}") from error
 
 
 def _flat(subjects: Iterable[list[str]]) -> list[str]:

@@ -4,12 +4,11 @@ import asyncio
 from typing import Final, NamedTuple, overload
 
 import structlog
-from nats.js.errors import APIError
 
 from schemas.subjects import Address, generation_key
 from schemas.topology import BUCKET, bucket_stream
 from services.kit.jetstream.broker import Broker, BrokerUnavailable
-from services.producer.adapters.publisher import WRONG_LAST_SEQUENCE
+from services.kit.jetstream.errors import APIError
 from services.producer.errors import GiveUp
 
 __all__ = ["Tried", "Tries"]
@@ -100,7 +99,7 @@ class Tries:
         try:
             return await self._broker.publish_stored(_subject(address), b"%d" % begun, headers=headers)
         except APIError as error:
-            if error.err_code in WRONG_LAST_SEQUENCE:
+            if error.is_wrong_last_sequence:
                 return None
             raise BrokerUnavailable(f"the bucket refuses: {error.description}") from error
 

@@ -257,7 +257,7 @@ async def test_a_client_that_reads_nothing_holds_little_and_is_let_go(nats_url: 
 
             def evicted() -> bool:
                 nonlocal worst
-                worst = max(worst, sum(len(raw.data) for s in session._sources.values() for raw in s.buffer))
+                worst = max(worst, sum(len(data) for s in session._sources.values() for _, _, data in s.buffer))
                 return metric("tailrace_delivery_streams_closed_total", reason="evicted") > before
 
             await eventually(evicted, timeout=20)

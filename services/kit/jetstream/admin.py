@@ -15,6 +15,7 @@ from schemas.partitions import HISTORY_SUBJECT, decode_history, encode_history, 
 from schemas.topology import REGISTRY_BUCKET, ConsumerSpec, StreamSpec, Topology, bucket_stream, token_partition
 from services.kit.jetstream import api
 from services.kit.jetstream.api import ASK_SECONDS, Requester
+from services.kit.jetstream.connection import expecting
 from services.kit.jetstream.errors import (
     CONSUMER_CREATE_FAILED,
     REPLICAS_NOT_SUPPORTED,
@@ -143,7 +144,7 @@ async def _extend_history(broker: Requester, count: int, before: tuple[int, ...]
         if history[-1] == count:
             return
     data = encode_history(extended(history, count))
-    headers = {"Nats-Expected-Last-Subject-Sequence": str(seq)}
+    headers = expecting(seq)
     answer = await broker.request(HISTORY_SUBJECT, data, timeout=ASK_SECONDS, headers=headers)
     try:
         api.decode_answer(answer, _Answer, HISTORY_SUBJECT)

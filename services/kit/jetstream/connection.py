@@ -20,7 +20,7 @@ from nats.js import errors as js_errors
 from services.kit.jetstream.client import Arrival, Delivery, RelayClient
 from services.kit.jetstream.errors import AWAY, APIError, BrokerUnavailable
 
-__all__ = ["BrokerUnavailable", "Callback", "Connection", "Message", "Subscription"]
+__all__ = ["BrokerUnavailable", "Callback", "Connection", "Message", "Subscription", "expecting"]
 
 log = structlog.get_logger()
 
@@ -37,6 +37,11 @@ _PERSISTENT: Final[dict[str, Any]] = {
     "max_outstanding_pings": 2,
     "pending_size": PENDING_BYTES,
 }
+
+
+def expecting(last: int) -> dict[str, str]:
+    """Return headers of an append that is refused unless ``last`` is the subject's last stream sequence (0: none)."""
+    return {"Nats-Expected-Last-Subject-Sequence": str(last)}
 
 
 class Connection:

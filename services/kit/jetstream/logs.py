@@ -14,6 +14,7 @@ from schemas.log_marks import incarnation as incarnation_of
 from schemas.subjects import partition_filter
 from schemas.topology import REGISTRY_BUCKET, bucket_stream, token_stream
 from services.kit.jetstream.broker import Broker, BrokerUnavailable, StreamState
+from services.kit.jetstream.connection import expecting
 from services.kit.jetstream.errors import APIError
 
 __all__ = ["Logs"]
@@ -232,7 +233,7 @@ class Logs:
 
     async def _write(self, partition: int, mark: Mark, revision: int) -> bool:
         """Store a mark behind ``revision``; ``False`` when somebody else has stored one since."""
-        headers = {"Nats-Expected-Last-Subject-Sequence": str(revision)}
+        headers = expecting(revision)
         try:
             await self._broker.publish_stored(mark_subject(partition), msgspec.json.encode(mark), headers=headers)
         except APIError as error:

@@ -16,6 +16,7 @@ import msgspec
 import structlog
 
 from services.kit.jetstream.broker import Broker, BrokerUnavailable
+from services.kit.jetstream.connection import expecting
 from services.kit.jetstream.errors import APIError
 from services.producer.errors import Fenced, LogRefused, LogUnavailable
 from services.producer.metrics import LOG_REFUSALS, PUBLISH_REPEATS, PUBLISH_WINDOW
@@ -225,7 +226,7 @@ class LogWriter:
             Fenced: the lease has run out.
             LogUnavailable: the log has not taken it for too long.
         """
-        headers = {"Nats-Expected-Last-Subject-Sequence": str(last_seq)}
+        headers = expecting(last_seq)
         began = self._loop.time()
         while True:
             # Whose lease has run out may have read what its successor wrote: the condition alone would let it in.

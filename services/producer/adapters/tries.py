@@ -8,6 +8,7 @@ import structlog
 from schemas.subjects import Address, generation_key
 from schemas.topology import BUCKET, bucket_stream
 from services.kit.jetstream.broker import Broker, BrokerUnavailable
+from services.kit.jetstream.connection import expecting
 from services.kit.jetstream.errors import APIError
 from services.producer.errors import GiveUp
 
@@ -95,7 +96,7 @@ class Tries:
     async def _write(self, address: Address, begun: int, after: int) -> int | None: ...
     async def _write(self, address: Address, begun: int, after: int | None = None) -> int | None:
         """Write a count, and return its stream sequence; ``after``: only behind that one, else ``None``."""
-        headers = None if after is None else {"Nats-Expected-Last-Subject-Sequence": str(after)}
+        headers = None if after is None else expecting(after)
         try:
             return await self._broker.publish_stored(_subject(address), b"%d" % begun, headers=headers)
         except APIError as error:

@@ -30,7 +30,7 @@ from bench.targets import start_nats
 from services.billing.adapters.database import open_engine, reading
 from services.billing.adapters.tables import GENERATIONS, LEDGER
 from services.billing.database_url import database_url
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 
 __all__ = ["billing"]
 

@@ -9,7 +9,7 @@ from schemas.events import Completed, Delta, Event, Started, UsageReported
 from schemas.subjects import Address, token_subject
 from schemas.topology import Topology, token_stream
 from schemas.usage import Counted, Usage
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 
 __all__ = ["Shape", "fill"]
 

@@ -23,7 +23,7 @@ from schemas.events import Completed, Delta, type_of
 from schemas.requests import Message, Request
 from schemas.subjects import Address, lane_of, request_subject, token_subject
 from schemas.topology import REQUESTS, token_stream
-from services.kit.broker import Broker, BrokerUnavailable
+from services.kit.jetstream.broker import Broker, BrokerUnavailable
 
 __all__ = ["LogClient", "main"]
 

@@ -9,7 +9,7 @@ import msgspec
 
 from bench.processes import Died, Processes, fetch, free_port, python
 from schemas.topology import billing_durable, token_stream
-from services.kit.broker import Broker, BrokerUnavailable
+from services.kit.jetstream.broker import Broker, BrokerUnavailable
 
 __all__ = ["Direct", "Endpoint", "Producer", "Tailrace", "Target"]
 

@@ -7,7 +7,7 @@ from typing import Any
 from schemas.events import AnyEvent, Delta, Notice, is_terminal, type_of
 from schemas.requests import Request
 from schemas.subjects import control_subject
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from services.producer.core.retry import RetryPolicy
 from tests.conftest import eventually
 from tests.pipeline import accepted_log, ended_log, enqueue, raw_log

@@ -21,7 +21,7 @@ import pytest
 from nats.js import errors as js_errors
 
 from bench.processes import free_port
-from services.kit.broker import Broker, BrokerUnavailable
+from services.kit.jetstream.broker import Broker, BrokerUnavailable
 from tests.conftest import empty, eventually, nats_server_path
 
 __all__ = ["Cluster", "Node"]

@@ -18,7 +18,7 @@ from nats.js.errors import NotFoundError
 
 from bench.processes import free_port
 from schemas.topology import Topology
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 
 settings.register_profile("tailrace", deadline=None)
 settings.load_profile("tailrace")

@@ -17,9 +17,9 @@ from services.delivery.http.consumers import consumers_router
 from services.delivery.settings import Settings
 from services.delivery.websocket.handler import WebSockets
 from services.kit.auth.principal import PRINCIPAL, Principal
-from services.kit.broker import Broker
 from services.kit.clock import SystemClock
 from services.kit.http import serving
+from services.kit.jetstream.broker import Broker
 from services.kit.problem import EXCEPTION_HANDLERS
 from services.kit.request_head import BodyLimit
 from services.kit.settings import Shared

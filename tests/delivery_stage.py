@@ -21,9 +21,9 @@ from services.delivery.reports.counting import DeliveryCounts
 from services.delivery.reports.reporter import DeliveryReporter
 from services.delivery.settings import Settings
 from services.kit.auth.setup import build_authenticator
-from services.kit.broker import Broker
 from services.kit.clock import SystemClock
 from services.kit.http import serving
+from services.kit.jetstream.broker import Broker
 from services.kit.settings import Shared
 from tests.conftest import eventually
 from tests.sse import SseClient

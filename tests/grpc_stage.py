@@ -14,8 +14,8 @@ from services.delivery.grpc.server import serving_grpc
 from services.delivery.grpc.service import DeliveryService
 from services.delivery.settings import Settings
 from services.kit.auth.principal import Principal
-from services.kit.broker import Broker
 from services.kit.clock import SystemClock
+from services.kit.jetstream.broker import Broker
 from services.kit.settings import Shared
 from tests.delivery_stage import TENANT
 

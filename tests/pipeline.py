@@ -15,8 +15,8 @@ from schemas.events import AnyEvent, Delta, is_terminal, type_of
 from schemas.requests import Message, Request
 from schemas.subjects import Address, request_subject, token_subject
 from schemas.topology import token_stream
-from services.kit.broker import Broker, BrokerUnavailable
 from services.kit.clock import Clock, SystemClock
+from services.kit.jetstream.broker import Broker, BrokerUnavailable
 from services.kit.shutdown import Stop, end
 from services.producer.adapters.circuits import Circuits
 from services.producer.adapters.publisher import Publisher

@@ -28,7 +28,7 @@ from bench.chaos.violation import Violation
 from bench.processes import Died, Processes, fetch, free_port, python
 from bench.targets import start_nats
 from schemas.topology import Topology, token_stream
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 
 __all__ = ["Kills", "Outcome"]
 

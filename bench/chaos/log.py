@@ -5,7 +5,7 @@ import msgspec
 from bench.chaos.history import Logged
 from bench.chaos.stage import PARTITIONS
 from schemas.topology import REQUESTS, token_stream
-from services.kit.broker import Broker, BrokerUnavailable
+from services.kit.jetstream.broker import Broker, BrokerUnavailable
 
 __all__ = ["read_log", "waiting"]
 

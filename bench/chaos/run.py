@@ -42,7 +42,7 @@ from bench.chaos.subscribers import Subscriber
 from bench.chaos.told import tell
 from bench.chaos.workers import ConsumerWorker, create_consumer
 from bench.processes import Died
-from services.kit.broker import Broker, BrokerUnavailable
+from services.kit.jetstream.broker import Broker, BrokerUnavailable
 
 __all__ = ["Run"]
 

@@ -20,7 +20,7 @@ from bench.stamps import Stamps
 from bench.stats import percentile
 from bench.wire import request
 from schemas.subjects import Address, token_subject
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 
 __all__ = ["Published", "main"]
 

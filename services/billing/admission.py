@@ -7,7 +7,6 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 import structlog
-from nats.aio.msg import Msg
 
 from schemas.budgets import RELEASE_SUBJECT, RESERVE_SUBJECT, Decision, Release, Reserve, budgets_key
 from schemas.control import HEARD, OVER_BUDGET
@@ -19,8 +18,9 @@ from services.billing.core.budgets import TOKENS, Budget, Standing, Use, Verdict
 from services.billing.core.money import render
 from services.billing.errors import LedgerUnavailable
 from services.billing.terms import CurrentTerms
-from services.kit.broker import Broker, BrokerUnavailable
 from services.kit.clock import Clock
+from services.kit.jetstream.broker import Broker, BrokerUnavailable
+from services.kit.jetstream.connection import Message
 from services.kit.shutdown import end
 
 __all__ = ["Admission"]
@@ -46,7 +46,7 @@ class Admission:
         self._terms = terms
         self._clock = clock
         self._keep = keep
-        self._asked: asyncio.Queue[tuple[Msg, Reserve]] = asyncio.Queue(WAITING)
+        self._asked: asyncio.Queue[tuple[Message, Reserve]] = asyncio.Queue(WAITING)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Answer and watch until ``stop`` is set."""
@@ -62,9 +62,8 @@ class Admission:
                 task.result()
         finally:
             await end(deciding, watching)
-            if not self._broker.client.is_closed:
-                for subscription in subscriptions:
-                    await subscription.unsubscribe()
+            for subscription in subscriptions:
+                await self._broker.unsubscribe(subscription)
 
     async def tell(self, tenant: str, *, has_budgets: bool) -> None:
         """Tell delivery whether it must ask for this tenant.
@@ -135,7 +134,7 @@ class Admission:
                 budget=standing.budget.name,
             )
 
-    async def _ask(self, msg: Msg) -> None:
+    async def _ask(self, msg: Message) -> None:
         wish = _read(msg, Reserve)
         if wish is None:
             return
@@ -151,13 +150,13 @@ class Admission:
             asked = [await self._asked.get()]
             while len(asked) < BATCH and not self._asked.empty():
                 asked.append(self._asked.get_nowait())
-            tenants: dict[str, list[tuple[Msg, Reserve]]] = {}
+            tenants: dict[str, list[tuple[Message, Reserve]]] = {}
             for msg, wish in asked:
                 tenants.setdefault(wish.tenant, []).append((msg, wish))
             for tenant, own in tenants.items():
                 await self._reserve(tenant, own)
 
-    async def _reserve(self, tenant: str, asked: list[tuple[Msg, Reserve]]) -> None:
+    async def _reserve(self, tenant: str, asked: list[tuple[Message, Reserve]]) -> None:
         now = self._now()
         try:
             book = (await self._terms.refresh()).book
@@ -170,7 +169,7 @@ class Admission:
         for (msg, _), verdict in zip(asked, verdicts, strict=True):
             await self._answer(msg, _decision(verdict, now))
 
-    async def _release(self, msg: Msg) -> None:
+    async def _release(self, msg: Message) -> None:
         wish = _read(msg, Release)
         if wish is None:
             return
@@ -181,7 +180,7 @@ class Admission:
             return
         await self._answer(msg, None)
 
-    async def _answer(self, msg: Msg, decision: Decision | None) -> None:
+    async def _answer(self, msg: Message, decision: Decision | None) -> None:
         if msg.reply:
             try:
                 await self._broker.publish(msg.reply, b"" if decision is None else msgspec.json.encode(decision))
@@ -192,7 +191,7 @@ class Admission:
         return round(self._clock.wall() * 1_000)
 
 
-def _read(msg: Msg, type_: type[T]) -> T | None:
+def _read(msg: Message, type_: type[T]) -> T | None:
     try:
         return msgspec.json.decode(msg.data, type=type_)
     except msgspec.DecodeError as error:

@@ -33,13 +33,13 @@ from services.billing.terms import CurrentTerms
 from services.kit.auth.entrance import entering
 from services.kit.auth.setup import authenticating
 from services.kit.bodies import reading_bodies
-from services.kit.broker import Broker, BrokerUnavailable
 from services.kit.clock import SystemClock
 from services.kit.http import serving
+from services.kit.jetstream.broker import Broker, BrokerUnavailable
+from services.kit.jetstream.storage import Storage
 from services.kit.request_head import BodyLimit
 from services.kit.settings import SettingsError, Shared, load_settings, own_tls
 from services.kit.shutdown import ANSWERS, Stop, end, until_drained
-from services.kit.storage import Storage
 from services.kit.telemetry import configure_logging, describe_service
 
 __all__ = ["main"]

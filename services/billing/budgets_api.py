@@ -18,7 +18,7 @@ from services.billing.core.budgets import Budget, Period, Standing, period_at
 from services.billing.core.money import render
 from services.kit.auth.principal import Principal
 from services.kit.auth.rules import REFUSALS, caller, needs
-from services.kit.broker import BrokerUnavailable
+from services.kit.jetstream.broker import BrokerUnavailable
 from services.kit.problem import Problem, ProblemDetails
 
 __all__ = ["delete_budget", "list_budgets", "put_budget", "show_budget"]

@@ -31,8 +31,8 @@ from services.billing.errors import Fenced, LedgerUnavailable, LedgerUnusable, S
 from services.billing.overruns import report_overruns
 from services.billing.sweep import Sweep, tell
 from services.billing.terms import CurrentTerms
-from services.kit.broker import BrokerUnavailable
 from services.kit.clock import Clock
+from services.kit.jetstream.broker import BrokerUnavailable
 from services.kit.shutdown import end
 
 __all__ = ["Consumer"]

@@ -1,21 +1,22 @@
 """Takes delivery's reports of what subscribers were sent."""
 
 import asyncio
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Final
 
-import nats.errors
 import structlog
-from nats.aio.msg import Msg
-from nats.js import JetStreamContext
 
 from schemas.delivered import DeliveredReport, decode_delivered
-from schemas.topology import DELIVERED, DELIVERED_DURABLE, ConsumerSpec
+from schemas.topology import ConsumerSpec
 from services.billing import metrics
 from services.billing.adapters.deliveries import Deliveries
 from services.billing.errors import LedgerUnavailable
-from services.kit.broker import Broker, BrokerUnavailable
-from services.kit.consumers import DurableRefused, Durables
+from services.kit.jetstream.ack import ACK
+from services.kit.jetstream.broker import Broker, BrokerUnavailable
+from services.kit.jetstream.consumer import Durables
+from services.kit.jetstream.errors import APIError
+from services.kit.jetstream.pull import Arrived, End, PullConsumer
 
 __all__ = ["DeliveryReports"]
 
@@ -24,6 +25,7 @@ BATCH: Final = 1_000
 LOOK_SECONDS: Final = 5.0
 """How often the consumer's position is compared with its stream."""
 WAIT_SECONDS: Final = 1.0
+"""How long a pull waits for reports: what comes within it is written together."""
 _PAUSE: Final = 1.0
 
 
@@ -45,7 +47,7 @@ class DeliveryReports:
         while not stop.is_set():
             try:
                 await self._follow()
-            except (BrokerUnavailable, DurableRefused, LedgerUnavailable, nats.errors.Error, OSError) as error:
+            except (BrokerUnavailable, APIError, LedgerUnavailable) as error:
                 log.warning("reports of deliveries wait", error=repr(error))
                 with suppress(TimeoutError):
                     async with asyncio.timeout(_PAUSE):
@@ -53,37 +55,32 @@ class DeliveryReports:
 
     async def _follow(self) -> None:
         durables, looked_at = Durables(self._broker), -LOOK_SECONDS
-        subscription = await self._broker.js.pull_subscribe_bind(DELIVERED_DURABLE, DELIVERED)
+        consumer = PullConsumer(self._broker, self._spec.stream, self._spec.durable)
         try:
             while not self._stop.is_set():
                 now = asyncio.get_running_loop().time()
                 if now - looked_at >= LOOK_SECONDS:
                     looked_at = now
                     await durables.mend(self._spec)
-                messages = await self._fetch(subscription)
+                messages = await consumer.fetch(BATCH, wait=WAIT_SECONDS)
                 await self._deliveries.put(_reports(messages))
                 # Also those whose generation billing had not seen when they came.
                 await self._deliveries.place()
-                for message in messages:
-                    await message.ack()
+                for _, reply, _ in messages:
+                    await self._broker.publish(reply.decode(), ACK)
+                if consumer.end in (End.GONE, End.REFUSED):
+                    raise BrokerUnavailable(f"no reports come: {consumer.reason}")
         finally:
-            with suppress(nats.errors.Error, OSError):
-                await subscription.unsubscribe()
-
-    async def _fetch(self, subscription: JetStreamContext.PullSubscription) -> list[Msg]:
-        try:
-            return await subscription.fetch(BATCH, timeout=WAIT_SECONDS)
-        except TimeoutError:
-            return []
+            await consumer.close(0.0)
 
 
-def _reports(messages: list[Msg]) -> list[DeliveredReport]:
+def _reports(messages: Iterable[Arrived]) -> list[DeliveredReport]:
     found: list[DeliveredReport] = []
-    for message in messages:
+    for subject, _, data in messages:
         try:
-            found.append(decode_delivered(message.data))
+            found.append(decode_delivered(data))
         except ValueError as error:
             metrics.DELIVERY_REPORTS.labels("malformed").inc()
-            log.warning("a report of deliveries cannot be read", subject=message.subject, error=str(error))
+            log.warning("a report of deliveries cannot be read", subject=subject.decode(), error=str(error))
     metrics.DELIVERY_REPORTS.labels("taken").inc(len(found))
     return found

@@ -15,8 +15,8 @@ from services.billing.database_url import database_url, sqlite_url
 from services.billing.rebuild import Rebuild, Rebuilt
 from services.billing.settings import Settings
 from services.billing.terms import CurrentTerms
-from services.kit.broker import Broker
 from services.kit.clock import SystemClock
+from services.kit.jetstream.broker import Broker
 from services.kit.settings import Shared, load_settings
 from services.kit.shutdown import Stop
 from services.kit.telemetry import configure_logging

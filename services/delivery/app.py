@@ -47,13 +47,13 @@ from services.kit.auth.entrance import entering
 from services.kit.auth.rules import cors
 from services.kit.auth.setup import authenticating
 from services.kit.bodies import reading_bodies
-from services.kit.broker import Broker
 from services.kit.clock import Clock, SystemClock
 from services.kit.http import Check, probes, serving
+from services.kit.jetstream.broker import Broker
+from services.kit.jetstream.storage import Storage
 from services.kit.problem import EXCEPTION_HANDLERS
 from services.kit.settings import SettingsError, Shared, load_settings, own_tls
 from services.kit.shutdown import ANSWERS, HAND_OVER, Stop, end
-from services.kit.storage import Storage
 from services.kit.telemetry import configure_logging, describe_service
 from services.kit.tls import ServerTls
 

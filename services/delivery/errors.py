@@ -4,7 +4,7 @@ from collections.abc import Awaitable
 from typing import TypeVar
 
 from schemas.names import InvalidName, check_name
-from services.kit.broker import BrokerUnavailable
+from services.kit.jetstream.broker import BrokerUnavailable
 from services.kit.problem import Problem
 
 __all__ = [

@@ -13,9 +13,9 @@ from typing import Final, NoReturn
 import structlog
 import uvloop
 
-from services.kit.broker import BrokerUnavailable
 from services.kit.endings import CannotRun
 from services.kit.http import PortTaken
+from services.kit.jetstream.broker import BrokerUnavailable
 from services.kit.private_files import UMASK
 from services.kit.settings import SettingsError
 from services.kit.shutdown import CUT, MARGIN, Stop, end, watch_over

@@ -16,8 +16,8 @@ from limits.aio.storage import Storage
 from limits.aio.storage.base import SlidingWindowCounterSupport
 
 from schemas.topology import COUNTERS
-from services.kit.broker import Broker, BrokerUnavailable
 from services.kit.clock import Clock
+from services.kit.jetstream.broker import Broker, BrokerUnavailable
 
 __all__ = ["CounterStorage"]
 

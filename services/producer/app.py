@@ -9,13 +9,13 @@ import structlog
 from litestar import Litestar
 from litestar.openapi import OpenAPIConfig
 
-from services.kit.broker import Broker
 from services.kit.clock import SystemClock
 from services.kit.http import probes, serving
+from services.kit.jetstream.broker import Broker
+from services.kit.jetstream.storage import Storage
 from services.kit.problem import EXCEPTION_HANDLERS
 from services.kit.settings import Shared
 from services.kit.shutdown import ANSWERS, Stop, end
-from services.kit.storage import Storage
 from services.kit.telemetry import configure_logging, describe_service
 from services.producer.adapters.circuits import Circuits
 from services.producer.adapters.publisher import Publisher

@@ -2,19 +2,15 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
-from typing import Final
+from typing import Final, NamedTuple
 
-import msgspec
-import nats.errors
 import structlog
-from nats.aio.msg import Msg
-from nats.aio.subscription import Subscription
 
 from schemas.topology import REQUESTS, producers_durable
-from services.kit.broker import Broker, BrokerUnavailable
+from services.kit.jetstream.broker import Broker, BrokerUnavailable
+from services.kit.jetstream.pull import End, PullConsumer
 
-__all__ = ["Lane"]
+__all__ = ["Lane", "QueueMessage"]
 
 log = structlog.get_logger()
 PULL_EXPIRES: Final = 5.0
@@ -22,7 +18,14 @@ SHORTEST_PULL: Final = 0.5
 LOOK_INTERVAL: Final = 0.25
 LEAVE_SECONDS: Final = 0.5
 """How long the broker may take to confirm that nothing more comes of a pull."""
-_QUIET: Final = ("404", "408")
+
+
+class QueueMessage(NamedTuple):
+    """A request as the queue delivers it; ``reply``: its acknowledgement subject."""
+
+    subject: str
+    reply: str
+    data: bytes
 
 
 class Lane:
@@ -39,21 +42,19 @@ class Lane:
         broker: Broker,
         lane: str,
         room: Callable[[], int],
-        take: Callable[[Msg, float], None],
+        take: Callable[[QueueMessage, float], None],
         *,
         lease: float,
         patient: bool,
     ) -> None:
         self._broker = broker
-        self._subject = f"$JS.API.CONSUMER.MSG.NEXT.{REQUESTS}.{producers_durable(lane)}"
+        self._durable = producers_durable(lane)
         self._room = room
         self._take = take
         self._patient = patient
-        self._asked = 0  # requests that the present pull may still bring
         self._asked_at = 0.0
-        self._has_ended = True  # whether the broker has said that nothing more comes of the present pull
         self._expires = min(PULL_EXPIRES, max(SHORTEST_PULL, lease / 4))
-        self._subscription: Subscription | None = None
+        self._pulling: PullConsumer | None = None
         self._leaving: set[asyncio.Task[None]] = set()  # pulls that are ended; each for LEAVE_SECONDS at most
         self._wake = asyncio.Event()
 
@@ -63,7 +64,8 @@ class Lane:
 
     def is_idle(self) -> bool:
         """Whether its requests are all taken: a pull that still waits after a moment has found nothing more."""
-        return self._asked > 0 and asyncio.get_running_loop().time() - self._asked_at >= LOOK_INTERVAL
+        is_open = self._pulling is not None and self._pulling.is_open()
+        return is_open and asyncio.get_running_loop().time() - self._asked_at >= LOOK_INTERVAL
 
     async def run(self) -> None:
         """Pull until cancelled; what is on its way then is taken still."""
@@ -82,58 +84,34 @@ class Lane:
 
         The queue may have answered it just now. What came to nobody would be given again only after the lease.
         """
-        subscription, self._subscription = self._subscription, None
-        if subscription is not None:
-            task = asyncio.create_task(self._leave(subscription, has_ended=self._has_ended))
+        pulling, self._pulling = self._pulling, None
+        if pulling is not None:
+            task = asyncio.create_task(pulling.close(LEAVE_SECONDS))
             self._leaving.add(task)
             task.add_done_callback(self._leaving.discard)
 
-    async def _leave(self, subscription: Subscription, *, has_ended: bool) -> None:
-        if has_ended:
-            with suppress(nats.errors.Error):  # the connection is closed, and with it the subscription
-                await subscription.unsubscribe()
-        else:
-            await self._broker.leave(subscription, LEAVE_SECONDS)
-
     async def _ask(self) -> None:
         room, now = self._room(), asyncio.get_running_loop().time()
-        if (
-            room <= 0
-            or not self._broker.is_connected
-            or (self._asked > 0 and now < self._asked_at + self._expires + 1.0)
-        ):
+        if room <= 0 or not self._broker.is_connected or not (self._pulling is None or self._pulling.may_pull()):
             return
         self._forget()
-        query: dict[str, object] = {"batch": room}
-        query |= {"expires": round(self._expires * 1e9)} if self._patient else {"no_wait": True}
-        self._asked, self._asked_at, self._has_ended = room, now, False
-
-        async def receive(msg: Msg) -> None:
-            await self._receive(msg, now)
-
-        # An inbox of its own tells which pull a request answers.
-        inbox = self._broker.client.new_inbox()
-        self._subscription = await self._broker.subscribe(inbox, receive)
+        # A consumer of its own for each pull: its inbox tells which pull, and so which time, a request answers.
+        pulling = PullConsumer(self._broker, REQUESTS, self._durable, lambda: self._receive(pulling, now))
+        self._pulling, self._asked_at = pulling, now
         try:
-            await self._broker.publish(self._subject, msgspec.json.encode(query), reply=inbox)
+            await pulling.pull(room, wait=self._expires if self._patient else 0.0)
         except BrokerUnavailable as error:
             log.warning("cannot ask for requests", detail=str(error))
 
-    async def _receive(self, msg: Msg, asked_at: float) -> None:
-        if msg.reply:
-            if asked_at == self._asked_at:
-                self._asked -= 1
-                self._has_ended = self._asked <= 0
-            self._take(msg, asked_at)
+    def _receive(self, pulling: PullConsumer, asked_at: float) -> None:
+        while pulling.arrived:
+            subject, reply, data = pulling.arrived.popleft()
+            self._take(QueueMessage(subject.decode(), reply.decode(), data), asked_at)
+        if pulling is not self._pulling or pulling.end is None:
             return
-        if asked_at != self._asked_at:
-            return
-        self._asked, self._has_ended = 0, True  # a status: the pull has ended, or cannot be served now
-        status = (msg.headers or {}).get("Status")
-        if status not in _QUIET:
-            log.warning("pull ended", status=status, detail=(msg.headers or {}).get("Description"))
-            await asyncio.sleep(LOOK_INTERVAL)
-        if self._patient:
+        if pulling.end in (End.GONE, End.REFUSED):
+            log.warning("pull ended", reason=pulling.reason)
+        elif self._patient:
             self._wake.set()
 
 

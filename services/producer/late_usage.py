@@ -11,8 +11,8 @@ from schemas.events import UsageReported
 from schemas.subjects import Address, token_subject
 from schemas.topology import token_stream
 from schemas.usage import Usage
-from services.kit.broker import Broker, BrokerUnavailable
 from services.kit.clock import Clock
+from services.kit.jetstream.broker import Broker, BrokerUnavailable
 from services.kit.shutdown import end
 from services.producer import metrics
 from services.producer.adapters.publisher import Lease, Publisher

@@ -7,17 +7,15 @@ asks whoever has begun it before it does so itself.
 """
 
 import asyncio
-from contextlib import suppress
 from typing import Final
 
-import nats.errors
 import structlog
-from nats.aio.msg import Msg
-from nats.aio.subscription import Subscription
 
 from schemas.holders import HELD, asked_claim, holder_question
 from schemas.subjects import Address, holder_subject
-from services.kit.broker import Broker, BrokerUnavailable
+from services.kit.jetstream.ack import IN_PROGRESS
+from services.kit.jetstream.broker import Broker, BrokerUnavailable
+from services.kit.jetstream.connection import Message, Subscription
 from services.producer import metrics
 from services.producer.adapters.publisher import Lease, Publisher
 from services.producer.adapters.tries import Tried, Tries
@@ -78,7 +76,7 @@ class Leases:
         """Note that a request has been begun here, and answer from now on that it is held."""
         held.claim = claim
 
-        async def answer(msg: Msg) -> None:
+        async def answer(msg: Message) -> None:
             if asked_claim(msg.data) == claim.seq and await self.confirm(held):
                 await self._broker.publish(msg.reply, HELD)
 
@@ -92,8 +90,7 @@ class Leases:
             del self._held[held.address]
         questions, held.questions = held.questions, None
         if questions is not None:
-            with suppress(nats.errors.Error):  # the connection is closed, and with it the subscription
-                await questions.unsubscribe()
+            await self._broker.unsubscribe(questions)
 
     def holds(self, address: Address) -> bool:
         """Tell whether this process holds the request of a generation."""
@@ -144,7 +141,7 @@ class Leases:
         while self._held.get(held.address) is held and not held.lease.is_lost:
             asked, has_lapsed = loop.time(), held.lease.is_over()
             try:
-                answer = await self._broker.request(held.reply, b"+WPI", timeout=RENEW_SECONDS)
+                answer = await self._broker.request(held.reply, IN_PROGRESS, timeout=RENEW_SECONDS)
                 if answer is not None and (not has_lapsed or await self._is_ours(held)):
                     held.lease.until = asked + self._seconds * 0.9
                     if has_lapsed:

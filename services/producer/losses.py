@@ -6,8 +6,8 @@ from typing import Final
 
 import structlog
 
-from services.kit.broker import Broker, BrokerUnavailable
-from services.kit.logs import Logs
+from services.kit.jetstream.broker import Broker, BrokerUnavailable
+from services.kit.jetstream.logs import Logs
 from services.producer.errors import TryAgain
 from services.producer.relay import Relay
 

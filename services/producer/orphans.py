@@ -13,7 +13,7 @@ from schemas.events import AnyEvent, is_terminal, type_of
 from schemas.requests import GenerationRecord, Request
 from schemas.subjects import REQUESTS_PREFIX, Address, partition_of, token_subject
 from schemas.topology import BUCKET, REQUESTS, bucket_stream, token_stream
-from services.kit.broker import BrokerUnavailable
+from services.kit.jetstream.broker import BrokerUnavailable
 from services.producer import metrics
 from services.producer.adapters.publisher import Lease
 from services.producer.errors import ProducerError

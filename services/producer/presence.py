@@ -8,8 +8,8 @@ import structlog
 
 from schemas.requests import CancelAfter
 from schemas.subjects import presence_subject
-from services.kit.broker import Broker, BrokerUnavailable
 from services.kit.clock import Clock
+from services.kit.jetstream.broker import Broker, BrokerUnavailable
 from services.producer.relay import Interruption, Relay
 
 __all__ = ["Presence"]

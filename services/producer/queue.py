@@ -7,8 +7,9 @@ from typing import Final
 import structlog
 
 from schemas.topology import ConsumerSpec
-from services.kit.broker import Broker, BrokerUnavailable
-from services.kit.consumers import DurableRefused, Durables
+from services.kit.jetstream.broker import Broker, BrokerUnavailable
+from services.kit.jetstream.consumer import Durables
+from services.kit.jetstream.errors import APIError
 
 __all__ = ["QueueCare"]
 
@@ -40,7 +41,7 @@ class QueueCare:
     async def _try(self, lane: ConsumerSpec) -> None:
         try:
             await self.look(lane)
-        except (BrokerUnavailable, DurableRefused) as error:
+        except (BrokerUnavailable, APIError) as error:
             log.warning("queue not looked at", consumer=lane.durable, detail=str(error))
 
     async def look(self, lane: ConsumerSpec) -> None:
@@ -48,7 +49,7 @@ class QueueCare:
 
         Raises:
             BrokerUnavailable: the broker does not answer.
-            DurableRefused: it refuses the consumer.
+            APIError: it refuses the consumer.
         """
         await self._durables.mend(lane)
         before = await self._durables.info(lane.stream, lane.durable)

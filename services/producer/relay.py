@@ -11,8 +11,8 @@ from schemas.requests import GenerationRecord, Request
 from schemas.subjects import Address, token_subject
 from schemas.topology import token_stream
 from schemas.usage import Counted
-from services.kit.broker import Broker, BrokerUnavailable
 from services.kit.clock import Clock
+from services.kit.jetstream.broker import Broker, BrokerUnavailable
 from services.producer import metrics
 from services.producer.adapters.publisher import Lease, LogWriter, Publisher
 from services.producer.adapters.records import Records

@@ -8,8 +8,8 @@ import structlog
 from schemas.requests import GenerationRecord
 from schemas.subjects import Address, InvalidSubject, parse_address, partition_filter
 from schemas.topology import token_stream
-from services.kit.broker import BrokerUnavailable
-from services.kit.logs import Logs
+from services.kit.jetstream.broker import BrokerUnavailable
+from services.kit.jetstream.logs import Logs
 from services.producer.core.takeover import Begun
 from services.producer.errors import ProducerError
 from services.producer.orphans import Orphans

@@ -5,21 +5,21 @@ from typing import Final
 
 import msgspec
 import structlog
-from nats.aio.msg import Msg
-from nats.aio.subscription import Subscription
-from nats.js.errors import APIError
 
 from schemas.control import CANCEL, HEARD, OVER, OVER_BUDGET
 from schemas.requests import Request
 from schemas.subjects import control_subject, dead_subject, lane_of
 from schemas.topology import Topology
-from services.kit.broker import BrokerUnavailable
+from services.kit.jetstream.ack import ACK, AT_ONCE, TERM, delivered, nak
+from services.kit.jetstream.broker import BrokerUnavailable
+from services.kit.jetstream.connection import Message, Subscription
+from services.kit.jetstream.errors import APIError
 from services.kit.shutdown import HAND_OVER, Stop, end
 from services.producer import metrics
 from services.producer.adapters.publisher import Lease
 from services.producer.adapters.tries import Tried, Tries
 from services.producer.errors import GiveUp, ProducerError, TryAgain
-from services.producer.lane import LEAVE_SECONDS, Lane
+from services.producer.lane import LEAVE_SECONDS, Lane, QueueMessage
 from services.producer.leases import Held, Leases
 from services.producer.losses import Losses
 from services.producer.orphans import Orphans
@@ -36,9 +36,7 @@ LINGER_SECONDS: Final = 1.0
 EXCUSED_SECONDS: Final = 6 * 3_600.0
 """Age of a request up to which outages of the log do not count as attempts at it."""
 
-_LATER: Final = b'-NAK {"delay": 2000000000}'
-_AT_ONCE: Final = b'-NAK {"delay": 1}'
-"""With a delay, however short, the queue writes down that the lease is over: that survives a restart of the broker."""
+_LATER: Final = nak(2.0)
 
 
 class _Place(msgspec.Struct):
@@ -116,7 +114,7 @@ class Worker:
         for held in self.leases.everything():
             if held.reply not in self.running and not held.lease.is_over():
                 held.lease.is_lost = True
-                await self._publish(held.reply, _AT_ONCE)
+                await self._publish(held.reply, AT_ONCE)
 
     def _room(self) -> int:
         return self.slots - len(self._tasks)
@@ -124,7 +122,7 @@ class Worker:
     def _batch_room(self) -> int:
         return self._room() - self.slots // 10 if self._lanes[0].is_idle() else 0
 
-    def _take(self, msg: Msg, asked_at: float) -> None:
+    def _take(self, msg: QueueMessage, asked_at: float) -> None:
         task = asyncio.create_task(self._handle(msg, self.leases.begin(asked_at)))
         self._tasks.add(task)
         task.add_done_callback(self._done)
@@ -138,15 +136,15 @@ class Worker:
         if not task.cancelled() and task.exception() is not None:
             log.error("request handler failed", exc_info=task.exception())
 
-    async def _handle(self, msg: Msg, lease: Lease) -> None:
+    async def _handle(self, msg: QueueMessage, lease: Lease) -> None:
         if lease.is_over():  # it was long on its way, or this process was frozen: it may run elsewhere already
             metrics.LEASES_LOST.inc()
             log.warning("request came too late", subject=msg.subject)
             return
         if self._is_leaving:
-            await self._publish(msg.reply, _AT_ONCE)
+            await self._publish(msg.reply, AT_ONCE)
             return
-        attempt = _attempt(msg.reply)
+        attempt = delivered(msg.reply.encode()).deliveries
         metrics.TAKEN.inc()
         try:
             request = msgspec.json.decode(msg.data, type=Request)
@@ -169,7 +167,7 @@ class Worker:
                 metrics.ACTIVE.set(len(self.running))
                 answer = await self._run(relay, attempt, msg, held)
         except asyncio.CancelledError:
-            answer = _AT_ONCE
+            answer = AT_ONCE
             raise
         finally:
             if self.running.get(msg.reply) is relay:
@@ -179,7 +177,7 @@ class Worker:
             if answer is not None and not lease.is_over():
                 await self._publish(msg.reply, answer)
 
-    async def _run(self, relay: Relay, attempt: int, msg: Msg, held: Held) -> bytes | None:
+    async def _run(self, relay: Relay, attempt: int, msg: QueueMessage, held: Held) -> bytes | None:
         request = relay.request
         bound = log.bind(session=request.session, generation=request.generation)
         subscription: Subscription | None = None
@@ -203,7 +201,7 @@ class Worker:
                 await self._tries.finish(relay.address, now)
         except HandBack:
             await self._excuse(relay, before, now)
-            return _AT_ONCE
+            return AT_ONCE
         except GiveUp as error:
             metrics.LEASES_LOST.inc()
             bound.warning("generation given up", detail=str(error))
@@ -217,7 +215,7 @@ class Worker:
             return _LATER
         else:
             self._linger(subscription)
-            return b"+ACK"
+            return ACK
         finally:
             if subscription is not None and subscription not in self._lingering and not self._broker.client.is_closed:
                 await subscription.unsubscribe()
@@ -243,7 +241,7 @@ class Worker:
     async def _listen(self, relay: Relay) -> Subscription:
         request = relay.request
 
-        async def control(msg: Msg) -> None:
+        async def control(msg: Message) -> None:
             if relay.ended:
                 await self._publish(msg.reply, OVER)
                 return
@@ -256,7 +254,7 @@ class Worker:
         subject = control_subject(request.tenant, request.session, request.generation)
         return await self._broker.subscribe(subject, control)
 
-    async def _reject(self, msg: Msg, attempt: int, lease: Lease, reason: str) -> None:
+    async def _reject(self, msg: QueueMessage, attempt: int, lease: Lease, reason: str) -> None:
         """End a request that cannot be read; whoever waits for its generation hears of it where its place is known."""
         try:
             place = msgspec.json.decode(msg.data, type=_Place)
@@ -277,7 +275,7 @@ class Worker:
             return
         await self._bury(msg, reason)
 
-    async def _bury(self, msg: Msg, reason: str) -> None:
+    async def _bury(self, msg: QueueMessage, reason: str) -> None:
         """Move a request that cannot run to where it can be inspected."""
         subject = dead_subject(self.pool, msg.subject.rsplit(".", 1)[-1])
         try:
@@ -287,7 +285,7 @@ class Worker:
             log.warning("dead request not kept", detail=str(error))
             await self._publish(msg.reply, _LATER)
             return
-        await self._publish(msg.reply, b"+TERM")
+        await self._publish(msg.reply, TERM)
 
     async def _watch(self) -> None:
         """Look at deadlines and leases; one look serves all generations."""
@@ -302,9 +300,3 @@ class Worker:
             await self._broker.publish(subject, data, reply=reply)
         except BrokerUnavailable as error:
             log.warning("cannot publish", subject=subject, detail=str(error))
-
-
-def _attempt(reply: str) -> int:
-    """Return the delivery count that a JetStream acknowledgement subject states (both its forms)."""
-    parts = reply.split(".")
-    return int(parts[6] if len(parts) >= 12 else parts[4])

@@ -9,8 +9,8 @@ import msgspec
 
 from schemas.permissions import users_config
 from schemas.topology import token_stream
-from services.kit.broker import Broker, BrokerUnavailable
-from services.kit.logs import Logs
+from services.kit.jetstream.broker import Broker, BrokerUnavailable
+from services.kit.jetstream.logs import Logs
 from services.kit.settings import SettingsError, Shared, load_settings
 from services.kit.telemetry import configure_logging
 from services.standalone.errors import CannotStart, Unreachable

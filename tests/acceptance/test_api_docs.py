@@ -18,9 +18,9 @@ from services.billing.database_url import sqlite_url
 from services.kit.api_docs import ASSETS
 from services.kit.auth.entrance import entering
 from services.kit.auth.setup import build_authenticator
-from services.kit.broker import Broker
 from services.kit.clock import SystemClock
 from services.kit.http import serving
+from services.kit.jetstream.broker import Broker
 from services.kit.settings import Shared
 from tests.conftest import NatsServer
 from tests.delivery_stage import delivering

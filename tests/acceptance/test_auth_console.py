@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 from selenium.webdriver.common.keys import Keys
 
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from tests.delivery_stage import Stage
 from tests.integration.credentials import guarded, make_key
 from tests.pipeline import producing

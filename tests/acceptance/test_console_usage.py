@@ -28,8 +28,8 @@ from services.billing.core.spending import steps
 from services.billing.database_url import database_url
 from services.kit.auth.entrance import entering
 from services.kit.auth.principal import Principal
-from services.kit.broker import Broker
 from services.kit.http import serving
+from services.kit.jetstream.broker import Broker
 from services.kit.problem import Problem
 from tests.contracts.test_billing_asking import entry, generation
 from tests.delivery_stage import Stage, delivering

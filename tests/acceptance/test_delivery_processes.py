@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from bench.processes import free_port
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from tests.acceptance.processes import REPOSITORY, clean_environment, wait_until_answers
 from tests.conftest import NatsServer, eventually
 from tests.delivery_stage import Log, keys, story

@@ -20,8 +20,8 @@ import pytest
 
 import services.billing.metrics
 import services.delivery.metrics
-import services.kit.logs
-import services.kit.storage
+import services.kit.jetstream.logs
+import services.kit.jetstream.storage
 import services.producer.metrics
 from bench.processes import free_port
 from schemas.events import AnyEvent

@@ -13,7 +13,7 @@ import pytest
 
 from bench.processes import free_port
 from services.kit.api_docs import ASSETS
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from tests.acceptance.test_api_docs import billing_at
 from tests.acceptance.test_http2_edge import Edge
 from tests.conftest import NatsServer, eventually

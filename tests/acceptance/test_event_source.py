@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from schemas.events import AnyEvent, Completed, Delta, Started
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from tests.browser import Browser
 from tests.conftest import NatsServer, eventually, require
 from tests.cutting_proxy import CuttingProxy, cutting

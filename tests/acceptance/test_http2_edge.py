@@ -16,7 +16,7 @@ import trustme
 
 from bench.processes import free_port
 from schemas.rpc.tailrace.v1 import tailrace_pb2 as pb
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from tests.acceptance.processes import REPOSITORY
 from tests.conftest import NatsServer, eventually, require
 from tests.cutting_proxy import cutting

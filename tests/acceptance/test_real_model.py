@@ -19,7 +19,7 @@ from schemas.codec import decode_event
 from schemas.events import Delta
 from schemas.subjects import log_filter
 from schemas.topology import token_stream
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from tests.acceptance.processes import REPOSITORY, Subscriber, clean_environment, log_events, running, service, text_of
 from tests.conftest import NatsServer, eventually, require
 

@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 import pytest
 
 from bench.processes import free_port
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from services.kit.shutdown import MARGIN
 from tests.acceptance.processes import REPOSITORY, clean_environment, wait_until_answers
 from tests.cluster import Cluster

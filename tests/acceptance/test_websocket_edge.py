@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from tests.acceptance.test_http2_edge import Edge
 from tests.conftest import NatsServer, eventually
 from tests.delivery_stage import Log, Stage, delivering, keys, metric, story

@@ -10,7 +10,7 @@ import pytest
 
 from schemas.codec import encode_event
 from schemas.events import Completed, Started
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from tests.conformance.transports import READERS, Question, Seen, Stand, standing
 from tests.conftest import NatsServer, eventually
 from tests.delivery_stage import TENANT, Log

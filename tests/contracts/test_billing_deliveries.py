@@ -12,7 +12,7 @@ from services.billing.adapters.deliveries import Deliveries
 from services.billing.adapters.ledger import Ledger
 from services.billing.core.generation import Key
 from services.billing.deliveries import DeliveryReports
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from tests.conftest import eventually
 from tests.contracts.billing_database import database, engine, postgres_server, postgres_url
 from tests.contracts.test_billing_ledger import NOW, generation

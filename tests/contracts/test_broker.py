@@ -9,8 +9,8 @@ from nats.aio.subscription import Subscription
 
 from schemas.subjects import Address, live_filter, log_filter, token_subject
 from schemas.topology import Topology
-from services.kit.broker import Broker, BrokerUnavailable, Stored
-from services.kit.connection import Callback
+from services.kit.jetstream.broker import Broker, BrokerUnavailable, Stored
+from services.kit.jetstream.connection import Callback
 from tests.conftest import eventually
 
 STREAM = "TOKENS_0"
@@ -102,7 +102,7 @@ async def test_a_question_that_got_lost_is_asked_again(broker: Broker, monkeypat
 async def test_a_slow_answer_is_not_asked_for_twice(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(3):
         await broker.publish_stored(token_subject(A), b"x")
-    monkeypatch.setattr("services.kit.broker.READ_TRIES", (0.3, 0.3))
+    monkeypatch.setattr("services.kit.jetstream.broker.READ_TRIES", (0.3, 0.3))
     subscribe, inboxes = broker.subscribe, []
 
     async def late(subject: str, callback: Callback, **named: Any) -> Subscription:

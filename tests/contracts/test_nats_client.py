@@ -10,9 +10,9 @@ import uvloop
 from nats.aio.msg import Msg
 
 from schemas.subjects import live_filter
-from services.kit.broker import Broker, BrokerUnavailable
-from services.kit.connection import PENDING_BYTES
-from services.kit.nats_client import RelayClient, header_number
+from services.kit.jetstream.broker import Broker, BrokerUnavailable
+from services.kit.jetstream.client import RelayClient, header_number
+from services.kit.jetstream.connection import PENDING_BYTES
 from tests.conftest import NatsServer, eventually
 
 

@@ -27,8 +27,8 @@ from services.billing.core.charging import Charging
 from services.billing.core.reconciliation import Policy
 from services.billing.database_url import database_url
 from services.billing.terms import CurrentTerms
-from services.kit.broker import Broker
 from services.kit.clock import SystemClock
+from services.kit.jetstream.broker import Broker
 from tests.billing_histories import history
 from tests.conftest import eventually
 from tests.migrated import copy_sqlite

@@ -13,8 +13,8 @@ from schemas.codec import encode_event
 from schemas.subjects import Address, token_subject
 from schemas.topology import CREDENTIALS_BUCKET, bucket_stream
 from services.kit.auth.setup import build_authenticator
-from services.kit.broker import Broker
 from services.kit.clock import SystemClock
+from services.kit.jetstream.broker import Broker
 from services.kit.settings import Shared
 from tests.conftest import NatsServer, eventually
 from tests.delivery_stage import Stage, delivering, story

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bench.processes import free_port
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from tests.acceptance.processes import REPOSITORY, clean_environment
 from tests.conftest import NatsServer
 from tests.delivery_stage import Stage

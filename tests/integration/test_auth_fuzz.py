@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from tests.delivery_stage import Stage
 from tests.integration.credentials import ADMIN, guarded
 from tests.integration.test_auth_matrix import billing

@@ -22,9 +22,9 @@ from services.billing.api import build_api
 from services.billing.database_url import sqlite_url
 from services.kit.auth.entrance import entering, is_public
 from services.kit.auth.setup import build_authenticator
-from services.kit.broker import Broker
 from services.kit.clock import SystemClock
 from services.kit.http import serving
+from services.kit.jetstream.broker import Broker
 from tests.integration.credentials import SCOPES, bearer, guarded, requiring, token
 
 METHODS = ("get", "post", "put", "patch", "delete")

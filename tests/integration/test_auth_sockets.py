@@ -11,7 +11,7 @@ import pytest
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import InvalidStatus
 
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from tests.delivery_stage import Stage
 from tests.integration.credentials import ADMIN, bearer, guarded, make_key, token
 

@@ -18,7 +18,7 @@ from services.billing.adapters.reports import Reports
 from services.billing.core.question import Filters
 from services.billing.core.reconciliation import Policy
 from services.billing.database_url import database_url
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from tests.billing_histories import history
 from tests.conftest import NatsServer, empty, eventually
 from tests.integration.billing_runs import Scenario, place, running, sqlite, write, write_surely

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from services.billing.adapters.database import open_engine, reading
 from services.billing.adapters.tables import GENERATIONS, LEDGER
 from services.billing.database_url import database_url
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from tests.conftest import eventually
 from tests.integration.billing_runs import Process, Scenario, sqlite, write
 from tests.postgres import postgres_server, postgres_url

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from schemas.topology import Topology
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from tests.conftest import NatsServer, eventually
 from tests.integration.billing_runs import Process, Scenario, sqlite, write
 from tests.postgres import PostgresServer, postgres_server, postgres_url

@@ -27,9 +27,9 @@ from services.billing.database_url import database_url
 from services.billing.rebuild import Held, Rebuild, Rebuilt
 from services.billing.sweep import Sweep
 from services.billing.terms import CurrentTerms
-from services.kit.broker import Broker
 from services.kit.clock import SystemClock
-from services.kit.logs import Logs
+from services.kit.jetstream.broker import Broker
+from services.kit.jetstream.logs import Logs
 from tests.billing_histories import history, restarted_history
 from tests.billing_prices import price
 from tests.conftest import eventually

@@ -20,8 +20,8 @@ from services.billing.core.budgets import Budget
 from services.billing.core.reconciliation import Policy
 from services.billing.terms import CurrentTerms
 from services.delivery.requests.budgets import BudgetReservations as Asking
-from services.kit.broker import Broker
 from services.kit.clock import SystemClock
+from services.kit.jetstream.broker import Broker
 from services.kit.problem import Problem
 from tests.conftest import NatsServer, eventually
 from tests.delivery_stage import Stage, delivering

@@ -13,7 +13,7 @@ from schemas.codec import encode_event
 from schemas.events import Delta
 from schemas.subjects import Address, token_subject
 from schemas.topology import REQUESTS, token_stream
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from services.kit.settings import Shared
 from tests.cluster import Cluster
 from tests.conftest import eventually

@@ -2,12 +2,12 @@
 
 import msgspec
 import pytest
-from nats.js.errors import APIError
 
 from schemas.events import Completed, Delta, is_terminal, type_of
 from schemas.requests import Request
 from schemas.topology import DEAD, REQUESTS, Topology, token_stream
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
+from services.kit.jetstream.errors import APIError
 from services.kit.settings import Shared
 from tests.conftest import NatsServer, eventually
 from tests.delivery_stage import delivering, metric

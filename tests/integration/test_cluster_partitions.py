@@ -7,8 +7,8 @@ from bench.processes import free_port
 from schemas.partitions import candidates
 from schemas.topology import Topology, token_stream
 from services.delivery.log.partitions import Partitions
-from services.kit.broker import Broker
 from services.kit.clock import SystemClock
+from services.kit.jetstream.broker import Broker
 from services.kit.settings import Shared
 from tests.acceptance.processes import clean_environment, service
 from tests.conftest import eventually

@@ -6,7 +6,7 @@ import pytest
 
 from schemas.subjects import Address, log_filter, token_subject
 from schemas.topology import BUCKET, REGISTRY_BUCKET, REQUESTS, Topology, bucket_stream, token_stream
-from services.kit.broker import Broker, BrokerUnavailable, ReadFailed, Stored
+from services.kit.jetstream.broker import Broker, BrokerUnavailable, ReadFailed, Stored
 from tests.cluster import Cluster
 from tests.conftest import NatsServer
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from services.delivery.formats.gzip import Gzipped, takes_gzip
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from tests.conftest import NatsServer, eventually
 from tests.delivery_stage import Log, Stage, delivering, keys, metric, story, subscribers
 

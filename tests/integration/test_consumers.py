@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from schemas.events import Cancelled, Completed, Delta, Restarted, Started
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from tests.conftest import eventually
 from tests.consumers_stage import Service, Stage, consuming, seqs
 from tests.delivery_stage import Log, keys, metric, story

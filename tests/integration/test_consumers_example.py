@@ -9,7 +9,7 @@ from pathlib import Path
 
 from schemas.events import Completed, Delta, Restarted
 from schemas.topology import Topology
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from tests.delivery_stage import Log, keys, story
 
 REPOSITORY = Path(__file__).parents[2]

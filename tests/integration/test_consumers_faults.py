@@ -14,7 +14,7 @@ import pytest
 
 from bench.processes import free_port
 from schemas.topology import Topology, token_stream
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from tests.acceptance.processes import REPOSITORY, clean_environment
 from tests.conftest import NatsServer, eventually
 from tests.consumers_stage import Service, Stage, consuming, seqs
@@ -41,7 +41,7 @@ async def test_what_a_replica_had_not_given_yet_goes_back_at_once(nats_url: str,
         await Log(broker).append(*story("g1", 2))
         pulled = await session.pull(2, 5)
         source = session._sources["TOKENS_0"]
-        await source.ask(3, 1_000_000, 0.0)
+        await source.ask(3, 1_000_000)
         await eventually(lambda: len(source.buffer) == 3)
         await session.nack(pulled)
         await session.close()
@@ -257,7 +257,7 @@ async def test_a_client_that_reads_nothing_holds_little_and_is_let_go(nats_url: 
 
             def evicted() -> bool:
                 nonlocal worst
-                worst = max(worst, sum(len(raw.data) for s in session._sources.values() for raw in s.buffer))
+                worst = max(worst, sum(len(data) for s in session._sources.values() for _, _, data in s.buffer))
                 return metric("tailrace_delivery_streams_closed_total", reason="evicted") > before
 
             await eventually(evicted, timeout=20)

@@ -10,7 +10,7 @@ import pytest
 
 from schemas.rpc.tailrace.v1 import tailrace_pb2 as pb
 from services.kit.auth.principal import Principal
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from tests.conftest import eventually
 from tests.consumers_stage import Service, Stage, consuming, seqs
 from tests.delivery_stage import TENANT, Log, keys, metric, story

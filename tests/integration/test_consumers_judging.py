@@ -9,7 +9,7 @@ import pytest
 from schemas.acceptance import BEGINNING, Verdict, judge
 from schemas.codec import MalformedEvent, decode_header
 from schemas.events import Delta, Event, Restarted
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from tests.conftest import eventually
 from tests.consumers_stage import Service, consuming
 from tests.delivery_stage import Log, interleaved, metric, story

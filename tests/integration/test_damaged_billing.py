@@ -10,7 +10,7 @@ from schemas.usage import Usage
 from services.billing.adapters.database import open_engine, reading
 from services.billing.adapters.tables import GAPS
 from services.billing.database_url import database_url
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from tests.billing_histories import history
 from tests.conftest import NatsServer, eventually
 from tests.delivery_stage import metric

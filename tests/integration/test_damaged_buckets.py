@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from schemas.topology import Topology
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from services.standalone.store import drop_indexes, set_aside_unreadable
 from tests.conftest import NatsServer, eventually
 from tests.delivery_stage import Stage, delivering

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from schemas.topology import Topology
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from tests.conftest import NatsServer, eventually
 from tests.consumers_stage import Service, consuming, seqs
 from tests.delivery_stage import Log, delivering, keys, metric, story

@@ -11,7 +11,7 @@ import pytest
 from services.billing.adapters.database import migrate, open_engine
 from services.billing.database_url import database_url
 from services.billing.errors import LedgerUnusable
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from services.kit.lifecycle import EXIT_UNUSABLE
 from tests.conftest import NatsServer, eventually
 from tests.integration.billing_runs import Process, append_history, sqlite

@@ -7,7 +7,7 @@ import pytest
 
 from schemas.events import AnyEvent, Completed, Interrupted, Restarted, type_of
 from schemas.topology import Topology
-from services.kit.broker import Broker, BrokerUnavailable
+from services.kit.jetstream.broker import Broker, BrokerUnavailable
 from tests.conftest import NatsServer, eventually
 from tests.pipeline import accepted_log, ask, ended_log, enqueue, producing, raw_log
 from tests.store_damage import DAMAGES, LOSING, stream_folder

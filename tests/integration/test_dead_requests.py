@@ -15,7 +15,7 @@ from schemas.requests import Request
 from schemas.subjects import dead_subject, request_subject
 from schemas.topology import DEAD
 from services.delivery.requests.dead import REASON
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from services.kit.settings import Shared
 from services.producer.relay import Relay
 from tests.acceptance.processes import REPOSITORY, clean_environment

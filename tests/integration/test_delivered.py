@@ -9,7 +9,7 @@ from schemas.codec import encode_event
 from schemas.delivered import DELIVERED_FILTER, DeliveredReport, decode_delivered
 from schemas.topology import DELIVERED
 from services.delivery.reports.reporter import DeliveryReporter
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from tests.conftest import eventually
 from tests.delivery_stage import Log, Stage, delivering, story
 

@@ -18,7 +18,7 @@ from schemas.events import Annotation, Binary, Delta, Extra, Signature, Started,
 from schemas.requests import Announcement, GenerationRecord, Request
 from schemas.subjects import control_subject
 from schemas.topology import REGISTRY_BUCKET
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from services.kit.settings import Shared
 from tests.conftest import NatsServer
 from tests.delivery_stage import Log, Stage, delivering, story

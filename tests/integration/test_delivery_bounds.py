@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from schemas.cursor import Cursor
-from services.kit.broker import Broker, Stored
+from services.kit.jetstream.broker import Broker, Stored
 from tests.conftest import NatsServer, eventually
 from tests.delivery_stage import Log, Stage, delivering, keys, metric, story, subscribers
 from tests.sse import SseClient, small_buffers

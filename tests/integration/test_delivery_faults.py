@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from schemas.events import AnyEvent
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from tests.conftest import NatsServer, eventually
 from tests.delivery_stage import Log, Stage, delivering, interleaved, keys, metric, story
 
@@ -17,9 +17,9 @@ from tests.delivery_stage import Log, Stage, delivering, interleaved, keys, metr
 async def append_through_outages(log: Log, events: list[AnyEvent], pause: float) -> None:
     """Append as a producer does: again until acknowledged, so that the log may hold an event twice."""
     from nats.errors import Error
-    from nats.js.errors import APIError
 
-    from services.kit.broker import BrokerUnavailable
+    from services.kit.jetstream.broker import BrokerUnavailable
+    from services.kit.jetstream.errors import APIError
 
     for event in events:
         while True:

@@ -4,8 +4,8 @@ import asyncio
 
 from nats.aio.subscription import Subscription
 
-from services.kit.broker import Broker
-from services.kit.nats_client import Arrival
+from services.kit.jetstream.broker import Broker
+from services.kit.jetstream.client import Arrival
 from tests.conftest import NatsServer, eventually
 from tests.delivery_stage import Log, Stage, delivering, keys, story
 

@@ -6,8 +6,8 @@ import pytest
 
 from services.delivery.app import Replica
 from services.delivery.settings import Settings
-from services.kit.broker import Broker, BrokerUnavailable, StreamState
 from services.kit.clock import SystemClock
+from services.kit.jetstream.broker import Broker, BrokerUnavailable, StreamState
 from services.kit.settings import Shared
 from tests.conftest import eventually
 

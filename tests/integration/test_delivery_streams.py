@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from schemas.events import Completed, Delta, Interrupted, Restarted, Started
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from tests.conftest import NatsServer, eventually
 from tests.delivery_stage import Log, Stage, delivering, interleaved, keys, metric, story
 

@@ -14,7 +14,7 @@ from schemas.events import AnyEvent, Completed, Delta, Interrupted, Restarted, S
 from schemas.requests import GenerationRecord
 from schemas.usage import Counted, Usage
 from services.delivery.requests.generations import Lookups
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from services.producer.core.takeover import decide
 from services.producer.relay import read_begun
 from services.standalone.api import Api

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from schemas.events import AnyEvent, Completed, Failed, Notice, UsageReported
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from services.producer.core.retry import RetryPolicy
 from tests.answers import DONE, assert_sound, chunk, config, ending, kinds, notices
 from tests.foreign import COHERE_START, MESSAGE_START, cohere_delta, data, named, text_delta

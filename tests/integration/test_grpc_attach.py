@@ -12,7 +12,7 @@ import pytest
 from schemas.rpc.tailrace.v1 import tailrace_pb2 as pb
 from services.delivery.settings import Settings
 from services.kit.auth.principal import Principal
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from tests.conftest import NatsServer, eventually
 from tests.delivery_stage import TENANT, Log, keys, metric, story
 from tests.grpc_stage import Client, GrpcStage, Read, serving_calls

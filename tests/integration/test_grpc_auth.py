@@ -12,8 +12,8 @@ from schemas.codec import encode_event
 from schemas.rpc.tailrace.v1 import tailrace_pb2 as pb
 from schemas.subjects import Address, token_subject
 from services.kit.auth.setup import build_authenticator
-from services.kit.broker import Broker
 from services.kit.clock import SystemClock
+from services.kit.jetstream.broker import Broker
 from tests.conftest import NatsServer
 from tests.delivery_stage import keys, story
 from tests.grpc_stage import Client, Read, serving_calls

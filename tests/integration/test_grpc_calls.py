@@ -17,8 +17,8 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 from schemas.rpc.tailrace.v1 import tailrace_pb2 as pb
 from services.delivery.grpc.problems import PROBLEM_KEY
-from services.kit.broker import Broker
 from services.kit.http import PortTaken
+from services.kit.jetstream.broker import Broker
 from services.kit.tls import server_tls
 from tests.conftest import NatsServer, eventually
 from tests.delivery_stage import Log, metric, story

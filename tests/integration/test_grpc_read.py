@@ -13,7 +13,7 @@ from schemas.rpc.tailrace.v1 import tailrace_pb2 as pb
 from services.delivery.grpc.problems import PROBLEM_KEY
 from services.delivery.settings import Settings
 from services.kit.auth.principal import Principal
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from services.kit.problem import Problem
 from tests.conftest import NatsServer, eventually
 from tests.delivery_stage import TENANT, Log, keys, metric, story

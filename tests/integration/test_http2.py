@@ -18,8 +18,8 @@ import pytest
 import trustme
 
 from bench.processes import free_port
-from services.kit.broker import Broker
 from services.kit.http import serving
+from services.kit.jetstream.broker import Broker
 from services.kit.tls import ServerTls, TlsUnusable, server_tls
 from tests.conftest import NatsServer, require
 from tests.delivery_stage import Log, Stage, delivering, keys, story, subscribers

@@ -9,7 +9,7 @@ from schemas.codec import encode_event
 from schemas.events import UsageReported, type_of
 from schemas.subjects import control_subject
 from services.delivery.requests.transcript import Transcript
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from services.producer.core.dialects.openrouter import late_usage
 from tests.answers import QUICK, ending
 from tests.conftest import eventually

@@ -18,7 +18,7 @@ from limits.aio.strategies import SlidingWindowCounterRateLimiter
 
 from schemas.requests import GenerationRecord
 from schemas.topology import COUNTERS
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from services.kit.limits import CounterStorage
 from tests.conftest import NatsServer, eventually
 from tests.delivery_stage import Stage, delivering, metric

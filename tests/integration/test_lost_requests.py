@@ -9,7 +9,7 @@ from schemas.codec import encode_event
 from schemas.events import Failed, Interrupted
 from schemas.requests import GenerationRecord
 from schemas.subjects import Address, generation_key, token_subject
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from services.producer.orphans import Orphans
 from services.producer.worker import Worker
 from tests.conftest import eventually

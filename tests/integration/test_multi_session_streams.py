@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from services.delivery.formats.multi_cursor import MAX_SESSIONS
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from tests.conftest import NatsServer, eventually
 from tests.delivery_stage import Log, Stage, delivering, keys, metric, story
 from tests.sse import SseClient, small_buffers

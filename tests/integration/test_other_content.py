@@ -12,7 +12,7 @@ from schemas.events import AnyEvent, Completed, Delta, is_terminal
 from schemas.subjects import Address, token_subject
 from schemas.topology import token_stream
 from services.delivery.requests.transcript import Transcript
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from services.producer.core.bounds import EVENT_BYTES
 from tests.conftest import eventually
 from tests.pipeline import accepted_log, ask, enqueue, producing

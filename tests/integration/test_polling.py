@@ -10,7 +10,7 @@ import pytest
 
 from schemas.events import AnyEvent, Delta
 from schemas.subjects import presence_subject
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from tests.conftest import NatsServer, eventually
 from tests.delivery_stage import TENANT, Log, Stage, delivering, keys, metric, story
 

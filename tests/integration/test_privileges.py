@@ -20,7 +20,7 @@ import trustme
 
 from bench.processes import free_port
 from schemas.permissions import USERS
-from services.kit.broker import Broker, BrokerUnavailable
+from services.kit.jetstream.broker import Broker, BrokerUnavailable
 from services.kit.settings import SettingsError, Shared
 from services.kit.tls import client_tls
 from services.producer.adapters.circuits import Circuits

@@ -12,7 +12,7 @@ from schemas.events import Completed, Delta, Failed, Started, UsageReported, typ
 from schemas.requests import GenerationRecord
 from schemas.subjects import Address, control_subject, request_subject, token_subject
 from schemas.topology import DEAD, REQUESTS, Topology
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from services.producer.core.deadlines import Deadlines
 from tests.conftest import NatsServer, eventually
 from tests.pipeline import accepted_log, ask, ended_log, enqueue, producing, raw_log, text_of

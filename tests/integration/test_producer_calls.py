@@ -1,7 +1,7 @@
 """Calls that are made again, by the same producer or by another one: each is told in the log with its own numbers."""
 
 from schemas.events import Delta, Notice, Restarted, Started
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from services.producer.core.retry import RetryPolicy
 from tests.answers import ONCE, answered, code_of, config, cut_off, ending, kinds, notices, refusing, saying
 from tests.pipeline import ask, producing

@@ -11,7 +11,7 @@ import pytest
 
 from schemas.events import AnyEvent, Cancelled, Delta, UsageReported, type_of
 from schemas.requests import GenerationRecord, Request
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from services.producer import asking, worker
 from services.producer.adapters import publisher
 from services.producer.asking import Interruption

@@ -4,7 +4,7 @@ import msgspec
 import pytest
 
 from schemas.requests import RequestDeadlines
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from services.producer.core.deadlines import Deadlines
 from tests.answers import ONCE, answered, code_of, config, refusing, saying, silent
 from tests.pipeline import ask, ended_log, enqueue, producing, text_of

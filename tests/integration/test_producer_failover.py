@@ -4,7 +4,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 from schemas.events import Failed
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from tests.answers import QUICK, answered, code_of, config, kinds, refusing, saying
 from tests.pipeline import ask, producing, text_of
 from tests.providers import Replay, providing

@@ -9,7 +9,7 @@ from bench.chaos.proxy import Link
 from bench.processes import free_port
 from schemas.events import Completed, Delta, type_of
 from schemas.topology import REQUESTS, Topology, producers_durable
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from services.producer.adapters.publisher import Lease, Publisher
 from services.producer.errors import Fenced
 from tests.conftest import NatsServer, eventually

@@ -9,7 +9,7 @@ import pytest
 from schemas.events import Cancelled, type_of
 from schemas.requests import CancelAfter, Request
 from schemas.topology import Topology
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from services.producer import presence
 from services.producer.worker import Worker
 from tests.answers import assert_sound, cancel, deltas

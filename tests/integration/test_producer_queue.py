@@ -7,9 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from nats.aio.msg import Msg
 from nats.js.api import DiscardPolicy
-from nats.js.errors import APIError
 from prometheus_client import REGISTRY
 
 from schemas.codec import decode_event, encode_event
@@ -17,10 +15,12 @@ from schemas.events import Completed, Delta, Interrupted, Restarted, is_terminal
 from schemas.requests import Request
 from schemas.subjects import Address, lane_of, request_subject, token_subject
 from schemas.topology import REQUESTS, Topology
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
+from services.kit.jetstream.errors import APIError
 from services.producer.adapters.tries import Tries
 from services.producer.core.retry import RetryPolicy
 from services.producer.core.takeover import Begun
+from services.producer.lane import QueueMessage
 from services.producer.leases import Held
 from services.producer.relay import Relay
 from services.producer.worker import Worker
@@ -308,7 +308,7 @@ async def test_a_request_that_comes_again_while_it_runs_here_disturbs_nothing(br
         again = reply.split(".")
         again[4] = deliveries
         subject = request_subject("default", "g1")
-        msg = Msg(broker.client, subject, ".".join(again), msgspec.json.encode(request))
+        msg = QueueMessage(subject, ".".join(again), msgspec.json.encode(request))
         producer._take(msg, asyncio.get_running_loop().time())
         await ended_log(broker, request)
         await eventually(lambda: queue_is_empty(broker))

@@ -12,7 +12,7 @@ from prometheus_client import REGISTRY
 from schemas.events import AnyEvent, Completed, Delta, Failed, Restarted, Started, UsageReported, type_of
 from schemas.requests import Request, RequestDeadlines
 from schemas.topology import DEAD
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from services.producer import asking
 from services.producer.adapters import publisher
 from services.producer.core.deadlines import Deadlines

@@ -13,7 +13,7 @@ from schemas.holders import HELD, holder_question
 from schemas.requests import Request
 from schemas.subjects import Address, holder_subject
 from schemas.topology import REQUESTS, Topology
-from services.kit.broker import Broker, BrokerUnavailable
+from services.kit.jetstream.broker import Broker, BrokerUnavailable
 from services.producer.adapters.tries import Tries
 from tests.answers import assert_sound, chunk, config, deltas, ending
 from tests.conftest import NatsServer, eventually

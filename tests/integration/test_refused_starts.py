@@ -11,9 +11,9 @@ from schemas.subjects import request_subject
 from services.delivery.requests import withdrawals
 from services.delivery.requests.intake import GenerationRequest
 from services.kit.auth.principal import Principal
-from services.kit.broker import Broker, BrokerUnavailable
+from services.kit.jetstream.broker import Broker, BrokerUnavailable
+from services.kit.jetstream.storage import Storage
 from services.kit.problem import Problem
-from services.kit.storage import Storage
 from tests.conftest import NatsServer, eventually
 from tests.delivery_stage import metric
 from tests.integration.test_repeated_starts import WISH, Taking

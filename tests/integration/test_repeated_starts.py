@@ -6,15 +6,15 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
-from nats.js.errors import APIError
 
 from schemas.subjects import lane_of, request_subject
 from services.delivery.app import Replica
 from services.delivery.requests.intake import GenerationRequest
 from services.delivery.settings import Settings
 from services.kit.auth.principal import Principal
-from services.kit.broker import Broker, BrokerUnavailable
 from services.kit.clock import SystemClock
+from services.kit.jetstream.broker import Broker, BrokerUnavailable
+from services.kit.jetstream.errors import APIError
 from services.kit.problem import Problem
 from services.kit.settings import Shared
 from tests.conftest import eventually

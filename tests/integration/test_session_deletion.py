@@ -16,7 +16,7 @@ from schemas.subjects import dead_subject, lane_of
 from schemas.topology import CONSUMERS, DEAD, Topology
 from services.delivery.requests import deletion as deleting
 from services.delivery.requests.generations import Lookups
-from services.kit.broker import Broker, BrokerUnavailable
+from services.kit.jetstream.broker import Broker, BrokerUnavailable
 from tests.conftest import eventually
 from tests.consumers_stage import Service
 from tests.delivery_stage import TENANT, Log, Stage, delivering, keys, story

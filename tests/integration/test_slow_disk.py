@@ -18,7 +18,7 @@ from prometheus_client import REGISTRY
 
 from bench.processes import free_port
 from schemas.topology import Topology
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from services.producer.adapters import publisher
 from tests.conftest import eventually, nats_server_path, require
 from tests.delivery_stage import Stage, delivering

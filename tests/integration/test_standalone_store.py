@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from schemas.topology import Topology
-from services.kit.broker import Broker, BrokerUnavailable
-from services.kit.consumers import Durables
+from services.kit.jetstream.broker import Broker, BrokerUnavailable
+from services.kit.jetstream.consumer import Durables
 from services.standalone.store import is_position, set_aside_unreadable
 from tests.conftest import NatsServer
 from tests.store_damage import stream_folder

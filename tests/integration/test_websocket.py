@@ -11,7 +11,7 @@ import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from schemas.events import Binary, Delta
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from tests.conftest import NatsServer, eventually
 from tests.delivery_stage import Log, Stage, delivering, keys, metric, story
 from tests.websocket_client import JSON, MSGPACK, SocketClient, socket

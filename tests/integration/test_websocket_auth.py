@@ -12,7 +12,7 @@ from websockets.exceptions import InvalidStatus
 from schemas.codec import encode_event
 from schemas.events import AnyEvent
 from schemas.subjects import Address, token_subject
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from tests.conftest import NatsServer, eventually
 from tests.delivery_stage import Stage, delivering, keys, metric, story
 from tests.integration.credentials import bearer, guarded, token

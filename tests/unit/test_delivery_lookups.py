@@ -6,8 +6,8 @@ import pytest
 from schemas.requests import GenerationRecord
 from services.delivery.errors import Unknown
 from services.delivery.requests.generations import Lookups
-from services.kit.broker import BrokerUnavailable, Stored
 from services.kit.clock import SystemClock
+from services.kit.jetstream.broker import BrokerUnavailable, Stored
 
 RECORD = GenerationRecord(
     tenant="t", session="s", generation="g", state="queued", model="scripted/story", created_at=1.0

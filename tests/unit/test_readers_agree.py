@@ -34,9 +34,9 @@ from services.delivery.consumers.judging import Judge
 from services.delivery.log.read_cache import ReadCache
 from services.delivery.log.reader import LogReader
 from services.delivery.requests.generations import Lookups
-from services.kit.broker import Stored
 from services.kit.clock import SystemClock
-from services.kit.kept import highest_kept_epoch
+from services.kit.jetstream.broker import Stored
+from services.kit.jetstream.kept import highest_kept_epoch
 from services.producer.relay import read_begun
 from services.standalone.follow import _judge, _Session
 from tests.unit.schemas.log_model import Entry, Log, Writer

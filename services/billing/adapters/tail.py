@@ -1,24 +1,26 @@
 """A partition's log as billing reads it: pulled through its durable consumer, or read directly where that has holes."""
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Iterable
 from contextlib import suppress
-from typing import Final, NamedTuple
+from typing import Final
 
 import msgspec
-import nats.errors
 import structlog
-from nats.js import errors as js_errors
 
 from schemas.subjects import token_subject
 from schemas.topology import ConsumerSpec, Topology
 from services.billing.core.batch import Group
 from services.billing.core.generation import Key
 from services.billing.core.intake import Record, read_record
-from services.kit.broker import Broker, BrokerUnavailable, Stored, StreamState
-from services.kit.consumers import DurableRefused, Durables
-from services.kit.kept import highest_kept_epoch
-from services.kit.logs import Logs
+from services.kit.jetstream.ack import stored_at
+from services.kit.jetstream.broker import Broker, BrokerUnavailable, Stored, StreamState
+from services.kit.jetstream.consumer import Durables
+from services.kit.jetstream.errors import APIError
+from services.kit.jetstream.kept import highest_kept_epoch
+from services.kit.jetstream.logs import Logs
+from services.kit.jetstream.pull import Arrived, End, PullConsumer
 from services.kit.stamps import nanoseconds
 
 __all__ = ["LogState", "Pulled", "Tail"]
@@ -26,21 +28,17 @@ __all__ = ["LogState", "Pulled", "Tail"]
 log = structlog.get_logger()
 PULL_BYTES: Final = 16 * 1024 * 1024
 """Bound of one pull in bytes, and so of what waits here undecoded; raised where the broker allows larger messages."""
-PATIENCE: Final = 1.5
-"""Seconds that the end of a pull may be late before the pull is taken for lost."""
-_ENDED: Final = (b"404", b"408")
-_FULL: Final = (b"Batch Completed", b"Message Size Exceeds MaxBytes")
-"""Descriptions of status 409 that tell of nothing wrong."""
+_DOUBTFUL: Final = (None, End.GONE, End.REFUSED)
 
 
 class Pulled(msgspec.Struct):
     """What one pull brought: records in the order of delivery, how many more wait, and how to acknowledge them.
 
-    ``doubtful``: the pull ended in another way than by count or time; the consumer or stream may be gone. ``full``:
+    ``doubtful``: the pull was lost or refused; the consumer or stream may be gone. ``full``:
     more waits.
     """
 
-    arrived: list[tuple[bytes, bytes, bytes]] = []
+    arrived: deque[Arrived] = msgspec.field(default_factory=deque)
     pending: int | None = None
     doubtful: bool = False
     full: bool = False
@@ -77,21 +75,15 @@ class Tail:
         self.spec: ConsumerSpec = topology.billing(partition)
         self.logs = Logs(broker)
         self._durables = Durables(broker)
-        self._next = f"$JS.API.CONSUMER.MSG.NEXT.{self.spec.stream}.{self.spec.durable}"
+        self._consumer = PullConsumer(broker, self.spec.stream, self.spec.durable)
         self._ack_all = False
-        self._inbox = ""
-        self._prefix = b""
-        self._pulls = 0
         self._hurry = False  # the last pull was full: more waits
-        self._pulled = Pulled()
-        self._done = asyncio.Event()
+        self._is_doubtful = False  # there has been another connection since the last pull
+        self._wake = asyncio.Event()
 
     async def open(self) -> None:
         """Listen for deliveries; to be called once."""
-        prefix = self.broker.client.new_inbox()
-        self._inbox = prefix
-        self._prefix = prefix.encode()
-        await self.broker.client.listen_to_deliveries(f"{prefix}.*", self._receive)
+        await self._consumer.open()
         self.broker.on_reconnect(self._reconnected)
 
     @property
@@ -100,8 +92,9 @@ class Tail:
 
     async def _reconnected(self) -> None:
         # The broker forgets pulls when a connection ends: without this the pull would be waited for in vain.
-        self._pulled.doubtful = True
-        self._done.set()
+        self._is_doubtful = True
+        self._consumer.forget()
+        self._wake.set()
 
     async def verify(self) -> LogState:
         """See that stream and consumer exist, creating what is missing, and return where they stand.
@@ -149,7 +142,7 @@ class Tail:
         """
         try:
             await self._durables.reset(self.spec, after)
-        except DurableRefused as error:
+        except APIError as error:
             raise BrokerUnavailable(str(error)) from error
 
     async def pull(self) -> Pulled:
@@ -160,46 +153,20 @@ class Tail:
         Raises:
             BrokerUnavailable: the request cannot be sent.
         """
-        self._pulls += 1
-        pulled = self._pulled
-        self._done.clear()
+        self._wake.clear()
         if not self._hurry:
             with suppress(TimeoutError):
                 async with asyncio.timeout(self.interval):
-                    await self._done.wait()
-            self._done.clear()
-        query = {"batch": self.batch, "max_bytes": self._bytes, "no_wait": True}
-        await self.broker.publish(self._next, msgspec.json.encode(query), reply=f"{self._inbox}.{self._pulls}")
-        try:
-            async with asyncio.timeout(self.interval + PATIENCE):
-                await self._done.wait()
-        except TimeoutError:
-            pulled.doubtful = True
-        self._pulled = Pulled()  # what still comes of this pull belongs to the next one
-        self._hurry = pulled.full = len(pulled.arrived) >= self.batch
-        if pulled.arrived:
-            pulled.pending = _delivery(pulled.arrived[-1][1]).pending
+                    await self._wake.wait()
+        arrived = await self._consumer.fetch(self.batch, max_bytes=self._bytes)
+        self._hurry = len(arrived) >= self.batch
+        pulled = Pulled(arrived, full=self._hurry, doubtful=self._is_doubtful or self._consumer.end in _DOUBTFUL)
+        self._is_doubtful = False
+        if self._consumer.end in (End.GONE, End.REFUSED):
+            log.info("pull ended early", stream=self.spec.stream, reason=self._consumer.reason)
+        if arrived:
+            pulled.pending = stored_at(arrived[-1][1]).pending
         return pulled
-
-    def _receive(self, subject: bytes, reply: bytes, data: bytes, headers: bytes | None) -> None:
-        if subject.startswith(self._prefix):
-            self._end(subject, headers or b"")
-            return
-        arrived = self._pulled.arrived
-        arrived.append((subject, reply, data))
-        if len(arrived) >= self.batch:
-            self._done.set()
-
-    def _end(self, subject: bytes, headers: bytes) -> None:
-        if subject != f"{self._inbox}.{self._pulls}".encode():
-            return  # of an earlier pull
-        # A status alone: b"NATS/1.0 404 No Messages\r\n…".
-        _, _, line = headers.split(b"\r\n", 1)[0].partition(b" ")
-        status, _, description = line.partition(b" ")
-        if status not in _ENDED and description not in _FULL:
-            log.info("pull ended early", stream=self.spec.stream, status=line.decode(errors="replace"))
-            self._pulled.doubtful = True
-        self._done.set()
 
     async def acknowledge(self, pulled: Pulled) -> None:
         """Tell the consumer that all of ``pulled`` is done. A lost acknowledgement only leads to a repeat.
@@ -212,7 +179,7 @@ class Tail:
         replies = [reply for _, reply, _ in pulled.arrived]
         # Where the consumer takes one acknowledgement for all before it, that saves 5 µs of CPU an event, half of them
         # in the broker.
-        for reply in [max(replies, key=_delivery)] if self._ack_all else replies:
+        for reply in [max(replies, key=stored_at)] if self._ack_all else replies:
             await self.broker.publish(reply.decode(), b"")
 
     async def between(self, first: int, last: int) -> AsyncIterator[list[Record]]:
@@ -253,38 +220,14 @@ class Tail:
         for seq in seqs:
             if not state.first_seq <= seq <= state.last_seq:
                 continue
-            try:
-                raw = await self.broker.js.get_msg(self.spec.stream, seq)
-            except js_errors.NotFoundError:
-                continue
-            except (nats.errors.Error, OSError, TimeoutError) as error:
-                raise BrokerUnavailable(f"cannot read {self.spec.stream} at {seq}: {error!r}") from error
-            kept.append(Stored(seq, raw.subject or "", raw.data or b""))
+            if (stored := await self.broker.get(self.spec.stream, seq)) is not None:
+                kept.append(stored)
         return kept
 
 
-class _Acknowledgement(NamedTuple):
-    """What an acknowledgement subject says: stream sequence, time of storing in nanoseconds, and how many wait."""
-
-    seq: int
-    stamp: int
-    pending: int
-
-
-def _delivery(reply: bytes) -> _Acknowledgement:
-    """Return what an acknowledgement subject says.
-
-    ``$JS.ACK.<stream>.<consumer>.<deliveries>.<stream seq>.<consumer seq>.<time>.<pending>``; servers with a domain put
-    domain and account before the stream, and a token behind.
-    """
-    parts = reply.split(b".")
-    at = 5 if len(parts) == 9 else 7
-    return _Acknowledgement(int(parts[at]), int(parts[at + 2]), int(parts[at + 3]))
-
-
 def _pulled(subject: bytes, reply: bytes, data: bytes) -> Record:
-    told = _delivery(reply)
-    return read_record(told.seq, subject.decode(), data, told.stamp)
+    place = stored_at(reply)
+    return read_record(place.seq, subject.decode(), data, place.stamp)
 
 
 def _records(messages: list[Stored]) -> list[Record]:

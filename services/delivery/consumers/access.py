@@ -5,7 +5,7 @@ from services.delivery.consumers.registry import Consumers, Found
 from services.delivery.consumers.session import ConsumerSession
 from services.delivery.errors import Unknown, unreachable
 from services.kit.auth.principal import Principal, authorize
-from services.kit.broker import BrokerUnavailable
+from services.kit.jetstream.broker import BrokerUnavailable
 from services.kit.problem import Problem
 
 __all__ = ["covers", "open_session", "permitted"]

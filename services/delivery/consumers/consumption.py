@@ -12,7 +12,7 @@ from services.delivery.consumers.pulling import PIECE_BYTES, SLICE, STREAM_BATCH
 from services.delivery.consumers.registry import Consumers
 from services.delivery.consumers.session import ConsumerSession, Delivery
 from services.kit.auth.principal import Principal
-from services.kit.broker import BrokerUnavailable
+from services.kit.jetstream.broker import BrokerUnavailable
 from services.kit.problem import Problem
 
 __all__ = ["LOST", "Consumption", "Give"]

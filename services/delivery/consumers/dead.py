@@ -5,20 +5,18 @@ from collections.abc import Container
 from typing import Final
 
 import msgspec
-import nats.errors
-from nats.js import errors as js_errors
 
 from schemas.subjects import consumer_filter, consumer_subject
 from schemas.topology import CONSUMERS
 from services.delivery import metrics
 from services.delivery.errors import TooBusy, Unknown
-from services.kit.broker import Broker, BrokerUnavailable, Stored
+from services.kit.jetstream.broker import Broker, Stored
+from services.kit.jetstream.errors import APIError
 
 __all__ = ["DeadEvent", "DeadEvents"]
 
 ROOM: Final = 4_096
 """More than a dead event adds to the event itself."""
-_AWAY: Final = (nats.errors.Error, OSError, TimeoutError)
 
 
 class DeadEvent(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,13 +35,6 @@ class DeadEvent(msgspec.Struct, frozen=True, kw_only=True):
     event: msgspec.Raw
 
 
-class _Counts(msgspec.Struct):
-    class _State(msgspec.Struct):
-        subjects: dict[str, int] | None = None
-
-    state: _State
-
-
 class DeadEvents:
     """The dead events of all consumers. ``limit``: how many are kept for one.
 
@@ -56,19 +47,12 @@ class DeadEvents:
 
     async def count(self, tenant: str, name: str) -> int:
         """Return how many there are of a consumer."""
-        return len(await self._subjects(consumer_filter("dead", tenant, name)))
+        return len(await self._broker.subjects(CONSUMERS, consumer_filter("dead", tenant, name)))
 
     async def counts(self, tenant: str) -> Counter[str]:
         """Return how many there are of each consumer of a tenant that has any, by name."""
-        return Counter(subject.split(".")[3] for subject in await self._subjects(f"consumers.dead.{tenant}.*.*"))
-
-    async def _subjects(self, filter_: str) -> dict[str, int]:
-        query = msgspec.json.encode({"subjects_filter": filter_})
-        answer = await self._broker.request(f"$JS.API.STREAM.INFO.{CONSUMERS}", query, timeout=5.0)
-        try:
-            return msgspec.json.decode(answer or b"", type=_Counts).state.subjects or {}
-        except msgspec.DecodeError as error:
-            raise BrokerUnavailable(f"dead events cannot be counted: {(answer or b'')[:200]!r}") from error
+        subjects = await self._broker.subjects(CONSUMERS, f"consumers.dead.{tenant}.*.*")
+        return Counter(subject.split(".")[3] for subject in subjects)
 
     async def put(self, tenant: str, name: str, dead: DeadEvent) -> None:
         """Keep a dead event; one that is kept already stays as it is.
@@ -143,15 +127,12 @@ class DeadEvents:
         subject = consumer_subject(kind, tenant, name, dead.id)
         try:
             await self._broker.publish_stored(subject, msgspec.json.encode(dead))
-        except js_errors.APIError as error:
+        except APIError as error:
             if await self._broker.last(CONSUMERS, subject) is None:
                 raise TooBusy(f"no more events can be put aside: {error.description}") from error
 
     async def _purge(self, subject: str) -> None:
-        try:
-            await self._broker.js.purge_stream(CONSUMERS, subject=subject)
-        except _AWAY as error:
-            raise BrokerUnavailable(f"cannot remove dead events: {error!r}") from error
+        await self._broker.purge(CONSUMERS, subject)
 
 
 def _decoded(stored: Stored) -> DeadEvent:

@@ -9,7 +9,7 @@ from schemas.cursor import Cursor, CursorIssuer
 from schemas.names import check_name
 from schemas.subjects import consumer_filter, log_filter
 from schemas.topology import CONSUMERS, service_durable, token_stream
-from services.kit.consumers import DurableInfo
+from services.kit.jetstream.consumer import DurableInfo
 
 __all__ = [
     "AGAIN",

@@ -7,8 +7,8 @@ from schemas.codec import Header, MalformedEvent, decode_header
 from schemas.subjects import InvalidSubject, parse_address
 from services.delivery import metrics
 from services.delivery.consumers.verdicts import Track
-from services.kit.broker import Broker
-from services.kit.kept import highest_kept_epoch, keeps
+from services.kit.jetstream.broker import Broker
+from services.kit.jetstream.kept import highest_kept_epoch, keeps
 
 __all__ = ["Judge", "Judgement"]
 

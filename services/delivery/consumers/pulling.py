@@ -7,7 +7,7 @@ from typing import Any, Final
 import msgspec
 
 from services.delivery.consumers.session import ConsumerSession, Delivery
-from services.kit.broker import BrokerUnavailable
+from services.kit.jetstream.broker import BrokerUnavailable
 
 __all__ = ["PIECE_BYTES", "SLICE", "STREAM_BATCH", "about", "envelope", "pulled"]
 

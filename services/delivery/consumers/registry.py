@@ -37,9 +37,10 @@ from services.delivery.fanout.start_position import check_cursor
 from services.delivery.fanout.supervisor import Supervisor
 from services.delivery.log.states import LogStates
 from services.delivery.settings import Settings
-from services.kit.broker import Broker, BrokerUnavailable, StreamState
 from services.kit.clock import Clock
-from services.kit.consumers import DurableInfo, DurableRefused, Durables
+from services.kit.jetstream.broker import Broker, BrokerUnavailable, StreamState
+from services.kit.jetstream.consumer import DurableInfo, Durables
+from services.kit.jetstream.errors import APIError
 
 __all__ = ["Conflicting", "Consumers", "Found"]
 
@@ -87,7 +88,7 @@ class Consumers:
         Raises:
             Conflicting: it exists and begins otherwise or reads another session.
             TooBusy: there are as many as may be.
-            DurableRefused: the broker refuses a setting.
+            APIError: the broker refuses a setting.
             CursorForeign, CursorExpired: the cursor to begin after cannot be used.
         """
         found = await self._find(tenant, name, fresh=True)
@@ -285,11 +286,11 @@ class Consumers:
                 config = await self._config(tenant, name, definition, partition, len(places) - 1)
                 config |= first_position(wish, partition)
                 infos[partition] = await self.durables.create(stream_of(partition), config)
-        except DurableRefused as error:
-            if error.exists:
+        except APIError as error:
+            if error.is_existing:
                 raise BrokerUnavailable(f"consumer {name!r} is being created elsewhere") from error
             await self._remove(tenant, name, Found(definition, infos))
-            if error.too_many:
+            if error.is_too_many:
                 raise TooBusy(f"the broker takes no more consumers: {error}") from error
             raise
         return Found(definition, infos)
@@ -330,8 +331,8 @@ class Consumers:
                 config["pause_until"] = paused.config["pause_until"]
             try:
                 infos[partition] = await self.durables.create(stream_of(partition), config)
-            except DurableRefused as error:
-                if not error.exists:
+            except APIError as error:
+                if not error.is_existing:
                     raise
         return Found(definition, infos)
 
@@ -355,8 +356,8 @@ class Consumers:
         config |= {field: info.config[field] for field in _KEPT if field in info.config}
         try:
             return await self.durables.update(stream_of(partition), config)
-        except DurableRefused as error:
-            if error.missing:
+        except APIError as error:
+            if error.is_missing:
                 raise Unknown(f"consumer {name!r} is being removed") from error
             raise
 

@@ -6,10 +6,7 @@ from contextlib import suppress
 from typing import Final, NamedTuple
 
 import msgspec
-import nats.errors
 import structlog
-from nats.aio.msg import Msg
-from nats.aio.subscription import Subscription
 
 from schemas.cursor import CursorIssuer
 from schemas.subjects import parse_address
@@ -17,12 +14,14 @@ from services.delivery import metrics
 from services.delivery.consumers.dead import DeadEvent, DeadEvents
 from services.delivery.consumers.definition import AGAIN, Definition
 from services.delivery.consumers.judging import Judge
-from services.delivery.consumers.source import PATIENCE, WAIT_SECONDS, Raw, Source, stream_in
+from services.delivery.consumers.source import WAIT_SECONDS, Raw, Source
 from services.delivery.consumers.tokens import Token
 from services.delivery.errors import TooBusy
-from services.kit.broker import Broker, BrokerUnavailable
 from services.kit.clock import Clock
-from services.kit.consumers import Durables
+from services.kit.jetstream.ack import ACK, nak
+from services.kit.jetstream.broker import Broker, BrokerUnavailable
+from services.kit.jetstream.consumer import Durables
+from services.kit.jetstream.pull import PATIENCE
 
 __all__ = ["ConsumerSession", "Delivery", "Opened", "Origin"]
 
@@ -40,7 +39,6 @@ SETTLE: Final = 0.1
 DEAD_PAUSE: Final = 30.0
 """How long an event waits that cannot be put aside."""
 BROKEN_PAUSE: Final = 0.5
-ACK: Final = b"+ACK"
 
 
 class Delivery(NamedTuple):
@@ -108,12 +106,11 @@ class ConsumerSession:
         self._dead = dead
         self._reload = reload
         self._durables = Durables(broker)
-        self._inbox = broker.client.new_inbox()
         self._sources: dict[str, Source] = {}  # by stream; bounded by the number of partitions
         self._wake = asyncio.Event()
         self._turn = 0
         self._refreshed = clock.monotonic()
-        self._subscription: Subscription | None = None
+        self._is_open = False
         self._adopt(opened)
 
     async def open(self) -> None:
@@ -122,10 +119,9 @@ class ConsumerSession:
         Raises:
             BrokerUnavailable: the connection is closed.
         """
-        try:
-            self._subscription = await self._broker.subscribe(f"{self._inbox}.>", self._receive)
-        except (nats.errors.Error, OSError) as error:
-            raise BrokerUnavailable(f"cannot listen: {error!r}") from error
+        for source in self._sources.values():
+            await source.open()
+        self._is_open = True
         metrics.CONSUMER_SESSIONS.inc()
 
     async def pull(self, limit: int, wait: float) -> list[Delivery]:
@@ -159,7 +155,7 @@ class ConsumerSession:
             if len(given) >= limit or self.is_gone or now >= stop:
                 return
             self._wake.clear()
-            asked = await self._ask(limit - len(given), now, waiting=not given and now < until)
+            asked = await self._ask(limit - len(given), waiting=not given and now < until)
             if (full or not asked) and (given or now >= until):
                 return
             left = until - now if not asked or full else SETTLE
@@ -168,12 +164,12 @@ class ConsumerSession:
                     await self._wake.wait()
                 full = False
             except TimeoutError:
-                full = asked and await self._is_full(now)
+                full = asked and await self._is_full()
 
-    async def _is_full(self, now: float) -> bool:
+    async def _is_full(self) -> bool:
         """Tell whether as much is in flight as may be: then the broker says nothing to who asks for more."""
         for source in self._sources.values():
-            if source.answering(now):
+            if source.answering():
                 info = await self._durables.info(source.stream, source.durable)
                 if info is not None and info.num_ack_pending < info.config.get("max_ack_pending", 0):
                     return False
@@ -200,18 +196,17 @@ class ConsumerSession:
 
     async def close(self) -> None:
         """Stop; what came and was not given goes back at once. Closing again does nothing."""
-        subscription, self._subscription = self._subscription, None
-        if subscription is None:
+        if not self._is_open:
             return
+        self._is_open = False
         metrics.CONSUMER_SESSIONS.dec()
-        with suppress(nats.errors.Error, OSError, BrokerUnavailable):
-            if self._broker.is_connected:
-                await subscription.drain()  # type: ignore[no-untyped-call]  # it has no annotation; what is on its way comes
-            else:
-                await subscription.unsubscribe()
-            for source in self._sources.values():
+        sources = list(self._sources.values())
+        await asyncio.gather(*(source.close() for source in sources))
+        with suppress(BrokerUnavailable):
+            for source in sources:
                 while source.buffer:
-                    await self._nak(source.buffer.popleft().reply, 0.0)
+                    _, reply, _ = source.buffer.popleft()
+                    await self._nak(reply.decode(), 0.0)
 
     def reconnected(self) -> None:
         """Ask anew: the broker has forgotten what it was asked for."""
@@ -219,34 +214,23 @@ class ConsumerSession:
             source.forget()
         self._wake.set()
 
-    async def _receive(self, msg: Msg) -> None:
-        if not msg.subject.startswith(self._inbox):
-            source = self._sources.get(stream_in(msg.reply))
-            if source is not None:
-                source.take(msg)
-        else:
-            *_, index, pull = msg.subject.split(".")
-            headers = msg.headers or {}
-            for source in self._sources.values():
-                if str(source.partition) == index:
-                    source.end(
-                        int(pull), headers.get("Status", ""), headers.get("Description", ""), self._clock.monotonic()
-                    )
-        self._wake.set()
+    def _adopt(self, opened: Opened) -> list[Source]:
+        """Read from all partitions that there are now; a stream or consumer made anew is a new source.
 
-    def _adopt(self, opened: Opened) -> None:
-        """Read from all partitions that there are now; a stream or consumer made anew is a new source."""
+        Returns:
+            The sources that are not read from any more, to be closed.
+        """
         self.opened = opened
         known = self._sources
         self._sources = {}
         for partition, origin in opened.streams.items():
             source = known.get(origin.stream)
             if source is None or source.incarnation != f"{origin.incarnation} {origin.created}":
-                inbox = f"{self._inbox}.{partition}"
-                source = Source(self._broker, partition, origin.stream, opened.durable, inbox)
+                source = Source(self._broker, partition, origin.stream, opened.durable, self._wake.set)
                 source.incarnation = f"{origin.incarnation} {origin.created}"
                 source.cut = origin.cut
             self._sources[origin.stream] = source
+        return [source for source in known.values() if self._sources.get(source.stream) is not source]
 
     async def _refresh(self) -> None:
         now = self._clock.monotonic()
@@ -262,15 +246,17 @@ class ConsumerSession:
         if opened is None:
             self.is_gone = True
             return
-        self._adopt(opened)
+        for source in self._adopt(opened):
+            await source.close()
         for source in self._sources.values():
-            source.is_gone = False
+            if source.is_gone:
+                source.forget()
 
     def _patience(self, now: float) -> float:
         """Return after how many seconds to look again although nothing has come."""
         return max(0.05, min(1.0, self._refreshed + REFRESH_SECONDS - now))
 
-    async def _ask(self, wanted: int, now: float, *, waiting: bool) -> bool:
+    async def _ask(self, wanted: int, *, waiting: bool) -> bool:
         """Ask those partitions that are not asked already; tell whether something may come soon.
 
         First each for its share of what is there; where nothing is, for the next event that comes.
@@ -280,24 +266,23 @@ class ConsumerSession:
         order = list(self._sources.values())
         self._turn = (self._turn + 1) % len(order)
         order = order[self._turn :] + order[: self._turn]
-        idle = [s for s in order if s.may_be_asked(now)]
-        wanted -= sum(s.answering(now) for s in order)
+        idle = [s for s in order if s.may_be_asked()]
+        wanted -= sum(s.answering() for s in order)
         filled = [s for s in idle if not s.is_empty][: max(0, min(wanted, PULLS))]
         max_bytes = max(PULL_BYTES, self._broker.client.max_payload + OVERHEAD)
         for source in filled:
-            await source.ask(max(1, wanted // len(filled)), max_bytes, now)
+            await source.ask(max(1, wanted // len(filled)), max_bytes)
         if waiting:
             for source in idle:
                 if source.is_empty:
-                    source.is_empty = False
-                    await source.ask(1, max_bytes, now, WAIT_SECONDS)
-        return bool(filled) or any(s.answering(now) for s in order)
+                    await source.ask(1, max_bytes, WAIT_SECONDS)
+        return bool(filled) or any(s.answering() for s in order)
 
     async def _sift(self, given: list[Delivery], limit: int) -> None:
         """Move what is to be given from the buffers to ``given``; settle what is not."""
         for source in list(self._sources.values()):
             while source.buffer and len(given) < limit:
-                delivery = await self._look_at(source, source.buffer[0])
+                delivery = await self._look_at(source, source.next())
                 source.buffer.popleft()
                 if delivery is not None:
                     given.append(delivery)
@@ -383,8 +368,3 @@ class ConsumerSession:
 class _Named(msgspec.Struct):
     generation: str
     seq: int
-
-
-def nak(delay: float) -> bytes:
-    """Return what tells the broker to deliver again, after ``delay`` seconds."""
-    return b"-NAK" + (msgspec.json.encode({"delay": round(delay * 1e9)}) if delay > 0 else b"")

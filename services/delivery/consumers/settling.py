@@ -9,17 +9,16 @@ import msgspec
 from schemas.topology import service_durable
 from services.delivery import metrics
 from services.delivery.consumers.registry import Consumers
-from services.delivery.consumers.session import ACK, nak
 from services.delivery.consumers.tokens import Token
 from services.delivery.errors import Unknown
-from services.kit.broker import BrokerUnavailable
+from services.kit.jetstream.ack import ACK, IN_PROGRESS, nak
+from services.kit.jetstream.broker import BrokerUnavailable
 
 __all__ = ["SettlementResult", "Settlement", "settle"]
 
 TOKENS: Final = 1_000
 """Bound of tokens in one call."""
 CONFIRM_SECONDS: Final = 2.0
-_WORKING: Final = b"+WPI"
 
 Tokens = Annotated[list[str], msgspec.Meta(max_length=TOKENS)]
 
@@ -54,7 +53,7 @@ async def settle(consumers: Consumers, tenant: str, name: str, wish: Settlement)
     groups: tuple[tuple[str, Sequence[str], bytes], ...] = (
         ("ack", wish.acks, ACK),
         ("nack", wish.nacks, nak(wish.delay)),
-        ("working", wish.working, _WORKING),
+        ("working", wish.working, IN_PROGRESS),
     )
     todo = [(text, Token.parse(text), how, word) for how, texts, word in groups for text in texts]
     known = {partition: await _incarnation(consumers, partition) for partition in {each[1].partition for each in todo}}

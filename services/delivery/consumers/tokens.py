@@ -8,6 +8,7 @@ import re
 from typing import Final, NamedTuple
 
 from services.delivery.consumers.definition import AGAIN, stream_of
+from services.kit.jetstream.ack import Delivered, ack_subject
 
 __all__ = ["InvalidToken", "Token"]
 
@@ -56,4 +57,5 @@ class Token(NamedTuple):
 
     def subject(self, durable: str) -> str:
         """Return the subject on which the broker hears what became of the delivery."""
-        return f"$JS.ACK.{stream_of(self.partition)}.{durable}.{self.deliveries}.{self.seq}.{self.consumer_seq}.0.0"
+        numbers = Delivered(self.deliveries, self.seq, self.consumer_seq)
+        return ack_subject(stream_of(self.partition), durable, numbers)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 import structlog
-from nats.aio.subscription import Subscription
 
 from schemas.codec import MalformedEvent, decode_header
 from schemas.cursor import CursorIssuer
@@ -23,9 +22,10 @@ from services.delivery.log.reader import LogReader
 from services.delivery.log.states import LogStates
 from services.delivery.reports.counting import DeliveryCounts
 from services.delivery.settings import Settings
-from services.kit.broker import Broker, BrokerUnavailable, ReadFailed, Stored
 from services.kit.clock import Clock
-from services.kit.nats_client import header_number
+from services.kit.jetstream.broker import Broker, BrokerUnavailable, ReadFailed, Stored
+from services.kit.jetstream.client import header_number
+from services.kit.jetstream.connection import Subscription
 
 __all__ = ["LAST_WRITE_SECONDS", "Feed"]
 

@@ -15,8 +15,8 @@ from services.delivery.log.states import LogStates
 from services.delivery.reports.counting import DeliveryCounts
 from services.delivery.requests.deleted_sessions import DeletedSessions
 from services.delivery.settings import Settings
-from services.kit.broker import Broker, BrokerUnavailable, StreamState
 from services.kit.clock import Clock
+from services.kit.jetstream.broker import Broker, BrokerUnavailable, StreamState
 from services.kit.shutdown import end
 
 __all__ = ["Feeds"]

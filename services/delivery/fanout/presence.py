@@ -3,11 +3,10 @@
 from contextlib import AbstractAsyncContextManager
 
 import structlog
-from nats.aio.msg import Msg
-from nats.aio.subscription import Subscription
 
 from schemas.subjects import presence_filter
-from services.kit.broker import Broker, BrokerUnavailable
+from services.kit.jetstream.broker import Broker, BrokerUnavailable
+from services.kit.jetstream.connection import Message, Subscription
 
 __all__ = ["Presence"]
 
@@ -52,7 +51,7 @@ class Presence:
         if subscription is not None and not self._broker.client.is_closed:
             await subscription.unsubscribe()
 
-    async def _answer(self, msg: Msg) -> None:
+    async def _answer(self, msg: Message) -> None:
         try:
             await self._broker.publish(msg.reply, b"here")
         except BrokerUnavailable as error:

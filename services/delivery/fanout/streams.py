@@ -23,7 +23,7 @@ from services.delivery.formats.granularity import TOKEN, Granularity, Position, 
 from services.delivery.log.states import LogStates
 from services.delivery.requests.generations import ENDED, Lookups
 from services.kit.auth.principal import Principal, authorize
-from services.kit.broker import BrokerUnavailable
+from services.kit.jetstream.broker import BrokerUnavailable
 from services.kit.problem import Problem
 
 __all__ = ["Stream", "Streams", "ReadOptions"]

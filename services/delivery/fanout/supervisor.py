@@ -9,8 +9,8 @@ from typing import Any, Final, Protocol
 from services.delivery.fanout.open_streams import OpenStreams
 from services.delivery.settings import Settings
 from services.kit.auth.principal import Principal
-from services.kit.broker import Broker
 from services.kit.clock import Clock
+from services.kit.jetstream.broker import Broker
 from services.kit.problem import Problem
 from services.kit.shutdown import end
 

@@ -10,7 +10,7 @@ import structlog
 from schemas.rpc.tailrace.v1 import tailrace_pb2 as pb
 from services.delivery import metrics
 from services.delivery.errors import DeliveryError, problem_of, unreachable
-from services.kit.broker import BrokerUnavailable
+from services.kit.jetstream.broker import BrokerUnavailable
 from services.kit.problem import Problem, problem_bytes
 
 __all__ = ["PROBLEM_KEY", "answering", "as_message", "as_problem", "code_of"]

@@ -20,8 +20,8 @@ from services.delivery.http.query import parse_query
 from services.delivery.http.read_request import header
 from services.delivery.settings import Settings
 from services.kit.auth.principal import Principal
-from services.kit.broker import BrokerUnavailable
 from services.kit.clock import Clock
+from services.kit.jetstream.broker import BrokerUnavailable
 from services.kit.problem import Problem
 
 __all__ = ["ConsumerEvents", "PullOptions", "parse_pull_options"]

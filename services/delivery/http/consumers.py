@@ -29,7 +29,7 @@ from services.delivery.http.consumer_views import (
 from services.delivery.http.responses import PROBLEMS
 from services.kit.auth.principal import Principal, authorize
 from services.kit.auth.rules import caller, needs
-from services.kit.consumers import DurableRefused
+from services.kit.jetstream.errors import APIError
 from services.kit.problem import MEDIA_TYPE as PROBLEM_TYPE
 from services.kit.problem import Problem, ProblemDetails
 
@@ -128,7 +128,7 @@ async def refusing(call: Awaitable[T]) -> T:
         raise Problem(400, str(error), slug="cursor-invalid", title="The cursor is not valid here") from error
     except CursorExpired as error:
         raise Problem(410, str(error), slug="cursor-expired", title="The cursor has expired") from error
-    except DurableRefused as error:
+    except APIError as error:
         raise Problem(422, str(error)) from error
     return result
 

@@ -18,7 +18,7 @@ from services.delivery.requests.dead import Dead, DeadRequests
 from services.delivery.requests.intake import GenerationRequest, Intake
 from services.kit.auth.principal import Principal
 from services.kit.auth.rules import caller, needs
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from services.kit.problem import Problem, ProblemDetails
 
 __all__ = ["DeadRequest", "DeadRequestList", "DeadRequestView", "dead_router"]

@@ -5,8 +5,8 @@ from typing import Final
 from schemas.partitions import HISTORY_SUBJECT, candidates, decode_history, settled
 from schemas.subjects import log_filter
 from schemas.topology import REGISTRY_BUCKET, bucket_stream, token_stream
-from services.kit.broker import Broker
 from services.kit.clock import Clock
+from services.kit.jetstream.broker import Broker
 
 __all__ = ["Partitions"]
 

@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 
 from schemas.acceptance import Acceptance
 from services.delivery import metrics
-from services.kit.broker import Broker, Stored
+from services.kit.jetstream.broker import Broker, Stored
 
 __all__ = ["LogKey", "ReadCache"]
 

@@ -12,8 +12,8 @@ from schemas.topology import token_stream
 from services.delivery import metrics
 from services.delivery.formats.tail import Entry, Positions
 from services.delivery.log.read_cache import LogKey, ReadCache
-from services.kit.broker import Broker, Stored
-from services.kit.kept import highest_kept_epoch, keeps
+from services.kit.jetstream.broker import Broker, Stored
+from services.kit.jetstream.kept import highest_kept_epoch, keeps
 
 __all__ = ["LogReader"]
 

@@ -8,9 +8,9 @@ from services.delivery import metrics
 from services.delivery.log.partitions import Partitions
 from services.delivery.log.read_cache import ReadCache
 from services.delivery.log.reader import LogReader
-from services.kit.broker import Broker, StreamState
 from services.kit.clock import Clock
-from services.kit.logs import Logs
+from services.kit.jetstream.broker import Broker, StreamState
+from services.kit.jetstream.logs import Logs
 
 __all__ = ["LogStates"]
 

@@ -7,13 +7,12 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Final, NamedTuple
 
-import nats.errors
 import structlog
 
 from schemas.delivered import DeliveredReport, delivered_subject, encode_delivered
 from schemas.names import InvalidName
 from services.delivery import metrics
-from services.kit.broker import BrokerUnavailable
+from services.kit.jetstream.errors import APIError, BrokerUnavailable
 
 __all__ = ["DeliveryReporter", "GenerationKey"]
 
@@ -25,7 +24,7 @@ COUNTERS: Final = 50_000
 """Bound of counters in memory. Beyond it those longest without news are reported and forgotten early."""
 
 Publish = Callable[[str, bytes], Awaitable[object]]
-"""Stores a message and returns once that is sure; raises ``BrokerUnavailable`` otherwise."""
+"""Stores a message and returns once that is sure; raises `BrokerUnavailable` or `APIError` otherwise."""
 
 
 class GenerationKey(NamedTuple):
@@ -112,7 +111,7 @@ class DeliveryReporter:
                     del self._counters[place]
                 else:
                     counter.idle += 1
-        except (BrokerUnavailable, nats.errors.Error) as error:
+        except (BrokerUnavailable, APIError) as error:
             metrics.DELIVERED_REPORTS.labels("failed").inc()
             log.warning("what was delivered is not reported yet", waiting=len(self._counters), error=str(error))
             while len(self._counters) > self._limit:
@@ -138,7 +137,7 @@ class DeliveryReporter:
         )
         try:
             await self._publish(delivered_subject(*place), encode_delivered(report))
-        except (BrokerUnavailable, nats.errors.Error, asyncio.CancelledError):
+        except (BrokerUnavailable, APIError, asyncio.CancelledError):
             counter.reported = False
             raise
         except InvalidName as error:

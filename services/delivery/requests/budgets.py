@@ -12,8 +12,8 @@ from schemas.requests import GenerationRecord
 from schemas.topology import REGISTRY_BUCKET, bucket_stream
 from services.delivery import metrics
 from services.delivery.settings import Fallback
-from services.kit.broker import Broker, BrokerUnavailable
 from services.kit.clock import Clock
+from services.kit.jetstream.broker import Broker, BrokerUnavailable
 from services.kit.problem import Problem
 
 __all__ = ["BudgetReservations", "worst_case"]

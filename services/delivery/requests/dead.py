@@ -3,9 +3,6 @@
 from typing import Final
 
 import msgspec
-import nats.errors
-from nats.js import errors as js_errors
-from nats.js.api import RawStreamMsg
 
 from schemas.names import InvalidName, check_name
 from schemas.requests import Request
@@ -13,13 +10,13 @@ from schemas.subjects import dead_filter, dead_subject
 from schemas.topology import DEAD
 from services.delivery.errors import Unknown
 from services.kit.auth.principal import Principal
-from services.kit.broker import Broker, BrokerUnavailable
+from services.kit.jetstream.broker import Broker, Stored
+from services.kit.stamps import nanoseconds
 
 __all__ = ["REASON", "Dead", "DeadRequests"]
 
 REASON: Final = "Tailrace-Reason"
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-_AWAY = (nats.errors.Error, OSError, TimeoutError)
 
 
 class _Owned(msgspec.Struct):
@@ -88,10 +85,7 @@ class DeadRequests:
 
     async def drop(self, generation: str) -> None:
         """Remove the dead request of a generation for good. Without one nothing happens."""
-        try:
-            await self._broker.js.purge_stream(DEAD, subject=dead_subject(self._pool, generation))
-        except _AWAY as error:
-            raise BrokerUnavailable(f"cannot remove a dead request: {error!r}") from error
+        await self._broker.purge(DEAD, dead_subject(self._pool, generation))
 
     def _is_foreign(self, tenant: str | None) -> bool:
         return tenant not in (None, self._principal.tenant)
@@ -103,24 +97,19 @@ class DeadRequests:
         return principal.reaches(dead.request.session)
 
     async def _last(self, subject: str) -> Dead | None:
-        try:
-            return _dead(await self._broker.js.get_last_msg(DEAD, subject))
-        except js_errors.NotFoundError:
-            return None
-        except _AWAY as error:
-            raise BrokerUnavailable(f"dead requests cannot be read: {error!r}") from error
+        stored = await self._broker.last(DEAD, subject)
+        return None if stored is None else _dead(stored)
 
 
-def _dead(stored: RawStreamMsg) -> Dead:
-    data = stored.data or b""
+def _dead(stored: Stored) -> Dead:
     return Dead(
-        seq=stored.seq or 0,
-        generation=(stored.subject or "").rsplit(".", 1)[-1],
-        reason=str((stored.headers or {}).get(REASON, "")),
-        died_at=stored.time.timestamp() if stored.time else 0.0,
-        data=data,
-        tenant=_owner(data),
-        request=_readable(data),
+        seq=stored.seq,
+        generation=stored.subject.rsplit(".", 1)[-1],
+        reason=(stored.headers or {}).get(REASON, ""),
+        died_at=nanoseconds(stored.time) / 1e9,
+        data=stored.data,
+        tenant=_owner(stored.data),
+        request=_readable(stored.data),
     )
 
 

@@ -5,13 +5,13 @@ from typing import Final
 
 import msgspec
 import structlog
-from nats.aio.msg import Msg
 
 from schemas.cursor import CursorIssuer
 from schemas.requests import DeletedSession
 from schemas.subjects import DELETED_FILTER, session_key
 from schemas.topology import BUCKET, bucket_stream
-from services.kit.broker import Broker, BrokerUnavailable
+from services.kit.jetstream.broker import Broker, BrokerUnavailable
+from services.kit.jetstream.connection import Message
 
 __all__ = ["DeletedSessions", "deletion_of"]
 
@@ -60,7 +60,7 @@ class DeletedSessions:
         except BrokerUnavailable as error:
             log.warning("deletions were not heard yet", detail=str(error))
 
-    async def _hear(self, msg: Msg) -> None:
+    async def _hear(self, msg: Message) -> None:
         try:
             await self.notify(msgspec.json.decode(msg.data, type=DeletedSession))
         except msgspec.DecodeError as error:

@@ -10,9 +10,7 @@ from collections.abc import Awaitable, Callable, Container, Iterable
 from typing import Final
 
 import msgspec
-import nats.errors
 import structlog
-from nats.js import errors as js_errors
 
 from schemas.requests import DeletedSession, GenerationRecord
 from schemas.subjects import (
@@ -30,9 +28,11 @@ from services.delivery.log.states import LogStates
 from services.delivery.requests.deleted_sessions import DeletedSessions
 from services.delivery.requests.generations import ENDED, Lookups
 from services.delivery.requests.intake import Intake
-from services.kit.broker import Broker, BrokerUnavailable
 from services.kit.clock import Clock
+from services.kit.jetstream.broker import Broker
+from services.kit.jetstream.consumer import Durables
 from services.kit.problem import Problem
+from services.kit.stamps import nanoseconds
 
 __all__ = ["Deletion"]
 
@@ -50,7 +50,6 @@ UNBILLED_SECONDS: Final = 600.0
 NAMED: Final = 10
 PurgeDead = Callable[[str, str, Container[str]], Awaitable[None]]
 """Removes the dead events of some generations of a tenant's session, for good."""
-_AWAY: Final = (nats.errors.Error, OSError, TimeoutError)
 
 
 class Deletion:
@@ -109,7 +108,7 @@ class Deletion:
         for generation in sorted(generations):
             await self._bury(tenant, session, generation)
         for subject in _flat(stored.values()):
-            await self._purge(token_stream(parse_address(subject).partition), subject)
+            await self._broker.purge(token_stream(parse_address(subject).partition), subject)
         await self._forget_dead(tenant, session, generations)
         await self._broker.publish(deleted_subject(tenant, session), msgspec.json.encode(deleted))
         await self._deleted.notify(deleted)
@@ -182,18 +181,11 @@ class Deletion:
                 await asyncio.sleep(POLL_SECONDS)
 
     async def _has_billed(self, partition: int, seq: int) -> bool:
-        try:
-            info = await self._broker.js.consumer_info(token_stream(partition), billing_durable(partition))
-        except js_errors.NotFoundError:
+        info = await Durables(self._broker).info(token_stream(partition), billing_durable(partition))
+        if info is None or info.ack_floor.stream_seq >= seq or (not info.num_pending and not info.num_ack_pending):
             return True
-        except _AWAY as error:
-            raise BrokerUnavailable(f"billing's position cannot be read: {error!r}") from error
-        acknowledged = (info.ack_floor.stream_seq if info.ack_floor else 0) or 0
-        if acknowledged >= seq or (not info.num_pending and not info.num_ack_pending):
-            return True
-        delivered = (info.delivered.stream_seq if info.delivered else 0) or 0
-        age = self._clock.wall() - info.created.timestamp() if info.created else 0.0
-        return delivered == 0 and age > UNBILLED_SECONDS
+        age = self._clock.wall() - nanoseconds(info.created) / 1e9
+        return info.delivered.stream_seq == 0 and age > UNBILLED_SECONDS
 
     async def _bury(self, tenant: str, session: str, generation: str) -> None:
         """Replace a generation's record by one that says only that it was deleted: its name is not used again."""
@@ -222,14 +214,8 @@ class Deletion:
             for subject in await self._broker.subjects(DEAD, dead_filter(lane)):
                 generation = subject.rpartition(".")[2]
                 if generation in generations:
-                    await self._purge(DEAD, dead_subject(lane, generation))
+                    await self._broker.purge(DEAD, dead_subject(lane, generation))
         await self._purge_dead(tenant, session, generations)
-
-    async def _purge(self, stream: str, subject: str) -> None:
-        try:
-            await self._broker.js.purge_stream(stream, subject=subject)
-        except _AWAY as error:
-            raise BrokerUnavailable(f"cannot remove {subject} from {stream}: {error!r}") from error
 
 
 def _flat(subjects: Iterable[list[str]]) -> list[str]:

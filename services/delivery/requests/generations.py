@@ -4,8 +4,6 @@ from collections.abc import Awaitable, Callable
 from typing import Final
 
 import msgspec
-import nats.errors
-from nats.js import errors as js_errors
 
 from schemas.codec import MalformedEvent
 from schemas.requests import Announcement, DeletedSession, GenerationRecord
@@ -14,8 +12,8 @@ from schemas.topology import BUCKET, REGISTRY_BUCKET, token_stream
 from services.delivery.errors import Deleted, Unknown
 from services.delivery.requests.deleted_sessions import deletion_of
 from services.delivery.requests.transcript import Transcript
-from services.kit.broker import Broker, BrokerUnavailable
 from services.kit.clock import Clock
+from services.kit.jetstream.broker import Broker, BrokerUnavailable
 
 __all__ = ["ENDED", "Lookups"]
 
@@ -24,8 +22,6 @@ RECENT: Final = 20_000
 REGISTRY_SECONDS: Final = 2.0
 _STREAM: Final = f"KV_{BUCKET}"
 _PREFIX: Final = f"$KV.{BUCKET}."
-WRONG_LAST_SEQUENCE: Final = (10071, 10164)
-_AWAY = (nats.errors.Error, OSError, TimeoutError)
 
 
 class Lookups:
@@ -56,37 +52,17 @@ class Lookups:
     async def create(self, record: GenerationRecord) -> int | None:
         """Store a new record and return its revision; ``None`` when there is one already."""
         key = generation_key(record.tenant, record.session, record.generation)
-        try:
-            bucket = await self._broker.bucket()
-            return await bucket.create(key, msgspec.json.encode(record))
-        except js_errors.KeyWrongLastSequenceError:
-            return None
-        except _AWAY as error:
-            raise BrokerUnavailable(f"look-ups are away: {error!r}") from error
+        return await (await self._broker.bucket()).create(key, msgspec.json.encode(record))
 
     async def update(self, record: GenerationRecord, revision: int) -> bool:
         """Replace a record; tell whether it still had this revision."""
         key = generation_key(record.tenant, record.session, record.generation)
-        try:
-            bucket = await self._broker.bucket()
-            await bucket.update(key, msgspec.json.encode(record), last=revision)
-        except js_errors.KeyWrongLastSequenceError:
-            return False
-        except _AWAY as error:
-            raise BrokerUnavailable(f"look-ups are away: {error!r}") from error
-        return True
+        return await (await self._broker.bucket()).update(key, msgspec.json.encode(record), revision)
 
     async def forget(self, record: GenerationRecord, revision: int) -> bool:
         """Remove a record whose request could not be queued, unless it has changed; tell whether it is gone."""
-        try:
-            bucket = await self._broker.bucket()
-            return await bucket.delete(generation_key(record.tenant, record.session, record.generation), last=revision)
-        except js_errors.APIError as error:
-            if error.err_code in WRONG_LAST_SEQUENCE:
-                return False
-            raise BrokerUnavailable(f"look-ups are away: {error!r}") from error
-        except _AWAY as error:
-            raise BrokerUnavailable(f"look-ups are away: {error!r}") from error
+        key = generation_key(record.tenant, record.session, record.generation)
+        return await (await self._broker.bucket()).delete(key, revision)
 
     async def require(self, tenant: str, session: str, generation: str) -> GenerationRecord | None:
         """Find out whether a generation exists, in the bucket or in the log; return its record where it has one.
@@ -144,11 +120,8 @@ class Lookups:
 
     async def note_deletion(self, deleted: DeletedSession) -> None:
         """Keep that a session was deleted."""
-        try:
-            bucket = await self._broker.bucket()
-            await bucket.put(session_key(deleted.tenant, deleted.session), msgspec.json.encode(deleted))
-        except _AWAY as error:
-            raise BrokerUnavailable(f"look-ups are away: {error!r}") from error
+        bucket = await self._broker.bucket()
+        await bucket.put(session_key(deleted.tenant, deleted.session), msgspec.json.encode(deleted))
 
     async def recent(self, tenant: str) -> list[GenerationRecord]:
         """Return the tenant's records among the `RECENT` newest changes, oldest change first."""

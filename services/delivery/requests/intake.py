@@ -6,7 +6,6 @@ from base64 import b32encode
 from typing import Annotated, Any, Final
 
 import msgspec
-from nats.js.errors import APIError
 
 from schemas.control import CANCEL, OVER
 from schemas.cursor import CursorIssuer
@@ -31,10 +30,11 @@ from services.delivery.requests.generations import ENDED, Lookups
 from services.delivery.requests.start_limits import StartLimits
 from services.delivery.requests.withdrawals import Withdrawals
 from services.kit.auth.principal import Principal
-from services.kit.broker import Broker, BrokerUnavailable
 from services.kit.clock import Clock
+from services.kit.jetstream.broker import Broker, BrokerUnavailable
+from services.kit.jetstream.errors import APIError
+from services.kit.jetstream.storage import Storage
 from services.kit.problem import Problem
-from services.kit.storage import Storage
 
 __all__ = ["GenerationRequest", "Intake"]
 
@@ -292,7 +292,7 @@ class Intake:
         try:
             await self._broker.publish_stored(subject, data)
         except APIError as error:
-            if "per subject" in (error.description or ""):
+            if error.is_subject_taken:
                 try:
                     await self._check_queued(subject)
                 except BrokerUnavailable:
@@ -301,7 +301,7 @@ class Intake:
                     raise
                 return
             await self._take_back(record, created, lane)
-            if "maximum messages" not in (error.description or ""):
+            if not error.is_stream_full:
                 raise _not_stored() from error
             raise Problem(
                 429, "the queue of requests is full", slug="queue-full", headers={"Retry-After": "5"}

@@ -18,8 +18,8 @@ from services.delivery import metrics
 from services.delivery.requests.generations import ENDED
 from services.delivery.settings import Settings
 from services.kit.auth.principal import Principal
-from services.kit.broker import Broker, BrokerUnavailable
 from services.kit.clock import Clock
+from services.kit.jetstream.broker import Broker, BrokerUnavailable
 from services.kit.limits import CounterStorage
 from services.kit.problem import Problem
 

@@ -10,7 +10,7 @@ from services.delivery.errors import Deleted, Unknown
 from services.delivery.requests.answer import AnswerMessage, BinaryContent, ChoiceAnnotation, ChoiceExtra, ToolCallText
 from services.delivery.requests.generations import ENDED, Lookups
 from services.delivery.requests.transcript import Alternative, Transcript
-from services.kit.broker import BrokerUnavailable
+from services.kit.jetstream.broker import BrokerUnavailable
 
 __all__ = ["GenerationView", "view_of"]
 

@@ -4,10 +4,7 @@ import asyncio
 from typing import Final, NamedTuple
 
 import msgspec
-import nats.errors
 import structlog
-from nats.js import errors as js_errors
-from nats.js.errors import APIError
 
 from schemas.control import CANCEL
 from schemas.requests import GenerationRecord, Request
@@ -16,7 +13,8 @@ from schemas.topology import REQUESTS
 from services.delivery import metrics
 from services.delivery.requests.budgets import BudgetReservations
 from services.delivery.requests.generations import Lookups
-from services.kit.broker import Broker, BrokerUnavailable, Stored
+from services.kit.jetstream.broker import Broker, BrokerUnavailable, Stored
+from services.kit.jetstream.errors import APIError
 
 __all__ = ["Withdrawals"]
 
@@ -86,8 +84,8 @@ class Withdrawals:
         queued = await self._queued(record, lane)
         if queued is not None and queued[1] != record.created_at:
             return  # it was repeated, and the repeat is in the queue
-        if queued is not None:
-            await self._remove(queued[0].seq)
+        if queued is not None and not await self._broker.delete(REQUESTS, queued[0].seq):
+            raise BrokerUnavailable("the request has just left the queue: its record tells in a moment who has it")
         if found is not None and not await self._lookups.forget(record, created or found[1]):
             if queued is not None:  # it was repeated just now, and counted on what was in the queue
                 await self._put_back(record, lane, queued[0].data)
@@ -106,19 +104,11 @@ class Withdrawals:
         except msgspec.DecodeError:
             return stored, 0.0
 
-    async def _remove(self, seq: int) -> None:
-        try:
-            await self._broker.js.delete_msg(REQUESTS, seq)
-        except js_errors.NotFoundError:
-            return
-        except (nats.errors.Error, OSError, TimeoutError) as error:
-            raise BrokerUnavailable(f"the queue does not answer: {error!r}") from error
-
     async def _put_back(self, record: GenerationRecord, lane: str, data: bytes) -> None:
         try:
             await self._broker.publish_stored(request_subject(lane, record.generation), data)
         except APIError as error:
-            if "per subject" not in (error.description or ""):
+            if not error.is_subject_taken:
                 raise
 
     async def _cancel(self, record: GenerationRecord) -> None:

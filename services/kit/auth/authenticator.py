@@ -11,8 +11,8 @@ from services.kit.auth.jwt_verifier import CredentialRefused, JwtVerifier
 from services.kit.auth.key_table import KeyTable
 from services.kit.auth.principal import CHALLENGE, Principal
 from services.kit.auth.tickets import TicketScope, issue_ticket, read_ticket
-from services.kit.broker import BrokerUnavailable
 from services.kit.clock import Clock
+from services.kit.jetstream.broker import BrokerUnavailable
 from services.kit.problem import Problem
 from services.kit.shutdown import end
 

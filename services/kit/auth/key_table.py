@@ -12,15 +12,13 @@ from collections.abc import Callable, Collection
 from typing import Final
 
 import msgspec
-import nats.errors
 import structlog
-from nats.js import errors as js_errors
 
 from schemas.topology import CREDENTIALS_BUCKET, bucket_stream
 from services.kit.auth import metrics
 from services.kit.auth.api_keys import KeyRecord
-from services.kit.broker import Broker, BrokerUnavailable
 from services.kit.clock import Clock
+from services.kit.jetstream.broker import Broker, BrokerUnavailable
 
 __all__ = ["KeyTable", "TooManyKeys"]
 
@@ -32,7 +30,6 @@ _STREAM: Final = bucket_stream(CREDENTIALS_BUCKET)
 _PREFIX: Final = f"$KV.{CREDENTIALS_BUCKET}."
 _KEY: Final = "key."
 _TICKET_SECRET: Final = "ticket-secret"  # noqa: S105  # the name of the entry
-_AWAY = (nats.errors.Error, OSError, TimeoutError)
 
 
 class TooManyKeys(Exception):
@@ -89,15 +86,13 @@ class KeyTable:
         await self.look()
         if len(self._records) >= KEYS:
             raise TooManyKeys(f"there are {KEYS} API keys: revoke one first")
-        await self._store(_KEY + record.id, msgspec.json.encode(record))
+        if not await self._store(_KEY + record.id, msgspec.json.encode(record)):
+            raise ValueError(f"there is a key {record.id} already")
         await self.look()
 
     async def revoke(self, id_: str) -> None:
         """Remove a key for good. Without one nothing happens."""
-        try:
-            await (await self._broker.bucket(CREDENTIALS_BUCKET)).delete(_KEY + id_)
-        except _AWAY as error:
-            raise BrokerUnavailable(f"the key cannot be revoked: {error!r}") from error
+        await (await self._broker.bucket(CREDENTIALS_BUCKET)).delete(_KEY + id_)
         await self.look()
 
     async def ticket_secret(self, *, again: bool = False) -> bytes:
@@ -108,9 +103,7 @@ class KeyTable:
         if again or self._ticket_secret is None:
             await self._look_again()
         if self._ticket_secret is None:
-            try:
-                await self._store(_TICKET_SECRET, base64.b64encode(secrets.token_bytes(32)))
-            except js_errors.KeyWrongLastSequenceError:
+            if not await self._store(_TICKET_SECRET, base64.b64encode(secrets.token_bytes(32))):
                 log.debug("another replica made the secret of tickets")
             await self.look()
         if self._ticket_secret is None:
@@ -181,13 +174,9 @@ class KeyTable:
             for callback in self._revoked:
                 callback(gone)
 
-    async def _store(self, name: str, data: bytes) -> None:
-        try:
-            await (await self._broker.bucket(CREDENTIALS_BUCKET)).create(name, data)
-        except js_errors.KeyWrongLastSequenceError:
-            raise
-        except _AWAY as error:
-            raise BrokerUnavailable(f"credentials cannot be stored: {error!r}") from error
+    async def _store(self, name: str, data: bytes) -> bool:
+        """Store what there is not yet; tell whether it was stored."""
+        return await (await self._broker.bucket(CREDENTIALS_BUCKET)).create(name, data) is not None
 
 
 def _record(data: bytes) -> KeyRecord | None:

@@ -13,8 +13,8 @@ from services.kit.auth.jwks import KeySet, check_jwks_url
 from services.kit.auth.jwt_verifier import JwtPolicy, JwtVerifier, VerifyingKey, pem_key, secret_key
 from services.kit.auth.key_table import KeyTable
 from services.kit.auth.principal import Principal
-from services.kit.broker import Broker
 from services.kit.clock import Clock
+from services.kit.jetstream.broker import Broker
 from services.kit.loopback import is_loopback
 from services.kit.settings import SettingsError, Shared
 

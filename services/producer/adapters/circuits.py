@@ -10,16 +10,15 @@ import hashlib
 import secrets
 import time
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple
+from contextlib import aclosing
+from typing import Final, NamedTuple
 
 import msgspec
-import nats.errors
 import structlog
-from nats.js.kv import KeyValue
 
 from schemas.topology import REGISTRY_BUCKET
-from services.kit.broker import Broker
-from services.kit.nats_client import heeding
+from services.kit.jetstream.broker import Broker, BrokerUnavailable
+from services.kit.jetstream.bucket import Bucket
 from services.producer import metrics
 from services.producer.core.circuit import Circuit, CircuitState
 from services.producer.core.parts import UpstreamFailure
@@ -168,20 +167,15 @@ class Circuits:
             try:
                 bucket = await self._broker.bucket(REGISTRY_BUCKET)
                 await self._watch(bucket)
-            except (nats.errors.Error, OSError, TimeoutError) as error:
-                log.debug("circuits are not followed now", error=repr(error))
+            except BrokerUnavailable as error:
+                log.debug("circuits are not followed now", error=str(error))
             self._forget()
             await asyncio.sleep(_REOPEN_WATCH)
 
-    async def _watch(self, bucket: KeyValue) -> None:
-        watcher: Any = await bucket.watch(_PREFIX + ">", include_history=False)
-        try:
-            while True:
-                entry = await heeding(watcher.updates(timeout=WATCH_SECONDS))
-                if entry is not None and entry.value:
-                    self._take_over(entry.value)
-        finally:
-            await watcher.stop()
+    async def _watch(self, bucket: Bucket) -> None:
+        async with aclosing(bucket.watch(_PREFIX + ">", WATCH_SECONDS)) as entries:
+            async for entry in entries:
+                self._take_over(entry.value)
 
     def _take_over(self, value: bytes) -> None:
         try:
@@ -240,8 +234,8 @@ class Circuits:
         try:
             bucket = await self._broker.bucket(REGISTRY_BUCKET)
             await bucket.put(_bucket_key(shared), msgspec.json.encode(shared))
-        except (nats.errors.Error, OSError, TimeoutError) as error:
-            log.debug("circuit not shared", provider=shared.provider, error=repr(error))
+        except BrokerUnavailable as error:
+            log.debug("circuit not shared", provider=shared.provider, error=str(error))
 
 
 def _bucket_key(shared: _Shared) -> str:

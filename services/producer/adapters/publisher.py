@@ -14,13 +14,14 @@ from typing import Final
 
 import msgspec
 import structlog
-from nats.js.errors import APIError
 
-from services.kit.broker import Broker, BrokerUnavailable
+from services.kit.jetstream.broker import Broker, BrokerUnavailable
+from services.kit.jetstream.connection import expecting
+from services.kit.jetstream.errors import APIError
 from services.producer.errors import Fenced, LogRefused, LogUnavailable
 from services.producer.metrics import LOG_REFUSALS, PUBLISH_REPEATS, PUBLISH_WINDOW
 
-__all__ = ["WRONG_LAST_SEQUENCE", "Lease", "LogWriter", "Publisher"]
+__all__ = ["Lease", "LogWriter", "Publisher"]
 
 log = structlog.get_logger()
 WINDOW_EVENTS: Final = 512
@@ -29,8 +30,6 @@ LAPSED_PAUSE: Final = 0.1
 STUCK_SECONDS: Final = 6.0
 RARER: Final = 3
 """How often the pause between two repeats doubles."""
-WRONG_LAST_SEQUENCE: Final = (10071, 10164)
-"""The second one comes in a cluster, while another append to the same subject is on its way."""
 
 
 class _Refusal(msgspec.Struct):
@@ -227,7 +226,7 @@ class LogWriter:
             Fenced: the lease has run out.
             LogUnavailable: the log has not taken it for too long.
         """
-        headers = {"Nats-Expected-Last-Subject-Sequence": str(last_seq)}
+        headers = expecting(last_seq)
         began = self._loop.time()
         while True:
             # Whose lease has run out may have read what its successor wrote: the condition alone would let it in.
@@ -236,9 +235,9 @@ class LogWriter:
                 await self._broker.publish_stored(self._subject, data, headers=headers)
                 return
             except APIError as error:
-                if error.err_code in WRONG_LAST_SEQUENCE:
+                if error.is_wrong_last_sequence:
                     raise LogRefused(f"{self._subject} has grown beyond {last_seq}") from error
-                self.refuse(error.description or "")
+                self.refuse(error.description)
             except BrokerUnavailable as error:
                 self.refuse(str(error))
             now = self._loop.time()

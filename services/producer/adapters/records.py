@@ -4,21 +4,19 @@ import asyncio
 from typing import Final
 
 import msgspec
-import nats.errors
 import structlog
-from nats.js import errors as js_errors
 
 from schemas.requests import Announcement, GenerationRecord
 from schemas.subjects import generation_key
 from schemas.topology import REGISTRY_BUCKET
-from services.kit.broker import Broker, BrokerUnavailable
+from services.kit.jetstream.broker import Broker, BrokerUnavailable
+from services.kit.jetstream.errors import MessageTooLarge
 
 __all__ = ["Records"]
 
 log = structlog.get_logger()
 _LONGEST_PAUSE: Final = 3.0
 _WAITING: Final = 10_000
-_UNREACHABLE = (nats.errors.Error, OSError, TimeoutError)
 
 
 class Records:
@@ -38,10 +36,8 @@ class Records:
         try:
             bucket = await self._broker.bucket()
             entry = await bucket.get(generation_key(tenant, session, generation))
-            return msgspec.json.decode(entry.value or b"", type=GenerationRecord)
-        except js_errors.KeyNotFoundError:
-            return None
-        except (*_UNREACHABLE, msgspec.DecodeError) as error:
+            return None if entry is None else msgspec.json.decode(entry.value, type=GenerationRecord)
+        except (BrokerUnavailable, msgspec.DecodeError) as error:
             log.warning("no look-up record", generation=generation, error=repr(error))
             return None
 
@@ -60,11 +56,8 @@ class Records:
         Raises:
             BrokerUnavailable: the bucket does not take it.
         """
-        try:
-            bucket = await self._broker.bucket(REGISTRY_BUCKET)
-            await bucket.put(f"pool.{pool}", msgspec.json.encode(announcement))
-        except _UNREACHABLE as error:
-            raise BrokerUnavailable(f"the models cannot be announced: {error!r}") from error
+        bucket = await self._broker.bucket(REGISTRY_BUCKET)
+        await bucket.put(f"pool.{pool}", msgspec.json.encode(announcement))
 
     async def write(self) -> None:
         """Store what is noted; runs until cancelled."""
@@ -91,9 +84,9 @@ class Records:
         try:
             bucket = await self._broker.bucket()
             await bucket.put(key, value)
-        except nats.errors.MaxPayloadError:
+        except MessageTooLarge:
             log.warning("look-up record given up: it is too large", key=key)
-        except _UNREACHABLE as error:
-            log.debug("look-up record not stored yet", key=key, error=repr(error))
+        except BrokerUnavailable as error:
+            log.debug("look-up record not stored yet", key=key, error=str(error))
             return False
         return True

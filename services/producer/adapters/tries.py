@@ -4,12 +4,12 @@ import asyncio
 from typing import Final, NamedTuple, overload
 
 import structlog
-from nats.js.errors import APIError
 
 from schemas.subjects import Address, generation_key
 from schemas.topology import BUCKET, bucket_stream
-from services.kit.broker import Broker, BrokerUnavailable
-from services.producer.adapters.publisher import WRONG_LAST_SEQUENCE
+from services.kit.jetstream.broker import Broker, BrokerUnavailable
+from services.kit.jetstream.connection import expecting
+from services.kit.jetstream.errors import APIError
 from services.producer.errors import GiveUp
 
 __all__ = ["Tried", "Tries"]
@@ -96,11 +96,11 @@ class Tries:
     async def _write(self, address: Address, begun: int, after: int) -> int | None: ...
     async def _write(self, address: Address, begun: int, after: int | None = None) -> int | None:
         """Write a count, and return its stream sequence; ``after``: only behind that one, else ``None``."""
-        headers = None if after is None else {"Nats-Expected-Last-Subject-Sequence": str(after)}
+        headers = None if after is None else expecting(after)
         try:
             return await self._broker.publish_stored(_subject(address), b"%d" % begun, headers=headers)
         except APIError as error:
-            if error.err_code in WRONG_LAST_SEQUENCE:
+            if error.is_wrong_last_sequence:
                 return None
             raise BrokerUnavailable(f"the bucket refuses: {error.description}") from error
 

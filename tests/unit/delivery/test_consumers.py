@@ -19,12 +19,13 @@ from services.delivery.consumers.definition import (
     later_position,
     seconds,
 )
-from services.delivery.consumers.session import Delivery, nak
-from services.delivery.consumers.source import Raw, Source, stream_in
+from services.delivery.consumers.pulling import envelope
+from services.delivery.consumers.session import Delivery
+from services.delivery.consumers.source import Raw, Source
 from services.delivery.consumers.tokens import InvalidToken, Token
 from services.delivery.consumers.verdicts import REMEMBERED, Track
-from services.delivery.http.consumer_events import envelope, parse_pull_options
-from services.kit.consumers import DurableInfo
+from services.delivery.http.consumer_events import parse_pull_options
+from services.kit.jetstream.consumer import DurableInfo
 from services.kit.problem import Problem
 
 TYPES = ["delta", "delta", "delta", "restarted", "completed", "usage"]
@@ -153,7 +154,7 @@ def test_the_brokers_times_are_read_to_the_second_and_beyond() -> None:
 
 def source() -> Source:
     broker: Any = None
-    return Source(broker, 0, "TOKENS_0", "svc-1-t-n", "_INBOX.x")
+    return Source(broker, 0, "TOKENS_0", "svc-1-t-n", lambda: None)
 
 
 def raw(seq: int, consumer_seq: int, deliveries: int = 1) -> Raw:
@@ -174,19 +175,6 @@ def test_what_another_reader_got_in_between_is_a_hole() -> None:
     assert reader.seen(raw(14, 4)) == 12
     reader.seen(raw(10, 6, deliveries=2))
     assert reader.seen(raw(16, 7)) == 15
-
-
-@pytest.mark.parametrize(
-    ("reply", "stream"),
-    [("$JS.ACK.TOKENS_0.d.1.2.3.4.5", "TOKENS_0"), ("$JS.ACK.hub.account.TOKENS_1.d.1.2.3.4.5.token", "TOKENS_1")],
-)
-def test_the_stream_stands_in_both_forms_of_an_acknowledgement_subject(reply: str, stream: str) -> None:
-    assert stream_in(reply) == stream
-
-
-def test_a_refusal_says_how_long_to_wait() -> None:
-    assert nak(0) == b"-NAK"
-    assert nak(1.5) == b'-NAK{"delay":1500000000}'
 
 
 def test_an_envelope_holds_the_stored_bytes() -> None:

@@ -5,7 +5,7 @@ import pytest
 
 from services.delivery.errors import CursorExpired, Unknown
 from services.delivery.grpc.problems import as_message, as_problem, code_of
-from services.kit.broker import BrokerUnavailable
+from services.kit.jetstream.broker import BrokerUnavailable
 from services.kit.problem import Problem
 
 

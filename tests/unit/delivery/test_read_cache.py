@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from schemas.acceptance import BEGINNING, Acceptance, Position
 from schemas.codec import Header
 from services.delivery.log.read_cache import POSITIONS, LogKey, ReadCache
-from services.kit.broker import Broker, ReadFailed, Stored
+from services.kit.jetstream.broker import Broker, ReadFailed, Stored
 
 KEY = LogKey("S", "then", "log.>")
 

@@ -6,7 +6,7 @@ import pytest
 
 from schemas.delivered import DeliveredReport, decode_delivered
 from services.delivery.reports.reporter import IDLE_ROUNDS, DeliveryReporter, GenerationKey
-from services.kit.broker import BrokerUnavailable
+from services.kit.jetstream.broker import BrokerUnavailable
 
 PLACE = GenerationKey("default", "s", "g")
 

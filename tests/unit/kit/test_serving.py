@@ -115,7 +115,7 @@ def test_cleartext_http2_is_answered_from_its_first_frame_on(run: Callable[[Any]
 
 SERVICE = """
 import asyncio
-from services.kit.broker import BrokerUnavailable
+from services.kit.jetstream.broker import BrokerUnavailable
 from services.kit.http import PortTaken
 from services.kit.lifecycle import run_service
 from services.kit.settings import SettingsError

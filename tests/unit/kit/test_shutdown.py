@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 from nats.js.kv import KeyValue
 
-from services.kit.nats_client import heeding
+from services.kit.jetstream.client import heeding
 from services.kit.shutdown import CUT, EXIT_STUCK, MARGIN, Stop, end, until_drained
 from tests.conftest import eventually
 
 DRAIN = 0.3
 SERVICE = """
 import asyncio, threading, time
-from services.kit.broker import BrokerUnavailable
+from services.kit.jetstream.broker import BrokerUnavailable
 from services.kit.lifecycle import run_service
 
 async def main(stop):

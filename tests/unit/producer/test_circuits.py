@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 
-from services.kit.broker import Broker
+from services.kit.jetstream.broker import Broker
 from services.producer.adapters import circuits as module
 from services.producer.adapters.circuits import COUNTED, Circuits, Permit
 from services.producer.core.circuit import Circuit
@@ -220,7 +220,7 @@ async def test_names_of_models_that_callers_make_up_fill_no_table(
     assert len(circuits._circuits) == 10
     assert circuits.is_open("p", "made-up-99", "t")
     await asyncio.gather(*circuits._tasks)
-    bucket = await broker.bucket(module.REGISTRY_BUCKET)
+    bucket = await broker.js.key_value(module.REGISTRY_BUCKET)
     assert len([key for key in await bucket.keys() if key.startswith("circuit.")]) <= module.SLOTS
 
 

@@ -8,16 +8,16 @@ from typing import Any, Final, TypeVar
 import msgspec
 import nats.errors
 import structlog
-from nats.aio.msg import Msg
-from nats.js import errors as js_errors
-from nats.js.kv import KeyValue
 
 from schemas.log_marks import incarnation
 from schemas.topology import BUCKET, Topology
-from services.kit.connection import BrokerUnavailable, Connection
-from services.kit.nats_client import RelayClient
+from services.kit.jetstream import api
+from services.kit.jetstream.admin import APPLY_SECONDS, NotReady, Refused, apply_topology, token_partitions
+from services.kit.jetstream.bucket import Bucket
+from services.kit.jetstream.client import RelayClient, parse_headers
+from services.kit.jetstream.connection import Connection, Message
+from services.kit.jetstream.errors import APIError, BrokerUnavailable, ReadFailed, unavailable
 from services.kit.stamps import nanoseconds
-from services.kit.streams import APPLY_SECONDS, NotReady, Refused, apply_topology, token_partitions
 
 __all__ = ["Broker", "BrokerUnavailable", "ReadFailed", "Stored", "StreamState"]
 
@@ -26,6 +26,7 @@ T = TypeVar("T")
 READ_BATCH: Final = 1_000
 SUBJECTS_PAGE: Final = 100_000
 """Subjects that the server names in one answer."""
+INFO_SECONDS: Final = 2.0
 READ_BYTES: Final = 512 * 1024
 READS: Final = 16  # at once: what the server sends ahead must stay far below its limit for a connection (64 MB)
 READ_TIMEOUT: Final = 5.0
@@ -35,17 +36,17 @@ LAG_PAUSE: Final = 0.05
 REPLICAS_SECONDS: Final = 30.0
 
 
-class ReadFailed(BrokerUnavailable):
-    """A read of the log got no complete answer within its time."""
-
-
 class Stored(msgspec.Struct, frozen=True):
-    """One stored message: ``seq`` is its stream sequence, ``time`` when it was stored, where that was told."""
+    """One stored message: ``seq`` is its stream sequence, ``time`` when it was stored, where that was told.
+
+    ``headers``: of a message that was read by itself; ``None`` in what `Broker.read` yields.
+    """
 
     seq: int
     subject: str
     data: bytes
     time: str = ""
+    headers: dict[str, str] | None = None
 
 
 class StreamState(msgspec.Struct, frozen=True):
@@ -97,20 +98,17 @@ class _Info(msgspec.Struct):
 
 class _Got(msgspec.Struct):
     class _Message(msgspec.Struct):
+        subject: str
+        seq: int
+        data: bytes = b""  # base64 in JSON, as are the headers
+        hdrs: bytes = b""
         time: str = ""
 
-    class _Error(msgspec.Struct):
-        code: int = 0
-
-    message: _Message | None = None
-    error: _Error | None = None
+    message: _Message
 
 
-def _decoded(data: bytes | None, type_: type[T], stream: str) -> T:
-    try:
-        return msgspec.json.decode(data or b"", type=type_)
-    except msgspec.DecodeError as error:
-        raise BrokerUnavailable(f"no stream {stream}: {(data or b'')[:200]!r}") from error
+class _Done(msgspec.Struct):
+    success: bool = False
 
 
 class Broker(Connection):
@@ -119,7 +117,7 @@ class Broker(Connection):
     def __init__(self, client: RelayClient) -> None:
         super().__init__(client)
         self._reads = asyncio.Semaphore(READS)
-        self._buckets: dict[str, KeyValue] = {}
+        self._buckets: dict[str, Bucket] = {}
         self._applying: asyncio.Task[None] | None = None
         self._replicas: dict[str, tuple[float, int]] = {}  # of each stream, and when that was looked up
 
@@ -137,8 +135,19 @@ class Broker(Connection):
         max_age = info.config.max_age / 1e9
         return StreamState(info.created, state.first_seq, state.last_seq, used, stamp, state.num_deleted, max_age)
 
-    async def _info(self, stream: str) -> _Info:
-        return _decoded(await self.request(f"$JS.API.STREAM.INFO.{stream}"), _Info, stream)
+    async def _info(self, stream: str, query: Any = None, *, timeout: float = INFO_SECONDS) -> _Info:
+        return await self._ask(f"STREAM.INFO.{stream}", _Info, query, timeout=timeout)
+
+    async def _ask(self, operation: str, type_: type[T], query: Any = None, *, timeout: float = api.ASK_SECONDS) -> T:
+        """Ask JetStream for what it cannot refuse for good.
+
+        Raises:
+            BrokerUnavailable: no answer, or a refusal: a stream that is missing is made by somebody.
+        """
+        try:
+            return await api.ask(self, operation, type_, query, timeout=timeout)
+        except APIError as error:
+            raise BrokerUnavailable(f"{operation}: {error}") from error
 
     async def holds(self, stream: str, subject: str) -> bool:
         """Tell whether a stream's leader has stored a message of this subject, and still has it.
@@ -146,9 +155,7 @@ class Broker(Connection):
         Raises:
             BrokerUnavailable: no answer.
         """
-        query = msgspec.json.encode({"subjects_filter": subject})
-        data = await self.request(f"$JS.API.STREAM.INFO.{stream}", query)
-        return subject in _decoded(data, _Info, stream).state.subjects
+        return subject in (await self._info(stream, {"subjects_filter": subject})).state.subjects
 
     async def count(self, stream: str, filter_: str) -> int:
         """Return how many messages of ``filter_`` a stream's leader has stored, for at most 100,000 subjects.
@@ -156,9 +163,7 @@ class Broker(Connection):
         Raises:
             BrokerUnavailable: no answer.
         """
-        query = msgspec.json.encode({"subjects_filter": filter_})
-        data = await self.request(f"$JS.API.STREAM.INFO.{stream}", query)
-        return sum(_decoded(data, _Info, stream).state.subjects.values())
+        return sum((await self._info(stream, {"subjects_filter": filter_})).state.subjects.values())
 
     async def subjects(self, stream: str, filter_: str) -> list[str]:
         """Return the subjects that match ``filter_`` of which a stream's leader holds messages.
@@ -168,25 +173,38 @@ class Broker(Connection):
         """
         found: list[str] = []
         while True:
-            query = msgspec.json.encode({"subjects_filter": filter_, "offset": len(found)})
-            data = await self.request(f"$JS.API.STREAM.INFO.{stream}", query, timeout=5.0)
-            try:
-                page = msgspec.json.decode(data or b"", type=_Info).state.subjects
-            except msgspec.DecodeError as error:
-                raise BrokerUnavailable(f"no stream {stream}: {(data or b'')[:200]!r}") from error
+            query = {"subjects_filter": filter_, "offset": len(found)}
+            page = (await self._info(stream, query, timeout=api.ASK_SECONDS)).state.subjects
             found += page
             if len(page) < SUBJECTS_PAGE:
                 return found
 
     async def last(self, stream: str, filter_: str) -> Stored | None:
-        """Return the newest stored message that matches ``filter_``, as the stream's leader has it, if there is any."""
+        """Return the newest message that matches ``filter_``, as the stream's leader has it; ``None`` without one.
+
+        Raises:
+            BrokerUnavailable: no answer.
+        """
+        return await self._one(stream, {"last_by_subj": filter_})
+
+    async def get(self, stream: str, seq: int) -> Stored | None:
+        """Return the message ``seq`` as a stream's leader has it; ``None`` without one.
+
+        Raises:
+            BrokerUnavailable: no answer.
+        """
+        return await self._one(stream, {"seq": seq})
+
+    async def _one(self, stream: str, query: dict[str, Any], *, timeout: float = api.ASK_SECONDS) -> Stored | None:
+        operation = f"STREAM.MSG.GET.{stream}"
         try:
-            raw = await self.js.get_last_msg(stream, filter_)
-        except js_errors.NotFoundError:
-            return None
-        except (nats.errors.Error, OSError, TimeoutError) as error:
-            raise BrokerUnavailable(f"cannot read {stream}: {error!r}") from error
-        return Stored(raw.seq or 0, raw.subject or "", raw.data or b"")
+            found = (await api.ask(self, operation, _Got, query, timeout=timeout)).message
+        except APIError as error:
+            if error.is_missing:
+                return None
+            raise BrokerUnavailable(f"cannot read {stream} ({query}): {error}") from error
+        headers = parse_headers(found.hdrs) if found.hdrs else None
+        return Stored(found.seq, found.subject, found.data, found.time, headers)
 
     async def stamp(self, stream: str, seq: int) -> int | None:
         """Return when a stream's leader stored the message ``seq``, in nanoseconds since 1970; ``None`` without one.
@@ -194,13 +212,8 @@ class Broker(Connection):
         Raises:
             BrokerUnavailable: no answer.
         """
-        data = await self.request(f"$JS.API.STREAM.MSG.GET.{stream}", msgspec.json.encode({"seq": seq}))
-        found = _decoded(data, _Got, stream)
-        if found.message is not None:
-            return nanoseconds(found.message.time)
-        if found.error is None or found.error.code != 404:
-            raise BrokerUnavailable(f"cannot read {stream} at {seq}: {(data or b'')[:200]!r}")
-        return None
+        found = await self._one(stream, {"seq": seq}, timeout=INFO_SECONDS)
+        return None if found is None else nanoseconds(found.time)
 
     async def first_since(self, stream: str, filter_: str, stamp: int) -> int | None:
         """Return the stream sequence of the first message stored at ``stamp`` or later (nanoseconds since 1970).
@@ -317,20 +330,20 @@ class Broker(Connection):
         for seconds in READ_TRIES:
             try:
                 async with self._reads:
-                    return await self._ask(stream, query, seconds)
+                    return await self._get_once(stream, query, seconds)
             except TimeoutError:
                 continue
             except (nats.errors.Error, OSError) as error:
                 raise ReadFailed(f"reading {stream} ({query}): {error!r}") from error
         raise ReadFailed(f"reading {stream} ({query}): no answer in {READ_TIMEOUT} s")
 
-    async def _ask(self, stream: str, query: dict[str, Any], seconds: float) -> tuple[list[Stored], int]:
+    async def _get_once(self, stream: str, query: dict[str, Any], seconds: float) -> tuple[list[Stored], int]:
         got: list[Stored] = []
         loop = asyncio.get_running_loop()
         done: asyncio.Future[int] = loop.create_future()
         patience = asyncio.timeout(seconds)
 
-        async def receive(msg: Msg) -> None:
+        async def receive(msg: Message) -> None:
             headers = msg.headers or {}
             status = headers.get("Status")
             if done.done():
@@ -357,10 +370,37 @@ class Broker(Connection):
             if not self.client.is_closed:
                 await subscription.unsubscribe()
 
-    async def bucket(self, name: str = BUCKET) -> KeyValue:
-        """Return a look-up bucket: that of generations, or the registry of models."""
+    async def purge(self, stream: str, filter_: str) -> None:
+        """Remove all messages whose subject matches ``filter_`` from a stream.
+
+        Raises:
+            BrokerUnavailable: no answer, or there is no such stream.
+        """
+        await self._ask(f"STREAM.PURGE.{stream}", _Done, {"filter": filter_})
+
+    async def delete(self, stream: str, seq: int) -> bool:
+        """Remove the message ``seq`` from a stream; tell whether there was one.
+
+        Raises:
+            BrokerUnavailable: no answer.
+        """
+        try:
+            await api.ask(self, f"STREAM.MSG.DELETE.{stream}", _Done, {"seq": seq})
+        except APIError as error:
+            if error.is_missing:
+                return False
+            raise BrokerUnavailable(f"cannot remove {seq} from {stream}: {error}") from error
+        return True
+
+    async def bucket(self, name: str = BUCKET) -> Bucket:
+        """Return a look-up bucket: that of generations, or the registry of models.
+
+        Raises:
+            BrokerUnavailable: no answer, or there is no such bucket.
+        """
         if name not in self._buckets:
-            self._buckets[name] = await self.js.key_value(name)
+            with unavailable(f"no bucket {name}"):
+                self._buckets[name] = Bucket(name, await self.js.key_value(name))
         return self._buckets[name]
 
     async def apply(self, topology: Topology, *, wait: float = APPLY_SECONDS) -> Topology:
@@ -372,7 +412,7 @@ class Broker(Connection):
             BrokerUnavailable: the broker refused or did not answer.
         """
         try:
-            return await apply_topology(self, topology, BrokerUnavailable, wait)
+            return await apply_topology(self, topology, wait)
         except (NotReady, Refused) as error:
             raise BrokerUnavailable(f"cannot set up streams: {error}") from error
 

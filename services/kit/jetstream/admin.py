@@ -6,26 +6,31 @@ operator has set beyond these fields stays, and a service that may look but not 
 
 import asyncio
 from collections.abc import Mapping
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import msgspec
 import structlog
 
 from schemas.partitions import HISTORY_SUBJECT, decode_history, encode_history, extended
 from schemas.topology import REGISTRY_BUCKET, ConsumerSpec, StreamSpec, Topology, bucket_stream, token_partition
+from services.kit.jetstream import api
+from services.kit.jetstream.api import ASK_SECONDS, Requester
+from services.kit.jetstream.connection import expecting
+from services.kit.jetstream.errors import (
+    CONSUMER_CREATE_FAILED,
+    REPLICAS_NOT_SUPPORTED,
+    STREAM_NAME_EXISTS,
+    APIError,
+    BrokerUnavailable,
+)
 
-__all__ = ["Asking", "NotReady", "Refused", "apply_topology", "consumer_config", "stream_config", "token_partitions"]
+__all__ = ["NotReady", "Refused", "apply_topology", "consumer_config", "stream_config", "token_partitions"]
 
 log = structlog.get_logger()
 APPLY_SECONDS: Final = 60.0
 """How long to try. A cluster that starts has its leaders after 5 to 20 s."""
-ASK_SECONDS: Final = 5.0
 _FIRST_PAUSE: Final = 0.1
 _LONGEST_PAUSE: Final = 2.0
-_NO_PEERS: Final = 10005
-_NAME_TAKEN: Final = 10058
-_NOT_CLUSTERED: Final = 10074
-_WRONG_LAST_SEQUENCE: Final = (10071, 10164)
 
 
 class NotReady(Exception):
@@ -36,42 +41,23 @@ class Refused(Exception):
     """The broker will not do it, whenever it is asked."""
 
 
-class Asking(Protocol):
-    """What of a connection is needed here."""
-
-    async def request(
-        self, subject: str, data: bytes = b"", *, timeout: float = 2.0, headers: dict[str, str] | None = None
-    ) -> bytes | None:
-        """Return the answer; ``None`` when nobody listens."""
-
-
-class _Error(msgspec.Struct):
-    code: int = 0
-    err_code: int = 0
-    description: str = ""
-
-
 class _Message(msgspec.Struct, frozen=True):
     seq: int = 0
     data: bytes = b""  # base64 in JSON
 
 
 class _Answer(msgspec.Struct):
-    error: _Error | None = None
     config: dict[str, Any] = {}
     streams: list[str] | None = None
     total: int = 0
     message: _Message = _Message()
 
 
-async def apply_topology(
-    broker: Asking, topology: Topology, unreachable: type[Exception], wait: float = APPLY_SECONDS
-) -> Topology:
+async def apply_topology(broker: Requester, topology: Topology, wait: float = APPLY_SECONDS) -> Topology:
     """Create what is missing and change what differs; return the topology with the partitions kept from earlier.
 
-    ``unreachable`` is what ``broker`` raises when nothing answers; it is asked again for ``wait`` seconds. Calling this
-    again, or from several processes at once, changes nothing more. Streams beyond the present number of partitions
-    are kept.
+    A broker that does not answer is asked again for ``wait`` seconds. Calling this again, or from several processes at
+    once, changes nothing more. Streams beyond the present number of partitions are kept.
 
     Raises:
         Refused: the broker refuses a setting.
@@ -82,7 +68,7 @@ async def apply_topology(
     while True:
         try:
             return await _apply(broker, topology)
-        except (NotReady, unreachable) as error:
+        except (NotReady, BrokerUnavailable) as error:
             if asyncio.get_running_loop().time() > give_up_at:
                 raise NotReady(f"not ready within {wait:g} s: {error}") from error
             log.debug("streams are not ready", detail=str(error))
@@ -90,7 +76,7 @@ async def apply_topology(
         pause = min(2 * pause, _LONGEST_PAUSE)
 
 
-async def _apply(broker: Asking, topology: Topology) -> Topology:
+async def _apply(broker: Requester, topology: Topology) -> Topology:
     existing = await token_partitions(broker)
     topology = msgspec.structs.replace(topology, kept=tuple(p for p in existing if p >= topology.partitions))
     for stream in topology.streams():
@@ -103,7 +89,7 @@ async def _apply(broker: Asking, topology: Topology) -> Topology:
     return topology
 
 
-async def token_partitions(broker: Asking) -> list[int]:
+async def token_partitions(broker: Requester) -> list[int]:
     """Return the partitions whose streams exist, whatever the present count, in ascending order.
 
     Raises:
@@ -112,29 +98,29 @@ async def token_partitions(broker: Asking) -> list[int]:
     names: list[str] = []
     while True:
         query = {"subject": "tokens.>", "offset": len(names)}
-        page = await _ask(broker, "$JS.API.STREAM.NAMES", query)
+        page = await _ask(broker, "STREAM.NAMES", query)
         names += page.streams or []
         if not page.streams or len(names) >= page.total:
             return sorted(p for p in map(token_partition, names) if p is not None)
 
 
-async def _apply_stream(broker: Asking, spec: StreamSpec, *, managed: bool) -> None:
+async def _apply_stream(broker: Requester, spec: StreamSpec, *, managed: bool) -> None:
     wanted = stream_config(spec)
-    found = await _ask(broker, f"$JS.API.STREAM.INFO.{spec.name}", missing_is_fine=True)
+    found = await _ask(broker, f"STREAM.INFO.{spec.name}", missing_is_fine=True)
     if found is None:
         if not managed:
             raise NotReady(f"stream {spec.name} does not exist, and this service is not to create it")
-        await _ask(broker, f"$JS.API.STREAM.CREATE.{spec.name}", wanted)
+        await _ask(broker, f"STREAM.CREATE.{spec.name}", wanted)
         return
     differing = _differing(found.config, wanted)
     if differing and managed:
         log.info("stream changed", stream=spec.name, fields=sorted(differing))
-        await _ask(broker, f"$JS.API.STREAM.UPDATE.{spec.name}", found.config | differing)
+        await _ask(broker, f"STREAM.UPDATE.{spec.name}", found.config | differing)
 
 
-async def _apply_consumer(broker: Asking, spec: ConsumerSpec, *, managed: bool) -> None:
+async def _apply_consumer(broker: Requester, spec: ConsumerSpec, *, managed: bool) -> None:
     wanted = consumer_config(spec)
-    found = await _ask(broker, f"$JS.API.CONSUMER.INFO.{spec.stream}.{spec.durable}", missing_is_fine=True)
+    found = await _ask(broker, f"CONSUMER.INFO.{spec.stream}.{spec.durable}", missing_is_fine=True)
     if found is not None:
         # How a consumer acknowledges and where it began cannot be changed; one that exists keeps both.
         wanted = wanted | {name: found.config.get(name) for name in ("ack_policy", "deliver_policy")}
@@ -142,17 +128,15 @@ async def _apply_consumer(broker: Asking, spec: ConsumerSpec, *, managed: bool) 
         if wanted == found.config:
             return
     if managed:
-        subject = f"$JS.API.CONSUMER.DURABLE.CREATE.{spec.stream}.{spec.durable}"
-        await _ask(broker, subject, {"stream_name": spec.stream, "config": wanted})
+        operation = f"CONSUMER.DURABLE.CREATE.{spec.stream}.{spec.durable}"
+        await _ask(broker, operation, {"stream_name": spec.stream, "config": wanted})
     elif found is None:
         raise NotReady(f"consumer {spec.durable} does not exist, and this service is not to create it")
 
 
-async def _extend_history(broker: Asking, count: int, before: tuple[int, ...]) -> None:
+async def _extend_history(broker: Requester, count: int, before: tuple[int, ...]) -> None:
     registry = bucket_stream(REGISTRY_BUCKET)
-    stored = await _ask(
-        broker, f"$JS.API.STREAM.MSG.GET.{registry}", {"last_by_subj": HISTORY_SUBJECT}, missing_is_fine=True
-    )
+    stored = await _ask(broker, f"STREAM.MSG.GET.{registry}", {"last_by_subj": HISTORY_SUBJECT}, missing_is_fine=True)
     history, seq = before, 0
     if stored is not None:
         history = decode_history(stored.message.data)
@@ -160,8 +144,12 @@ async def _extend_history(broker: Asking, count: int, before: tuple[int, ...]) -
         if history[-1] == count:
             return
     data = encode_history(extended(history, count))
-    headers = {"Nats-Expected-Last-Subject-Sequence": str(seq)}
-    _checked(await broker.request(HISTORY_SUBJECT, data, timeout=ASK_SECONDS, headers=headers), HISTORY_SUBJECT)
+    headers = expecting(seq)
+    answer = await broker.request(HISTORY_SUBJECT, data, timeout=ASK_SECONDS, headers=headers)
+    try:
+        api.decode_answer(answer, _Answer, HISTORY_SUBJECT)
+    except APIError as error:
+        raise _failure(HISTORY_SUBJECT, error) from error
     if history and history != (count,):
         log.warning("the number of partitions has changed", history=history, now=count)
 
@@ -214,23 +202,20 @@ def _nanoseconds(seconds: float) -> int:
     return round(seconds * 1e9)
 
 
-async def _ask(broker: Asking, subject: str, query: Any = None, *, missing_is_fine: bool = False) -> Any:
-    data = b"" if query is None else msgspec.json.encode(query)
-    return _checked(await broker.request(subject, data, timeout=ASK_SECONDS), subject, missing_is_fine=missing_is_fine)
+async def _ask(broker: Requester, operation: str, query: Any = None, *, missing_is_fine: bool = False) -> Any:
+    """Return JetStream's answer; ``None`` for what is missing, where that is fine."""
+    try:
+        return await api.ask(broker, operation, _Answer, query)
+    except APIError as error:
+        if error.is_missing and missing_is_fine:
+            return None
+        raise _failure(operation, error) from error
 
 
-def _checked(data: bytes | None, subject: str, *, missing_is_fine: bool = False) -> _Answer | None:
-    if data is None:
-        raise NotReady(f"{subject}: JetStream does not answer")
-    answer = msgspec.json.decode(data, type=_Answer)
-    error = answer.error
-    if error is None:
-        return answer
-    if error.code == 404 and missing_is_fine:
-        return None
-    text = f"{subject}: {error.description} ({error.err_code})"
-    if error.err_code == _NOT_CLUSTERED:
-        raise Refused(f"{text}: more than one replica needs a cluster of nats-servers (TAILRACE_REPLICAS)")
-    if error.code >= 500 or error.err_code in (_NO_PEERS, _NAME_TAKEN, *_WRONG_LAST_SEQUENCE):
-        raise NotReady(text)
-    raise Refused(text)
+def _failure(operation: str, error: APIError) -> NotReady | Refused:
+    text = f"{operation}: {error.description} ({error.err_code})"
+    if error.err_code == REPLICAS_NOT_SUPPORTED:
+        return Refused(f"{text}: more than one replica needs a cluster of nats-servers (TAILRACE_REPLICAS)")
+    # Another process creates the same at this moment; and a consumer may fail for what is not there yet.
+    is_raced = error.err_code in (STREAM_NAME_EXISTS, CONSUMER_CREATE_FAILED) or error.is_wrong_last_sequence
+    return NotReady(text) if error.is_temporary or is_raced else Refused(text)

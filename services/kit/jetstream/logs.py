@@ -7,14 +7,15 @@ from typing import Final
 
 import msgspec
 import structlog
-from nats.js.errors import APIError
 from prometheus_client import Counter
 
 from schemas.log_marks import Mark, beyond, decode_mark, mark_subject, regression
 from schemas.log_marks import incarnation as incarnation_of
 from schemas.subjects import partition_filter
 from schemas.topology import REGISTRY_BUCKET, bucket_stream, token_stream
-from services.kit.broker import Broker, BrokerUnavailable, StreamState
+from services.kit.jetstream.broker import Broker, BrokerUnavailable, StreamState
+from services.kit.jetstream.connection import expecting
+from services.kit.jetstream.errors import APIError
 
 __all__ = ["Logs"]
 
@@ -28,7 +29,6 @@ LOOK_SECONDS: Final = 5.0
 CONFIRM_SECONDS: Final = 15.0
 """How long a log with replicas must look cut off: a new leader answers before it has applied all that it has."""
 SUSPECTED: Final = 1_000
-_WRONG_LAST_SEQUENCE: Final = (10071, 10164)
 _TRIES: Final = 5
 
 
@@ -233,11 +233,11 @@ class Logs:
 
     async def _write(self, partition: int, mark: Mark, revision: int) -> bool:
         """Store a mark behind ``revision``; ``False`` when somebody else has stored one since."""
-        headers = {"Nats-Expected-Last-Subject-Sequence": str(revision)}
+        headers = expecting(revision)
         try:
             await self._broker.publish_stored(mark_subject(partition), msgspec.json.encode(mark), headers=headers)
         except APIError as error:
-            if error.err_code in _WRONG_LAST_SEQUENCE:
+            if error.is_wrong_last_sequence:
                 return False
             raise BrokerUnavailable(f"the mark of a log is refused: {error.description}") from error
         return True

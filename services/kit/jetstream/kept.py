@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator
 
 from schemas.acceptance import highest_epoch
 from schemas.codec import Header, MalformedEvent, decode_header
-from services.kit.broker import Broker, Stored
+from services.kit.jetstream.broker import Broker, Stored
 
 __all__ = ["headers", "highest_kept_epoch", "keeps"]
 

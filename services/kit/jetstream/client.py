@@ -16,7 +16,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
-__all__ = ["Arrival", "Delivery", "RelayClient", "header_number", "heeding"]
+__all__ = ["Arrival", "Delivery", "RelayClient", "header_number", "heeding", "parse_headers", "parse_status"]
 
 T = TypeVar("T")
 
@@ -45,6 +45,23 @@ def header_number(headers: bytes, name: bytes) -> int | None:
         return int(headers[start : headers.index(_CRLF, start)])
     except ValueError:
         return None
+
+
+def parse_headers(block: bytes) -> dict[str, str]:
+    """Return the fields of a raw header block; of a name that comes twice the last."""
+    found: dict[str, str] = {}
+    for line in block.split(_CRLF)[1:]:
+        name, colon, value = line.partition(b":")
+        if colon:
+            found[name.strip().decode(errors="replace")] = value.strip().decode(errors="replace")
+    return found
+
+
+def parse_status(block: bytes) -> tuple[str, str]:
+    """Return status and description of a raw header block, such as ``NATS/1.0 404 No Messages``; empty without any."""
+    _, _, line = block.split(_CRLF, 1)[0].partition(b" ")
+    status, _, description = line.decode(errors="replace").strip().partition(" ")
+    return status, description.strip()
 
 
 class RelayClient(Client):
@@ -151,6 +168,8 @@ class RelayClient(Client):
         except (TimeoutError, OSError, nats.errors.Error):
             pass  # the server is away, and has forgotten the subscription with the connection
         finally:
+            self._arrivals.pop(subscription._id, None)
+            self._deliveries.pop(subscription._id, None)
             subscription._closed = True
             subscription._stop_processing()
             self._remove_sub(subscription._id)

@@ -1,45 +1,28 @@
 """Durable consumers on the broker: made, looked at, paused and removed while services run."""
 
 from contextlib import suppress
-from typing import Any, Final, Protocol
+from typing import Any, Final, TypeVar
 
 import msgspec
 import structlog
 from prometheus_client import Counter
 
 from schemas.topology import ConsumerSpec
-from services.kit.connection import BrokerUnavailable
-from services.kit.streams import consumer_config
+from services.kit.jetstream import api
+from services.kit.jetstream.admin import consumer_config
+from services.kit.jetstream.api import Requester
+from services.kit.jetstream.errors import APIError, BrokerUnavailable
 
-__all__ = ["DurableInfo", "DurableRefused", "Durables", "Place"]
+__all__ = ["DurableInfo", "Durables", "Place"]
 
 log = structlog.get_logger()
+T = TypeVar("T")
 RESET: Final = Counter(
     "tailrace_consumers_reset_total", "Consumers made anew because their position was beyond their stream", ["consumer"]
 )
 
-ASK_SECONDS: Final = 5.0
 NUDGE_SECONDS: Final = 0.5
-_TOO_MANY: Final = (10026, 10002)
-_EXISTS: Final = (10148, 10013)
-_MISSING: Final = (10149, 10014)
-_WRONG_SETTING: Final = 10012
 _FOR_EVER: Final = "9999-12-31T23:59:59Z"
-
-
-class DurableRefused(Exception):
-    """The broker will not do this to a consumer.
-
-    ``too_many``: its bound of consumers for a stream is reached. ``exists``: one of this name exists already and
-    is another one. ``missing``: there is none of this name.
-    """
-
-    def __init__(self, description: str, code: int) -> None:
-        self.code = code
-        self.too_many = code in _TOO_MANY
-        self.exists = code in _EXISTS
-        self.missing = code in _MISSING
-        super().__init__(f"the broker refuses: {description} ({code})")
 
 
 class Place(msgspec.Struct, frozen=True):
@@ -76,16 +59,9 @@ class DurableInfo(msgspec.Struct, frozen=True):
         return str(until) if self.paused and until and until != _FOR_EVER else None
 
 
-class _Error(msgspec.Struct):
-    code: int = 0
-    err_code: int = 0
-    description: str = ""
-
-
 class _Page(msgspec.Struct):
     consumers: list[DurableInfo] | None = None
     total: int = 0
-    error: _Error | None = None
 
 
 class _Stream(msgspec.Struct):
@@ -99,30 +75,21 @@ class _Stream(msgspec.Struct):
     config: _Config
 
 
-class _Failed(msgspec.Struct):
-    error: _Error | None = None
-
-
-class Asking(Protocol):
-    """What of a connection is needed here."""
-
-    async def request(
-        self, subject: str, data: bytes = b"", *, timeout: float = 2.0, headers: dict[str, str] | None = None
-    ) -> bytes | None:
-        """Return the answer; ``None`` when nobody listens."""
+class _Done(msgspec.Struct):
+    """An answer of which nothing is needed but that it is none of a refusal."""
 
 
 class Durables:
     """The consumers of streams. Every method raises `BrokerUnavailable` when the broker does not answer."""
 
-    def __init__(self, broker: Asking) -> None:
+    def __init__(self, broker: Requester) -> None:
         self._broker = broker
 
     async def create(self, stream: str, config: dict[str, Any]) -> DurableInfo:
         """Create a consumer; one that exists in just this way is returned as it is.
 
         Raises:
-            DurableRefused: it exists otherwise, a setting is wrong, or there are too many.
+            APIError: it exists otherwise, a setting is wrong, or there are too many.
         """
         return await self._set(stream, config, "create")
 
@@ -130,26 +97,24 @@ class Durables:
         """Change a consumer's settings; its position stays.
 
         Raises:
-            DurableRefused: there is none, or a setting cannot be changed.
+            APIError: there is none, or a setting cannot be changed.
         """
         return await self._set(stream, config, "update")
 
     async def _set(self, stream: str, config: dict[str, Any], action: str) -> DurableInfo:
         name = config["durable_name"]
         query = {"stream_name": stream, "config": config, "action": action}
-        data = await self._ask(f"$JS.API.CONSUMER.CREATE.{stream}.{name}", query)
-        return msgspec.json.decode(data, type=DurableInfo)
+        return await self._ask(f"CONSUMER.CREATE.{stream}.{name}", DurableInfo, query)
 
     async def info(self, stream: str, name: str) -> DurableInfo | None:
         """Return a consumer; ``None`` when there is none."""
-        data = await self._ask(f"$JS.API.CONSUMER.INFO.{stream}.{name}", missing_is_fine=True)
-        return msgspec.json.decode(data, type=DurableInfo) if data else None
+        return await self._find(f"CONSUMER.INFO.{stream}.{name}", DurableInfo)
 
     async def reset(self, spec: ConsumerSpec, after: int = 0) -> None:
         """Make one of the topology's consumers anew, to deliver what its stream keeps behind ``after``.
 
         Raises:
-            DurableRefused: the broker refuses a setting.
+            APIError: the broker refuses a setting.
         """
         config = consumer_config(spec)
         if after > 0:
@@ -167,25 +132,25 @@ class Durables:
         was acknowledged.
 
         Raises:
-            DurableRefused: the broker refuses a setting.
+            APIError: the broker refuses a setting.
         """
         info = await self.info(spec.stream, spec.durable)
-        stream = msgspec.json.decode(await self._ask(f"$JS.API.STREAM.INFO.{spec.stream}"), type=_Stream)
+        stream = await self._ask(f"STREAM.INFO.{spec.stream}", _Stream)
         if stream.config.num_replicas == 1 and (info is None or info.delivered.stream_seq > stream.state.last_seq):
             await self.reset(spec)
 
     async def delete(self, stream: str, name: str) -> bool:
         """Remove a consumer; tell whether there was one."""
-        return bool(await self._ask(f"$JS.API.CONSUMER.DELETE.{stream}.{name}", missing_is_fine=True))
+        return await self._find(f"CONSUMER.DELETE.{stream}.{name}", _Done) is not None
 
     async def pause(self, stream: str, name: str, until: str | None) -> bool:
         """Deliver nothing until a time (RFC 3339), or until `resume`; tell whether there is such a consumer."""
         query = {"pause_until": until or _FOR_EVER}
-        return bool(await self._ask(f"$JS.API.CONSUMER.PAUSE.{stream}.{name}", query, missing_is_fine=True))
+        return await self._find(f"CONSUMER.PAUSE.{stream}.{name}", _Done, query) is not None
 
     async def resume(self, stream: str, name: str) -> bool:
         """Deliver again; tell whether there is such a consumer."""
-        known = bool(await self._ask(f"$JS.API.CONSUMER.PAUSE.{stream}.{name}", {}, missing_is_fine=True))
+        known = await self._find(f"CONSUMER.PAUSE.{stream}.{name}", _Done, {}) is not None
         # The broker looks at the pulls that wait since before only when another one comes; this one can get nothing.
         query = msgspec.json.encode({"batch": 1, "no_wait": True, "max_bytes": 1})
         with suppress(BrokerUnavailable):
@@ -196,23 +161,26 @@ class Durables:
         """Return all consumers of a stream (the broker allows 1,000 by default); none where there is no stream."""
         found: list[DurableInfo] = []
         while True:
-            data = await self._ask(f"$JS.API.CONSUMER.LIST.{stream}", {"offset": len(found)}, missing_is_fine=True)
-            page = msgspec.json.decode(data or b"{}", type=_Page)
+            page = await self._find(f"CONSUMER.LIST.{stream}", _Page, {"offset": len(found)})
+            if page is None:
+                return found
             found += page.consumers or []
             if not page.consumers or len(found) >= page.total:
                 return found
 
-    async def _ask(self, subject: str, query: Any = None, *, missing_is_fine: bool = False) -> bytes:
-        """Return the answer; empty for what is missing."""
-        data = b"" if query is None else msgspec.json.encode(query)
-        answer = await self._broker.request(subject, data, timeout=ASK_SECONDS)
-        if answer is None:
-            raise BrokerUnavailable(f"{subject}: JetStream does not answer")
-        error = msgspec.json.decode(answer, type=_Failed).error
-        if error is None:
-            return answer
-        if error.code == 404 and missing_is_fine:
-            return b""
-        if error.code >= 500 and error.err_code != _WRONG_SETTING:
-            raise BrokerUnavailable(f"{subject}: {error.description} ({error.err_code})")
-        raise DurableRefused(error.description, error.err_code)
+    async def _find(self, operation: str, type_: type[T], query: Any = None) -> T | None:
+        """Return the answer; ``None`` for what is missing."""
+        try:
+            return await self._ask(operation, type_, query)
+        except APIError as error:
+            if error.code == 404:
+                return None
+            raise
+
+    async def _ask(self, operation: str, type_: type[T], query: Any = None) -> T:
+        try:
+            return await api.ask(self._broker, operation, type_, query)
+        except APIError as error:
+            if error.is_temporary:
+                raise BrokerUnavailable(f"{operation}: {error}") from error
+            raise

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Final
 
 import structlog
-from nats.aio.msg import Msg
-from nats.js.errors import APIError
 from prometheus_client import Gauge
 
 from schemas.storage import REFUSED_SUBJECT, probe_subjects
-from services.kit.broker import Broker, BrokerUnavailable
+from services.kit.jetstream.broker import Broker, BrokerUnavailable
+from services.kit.jetstream.connection import Message
+from services.kit.jetstream.errors import APIError
 
 __all__ = ["Storage"]
 
@@ -101,7 +101,7 @@ class Storage:
         else:
             self._refused.discard(subject)
 
-    async def _hear(self, msg: Msg) -> None:
+    async def _hear(self, msg: Message) -> None:
         if msg.data != self._name:
             self._heard_at = asyncio.get_running_loop().time()
 

@@ -1,4 +1,4 @@
-"""The connection to NATS: one thin port over nats-py, so that the rest knows nothing of the client library.
+"""The connection to NATS: one thin port over nats-py, so that the services know nothing of the client library.
 
 Hot paths use callbacks, never iterators.
 """
@@ -6,24 +6,25 @@ Hot paths use callbacks, never iterators.
 import asyncio
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Final, Self
 from urllib.parse import urlsplit
 
 import nats.errors
 import structlog
-from nats.aio.msg import Msg
+from nats.aio.msg import Msg as Message
 from nats.aio.subscription import Subscription
 from nats.js import JetStreamContext
 from nats.js import errors as js_errors
 
-from services.kit.nats_client import Arrival, RelayClient
+from services.kit.jetstream.client import Arrival, Delivery, RelayClient
+from services.kit.jetstream.errors import AWAY, APIError, BrokerUnavailable
 
-__all__ = ["BrokerUnavailable", "Connection"]
+__all__ = ["BrokerUnavailable", "Callback", "Connection", "Message", "Subscription", "expecting"]
 
 log = structlog.get_logger()
 
-Callback = Callable[[Msg], Awaitable[None]]
+Callback = Callable[[Message], Awaitable[None]]
 PENDING_BYTES: Final = 8 * 1024 * 1024
 CLOSE_SECONDS: Final = 0.5
 """How long the server may take the last of what was written to it; a frozen one takes nothing."""
@@ -38,8 +39,9 @@ _PERSISTENT: Final[dict[str, Any]] = {
 }
 
 
-class BrokerUnavailable(Exception):
-    """The broker cannot be reached or does not answer; asking again later may help."""
+def expecting(last: int) -> dict[str, str]:
+    """Return headers of an append that is refused unless ``last`` is the subject's last stream sequence (0: none)."""
+    return {"Nats-Expected-Last-Subject-Sequence": str(last)}
 
 
 class Connection:
@@ -147,13 +149,13 @@ class Connection:
 
         Raises:
             BrokerUnavailable: no acknowledgement came.
-            nats.js.errors.APIError: the stream refused it.
+            APIError: the stream refused it.
         """
         loop, reconnects = asyncio.get_running_loop(), self.reconnects
         try:
             ack = await self.js.publish(subject, data, headers=headers, timeout=timeout)
-        except js_errors.APIError:
-            raise
+        except js_errors.APIError as error:
+            raise APIError(error.code, error.err_code, error.description) from error
         except (nats.errors.Error, OSError) as error:
             if isinstance(error, TimeoutError) and self.is_connected and self.reconnects == reconnects:
                 self.unstored_at = loop.time()
@@ -167,15 +169,37 @@ class Connection:
         """Subscribe a callback to a core subject. The broker may not know it yet: see `flush`.
 
         Of the subscribers with the same ``queue`` each message reaches one.
+
+        Raises:
+            BrokerUnavailable: the connection is closed.
         """
-        return await self.client.subscribe(subject, queue=queue, cb=callback, pending_bytes_limit=pending_bytes)
+        try:
+            return await self.client.subscribe(subject, queue=queue, cb=callback, pending_bytes_limit=pending_bytes)
+        except (nats.errors.Error, OSError) as error:
+            raise BrokerUnavailable(f"cannot subscribe to {subject}: {error!r}") from error
+
+    async def unsubscribe(self, subscription: Subscription) -> None:
+        """End a subscription at once; with a closed connection it has ended."""
+        with suppress(nats.errors.Error, OSError):
+            await subscription.unsubscribe()
 
     async def listen(self, subject: str, arrival: Arrival) -> Subscription:
-        """Subscribe a plain function to a core subject that carries tokens: see `services.kit.nats_client`."""
+        """Subscribe a plain function to a core subject that carries tokens: see `services.kit.jetstream.client`."""
         return await self.client.listen(subject, arrival)
 
+    async def listen_to_deliveries(self, subject: str, delivery: Delivery) -> Subscription:
+        """Like `listen`, for a function that gets reply subjects too.
+
+        Raises:
+            BrokerUnavailable: the connection is closed.
+        """
+        try:
+            return await self.client.listen_to_deliveries(subject, delivery)
+        except (nats.errors.Error, OSError) as error:
+            raise BrokerUnavailable(f"cannot subscribe to {subject}: {error!r}") from error
+
     async def unlisten(self, subscription: Subscription) -> None:
-        """End a subscription made by `listen`."""
+        """End a subscription made by `listen` or `listen_to_deliveries`."""
         await self.client.unlisten(subscription)
 
     async def leave(self, subscription: Subscription, seconds: float) -> None:
@@ -216,7 +240,7 @@ class Connection:
             return (await self.client.request(subject, data, timeout=timeout, headers=headers)).data
         except nats.errors.NoRespondersError:
             return None
-        except (nats.errors.Error, OSError, TimeoutError) as error:
+        except AWAY as error:
             raise BrokerUnavailable(f"no answer on {subject}: {error!r}") from error
 
 

@@ -1,0 +1,1 @@
+"""NATS JetStream for all services: the only package that imports `nats`."""

@@ -22,13 +22,13 @@ from services.producer.adapters.circuits import Circuits
 from services.producer.adapters.publisher import Publisher
 from services.producer.adapters.records import Records
 from services.producer.adapters.upstreams import Upstreams as HttpUpstreams
-from services.producer.asking import Upstreams
+from services.producer.attempts import Upstreams
 from services.producer.core.deadlines import Deadlines
 from services.producer.core.registry import Registry
 from services.producer.core.retry import RetryPolicy
-from services.producer.gate import Gates
 from services.producer.late_usage import LateUsage
-from services.producer.relay import Outside
+from services.producer.relay import RelayContext
+from services.producer.upstream_limits import UpstreamLimits
 from services.producer.worker import Worker
 from tests.conftest import eventually
 
@@ -119,17 +119,17 @@ async def producing(
         late_usage = LateUsage(broker, publisher, clock)
         circuits = Circuits(broker, circuit[0], circuit[1])
         await publisher.start()
-        outside = Outside(
+        context = RelayContext(
             broker=broker,
             publisher=publisher,
             records=records,
             registry=registry,
             late_usage=late_usage,
-            upstreams=Upstreams(upstreams.of, circuits, Gates(), retry, deadlines),
+            upstreams=Upstreams(upstreams.of, circuits, UpstreamLimits(), retry, deadlines),
             clock=clock,
             partitions=1,
         )
-        worker = Worker(outside, "default", slots, lease, max_deliver)
+        worker = Worker(context, "default", slots, lease, max_deliver)
         stop = Stop(drain)
         async with asyncio.TaskGroup() as group:
             work = (publisher.watch(), records.write(), circuits.follow())

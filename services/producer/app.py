@@ -21,12 +21,12 @@ from services.producer.adapters.circuits import Circuits
 from services.producer.adapters.publisher import Publisher
 from services.producer.adapters.records import Records
 from services.producer.adapters.upstreams import Upstreams as HttpUpstreams
-from services.producer.asking import Upstreams
+from services.producer.attempts import Upstreams
 from services.producer.core.bounds import EVENT_BYTES
-from services.producer.gate import Gates
 from services.producer.late_usage import LateUsage
-from services.producer.relay import Outside
+from services.producer.relay import RelayContext
 from services.producer.settings import Settings, load_producer_settings
+from services.producer.upstream_limits import UpstreamLimits
 from services.producer.worker import Worker
 
 __all__ = ["main"]
@@ -64,28 +64,28 @@ async def main(stop: Stop) -> None:
         records = Records(broker)
         circuits = Circuits(broker, settings.circuit_failures, settings.circuit_seconds)
         await publisher.start()
-        outside = Outside(
+        context = RelayContext(
             broker=broker,
             publisher=publisher,
             records=records,
             registry=registry,
             late_usage=LateUsage(broker, publisher, clock),
-            upstreams=Upstreams(upstreams.of, circuits, Gates(), settings.retry(), settings.deadlines()),
+            upstreams=Upstreams(upstreams.of, circuits, UpstreamLimits(), settings.retry(), settings.deadlines()),
             clock=clock,
             partitions=shared.partitions,
         )
-        await _work(shared, settings, outside, stop)
+        await _work(shared, settings, context, stop)
 
 
-async def _work(shared: Shared, settings: Settings, outside: Outside, stop: Stop) -> None:
-    worker = Worker(outside, shared.pool, settings.slots, shared.lease, shared.max_deliver)
-    registry = outside.registry
-    await outside.records.announce(shared.pool, registry.announcement())
+async def _work(shared: Shared, settings: Settings, context: RelayContext, stop: Stop) -> None:
+    worker = Worker(context, shared.pool, settings.slots, shared.lease, shared.max_deliver)
+    registry = context.registry
+    await context.records.announce(shared.pool, registry.announcement())
 
-    storage = Storage(outside.broker, "producer", outside.publisher.is_stuck)
+    storage = Storage(context.broker, "producer", context.publisher.is_stuck)
 
     async def connected() -> bool:
-        return outside.broker.is_connected
+        return context.broker.is_connected
 
     async def stores() -> bool:
         return storage.stores()
@@ -100,12 +100,12 @@ async def _work(shared: Shared, settings: Settings, outside: Outside, stop: Stop
         serving(app, settings.host, settings.port, grace=lambda: stop.left(ANSWERS)),
         asyncio.TaskGroup() as group,
     ):
-        circuits = outside.upstreams.circuits
-        works = (outside.publisher.watch(), outside.records.write(), circuits.follow(), storage.run())
+        circuits = context.upstreams.circuits
+        works = (context.publisher.watch(), context.records.write(), circuits.follow(), storage.run())
         background = [group.create_task(work) for work in works]
         await worker.run(stop)
         await end(*background)
-        await outside.late_usage.close()
+        await context.late_usage.close()
         with suppress(TimeoutError):  # look-ups may be away; the log is the truth
             async with asyncio.timeout(min(FLUSH_SECONDS, stop.left(ANSWERS))):
-                await outside.records.flush()
+                await context.records.flush()

@@ -21,14 +21,14 @@ from services.producer.core.generation import Generation
 from services.producer.errors import ProducerError
 from services.producer.ports import UsageSource
 
-__all__ = ["LateUsage", "LookUp"]
+__all__ = ["LateUsage", "UsageLookup"]
 
 log = structlog.get_logger()
 TRIES: Final = 6
 WAITING: Final = 1_000
 
 
-class LookUp(NamedTuple):
+class UsageLookup(NamedTuple):
     """A call whose usage is to be asked for. ``call``: as in `UsageReported`; ``upstream_id``: its provider's name."""
 
     call: int
@@ -49,7 +49,7 @@ class LateUsage:
         self._clock = clock
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def look_up(self, address: Address, generation: Generation, wanted: list[tuple[LookUp, UsageSource]]) -> None:
+    def look_up(self, address: Address, generation: Generation, wanted: list[tuple[UsageLookup, UsageSource]]) -> None:
         """Begin to look up calls of a generation that has ended, beside everything else."""
         if len(self._tasks) >= WAITING:
             return
@@ -62,7 +62,7 @@ class LateUsage:
         await end(*self._tasks)
 
     async def _look_up(
-        self, address: Address, generation: Generation, wanted: list[tuple[LookUp, UsageSource]]
+        self, address: Address, generation: Generation, wanted: list[tuple[UsageLookup, UsageSource]]
     ) -> None:
         """Ask for all calls at once, and append one answer after the other: each is behind the one before."""
         asked = [asyncio.create_task(_usage(source, call)) for call, source in wanted]
@@ -85,7 +85,7 @@ class LateUsage:
                 task.cancel()
             await asyncio.gather(*asked, return_exceptions=True)
 
-    async def _append(self, address: Address, generation: Generation, call: LookUp, usage: Usage) -> bool:
+    async def _append(self, address: Address, generation: Generation, call: UsageLookup, usage: Usage) -> bool:
         event = UsageReported(
             generation=generation.name,
             seq=generation.next_seq,
@@ -113,7 +113,7 @@ class LateUsage:
         return True
 
 
-async def _usage(source: UsageSource, call: LookUp) -> tuple[LookUp, Usage | None]:
+async def _usage(source: UsageSource, call: UsageLookup) -> tuple[UsageLookup, Usage | None]:
     retrying = tenacity.AsyncRetrying(
         stop=tenacity.stop_after_attempt(TRIES),
         wait=tenacity.wait_exponential(multiplier=1, max=30),

@@ -2,7 +2,7 @@
 
 The queue's redelivery is the lease, and a silence of the broker looks to it like the death of a producer. So a lease
 that has lapsed is not lost yet. While it is lapsed nothing is published; once the broker answers again, the record of
-who has begun the request last decides (`services.producer.adapters.tries`). A producer that is given a request again
+who has begun the request last decides (`services.producer.adapters.claims`). A producer that is given a request again
 asks whoever has begun it before it does so itself.
 """
 
@@ -19,10 +19,10 @@ from schemas.holders import HELD, asked_claim, holder_question
 from schemas.subjects import Address, holder_subject
 from services.kit.broker import Broker, BrokerUnavailable
 from services.producer import metrics
+from services.producer.adapters.claims import Claim, Claims
 from services.producer.adapters.publisher import Lease, Publisher
-from services.producer.adapters.tries import Tried, Tries
 
-__all__ = ["Held", "Leases"]
+__all__ = ["HeldRequest", "Leases"]
 
 log = structlog.get_logger()
 RENEW_SECONDS: Final = 2.0
@@ -34,7 +34,7 @@ SETTLE_SECONDS: Final = 2.0
 """How long after a reconnection another producer may still be on its way back."""
 
 
-class Held:
+class HeldRequest:
     """A request that this process holds. ``claim``: what says that it was begun here; ``None`` before."""
 
     __slots__ = ("address", "claim", "lease", "questions", "reply")
@@ -43,19 +43,19 @@ class Held:
         self.address = address
         self.reply = reply
         self.lease = lease
-        self.claim: Tried | None = None
+        self.claim: Claim | None = None
         self.questions: Subscription | None = None
 
 
 class Leases:
     """The requests that a process holds. ``seconds``: how long after the last renewal the queue gives one again."""
 
-    def __init__(self, broker: Broker, publisher: Publisher, tries: Tries, seconds: float) -> None:
+    def __init__(self, broker: Broker, publisher: Publisher, tries: Claims, seconds: float) -> None:
         self._broker = broker
         self._publisher = publisher
         self._tries = tries
         self._seconds = seconds
-        self._held: dict[Address, Held] = {}  # also those that wait for a slot; bounded by twice the slots
+        self._held: dict[Address, HeldRequest] = {}  # also those that wait for a slot; bounded by twice the slots
         self._settled_at = 0.0
         broker.on_reconnect(self._reconnected)
 
@@ -63,7 +63,7 @@ class Leases:
         """Return the lease of a request that the queue was asked for at that event-loop time."""
         return Lease(asked_at + self._seconds * 0.9)
 
-    def hold(self, address: Address, reply: str, lease: Lease) -> Held | None:
+    def hold(self, address: Address, reply: str, lease: Lease) -> HeldRequest | None:
         """Hold a request and renew its lease until `release`; ``None`` when it is held here already.
 
         A queue that was killed or silent gives again what runs: our renewals and our answer count for that copy too.
@@ -71,10 +71,10 @@ class Leases:
         held = self._held.get(address)
         if held is not None and not held.lease.is_lost:
             return None
-        held = self._held[address] = Held(address, reply, lease)
+        held = self._held[address] = HeldRequest(address, reply, lease)
         return held
 
-    async def begun(self, held: Held, claim: Tried) -> None:
+    async def begun(self, held: HeldRequest, claim: Claim) -> None:
         """Note that a request has been begun here, and answer from now on that it is held."""
         held.claim = claim
 
@@ -86,7 +86,7 @@ class Leases:
         subject = holder_subject(address.tenant, address.session, address.generation)
         held.questions = await self._broker.subscribe(subject, answer)
 
-    async def release(self, held: Held) -> None:
+    async def release(self, held: HeldRequest) -> None:
         """Hold a request no more; a successor's place stays."""
         if self._held.get(held.address) is held:
             del self._held[held.address]
@@ -99,7 +99,7 @@ class Leases:
         """Tell whether this process holds the request of a generation."""
         return address in self._held
 
-    def everything(self) -> list[Held]:
+    def everything(self) -> list[HeldRequest]:
         """Return all that is held."""
         return list(self._held.values())
 
@@ -109,7 +109,7 @@ class Leases:
             await asyncio.sleep(self._seconds / 3)
             await asyncio.gather(*(self._renew(held) for held in self.everything()))
 
-    async def confirm(self, held: Held) -> bool:
+    async def confirm(self, held: HeldRequest) -> bool:
         """Tell whether a request is still held; a lease that has lapsed is renewed first, if that can be."""
         if held.lease.is_over():
             try:
@@ -119,7 +119,7 @@ class Leases:
                 return False
         return self._held.get(held.address) is held and not held.lease.is_over()
 
-    async def is_held_elsewhere(self, address: Address, claim: Tried) -> bool:
+    async def is_held_elsewhere(self, address: Address, claim: Claim) -> bool:
         """Ask the producer that has begun a request, as ``claim`` says, whether it goes on with it.
 
         One that has died does not answer. One that was cut off together with this process may come back a little later.
@@ -138,7 +138,7 @@ class Leases:
     async def _reconnected(self) -> None:
         self._settled_at = asyncio.get_running_loop().time() + SETTLE_SECONDS
 
-    async def _renew(self, held: Held) -> None:
+    async def _renew(self, held: HeldRequest) -> None:
         """Ask until the queue has heard it: while it finds a new leader, nobody answers for up to 10 s."""
         loop = asyncio.get_running_loop()
         while self._held.get(held.address) is held and not held.lease.is_lost:
@@ -154,7 +154,7 @@ class Leases:
                 log.warning("lease not renewed", detail=str(error))
             await asyncio.sleep(RENEW_PAUSE)
 
-    async def _is_ours(self, held: Held) -> bool:
+    async def _is_ours(self, held: HeldRequest) -> bool:
         """Tell whether nobody has begun a request since it was begun here; the lease is lost otherwise.
 
         Raises:
@@ -165,7 +165,7 @@ class Leases:
         held.lease.is_lost = True
         return False
 
-    def _resume(self, held: Held) -> None:
+    def _resume(self, held: HeldRequest) -> None:
         metrics.LEASES_RESUMED.inc()
         log.info("lease had lapsed and is held again", generation=held.address.generation)
         self._publisher.resume(held.lease)

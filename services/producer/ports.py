@@ -9,10 +9,10 @@ from schemas.requests import Message
 from schemas.usage import Usage
 from services.producer.core.parts import Part, UpstreamFailure
 
-__all__ = ["Call", "Upstream", "UpstreamRefused", "UpstreamStream", "UsageSource"]
+__all__ = ["UpstreamRequest", "Upstream", "UpstreamRefused", "UpstreamStream", "UsageSource"]
 
 
-class Call(msgspec.Struct, frozen=True, kw_only=True):
+class UpstreamRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One call of one model at one provider. ``params`` in the OpenAI chat form; each dialect translates."""
 
     model: str
@@ -56,7 +56,7 @@ class UsageSource(Protocol):
 class Upstream(Protocol):
     """A provider that can be called. Leaving the context closes the connection to it at once."""
 
-    def open(self, call: Call) -> AbstractAsyncContextManager[UpstreamStream]:
+    def open(self, call: UpstreamRequest) -> AbstractAsyncContextManager[UpstreamStream]:
         """Call the model and enter when its answer's headers are there.
 
         Raises:

@@ -16,7 +16,7 @@ from services.kit.clock import Clock
 from services.producer import metrics
 from services.producer.adapters.publisher import Lease, LogWriter, Publisher
 from services.producer.adapters.records import Records
-from services.producer.asking import Asking, Interruption, Upstreams
+from services.producer.attempts import Asking, Interruption, Upstreams
 from services.producer.core.counting import GenerationCounter, count_input, encoding_of
 from services.producer.core.generation import Generation
 from services.producer.core.parts import UpstreamFailure
@@ -24,10 +24,10 @@ from services.producer.core.registry import Candidate, Provider, Registry, Unkno
 from services.producer.core.takeover import Begun, decide, lost_call
 from services.producer.errors import GiveUp, LogRefused, TryAgain
 from services.producer.journal import Journal
-from services.producer.late_usage import LateUsage, LookUp
+from services.producer.late_usage import LateUsage, UsageLookup
 from services.producer.ports import UsageSource
 
-__all__ = ["LOG_LOST", "REQUEST_LOST", "HandBack", "Interruption", "LeaseLost", "Outside", "Relay", "read_begun"]
+__all__ = ["LOG_LOST", "REQUEST_LOST", "HandBack", "Interruption", "LeaseLost", "RelayContext", "Relay", "read_begun"]
 
 log = structlog.get_logger()
 _TAKEOVER_TRIES = 4
@@ -37,7 +37,7 @@ LOG_LOST = "log_lost"
 REQUEST_LOST = "request_lost"
 
 
-class Outside(msgspec.Struct):
+class RelayContext(msgspec.Struct):
     """What all relays of a process share."""
 
     broker: Broker
@@ -64,14 +64,14 @@ class Relay:
     `interrupt` may be called at any time from the same event loop; `run` then ends the generation accordingly.
     """
 
-    def __init__(self, request: Request, attempt: int, lease: Lease, outside: Outside) -> None:
+    def __init__(self, request: Request, attempt: int, lease: Lease, context: RelayContext) -> None:
         self.request = request
-        self.address = _address(request, outside.partitions)
+        self.address = _address(request, context.partitions)
         self.journal: Journal | None = None
         self.ended = False  # whether it has come to its terminal, here or before
         self._attempt = attempt
         self._lease = lease
-        self._outside = outside
+        self._context = context
         self._asking: Asking | None = None
         self._asked: Provider | None = None
         self._abandoned: list[tuple[AbandonedCall, Provider]] = []
@@ -94,7 +94,7 @@ class Relay:
 
         A lease that has lapsed is given as much time to be renewed as a log that takes nothing.
         """
-        if self._lease.is_lost or now > self._lease.until + self._outside.publisher.give_up:
+        if self._lease.is_lost or now > self._lease.until + self._context.publisher.give_up:
             self.interrupt(Interruption("lease", "lease_lost"))
         elif self._asking is not None:
             self._asking.check(now)
@@ -117,13 +117,13 @@ class Relay:
             return False
         stream, subject = token_stream(self.address.partition), token_subject(self.address)
         if not whole:
-            last = await self._outside.broker.last(stream, subject)
+            last = await self._context.broker.last(stream, subject)
             if last is not None and _seq(last.data) >= acknowledged - 1:
                 return False
         begun = await self._read_once()
-        first = await self._outside.broker.first(stream, subject)
-        max_age = (await self._outside.broker.state(stream)).max_age
-        is_young = not max_age or self._outside.clock.wall() - self.request.created_at < max_age
+        first = await self._context.broker.first(stream, subject)
+        max_age = (await self._context.broker.state(stream)).max_age
+        is_young = not max_age or self._context.clock.wall() - self.request.created_at < max_age
         is_headless = is_young and (first is None or _seq(first.data) > 0)
         is_ours = begun.position.epoch <= journal.generation.epoch
         has_lost = is_ours and (is_headless or begun.position.next_seq < acknowledged)
@@ -163,7 +163,7 @@ class Relay:
         begun = await self._read_log()
         if begun.position.ended:
             return
-        writer = self._outside.publisher.writer(token_subject(self.address), self._lease)
+        writer = self._context.publisher.writer(token_subject(self.address), self._lease)
         try:
             journal, _candidates = self._journal(begun, begun.position.epoch + 1, writer)
             await journal.append(journal.generation.fail(UpstreamFailure("poison", why), journal.now()))
@@ -181,7 +181,7 @@ class Relay:
         begun = await self._read_log()
         if begun.position.ended:
             return False
-        writer = self._outside.publisher.writer(token_subject(self.address), self._lease)
+        writer = self._context.publisher.writer(token_subject(self.address), self._lease)
         try:
             self.journal, _candidates = self._journal(begun, begun.position.epoch + 1, writer)
             self.journal.record = record
@@ -197,8 +197,8 @@ class Relay:
 
     async def _read_log(self) -> Begun:
         """Read what is stored of the generation; a log without a leader, or a replica that lags, is asked again."""
-        clock = self._outside.clock
-        give_up_at = clock.monotonic() + self._outside.publisher.give_up
+        clock = self._context.clock
+        give_up_at = clock.monotonic() + self._context.publisher.give_up
         while True:
             if self._interruption is not None and self._interruption.kind in _LEAVES_NO_TIME:
                 raise HandBack(f"generation {self.request.generation} is handed over unread")
@@ -215,7 +215,7 @@ class Relay:
             await asyncio.sleep(READ_AGAIN_SECONDS)
 
     async def _read_once(self) -> Begun:
-        broker, stream = self._outside.broker, token_stream(self.address.partition)
+        broker, stream = self._context.broker, token_stream(self.address.partition)
         subject = token_subject(self.address)
         last = await broker.last(stream, subject)
         if last is None:
@@ -230,8 +230,8 @@ class Relay:
         if decision == "done":
             return False
         epoch = max(self._attempt, begun.position.epoch + (decision != "run"))
-        reconnects = self._outside.broker.reconnects
-        writer = self._outside.publisher.writer(token_subject(self.address), self._lease)
+        reconnects = self._context.broker.reconnects
+        writer = self._context.publisher.writer(token_subject(self.address), self._lease)
         try:
             self.journal, candidates = self._journal(begun, epoch, writer)
             if decision == "interrupt":
@@ -243,7 +243,7 @@ class Relay:
                 await self._begin(self.journal, candidates[0], begun if decision == "restart" else None)
                 await self.journal.append(await self._ask(self.journal, candidates))
             await writer.drain()
-            if reconnects != self._outside.broker.reconnects and await self._has_lost(whole=True):
+            if reconnects != self._context.broker.reconnects and await self._has_lost(whole=True):
                 self._log_lost = True
                 raise LogRefused(f"the log has lost events of generation {self.request.generation}")
         finally:
@@ -257,24 +257,24 @@ class Relay:
             return
         generation = self.journal.generation
         calls = [
-            (LookUp(call.number, call.upstream_id, call.provider, call.upstream_model), provider)
+            (UsageLookup(call.number, call.upstream_id, call.provider, call.upstream_model), provider)
             for call, provider in self._abandoned
             if call.upstream_id is not None and call.source != "stream"
         ]
         told = generation.usage is not None and generation.usage_source == "stream"
         is_wanted = self.journal.record.state != "completed" and not told
         if self._asked is not None and generation.upstream_id is not None and is_wanted:
-            last = LookUp(0, generation.upstream_id, generation.provider, generation.upstream_model)
+            last = UsageLookup(0, generation.upstream_id, generation.provider, generation.upstream_model)
             calls.append((last, self._asked))
-        sources = [(call, self._outside.upstreams.of(p)) for call, p in calls if p.after_cancel == "lookup"]
-        wanted: list[tuple[LookUp, UsageSource]] = [
+        sources = [(call, self._context.upstreams.of(p)) for call, p in calls if p.after_cancel == "lookup"]
+        wanted: list[tuple[UsageLookup, UsageSource]] = [
             (call, source) for call, source in sources if isinstance(source, UsageSource)
         ]
         if wanted:
-            self._outside.late_usage.look_up(self.address, generation, wanted)
+            self._context.late_usage.look_up(self.address, generation, wanted)
 
     def _journal(self, begun: Begun, epoch: int, writer: LogWriter) -> tuple[Journal, list[Candidate] | UnknownModel]:
-        request, outside = self.request, self._outside
+        request, context = self.request, self._context
         candidates = self._candidates()
         encoding, exact = _encoding(request.model, candidates)
         counted_input, input_exact = count_input(request.messages, request.params, encoding)
@@ -299,12 +299,12 @@ class Relay:
             key=request.key,
             request_hash=request.request_hash,
         )
-        journal = Journal(generation, writer, outside.records, record, outside.clock, begun.last_seq, self._read_log)
+        journal = Journal(generation, writer, context.records, record, context.clock, begun.last_seq, self._read_log)
         return journal, candidates
 
     def _candidates(self) -> list[Candidate] | UnknownModel:
         try:
-            return self._outside.registry.resolve(self.request.model)
+            return self._context.registry.resolve(self.request.model)
         except UnknownModel as error:
             return error
 
@@ -331,7 +331,7 @@ class Relay:
         else:
             event = generation.start(request, *who, at)
         await journal.append([event])
-        stored = await self._outside.records.get(request.tenant, request.session, request.generation)
+        stored = await self._context.records.get(request.tenant, request.session, request.generation)
         if stored is not None:
             journal.record = stored
             if stored.state == "cancelling":
@@ -340,7 +340,7 @@ class Relay:
 
     async def _ask(self, journal: Journal, candidates: list[Candidate]) -> list[AnyEvent]:
         """Return the closing events of what the providers answered, or of why they were not let finish."""
-        asking = Asking(self.request, journal, self._outside.upstreams, self._outside.clock)
+        asking = Asking(self.request, journal, self._context.upstreams, self._context.clock)
         if self._interruption is not None:
             asking.interrupt(self._interruption)
         self._asking = asking

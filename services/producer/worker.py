@@ -16,17 +16,17 @@ from schemas.topology import Topology
 from services.kit.broker import BrokerUnavailable
 from services.kit.shutdown import HAND_OVER, Stop, end
 from services.producer import metrics
+from services.producer.adapters.claims import Claim, Claims
 from services.producer.adapters.publisher import Lease
-from services.producer.adapters.tries import Tried, Tries
 from services.producer.errors import GiveUp, ProducerError, TryAgain
 from services.producer.lane import LEAVE_SECONDS, Lane
-from services.producer.leases import Held, Leases
-from services.producer.losses import Losses
-from services.producer.orphans import Orphans
+from services.producer.leases import HeldRequest, Leases
+from services.producer.log_losses import LogLosses
+from services.producer.log_repair import LogRepair
+from services.producer.lost_requests import LostRequests
 from services.producer.presence import Presence
-from services.producer.queue import QueueCare
-from services.producer.relay import HandBack, Interruption, Outside, Relay
-from services.producer.repair import Repair
+from services.producer.queue_repair import QueueRepair
+from services.producer.relay import HandBack, Interruption, Relay, RelayContext
 
 __all__ = ["Worker"]
 
@@ -58,16 +58,16 @@ class Worker:
     producers have begun ``max_deliver`` times and that failed them each time ends as poison.
     """
 
-    def __init__(self, outside: Outside, pool: str, slots: int, lease: float, max_deliver: int) -> None:
-        self.outside = outside
+    def __init__(self, context: RelayContext, pool: str, slots: int, lease: float, max_deliver: int) -> None:
+        self.context = context
         self.pool = pool
         self.slots = slots
         self._ack_wait = lease
         self.max_deliver = max_deliver
         self.running: dict[str, Relay] = {}  # by acknowledgement subject; bounded by slots
-        self._broker = outside.broker
-        self._tries = Tries(outside.broker)
-        self.leases = Leases(outside.broker, outside.publisher, self._tries, lease)
+        self._broker = context.broker
+        self._tries = Claims(context.broker)
+        self.leases = Leases(context.broker, context.publisher, self._tries, lease)
         self._is_leaving = False
         self._lingering: dict[Subscription, asyncio.Task[None]] = {}  # for LINGER_SECONDS after an end
         self._slot = asyncio.Semaphore(slots)
@@ -76,8 +76,8 @@ class Worker:
             Lane(self._broker, lane_of(pool, "interactive"), self._room, self._take, lease=lease, patient=True),
             Lane(self._broker, lane_of(pool, "batch"), self._batch_room, self._take, lease=lease, patient=False),
         ]
-        self._losses = Losses(self._broker, lambda: list(self.running.values()))
-        self._presence = Presence(self._broker, outside.clock, lambda: list(self.running.values()))
+        self._losses = LogLosses(self._broker, lambda: list(self.running.values()))
+        self._presence = Presence(self._broker, context.clock, lambda: list(self.running.values()))
         metrics.SLOTS.set(slots)
 
     async def run(self, stop: Stop) -> None:
@@ -85,9 +85,9 @@ class Worker:
         try:
             async with asyncio.TaskGroup() as group:
                 lanes = [group.create_task(lane.run(), name="lane") for lane in self._lanes]
-                care = QueueCare(self._broker, Topology(pool=self.pool, ack_wait=self._ack_wait).producers())
-                orphans = Orphans(self.outside, self.leases.holds, self._ack_wait)
-                repair = Repair(self.outside, self._losses.logs, orphans)
+                care = QueueRepair(self._broker, Topology(pool=self.pool, ack_wait=self._ack_wait).producers())
+                orphans = LostRequests(self.context, self.leases.holds, self._ack_wait)
+                repair = LogRepair(self.context, self._losses.logs, orphans)
                 watches = [group.create_task(w) for w in (self.leases.keep(), self._watch(), self._presence.watch())]
                 watches += [group.create_task(w) for w in (care.run(), self._losses.run(), orphans.run(), repair.run())]
                 await stop.wait()
@@ -150,7 +150,7 @@ class Worker:
         metrics.TAKEN.inc()
         try:
             request = msgspec.json.decode(msg.data, type=Request)
-            relay = Relay(request, attempt, lease, self.outside)
+            relay = Relay(request, attempt, lease, self.context)
         except (msgspec.DecodeError, ValueError, RecursionError) as error:
             log.error("request is not readable", subject=msg.subject, detail=str(error))
             await self._reject(msg, attempt, lease, str(error))
@@ -159,7 +159,7 @@ class Worker:
         if held is None:
             log.info("request came again while it is held here", generation=request.generation)
             return
-        metrics.QUEUE_WAIT.observe(max(0.0, self.outside.clock.wall() - request.created_at))
+        metrics.QUEUE_WAIT.observe(max(0.0, self.context.clock.wall() - request.created_at))
         answer = None
         try:
             async with self._slot:
@@ -179,7 +179,7 @@ class Worker:
             if answer is not None and not lease.is_over():
                 await self._publish(msg.reply, answer)
 
-    async def _run(self, relay: Relay, attempt: int, msg: Msg, held: Held) -> bytes | None:
+    async def _run(self, relay: Relay, attempt: int, msg: Msg, held: HeldRequest) -> bytes | None:
         request = relay.request
         bound = log.bind(session=request.session, generation=request.generation)
         subscription: Subscription | None = None
@@ -234,9 +234,9 @@ class Worker:
 
         self._lingering[subscription] = asyncio.create_task(leave())
 
-    async def _excuse(self, relay: Relay, before: Tried | None, now: Tried | None) -> None:
+    async def _excuse(self, relay: Relay, before: Claim | None, now: Claim | None) -> None:
         """Let an attempt not count in which this process went away or the log was, unless that never ends."""
-        age = self.outside.clock.wall() - relay.request.created_at
+        age = self.context.clock.wall() - relay.request.created_at
         if before is not None and now is not None and age < EXCUSED_SECONDS:
             await self._tries.excuse(relay.address, before, now)
 
@@ -268,7 +268,7 @@ class Worker:
                 model="",
                 messages=[],
             )
-            await Relay(request, attempt, lease, self.outside).give_up(f"the request is not readable: {reason}")
+            await Relay(request, attempt, lease, self.context).give_up(f"the request is not readable: {reason}")
         except (msgspec.DecodeError, ValueError, RecursionError):
             log.warning("an unreadable request does not say where it belongs", subject=msg.subject)
         except (ProducerError, BrokerUnavailable) as error:
@@ -293,7 +293,7 @@ class Worker:
         """Look at deadlines and leases; one look serves all generations."""
         while True:
             await asyncio.sleep(WATCH_INTERVAL)
-            now = self.outside.clock.monotonic()
+            now = self.context.clock.monotonic()
             for relay in list(self.running.values()):
                 relay.check(now)
 

@@ -10,7 +10,7 @@ from schemas.events import Failed, Interrupted
 from schemas.requests import GenerationRecord
 from schemas.subjects import Address, generation_key, token_subject
 from services.kit.broker import Broker
-from services.producer.orphans import Orphans
+from services.producer.lost_requests import LostRequests
 from services.producer.worker import Worker
 from tests.conftest import eventually
 from tests.delivery_stage import story
@@ -35,8 +35,8 @@ async def state_of(broker: Broker, generation: str) -> tuple[str, str | None]:
     return found.state, found.code
 
 
-def orphans(worker: Worker) -> Orphans:
-    return Orphans(worker.outside, worker.leases.holds, 1.0)
+def orphans(worker: Worker) -> LostRequests:
+    return LostRequests(worker.context, worker.leases.holds, 1.0)
 
 
 @pytest.mark.parametrize("state", ["queued", "cancelling", "running"])

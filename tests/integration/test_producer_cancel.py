@@ -12,9 +12,9 @@ import pytest
 from schemas.events import AnyEvent, Cancelled, Delta, UsageReported, type_of
 from schemas.requests import GenerationRecord, Request
 from services.kit.broker import Broker
-from services.producer import asking, worker
+from services.producer import attempts, worker
 from services.producer.adapters import publisher
-from services.producer.asking import Interruption
+from services.producer.attempts import Interruption
 from services.producer.core.deadlines import Deadlines
 from services.producer.core.retry import RetryPolicy
 from services.producer.worker import Worker
@@ -261,7 +261,7 @@ async def test_whenever_a_cancel_comes_the_log_is_gapless_with_one_terminal(
 ) -> None:
     rng = random.Random(seed)
     monkeypatch.setattr(publisher, "WINDOW_EVENTS", rng.choice([1, 2, 8, 512]))
-    monkeypatch.setattr(asking, "STALL_SECONDS", 0.005)
+    monkeypatch.setattr(attempts, "STALL_SECONDS", 0.005)
     monkeypatch.setattr(worker, "WATCH_INTERVAL", 0.003)
     monkeypatch.setattr(Broker, "publish_stored", _slow(Broker.publish_stored, rng))
     monkeypatch.setattr(publisher.Publisher, "_receive", _late(publisher.Publisher._receive, rng))

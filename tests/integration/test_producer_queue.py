@@ -18,10 +18,10 @@ from schemas.requests import Request
 from schemas.subjects import Address, lane_of, request_subject, token_subject
 from schemas.topology import REQUESTS, Topology
 from services.kit.broker import Broker
-from services.producer.adapters.tries import Tries
+from services.producer.adapters.claims import Claims
 from services.producer.core.retry import RetryPolicy
 from services.producer.core.takeover import Begun
-from services.producer.leases import Held
+from services.producer.leases import HeldRequest
 from services.producer.relay import Relay
 from services.producer.worker import Worker
 from tests.answers import assert_sound, cancel, chunk, code_of, config, deltas, kinds, saying
@@ -189,11 +189,11 @@ async def test_a_log_that_does_not_answer_delays_no_hand_over(
             await eventually(lambda: queue_is_empty(broker))
 
 
-async def _no_heartbeat(_held: Held) -> None:
+async def _no_heartbeat(_held: HeldRequest) -> None:
     """What a producer does that is cut off from its queue."""
 
 
-async def _no_answer(_held: Held) -> bool:
+async def _no_answer(_held: HeldRequest) -> bool:
     """What a producer answers that nobody reaches."""
     await asyncio.Event().wait()
     raise AssertionError
@@ -275,7 +275,7 @@ async def test_a_request_that_was_taken_over_and_left_is_not_ended_by_whoever_ha
         await enqueue(broker, request)
         await deltas(broker, request, 5)
         # A queue that has lost what it gave gives it to another producer, which begins anew, and is killed.
-        address, tries = Address.of("default", "s", "g1", 1), Tries(broker)
+        address, tries = Address.of("default", "s", "g1", 1), Claims(broker)
         await tries.begin(address, 2, await tries.before(address, 2))
         while True:
             last = await broker.last("TOKENS_0", subject_of(request))

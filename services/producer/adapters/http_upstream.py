@@ -18,7 +18,7 @@ from services.producer.core.dialects.failures import retry_after
 from services.producer.core.dialects.openrouter import late_usage
 from services.producer.core.parts import End, NoticePart, Part, UpstreamFailure
 from services.producer.core.registry import Provider
-from services.producer.ports import Call, UpstreamRefused
+from services.producer.ports import UpstreamRefused, UpstreamRequest
 
 __all__ = ["HttpStream", "HttpUpstream", "upstream_session"]
 
@@ -99,7 +99,7 @@ class HttpUpstream:
         self._clock = clock
 
     @asynccontextmanager
-    async def open(self, call: Call) -> AsyncIterator["HttpStream"]:
+    async def open(self, call: UpstreamRequest) -> AsyncIterator["HttpStream"]:
         """Call the model and enter when the headers of an answer are there.
 
         What the body is decides, not its label: an event stream or JSON is an answer under any label.
@@ -163,7 +163,7 @@ class HttpUpstream:
                 message = _without_cut(secret, message.replace(secret, "***"))
         return message
 
-    def _wire(self, call: Call) -> HttpCall:
+    def _wire(self, call: UpstreamRequest) -> HttpCall:
         key = self._provider.key.reveal() if self._provider.key is not None else None
         try:
             return self._dialect.request(call, self._provider.base_url, key, self._provider.headers)
@@ -185,7 +185,7 @@ class HttpUpstream:
         return self.scrubbed(failure)
 
     @contextmanager
-    def _unreachable(self, call: Call) -> Iterator[None]:
+    def _unreachable(self, call: UpstreamRequest) -> Iterator[None]:
         """Map the library's errors before any answer; all of them are worth another try."""
         try:
             yield

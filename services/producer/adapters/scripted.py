@@ -10,7 +10,7 @@ from services.kit.clock import Clock
 from services.producer.core.dialects.joined import join
 from services.producer.core.parts import Part, Text
 from services.producer.core.script import Step, play, refusal
-from services.producer.ports import Call, UpstreamRefused
+from services.producer.ports import UpstreamRefused, UpstreamRequest
 
 __all__ = ["ScriptedStream", "ScriptedUpstream"]
 
@@ -25,7 +25,7 @@ class ScriptedUpstream:
         self._clock = clock
 
     @asynccontextmanager
-    async def open(self, call: Call) -> AsyncIterator["ScriptedStream"]:
+    async def open(self, call: UpstreamRequest) -> AsyncIterator["ScriptedStream"]:
         """Begin the script.
 
         Raises:

@@ -29,7 +29,7 @@ from services.producer.core.parts import (
     UsageLeftOut,
     UsagePart,
 )
-from services.producer.ports import Call
+from services.producer.ports import UpstreamRequest
 
 __all__ = ["Anthropic", "AnthropicParser"]
 
@@ -82,7 +82,9 @@ _EMPTY: Final = frozenset({"", "text_delta", "thinking_delta", "signature_delta"
 class Anthropic:
     """The messages API."""
 
-    def request(self, call: Call, base_url: str, key: str | None, extra_headers: Mapping[str, str]) -> HttpCall:
+    def request(
+        self, call: UpstreamRequest, base_url: str, key: str | None, extra_headers: Mapping[str, str]
+    ) -> HttpCall:
         """Return the POST to ``/v1/messages``."""
         own = {"x-api-key": key, "anthropic-version": _API_VERSION}
         with translating():

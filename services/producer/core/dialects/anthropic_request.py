@@ -8,7 +8,7 @@ import msgspec
 
 from schemas.requests import Message
 from services.producer.core.dialects.wire import UntranslatableCall
-from services.producer.ports import Call
+from services.producer.ports import UpstreamRequest
 
 __all__ = ["DEFAULT_MAX_TOKENS", "is_own_block", "messages_body"]
 
@@ -19,7 +19,7 @@ _OWN: Final = re.compile(r"redacted_thinking|(server|mcp)_tool_use|[a-z_]+_tool_
 _TOOL_CHOICES: Final = {"auto": "auto", "none": "none", "required": "any"}
 
 
-def messages_body(call: Call) -> dict[str, Any]:
+def messages_body(call: UpstreamRequest) -> dict[str, Any]:
     """Return the body of a streamed request; parameters that only other providers know are left out.
 
     Raises:

@@ -34,7 +34,7 @@ from services.producer.core.parts import (
     UsageLeftOut,
     UsagePart,
 )
-from services.producer.ports import Call
+from services.producer.ports import UpstreamRequest
 
 __all__ = ["Cohere", "CohereParser"]
 
@@ -110,7 +110,9 @@ _event: Final = msgspec.json.Decoder(_Event)
 class Cohere:
     """The v2 chat API."""
 
-    def request(self, call: Call, base_url: str, key: str | None, extra_headers: Mapping[str, str]) -> HttpCall:
+    def request(
+        self, call: UpstreamRequest, base_url: str, key: str | None, extra_headers: Mapping[str, str]
+    ) -> HttpCall:
         """Return the POST to ``/v2/chat``."""
         own = {"authorization": f"Bearer {key}" if key else None}
         with translating():
@@ -126,7 +128,7 @@ class Cohere:
         return refusal_of(status, headers, body, now)
 
 
-def _body(call: Call) -> dict[str, Any]:
+def _body(call: UpstreamRequest) -> dict[str, Any]:
     params = call.params
     if params.get("n") not in (None, 1):
         raise UntranslatableCall(f"this provider gives one answer, not n={params['n']}")

@@ -33,7 +33,7 @@ from services.producer.core.parts import (
     UsageLeftOut,
     UsagePart,
 )
-from services.producer.ports import Call
+from services.producer.ports import UpstreamRequest
 
 __all__ = ["OpenAI", "OpenAIParser", "chat_body"]
 
@@ -84,7 +84,9 @@ class OpenAI:
         self._include_usage = include_usage
         self._rules = rules
 
-    def request(self, call: Call, base_url: str, key: str | None, extra_headers: Mapping[str, str]) -> HttpCall:
+    def request(
+        self, call: UpstreamRequest, base_url: str, key: str | None, extra_headers: Mapping[str, str]
+    ) -> HttpCall:
         """Return the POST to ``/chat/completions``; parameters go through unchanged."""
         own = {"authorization": f"Bearer {key}" if key else None}
         return post(
@@ -100,7 +102,7 @@ class OpenAI:
         return refusal_of(status, headers, body, now)
 
 
-def chat_body(call: Call, include_usage: bool) -> dict[str, Any]:
+def chat_body(call: UpstreamRequest, include_usage: bool) -> dict[str, Any]:
     """Return the body of a streamed chat completion. Parameters cannot override what Tailrace decides itself."""
     body = {name: value for name, value in call.params.items() if name not in _RESERVED}
     body |= {"model": call.model, "messages": [_message(m) for m in call.messages], "stream": True}

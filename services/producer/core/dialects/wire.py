@@ -7,7 +7,7 @@ from typing import Any, Final, Protocol
 import msgspec
 
 from services.producer.core.parts import Part, UpstreamFailure
-from services.producer.ports import Call
+from services.producer.ports import UpstreamRequest
 
 __all__ = ["NO_HEADERS", "Dialect", "HttpCall", "Parser", "UntranslatableCall", "endpoint", "post", "translating"]
 
@@ -51,7 +51,9 @@ class Parser(Protocol):
 class Dialect(Protocol):
     """How one kind of provider is asked and understood."""
 
-    def request(self, call: Call, base_url: str, key: str | None, extra_headers: Mapping[str, str]) -> HttpCall:
+    def request(
+        self, call: UpstreamRequest, base_url: str, key: str | None, extra_headers: Mapping[str, str]
+    ) -> HttpCall:
         """Return the HTTP call that asks for a streamed answer. ``extra_headers`` win over the dialect's own.
 
         Raises:

@@ -10,8 +10,8 @@ import pytest
 from prometheus_client import REGISTRY
 
 from schemas.requests import Priority
-from services.producer import gate as module
-from services.producer.gate import Gate, Gates
+from services.producer import upstream_limits as module
+from services.producer.upstream_limits import UpstreamLimiter, UpstreamLimits
 from tests.conftest import eventually
 
 _NAMES = itertools.count()
@@ -20,7 +20,7 @@ _NAMES = itertools.count()
 class Passing:
     """Passes a gate in a task of its own and stays until told."""
 
-    def __init__(self, gate: Gate, name: str, entered: list[str], priority: Priority, since: float) -> None:
+    def __init__(self, gate: UpstreamLimiter, name: str, entered: list[str], priority: Priority, since: float) -> None:
         self.name = name
         self.inside = False
         self._gate = gate
@@ -49,7 +49,7 @@ class Passing:
 class Crowd:
     """Who has come to one gate, and in which order they went in."""
 
-    def __init__(self, gate: Gate) -> None:
+    def __init__(self, gate: UpstreamLimiter) -> None:
         self.gate = gate
         self.entered: list[str] = []
         self.all: list[Passing] = []
@@ -69,7 +69,7 @@ async def settled() -> None:
 @asynccontextmanager
 async def crowd(max_streams: int | None, per_minute: int | None = None) -> AsyncIterator[Crowd]:
     name = f"gate-{next(_NAMES)}"
-    made = Crowd(Gate(name, max_streams, per_minute))
+    made = Crowd(UpstreamLimiter(name, max_streams, per_minute))
     made.gate_name = name  # type: ignore[attr-defined]  # for the gauge alone
     try:
         yield made
@@ -199,6 +199,6 @@ async def test_whatever_comes_leaves_and_is_cancelled_places_are_never_exceeded_
 
 
 def test_a_provider_has_one_gate() -> None:
-    gates = Gates()
+    gates = UpstreamLimits()
     assert gates.of("p", 1, None) is gates.of("p", 1, None)
     assert gates.of("p", 1, None) is not gates.of("q", 1, None)

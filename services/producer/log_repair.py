@@ -12,24 +12,24 @@ from services.kit.broker import BrokerUnavailable
 from services.kit.logs import Logs
 from services.producer.core.takeover import Begun
 from services.producer.errors import ProducerError
-from services.producer.orphans import Orphans
-from services.producer.relay import LOG_LOST, Outside, read_begun
+from services.producer.lost_requests import LostRequests
+from services.producer.relay import LOG_LOST, RelayContext, read_begun
 
-__all__ = ["Repair"]
+__all__ = ["LogRepair"]
 
 log = structlog.get_logger()
 LOOK_SECONDS: Final = 5.0
 
 
-class Repair:
+class LogRepair:
     """Reads a log once that has lost something, and gives each generation an end that has none and that nobody runs.
 
     Otherwise their readers would wait for ever: for events behind a hole, or for a terminal that was lost.
     """
 
-    def __init__(self, outside: Outside, logs: Logs, orphans: Orphans) -> None:
-        self._outside = outside
-        self._broker = outside.broker
+    def __init__(self, context: RelayContext, logs: Logs, orphans: LostRequests) -> None:
+        self._context = context
+        self._broker = context.broker
         self._logs = logs
         self._orphans = orphans
 
@@ -73,7 +73,7 @@ class Repair:
 
     async def _record(self, address: Address) -> GenerationRecord:
         names = (address.tenant, address.session, address.generation)
-        found = await self._outside.records.get(*names)
+        found = await self._context.records.get(*names)
         if found is not None:
             return found
         return GenerationRecord(
@@ -82,7 +82,7 @@ class Repair:
             generation=address.generation,
             state="running",
             model="",
-            created_at=self._outside.clock.wall(),
+            created_at=self._context.clock.wall(),
         )
 
 

@@ -11,13 +11,13 @@ from aiolimiter import AsyncLimiter
 from schemas.requests import Priority
 from services.producer import metrics
 
-__all__ = ["Gate", "Gates"]
+__all__ = ["UpstreamLimiter", "UpstreamLimits"]
 
 _RANK: Final[dict[Priority, int]] = {"interactive": 0, "batch": 1}
 _MINUTE: Final = 60.0
 
 
-class Gate:
+class UpstreamLimiter:
     """One upstream's limits in this process; ``None`` sets no bound. Who waits holds a slot of the worker, so that
     the number of those who wait is bounded as well.
     """
@@ -88,15 +88,15 @@ class Gate:
         self._admit()
 
 
-class Gates:
+class UpstreamLimits:
     """The gates of all upstreams."""
 
     def __init__(self) -> None:
-        self._gates: dict[str, Gate] = {}
+        self._gates: dict[str, UpstreamLimiter] = {}
 
-    def of(self, provider: str, max_streams: int | None, per_minute: int | None) -> Gate:
+    def of(self, provider: str, max_streams: int | None, per_minute: int | None) -> UpstreamLimiter:
         """Return the gate of a provider with these limits."""
         gate = self._gates.get(provider)
         if gate is None:
-            gate = self._gates[provider] = Gate(provider, max_streams, per_minute)
+            gate = self._gates[provider] = UpstreamLimiter(provider, max_streams, per_minute)
         return gate

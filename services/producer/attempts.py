@@ -17,9 +17,9 @@ from services.producer.core.parts import End, Part, UpstreamFailure, UsagePart
 from services.producer.core.registry import Candidate, Provider
 from services.producer.core.retry import REFUSED, CallFailed, RetryPolicy, helps_elsewhere
 from services.producer.errors import Fenced
-from services.producer.gate import Gates
 from services.producer.journal import Journal
-from services.producer.ports import Call, Upstream, UpstreamRefused, UpstreamStream
+from services.producer.ports import Upstream, UpstreamRefused, UpstreamRequest, UpstreamStream
+from services.producer.upstream_limits import UpstreamLimits
 
 __all__ = ["Asking", "Interruption", "Upstreams"]
 
@@ -38,7 +38,7 @@ class Upstreams:
         self,
         of: Callable[[Provider], Upstream],
         circuits: Circuits,
-        gates: Gates,
+        gates: UpstreamLimits,
         retry: RetryPolicy,
         deadlines: Deadlines,
     ) -> None:
@@ -273,7 +273,7 @@ class Asking:
         self.provider, self._permit = provider, permit
         self._called_at = self._clock.monotonic()
         self._phase = "connecting"
-        call = Call(
+        call = UpstreamRequest(
             model=candidate.upstream_model,
             messages=self._request.messages,
             params=self._request.params,

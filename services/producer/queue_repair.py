@@ -10,13 +10,13 @@ from schemas.topology import ConsumerSpec
 from services.kit.broker import Broker, BrokerUnavailable
 from services.kit.consumers import DurableRefused, Durables
 
-__all__ = ["QueueCare"]
+__all__ = ["QueueRepair"]
 
 log = structlog.get_logger()
 LOOK_SECONDS: Final = 5.0
 
 
-class QueueCare:
+class QueueRepair:
     """Makes a lane's consumer anew when it is missing, or has passed requests over that the queue still holds.
 
     That happens when the queue's files are damaged: the broker then uses stream sequences again that its consumer has

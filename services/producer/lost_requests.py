@@ -17,9 +17,9 @@ from services.kit.broker import BrokerUnavailable
 from services.producer import metrics
 from services.producer.adapters.publisher import Lease
 from services.producer.errors import ProducerError
-from services.producer.relay import LOG_LOST, REQUEST_LOST, Outside, Relay
+from services.producer.relay import LOG_LOST, REQUEST_LOST, Relay, RelayContext
 
-__all__ = ["Orphans"]
+__all__ = ["LostRequests"]
 
 log = structlog.get_logger()
 LOOK_SECONDS: Final = 15.0
@@ -35,7 +35,7 @@ _STREAM: Final = bucket_stream(BUCKET)
 _PREFIX: Final = f"$KV.{BUCKET}."
 
 
-class Orphans:
+class LostRequests:
     """Follows the look-up records of all generations, and closes what has lost its request.
 
     A request is lost with files of the queue, or where a start was refused while nobody could say what of it had been
@@ -43,9 +43,9 @@ class Orphans:
     looks, and the log lets one of them write. ``is_held``: whether something runs here. ``lease`` in seconds.
     """
 
-    def __init__(self, outside: Outside, is_held: Callable[[Address], bool], lease: float) -> None:
-        self._outside = outside
-        self._broker = outside.broker
+    def __init__(self, context: RelayContext, is_held: Callable[[Address], bool], lease: float) -> None:
+        self._context = context
+        self._broker = context.broker
         self._is_held = is_held
         self._patience = 2 * lease + LOOK_SECONDS
         self._open: dict[str, GenerationRecord] = {}  # bounded by OPEN
@@ -72,7 +72,7 @@ class Orphans:
             ProducerError: the log does not take a terminal now.
         """
         await self._follow()
-        due = self._outside.clock.wall() - self._patience
+        due = self._context.clock.wall() - self._patience
         old = [name for name, record in self._open.items() if record.created_at < due][:AT_ONCE]
         for name in old:
             record = self._open[name]
@@ -126,7 +126,7 @@ class Orphans:
     async def _address(self, record: GenerationRecord) -> Address:
         """Return where a generation's events are; where the number of partitions puts them, if there are none."""
         names = (record.tenant, record.session, record.generation)
-        likely = partition_of(record.tenant, record.session, self._outside.partitions)
+        likely = partition_of(record.tenant, record.session, self._context.partitions)
         for partition in (likely, *(p for p in await self._broker.partitions() if p != likely)):
             address = Address.at(partition, *names)
             if await self._broker.last(token_stream(partition), token_subject(address)) is not None:
@@ -138,7 +138,7 @@ class Orphans:
         if not await self.close(address, record, REQUEST_LOST):
             terminal = await self._terminal(address)
             if terminal is not None:
-                self._outside.records.put(_ended(record, terminal))
+                self._context.records.put(_ended(record, terminal))
 
     async def close(self, address: Address, record: GenerationRecord, code: str) -> bool:
         """Write a terminal; ``False`` when there is one already.
@@ -157,7 +157,7 @@ class Orphans:
             created_at=record.created_at,
         )
         lease = Lease(asyncio.get_running_loop().time() + self._patience)
-        closed = await Relay(request, 1, lease, self._outside).close_lost(record, code, _WHY[code])
+        closed = await Relay(request, 1, lease, self._context).close_lost(record, code, _WHY[code])
         if closed:
             metrics.ORPHANS.labels(code).inc()
             log.error("generation closed", session=record.session, generation=record.generation, code=code)

@@ -12,20 +12,20 @@ from services.kit.broker import Broker, BrokerUnavailable
 from services.producer.adapters.publisher import WRONG_LAST_SEQUENCE
 from services.producer.errors import GiveUp
 
-__all__ = ["Tried", "Tries"]
+__all__ = ["Claim", "Claims"]
 
 log = structlog.get_logger()
 EXCUSE_SECONDS: Final = 1.0
 
 
-class Tried(NamedTuple):
+class Claim(NamedTuple):
     """How often a request has been begun, and the stream sequence of what says so (0: nothing does)."""
 
     begun: int
     seq: int
 
 
-class Tries:
+class Claims:
     """Counts beside the look-up records. A first delivery is not written down: a request that comes again was begun
     once, unless somebody has written otherwise.
 
@@ -36,30 +36,30 @@ class Tries:
     def __init__(self, broker: Broker) -> None:
         self._broker = broker
 
-    async def before(self, address: Address, delivery: int) -> Tried:
+    async def before(self, address: Address, delivery: int) -> Claim:
         """Return how often the request has been begun before its delivery of this number (1, 2 …).
 
         Raises:
             BrokerUnavailable: the bucket does not answer.
         """
         if delivery == 1:
-            return Tried(0, 0)
+            return Claim(0, 0)
         stored = await self._broker.last(bucket_stream(BUCKET), _subject(address))
         if stored is None:
-            return Tried(1, 0)
-        return Tried(int(stored.data) if stored.data.isdigit() else 1, stored.seq)
+            return Claim(1, 0)
+        return Claim(int(stored.data) if stored.data.isdigit() else 1, stored.seq)
 
-    async def begin(self, address: Address, delivery: int, before: Tried) -> Tried:
+    async def begin(self, address: Address, delivery: int, before: Claim) -> Claim:
         """Count a delivery as begun.
 
         Raises:
             BrokerUnavailable: the bucket does not take it.
         """
         if delivery == 1:
-            return Tried(1, 0)
-        return Tried(before.begun + 1, await self._write(address, before.begun + 1))
+            return Claim(1, 0)
+        return Claim(before.begun + 1, await self._write(address, before.begun + 1))
 
-    async def is_last(self, address: Address, tried: Tried) -> bool:
+    async def is_last(self, address: Address, tried: Claim) -> bool:
         """Tell whether nobody has begun the request since ``tried``, as far as the bucket's leader knows.
 
         Raises:
@@ -68,7 +68,7 @@ class Tries:
         stored = await self._broker.last(bucket_stream(BUCKET), _subject(address))
         return (stored.seq if stored is not None else 0) == tried.seq
 
-    async def finish(self, address: Address, tried: Tried) -> None:
+    async def finish(self, address: Address, tried: Claim) -> None:
         """Close the request to whoever holds an earlier delivery of it.
 
         A write under a condition and no question: a node that leads no longer may answer a question as if it did.
@@ -80,7 +80,7 @@ class Tries:
         if await self._write(address, tried.begun, tried.seq) is None:
             raise GiveUp(f"another producer has begun {address.generation} meanwhile")
 
-    async def excuse(self, address: Address, before: Tried, now: Tried) -> None:
+    async def excuse(self, address: Address, before: Claim, now: Claim) -> None:
         """Let a delivery not count after all, if the bucket takes that in a moment and nobody has begun it since."""
         try:
             async with asyncio.timeout(EXCUSE_SECONDS):

@@ -11,7 +11,7 @@ from services.kit.logs import Logs
 from services.producer.errors import TryAgain
 from services.producer.relay import Relay
 
-__all__ = ["Losses"]
+__all__ = ["LogLosses"]
 
 log = structlog.get_logger()
 AT_ONCE: Final = 16
@@ -19,7 +19,7 @@ LOOK_SECONDS: Final = 1.0
 """How often the logs of what runs are looked at: what is stored later than that shows itself when an answer ends."""
 
 
-class Losses:
+class LogLosses:
     """Compares what the log has acknowledged of running answers with what it holds, after each reconnection.
 
     A log that lost acknowledged events would keep a hole that no reader gets over: such an answer is taken up again

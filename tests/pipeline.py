@@ -21,8 +21,8 @@ from services.kit.shutdown import Stop, end
 from services.producer.adapters.circuits import Circuits
 from services.producer.adapters.publisher import Publisher
 from services.producer.adapters.records import Records
-from services.producer.adapters.upstreams import Upstreams as HttpUpstreams
-from services.producer.attempts import Upstreams
+from services.producer.adapters.upstreams import Upstreams
+from services.producer.call import CallContext
 from services.producer.core.deadlines import Deadlines
 from services.producer.core.registry import Registry
 from services.producer.core.retry import RetryPolicy
@@ -113,7 +113,7 @@ async def producing(
 ) -> AsyncIterator[Worker]:
     """Run a producer while the block runs; leaving it is its SIGTERM."""
     registry = Registry.load(config or {}, os.environ if config else {})
-    async with HttpUpstreams.opened(registry, clock) as upstreams:
+    async with Upstreams.opened(registry, clock) as upstreams:
         publisher = Publisher(broker, ack_timeout=0.5, give_up=append_timeout)
         records = Records(broker)
         late_usage = LateUsage(broker, publisher, clock)
@@ -125,7 +125,7 @@ async def producing(
             records=records,
             registry=registry,
             late_usage=late_usage,
-            upstreams=Upstreams(upstreams.of, circuits, UpstreamLimits(), retry, deadlines),
+            calls=CallContext(upstreams.of, circuits, UpstreamLimits(), retry, deadlines),
             clock=clock,
             partitions=1,
         )

@@ -20,8 +20,8 @@ from services.kit.telemetry import configure_logging, describe_service
 from services.producer.adapters.circuits import Circuits
 from services.producer.adapters.publisher import Publisher
 from services.producer.adapters.records import Records
-from services.producer.adapters.upstreams import Upstreams as HttpUpstreams
-from services.producer.attempts import Upstreams
+from services.producer.adapters.upstreams import Upstreams
+from services.producer.call import CallContext
 from services.producer.core.bounds import EVENT_BYTES
 from services.producer.late_usage import LateUsage
 from services.producer.relay import RelayContext
@@ -51,7 +51,7 @@ async def main(stop: Stop) -> None:
     clock = SystemClock()
     async with (
         Broker.connect(shared.nats_url, "producer", tls=shared.tls()) as broker,
-        HttpUpstreams.opened(registry, clock) as upstreams,
+        Upstreams.opened(registry, clock) as upstreams,
     ):
         await broker.keep(shared.topology())
         if broker.client.max_payload < LEAST_PAYLOAD:
@@ -70,7 +70,7 @@ async def main(stop: Stop) -> None:
             records=records,
             registry=registry,
             late_usage=LateUsage(broker, publisher, clock),
-            upstreams=Upstreams(upstreams.of, circuits, UpstreamLimits(), settings.retry(), settings.deadlines()),
+            calls=CallContext(upstreams.of, circuits, UpstreamLimits(), settings.retry(), settings.deadlines()),
             clock=clock,
             partitions=shared.partitions,
         )
@@ -100,7 +100,7 @@ async def _work(shared: Shared, settings: Settings, context: RelayContext, stop:
         serving(app, settings.host, settings.port, grace=lambda: stop.left(ANSWERS)),
         asyncio.TaskGroup() as group,
     ):
-        circuits = context.upstreams.circuits
+        circuits = context.calls.circuits
         works = (context.publisher.watch(), context.records.write(), circuits.follow(), storage.run())
         background = [group.create_task(work) for work in works]
         await worker.run(stop)

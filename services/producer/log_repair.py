@@ -1,4 +1,4 @@
-"""After a log has lost something: closes what is left of generations without their end."""
+"""Repair a log that has lost events: close generations that are left without a terminal."""
 
 import asyncio
 from typing import Final
@@ -18,34 +18,34 @@ from services.producer.relay import LOG_LOST, RelayContext, read_begun
 __all__ = ["LogRepair"]
 
 log = structlog.get_logger()
-LOOK_SECONDS: Final = 5.0
+POLL_SECONDS: Final = 5.0
 
 
 class LogRepair:
-    """Reads a log once that has lost something, and gives each generation an end that has none and that nobody runs.
+    """Read a log that has lost events once, and close each generation that has no terminal and no producer.
 
-    Otherwise their readers would wait for ever: for events behind a hole, or for a terminal that was lost.
+    Their readers would otherwise wait for ever: for events behind a gap, or for a terminal that was lost.
     """
 
-    def __init__(self, context: RelayContext, logs: Logs, orphans: LostRequests) -> None:
+    def __init__(self, context: RelayContext, logs: Logs, lost: LostRequests) -> None:
         self._context = context
         self._broker = context.broker
         self._logs = logs
-        self._orphans = orphans
+        self._lost = lost
 
     async def run(self) -> None:
-        """Look until cancelled."""
+        """Poll until cancelled."""
         while True:
-            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.sleep(POLL_SECONDS)
             if not self._broker.is_connected:
                 continue
             try:
-                await self.look()
+                await self.poll()
             except (BrokerUnavailable, ProducerError) as error:
-                log.warning("log not repaired yet", detail=str(error))
+                log.warning("log not repaired", detail=str(error))
 
-    async def look(self) -> None:
-        """Repair the logs that have lost something since they were repaired.
+    async def poll(self) -> None:
+        """Repair the logs that have lost events since their last repair.
 
         Raises:
             BrokerUnavailable: the broker does not answer.
@@ -67,8 +67,8 @@ class LogRepair:
         open_ = [subject for subject, known in begun.items() if not known.position.ended]
         closed = 0
         for address in _addresses(open_):
-            if not await self._orphans.is_cared_for(address):
-                closed += await self._orphans.close(address, await self._record(address), LOG_LOST)
+            if not await self._lost.has_request(address):
+                closed += await self._lost.close(address, await self._record(address), LOG_LOST)
         log.warning("log repaired", partition=partition, generations=len(begun), closed=closed)
 
     async def _record(self, address: Address) -> GenerationRecord:

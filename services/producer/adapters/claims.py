@@ -1,4 +1,7 @@
-"""How often a request has been begun: the queue's own count holds deliveries too that nobody could begin."""
+"""Claims: which producer may run a request, and how many have begun it.
+
+The queue's own delivery count also holds deliveries that no producer could begin.
+"""
 
 import asyncio
 from typing import Final, NamedTuple, overload
@@ -15,29 +18,29 @@ from services.producer.errors import GiveUp
 __all__ = ["Claim", "Claims"]
 
 log = structlog.get_logger()
-EXCUSE_SECONDS: Final = 1.0
+WITHDRAW_SECONDS: Final = 1.0
 
 
 class Claim(NamedTuple):
-    """How often a request has been begun, and the stream sequence of what says so (0: nothing does)."""
+    """How many producers have begun a request, and the stream sequence of the record of that (0: no record)."""
 
     begun: int
     seq: int
 
 
 class Claims:
-    """Counts beside the look-up records. A first delivery is not written down: a request that comes again was begun
-    once, unless somebody has written otherwise.
+    """Keep the claim of each request beside its look-up record.
 
-    Who has begun a request last is the only one who may answer the queue for it: see `finish`. The queue itself takes
-    the answer of anybody to whom it has ever given the request.
+    The claim of a first delivery is not stored: a redelivered request without a record was begun once. The producer
+    that claimed a request last is the only one that may answer the queue for it (`seal`), for the queue accepts the
+    answer of every producer to which it has ever delivered the request.
     """
 
     def __init__(self, broker: Broker) -> None:
         self._broker = broker
 
-    async def before(self, address: Address, delivery: int) -> Claim:
-        """Return how often the request has been begun before its delivery of this number (1, 2 …).
+    async def last(self, address: Address, delivery: int) -> Claim:
+        """Return the last claim before a request's delivery with this number (1, 2 …).
 
         Raises:
             BrokerUnavailable: the bucket does not answer.
@@ -49,8 +52,8 @@ class Claims:
             return Claim(1, 0)
         return Claim(int(stored.data) if stored.data.isdigit() else 1, stored.seq)
 
-    async def begin(self, address: Address, delivery: int, before: Claim) -> Claim:
-        """Count a delivery as begun.
+    async def claim(self, address: Address, delivery: int, before: Claim) -> Claim:
+        """Claim a request for this producer, after the claim ``before``.
 
         Raises:
             BrokerUnavailable: the bucket does not take it.
@@ -59,43 +62,41 @@ class Claims:
             return Claim(1, 0)
         return Claim(before.begun + 1, await self._write(address, before.begun + 1))
 
-    async def is_last(self, address: Address, tried: Claim) -> bool:
-        """Tell whether nobody has begun the request since ``tried``, as far as the bucket's leader knows.
+    async def is_last(self, address: Address, claim: Claim) -> bool:
+        """Tell whether no producer has claimed the request after ``claim``, as far as the bucket's leader knows.
 
         Raises:
             BrokerUnavailable: the bucket does not answer.
         """
         stored = await self._broker.last(bucket_stream(BUCKET), _subject(address))
-        return (stored.seq if stored is not None else 0) == tried.seq
+        return (stored.seq if stored is not None else 0) == claim.seq
 
-    async def finish(self, address: Address, tried: Claim) -> None:
-        """Close the request to whoever holds an earlier delivery of it.
+    async def seal(self, address: Address, claim: Claim) -> None:
+        """Invalidate all earlier claims by a conditional write.
 
-        A write under a condition and no question: a node that leads no longer may answer a question as if it did.
+        A read would not do: a node that no longer leads may answer a read as if it did.
 
         Raises:
-            GiveUp: another producer has begun it since ``tried``; it has the last word.
+            GiveUp: another producer has claimed the request after ``claim``; it has the last word.
             BrokerUnavailable: the bucket does not take it.
         """
-        if await self._write(address, tried.begun, tried.seq) is None:
+        if await self._write(address, claim.begun, claim.seq) is None:
             raise GiveUp(f"another producer has begun {address.generation} meanwhile")
 
-    async def excuse(self, address: Address, before: Claim, now: Claim) -> None:
-        """Let a delivery not count after all, if the bucket takes that in a moment and nobody has begun it since."""
+    async def withdraw(self, address: Address, before: Claim, claim: Claim) -> None:
+        """Restore the count of ``before``, at most for a second, unless another producer has claimed the request."""
         try:
-            async with asyncio.timeout(EXCUSE_SECONDS):
-                await self._write(address, before.begun, now.seq)
+            async with asyncio.timeout(WITHDRAW_SECONDS):
+                await self._write(address, before.begun, claim.seq)
         except (BrokerUnavailable, TimeoutError) as error:
-            log.warning(
-                "delivery counts although it was not at fault", generation=address.generation, detail=str(error)
-            )
+            log.warning("claim not withdrawn", generation=address.generation, detail=str(error))
 
     @overload
     async def _write(self, address: Address, begun: int) -> int: ...
     @overload
     async def _write(self, address: Address, begun: int, after: int) -> int | None: ...
     async def _write(self, address: Address, begun: int, after: int | None = None) -> int | None:
-        """Write a count, and return its stream sequence; ``after``: only behind that one, else ``None``."""
+        """Store a count and return its stream sequence; ``None`` if ``after`` is not the last sequence any more."""
         headers = None if after is None else {"Nats-Expected-Last-Subject-Sequence": str(after)}
         try:
             return await self._broker.publish_stored(_subject(address), b"%d" % begun, headers=headers)

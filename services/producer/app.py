@@ -1,4 +1,4 @@
-"""The producer process: settings, its parts put together, and its probes."""
+"""The producer process: compose its parts from the settings, and serve its probes."""
 
 import asyncio
 import os
@@ -56,7 +56,7 @@ async def main(stop: Stop) -> None:
         await broker.keep(shared.topology())
         if broker.client.max_payload < LEAST_PAYLOAD:
             log.warning(
-                "the broker takes too small messages: an answer with a larger event would not be stored",
+                "message limit of the broker is too small: larger events would not be stored",
                 max_payload=broker.client.max_payload,
                 needed=LEAST_PAYLOAD,
             )

@@ -80,7 +80,7 @@ class Attempts:
         await self._interruptible(self._journal.append([notice]))
 
     def _abandon(self, failure: UpstreamFailure) -> AbandonedCall | None:
-        """Abandon the failed call for another one; keep what is known of it for billing."""
+        """Abandon the failed call for another one; keep its count and usage for billing."""
         call = self._generation.abandon_call(failure)
         if call is not None and self.provider is not None:
             self.abandoned.append((call, self.provider))
@@ -131,7 +131,7 @@ class Attempts:
                 self.provider = candidate.provider
 
     def _may_call_again(self) -> bool:
-        """Tell whether to retry: always before the first token, after it only where the request allows a restart."""
+        """Return whether to retry: always before the first token, after it only where the request allows a restart."""
         return not self._generation.has_tokens or self._request.on_producer_loss == "restart"
 
     async def _announce_retry(self, candidate: Candidate, failure: UpstreamFailure, pause: float) -> None:

@@ -34,7 +34,7 @@ _OPEN = UpstreamFailure("upstream_circuit_open", "the upstream's circuit is open
 
 
 class CallContext(msgspec.Struct, frozen=True):
-    """What all calls of a process share. ``of`` returns the upstream of a provider."""
+    """Dependencies that all calls of a process share. ``of`` returns the upstream of a provider."""
 
     of: Callable[[Provider], Upstream]
     circuits: Circuits
@@ -69,7 +69,7 @@ class Call:
         self._context = context
         self._interruption = interruption
         self._clock = clock
-        # The request's own deadlines stand in for those of the configuration; both are kept to tell whose were missed.
+        # The request's own deadlines override the configured ones; both are kept: a missed one of its own is no outage.
         self._configured = context.deadlines.overridden(candidate.deadlines)
         self._deadlines = self._configured.overridden(request.deadlines)
         self._permit: Permit | None = None
@@ -152,7 +152,7 @@ class Call:
                 self._generation.begin_answer()
                 await self._stream(stream)
         except UpstreamRefused as error:
-            # A status shows that the connection works, whatever it says about the model.
+            # An HTTP status proves the connection, also when it reports a failure of the model.
             if error.failure.upstream_status is not None:
                 permit.connected()
             self._report_failure(error.failure, connected=error.connected)
@@ -229,7 +229,7 @@ class Call:
             self._permit.failed(failure, connected=connected)
 
     def _is_own_deadline(self, failure: UpstreamFailure) -> bool:
-        """Tell whether a deadline was missed that the request had set shorter than the configuration does."""
+        """Return whether the missed deadline is one that the request had set shorter than the configuration."""
         own, configured = self._deadlines, self._configured
         match failure.code:
             case "deadline_first_token":

@@ -1,4 +1,4 @@
-"""Cancel running generations: obey cancel requests that arrive, and those that were noted before anybody listened.
+"""Cancel running generations: obey cancel requests that arrive, and those noted before the generation ran.
 
 Delivery notes a cancel in the look-up record (state ``cancelling``) and sends it to the generation's control subject.
 Billing sends there that a hard limit of a budget was reached. Both end in `Interruption.interrupt`, as does
@@ -28,7 +28,7 @@ LINGER_SECONDS: Final = 1.0
 
 
 def obey_noted_cancel(record: GenerationRecord, interruption: Interruption) -> None:
-    """Interrupt a generation whose look-up record says that it is to be cancelled."""
+    """Interrupt a generation whose look-up record has the state ``cancelling``."""
     if record.state == "cancelling":
         interruption.interrupt("cancelled", "requested")
 

@@ -28,7 +28,7 @@ class StopReason(NamedTuple):
 
     @property
     def allows_usage(self) -> bool:
-        """Whether the call may be read on for its usage: somebody decided to stop, and nothing failed."""
+        """Whether the call may be read on for its usage: it was stopped on purpose, and nothing failed."""
         return self.kind in ("cancelled", "over_budget")
 
     @property
@@ -38,12 +38,12 @@ class StopReason(NamedTuple):
 
     @property
     def is_of_calls(self) -> bool:
-        """Whether it ends the calls that are made now, and not what follows when the generation is read again."""
+        """Whether it ends the present calls only; a generation that is read again then makes new ones."""
         return self.kind in ("overdue", "attempt")
 
 
 class Stopped(Exception):
-    """The generation was interrupted; ``reason`` tells why."""
+    """The generation was interrupted, for ``reason``."""
 
     def __init__(self, reason: StopReason) -> None:
         self.reason = reason
@@ -85,7 +85,7 @@ class Interruption:
                 self._task.cancel()
 
     def resume(self) -> None:
-        """Forget the reason: what was lost of the log is read again, and the generation goes on from there."""
+        """Forget the reason: the generation is read again and goes on from what the log has left of it."""
         self.reason = None
 
     @contextmanager
@@ -130,7 +130,7 @@ class Interruption:
         """
         task = self._task
         assert task is not None
-        # Take the cancellation back, or the timeout could not tell its own from it.
+        # Take the cancellation back, or the timeout could not distinguish its own from it.
         task.uncancel()
         try:
             async with asyncio.timeout(seconds) as self._grace:

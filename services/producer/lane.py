@@ -1,7 +1,7 @@
-"""One lane of the work queue: pulls requests as there is room for them."""
+"""One lane of the work queue: pull requests as there is room for them."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
@@ -13,25 +13,25 @@ from nats.aio.subscription import Subscription
 
 from schemas.topology import REQUESTS, producers_durable
 from services.kit.broker import Broker, BrokerUnavailable
+from services.kit.tasks import BackgroundTasks, wait_for_event
 
 __all__ = ["Lane"]
 
 log = structlog.get_logger()
 PULL_EXPIRES: Final = 5.0
 SHORTEST_PULL: Final = 0.5
-LOOK_INTERVAL: Final = 0.25
+POLL_INTERVAL: Final = 0.25
 LEAVE_SECONDS: Final = 0.5
-"""How long the broker may take to confirm that nothing more comes of a pull."""
+"""Seconds within which the broker should confirm that a pull delivers nothing more."""
 _QUIET: Final = ("404", "408")
 
 
 class Lane:
-    """Asks the queue for requests of one pool and priority.
+    """Pull the requests of one pool and priority.
 
-    ``room`` tells how many may be taken now; ``take`` gets each request, and when it was asked for: the queue cannot
-    have given it earlier, however late it arrives. A patient lane leaves a pull waiting for what comes, but no longer
-    than a quarter of the ``lease``; another one only looks now and then, so that it never holds room that it does not
-    need.
+    ``room`` returns how many requests may be taken now. ``take`` gets each request with the time of its pull: the queue
+    cannot have delivered it earlier, however late it arrives. A ``patient`` lane leaves a pull open for requests to
+    come, at most for a quarter of the ``lease``; another one polls, so that it never holds room that it does not need.
     """
 
     def __init__(
@@ -49,44 +49,42 @@ class Lane:
         self._room = room
         self._take = take
         self._patient = patient
-        self._asked = 0  # requests that the present pull may still bring
+        self._asked = 0  # requests that the present pull may still deliver
         self._asked_at = 0.0
-        self._has_ended = True  # whether the broker has said that nothing more comes of the present pull
+        self._has_ended = True  # whether the broker has ended the present pull
         self._expires = min(PULL_EXPIRES, max(SHORTEST_PULL, lease / 4))
         self._subscription: Subscription | None = None
-        self._leaving: set[asyncio.Task[None]] = set()  # pulls that are ended; each for LEAVE_SECONDS at most
+        self._leaving = BackgroundTasks()  # pulls that are ended; each for LEAVE_SECONDS at most
         self._wake = asyncio.Event()
 
     def wake(self) -> None:
-        """There may be more room now."""
+        """Pull again: there may be more room now."""
         self._wake.set()
 
     def is_idle(self) -> bool:
-        """Whether its requests are all taken: a pull that still waits after a moment has found nothing more."""
-        return self._asked > 0 and asyncio.get_running_loop().time() - self._asked_at >= LOOK_INTERVAL
+        """Return whether all its requests are taken: an open pull would have delivered another one within a moment."""
+        return self._asked > 0 and asyncio.get_running_loop().time() - self._asked_at >= POLL_INTERVAL
 
     async def run(self) -> None:
-        """Pull until cancelled; what is on its way then is taken still."""
+        """Pull until cancelled; requests that are on their way then are still taken."""
         try:
             while True:
                 await self._ask()
                 self._wake.clear()
-                await _at_most(self._wake.wait(), 1.0 if self._patient else LOOK_INTERVAL)
+                await wait_for_event(self._wake, 1.0 if self._patient else POLL_INTERVAL)
         finally:
             self._forget()
-            if self._leaving:
-                await asyncio.wait(self._leaving, timeout=2 * LEAVE_SECONDS)
+            await self._leaving.wait(2 * LEAVE_SECONDS)
 
     def _forget(self) -> None:
-        """End the pull, beside everything else.
+        """End the pull in the background.
 
-        The queue may have answered it just now. What came to nobody would be given again only after the lease.
+        The queue may be answering it: a request that arrived after the subscription had gone would be delivered again
+        only after its lease.
         """
         subscription, self._subscription = self._subscription, None
         if subscription is not None:
-            task = asyncio.create_task(self._leave(subscription, has_ended=self._has_ended))
-            self._leaving.add(task)
-            task.add_done_callback(self._leaving.discard)
+            self._leaving.start(self._leave(subscription, has_ended=self._has_ended), name="lane-leave")
 
     async def _leave(self, subscription: Subscription, *, has_ended: bool) -> None:
         if has_ended:
@@ -111,13 +109,13 @@ class Lane:
         async def receive(msg: Msg) -> None:
             await self._receive(msg, now)
 
-        # An inbox of its own tells which pull a request answers.
+        # With an inbox for each pull a request can be told from that of an earlier one.
         inbox = self._broker.client.new_inbox()
         self._subscription = await self._broker.subscribe(inbox, receive)
         try:
             await self._broker.publish(self._subject, msgspec.json.encode(query), reply=inbox)
         except BrokerUnavailable as error:
-            log.warning("cannot ask for requests", detail=str(error))
+            log.warning("requests not pulled", detail=str(error))
 
     async def _receive(self, msg: Msg, asked_at: float) -> None:
         if msg.reply:
@@ -132,14 +130,6 @@ class Lane:
         status = (msg.headers or {}).get("Status")
         if status not in _QUIET:
             log.warning("pull ended", status=status, detail=(msg.headers or {}).get("Description"))
-            await asyncio.sleep(LOOK_INTERVAL)
+            await asyncio.sleep(POLL_INTERVAL)
         if self._patient:
             self._wake.set()
-
-
-async def _at_most(what: Awaitable[object], seconds: float) -> None:
-    try:
-        async with asyncio.timeout(seconds):
-            await what
-    except TimeoutError:
-        return

@@ -96,7 +96,7 @@ class Leases:
                 await questions.unsubscribe()
 
     def holds(self, address: Address) -> bool:
-        """Tell whether this process holds the request of a generation."""
+        """Return whether this process holds the request of a generation."""
         return address in self._held
 
     def held(self) -> list[HeldRequest]:
@@ -110,7 +110,7 @@ class Leases:
             await asyncio.gather(*(self._renew(held) for held in self.held()))
 
     async def confirm(self, held: HeldRequest) -> bool:
-        """Tell whether a request is still held, after an attempt to renew a lease that has lapsed."""
+        """Return whether a request is still held, after an attempt to renew a lease that has lapsed."""
         if held.lease.is_over():
             try:
                 async with asyncio.timeout(CONFIRM_SECONDS):
@@ -155,7 +155,7 @@ class Leases:
             await asyncio.sleep(RENEW_PAUSE)
 
     async def _is_ours(self, held: HeldRequest) -> bool:
-        """Tell whether the claim on a request is still the last one; mark the lease as lost otherwise.
+        """Return whether the claim on a request is still the last one; mark the lease as lost otherwise.
 
         Raises:
             BrokerUnavailable: the record cannot be read.

@@ -111,7 +111,7 @@ class LostRequests:
             self._open[subject] = record
 
     async def has_request(self, address: Address) -> bool:
-        """Tell whether a generation's request waits in the queue or runs here.
+        """Return whether a generation's request waits in the queue or runs here.
 
         Raises:
             BrokerUnavailable: the broker does not answer.

@@ -1,4 +1,4 @@
-"""What the producer measures."""
+"""Metrics of the producer."""
 
 from typing import Final
 

@@ -40,7 +40,7 @@ REQUEST_LOST = "request_lost"
 
 
 class RelayContext(msgspec.Struct):
-    """What all relays of a process share."""
+    """Dependencies that all relays of a process share."""
 
     broker: Broker
     publisher: Publisher
@@ -78,12 +78,12 @@ class Relay:
         self._attempts: Attempts | None = None  # while providers are called
         self._provider: Provider | None = None  # the last one that was called
         self._abandoned: list[tuple[AbandonedCall, Provider]] = []
-        self._log_lost = False  # the log has lost events of it: what follows is not another producer's fault
+        self._log_lost = False  # then a takeover is logged as `LOG_LOST`, not as the loss of a producer
 
     def check(self, now: float) -> None:
         """Interrupt the generation if a deadline has passed at ``now`` (monotonic seconds) or its lease is lost.
 
-        A lease that has lapsed is given as much time to be renewed as a log that takes nothing.
+        A lapsed lease may be renewed for as long as a log may refuse events (``give_up``).
         """
         if self._lease.is_lost or now > self._lease.until + self._context.publisher.give_up:
             self.interruption.interrupt("lease", "lease_lost")
@@ -91,9 +91,9 @@ class Relay:
             self._attempts.check_deadlines(now)
 
     async def compare(self, *, whole: bool) -> None:
-        """Interrupt the generation if the log does not hold what it has acknowledged of it.
+        """Interrupt the generation if the log has lost acknowledged events of it.
 
-        ``whole``: look at all that is stored, and not only at its end.
+        ``whole``: read all stored events, not only the last one.
 
         Raises:
             TryAgain: the log cannot be read now.
@@ -106,19 +106,19 @@ class Relay:
         journal = self.journal
         if journal is None or not (acknowledged := journal.acknowledged):
             return False
-        # One read of the last event tells it where nothing but the end can be missing.
+        # Where only the end can be missing, reading the last event is enough.
         stream, subject = token_stream(self.address.partition), token_subject(self.address)
         if not whole:
             last = await self._context.broker.last(stream, subject)
             if last is not None and _seq(last.data) >= acknowledged - 1:
                 return False
-        # Read everything: the log must begin at seq 0, unless that may have expired, and reach what it acknowledged.
+        # Else read all: the log must begin at seq 0, unless that may have expired, and hold every acknowledged event.
         begun = await self._read_once()
         first = await self._context.broker.first(stream, subject)
         max_age = (await self._context.broker.state(stream)).max_age
         is_young = not max_age or self._context.clock.wall() - self.request.created_at < max_age
         is_headless = is_young and (first is None or _seq(first.data) > 0)
-        # In a higher epoch another producer has taken over, and what is missing is not ours to miss.
+        # In a higher epoch another producer has taken over: the gap is not of our events.
         is_ours = begun.position.epoch <= journal.generation.epoch
         has_lost = is_ours and (is_headless or begun.position.next_seq < acknowledged)
         if has_lost:
@@ -229,7 +229,7 @@ class Relay:
         decision = decide(begun, may_restart=self.request.on_producer_loss == "restart")
         if decision == "done":
             return False
-        # A new epoch, where events are stored: what another producer may still write is then dropped by readers.
+        # A takeover begins a new epoch, so that readers drop whatever the other producer may still write.
         epoch = max(self._delivery, begun.position.epoch + (decision != "run"))
         reconnects = self._context.broker.reconnects
         writer = self._context.publisher.writer(token_subject(self.address), self._lease)

@@ -97,7 +97,7 @@ class UpstreamLimits:
         self._limiters: dict[str, UpstreamLimiter] = {}  # one for each configured provider
 
     def of(self, provider: str, max_streams: int | None, per_minute: int | None) -> UpstreamLimiter:
-        """Return the limiter of a provider, made with these limits when it is asked for first."""
+        """Return the limiter of a provider; the first call creates it with these limits."""
         limiter = self._limiters.get(provider)
         if limiter is None:
             limiter = self._limiters[provider] = UpstreamLimiter(provider, max_streams, per_minute)

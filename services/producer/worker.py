@@ -73,7 +73,7 @@ class Worker:
         metrics.SLOTS.set(slots)
 
     async def run(self, stop: Stop) -> None:
-        """Work until ``stop``; then pull nothing more, let what runs go on for the drain time, hand over the rest."""
+        """Work until ``stop``; then pull nothing more, let answers run for the drain time, and hand over the rest."""
         try:
             async with asyncio.TaskGroup() as group:
                 lanes = [group.create_task(lane.run(), name="lane") for lane in self._lanes]

@@ -63,7 +63,7 @@ class Claims:
         return Claim(before.begun + 1, await self._write(address, before.begun + 1))
 
     async def is_last(self, address: Address, claim: Claim) -> bool:
-        """Tell whether no producer has claimed the request after ``claim``, as far as the bucket's leader knows.
+        """Return whether no producer has claimed the request after ``claim``, as far as the bucket's leader knows.
 
         Raises:
             BrokerUnavailable: the bucket does not answer.

@@ -15,7 +15,7 @@ from services.producer.ports import UpstreamRefused, UpstreamRequest
 __all__ = ["ScriptedStream", "ScriptedUpstream"]
 
 _READ_LIMIT: Final = 16 * 1024
-"""Characters of text in one read, about what one socket read of a real provider holds."""
+"""Characters of text in one read, about as many as in a socket read from a real provider."""
 
 
 class ScriptedUpstream:

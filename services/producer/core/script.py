@@ -56,7 +56,7 @@ _MAX_TOKENS: Final = 200_000
 
 
 class Knobs(msgspec.Struct, frozen=True, kw_only=True):
-    """What ``params`` may change. ``tokens_per_second`` 0 means as fast as possible; the rest counts tokens."""
+    """Knobs of a script in ``params``. ``tokens_per_second`` 0 means as fast as possible; the rest counts tokens."""
 
     tokens_per_second: float = _TOKENS_PER_SECOND
     tokens: int | None = None
@@ -66,7 +66,7 @@ class Knobs(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, call: UpstreamRequest) -> "Knobs":
-        """Return the knobs of a call: the model's own, overridden by parameters; what is no number is ignored."""
+        """Return the knobs of a call: the model's own, overridden by numeric parameters; others are ignored."""
         own: dict[str, dict[str, Any]] = {
             "megabyte": {"tokens_per_second": 0.0},
             "stall": {"stall_after": _FAULT_AFTER},

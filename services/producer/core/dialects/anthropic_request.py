@@ -47,7 +47,7 @@ def messages_body(call: UpstreamRequest) -> dict[str, Any]:
 
 
 def is_own_block(kind: object) -> bool:
-    """Tell whether content of this type is a block that only Anthropic can read."""
+    """Return whether content of this type is a block that only Anthropic can read."""
     return isinstance(kind, str) and _OWN.fullmatch(kind) is not None
 
 

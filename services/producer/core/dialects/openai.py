@@ -334,7 +334,7 @@ class OpenAIParser(EventParser[_Chunk]):
 
 
 def _goes_on(earlier: Any, later: Any) -> bool:
-    """Tell whether a report only counts on from an earlier one, which it then makes needless."""
+    """Return whether a report only counts on from an earlier one, which it then makes needless."""
     if not (isinstance(earlier, dict) and isinstance(later, dict) and len(earlier) <= len(later)):
         return False
     before, after = ((r.get("prompt_tokens"), r.get("completion_tokens")) for r in (earlier, later))

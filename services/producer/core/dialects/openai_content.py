@@ -196,7 +196,7 @@ def thought_signature(extra_content: Any) -> str | None:
 
 
 def is_thought(extra_content: Any) -> bool:
-    """Tell whether Gemini's compatible endpoint marks a delta's text as a thought."""
+    """Return whether Gemini's compatible endpoint marks a delta's text as a thought."""
     return _google(extra_content).get("thought") is True
 
 

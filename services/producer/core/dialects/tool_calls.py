@@ -123,7 +123,7 @@ class _Call:
         self._said: list[str] = []
 
     def repeated(self, id_: str, text: str) -> bool:
-        """Tell whether ``text`` is all of the arguments once more, as some servers send them at the end."""
+        """Return whether ``text`` is all of the arguments once more, as some servers send them at the end."""
         return id_ == self.id and self.arguments.complete and bool(text) and text == "".join(self._said)
 
     def fragment(self, id_: str | None, name: str | None, text: str, signature: str | None) -> ToolCall | None:
@@ -208,7 +208,7 @@ def _find(
 
 
 def _takes_id(call: _Call, name: str | None, text: str) -> bool:
-    """Tell whether an id that was not seen before comes late for ``call``, or anew with each of its fragments."""
+    """Return whether an id that was not seen before comes late for ``call``, or anew with each of its fragments."""
     if name is not None and call.name not in (None, name):
         return False
     if call.id is None:

@@ -19,7 +19,7 @@ _READ_LIMIT: Final = 16 * 1024
 
 
 class ScriptedUpstream:
-    """Implements `services.producer.ports.Upstream` without a network."""
+    """Implement `services.producer.ports.Upstream` without a network."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -38,7 +38,7 @@ class ScriptedUpstream:
 
 
 class ScriptedStream:
-    """Implements `services.producer.ports.UpstreamStream`. Steps that are due together come in one read."""
+    """Implement `services.producer.ports.UpstreamStream`. Steps that are due together come in one read."""
 
     def __init__(self, steps: Iterator[Step], clock: Clock) -> None:
         self._steps = steps

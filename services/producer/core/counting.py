@@ -69,7 +69,7 @@ def encoding_of(model: str) -> tuple[str, bool]:
 
 
 class TokenCounter:
-    """Counts one text while it grows.
+    """Count one text while it grows.
 
     ``count`` is the running count; between two recounts of a long tail without a safe place it lags behind by less than
     an eighth of that tail. ``exact``: ``encoding`` is the model's own.
@@ -142,7 +142,7 @@ def _last_safe(before: str, text: str) -> int:
 
 
 class GenerationCounter:
-    """Counts a generation's output: one text for each kind (text, reasoning, arguments), choice and index."""
+    """Count a generation's output: one text for each kind (text, reasoning, arguments), choice and index."""
 
     __slots__ = ("_count", "_lanes", "encoding", "exact")
 

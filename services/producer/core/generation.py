@@ -61,7 +61,7 @@ _KINDS: Final = 32
 
 
 class Counter(Protocol):
-    """Counts output tokens over joined text, one lane for each (kind, choice, index)."""
+    """Count output tokens over joined text, one lane for each (kind, choice, index)."""
 
     def add(self, kind: str, choice: int, index: int, text: str) -> int:
         """Add ``text`` to a lane and return the running count over all lanes."""

@@ -27,7 +27,7 @@ class OversizedEvent(ValueError):
 
 
 class SseDecoder:
-    """Decodes one stream. Keeps no more than one unfinished event of at most ``limit`` bytes.
+    """Decode one stream. Keep no more than one unfinished event of at most ``limit`` bytes.
 
     Line ends (CRLF, CR, LF) are made LF first, so that the rest only ever cuts at blank lines.
     """

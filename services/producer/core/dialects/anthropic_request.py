@@ -62,7 +62,7 @@ def _text(content: str | list[dict[str, Any]] | None) -> str:
 
 
 def _messages(messages: list[Message]) -> list[dict[str, Any]]:
-    """Return user and assistant turns; all tool results that follow each other stand in one user turn."""
+    """Return user and assistant turns; adjacent tool results share one user turn."""
     turns: list[dict[str, Any]] = []
     for message in messages:
         if message.role in ("system", "developer"):
@@ -99,7 +99,7 @@ def _blocks(message: Message) -> Iterator[dict[str, Any]]:
 
 
 def _thoughts(message: Message) -> Iterator[dict[str, Any]]:
-    """Yield thinking that is given beside the content, as LiteLLM does, unless the content has its own."""
+    """Yield thinking from beside the content, LiteLLM's form, unless the content has its own."""
     content = message.content if isinstance(message.content, list) else ()
     if not any(part.get("type") in ("thinking", "redacted_thinking") for part in content):
         for block in message.thinking_blocks or ():

@@ -93,7 +93,7 @@ async def _nobody_hears(broker: Broker, request: Request) -> bool:
     return await cancel(broker, request) is None
 
 
-async def test_a_cancel_at_the_gate_asks_nobody_and_leaves_the_place_to_others(broker: Broker) -> None:
+async def test_a_cancel_while_waiting_for_a_limit_makes_no_call_and_leaves_the_slot_to_others(broker: Broker) -> None:
     first, waiting, next_one = ask("g1", "m"), ask("g2", "m"), ask("g3", "m")
     async with (
         providing(silent("a")) as provider,

@@ -21,14 +21,14 @@ from services.kit.shutdown import Stop, end
 from services.producer.adapters.circuits import Circuits
 from services.producer.adapters.publisher import Publisher
 from services.producer.adapters.records import Records
-from services.producer.adapters.upstreams import Upstreams as HttpUpstreams
-from services.producer.asking import Upstreams
+from services.producer.adapters.upstreams import Upstreams
+from services.producer.call import CallContext
 from services.producer.core.deadlines import Deadlines
 from services.producer.core.registry import Registry
 from services.producer.core.retry import RetryPolicy
-from services.producer.gate import Gates
 from services.producer.late_usage import LateUsage
-from services.producer.relay import Outside
+from services.producer.relay import RelayContext
+from services.producer.upstream_limits import UpstreamLimits
 from services.producer.worker import Worker
 from tests.conftest import eventually
 
@@ -113,23 +113,23 @@ async def producing(
 ) -> AsyncIterator[Worker]:
     """Run a producer while the block runs; leaving it is its SIGTERM."""
     registry = Registry.load(config or {}, os.environ if config else {})
-    async with HttpUpstreams.opened(registry, clock) as upstreams:
+    async with Upstreams.opened(registry, clock) as upstreams:
         publisher = Publisher(broker, ack_timeout=0.5, give_up=append_timeout)
         records = Records(broker)
         late_usage = LateUsage(broker, publisher, clock)
         circuits = Circuits(broker, circuit[0], circuit[1])
         await publisher.start()
-        outside = Outside(
+        context = RelayContext(
             broker=broker,
             publisher=publisher,
             records=records,
             registry=registry,
             late_usage=late_usage,
-            upstreams=Upstreams(upstreams.of, circuits, Gates(), retry, deadlines),
+            calls=CallContext(upstreams.of, circuits, UpstreamLimits(), retry, deadlines),
             clock=clock,
             partitions=1,
         )
-        worker = Worker(outside, "default", slots, lease, max_deliver)
+        worker = Worker(context, "default", slots, lease, max_deliver)
         stop = Stop(drain)
         async with asyncio.TaskGroup() as group:
             work = (publisher.watch(), records.write(), circuits.follow())

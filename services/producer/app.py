@@ -1,4 +1,4 @@
-"""The producer process: settings, its parts put together, and its probes."""
+"""The producer process: compose its parts from the settings, and serve its probes."""
 
 import asyncio
 import os
@@ -20,13 +20,13 @@ from services.kit.telemetry import configure_logging, describe_service
 from services.producer.adapters.circuits import Circuits
 from services.producer.adapters.publisher import Publisher
 from services.producer.adapters.records import Records
-from services.producer.adapters.upstreams import Upstreams as HttpUpstreams
-from services.producer.asking import Upstreams
+from services.producer.adapters.upstreams import Upstreams
+from services.producer.call import CallContext
 from services.producer.core.bounds import EVENT_BYTES
-from services.producer.gate import Gates
 from services.producer.late_usage import LateUsage
-from services.producer.relay import Outside
+from services.producer.relay import RelayContext
 from services.producer.settings import Settings, load_producer_settings
+from services.producer.upstream_limits import UpstreamLimits
 from services.producer.worker import Worker
 
 __all__ = ["main"]
@@ -51,12 +51,12 @@ async def main(stop: Stop) -> None:
     clock = SystemClock()
     async with (
         Broker.connect(shared.nats_url, "producer", tls=shared.tls()) as broker,
-        HttpUpstreams.opened(registry, clock) as upstreams,
+        Upstreams.opened(registry, clock) as upstreams,
     ):
         await broker.keep(shared.topology())
         if broker.client.max_payload < LEAST_PAYLOAD:
             log.warning(
-                "the broker takes too small messages: an answer with a larger event would not be stored",
+                "message limit of the broker is too small: larger events would not be stored",
                 max_payload=broker.client.max_payload,
                 needed=LEAST_PAYLOAD,
             )
@@ -64,28 +64,28 @@ async def main(stop: Stop) -> None:
         records = Records(broker)
         circuits = Circuits(broker, settings.circuit_failures, settings.circuit_seconds)
         await publisher.start()
-        outside = Outside(
+        context = RelayContext(
             broker=broker,
             publisher=publisher,
             records=records,
             registry=registry,
             late_usage=LateUsage(broker, publisher, clock),
-            upstreams=Upstreams(upstreams.of, circuits, Gates(), settings.retry(), settings.deadlines()),
+            calls=CallContext(upstreams.of, circuits, UpstreamLimits(), settings.retry(), settings.deadlines()),
             clock=clock,
             partitions=shared.partitions,
         )
-        await _work(shared, settings, outside, stop)
+        await _work(shared, settings, context, stop)
 
 
-async def _work(shared: Shared, settings: Settings, outside: Outside, stop: Stop) -> None:
-    worker = Worker(outside, shared.pool, settings.slots, shared.lease, shared.max_deliver)
-    registry = outside.registry
-    await outside.records.announce(shared.pool, registry.announcement())
+async def _work(shared: Shared, settings: Settings, context: RelayContext, stop: Stop) -> None:
+    worker = Worker(context, shared.pool, settings.slots, shared.lease, shared.max_deliver)
+    registry = context.registry
+    await context.records.announce(shared.pool, registry.announcement())
 
-    storage = Storage(outside.broker, "producer", outside.publisher.is_stuck)
+    storage = Storage(context.broker, "producer", context.publisher.is_stuck)
 
     async def connected() -> bool:
-        return outside.broker.is_connected
+        return context.broker.is_connected
 
     async def stores() -> bool:
         return storage.stores()
@@ -100,12 +100,12 @@ async def _work(shared: Shared, settings: Settings, outside: Outside, stop: Stop
         serving(app, settings.host, settings.port, grace=lambda: stop.left(ANSWERS)),
         asyncio.TaskGroup() as group,
     ):
-        circuits = outside.upstreams.circuits
-        works = (outside.publisher.watch(), outside.records.write(), circuits.follow(), storage.run())
+        circuits = context.calls.circuits
+        works = (context.publisher.watch(), context.records.write(), circuits.follow(), storage.run())
         background = [group.create_task(work) for work in works]
         await worker.run(stop)
         await end(*background)
-        await outside.late_usage.close()
+        await context.late_usage.close()
         with suppress(TimeoutError):  # look-ups may be away; the log is the truth
             async with asyncio.timeout(min(FLUSH_SECONDS, stop.left(ANSWERS))):
-                await outside.records.flush()
+                await context.records.flush()

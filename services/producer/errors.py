@@ -1,4 +1,4 @@
-"""The producer's errors, grouped by what its caller must do."""
+"""Errors of the producer, grouped by the reaction of the caller."""
 
 __all__ = ["Fenced", "GiveUp", "LogRefused", "LogUnavailable", "ProducerError", "TryAgain"]
 
@@ -12,7 +12,7 @@ class TryAgain(ProducerError):
 
 
 class GiveUp(ProducerError):
-    """Stop at once without writing anything more: somebody else owns the generation."""
+    """Stop at once without writing anything more: another producer owns the generation."""
 
 
 class LogUnavailable(TryAgain):
@@ -27,7 +27,7 @@ class LogUnavailable(TryAgain):
 
 
 class LogRefused(GiveUp):
-    """A conditional append found that somebody else has written to the generation."""
+    """A conditional append found that another producer has written to the generation."""
 
 
 class Fenced(GiveUp):

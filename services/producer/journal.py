@@ -1,4 +1,4 @@
-"""A generation's side towards the log: its events in order, the look-up record beside them, and their metrics."""
+"""The journal of a generation: append its events in order, keep its look-up record, count metrics."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
@@ -23,15 +23,15 @@ __all__ = ["Journal"]
 
 log = structlog.get_logger()
 FEW: Final = 2
-"""Events that are sent at once. One read of a picture becomes many large ones: the next go out as these are stored."""
+"""Events sent at once. One read of a picture becomes many large events: the next are sent as these are stored."""
 LARGE_BYTES: Final = 1024 * 1024
-"""Bytes under way from which the next few wait; the client refuses more than 2 MB that are not written yet."""
+"""Unacknowledged bytes at which the next events wait; the client refuses more than 2 MB of unwritten data."""
 
 
 class Journal:
-    """Appends what a `Generation` decides. The first append is conditional on ``last_seq``, and acknowledged.
+    """Append the events of a `Generation`. The first append is conditional on ``last_seq``, and acknowledged.
 
-    ``read`` folds what the log holds of the generation.
+    ``read`` reads what the log holds of the generation.
 
     Events enter the writer's window before anything can interrupt the caller, so that no seq is ever left out.
     """
@@ -52,12 +52,12 @@ class Journal:
         self._records = records
         self._clock = clock
         self._last_seq: int | None = last_seq
-        self._next_seq = generation.next_seq  # of what has been given to the writer
+        self._next_seq = generation.next_seq  # of the next event that the writer gets
         self._read = read
 
     @property
     def acknowledged(self) -> int:
-        """The seq up to which, exclusively, the log has acknowledged all."""
+        """The seq below which the log has acknowledged all events."""
         return self._next_seq - self._writer.unacknowledged
 
     def now(self) -> float:
@@ -68,12 +68,13 @@ class Journal:
         """Append events; wait only for the first append of all, and while the window is full.
 
         Raises:
-            LogRefused: somebody else has written since the log was read.
+            LogRefused: another producer has written since the log was read.
             LogUnavailable: the log takes nothing.
             Fenced: the lease is lost, or had run out before the first append.
         """
         if not events:
             return
+        # The first append is conditional: another producer may have taken the generation over.
         if self._last_seq is not None:
             last_seq, self._last_seq = self._last_seq, None
             first, *events = events
@@ -83,6 +84,7 @@ class Journal:
                 self._enqueue(events)
                 raise
             self._appended([first])
+        # Events that were built have their seq: also after a cancellation they enter the window, or a gap would remain.
         while len(events) > FEW:
             few, events = events[:FEW], events[FEW:]
             self._enqueue(few)
@@ -94,11 +96,11 @@ class Journal:
         self._enqueue(events)
         await self._writer.room()
 
-    async def settle(self) -> None:
-        """Wait until all is stored, and make the next append conditional on that being the end: so a new epoch begins.
+    async def confirm(self) -> None:
+        """Wait until all events are stored, and make the next append, the first of a new epoch, conditional on that.
 
         Raises:
-            LogRefused: somebody else has written since.
+            LogRefused: another producer has written since.
             TryAgain: the log takes nothing, or cannot be read.
             BrokerUnavailable: the log cannot be read.
             Fenced: the lease is lost.
@@ -106,16 +108,16 @@ class Journal:
         await self._writer.drain()
         begun = await self._read()
         if begun.position != Position(self.generation.epoch, self.generation.next_seq):
-            raise LogRefused(f"generation {self.generation.name} stands at {begun.position}, written by somebody else")
+            raise LogRefused(f"generation {self.generation.name} is at {begun.position}: another producer has written")
         self._last_seq = begun.last_seq
 
     def append_aside(self, events: list[AnyEvent]) -> None:
-        """Append from outside the generation's own task, which must be waiting for its provider."""
+        """Append from another task while the generation's own task waits for its provider."""
         if self._last_seq is None:
             self._enqueue(events)
 
-    def note(self, **changes: object) -> None:
-        """Change the look-up record and have it stored soon."""
+    def update_record(self, **changes: object) -> None:
+        """Change the look-up record; it is stored soon."""
         self.record = msgspec.structs.replace(self.record, **changes)
         self._records.put(self.record)
 
@@ -127,7 +129,7 @@ class Journal:
     def _appended(self, events: list[AnyEvent]) -> None:
         self._next_seq += len(events)
         metrics.EVENTS.inc(len(events))
-        if is_terminal(events[-1]):  # a terminal is always the last one of what is appended together
+        if is_terminal(events[-1]):  # a terminal is always the last event of a batch
             self._end(events[-1])
 
     def _end(self, event: AnyEvent) -> None:
@@ -136,7 +138,7 @@ class Journal:
         tokens = counted.output if counted else 0
         metrics.ENDED.labels(kind, code or "").inc()
         metrics.TOKENS.inc(tokens)
-        self.note(
+        self.update_record(
             state=kind,
             ended_at=event.at,
             code=code,
@@ -156,7 +158,7 @@ class Journal:
 
 
 async def _uninterrupted(append: Coroutine[Any, Any, None]) -> None:
-    """Finish an append whose outcome must be known even when its caller is cancelled meanwhile."""
+    """Finish an append whose outcome must be known, even if the caller is cancelled meanwhile; then propagate that."""
     task = asyncio.create_task(append)
     try:
         await asyncio.shield(task)

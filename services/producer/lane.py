@@ -1,7 +1,7 @@
-"""One lane of the work queue: pulls requests as there is room for them."""
+"""One lane of the work queue: pull requests as there is room for them."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Final, NamedTuple
 
 import structlog
@@ -9,15 +9,16 @@ import structlog
 from schemas.topology import REQUESTS, producers_durable
 from services.kit.jetstream.broker import Broker, BrokerUnavailable
 from services.kit.jetstream.pull import End, PullConsumer
+from services.kit.tasks import BackgroundTasks, wait_for_event
 
 __all__ = ["Lane", "QueueMessage"]
 
 log = structlog.get_logger()
 PULL_EXPIRES: Final = 5.0
 SHORTEST_PULL: Final = 0.5
-LOOK_INTERVAL: Final = 0.25
+POLL_INTERVAL: Final = 0.25
 LEAVE_SECONDS: Final = 0.5
-"""How long the broker may take to confirm that nothing more comes of a pull."""
+"""Seconds within which the broker should confirm that a pull delivers nothing more."""
 
 
 class QueueMessage(NamedTuple):
@@ -29,12 +30,11 @@ class QueueMessage(NamedTuple):
 
 
 class Lane:
-    """Asks the queue for requests of one pool and priority.
+    """Pull the requests of one pool and priority.
 
-    ``room`` tells how many may be taken now; ``take`` gets each request, and when it was asked for: the queue cannot
-    have given it earlier, however late it arrives. A patient lane leaves a pull waiting for what comes, but no longer
-    than a quarter of the ``lease``; another one only looks now and then, so that it never holds room that it does not
-    need.
+    ``room`` returns how many requests may be taken now. ``take`` gets each request with the time of its pull: the queue
+    cannot have delivered it earlier, however late it arrives. A ``patient`` lane leaves a pull open for requests to
+    come, at most for a quarter of the ``lease``; another one polls, so that it never holds room that it does not need.
     """
 
     def __init__(
@@ -55,53 +55,51 @@ class Lane:
         self._asked_at = 0.0
         self._expires = min(PULL_EXPIRES, max(SHORTEST_PULL, lease / 4))
         self._pulling: PullConsumer | None = None
-        self._leaving: set[asyncio.Task[None]] = set()  # pulls that are ended; each for LEAVE_SECONDS at most
+        self._leaving = BackgroundTasks()  # pulls that are ended; each for LEAVE_SECONDS at most
         self._wake = asyncio.Event()
 
     def wake(self) -> None:
-        """There may be more room now."""
+        """Pull again: there may be more room now."""
         self._wake.set()
 
     def is_idle(self) -> bool:
-        """Whether its requests are all taken: a pull that still waits after a moment has found nothing more."""
+        """Return whether all its requests are taken: an open pull would have delivered another one within a moment."""
         is_open = self._pulling is not None and self._pulling.is_open()
-        return is_open and asyncio.get_running_loop().time() - self._asked_at >= LOOK_INTERVAL
+        return is_open and asyncio.get_running_loop().time() - self._asked_at >= POLL_INTERVAL
 
     async def run(self) -> None:
-        """Pull until cancelled; what is on its way then is taken still."""
+        """Pull until cancelled; requests that are on their way then are still taken."""
         try:
             while True:
                 await self._ask()
                 self._wake.clear()
-                await _at_most(self._wake.wait(), 1.0 if self._patient else LOOK_INTERVAL)
+                await wait_for_event(self._wake, 1.0 if self._patient else POLL_INTERVAL)
         finally:
             self._forget()
-            if self._leaving:
-                await asyncio.wait(self._leaving, timeout=2 * LEAVE_SECONDS)
+            await self._leaving.wait(2 * LEAVE_SECONDS)
 
     def _forget(self) -> None:
-        """End the pull, beside everything else.
+        """End the pull in the background.
 
-        The queue may have answered it just now. What came to nobody would be given again only after the lease.
+        The queue may be answering it: a request that arrived after the subscription had gone would be delivered again
+        only after its lease.
         """
         pulling, self._pulling = self._pulling, None
         if pulling is not None:
-            task = asyncio.create_task(pulling.close(LEAVE_SECONDS))
-            self._leaving.add(task)
-            task.add_done_callback(self._leaving.discard)
+            self._leaving.start(pulling.close(LEAVE_SECONDS), name="lane-leave")
 
     async def _ask(self) -> None:
         room, now = self._room(), asyncio.get_running_loop().time()
         if room <= 0 or not self._broker.is_connected or not (self._pulling is None or self._pulling.may_pull()):
             return
         self._forget()
-        # A consumer of its own for each pull: its inbox tells which pull, and so which time, a request answers.
+        # With a consumer for each pull a request can be told from that of an earlier one.
         pulling = PullConsumer(self._broker, REQUESTS, self._durable, lambda: self._receive(pulling, now))
         self._pulling, self._asked_at = pulling, now
         try:
             await pulling.pull(room, wait=self._expires if self._patient else 0.0)
         except BrokerUnavailable as error:
-            log.warning("cannot ask for requests", detail=str(error))
+            log.warning("requests not pulled", detail=str(error))
 
     def _receive(self, pulling: PullConsumer, asked_at: float) -> None:
         while pulling.arrived:
@@ -113,11 +111,3 @@ class Lane:
             log.warning("pull ended", reason=pulling.reason)
         elif self._patient:
             self._wake.set()
-
-
-async def _at_most(what: Awaitable[object], seconds: float) -> None:
-    try:
-        async with asyncio.timeout(seconds):
-            await what
-    except TimeoutError:
-        return

@@ -1,4 +1,4 @@
-"""Usage that a provider tells only after the end: looked up, and appended to the log behind the terminal."""
+"""Look up the usage of calls that were left before their end, and append it to the log behind the terminal."""
 
 import asyncio
 from typing import Final, NamedTuple
@@ -13,7 +13,7 @@ from schemas.topology import token_stream
 from schemas.usage import Usage
 from services.kit.clock import Clock
 from services.kit.jetstream.broker import Broker, BrokerUnavailable
-from services.kit.shutdown import end
+from services.kit.tasks import BackgroundTasks
 from services.producer import metrics
 from services.producer.adapters.publisher import Lease, Publisher
 from services.producer.core.bounds import usable
@@ -21,15 +21,15 @@ from services.producer.core.generation import Generation
 from services.producer.errors import ProducerError
 from services.producer.ports import UsageSource
 
-__all__ = ["LateUsage", "LookUp"]
+__all__ = ["LateUsage", "UsageLookup"]
 
 log = structlog.get_logger()
 TRIES: Final = 6
 WAITING: Final = 1_000
 
 
-class LookUp(NamedTuple):
-    """A call whose usage is to be asked for. ``call``: as in `UsageReported`; ``upstream_id``: its provider's name."""
+class UsageLookup(NamedTuple):
+    """A call to look up. ``call``: its number, as in `UsageReported`; ``upstream_id``: the provider's identifier."""
 
     call: int
     upstream_id: str
@@ -38,36 +38,34 @@ class LookUp(NamedTuple):
 
 
 class LateUsage:
-    """Looks up what calls cost that did not come to their end, where their provider offers that.
+    """Look up the usage of incomplete calls at providers that offer it.
 
-    At most `WAITING` generations are asked about at once; what is not found leaves a call with our own count.
+    At most `WAITING` generations at once; a call without a result keeps our own count.
     """
 
     def __init__(self, broker: Broker, publisher: Publisher, clock: Clock) -> None:
         self._broker = broker
         self._publisher = publisher
         self._clock = clock
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = BackgroundTasks()  # bounded by WAITING
 
-    def look_up(self, address: Address, generation: Generation, wanted: list[tuple[LookUp, UsageSource]]) -> None:
-        """Begin to look up calls of a generation that has ended, beside everything else."""
+    def look_up(self, address: Address, generation: Generation, wanted: list[tuple[UsageLookup, UsageSource]]) -> None:
+        """Look up calls of a generation that has ended, in the background."""
         if len(self._tasks) >= WAITING:
             return
-        task = asyncio.create_task(self._look_up(address, generation, wanted))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks.start(self._look_up(address, generation, wanted), name="late-usage")
 
     async def close(self) -> None:
-        """Give up what is still under way."""
-        await end(*self._tasks)
+        """Cancel the look-ups under way."""
+        await self._tasks.close()
 
     async def _look_up(
-        self, address: Address, generation: Generation, wanted: list[tuple[LookUp, UsageSource]]
+        self, address: Address, generation: Generation, wanted: list[tuple[UsageLookup, UsageSource]]
     ) -> None:
-        """Ask for all calls at once, and append one answer after the other: each is behind the one before."""
-        asked = [asyncio.create_task(_usage(source, call)) for call, source in wanted]
+        """Look up all calls at once, and append the results one after the other: each has the next seq."""
+        lookups = [asyncio.create_task(_usage(source, call)) for call, source in wanted]
         try:
-            for answer in asyncio.as_completed(asked):
+            for answer in asyncio.as_completed(lookups):
                 call, usage = await answer
                 outcome = "missing"
                 if usage is not None:
@@ -81,11 +79,11 @@ class LateUsage:
                     outcome=outcome,
                 )
         finally:
-            for task in asked:
+            for task in lookups:
                 task.cancel()
-            await asyncio.gather(*asked, return_exceptions=True)
+            await asyncio.gather(*lookups, return_exceptions=True)
 
-    async def _append(self, address: Address, generation: Generation, call: LookUp, usage: Usage) -> bool:
+    async def _append(self, address: Address, generation: Generation, call: UsageLookup, usage: Usage) -> bool:
         event = UsageReported(
             generation=generation.name,
             seq=generation.next_seq,
@@ -113,7 +111,7 @@ class LateUsage:
         return True
 
 
-async def _usage(source: UsageSource, call: LookUp) -> tuple[LookUp, Usage | None]:
+async def _usage(source: UsageSource, call: UsageLookup) -> tuple[UsageLookup, Usage | None]:
     retrying = tenacity.AsyncRetrying(
         stop=tenacity.stop_after_attempt(TRIES),
         wait=tenacity.wait_exponential(multiplier=1, max=30),

@@ -1,9 +1,9 @@
-"""The leases of the requests that a process holds: renewed, lapsed in a silence of the broker, held again, or lost.
+"""Leases of the requests that a process holds: renew them, resume those that lapsed in a silence of the broker.
 
 The queue's redelivery is the lease, and a silence of the broker looks to it like the death of a producer. So a lease
-that has lapsed is not lost yet. While it is lapsed nothing is published; once the broker answers again, the record of
-who has begun the request last decides (`services.producer.adapters.tries`). A producer that is given a request again
-asks whoever has begun it before it does so itself.
+that has lapsed is not lost yet. While it is lapsed nothing is published; once the broker answers again, the last claim
+decides (`services.producer.adapters.claims`). A producer that gets a redelivered request asks the producer that has
+claimed it before it claims the request itself.
 """
 
 import asyncio
@@ -17,23 +17,23 @@ from services.kit.jetstream.ack import IN_PROGRESS
 from services.kit.jetstream.broker import Broker, BrokerUnavailable
 from services.kit.jetstream.connection import Message, Subscription
 from services.producer import metrics
+from services.producer.adapters.claims import Claim, Claims
 from services.producer.adapters.publisher import Lease, Publisher
-from services.producer.adapters.tries import Tried, Tries
 
-__all__ = ["Held", "Leases"]
+__all__ = ["HeldRequest", "Leases"]
 
 log = structlog.get_logger()
 RENEW_SECONDS: Final = 2.0
 RENEW_PAUSE: Final = 0.25
 CONFIRM_SECONDS: Final = 1.5
 ASK_SECONDS: Final = 2.0
-"""Longer than `CONFIRM_SECONDS`: a holder whose lease has lapsed renews it before it answers."""
+"""Longer than `CONFIRM_SECONDS`: a holder renews a lapsed lease before it answers."""
 SETTLE_SECONDS: Final = 2.0
-"""How long after a reconnection another producer may still be on its way back."""
+"""Seconds after a reconnection within which another producer may still reconnect."""
 
 
-class Held:
-    """A request that this process holds. ``claim``: what says that it was begun here; ``None`` before."""
+class HeldRequest:
+    """A request that this process holds. ``claim``: this process's claim on it; ``None`` before it is begun."""
 
     __slots__ = ("address", "claim", "lease", "questions", "reply")
 
@@ -41,39 +41,39 @@ class Held:
         self.address = address
         self.reply = reply
         self.lease = lease
-        self.claim: Tried | None = None
+        self.claim: Claim | None = None
         self.questions: Subscription | None = None
 
 
 class Leases:
-    """The requests that a process holds. ``seconds``: how long after the last renewal the queue gives one again."""
+    """Keep the leases of a process. ``seconds``: time from a renewal to the queue's redelivery of the request."""
 
-    def __init__(self, broker: Broker, publisher: Publisher, tries: Tries, seconds: float) -> None:
+    def __init__(self, broker: Broker, publisher: Publisher, claims: Claims, seconds: float) -> None:
         self._broker = broker
         self._publisher = publisher
-        self._tries = tries
+        self._claims = claims
         self._seconds = seconds
-        self._held: dict[Address, Held] = {}  # also those that wait for a slot; bounded by twice the slots
+        self._held: dict[Address, HeldRequest] = {}  # also those that wait for a slot; bounded by twice the slots
         self._settled_at = 0.0
         broker.on_reconnect(self._reconnected)
 
     def begin(self, asked_at: float) -> Lease:
-        """Return the lease of a request that the queue was asked for at that event-loop time."""
+        """Return the lease of a request that was pulled at the event-loop time ``asked_at``."""
         return Lease(asked_at + self._seconds * 0.9)
 
-    def hold(self, address: Address, reply: str, lease: Lease) -> Held | None:
-        """Hold a request and renew its lease until `release`; ``None`` when it is held here already.
+    def hold(self, address: Address, reply: str, lease: Lease) -> HeldRequest | None:
+        """Hold a request and renew its lease until `release`; return ``None`` if it is held here already.
 
-        A queue that was killed or silent gives again what runs: our renewals and our answer count for that copy too.
+        A queue that was killed or silent redelivers running requests; renewals and answer count for that copy too.
         """
         held = self._held.get(address)
         if held is not None and not held.lease.is_lost:
             return None
-        held = self._held[address] = Held(address, reply, lease)
+        held = self._held[address] = HeldRequest(address, reply, lease)
         return held
 
-    async def begun(self, held: Held, claim: Tried) -> None:
-        """Note that a request has been begun here, and answer from now on that it is held."""
+    async def begun(self, held: HeldRequest, claim: Claim) -> None:
+        """Record the claim on a request, and answer other producers from now on that it is held here."""
         held.claim = claim
 
         async def answer(msg: Message) -> None:
@@ -84,8 +84,8 @@ class Leases:
         subject = holder_subject(address.tenant, address.session, address.generation)
         held.questions = await self._broker.subscribe(subject, answer)
 
-    async def release(self, held: Held) -> None:
-        """Hold a request no more; a successor's place stays."""
+    async def release(self, held: HeldRequest) -> None:
+        """Stop holding a request; keep a newer delivery of it that is held by now."""
         if self._held.get(held.address) is held:
             del self._held[held.address]
         questions, held.questions = held.questions, None
@@ -93,21 +93,21 @@ class Leases:
             await self._broker.unsubscribe(questions)
 
     def holds(self, address: Address) -> bool:
-        """Tell whether this process holds the request of a generation."""
+        """Return whether this process holds the request of a generation."""
         return address in self._held
 
-    def everything(self) -> list[Held]:
-        """Return all that is held."""
+    def held(self) -> list[HeldRequest]:
+        """Return the held requests."""
         return list(self._held.values())
 
     async def keep(self) -> None:
         """Renew the leases; runs until cancelled."""
         while True:
             await asyncio.sleep(self._seconds / 3)
-            await asyncio.gather(*(self._renew(held) for held in self.everything()))
+            await asyncio.gather(*(self._renew(held) for held in self.held()))
 
-    async def confirm(self, held: Held) -> bool:
-        """Tell whether a request is still held; a lease that has lapsed is renewed first, if that can be."""
+    async def confirm(self, held: HeldRequest) -> bool:
+        """Return whether a request is still held, after an attempt to renew a lease that has lapsed."""
         if held.lease.is_over():
             try:
                 async with asyncio.timeout(CONFIRM_SECONDS):
@@ -116,10 +116,10 @@ class Leases:
                 return False
         return self._held.get(held.address) is held and not held.lease.is_over()
 
-    async def is_held_elsewhere(self, address: Address, claim: Tried) -> bool:
-        """Ask the producer that has begun a request, as ``claim`` says, whether it goes on with it.
+    async def is_held_elsewhere(self, address: Address, claim: Claim) -> bool:
+        """Ask the producer with this claim whether it still runs the request.
 
-        One that has died does not answer. One that was cut off together with this process may come back a little later.
+        A dead producer does not answer. One that was cut off together with this one may reconnect a little later.
         """
         loop = asyncio.get_running_loop()
         subject = holder_subject(address.tenant, address.session, address.generation)
@@ -135,8 +135,8 @@ class Leases:
     async def _reconnected(self) -> None:
         self._settled_at = asyncio.get_running_loop().time() + SETTLE_SECONDS
 
-    async def _renew(self, held: Held) -> None:
-        """Ask until the queue has heard it: while it finds a new leader, nobody answers for up to 10 s."""
+    async def _renew(self, held: HeldRequest) -> None:
+        """Renew a lease; retry until the queue answers: while it elects a leader it is silent for up to 10 s."""
         loop = asyncio.get_running_loop()
         while self._held.get(held.address) is held and not held.lease.is_lost:
             asked, has_lapsed = loop.time(), held.lease.is_over()
@@ -151,18 +151,18 @@ class Leases:
                 log.warning("lease not renewed", detail=str(error))
             await asyncio.sleep(RENEW_PAUSE)
 
-    async def _is_ours(self, held: Held) -> bool:
-        """Tell whether nobody has begun a request since it was begun here; the lease is lost otherwise.
+    async def _is_ours(self, held: HeldRequest) -> bool:
+        """Return whether the claim on a request is still the last one; mark the lease as lost otherwise.
 
         Raises:
             BrokerUnavailable: the record cannot be read.
         """
-        if held.claim is not None and await self._tries.is_last(held.address, held.claim):
+        if held.claim is not None and await self._claims.is_last(held.address, held.claim):
             return True
         held.lease.is_lost = True
         return False
 
-    def _resume(self, held: Held) -> None:
+    def _resume(self, held: HeldRequest) -> None:
         metrics.LEASES_RESUMED.inc()
-        log.info("lease had lapsed and is held again", generation=held.address.generation)
+        log.info("lapsed lease resumed", generation=held.address.generation)
         self._publisher.resume(held.lease)

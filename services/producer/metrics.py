@@ -1,4 +1,4 @@
-"""What the producer measures."""
+"""Metrics of the producer."""
 
 from typing import Final
 
@@ -55,5 +55,5 @@ CIRCUIT: Final = Gauge(
 MODEL_CIRCUITS: Final = Gauge(
     "tailrace_producer_model_circuits_open", "Models of a provider whose circuit is not closed", ["provider"]
 )
-GATE_WAITING: Final = Gauge("tailrace_producer_gate_waiting", "Requests that wait for an upstream", ["provider"])
+LIMITED: Final = Gauge("tailrace_producer_gate_waiting", "Calls that wait for a limit of their provider", ["provider"])
 LATE_USAGE: Final = Counter("tailrace_producer_late_usage", "Look-ups of usage after the end", ["provider", "outcome"])

@@ -1,4 +1,4 @@
-"""What the relay needs from the outside."""
+"""Ports of the producer: a provider that can be called, and its streamed answer."""
 
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol, runtime_checkable
@@ -9,11 +9,11 @@ from schemas.requests import Message
 from schemas.usage import Usage
 from services.producer.core.parts import Part, UpstreamFailure
 
-__all__ = ["Call", "Upstream", "UpstreamRefused", "UpstreamStream", "UsageSource"]
+__all__ = ["UpstreamRequest", "Upstream", "UpstreamRefused", "UpstreamStream", "UsageSource"]
 
 
-class Call(msgspec.Struct, frozen=True, kw_only=True):
-    """One call of one model at one provider. ``params`` in the OpenAI chat form; each dialect translates."""
+class UpstreamRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """The request of one call. ``params`` in the OpenAI chat form; each dialect translates them."""
 
     model: str
     messages: list[Message]
@@ -34,10 +34,10 @@ class UpstreamRefused(Exception):
 
 
 class UpstreamStream(Protocol):
-    """A provider's answer while it arrives."""
+    """A provider's streamed answer."""
 
     async def read(self) -> list[Part] | None:
-        """Return what the next socket read held (maybe nothing yet); ``None`` at the end of the stream.
+        """Read from the socket once and return the parts, maybe none; ``None`` at the end of the stream.
 
         A connection that breaks is returned as an ``UpstreamFailure`` part, not raised.
         """
@@ -46,17 +46,17 @@ class UpstreamStream(Protocol):
 
 @runtime_checkable
 class UsageSource(Protocol):
-    """A provider that can be asked afterwards what an answer used."""
+    """A provider that reports the usage of an answer afterwards."""
 
     async def usage_of(self, upstream_id: str) -> Usage | None:
-        """Return the usage of an answer by the provider's own name of it; ``None`` while it is not known."""
+        """Return the usage of an answer by the provider's identifier; ``None`` while it is not known."""
         ...
 
 
 class Upstream(Protocol):
     """A provider that can be called. Leaving the context closes the connection to it at once."""
 
-    def open(self, call: Call) -> AbstractAsyncContextManager[UpstreamStream]:
+    def open(self, call: UpstreamRequest) -> AbstractAsyncContextManager[UpstreamStream]:
         """Call the model and enter when its answer's headers are there.
 
         Raises:

@@ -1,4 +1,4 @@
-"""One generation from request to terminal: who owns it, how it begins, and how it ends."""
+"""Run one generation from its request to its terminal: read the log, take over or begin, call, close."""
 
 import asyncio
 
@@ -16,115 +16,109 @@ from services.kit.jetstream.broker import Broker, BrokerUnavailable
 from services.producer import metrics
 from services.producer.adapters.publisher import Lease, LogWriter, Publisher
 from services.producer.adapters.records import Records
-from services.producer.asking import Asking, Interruption, Upstreams
+from services.producer.attempts import Attempts
+from services.producer.call import CallContext, deadline_message
+from services.producer.cancel import obey_noted_cancel
 from services.producer.core.counting import GenerationCounter, count_input, encoding_of
 from services.producer.core.generation import Generation
 from services.producer.core.parts import UpstreamFailure
 from services.producer.core.registry import Candidate, Provider, Registry, UnknownModel
 from services.producer.core.takeover import Begun, decide, lost_call
 from services.producer.errors import GiveUp, LogRefused, TryAgain
+from services.producer.interruption import Interruption, Stopped, StopReason
 from services.producer.journal import Journal
-from services.producer.late_usage import LateUsage, LookUp
+from services.producer.late_usage import LateUsage, UsageLookup
 from services.producer.ports import UsageSource
 
-__all__ = ["LOG_LOST", "REQUEST_LOST", "HandBack", "Interruption", "LeaseLost", "Outside", "Relay", "read_begun"]
+__all__ = ["LOG_LOST", "REQUEST_LOST", "HandBack", "LeaseLost", "Relay", "RelayContext", "read_begun"]
 
 log = structlog.get_logger()
 _TAKEOVER_TRIES = 4
 READ_AGAIN_SECONDS = 0.5
-_LEAVES_NO_TIME = ("drain", "lease")
 LOG_LOST = "log_lost"
 REQUEST_LOST = "request_lost"
 
 
-class Outside(msgspec.Struct):
-    """What all relays of a process share."""
+class RelayContext(msgspec.Struct):
+    """Dependencies that all relays of a process share."""
 
     broker: Broker
     publisher: Publisher
     records: Records
     registry: Registry
-    upstreams: Upstreams
+    calls: CallContext
     late_usage: LateUsage
     clock: Clock
     partitions: int
 
 
 class HandBack(TryAgain):
-    """This process goes away: another producer shall have the request at once."""
+    """This process shuts down: the queue is to deliver the request to another producer at once."""
 
 
 class LeaseLost(GiveUp):
-    """Another producer has begun the request, or the queue could not be told for too long that it is held here."""
+    """Another producer has claimed the request, or its lease could not be renewed for too long."""
 
 
 class Relay:
-    """Runs one request. ``attempt`` counts the queue's deliveries of it, from 1.
+    """Run one request. ``delivery`` counts the queue's deliveries of it, from 1.
 
-    `interrupt` may be called at any time from the same event loop; `run` then ends the generation accordingly.
+    ``interruption`` stops it at any time; `run` then closes the generation according to the reason.
     """
 
-    def __init__(self, request: Request, attempt: int, lease: Lease, outside: Outside) -> None:
+    def __init__(self, request: Request, delivery: int, lease: Lease, context: RelayContext) -> None:
         self.request = request
-        self.address = _address(request, outside.partitions)
+        self.address = _address(request, context.partitions)
         self.journal: Journal | None = None
+        self.interruption = Interruption()
         self.ended = False  # whether it has come to its terminal, here or before
-        self._attempt = attempt
+        self._delivery = delivery
         self._lease = lease
-        self._outside = outside
-        self._asking: Asking | None = None
-        self._asked: Provider | None = None
+        self._context = context
+        self._attempts: Attempts | None = None  # while providers are called
+        self._provider: Provider | None = None  # the last one that was called
         self._abandoned: list[tuple[AbandonedCall, Provider]] = []
-        self._interruption: Interruption | None = None
-        self._reading: asyncio.Timeout | None = None
-        self._log_lost = False  # the log has lost events of it: what follows is not another producer's fault
-
-    def interrupt(self, interruption: Interruption) -> None:
-        """Stop what runs; the first call holds, later ones can only hurry it."""
-        if self._interruption is None:
-            self._interruption = interruption
-            reading = self._reading
-            if reading is not None and interruption.kind in _LEAVES_NO_TIME and not reading.expired():
-                reading.reschedule(asyncio.get_running_loop().time())
-        if self._asking is not None:
-            self._asking.interrupt(interruption)
+        self._log_lost = False  # then a takeover is logged as `LOG_LOST`, not as the loss of a producer
 
     def check(self, now: float) -> None:
         """Interrupt the generation if a deadline has passed at ``now`` (monotonic seconds) or its lease is lost.
 
-        A lease that has lapsed is given as much time to be renewed as a log that takes nothing.
+        A lapsed lease may be renewed for as long as a log may refuse events (``give_up``).
         """
-        if self._lease.is_lost or now > self._lease.until + self._outside.publisher.give_up:
-            self.interrupt(Interruption("lease", "lease_lost"))
-        elif self._asking is not None:
-            self._asking.check(now)
+        if self._lease.is_lost or now > self._lease.until + self._context.publisher.give_up:
+            self.interruption.interrupt("lease", "lease_lost")
+        elif self._attempts is not None:
+            self._attempts.check_deadlines(now)
 
     async def compare(self, *, whole: bool) -> None:
-        """Interrupt the generation if the log does not hold what it has acknowledged of it.
+        """Interrupt the generation if the log has lost acknowledged events of it.
 
-        ``whole``: look at all that is stored, and not only at its end.
+        ``whole``: read all stored events, not only the last one.
 
         Raises:
             TryAgain: the log cannot be read now.
             BrokerUnavailable: the log cannot be read now.
         """
         if await self._has_lost(whole=whole):
-            self.interrupt(Interruption("lost", LOG_LOST))
+            self.interruption.interrupt("lost", LOG_LOST)
 
     async def _has_lost(self, *, whole: bool) -> bool:
         journal = self.journal
         if journal is None or not (acknowledged := journal.acknowledged):
             return False
+        # Where only the end can be missing, reading the last event is enough.
         stream, subject = token_stream(self.address.partition), token_subject(self.address)
         if not whole:
-            last = await self._outside.broker.last(stream, subject)
+            last = await self._context.broker.last(stream, subject)
             if last is not None and _seq(last.data) >= acknowledged - 1:
                 return False
+        # Else read all: the log must begin at seq 0, unless that may have expired, and hold every acknowledged event.
         begun = await self._read_once()
-        first = await self._outside.broker.first(stream, subject)
-        max_age = (await self._outside.broker.state(stream)).max_age
-        is_young = not max_age or self._outside.clock.wall() - self.request.created_at < max_age
+        first = await self._context.broker.first(stream, subject)
+        max_age = (await self._context.broker.state(stream)).max_age
+        is_young = not max_age or self._context.clock.wall() - self.request.created_at < max_age
         is_headless = is_young and (first is None or _seq(first.data) > 0)
+        # In a higher epoch another producer has taken over: the gap is not of our events.
         is_ours = begun.position.epoch <= journal.generation.epoch
         has_lost = is_ours and (is_headless or begun.position.next_seq < acknowledged)
         if has_lost:
@@ -138,11 +132,11 @@ class Relay:
         return has_lost
 
     async def run(self) -> bool:
-        """Bring the generation to its terminal, or leave it to whoever owns it now; tell whether there was any need.
+        """Bring the generation to its terminal; return ``False`` if it had one already.
 
         Raises:
             TryAgain: the request must be delivered again.
-            GiveUp: somebody else owns the generation; nothing more is written.
+            GiveUp: another producer owns the generation; nothing more is written.
         """
         for _ in range(_TAKEOVER_TRIES):
             begun = await self._read_log()
@@ -151,11 +145,11 @@ class Relay:
                 self.ended = True
                 return needed
             except LogRefused as error:
-                log.info("generation is looked at again", generation=self.request.generation, detail=str(error))
+                log.info("generation read again", generation=self.request.generation, detail=str(error))
         raise TryAgain(f"generation {self.request.generation} keeps changing under a takeover")
 
-    async def give_up(self, why: str) -> None:
-        """Close the generation as failed without running it: no producer could.
+    async def fail_unrun(self, why: str) -> None:
+        """Close the generation as failed (``poison``) without running it: no producer could.
 
         Raises:
             TryAgain: the log does not take the terminal now.
@@ -163,7 +157,7 @@ class Relay:
         begun = await self._read_log()
         if begun.position.ended:
             return
-        writer = self._outside.publisher.writer(token_subject(self.address), self._lease)
+        writer = self._context.publisher.writer(token_subject(self.address), self._lease)
         try:
             journal, _candidates = self._journal(begun, begun.position.epoch + 1, writer)
             await journal.append(journal.generation.fail(UpstreamFailure("poison", why), journal.now()))
@@ -172,16 +166,16 @@ class Relay:
             writer.close()
 
     async def close_lost(self, record: GenerationRecord, code: str, why: str) -> bool:
-        """Close a generation that nobody runs and nobody will; ``False`` when it has ended already.
+        """Close a generation that no producer runs or will run; return ``False`` if it has ended already.
 
         Raises:
             TryAgain: the log does not take the terminal now.
-            LogRefused: somebody runs it after all.
+            LogRefused: a producer runs it after all.
         """
         begun = await self._read_log()
         if begun.position.ended:
             return False
-        writer = self._outside.publisher.writer(token_subject(self.address), self._lease)
+        writer = self._context.publisher.writer(token_subject(self.address), self._lease)
         try:
             self.journal, _candidates = self._journal(begun, begun.position.epoch + 1, writer)
             self.journal.record = record
@@ -196,26 +190,31 @@ class Relay:
         return True
 
     async def _read_log(self) -> Begun:
-        """Read what is stored of the generation; a log without a leader, or a replica that lags, is asked again."""
-        clock = self._outside.clock
-        give_up_at = clock.monotonic() + self._outside.publisher.give_up
+        """Read what the log holds of the generation, again while it has no leader or a lagging replica answers.
+
+        Raises:
+            HandBack: the request is to be handed over meanwhile.
+            TryAgain: the log could not be read in time, or the generation was interrupted.
+            BrokerUnavailable: likewise.
+        """
+        clock = self._context.clock
+        give_up_at = clock.monotonic() + self._context.publisher.give_up
         while True:
-            if self._interruption is not None and self._interruption.kind in _LEAVES_NO_TIME:
+            reason = self.interruption.reason
+            if reason is not None and reason.hands_over:
                 raise HandBack(f"generation {self.request.generation} is handed over unread")
             try:
-                async with asyncio.timeout(None) as self._reading:
-                    return await self._read_once()
+                return await self.interruption.reading(self._read_once())
             except TimeoutError:
                 raise HandBack(f"generation {self.request.generation} is handed over unread") from None
             except (TryAgain, BrokerUnavailable):
-                if self._interruption is not None or clock.monotonic() > min(give_up_at, self._lease.until):
+                is_interrupted = self.interruption.reason is not None
+                if is_interrupted or clock.monotonic() > min(give_up_at, self._lease.until):
                     raise
-            finally:
-                self._reading = None
             await asyncio.sleep(READ_AGAIN_SECONDS)
 
     async def _read_once(self) -> Begun:
-        broker, stream = self._outside.broker, token_stream(self.address.partition)
+        broker, stream = self._context.broker, token_stream(self.address.partition)
         subject = token_subject(self.address)
         last = await broker.last(stream, subject)
         if last is None:
@@ -226,12 +225,14 @@ class Relay:
         return begun
 
     async def _proceed(self, begun: Begun) -> bool:
+        """Run, restart or interrupt the generation, as the log decides; return ``False`` if it has ended already."""
         decision = decide(begun, may_restart=self.request.on_producer_loss == "restart")
         if decision == "done":
             return False
-        epoch = max(self._attempt, begun.position.epoch + (decision != "run"))
-        reconnects = self._outside.broker.reconnects
-        writer = self._outside.publisher.writer(token_subject(self.address), self._lease)
+        # A takeover begins a new epoch, so that readers drop whatever the other producer may still write.
+        epoch = max(self._delivery, begun.position.epoch + (decision != "run"))
+        reconnects = self._context.broker.reconnects
+        writer = self._context.publisher.writer(token_subject(self.address), self._lease)
         try:
             self.journal, candidates = self._journal(begun, epoch, writer)
             if decision == "interrupt":
@@ -241,9 +242,10 @@ class Relay:
                 await self.journal.append(self.journal.generation.fail(failure, self.journal.now()))
             else:
                 await self._begin(self.journal, candidates[0], begun if decision == "restart" else None)
-                await self.journal.append(await self._ask(self.journal, candidates))
+                await self.journal.append(await self._call(self.journal, candidates))
             await writer.drain()
-            if reconnects != self._outside.broker.reconnects and await self._has_lost(whole=True):
+            # A broker that was away may have lost acknowledged events: the answer is then not complete.
+            if reconnects != self._context.broker.reconnects and await self._has_lost(whole=True):
                 self._log_lost = True
                 raise LogRefused(f"the log has lost events of generation {self.request.generation}")
         finally:
@@ -252,29 +254,29 @@ class Relay:
         return True
 
     def _look_up_usage(self) -> None:
-        """Ask afterwards what calls used that did not come to their end, where their provider offers that."""
+        """Start to look up the usage of incomplete calls, at providers that offer it."""
         if self.journal is None:
             return
         generation = self.journal.generation
         calls = [
-            (LookUp(call.number, call.upstream_id, call.provider, call.upstream_model), provider)
+            (UsageLookup(call.number, call.upstream_id, call.provider, call.upstream_model), provider)
             for call, provider in self._abandoned
             if call.upstream_id is not None and call.source != "stream"
         ]
-        told = generation.usage is not None and generation.usage_source == "stream"
-        is_wanted = self.journal.record.state != "completed" and not told
-        if self._asked is not None and generation.upstream_id is not None and is_wanted:
-            last = LookUp(0, generation.upstream_id, generation.provider, generation.upstream_model)
-            calls.append((last, self._asked))
-        sources = [(call, self._outside.upstreams.of(p)) for call, p in calls if p.after_cancel == "lookup"]
-        wanted: list[tuple[LookUp, UsageSource]] = [
+        is_reported = generation.usage is not None and generation.usage_source == "stream"
+        is_wanted = self.journal.record.state != "completed" and not is_reported
+        if self._provider is not None and generation.upstream_id is not None and is_wanted:
+            last = UsageLookup(0, generation.upstream_id, generation.provider, generation.upstream_model)
+            calls.append((last, self._provider))
+        sources = [(call, self._context.calls.of(p)) for call, p in calls if p.after_cancel == "lookup"]
+        wanted: list[tuple[UsageLookup, UsageSource]] = [
             (call, source) for call, source in sources if isinstance(source, UsageSource)
         ]
         if wanted:
-            self._outside.late_usage.look_up(self.address, generation, wanted)
+            self._context.late_usage.look_up(self.address, generation, wanted)
 
     def _journal(self, begun: Begun, epoch: int, writer: LogWriter) -> tuple[Journal, list[Candidate] | UnknownModel]:
-        request, outside = self.request, self._outside
+        request, context = self.request, self._context
         candidates = self._candidates()
         encoding, exact = _encoding(request.model, candidates)
         counted_input, input_exact = count_input(request.messages, request.params, encoding)
@@ -299,12 +301,12 @@ class Relay:
             key=request.key,
             request_hash=request.request_hash,
         )
-        journal = Journal(generation, writer, outside.records, record, outside.clock, begun.last_seq, self._read_log)
+        journal = Journal(generation, writer, context.records, record, context.clock, begun.last_seq, self._read_log)
         return journal, candidates
 
     def _candidates(self) -> list[Candidate] | UnknownModel:
         try:
-            return self._outside.registry.resolve(self.request.model)
+            return self._context.registry.resolve(self.request.model)
         except UnknownModel as error:
             return error
 
@@ -317,54 +319,60 @@ class Relay:
 
     @property
     def _loss(self) -> str:
-        """What was lost, where a begun answer is taken up again."""
+        """The reason to log where a begun answer is taken up again."""
         return LOG_LOST if self._log_lost else "producer_lost"
 
     async def _begin(self, journal: Journal, candidate: Candidate, begun: Begun | None) -> None:
-        """Append the first event; ``begun``: what the log holds of an answer that begins again."""
+        """Append the first event, ``restarted`` with what the log holds (``begun``) of an answer that begins again."""
         request, generation, at = self.request, journal.generation, journal.now()
-        who = (candidate.provider.name, candidate.upstream_model)
+        upstream = (candidate.provider.name, candidate.upstream_model)
         if begun is not None:
             metrics.TAKEOVERS.labels("restarted").inc()
             lost = lost_call(begun, generation.counted())
-            event: AnyEvent = generation.restart(self._loss, *who, at, lost)
+            event: AnyEvent = generation.restart(self._loss, *upstream, at, lost)
         else:
-            event = generation.start(request, *who, at)
+            event = generation.start(request, *upstream, at)
         await journal.append([event])
-        stored = await self._outside.records.get(request.tenant, request.session, request.generation)
+        stored = await self._context.records.get(request.tenant, request.session, request.generation)
         if stored is not None:
             journal.record = stored
-            if stored.state == "cancelling":
-                self.interrupt(Interruption("cancelled", "requested"))
-        journal.note(state="running", started_at=at, provider=who[0], upstream_model=who[1])
+            obey_noted_cancel(stored, self.interruption)
+        journal.update_record(state="running", started_at=at, provider=upstream[0], upstream_model=upstream[1])
 
-    async def _ask(self, journal: Journal, candidates: list[Candidate]) -> list[AnyEvent]:
-        """Return the closing events of what the providers answered, or of why they were not let finish."""
-        asking = Asking(self.request, journal, self._outside.upstreams, self._outside.clock)
-        if self._interruption is not None:
-            asking.interrupt(self._interruption)
-        self._asking = asking
+    async def _call(self, journal: Journal, candidates: list[Candidate]) -> list[AnyEvent]:
+        """Call the providers; return the closing events of their answer, of their failure, or of an interruption."""
+        context = self._context
+        attempts = Attempts(self.request, journal, context.calls, self.interruption, context.clock)
+        self._attempts = attempts
         try:
-            return await asking.run(candidates)
-        except Interruption as interruption:
-            return self._closing(journal, interruption)
+            return await attempts.run(candidates)
+        except Stopped as stopped:
+            return self._closing(journal, stopped.reason)
         finally:
-            self._asked, self._abandoned = asking.provider, asking.abandoned
-            self._asking = None
+            self._provider, self._abandoned = attempts.provider, attempts.abandoned
+            self._attempts = None
 
-    def _closing(self, journal: Journal, interruption: Interruption) -> list[AnyEvent]:
+    def _closing(self, journal: Journal, reason: StopReason) -> list[AnyEvent]:
+        """Return the closing events of an interrupted generation.
+
+        Raises:
+            LogRefused: the log has lost events; the generation must be read again.
+            HandBack: the request is to be handed over.
+            LeaseLost: another producer may own the generation.
+        """
         generation, at = journal.generation, journal.now()
-        match interruption.kind:
+        match reason.kind:
             case "cancelled":
-                return generation.cancel(interruption.code, at)
+                return generation.cancel(reason.code, at)
             case "over_budget":
                 message = "a hard limit of the budget that pays for this was reached"
-                return generation.fail(UpstreamFailure(interruption.code, message), at)
+                return generation.fail(UpstreamFailure(reason.code, message), at)
             case "overdue":
-                message = f"{interruption.code.removeprefix('deadline_').replace('_', ' ')} deadline passed"
-                return generation.fail(UpstreamFailure(interruption.code, message, recoverable=True), at)
+                failure = UpstreamFailure(reason.code, deadline_message(reason.code), recoverable=True)
+                return generation.fail(failure, at)
             case "lost":
-                self._interruption, self._log_lost = None, True
+                self.interruption.resume()
+                self._log_lost = True
                 raise LogRefused(f"the log has lost events of generation {self.request.generation}")
             case "drain":
                 raise HandBack(f"generation {self.request.generation} is handed over")
@@ -373,7 +381,7 @@ class Relay:
 
 
 async def read_begun(broker: Broker, stream: str, subject: str) -> Begun:
-    """Return what the log holds of a generation; where it has lost the beginning, read in the highest kept epoch.
+    """Read what the log holds of a generation; join at the highest kept epoch where its first events have expired.
 
     Raises:
         BrokerUnavailable: the log cannot be read.

@@ -1,4 +1,4 @@
-"""Takes requests from the work queue, a bounded number at a time, and keeps their leases."""
+"""Take requests from the work queue, run a bounded number of them at a time, and answer the queue for each."""
 
 import asyncio
 from typing import Final
@@ -6,88 +6,79 @@ from typing import Final
 import msgspec
 import structlog
 
-from schemas.control import CANCEL, HEARD, OVER, OVER_BUDGET
 from schemas.requests import Request
-from schemas.subjects import control_subject, dead_subject, lane_of
+from schemas.subjects import lane_of
 from schemas.topology import Topology
 from services.kit.jetstream.ack import ACK, AT_ONCE, TERM, delivered, nak
 from services.kit.jetstream.broker import BrokerUnavailable
-from services.kit.jetstream.connection import Message, Subscription
-from services.kit.jetstream.errors import APIError
 from services.kit.shutdown import HAND_OVER, Stop, end
+from services.kit.tasks import BackgroundTasks
 from services.producer import metrics
+from services.producer.adapters.claims import Claim, Claims
 from services.producer.adapters.publisher import Lease
-from services.producer.adapters.tries import Tried, Tries
-from services.producer.errors import GiveUp, ProducerError, TryAgain
+from services.producer.cancel import CancelListener
+from services.producer.dead_requests import DeadRequests
+from services.producer.errors import GiveUp, TryAgain
 from services.producer.lane import LEAVE_SECONDS, Lane, QueueMessage
-from services.producer.leases import Held, Leases
-from services.producer.losses import Losses
-from services.producer.orphans import Orphans
+from services.producer.leases import HeldRequest, Leases
+from services.producer.log_losses import LogLosses
+from services.producer.log_repair import LogRepair
+from services.producer.lost_requests import LostRequests
 from services.producer.presence import Presence
-from services.producer.queue import QueueCare
-from services.producer.relay import HandBack, Interruption, Outside, Relay
-from services.producer.repair import Repair
+from services.producer.queue_repair import QueueRepair
+from services.producer.relay import HandBack, Relay, RelayContext
 
 __all__ = ["Worker"]
 
 log = structlog.get_logger()
 WATCH_INTERVAL: Final = 0.1
-LINGER_SECONDS: Final = 1.0
 EXCUSED_SECONDS: Final = 6 * 3_600.0
 """Age of a request up to which outages of the log do not count as attempts at it."""
 
 _LATER: Final = nak(2.0)
 
 
-class _Place(msgspec.Struct):
-    """Where a request belongs, read from one that is otherwise unreadable."""
-
-    tenant: str
-    session: str
-    generation: str
-    partition: int | None = None
-
-
 class Worker:
-    """Runs up to ``slots`` generations at once; of these, batch leaves a tenth free for who waits interactively.
+    """Run up to ``slots`` generations at once. Batch requests leave a tenth of the slots to interactive ones.
 
     The queue's redelivery is the lease: ``lease`` seconds after the last heartbeat another producer gets the request.
-    It is counted from when the request was asked for, which is never later than when the queue gave it. A request that
-    producers have begun ``max_deliver`` times and that failed them each time ends as poison.
+    It is counted from the pull that asked for the request, which is never later than its delivery. A request that
+    ``max_deliver`` producers have begun in vain ends as poison.
     """
 
-    def __init__(self, outside: Outside, pool: str, slots: int, lease: float, max_deliver: int) -> None:
-        self.outside = outside
+    def __init__(self, context: RelayContext, pool: str, slots: int, lease: float, max_deliver: int) -> None:
+        self.context = context
         self.pool = pool
         self.slots = slots
         self._ack_wait = lease
         self.max_deliver = max_deliver
         self.running: dict[str, Relay] = {}  # by acknowledgement subject; bounded by slots
-        self._broker = outside.broker
-        self._tries = Tries(outside.broker)
-        self.leases = Leases(outside.broker, outside.publisher, self._tries, lease)
+        self._broker = context.broker
+        self._claims = Claims(context.broker)
+        self._cancels = CancelListener(context.broker)
+        self._dead = DeadRequests(context, pool)
+        self.leases = Leases(context.broker, context.publisher, self._claims, lease)
         self._is_leaving = False
-        self._lingering: dict[Subscription, asyncio.Task[None]] = {}  # for LINGER_SECONDS after an end
         self._slot = asyncio.Semaphore(slots)
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = BackgroundTasks()  # one for each request; bounded by the room that the lanes ask for
         self._lanes = [
             Lane(self._broker, lane_of(pool, "interactive"), self._room, self._take, lease=lease, patient=True),
             Lane(self._broker, lane_of(pool, "batch"), self._batch_room, self._take, lease=lease, patient=False),
         ]
-        self._losses = Losses(self._broker, lambda: list(self.running.values()))
-        self._presence = Presence(self._broker, outside.clock, lambda: list(self.running.values()))
+        self._losses = LogLosses(self._broker, lambda: list(self.running.values()))
+        self._presence = Presence(self._broker, context.clock, lambda: list(self.running.values()))
         metrics.SLOTS.set(slots)
 
     async def run(self, stop: Stop) -> None:
-        """Work until ``stop``; then take nothing new, give what runs its drain time, and hand the rest over."""
+        """Work until ``stop``; then pull nothing more, let answers run for the drain time, and hand over the rest."""
         try:
             async with asyncio.TaskGroup() as group:
                 lanes = [group.create_task(lane.run(), name="lane") for lane in self._lanes]
-                care = QueueCare(self._broker, Topology(pool=self.pool, ack_wait=self._ack_wait).producers())
-                orphans = Orphans(self.outside, self.leases.holds, self._ack_wait)
-                repair = Repair(self.outside, self._losses.logs, orphans)
+                queue = QueueRepair(self._broker, Topology(pool=self.pool, ack_wait=self._ack_wait).producers())
+                lost = LostRequests(self.context, self.leases.holds, self._ack_wait)
+                repair = LogRepair(self.context, self._losses.logs, lost)
                 watches = [group.create_task(w) for w in (self.leases.keep(), self._watch(), self._presence.watch())]
-                watches += [group.create_task(w) for w in (care.run(), self._losses.run(), orphans.run(), repair.run())]
+                watches += [group.create_task(w) for w in (queue.run(), self._losses.run(), lost.run(), repair.run())]
                 await stop.wait()
                 self._is_leaving = True
                 await end(*lanes, seconds=2 * LEAVE_SECONDS)
@@ -95,23 +86,22 @@ class Worker:
                 await end(*watches)
         finally:
             # An append whose outcome must be known may wait for a log without a leader: that is cut here.
-            await end(*self._tasks, *self._lingering.values())
+            await end(*self._tasks, *self._cancels.tasks)
 
     async def _drain(self, stop: Stop) -> None:
-        await self._give_back_what_waits()
+        await self._hand_over_waiting()
         if self._tasks:
             log.warning("answers still run and have time to end", count=len(self._tasks), seconds=round(stop.left(), 1))
-            await asyncio.wait(self._tasks, timeout=stop.left())
+            await self._tasks.wait(stop.left())
         if self.running:
             log.warning("answers are cut and handed over", count=len(self.running))
         for relay in list(self.running.values()):
-            relay.interrupt(Interruption("drain", "drain"))
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=stop.left(HAND_OVER))
+            relay.interruption.interrupt("drain", "drain")
+        await self._tasks.wait(stop.left(HAND_OVER))
 
-    async def _give_back_what_waits(self) -> None:
-        """Hand over at once what has no slot yet."""
-        for held in self.leases.everything():
+    async def _hand_over_waiting(self) -> None:
+        """Hand over at once the requests that have no slot yet."""
+        for held in self.leases.held():
             if held.reply not in self.running and not held.lease.is_over():
                 held.lease.is_lost = True
                 await self._publish(held.reply, AT_ONCE)
@@ -123,20 +113,17 @@ class Worker:
         return self._room() - self.slots // 10 if self._lanes[0].is_idle() else 0
 
     def _take(self, msg: QueueMessage, asked_at: float) -> None:
-        task = asyncio.create_task(self._handle(msg, self.leases.begin(asked_at)))
-        self._tasks.add(task)
-        task.add_done_callback(self._done)
+        task = self._tasks.start(self._handle(msg, self.leases.begin(asked_at)), name="request")
+        task.add_done_callback(self._handled)
         self._lanes[0].wake()
 
-    def _done(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
+    def _handled(self, _task: asyncio.Task[None]) -> None:
         metrics.ACTIVE.set(len(self.running))
         for lane in self._lanes:
             lane.wake()
-        if not task.cancelled() and task.exception() is not None:
-            log.error("request handler failed", exc_info=task.exception())
 
     async def _handle(self, msg: QueueMessage, lease: Lease) -> None:
+        """Decode a request, hold it, run it once there is a slot, and answer the queue."""
         if lease.is_over():  # it was long on its way, or this process was frozen: it may run elsewhere already
             metrics.LEASES_LOST.inc()
             log.warning("request came too late", subject=msg.subject)
@@ -144,20 +131,23 @@ class Worker:
         if self._is_leaving:
             await self._publish(msg.reply, AT_ONCE)
             return
-        attempt = delivered(msg.reply.encode()).deliveries
+        # Decode it; a request that cannot be decoded is dead.
+        delivery = delivered(msg.reply.encode()).deliveries
         metrics.TAKEN.inc()
         try:
             request = msgspec.json.decode(msg.data, type=Request)
-            relay = Relay(request, attempt, lease, self.outside)
+            relay = Relay(request, delivery, lease, self.context)
         except (msgspec.DecodeError, ValueError, RecursionError) as error:
             log.error("request is not readable", subject=msg.subject, detail=str(error))
-            await self._reject(msg, attempt, lease, str(error))
+            is_buried = await self._dead.reject(msg, delivery, lease, str(error))
+            await self._publish(msg.reply, TERM if is_buried else _LATER)
             return
+        # Hold it, so that its lease is renewed also while it waits for a slot.
         held = self.leases.hold(relay.address, msg.reply, lease)
         if held is None:
             log.info("request came again while it is held here", generation=request.generation)
             return
-        metrics.QUEUE_WAIT.observe(max(0.0, self.outside.clock.wall() - request.created_at))
+        metrics.QUEUE_WAIT.observe(max(0.0, self.context.clock.wall() - request.created_at))
         answer = None
         try:
             async with self._slot:
@@ -165,7 +155,7 @@ class Worker:
                     return  # it waited too long; to begin it now would take it from its owner
                 self.running[msg.reply] = relay
                 metrics.ACTIVE.set(len(self.running))
-                answer = await self._run(relay, attempt, msg, held)
+                answer = await self._run(relay, delivery, msg, held)
         except asyncio.CancelledError:
             answer = AT_ONCE
             raise
@@ -173,34 +163,38 @@ class Worker:
             if self.running.get(msg.reply) is relay:
                 del self.running[msg.reply]
             await self.leases.release(held)
-            # Whose lease has run out has no say any more: any answer would count for the producer that runs it now.
+            # After the lease no answer is sent: the queue would take it for that of the producer that runs it now.
             if answer is not None and not lease.is_over():
                 await self._publish(msg.reply, answer)
 
-    async def _run(self, relay: Relay, attempt: int, msg: QueueMessage, held: Held) -> bytes | None:
+    async def _run(self, relay: Relay, delivery: int, msg: QueueMessage, held: HeldRequest) -> bytes | None:
+        """Run a request; return the answer to the queue, or ``None`` for none."""
         request = relay.request
         bound = log.bind(session=request.session, generation=request.generation)
-        subscription: Subscription | None = None
-        before = now = None
+        listening = before = claim = None
         try:
-            before = await self._tries.before(relay.address, attempt)
-            if attempt > 1 and await self.leases.is_held_elsewhere(relay.address, before):
+            # Leave a redelivered request to its producer if that one still runs it.
+            before = await self._claims.last(relay.address, delivery)
+            if delivery > 1 and await self.leases.is_held_elsewhere(relay.address, before):
                 metrics.LEFT_TO_HOLDERS.inc()
                 bound.info("request came again and is left to the producer that runs it")
                 return None
-            subscription = await self._listen(relay)
+            # Listen for cancels from here on, also while the generation is closed as poison.
+            listening = await self._cancels.listen(request, relay.interruption, lambda: relay.ended)
             if before.begun >= self.max_deliver:
-                await relay.give_up(f"{self.max_deliver} producers failed to run it")
-                await self._tries.finish(relay.address, before)
-                await self._bury(msg, "max_deliver")
+                await relay.fail_unrun(f"{self.max_deliver} producers failed to run it")
+                await self._claims.seal(relay.address, before)
+                is_buried = await self._dead.bury(msg, "max_deliver")
+                await self._publish(msg.reply, TERM if is_buried else _LATER)
                 return None
+            # Claim the request and run it to its terminal; whoever claims it last seals it and answers the queue.
             await self._losses.learn(relay.address.partition)
-            now = await self._tries.begin(relay.address, attempt, before)
-            await self.leases.begun(held, now)
+            claim = await self._claims.claim(relay.address, delivery, before)
+            await self.leases.begun(held, claim)
             if await relay.run():
-                await self._tries.finish(relay.address, now)
+                await self._claims.seal(relay.address, claim)
         except HandBack:
-            await self._excuse(relay, before, now)
+            await self._withdraw(relay, before, claim)
             return AT_ONCE
         except GiveUp as error:
             metrics.LEASES_LOST.inc()
@@ -208,95 +202,34 @@ class Worker:
             return None
         except (TryAgain, BrokerUnavailable) as error:
             bound.warning("request handed back", detail=str(error))
-            await self._excuse(relay, before, now)
+            await self._withdraw(relay, before, claim)
             return _LATER
         except Exception as error:  # a fault of ours: others may have more luck, up to max_deliver
             bound.error("request failed", exc_info=error)
             return _LATER
         else:
-            self._linger(subscription)
+            self._cancels.linger(listening)
             return ACK
         finally:
-            if subscription is not None and subscription not in self._lingering and not self._broker.client.is_closed:
-                await subscription.unsubscribe()
+            if listening is not None:
+                await self._cancels.stop(listening)
 
-    def _linger(self, subscription: Subscription) -> None:
-        """Answer for a moment more: whoever has just asked must not wait for an answer that nobody gives."""
-
-        async def leave() -> None:
-            try:
-                await asyncio.sleep(LINGER_SECONDS)
-                await self._broker.leave(subscription, LEAVE_SECONDS)
-            finally:
-                del self._lingering[subscription]
-
-        self._lingering[subscription] = asyncio.create_task(leave())
-
-    async def _excuse(self, relay: Relay, before: Tried | None, now: Tried | None) -> None:
-        """Let an attempt not count in which this process went away or the log was, unless that never ends."""
-        age = self.outside.clock.wall() - relay.request.created_at
-        if before is not None and now is not None and age < EXCUSED_SECONDS:
-            await self._tries.excuse(relay.address, before, now)
-
-    async def _listen(self, relay: Relay) -> Subscription:
-        request = relay.request
-
-        async def control(msg: Message) -> None:
-            if relay.ended:
-                await self._publish(msg.reply, OVER)
-                return
-            if msg.data == CANCEL:
-                relay.interrupt(Interruption("cancelled", "requested"))
-            elif msg.data == OVER_BUDGET:
-                relay.interrupt(Interruption("over_budget", "budget_exceeded"))
-            await self._publish(msg.reply, HEARD)
-
-        subject = control_subject(request.tenant, request.session, request.generation)
-        return await self._broker.subscribe(subject, control)
-
-    async def _reject(self, msg: QueueMessage, attempt: int, lease: Lease, reason: str) -> None:
-        """End a request that cannot be read; whoever waits for its generation hears of it where its place is known."""
-        try:
-            place = msgspec.json.decode(msg.data, type=_Place)
-            request = Request(
-                tenant=place.tenant,
-                session=place.session,
-                generation=place.generation,
-                partition=place.partition,
-                model="",
-                messages=[],
-            )
-            await Relay(request, attempt, lease, self.outside).give_up(f"the request is not readable: {reason}")
-        except (msgspec.DecodeError, ValueError, RecursionError):
-            log.warning("an unreadable request does not say where it belongs", subject=msg.subject)
-        except (ProducerError, BrokerUnavailable) as error:
-            log.warning("request handed back", subject=msg.subject, detail=str(error))
-            await self._publish(msg.reply, _LATER)
-            return
-        await self._bury(msg, reason)
-
-    async def _bury(self, msg: QueueMessage, reason: str) -> None:
-        """Move a request that cannot run to where it can be inspected."""
-        subject = dead_subject(self.pool, msg.subject.rsplit(".", 1)[-1])
-        try:
-            headers = {"Tailrace-Reason": reason[:200], "Nats-Msg-Id": msg.subject}
-            await self._broker.publish_stored(subject, msg.data, headers=headers)
-        except (BrokerUnavailable, APIError) as error:
-            log.warning("dead request not kept", detail=str(error))
-            await self._publish(msg.reply, _LATER)
-            return
-        await self._publish(msg.reply, TERM)
+    async def _withdraw(self, relay: Relay, before: Claim | None, claim: Claim | None) -> None:
+        """Do not count an attempt that a shutdown or an outage of the log ended, unless that goes on for hours."""
+        age = self.context.clock.wall() - relay.request.created_at
+        if before is not None and claim is not None and age < EXCUSED_SECONDS:
+            await self._claims.withdraw(relay.address, before, claim)
 
     async def _watch(self) -> None:
-        """Look at deadlines and leases; one look serves all generations."""
+        """Check the deadlines and leases of all running generations, every `WATCH_INTERVAL` seconds."""
         while True:
             await asyncio.sleep(WATCH_INTERVAL)
-            now = self.outside.clock.monotonic()
+            now = self.context.clock.monotonic()
             for relay in list(self.running.values()):
                 relay.check(now)
 
-    async def _publish(self, subject: str, data: bytes, reply: str = "") -> None:
+    async def _publish(self, subject: str, data: bytes) -> None:
         try:
-            await self._broker.publish(subject, data, reply=reply)
+            await self._broker.publish(subject, data)
         except BrokerUnavailable as error:
-            log.warning("cannot publish", subject=subject, detail=str(error))
+            log.warning("answer to the queue not sent", subject=subject, detail=str(error))

@@ -11,7 +11,7 @@ from services.delivery.requests.transcript import Transcript as Lookup
 from services.producer.core.counting import GenerationCounter
 from services.producer.core.dialects import dialect_of
 from services.producer.core.generation import Generation
-from services.producer.ports import Call
+from services.producer.ports import UpstreamRequest
 from tests.transcripts import Transcript
 
 USER = Message("user", "Weather in A?")
@@ -46,7 +46,7 @@ def message_of(dialect: str, case: str) -> Message:
 
 
 def asked(dialect: Any, *messages: Message) -> list[dict[str, Any]]:
-    request = dialect_of(dialect).request(Call(model="m", messages=list(messages)), "https://h", "k", {})
+    request = dialect_of(dialect).request(UpstreamRequest(model="m", messages=list(messages)), "https://h", "k", {})
     body: dict[str, Any] = msgspec.json.decode(request.body)
     found: list[dict[str, Any]] = body["messages"]
     return found

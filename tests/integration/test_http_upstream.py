@@ -17,7 +17,7 @@ from services.producer.adapters.http_upstream import HttpStream, upstream_sessio
 from services.producer.adapters.upstreams import build_upstream
 from services.producer.core.parts import End, NoticePart, Part, Text, UpstreamFailure, UsagePart
 from services.producer.core.registry import Provider, Secret
-from services.producer.ports import Call, Upstream, UpstreamRefused
+from services.producer.ports import Upstream, UpstreamRefused, UpstreamRequest
 from tests.conftest import eventually
 from tests.providers import Replay, providing, unlistening_port
 from tests.transcripts import TRANSCRIPTS, Transcript, described
@@ -38,11 +38,11 @@ def upstream(session: aiohttp.ClientSession, url: str, dialect: str = "openai", 
     return build_upstream(provider, session, SystemClock())
 
 
-def call(**settings: Any) -> Call:
-    return Call(model="m", messages=[Message("user", "hi")], **settings)
+def call(**settings: Any) -> UpstreamRequest:
+    return UpstreamRequest(model="m", messages=[Message("user", "hi")], **settings)
 
 
-async def all_parts(opened: Upstream, asked: Call | None = None) -> list[Part]:
+async def all_parts(opened: Upstream, asked: UpstreamRequest | None = None) -> list[Part]:
     parts: list[Part] = []
     async with asyncio.timeout(20), opened.open(asked or call()) as stream:
         while (read := await stream.read()) is not None:
@@ -50,7 +50,7 @@ async def all_parts(opened: Upstream, asked: Call | None = None) -> list[Part]:
     return parts
 
 
-async def refused(opened: Upstream, asked: Call | None = None) -> UpstreamRefused:
+async def refused(opened: Upstream, asked: UpstreamRequest | None = None) -> UpstreamRefused:
     with pytest.raises(UpstreamRefused) as caught:
         await all_parts(opened, asked)
     return caught.value

@@ -10,7 +10,7 @@ from schemas.events import Failed, Interrupted
 from schemas.requests import GenerationRecord
 from schemas.subjects import Address, generation_key, token_subject
 from services.kit.jetstream.broker import Broker
-from services.producer.orphans import Orphans
+from services.producer.lost_requests import LostRequests
 from services.producer.worker import Worker
 from tests.conftest import eventually
 from tests.delivery_stage import story
@@ -35,8 +35,8 @@ async def state_of(broker: Broker, generation: str) -> tuple[str, str | None]:
     return found.state, found.code
 
 
-def orphans(worker: Worker) -> Orphans:
-    return Orphans(worker.outside, worker.leases.holds, 1.0)
+def orphans(worker: Worker) -> LostRequests:
+    return LostRequests(worker.context, worker.leases.holds, 1.0)
 
 
 @pytest.mark.parametrize("state", ["queued", "cancelling", "running"])
@@ -44,9 +44,9 @@ async def test_what_was_asked_for_and_is_in_no_queue_fails(broker: Broker, state
     await record(broker, "g1", state)
     async with producing(broker) as producer:
         care = orphans(producer)
-        await care.look()
+        await care.poll()
         assert await accepted_log(broker, ask("g1")) == [], "it must be seen twice"
-        await care.look()
+        await care.poll()
         (event,) = await accepted_log(broker, ask("g1"))
         assert isinstance(event, Failed)
         assert event.code == "request_lost"
@@ -63,8 +63,8 @@ async def test_a_begun_answer_that_nobody_runs_is_interrupted(broker: Broker) ->
         await broker.publish_stored(token_subject(Address(0, "default", "s", "g1")), encode_event(event))
     async with producing(broker) as producer:
         care = orphans(producer)
-        await care.look()
-        await care.look()
+        await care.poll()
+        await care.poll()
     event = (await accepted_log(broker, ask("g1")))[-1]
     assert isinstance(event, Interrupted)
     assert (event.reason, event.counted.output) == ("request_lost", 5)
@@ -76,8 +76,8 @@ async def test_a_record_that_missed_the_end_of_its_answer_gets_it(broker: Broker
         await broker.publish_stored(token_subject(Address(0, "default", "s", "g1")), encode_event(event))
     async with producing(broker) as producer:
         care = orphans(producer)
-        await care.look()
-        await care.look()
+        await care.poll()
+        await care.poll()
         await eventually(lambda: is_state(broker, "g1", ("completed", None)))
     assert len(await accepted_log(broker, ask("g1"))) == 8
 
@@ -92,7 +92,7 @@ async def test_what_waits_runs_or_is_young_is_left_alone(broker: Broker) -> None
         await enqueue(broker, ask("waiting"))
         care = orphans(producer)
         for _ in range(3):
-            await care.look()
+            await care.poll()
         assert await accepted_log(broker, ask("young")) == []
         assert await accepted_log(broker, ask("waiting")) == []
         assert not isinstance((await accepted_log(broker, ask("running")))[-1], Interrupted | Failed)

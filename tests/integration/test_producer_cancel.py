@@ -12,9 +12,8 @@ import pytest
 from schemas.events import AnyEvent, Cancelled, Delta, UsageReported, type_of
 from schemas.requests import GenerationRecord, Request
 from services.kit.jetstream.broker import Broker
-from services.producer import asking, worker
+from services.producer import call, worker
 from services.producer.adapters import publisher
-from services.producer.asking import Interruption
 from services.producer.core.deadlines import Deadlines
 from services.producer.core.retry import RetryPolicy
 from services.producer.worker import Worker
@@ -94,7 +93,7 @@ async def _nobody_hears(broker: Broker, request: Request) -> bool:
     return await cancel(broker, request) is None
 
 
-async def test_a_cancel_at_the_gate_asks_nobody_and_leaves_the_place_to_others(broker: Broker) -> None:
+async def test_a_cancel_while_waiting_for_a_limit_makes_no_call_and_leaves_the_slot_to_others(broker: Broker) -> None:
     first, waiting, next_one = ask("g1", "m"), ask("g2", "m"), ask("g3", "m")
     async with (
         providing(silent("a")) as provider,
@@ -246,9 +245,8 @@ async def test_a_cancel_that_meets_the_deadline_of_one_call_still_cancels(broker
         await enqueue(broker, request)
         await eventually(lambda: provider.active == 1)
         (relay,) = producer.running.values()
-        assert relay._asking is not None
-        relay._asking.interrupt(Interruption("attempt", "deadline_first_token"))
-        relay.interrupt(Interruption("cancelled", "requested"))
+        relay.interruption.interrupt("attempt", "deadline_first_token")
+        relay.interruption.interrupt("cancelled", "requested")
         assert kinds(await cancelled(broker, request)) == ["started", "cancelled"]
 
 
@@ -261,7 +259,7 @@ async def test_whenever_a_cancel_comes_the_log_is_gapless_with_one_terminal(
 ) -> None:
     rng = random.Random(seed)
     monkeypatch.setattr(publisher, "WINDOW_EVENTS", rng.choice([1, 2, 8, 512]))
-    monkeypatch.setattr(asking, "STALL_SECONDS", 0.005)
+    monkeypatch.setattr(call, "STALL_SECONDS", 0.005)
     monkeypatch.setattr(worker, "WATCH_INTERVAL", 0.003)
     monkeypatch.setattr(Broker, "publish_stored", _slow(Broker.publish_stored, rng))
     monkeypatch.setattr(publisher.Publisher, "_receive", _late(publisher.Publisher._receive, rng))
@@ -332,4 +330,4 @@ async def _interrupt_at_random(producer: Worker, rng: random.Random) -> None:
                 continue
             due[name] = (0, turns - 1)
             if turns == 0:
-                relay.interrupt(Interruption("cancelled", "requested"))
+                relay.interruption.interrupt("cancelled", "requested")

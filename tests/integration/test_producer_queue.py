@@ -17,11 +17,11 @@ from schemas.subjects import Address, lane_of, request_subject, token_subject
 from schemas.topology import REQUESTS, Topology
 from services.kit.jetstream.broker import Broker
 from services.kit.jetstream.errors import APIError
-from services.producer.adapters.tries import Tries
+from services.producer.adapters.claims import Claims
 from services.producer.core.retry import RetryPolicy
 from services.producer.core.takeover import Begun
 from services.producer.lane import QueueMessage
-from services.producer.leases import Held
+from services.producer.leases import HeldRequest
 from services.producer.relay import Relay
 from services.producer.worker import Worker
 from tests.answers import assert_sound, cancel, chunk, code_of, config, deltas, kinds, saying
@@ -189,11 +189,11 @@ async def test_a_log_that_does_not_answer_delays_no_hand_over(
             await eventually(lambda: queue_is_empty(broker))
 
 
-async def _no_heartbeat(_held: Held) -> None:
+async def _no_heartbeat(_held: HeldRequest) -> None:
     """What a producer does that is cut off from its queue."""
 
 
-async def _no_answer(_held: Held) -> bool:
+async def _no_answer(_held: HeldRequest) -> bool:
     """What a producer answers that nobody reaches."""
     await asyncio.Event().wait()
     raise AssertionError
@@ -236,10 +236,10 @@ async def test_a_lost_lease_of_a_silent_answer_that_is_just_told_to_stall_ends_n
             await enqueue(broker, one)
             await deltas(broker, one)
         relay = next(r for r in producer.running.values() if r.request.generation == "g1")
-        assert relay._asking is not None
+        assert relay._attempts is not None
         relay._lease.is_lost = True
         now = asyncio.get_running_loop().time()
-        relay._asking.check(now + 2)  # finds the silence, cannot tell it
+        relay._attempts.check_deadlines(now + 2)  # finds the silence, cannot tell it
         await eventually(lambda: len(producer.running) == 1)
         await cancel(broker, other)
         assert type_of((await ended_log(broker, other))[-1]) == "cancelled"
@@ -275,8 +275,8 @@ async def test_a_request_that_was_taken_over_and_left_is_not_ended_by_whoever_ha
         await enqueue(broker, request)
         await deltas(broker, request, 5)
         # A queue that has lost what it gave gives it to another producer, which begins anew, and is killed.
-        address, tries = Address.of("default", "s", "g1", 1), Tries(broker)
-        await tries.begin(address, 2, await tries.before(address, 2))
+        address, claims = Address.of("default", "s", "g1", 1), Claims(broker)
+        await claims.claim(address, 2, await claims.last(address, 2))
         while True:
             last = await broker.last("TOKENS_0", subject_of(request))
             assert last is not None
@@ -313,7 +313,7 @@ async def test_a_request_that_comes_again_while_it_runs_here_disturbs_nothing(br
         await ended_log(broker, request)
         await eventually(lambda: queue_is_empty(broker))
         await eventually(lambda: not producer._tasks)
-        assert (producer.running, producer.leases.everything()) == ({}, [])
+        assert (producer.running, producer.leases.held()) == ({}, [])
     assert kinds(await assert_sound(broker, request)) == ["started", "delta", "usage", "completed"]
 
 

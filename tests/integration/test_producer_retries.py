@@ -13,7 +13,7 @@ from schemas.events import AnyEvent, Completed, Delta, Failed, Restarted, Starte
 from schemas.requests import Request, RequestDeadlines
 from schemas.topology import DEAD
 from services.kit.jetstream.broker import Broker
-from services.producer import asking
+from services.producer import call
 from services.producer.adapters import publisher
 from services.producer.core.deadlines import Deadlines
 from services.producer.core.retry import RetryPolicy
@@ -289,7 +289,7 @@ async def test_a_trial_that_is_cancelled_leaves_room_for_the_next(broker: Broker
     ):
         await answered(broker, ask("g0", "m"))
         provider.replay = saying("never", headers_after=asyncio.Event())
-        await eventually(lambda: not producer.outside.upstreams.circuits.is_open("p0", "m", "default"))
+        await eventually(lambda: not producer.context.calls.circuits.is_open("p0", "m", "default"))
         trial = ask("g1", "m")
         await enqueue(broker, trial)
         await eventually(lambda: provider.active == 1)
@@ -317,7 +317,7 @@ async def test_another_producer_does_not_ask_an_upstream_that_one_has_found_down
                 await answered(broker, ask(f"g{number}", "m"))
         assert len(down.asked) == 2
         async with producing(other_broker, config=config(down.url), circuit=circuit) as other:
-            await eventually(lambda: other.outside.upstreams.circuits.is_open("p0", "m", "default"))
+            await eventually(lambda: other.context.calls.circuits.is_open("p0", "m", "default"))
             assert code_of(await answered(broker, ask("g9", "m"))) == "upstream_circuit_open"
         assert len(down.asked) == 2
 
@@ -367,7 +367,7 @@ async def test_a_log_that_is_slow_is_no_silence_of_the_provider(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(publisher, "WINDOW_EVENTS", 1)
-    monkeypatch.setattr(asking, "STALL_SECONDS", 0.2)
+    monkeypatch.setattr(call, "STALL_SECONDS", 0.2)
     receive, lost = publisher.Publisher._receive, asyncio.Event()
     go_on = asyncio.Semaphore(0)
 

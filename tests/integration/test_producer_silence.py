@@ -14,7 +14,7 @@ from schemas.requests import Request
 from schemas.subjects import Address, holder_subject
 from schemas.topology import REQUESTS, Topology
 from services.kit.jetstream.broker import Broker, BrokerUnavailable
-from services.producer.adapters.tries import Tries
+from services.producer.adapters.claims import Claims
 from tests.answers import assert_sound, chunk, config, deltas, ending
 from tests.conftest import NatsServer, eventually
 from tests.pipeline import ask, ended_log, enqueue, producing, text_of
@@ -101,7 +101,7 @@ async def test_a_producer_that_stood_still_goes_on_when_nobody_has_begun_its_req
         async with producing(broker, config=config(provider.url), lease=LEASE) as worker:
             await enqueue(broker, request)
             await deltas(broker, request)
-            (held,) = worker.leases.everything()
+            (held,) = worker.leases.held()
             held.lease.until = asyncio.get_running_loop().time() - 0.1
             await answer.finish()
             events = await ended_log(broker, request)
@@ -118,10 +118,10 @@ async def test_a_lapsed_lease_is_lost_when_another_producer_has_begun_the_reques
         async with producing(broker, config=config(provider.url), lease=LEASE) as worker:
             await enqueue(broker, request)
             await deltas(broker, request)
-            (held,) = worker.leases.everything()
+            (held,) = worker.leases.held()
             held.lease.until = asyncio.get_running_loop().time() - 0.1
-            address, tries = address_of(request), Tries(broker)
-            await tries.begin(address, 2, await tries.before(address, 2))
+            address, claims = address_of(request), Claims(broker)
+            await claims.claim(address, 2, await claims.last(address, 2))
             await eventually(lambda: held.lease.is_lost)
             await eventually(lambda: not worker.running)
         await answer.finish()

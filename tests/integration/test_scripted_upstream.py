@@ -12,18 +12,18 @@ from services.producer.adapters.upstreams import Upstreams
 from services.producer.core.parts import End, Part, Text
 from services.producer.core.registry import Registry
 from services.producer.core.script import play
-from services.producer.ports import Call, UpstreamRefused
+from services.producer.ports import UpstreamRefused, UpstreamRequest
 
 
-def call(model: str, **params: Any) -> Call:
-    return Call(model=model, messages=[Message("user", "hi")], params=params)
+def call(model: str, **params: Any) -> UpstreamRequest:
+    return UpstreamRequest(model=model, messages=[Message("user", "hi")], params=params)
 
 
 def text_of(parts: list[Part]) -> str:
     return "".join(p.text for p in parts if isinstance(p, Text))
 
 
-async def reads_of(asked: Call) -> list[list[Part]]:
+async def reads_of(asked: UpstreamRequest) -> list[list[Part]]:
     reads = []
     async with ScriptedUpstream(SystemClock()).open(asked) as stream:
         while (read := await stream.read()) is not None:

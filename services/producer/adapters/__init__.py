@@ -1,1 +1,1 @@
-"""The producer's shells around the outside: providers and the log."""
+"""Adapters of the producer: providers, the log, and the buckets beside it."""

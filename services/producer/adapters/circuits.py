@@ -1,4 +1,4 @@
-"""Circuit breakers shared by all producers: one for each provider's connections, one for each of its models.
+"""Circuit breakers, shared by all producers: one for each provider's connections, one for each of its models.
 
 A change here is stored in the registry bucket, and a change elsewhere is taken over from there, so that a fleet does
 not learn the same outage one by one. Only circuits with failures are kept, so names of models that callers make up cost
@@ -19,6 +19,7 @@ import structlog
 from schemas.topology import REGISTRY_BUCKET
 from services.kit.jetstream.broker import Broker, BrokerUnavailable
 from services.kit.jetstream.bucket import Bucket
+from services.kit.tasks import BackgroundTasks
 from services.producer import metrics
 from services.producer.core.circuit import Circuit, CircuitState
 from services.producer.core.parts import UpstreamFailure
@@ -29,7 +30,7 @@ log = structlog.get_logger()
 _PREFIX: Final = "circuit."
 _STATES: Final[dict[CircuitState, int]] = {"closed": 0, "half-open": 1, "open": 2}
 _REOPEN_WATCH: Final = 1.0
-WATCH_SECONDS: Final = 60.0  # a watch that has died without a word is noticed after so long
+WATCH_SECONDS: Final = 60.0  # a watch that has died silently is noticed after this time
 SLOTS: Final = 256
 """Keys of a provider's models in the bucket; of two models that share one, the newer change is kept."""
 MODEL_LIMIT: Final = 120
@@ -37,7 +38,7 @@ MODEL_LIMIT: Final = 120
 KEPT: Final = 1_000
 """Bound of circuits with failures in one process."""
 FORGOTTEN: Final = 10
-"""A circuit that nobody has tried for so many times its open time is closed."""
+"""A circuit is closed when no call has tried it for this many times its open time."""
 COUNTED: Final = frozenset(
     {
         "upstream_overloaded",
@@ -48,7 +49,7 @@ COUNTED: Final = frozenset(
         "deadline_first_token",
     }
 )
-"""Failures that speak of an outage. What the answer itself is at fault for, a rate limit or a refusal does not."""
+"""Failures that show an outage. A malformed answer, a rate limit or a refusal does not."""
 
 
 class _Key(NamedTuple):
@@ -59,7 +60,7 @@ class _Key(NamedTuple):
 
 
 class _Shared(msgspec.Struct, omit_defaults=True):
-    """A circuit as producers tell it each other. ``by`` names the process; ``blocked``: until when, by tenant."""
+    """A circuit as producers share it. ``by``: the process that changed it; ``blocked``: until when, by tenant."""
 
     by: str
     provider: str
@@ -69,7 +70,7 @@ class _Shared(msgspec.Struct, omit_defaults=True):
 
 
 class Permit:
-    """One admitted call; it says how the call went."""
+    """An admitted call, which reports its outcome to the circuits."""
 
     def __init__(self, circuits: "Circuits", provider: str, model: str, tenant: str) -> None:
         self._circuits = circuits
@@ -78,25 +79,25 @@ class Permit:
         self._tenant = tenant
 
     def connected(self) -> None:
-        """The provider has begun to answer."""
+        """Report that the provider has begun to answer."""
         self._circuits.note(self._connection, lambda circuit, _now: circuit.succeed())
 
     def succeeded(self) -> None:
-        """The first token has come."""
+        """Report the first token."""
         self._circuits.note(self._model, lambda circuit, _now: circuit.succeed())
 
     def failed(self, failure: UpstreamFailure, *, connected: bool) -> None:
-        """The call has failed before its first token, by no fault of its caller. ``connected``: with a connection."""
+        """Report a failure before the first token that the caller did not cause. ``connected``: with a connection."""
         if failure.code not in COUNTED:
             self.left()
         elif connected:
             self._circuits.note(self._model, lambda circuit, now: circuit.fail(self._tenant, now, self), creating=True)
-        else:  # no caller can bring that about, so nobody's calls are told apart
+        else:  # no caller can cause that, so tenants are not kept apart
             self._circuits.note(self._connection, lambda circuit, now: circuit.fail("", now, self), creating=True)
         self.left()
 
     def left(self) -> None:
-        """The call is over and says nothing of the upstream."""
+        """Report the end of the call without an outcome."""
         for key in (self._connection, self._model):
             circuit = self._circuits.known(key)
             if circuit is not None:
@@ -115,10 +116,10 @@ class Circuits:
         self._seconds = seconds
         self._name = secrets.token_hex(8)
         self._circuits: dict[_Key, Circuit] = {}  # with failures only, the oldest first; bounded by KEPT
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = BackgroundTasks()  # one for each change under way
 
     def is_open(self, provider: str, model: str, tenant: str) -> bool:
-        """Tell whether no call may be made now, without asking for one."""
+        """Return whether no call may be made now, without taking a permit."""
         now = time.time()
         keys = ((_Key(provider, None), ""), (_Key(provider, model), tenant))
         return any((c := self.known(key)) is not None and c.state(who, now) == "open" for key, who in keys)
@@ -131,17 +132,17 @@ class Circuits:
             if circuit is not None and not circuit.admits(who, now, permit):
                 permit.left()
                 return None
-        metrics.CIRCUIT.labels(provider)  # shown from the first call on
+        metrics.CIRCUIT.labels(provider)  # present from the first call on
         if self._circuits:
-            self._show(provider)
+            self._measure(provider)
         return permit
 
     def known(self, key: _Key) -> Circuit | None:
-        """Return a circuit that has had failures."""
+        """Return a circuit that has had failures, or ``None``."""
         return self._circuits.get(key)
 
     def note(self, key: _Key, change: Callable[[Circuit, float], bool], *, creating: bool = False) -> None:
-        """Change a circuit, and tell the others if its state has changed."""
+        """Change a circuit, and share it with the other producers if its state has changed."""
         circuit = self._circuits.get(key)
         if circuit is None:
             if not creating:
@@ -158,17 +159,17 @@ class Circuits:
                 model=None if key.model is None else key.model[:MODEL_LIMIT],
                 state="closed" if circuit.is_closed else "open" if circuit.for_all else "open for one tenant",
             )
-            self._show(key.provider)
-            self._tell(_Shared(self._name, *key, dict(circuit.blocked), circuit.for_all))
+            self._measure(key.provider)
+            self._share(_Shared(self._name, *key, dict(circuit.blocked), circuit.for_all))
 
     async def follow(self) -> None:
-        """Take over what other producers found out; runs until cancelled."""
+        """Take over the changes of other producers, until cancelled."""
         while True:
             try:
                 bucket = await self._broker.bucket(REGISTRY_BUCKET)
                 await self._watch(bucket)
             except BrokerUnavailable as error:
-                log.debug("circuits are not followed now", error=str(error))
+                log.debug("circuits not followed", error=str(error))
             self._forget()
             await asyncio.sleep(_REOPEN_WATCH)
 
@@ -197,25 +198,25 @@ class Circuits:
             circuit.adopt(live, for_all=shared.for_all, now=now)
         else:
             del self._circuits[key]
-        self._show(key.provider)
+        self._measure(key.provider)
         model = None if key.model is None else key.model[:MODEL_LIMIT]
         log.info("circuit changed elsewhere", provider=key.provider, model=model, blocked=len(live))
 
     def _make_room(self) -> None:
-        """Forget circuits that hold nobody back before those that do, the oldest first."""
+        """Forget one circuit at the bound: the oldest closed one, else the oldest."""
         if len(self._circuits) >= KEPT:
             oldest = next((k for k, c in self._circuits.items() if c.is_closed), next(iter(self._circuits)))
             del self._circuits[oldest]
 
     def _forget(self) -> None:
-        """Forget circuits that nobody has tried for long."""
+        """Forget circuits that no call has tried for long."""
         expired = time.time() - FORGOTTEN * self._seconds
         for key, circuit in list(self._circuits.items()):
             if circuit.blocked and max(circuit.blocked.values()) < expired:
                 del self._circuits[key]
-                self._show(key.provider)
+                self._measure(key.provider)
 
-    def _show(self, provider: str) -> None:
+    def _measure(self, provider: str) -> None:
         connection = self.known(_Key(provider, None))
         state: CircuitState = "closed" if connection is None else connection.state("", time.time())
         metrics.CIRCUIT.labels(provider).set(_STATES[state])
@@ -225,10 +226,8 @@ class Circuits:
         )
         metrics.MODEL_CIRCUITS.labels(provider).set(models)
 
-    def _tell(self, shared: _Shared) -> None:
-        task = asyncio.create_task(self._store(shared))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    def _share(self, shared: _Shared) -> None:
+        self._tasks.start(self._store(shared), name="circuit-share")
 
     async def _store(self, shared: _Shared) -> None:
         try:

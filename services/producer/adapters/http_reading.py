@@ -1,4 +1,4 @@
-"""aiohttp's connections to providers, without the work that it does for every chunk although nothing waits for it."""
+"""aiohttp connections without the work that the library does for each chunk in vain."""
 
 import asyncio
 import functools
@@ -11,10 +11,10 @@ __all__ = ["StreamConnector"]
 
 
 class _Handler(ResponseHandler):
-    """A connection that is told to go on reading only when it had been told to stop.
+    """A connection that resumes reading only after it was paused.
 
-    The library (3.14) says so after every chunk that is taken, and each time feeds its parser nothing and asks the
-    transport, which raises: an eighth of what one token's way through the producer costs. The contract is held by
+    The library (3.14) resumes after every chunk that is read; each time it feeds its parser nothing and calls the
+    transport, which raises. That is an eighth of the cost of a token in the producer. The contract is tested by
     ``tests/integration/test_http_upstream.py``.
     """
 
@@ -24,7 +24,7 @@ class _Handler(ResponseHandler):
 
 
 class StreamConnector(aiohttp.TCPConnector):
-    """A TCP connector whose connections are cheap to read many small chunks from. Made in a running event loop."""
+    """A TCP connector with connections that read many small chunks cheaply. Create it in a running event loop."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)

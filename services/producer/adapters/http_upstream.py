@@ -1,4 +1,4 @@
-"""A provider over HTTP: opens the stream, reads what has arrived, and says in our words what went wrong."""
+"""A provider over HTTP: open a stream, read the parts that have arrived, and map failures to `UpstreamFailure`."""
 
 import contextlib
 import socket
@@ -18,7 +18,7 @@ from services.producer.core.dialects.failures import retry_after
 from services.producer.core.dialects.openrouter import late_usage
 from services.producer.core.parts import End, NoticePart, Part, UpstreamFailure
 from services.producer.core.registry import Provider
-from services.producer.ports import Call, UpstreamRefused
+from services.producer.ports import UpstreamRefused, UpstreamRequest
 
 __all__ = ["HttpStream", "HttpUpstream", "upstream_session"]
 
@@ -26,7 +26,7 @@ _ERROR_BODY_LIMIT: Final = 64 * 1024
 _LOOK_UP_SECONDS: Final = 10.0
 _SHORTEST_SECRET: Final = 6
 _READ_BUFFER: Final = 128 * 1024
-# Labels under which an answer comes. Below any other label the first bytes decide whether it is one.
+# Media types of answers. With any other type the first bytes decide whether the body is one.
 _ANSWER_TYPES: Final = (
     "text/event-stream",
     "application/json",
@@ -56,7 +56,7 @@ def upstream_session(limit: int = 0) -> aiohttp.ClientSession:
 
 
 def _socket_with_keepalive(address: aiohttp.AddrInfoType) -> socket.socket:
-    # A peer that vanished without a word is noticed after about two minutes, even where no deadline runs.
+    # A peer that vanished silently is noticed after about two minutes, even where no deadline runs.
     family, kind, protocol, _, _ = address
     made = socket.socket(family=family, type=kind, proto=protocol)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -76,12 +76,12 @@ def _without_cut(secret: str, message: str) -> str:
 
 
 async def _beginning(response: aiohttp.ClientResponse) -> bytes:
-    """Return the first bytes of a body whose label does not say that it is an answer; none where the label does."""
+    """Read the first bytes of a body whose media type is not that of an answer; return none where it is."""
     media_type = response.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type in _ANSWER_TYPES or media_type.endswith("+json"):
         return b""
     begun = b""
-    with contextlib.suppress(aiohttp.ClientError, OSError):  # then what has come decides
+    with contextlib.suppress(aiohttp.ClientError, OSError):  # then the bytes that came decide
         while len(begun) < _ERROR_BODY_LIMIT and (data := await response.content.readany()):
             begun += data
             if len(begun.lstrip(_IGNORED)) >= _LONGEST_BEGIN:
@@ -99,10 +99,10 @@ class HttpUpstream:
         self._clock = clock
 
     @asynccontextmanager
-    async def open(self, call: Call) -> AsyncIterator["HttpStream"]:
+    async def open(self, call: UpstreamRequest) -> AsyncIterator["HttpStream"]:
         """Call the model and enter when the headers of an answer are there.
 
-        What the body is decides, not its label: an event stream or JSON is an answer under any label.
+        The body decides, not its media type: an event stream or JSON is an answer under any type.
 
         Leaving closes the connection at once, unless the answer was read to its end.
 
@@ -127,7 +127,7 @@ class HttpUpstream:
             response.close()
 
     async def usage_of(self, upstream_id: str) -> Usage | None:
-        """Ask OpenRouter what an answer used; ``None`` while it does not say."""
+        """Query OpenRouter for the usage of an answer; return ``None`` while it has none."""
         key = self._provider.key
         headers = {"Authorization": f"Bearer {key.reveal()}"} if key is not None else {}
         timeout = aiohttp.ClientTimeout(total=_LOOK_UP_SECONDS)
@@ -145,7 +145,7 @@ class HttpUpstream:
         return msgspec.structs.replace(failure, message=self._scrubbed_text(failure.message))
 
     def _shown(self, part: Part, headers: Mapping[str, str]) -> Part:
-        """Return a part of a stream as it may be shown; a failure asks for the pause that the headers ask for."""
+        """Return a part without secrets; a failure gets the ``Retry-After`` of the response."""
         if isinstance(part, NoticePart):
             return msgspec.structs.replace(part, message=self._scrubbed_text(part.message))
         if isinstance(part, UpstreamFailure):
@@ -163,7 +163,7 @@ class HttpUpstream:
                 message = _without_cut(secret, message.replace(secret, "***"))
         return message
 
-    def _wire(self, call: Call) -> HttpCall:
+    def _wire(self, call: UpstreamRequest) -> HttpCall:
         key = self._provider.key.reveal() if self._provider.key is not None else None
         try:
             return self._dialect.request(call, self._provider.base_url, key, self._provider.headers)
@@ -180,12 +180,12 @@ class HttpUpstream:
                     break
                 body += chunk
         except (aiohttp.ClientError, OSError):
-            pass  # the status says enough when the body breaks off
+            pass  # the status is enough when the body breaks off
         failure = self._dialect.refusal(response.status, response.headers, body, self._clock.wall())
         return self.scrubbed(failure)
 
     @contextmanager
-    def _unreachable(self, call: Call) -> Iterator[None]:
+    def _unreachable(self, call: UpstreamRequest) -> Iterator[None]:
         """Map the library's errors before any answer; all of them are worth another try."""
         try:
             yield
@@ -203,7 +203,7 @@ class HttpUpstream:
 
 
 class HttpStream:
-    """An answer while it arrives. Implements `services.producer.ports.UpstreamStream`."""
+    """A streamed answer. Implements `services.producer.ports.UpstreamStream`."""
 
     def __init__(
         self,
@@ -219,7 +219,7 @@ class HttpStream:
         self._ended = False
 
     async def read(self) -> list[Part] | None:
-        """Return what the next socket read held; ``None`` at the end of the stream."""
+        """Read from the socket once and return the parts; ``None`` at the end of the stream."""
         if self._ended:
             return None
         try:
@@ -230,7 +230,7 @@ class HttpStream:
         else:
             self._ended = not data
             parts = self._parser.feed(data) if data else self._parser.finish()
-        # what has a message is the last part or stands ahead of the ending, so that looking there is enough
+        # a part with a message is the last one or precedes the ending, so checking the last part is enough
         if parts and isinstance(parts[-1], _RARE):
             parts = [self._shown(part, self._response.headers) for part in parts]
         return parts if parts or not self._ended else None

@@ -3,9 +3,8 @@
 One `Publisher` serves a connection: a single inbox takes all acknowledgements. Each generation has a `LogWriter` with
 a window of unacknowledged events. A full window makes `LogWriter.publish` wait, so backpressure reaches the provider.
 When an acknowledgement is refused or does not come, everything from the first unacknowledged event on is sent again;
-readers drop the repeats by the acceptance rule. A log that is merely slow must not be buried under repeats: what it
-acknowledges of an earlier run shows that the later one is still in its queue, and without any answer repeats get
-rarer.
+readers drop the repeats by the acceptance rule. A log that is merely slow must not be flooded with repeats: an
+acknowledgement of an earlier run shows that the later one is still queued, and without any answer repeats get rarer.
 """
 
 import asyncio
@@ -43,7 +42,7 @@ class _Refusal(msgspec.Struct):
 class Lease:
     """The right to publish, until ``until`` (event-loop time). Renewed by the queue's heartbeat.
 
-    One that has run out has lapsed, and can be renewed; ``is_lost``: somebody else has begun the request meanwhile.
+    A lease that has run out has lapsed, and can be renewed; ``is_lost``: another producer has claimed the request.
     """
 
     __slots__ = ("is_lost", "until")
@@ -53,12 +52,12 @@ class Lease:
         self.is_lost = False
 
     def is_over(self) -> bool:
-        """Tell whether it has lapsed or is lost."""
+        """Return whether it has lapsed or is lost."""
         return self.is_lost or asyncio.get_running_loop().time() > self.until
 
 
 class Publisher:
-    """Routes acknowledgements to the writers of one connection and watches for those that do not come.
+    """Route acknowledgements to the writers of one connection, and go back where they stay out.
 
     ``ack_timeout``: seconds without progress after which a writer goes back first. ``give_up``: seconds without any
     progress after which it raises `LogUnavailable`.
@@ -73,7 +72,7 @@ class Publisher:
         self._next_writer = 0
 
     async def start(self) -> None:
-        """Begin to listen for acknowledgements."""
+        """Subscribe to acknowledgements."""
         PUBLISH_WINDOW.set_function(lambda: sum(writer.unacknowledged for writer in self._writers.values()))
         await self.broker.listen(f"{self.inbox}.*.*.*", self._receive)
         self.broker.on_reconnect(self._go_back_all)
@@ -89,14 +88,14 @@ class Publisher:
                     writer.go_back(now)
 
     def resume(self, lease: Lease) -> None:
-        """Send what has waited in the windows of a lease that had lapsed."""
+        """Send the events that waited in the windows of a lapsed lease."""
         now = asyncio.get_running_loop().time()
         for writer in list(self._writers.values()):
             if writer.lease is lease and writer.unacknowledged:
                 writer.go_back(now)
 
     def is_stuck(self) -> bool:
-        """Tell whether the log has acknowledged nothing of an answer for a while, although it can be reached."""
+        """Return whether the log has acknowledged nothing of some answer for a while, with the broker connected."""
         now = asyncio.get_running_loop().time()
         return self.broker.is_connected and any(w.stuck_for(now) > STUCK_SECONDS for w in self._writers.values())
 
@@ -140,10 +139,10 @@ def _reason(data: bytes, headers: bytes) -> str:
 
 
 class LogWriter:
-    """Appends one generation's events in order.
+    """Append one generation's events in order.
 
     Events stay in the window until the log has acknowledged them and all before them. While ``lease`` is lapsed they
-    only wait there.
+    wait there unsent.
     """
 
     def __init__(self, publisher: Publisher, name: str, subject: str, lease: Lease) -> None:
@@ -153,7 +152,7 @@ class LogWriter:
         self._name = name
         self._reply = f"{publisher.inbox}.{name}.0."
         self._run = 0  # how often the writer has gone back
-        self._repeats = 0  # how often it has since anything was heard from the log
+        self._repeats = 0  # how often since the log has last answered
         self._subject = subject
         self.lease = lease
         self._window: deque[bytes] = deque()  # bounded by WINDOW_EVENTS and WINDOW_BYTES
@@ -187,7 +186,7 @@ class LogWriter:
     def enqueue(self, batch: list[bytes]) -> None:
         """Put events into the window and send them; all or, if the lease is lost, none of them.
 
-        The window may exceed its bound by one batch: who appends calls `room` before the next one.
+        The window may exceed its bound by one batch: call `room` before the next one.
 
         Raises:
             Fenced: the lease is lost.
@@ -216,20 +215,20 @@ class LogWriter:
             await self._progress()
 
     async def publish_first(self, data: bytes, last_seq: int) -> None:
-        """Append ``data`` only if ``last_seq`` is still the last stream sequence on this subject (0: nothing there).
+        """Append ``data`` only if ``last_seq`` is still the last stream sequence of this subject (0: no message).
 
-        A log that is full or has no leader is asked again. Where only the acknowledgement was lost, the repetition is
-        refused, and who reads the log then finds its own event.
+        Retry while the log is full or has no leader. Where only the acknowledgement was lost, the repetition is
+        refused, and the caller finds its own event in the log.
 
         Raises:
-            LogRefused: somebody else has written in between.
+            LogRefused: another producer has written in between.
             Fenced: the lease has run out.
             LogUnavailable: the log has not taken it for too long.
         """
         headers = expecting(last_seq)
         began = self._loop.time()
         while True:
-            # Whose lease has run out may have read what its successor wrote: the condition alone would let it in.
+            # After its lease a producer may have read its successor's events: the condition alone would not stop it.
             self._check_lease()
             try:
                 await self._broker.publish_stored(self._subject, data, headers=headers)
@@ -258,7 +257,7 @@ class LogWriter:
         return self._broker.is_connected and not self.lease.is_over()
 
     async def drain(self) -> None:
-        """Return when all events are acknowledged while the lease holds: nobody else has written before them.
+        """Wait until all events are acknowledged while the lease holds: no other producer has written before them.
 
         A lease that has lapsed meanwhile is waited for as long as for the log.
 
@@ -275,16 +274,15 @@ class LogWriter:
             await asyncio.sleep(LAPSED_PAUSE)
 
     def close(self) -> None:
-        """Forget whatever is under way."""
+        """Forget the events under way."""
         self._window.clear()
         self._publisher.forget(self._name)
 
     def acknowledge(self, run: int, number: int) -> None:
-        """The log has stored event ``number`` as sent in ``run``.
+        """Take an acknowledgement: the log has stored event ``number`` as sent in ``run``.
 
         An acknowledgement from before the last going back does not count: it may speak of a copy that was stored behind
-        a missing event, which readers have dropped. But the log works on what was sent, so there is no need to send it
-        once more.
+        a missing event, which readers have dropped. But the log is at work, so there is no need to send again.
         """
         if run == self._run and not self._base <= number < self._base + len(self._window):
             return
@@ -305,7 +303,7 @@ class LogWriter:
         self._wake()
 
     def refuse(self, reason: str) -> None:
-        """The log has not stored an event; `Publisher.watch` goes back soon."""
+        """Take a refusal: the log has not stored an event; `Publisher.watch` goes back soon."""
         self._reason = reason
         self._repeats = 0
         LOG_REFUSALS.inc()

@@ -1,4 +1,4 @@
-"""Writes the state of generations to the look-up bucket, beside the stream and never in its way."""
+"""Write the state of generations to the look-up bucket, without delaying the log."""
 
 import asyncio
 from typing import Final
@@ -20,10 +20,10 @@ _WAITING: Final = 10_000
 
 
 class Records:
-    """The look-up bucket as producers see it.
+    """Keep the look-up records of generations.
 
-    `put` only notes the newest record of a generation; `write` stores what was noted. A bucket that is away loses
-    look-ups, never a stream: the log is the truth.
+    `put` notes the newest record of a generation; `write` stores the noted records. Without the bucket look-ups are
+    stale, but no stream is: the log is the truth.
     """
 
     def __init__(self, broker: Broker) -> None:
@@ -38,7 +38,7 @@ class Records:
             entry = await bucket.get(generation_key(tenant, session, generation))
             return None if entry is None else msgspec.json.decode(entry.value, type=GenerationRecord)
         except (BrokerUnavailable, msgspec.DecodeError) as error:
-            log.warning("no look-up record", generation=generation, error=repr(error))
+            log.warning("look-up record not read", generation=generation, error=repr(error))
             return None
 
     def put(self, record: GenerationRecord) -> None:
@@ -51,7 +51,7 @@ class Records:
             log.warning("look-up record given up: too many wait", key=key)
 
     async def announce(self, pool: str, announcement: Announcement) -> None:
-        """Tell delivery which models this pool can call.
+        """Announce to delivery which models this pool can call.
 
         Raises:
             BrokerUnavailable: the bucket does not take it.
@@ -60,20 +60,20 @@ class Records:
         await bucket.put(f"pool.{pool}", msgspec.json.encode(announcement))
 
     async def write(self) -> None:
-        """Store what is noted; runs until cancelled."""
+        """Store noted records, until cancelled."""
         while True:
             await self._wake.wait()
             self._wake.clear()
             await self.flush()
 
     async def flush(self) -> None:
-        """Store all that is noted, and return when it is; a bucket that takes nothing is asked again."""
+        """Store all noted records; retry while the bucket takes none."""
         failures = 0
         while self._noted:
             key, record = next(iter(self._noted.items()))
             if not await self._store(key, msgspec.json.encode(record)):
                 failures += 1
-                self._noted[key] = self._noted.pop(key)  # the others have their turn first
+                self._noted[key] = self._noted.pop(key)  # behind the others
                 await asyncio.sleep(min(_LONGEST_PAUSE, 0.1 * 2.0 ** min(failures, 6)))
                 continue
             failures = 0

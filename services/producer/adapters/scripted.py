@@ -10,22 +10,22 @@ from services.kit.clock import Clock
 from services.producer.core.dialects.joined import join
 from services.producer.core.parts import Part, Text
 from services.producer.core.script import Step, play, refusal
-from services.producer.ports import Call, UpstreamRefused
+from services.producer.ports import UpstreamRefused, UpstreamRequest
 
 __all__ = ["ScriptedStream", "ScriptedUpstream"]
 
 _READ_LIMIT: Final = 16 * 1024
-"""Characters of text in one read, about what one socket read of a real provider holds."""
+"""Characters of text in one read, about as many as in a socket read from a real provider."""
 
 
 class ScriptedUpstream:
-    """Implements `services.producer.ports.Upstream` without a network."""
+    """Implement `services.producer.ports.Upstream` without a network."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
 
     @asynccontextmanager
-    async def open(self, call: Call) -> AsyncIterator["ScriptedStream"]:
+    async def open(self, call: UpstreamRequest) -> AsyncIterator["ScriptedStream"]:
         """Begin the script.
 
         Raises:
@@ -38,7 +38,7 @@ class ScriptedUpstream:
 
 
 class ScriptedStream:
-    """Implements `services.producer.ports.UpstreamStream`. Steps that are due together come in one read."""
+    """Implement `services.producer.ports.UpstreamStream`. Steps that are due together come in one read."""
 
     def __init__(self, steps: Iterator[Step], clock: Clock) -> None:
         self._steps = steps

@@ -1,4 +1,4 @@
-"""Bounds of what a producer writes: every event stays below the broker's limit and is read by every reader."""
+"""Bounds of written events: each stays below the broker's message limit and within the limits of all readers."""
 
 from collections.abc import Iterator
 from typing import Any, Final, TypeVar
@@ -34,7 +34,7 @@ JSON_BYTES: Final = 512 * 1024
 """Larger objects of a provider (an annotation, a signature, something extra) are left out with a notice."""
 JSON_DEPTH: Final = 64
 CHOICES: Final = 1_000
-"""Alternative answers that are told apart; an index beyond them is no index."""
+"""Number of alternative answers that are distinguished; a higher index is invalid."""
 REASON_CHARS: Final = 100
 """Characters of a finish reason, one for each choice."""
 NAME_CHARS: Final = 1_024
@@ -55,7 +55,7 @@ def number(value: object) -> int | None:
 
 
 def choice_of(index: object) -> int:
-    """Return the index of an alternative answer; 0 for what is no such index."""
+    """Return the index of an alternative answer; 0 for an invalid one."""
     place = index if type(index) is int else number(index)
     return place if place is not None and 0 <= place < CHOICES else 0
 
@@ -70,7 +70,7 @@ def pieces(value: _T, size: int) -> Iterator[_T]:
 
 
 def fits(value: Any) -> bool:
-    """Tell whether a JSON value can be stored: at most `JSON_BYTES` long and `JSON_DEPTH` deep."""
+    """Return whether a JSON value can be stored: at most `JSON_BYTES` long and `JSON_DEPTH` deep."""
     level: list[Any] = [value]
     for _ in range(JSON_DEPTH):
         level = [

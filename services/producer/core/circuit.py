@@ -1,4 +1,4 @@
-"""A circuit breaker: when failures of calls say that others need not be made. Decides only; time is an argument."""
+"""A circuit breaker: reject calls while their failures show an outage. Pure; time is an argument."""
 
 from typing import Final, Literal
 
@@ -6,15 +6,15 @@ __all__ = ["Circuit", "CircuitState"]
 
 CircuitState = Literal["closed", "half-open", "open"]
 BLOCKED_LIMIT: Final = 8
-"""Bound of tenants that one circuit keeps apart: as soon as two are blocked, it is open for everybody."""
+"""Bound of the tenants that one circuit keeps apart: once two are blocked, it is open for all."""
 
 
 class Circuit:
-    """Opens after ``threshold`` failures in a row; ``seconds`` later one call at a time may try again.
+    """Open after ``threshold`` failures in a row; ``seconds`` later admit one trial call at a time.
 
-    Failures of one tenant's calls open it for that tenant alone, for its requests may be what is wrong; failures of two
-    open it for everybody. So no tenant keeps another one out. Times in seconds since 1970; calls are told apart by any
-    object.
+    Failures of one tenant's calls open it for that tenant alone, because its requests may be at fault; failures of two
+    tenants open it for all. So no tenant locks another one out. Times in seconds since 1970. ``call``: any object that
+    identifies a call.
     """
 
     __slots__ = ("_failed", "_trial", "blocked", "failures", "for_all", "seconds", "threshold")
@@ -24,24 +24,24 @@ class Circuit:
         self.seconds = seconds
         self.failures = 0
         self.blocked: dict[str, float] = {}  # until when, by tenant; bounded by BLOCKED_LIMIT
-        self.for_all = False  # whether it has been open for everybody, and no call has succeeded since
+        self.for_all = False  # whether it was open for all tenants, and no call has succeeded since
         self._failed: dict[str, float] = {}  # when calls failed in a row, by tenant; the last two of them
         self._trial: object | None = None
 
     @property
     def is_closed(self) -> bool:
-        """Whether it holds nobody back."""
+        """Whether it rejects no tenant's calls."""
         return not self.blocked and not self.for_all
 
     def state(self, tenant: str, now: float) -> CircuitState:
-        """Return what holds for a tenant's calls."""
+        """Return the state for a tenant's calls."""
         live = [name for name, until in self.blocked.items() if now < until]
         if tenant in live or len(live) > 1:
             return "open"
         return "half-open" if self.for_all or tenant in self.blocked else "closed"
 
     def admits(self, tenant: str, now: float, call: object) -> bool:
-        """Tell whether a call may be made now; a half-open circuit keeps others back until this one has ended."""
+        """Return whether a call may be made now; a half-open circuit rejects others until this one has ended."""
         state = self.state(tenant, now)
         if state == "closed":
             return True
@@ -51,7 +51,7 @@ class Circuit:
         return True
 
     def succeed(self) -> bool:
-        """A call has been answered: close; tell whether that is a change."""
+        """Close after a successful call; return whether the state changed."""
         changed = not self.is_closed
         self.failures, self.for_all, self._trial = 0, False, None
         self.blocked.clear()
@@ -59,7 +59,7 @@ class Circuit:
         return changed
 
     def fail(self, tenant: str, now: float, call: object) -> bool:
-        """A call has failed in a way that speaks of the upstream; tell whether that changes the state."""
+        """Count a failure of the upstream; return whether the state changed."""
         self.leave(call)
         self.failures += 1
         self._failed.pop(tenant, None)
@@ -77,12 +77,12 @@ class Circuit:
         return True
 
     def leave(self, call: object) -> None:
-        """A call has ended and says nothing: if it was the trial, another one may try."""
+        """End a call without an outcome: if it was the trial, admit another one."""
         if self._trial is call:
             self._trial = None
 
     def adopt(self, blocked: dict[str, float], *, for_all: bool, now: float) -> None:
-        """Take over for whom another producer has opened it, and until when."""
+        """Take over the blocked tenants of another producer's circuit, and until when each is blocked."""
         newest = sorted(blocked.items(), key=lambda item: item[1])[-BLOCKED_LIMIT:]
         self.blocked = {tenant: min(until, now + self.seconds) for tenant, until in newest}
         self.for_all = for_all

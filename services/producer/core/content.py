@@ -1,4 +1,4 @@
-"""What a part that is not plain text becomes in the log: contents of deltas, each within the bounds of an event."""
+"""Convert parts other than plain text to contents of deltas, each within the bounds of an event."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -23,7 +23,7 @@ class Content(NamedTuple):
 
 
 def contents(part: ContentPart) -> Iterator[Content | Omitted]:
-    """Yield what ``part`` becomes, split where it is too large for one event; `Omitted` where it cannot be split."""
+    """Yield the contents of ``part``, split where it is too large for one event; `Omitted` where it cannot be split."""
     match part:
         case ToolCallPart():
             yield from _tool_call(part.tool_call)

@@ -1,4 +1,4 @@
-"""Token counts of what passes, by the model's own byte-pair encoding where it is public.
+"""Count tokens of streamed text, by the model's own byte-pair encoding where it is public.
 
 Tokens do not end where chunks end, so counts per chunk must not be summed. A counter works on the joined text: what
 lies before the last place that no token can span is settled for good, and only the tail behind it is counted again.
@@ -69,10 +69,10 @@ def encoding_of(model: str) -> tuple[str, bool]:
 
 
 class TokenCounter:
-    """Counts one text while it grows.
+    """Count one text while it grows.
 
     ``count`` is the running count; between two recounts of a long tail without a safe place it lags behind by less than
-    an eighth of that tail. ``exact`` tells whether ``encoding`` is the model's own.
+    an eighth of that tail. ``exact``: ``encoding`` is the model's own.
     """
 
     __slots__ = ("_counted", "_last", "_length", "_pieces", "_settled", "_tail", "encoding", "exact")
@@ -142,7 +142,7 @@ def _last_safe(before: str, text: str) -> int:
 
 
 class GenerationCounter:
-    """Counts a generation's output: one text for each kind (text, reasoning, arguments), choice and index."""
+    """Count a generation's output: one text for each kind (text, reasoning, arguments), choice and index."""
 
     __slots__ = ("_count", "_lanes", "encoding", "exact")
 

@@ -1,4 +1,4 @@
-"""How long each phase of a call may take."""
+"""Deadlines of the phases of a call."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""A generation while it runs: what a provider's parts become in the log. Decides only; publishes nothing."""
+"""Build the events of a running generation from the parts of a provider's stream. Pure: publishes nothing."""
 
 from collections.abc import Callable
 from typing import Final, Protocol
@@ -61,7 +61,7 @@ _KINDS: Final = 32
 
 
 class Counter(Protocol):
-    """Counts output tokens over joined text, one lane for each (kind, choice, index)."""
+    """Count output tokens over joined text, one lane for each (kind, choice, index)."""
 
     def add(self, kind: str, choice: int, index: int, text: str) -> int:
         """Add ``text`` to a lane and return the running count over all lanes."""
@@ -73,9 +73,9 @@ class Counter(Protocol):
 
 
 class Generation:
-    """Builds the events of one generation with gapless seqs in one epoch.
+    """Build the events of one generation with gapless seqs in one epoch.
 
-    ``ending`` says whether the provider has ended the answer, by its marker or by an error: nothing more is read then.
+    ``ending``: the end marker or the failure with which the provider has ended the answer, if it has.
     ``abandoned`` counts the calls, of all producers, whose answer had begun and that were left for another one.
     """
 
@@ -155,16 +155,16 @@ class Generation:
         )
 
     def begin_anew(self, reason: str, call: AbandonedCall | None, at: float) -> Restarted:
-        """Return the event that takes back what was said so far; the same producer asks again in a new epoch."""
+        """Return the event that takes the text back; the same producer calls again in a new epoch."""
         self.epoch += 1
         return self.restart(reason, self.provider, self.upstream_model, at, call)
 
     def begin_answer(self) -> None:
-        """Note that the provider has begun to answer the call: from here on it may be charged for."""
+        """Record that the provider has begun to answer the call: from here on it may charge for it."""
         self._answering = True
 
     def abandon_call(self, failure: UpstreamFailure) -> AbandonedCall | None:
-        """Leave the present call for another one and forget all that it has told; return what is known of it.
+        """Abandon the present call for another one and reset its state; return its count and usage.
 
         ``None``: its answer had not begun, so it costs nothing.
         """
@@ -206,7 +206,7 @@ class Generation:
         delay: float | None = None,
         call: AbandonedCall | None = None,
     ) -> Notice:
-        """Return a notice; it names the provider that is being asked."""
+        """Return a notice, which names the present provider."""
         return Notice(
             generation=self.name,
             seq=self._take(),
@@ -222,20 +222,20 @@ class Generation:
         )
 
     def absorb(self, parts: list[Part], at: float) -> list[AnyEvent]:
-        """Return the events for what one read held; neighbouring text of one kind and choice becomes one delta.
+        """Return the events for the parts of one read; adjacent text of one kind and choice becomes one delta.
 
-        Every event is within the bounds that readers demand and the broker sets, whatever the parts hold.
+        Every event is within the bounds of the broker and of all readers, whatever the parts hold.
         """
         events: list[AnyEvent] = []
         last: Delta | None = None
         for part in parts:
             match part:
                 case Text():
-                    last = self._said("text", part, last, events, at)
+                    last = self._append_text("text", part, last, events, at)
                 case Reasoning():
-                    last = self._said("reasoning", part, last, events, at)
+                    last = self._append_text("reasoning", part, last, events, at)
                 case Refusal():
-                    last = self._said("refusal", part, last, events, at)
+                    last = self._append_text("refusal", part, last, events, at)
                 case ToolCallPart() | BinaryPart() | AnnotationPart() | SignaturePart() | ExtraPart():
                     last = None
                     self._content(part, events, at)
@@ -249,7 +249,7 @@ class Generation:
                     pass
                 case NoticePart():
                     last = None
-                    self._told(part, events, at)
+                    self._notify(part, events, at)
                 case UsageLeftOut() if not self._usage_left_out:
                     last = None
                     self._usage_left_out = True
@@ -260,7 +260,7 @@ class Generation:
         return events
 
     def end(self, at: float) -> list[AnyEvent]:
-        """Return the closing events for how the provider ended it; without an end marker it failed."""
+        """Return the closing events for the provider's ending; without an end marker the generation has failed."""
         ending = self.ending or CUT_OFF
         if isinstance(ending, UpstreamFailure):
             return self.fail(ending, at)
@@ -313,7 +313,7 @@ class Generation:
         )
 
     def _estimate_usage(self) -> None:
-        """Where an answer broke off, take its input as the provider stated it in the beginning, and our own output."""
+        """Estimate the usage of a broken-off answer: the provider's own count of the input, our count of the output."""
         self._drop_blank_usage()
         begun = self._usage_begun
         if self.usage is None and begun is not None:
@@ -322,7 +322,7 @@ class Generation:
             self.usage_source = "begun"
 
     def _drop_blank_usage(self) -> None:
-        """Forget a report of nothing at all beside tokens that have come: it is none."""
+        """Discard a report of zero usage where tokens have come."""
         if self.usage is not None and self.usage.blank and self.has_tokens:
             self.usage = None
 
@@ -346,8 +346,8 @@ class Generation:
         events.append(terminal)
         return events
 
-    def _told(self, part: NoticePart, events: list[AnyEvent], at: float) -> None:
-        """Add a notice of what is odd about the stream, once a generation for each code."""
+    def _notify(self, part: NoticePart, events: list[AnyEvent], at: float) -> None:
+        """Append a notice about an oddity of the stream, once a generation for each code."""
         if part.code not in self._odd:
             self._odd.add(part.code)
             events.append(self.notice(part.code, part.message, at))
@@ -367,15 +367,15 @@ class Generation:
             case _:
                 pass
 
-    def _said(
+    def _append_text(
         self, kind: str, part: Text | Reasoning | Refusal, last: Delta | None, events: list[AnyEvent], at: float
     ) -> Delta | None:
         choice = choice_of(part.choice)
         for text in pieces(part.text, PIECE_CHARS):
             tokens = self._counter.add(kind, choice, 0, text)
-            said = getattr(last, kind) if last is not None and last.choice == choice else None
-            if last is not None and said is not None and len(said) + len(text) <= PIECE_CHARS:
-                setattr(last, kind, said + text)
+            text_so_far = getattr(last, kind) if last is not None and last.choice == choice else None
+            if last is not None and text_so_far is not None and len(text_so_far) + len(text) <= PIECE_CHARS:
+                setattr(last, kind, text_so_far + text)
                 last.tokens = tokens
             else:
                 last = self._delta(choice, at, part.at, tokens)
@@ -404,7 +404,7 @@ class Generation:
         return self._counter.add("tool", choice, call.index, text)
 
     def _omit(self, omitted: Omitted, events: list[AnyEvent], at: float) -> None:
-        """Announce once for each kind what cannot be kept."""
+        """Append a notice about omitted content, once for each kind."""
         kind = omitted.kind[:NAME_CHARS]
         if kind not in self._omitted and len(self._omitted) < _KINDS:
             self._omitted.add(kind)

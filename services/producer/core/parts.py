@@ -1,4 +1,4 @@
-"""What a provider's stream says, in terms of no provider: the output of every dialect's parser."""
+"""Parts of a provider's stream in a form common to all providers: the output of every dialect's parser."""
 
 import msgspec
 
@@ -125,7 +125,7 @@ class UsageBegun(msgspec.Struct, frozen=True):
 
 
 class UpstreamFailure(msgspec.Struct, frozen=True):
-    """The provider says that it failed, by an HTTP status or inside its stream.
+    """A failure that the provider reports, by an HTTP status or inside its stream.
 
     ``code`` is ours and stable: ``upstream_unauthorized``, ``upstream_bad_request``, ``upstream_not_found``,
     ``upstream_rate_limited``, ``upstream_overloaded``, ``upstream_error``, ``upstream_malformed``,

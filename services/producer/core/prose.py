@@ -1,4 +1,4 @@
-"""English prose about any topic, made from sentence patterns: what the scripted provider says."""
+"""English prose about any topic, made from sentence patterns: the text of the scripted provider."""
 
 import random
 import re
@@ -44,7 +44,7 @@ _TOPIC_LIMIT: Final = 60
 
 
 def topic_of(messages: list[Message]) -> str:
-    """Return what the last user message is about, in its own words: its first line, shortened."""
+    """Return the topic of the last user message: its first line, shortened."""
     for message in reversed(messages):
         if message.role != "user":
             continue
@@ -66,7 +66,7 @@ def sentences(topic: str, rng: random.Random) -> Iterator[str]:
         pattern = rng.choice([p for p in _PATTERNS if p != previous])
         previous = pattern
         chosen = {name: rng.choice(words) for name, words in _WORDS.items()}
-        # The topic is somebody else's text: braces in it must stay as they are.
+        # The topic is text of a user: braces in it must stay as they are.
         sentence = pattern.replace("{topic}", "\0").format(**chosen).replace("\0", topic)
         sentence = sentence[0].upper() + sentence[1:]
         count += 1

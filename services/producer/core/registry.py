@@ -87,7 +87,7 @@ class Secret:
 
 
 class DeadlineOverrides(msgspec.Struct, frozen=True, kw_only=True):
-    """Deadlines of one model in seconds, each counted as its name says; ``None`` keeps the producer's own."""
+    """Deadlines of one model in seconds; ``None`` keeps the producer's own."""
 
     connect: float | None = None
     first_token: float | None = None
@@ -96,9 +96,9 @@ class DeadlineOverrides(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Provider(msgspec.Struct, frozen=True, kw_only=True):
-    """Where and how to ask. ``headers`` may hold secrets as well, so they are not shown either.
+    """How to call a provider. ``headers`` may hold secrets as well, so they are not shown either.
 
-    ``max_streams`` and ``requests_per_minute`` bound what one producer process asks of it. ``after_cancel``: how usage
+    ``max_streams`` and ``requests_per_minute`` bound the calls of one producer process. ``after_cancel``: how usage
     is found when an answer is cancelled: by our own count (``estimate``), by reading on for up to ``drain_seconds``
     until the provider's usage comes (``drain``), or by asking the provider afterwards (``lookup``).
     """
@@ -121,7 +121,7 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     """One way to answer. ``encoding`` names the exact tokenizer where the configuration knows it.
 
-    ``failover``: whether it may stand in for a candidate before it that has failed. ``configured``: whether the
+    ``failover``: whether it may replace a failed candidate before it. ``configured``: whether the
     configuration names this model, and not the caller.
     """
 
@@ -195,7 +195,7 @@ class Registry:
         return cls(providers, aliases)
 
     def announcement(self) -> Announcement:
-        """Return what delivery is to know of it."""
+        """Return the announcement of its models for delivery."""
         aliases = {
             name: [f"{c.provider.name}/{c.upstream_model}" for c in candidates]
             for name, candidates in sorted(self.aliases.items())

@@ -1,4 +1,4 @@
-"""When a failed call is made again, and after which pause. tenacity runs it; here is what it asks."""
+"""Retry policy: which failed calls are made again, and after which pause. tenacity drives it."""
 
 from typing import Final, Literal
 
@@ -21,16 +21,16 @@ _DEFAULT_ON: Final = (
 
 
 REFUSED: Final = frozenset({"upstream_unauthorized", "upstream_not_found", "upstream_rate_limited"})
-"""Failures that are the candidate's and not the request's: key, balance, permission, model, quota."""
+"""Failures that the candidate causes and not the request: key, balance, permission, model, quota."""
 
 
 def helps_elsewhere(failure: UpstreamFailure) -> bool:
-    """Tell whether another candidate may answer what this one did not: not where the request itself is at fault."""
+    """Return whether another candidate may succeed after this failure: not where the request itself is at fault."""
     return failure.recoverable or failure.code in REFUSED
 
 
 class CallFailed(Exception):
-    """One call of one candidate failed; ``failure`` says how."""
+    """One call of one candidate failed with ``failure``."""
 
     def __init__(self, failure: UpstreamFailure) -> None:
         self.failure = failure
@@ -38,7 +38,7 @@ class CallFailed(Exception):
 
 
 class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True):
-    """How often a candidate is called before the next one's turn, and how long to wait in between.
+    """Limits and pauses of the calls to one candidate.
 
     ``wait``: ``exponential`` draws each pause at random below a bound that doubles from ``base`` (full jitter);
     ``linear`` lets pauses grow by ``base`` each, half of it at random. ``maximum`` bounds a pause; a provider that asks
@@ -52,12 +52,12 @@ class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True):
     on: tuple[str, ...] = _DEFAULT_ON
 
     def retries(self, failure: UpstreamFailure) -> bool:
-        """Tell whether this kind of failure is worth another call of the same candidate."""
+        """Return whether to call the same candidate again after this failure."""
         patient = failure.retry_after is None or failure.retry_after <= self.maximum
         return failure.recoverable and failure.code in self.on and patient
 
     def pause(self, state: RetryCallState) -> float:
-        """Return seconds until the next call: tenacity's own strategies, and at least what the provider asked for."""
+        """Return the seconds until the next call, by tenacity's strategies; at least the provider's ``Retry-After``."""
         if self.wait == "linear":
             steady = wait_incrementing(start=self.base / 2, increment=self.base, max=self.maximum)
             drawn = float((steady + wait_random(0, self.base / 2))(state))

@@ -29,7 +29,7 @@ from services.producer.core.parts import (
     UsagePart,
 )
 from services.producer.core.prose import pieces, sentences, topic_of
-from services.producer.ports import Call
+from services.producer.ports import UpstreamRequest
 
 __all__ = ["ENCODING", "MODELS", "Step", "play", "refusal"]
 
@@ -56,7 +56,7 @@ _MAX_TOKENS: Final = 200_000
 
 
 class Knobs(msgspec.Struct, frozen=True, kw_only=True):
-    """What ``params`` may change. ``tokens_per_second`` 0 means as fast as possible; the rest counts tokens."""
+    """Knobs of a script in ``params``. ``tokens_per_second`` 0 means as fast as possible; the rest counts tokens."""
 
     tokens_per_second: float = _TOKENS_PER_SECOND
     tokens: int | None = None
@@ -65,8 +65,8 @@ class Knobs(msgspec.Struct, frozen=True, kw_only=True):
     error_after: int | None = None
 
     @classmethod
-    def of(cls, call: Call) -> "Knobs":
-        """Return the knobs of a call: the model's own, overridden by parameters; what is no number is ignored."""
+    def of(cls, call: UpstreamRequest) -> "Knobs":
+        """Return the knobs of a call: the model's own, overridden by numeric parameters; others are ignored."""
         own: dict[str, dict[str, Any]] = {
             "megabyte": {"tokens_per_second": 0.0},
             "stall": {"stall_after": _FAULT_AFTER},
@@ -81,7 +81,7 @@ class Knobs(msgspec.Struct, frozen=True, kw_only=True):
         return cls(**values)
 
 
-def refusal(call: Call) -> UpstreamFailure | None:
+def refusal(call: UpstreamRequest) -> UpstreamFailure | None:
     """Return the failure with which the provider refuses this call before any stream, if it does."""
     if call.model == "refuse":
         return UpstreamFailure(
@@ -100,7 +100,7 @@ def refusal(call: Call) -> UpstreamFailure | None:
     return None
 
 
-def play(call: Call) -> Iterator[Step]:
+def play(call: UpstreamRequest) -> Iterator[Step]:
     """Yield the answer to a call step by step; a delay of infinity means that nothing more ever comes."""
     knobs = Knobs.of(call)
     seed = zlib.crc32(msgspec.json.encode((call.model, call.messages)))
@@ -125,7 +125,7 @@ def play(call: Call) -> Iterator[Step]:
     yield 0.0, [*ending, End()]
 
 
-def _answer(call: Call, knobs: Knobs, rng: random.Random) -> list[Part]:
+def _answer(call: UpstreamRequest, knobs: Knobs, rng: random.Random) -> list[Part]:
     topic = topic_of(call.messages)
     match call.model:
         case "json":
@@ -188,7 +188,7 @@ def _tool_calls(params: dict[str, Any], topic: str) -> list[Part]:
     return parts
 
 
-def _usage(call: Call, spoken: list[Part]) -> Usage:
+def _usage(call: UpstreamRequest, spoken: list[Part]) -> Usage:
     """Return the exact count of all texts; each tool call counts its name and arguments as one text."""
     text = "".join(p.text for p in spoken if isinstance(p, Text))
     reasoning = "".join(p.text for p in spoken if isinstance(p, Reasoning))

@@ -8,12 +8,12 @@ from typing import Final
 __all__ = ["COMMENT", "MAX_EVENT_BYTES", "STRAY", "OversizedEvent", "SseDecoder"]
 
 MAX_EVENT_BYTES: Final = 16 * 1024 * 1024
-"""An image comes as one event; what is large is split before it is stored."""
+"""An image comes as one event; large content is split before it is stored."""
 COMMENT: Final = b"\n:"
 """The name under which a comment is reported; its data is the comment's text. No event can have it: it has a LF."""
 STRAY: Final = b"\n?"
-"""The name of what the standard ignores: lines of an unknown field, joined with LF, or the name of an event without
-data. Providers put errors there."""
+"""The name for input that the standard ignores: lines of an unknown field, joined with LF, or the name of an event
+without data. Providers put errors there."""
 _BOM: Final = b"\xef\xbb\xbf"
 _WITHOUT_USE: Final = (b"id", b"retry")
 
@@ -27,7 +27,7 @@ class OversizedEvent(ValueError):
 
 
 class SseDecoder:
-    """Decodes one stream. Keeps no more than one unfinished event of at most ``limit`` bytes.
+    """Decode one stream. Keep no more than one unfinished event of at most ``limit`` bytes.
 
     Line ends (CRLF, CR, LF) are made LF first, so that the rest only ever cuts at blank lines.
     """
@@ -65,7 +65,7 @@ class SseDecoder:
         return self._cut(data)
 
     def finish(self) -> list[tuple[bytes, bytes]]:
-        """Return the events of what is held at the end of the body, where the last blank line is missing."""
+        """Return the events held at the end of the body, where the last blank line is missing."""
         held = b"".join((self._start or b"", *self._pieces))
         self._start = None
         self._pieces.clear()

@@ -1,4 +1,4 @@
-"""What a producer does with a request, given what the log already holds of its generation."""
+"""Decide how to take a generation over, from the events that the log already holds of it."""
 
 from typing import Literal
 
@@ -15,11 +15,11 @@ Decision = Literal["run", "restart", "interrupt", "done"]
 
 
 class Begun(msgspec.Struct):
-    """What the log holds of a generation, folded message by message with `take`.
+    """The state of a generation in the log, folded message by message with `take`.
 
     ``tokens`` is the running count of the last accepted delta; ``has_tokens`` whether there is any, or may have been
-    among events that have expired. ``provider`` and ``upstream_model``: who was asked last; ``usage``: what it
-    reported; ``abandoned``: how many calls were left before.
+    among events that have expired. ``provider`` and ``upstream_model``: those of the last call; ``usage``: its
+    report; ``abandoned``: how many calls were abandoned before.
 
     A log that no longer keeps the generation's beginning is read twice: the first time shows that (`lost_beginning`)
     and which epoch is the highest, the second time begins with `joining` that epoch.
@@ -35,7 +35,7 @@ class Begun(msgspec.Struct):
 
     @classmethod
     def joining(cls, highest: int) -> "Begun":
-        """Return one that has read nothing and begins with the oldest kept event of the epoch ``highest``."""
+        """Return an empty state that begins with the oldest kept event of the epoch ``highest``."""
         return cls(Acceptance.joining(highest))
 
     @property
@@ -54,7 +54,7 @@ class Begun(msgspec.Struct):
         return self.acceptance.lost_beginning
 
     def take(self, data: bytes, stream_seq: int) -> None:
-        """Take the next stored message; one that is no event only counts as stored."""
+        """Fold the next stored message; one that is no event only moves the stream sequence."""
         try:
             header = decode_header(data)
         except MalformedEvent:
@@ -70,7 +70,7 @@ class Begun(msgspec.Struct):
         self._take(data)
 
     def _take(self, data: bytes) -> None:
-        """Take what an accepted event other than a delta says of the calls."""
+        """Fold an accepted event other than a delta."""
         try:
             event = decode_event(data)
         except (MalformedEvent, UnknownEvent):
@@ -94,31 +94,30 @@ class Begun(msgspec.Struct):
 
 
 def lost_call(begun: Begun, request: Counted) -> AbandonedCall | None:
-    """Return what the log holds of the call that lost its producer; ``None`` where it holds nothing.
+    """Return the call that lost its producer, as far as it was logged; ``None`` if nothing was.
 
-    ``request`` counts its input. Only what was logged is known of it, so the numbers are an estimate unless its
-    provider had reported already.
+    ``request`` counts its input. The numbers are an estimate, unless its provider had reported already.
     """
     if not begun.has_tokens and begun.usage is None:
         return None
-    told = begun.usage
-    usage: Usage | None = None if told is None else told.usage
+    reported = begun.usage
+    usage: Usage | None = None if reported is None else reported.usage
     return AbandonedCall(
         number=begun.abandoned + 1,
         code="producer_lost",
         provider=begun.provider,
         upstream_model=begun.upstream_model,
-        upstream_id=None if told is None else told.upstream_id,
+        upstream_id=None if reported is None else reported.upstream_id,
         counted=Counted(input=request.input, output=begun.tokens, encoding=request.encoding),
         usage=usage,
-        source="" if told is None else told.source,
+        source="" if reported is None else reported.source,
     )
 
 
 def decide(begun: Begun, *, may_restart: bool) -> Decision:
-    """Return what to do: ``run`` it, ``restart`` it in a new epoch, ``interrupt`` it, or nothing (``done``).
+    """Decide whether to ``run`` it, ``restart`` it in a new epoch or ``interrupt`` it, or that it is ``done``.
 
-    A generation without tokens simply runs: nobody has seen anything that must be taken back.
+    Without tokens it runs anew: no reader has seen text that must be taken back.
     """
     if begun.position.ended:
         return "done"

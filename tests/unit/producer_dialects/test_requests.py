@@ -8,7 +8,7 @@ import pytest
 
 from schemas.requests import Message
 from services.producer.core.dialects import Dialect, UntranslatableCall, dialect_of
-from services.producer.ports import Call
+from services.producer.ports import UpstreamRequest
 
 PIXEL = "data:image/png;base64,iVBORw0KGgo="
 TOOL = {"type": "function", "function": {"name": "get_level", "description": "d", "parameters": {"type": "object"}}}
@@ -23,11 +23,11 @@ CONVERSATION = [
 ]
 
 
-def call(messages: list[Message] | None = None, **params: Any) -> Call:
-    return Call(model="m", messages=messages or [Message("user", "hi")], params=params)
+def call(messages: list[Message] | None = None, **params: Any) -> UpstreamRequest:
+    return UpstreamRequest(model="m", messages=messages or [Message("user", "hi")], params=params)
 
 
-def body(dialect: Dialect, asked: Call) -> dict[str, Any]:
+def body(dialect: Dialect, asked: UpstreamRequest) -> dict[str, Any]:
     decoded: dict[str, Any] = msgspec.json.decode(dialect.request(asked, "https://h/v1", "k", {}).body)
     return decoded
 
@@ -166,7 +166,7 @@ def test_anthropic_takes_images_as_data_or_address() -> None:
         (call(tools=[TOOL], tool_choice="perhaps"), "'perhaps' is not known"),
     ],
 )
-def test_anthropic_refuses_what_cannot_be_said(asked: Call, said: str) -> None:
+def test_anthropic_refuses_what_cannot_be_said(asked: UpstreamRequest, said: str) -> None:
     with pytest.raises(UntranslatableCall, match=said):
         dialect_of("anthropic").request(asked, "https://h", None, {})
 

@@ -16,17 +16,17 @@ from services.producer.core.dialects.joined import join
 from services.producer.core.parts import End, Finish, Part, Reasoning, Text, ToolCallPart, UpstreamFailure, UsagePart
 from services.producer.core.prose import pieces
 from services.producer.core.script import ENCODING, MODELS, play, refusal
-from services.producer.ports import Call
+from services.producer.ports import UpstreamRequest
 
 QUESTION = [Message("user", "Why do rivers bend?")]
 TALKING = [m for m in MODELS if m not in ("refuse", "stall", "cutoff", "error")]
 
 
-def call(model: str, messages: list[Message] = QUESTION, **params: Any) -> Call:
-    return Call(model=model, messages=messages, params=params)
+def call(model: str, messages: list[Message] = QUESTION, **params: Any) -> UpstreamRequest:
+    return UpstreamRequest(model=model, messages=messages, params=params)
 
 
-def parts_of(asked: Call) -> list[Part]:
+def parts_of(asked: UpstreamRequest) -> list[Part]:
     return [part for _, parts in play(asked) for part in parts]
 
 

@@ -1,4 +1,4 @@
-"""How each kind of provider is asked and understood. A dialect knows bytes, not sockets."""
+"""Dialects of providers: build requests and parse streams. A dialect handles bytes, not sockets."""
 
 from typing import Final, Literal, get_args
 
@@ -18,7 +18,7 @@ DIALECTS: Final[tuple[str, ...]] = get_args(DialectName)
 def dialect_of(name: DialectName, include_usage: bool = True, base_url: str = "") -> Dialect:
     """Return the dialect of this name. ``include_usage`` off suits servers that refuse ``stream_options``.
 
-    ``base_url``: the provider's address, by which it is told how it counts.
+    ``base_url``: the provider's address, which decides how it counts usage.
     """
     match name:
         case "openai":

@@ -29,7 +29,7 @@ from services.producer.core.parts import (
     UsageLeftOut,
     UsagePart,
 )
-from services.producer.ports import Call
+from services.producer.ports import UpstreamRequest
 
 __all__ = ["Anthropic", "AnthropicParser"]
 
@@ -82,7 +82,9 @@ _EMPTY: Final = frozenset({"", "text_delta", "thinking_delta", "signature_delta"
 class Anthropic:
     """The messages API."""
 
-    def request(self, call: Call, base_url: str, key: str | None, extra_headers: Mapping[str, str]) -> HttpCall:
+    def request(
+        self, call: UpstreamRequest, base_url: str, key: str | None, extra_headers: Mapping[str, str]
+    ) -> HttpCall:
         """Return the POST to ``/v1/messages``."""
         own = {"x-api-key": key, "anthropic-version": _API_VERSION}
         with translating():
@@ -94,14 +96,14 @@ class Anthropic:
         return AnthropicParser()
 
     def refusal(self, status: int, headers: Mapping[str, str], body: bytes, now: float) -> UpstreamFailure:
-        """Return what an error answer means."""
+        """Return the failure that an error response means."""
         return refusal_of(status, headers, body, now)
 
 
 class AnthropicParser(EventParser[_Event]):
-    """Understands a messages stream, which ends with ``message_stop``.
+    """Parse a messages stream, which ends with ``message_stop``.
 
-    Usage in ``message_delta`` is cumulative and may leave out what ``message_start`` said: both are merged.
+    Usage in ``message_delta`` is cumulative and may lack counts of ``message_start``: both are merged.
     """
 
     __slots__ = ("_blocks", "_raw_usage", "_usage")
@@ -180,7 +182,7 @@ class AnthropicParser(EventParser[_Event]):
 
     def _report(self, raw: Any, kind: type[UsageBegun | UsagePart]) -> None:
         if isinstance(raw, dict) and raw:
-            # what is left out, or 0 where a number was known, says nothing new
+            # a missing count, or 0 where a number was known, adds nothing
             known = self._raw_usage
             self._raw_usage = raw = known | {n: v for n, v in raw.items() if v or n not in known}
         usage, reasons = read_usage(raw)

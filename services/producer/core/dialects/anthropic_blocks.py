@@ -1,7 +1,7 @@
 """The content blocks of an Anthropic message: tool calls, thinking with its signature, and blocks of other kinds.
 
 Tools that Anthropic runs itself (web search, code execution, MCP) come as blocks like those of the caller's tools, and
-their results as blocks that are whole at once. They are nobody's to call, so they are kept as they are, for readers to
+their results as blocks that are whole at once. No client is to call them, so they are kept as they are, for readers to
 show and for the next request.
 """
 
@@ -23,7 +23,7 @@ _BLOCKS: Final = 1_000
 
 
 class _Block:
-    """An open block: what began it, and the JSON and signature that came in fragments."""
+    """An open block: its start, and its JSON and signature so far."""
 
     __slots__ = ("fields", "json", "kind", "signature", "size")
 
@@ -36,7 +36,7 @@ class _Block:
 
 
 class Blocks:
-    """Adds to ``joined`` what the blocks of one answer hold; each begins under an index of the provider."""
+    """Add the content of an answer's blocks to ``joined``; each block has an index of the provider."""
 
     def __init__(self, joined: Joined) -> None:
         self._joined = joined

@@ -8,7 +8,7 @@ import msgspec
 
 from schemas.requests import Message
 from services.producer.core.dialects.wire import UntranslatableCall
-from services.producer.ports import Call
+from services.producer.ports import UpstreamRequest
 
 __all__ = ["DEFAULT_MAX_TOKENS", "is_own_block", "messages_body"]
 
@@ -19,7 +19,7 @@ _OWN: Final = re.compile(r"redacted_thinking|(server|mcp)_tool_use|[a-z_]+_tool_
 _TOOL_CHOICES: Final = {"auto": "auto", "none": "none", "required": "any"}
 
 
-def messages_body(call: Call) -> dict[str, Any]:
+def messages_body(call: UpstreamRequest) -> dict[str, Any]:
     """Return the body of a streamed request; parameters that only other providers know are left out.
 
     Raises:
@@ -47,7 +47,7 @@ def messages_body(call: Call) -> dict[str, Any]:
 
 
 def is_own_block(kind: object) -> bool:
-    """Tell whether content of this type is a block that only Anthropic can read."""
+    """Return whether content of this type is a block that only Anthropic can read."""
     return isinstance(kind, str) and _OWN.fullmatch(kind) is not None
 
 
@@ -62,7 +62,7 @@ def _text(content: str | list[dict[str, Any]] | None) -> str:
 
 
 def _messages(messages: list[Message]) -> list[dict[str, Any]]:
-    """Return user and assistant turns; all tool results that follow each other stand in one user turn."""
+    """Return user and assistant turns; adjacent tool results share one user turn."""
     turns: list[dict[str, Any]] = []
     for message in messages:
         if message.role in ("system", "developer"):
@@ -99,7 +99,7 @@ def _blocks(message: Message) -> Iterator[dict[str, Any]]:
 
 
 def _thoughts(message: Message) -> Iterator[dict[str, Any]]:
-    """Yield thinking that is given beside the content, as LiteLLM does, unless the content has its own."""
+    """Yield thinking from beside the content, LiteLLM's form, unless the content has its own."""
     content = message.content if isinstance(message.content, list) else ()
     if not any(part.get("type") in ("thinking", "redacted_thinking") for part in content):
         for block in message.thinking_blocks or ():

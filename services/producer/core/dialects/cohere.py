@@ -34,7 +34,7 @@ from services.producer.core.parts import (
     UsageLeftOut,
     UsagePart,
 )
-from services.producer.ports import Call
+from services.producer.ports import UpstreamRequest
 
 __all__ = ["Cohere", "CohereParser"]
 
@@ -110,7 +110,9 @@ _event: Final = msgspec.json.Decoder(_Event)
 class Cohere:
     """The v2 chat API."""
 
-    def request(self, call: Call, base_url: str, key: str | None, extra_headers: Mapping[str, str]) -> HttpCall:
+    def request(
+        self, call: UpstreamRequest, base_url: str, key: str | None, extra_headers: Mapping[str, str]
+    ) -> HttpCall:
         """Return the POST to ``/v2/chat``."""
         own = {"authorization": f"Bearer {key}" if key else None}
         with translating():
@@ -122,11 +124,11 @@ class Cohere:
         return CohereParser()
 
     def refusal(self, status: int, headers: Mapping[str, str], body: bytes, now: float) -> UpstreamFailure:
-        """Return what an error answer means."""
+        """Return the failure that an error response means."""
         return refusal_of(status, headers, body, now)
 
 
-def _body(call: Call) -> dict[str, Any]:
+def _body(call: UpstreamRequest) -> dict[str, Any]:
     params = call.params
     if params.get("n") not in (None, 1):
         raise UntranslatableCall(f"this provider gives one answer, not n={params['n']}")
@@ -161,7 +163,7 @@ def _message(message: Message) -> dict[str, Any]:
 
 
 def _content(content: str | list[dict[str, Any]] | None) -> str | list[dict[str, Any]] | None:
-    """Return content without what only other providers can read: signatures and encrypted thoughts."""
+    """Return content without parts that only other providers can read: signatures and encrypted thoughts."""
     if not isinstance(content, list):
         return content
     parts: list[dict[str, Any]] = []
@@ -186,7 +188,7 @@ def _response_format(format_: Any) -> Any:
 
 
 def _tools(tools: list[dict[str, Any]], choice: Any) -> dict[str, Any]:
-    """Return tools and choice; a single named function is asked for by offering only that one."""
+    """Return tools and choice; a single named function is required by offering only that one."""
     if choice in (None, "auto"):
         return {"tools": tools}
     if choice in ("required", "none"):
@@ -198,7 +200,7 @@ def _tools(tools: list[dict[str, Any]], choice: Any) -> dict[str, Any]:
 
 
 class CohereParser(EventParser[_Event]):
-    """Understands a v2 chat stream, which ends with ``message-end``."""
+    """Parse a v2 chat stream, which ends with ``message-end``."""
 
     __slots__ = ("_calls",)
     event_type = _Event

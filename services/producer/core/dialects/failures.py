@@ -1,4 +1,4 @@
-"""What providers' errors become: failures with our own stable codes, and messages of a bounded length."""
+"""Map providers' errors to failures with our own stable codes and messages of bounded length."""
 
 import email.utils
 import re
@@ -31,7 +31,7 @@ _EMPTY: Final = "the provider ended the answer without content, finish reason or
 
 
 def refusal_of(status: int, headers: Mapping[str, str], body: bytes, now: float) -> UpstreamFailure:
-    """Return what an answer with an error status, or one that is no event stream, means."""
+    """Return the failure that a response with an error status, or one that is no event stream, means."""
     error, stated = _error_in(body)
     if status < 400 and not stated:
         kind = headers.get("content-type", "no content type")
@@ -51,7 +51,7 @@ def refusal_of(status: int, headers: Mapping[str, str], body: bytes, now: float)
 
 
 def failure_in_stream(error: Any) -> UpstreamFailure:
-    """Return what an error inside a stream means: the event that reports it, or only an error object or text."""
+    """Return the failure that an error inside a stream means, from its event, or only an error object or text."""
     told = described(error)
     code, recoverable = _meaning(told, told.status)
     return UpstreamFailure(
@@ -63,9 +63,9 @@ def failure_in_stream(error: Any) -> UpstreamFailure:
 
 
 def malformed(reason: object, data: bytes = b"") -> UpstreamFailure:
-    """Return the failure of a stream that does not follow its dialect. ``data``: what was not understood.
+    """Return the failure of a stream that does not follow its dialect. ``data``: the unreadable input.
 
-    A text that is no JSON at all is taken for what it says, where that is known: a proxy's "rate limit exceeded".
+    A text that is no JSON is matched with known messages: a proxy's "rate limit exceeded".
     """
     if data and data.lstrip()[:1] not in b'{["' and (meaning := meaning_of_text(data.decode(errors="replace"))):
         return _from_text(meaning, data)
@@ -76,7 +76,7 @@ def malformed(reason: object, data: bytes = b"") -> UpstreamFailure:
 def cut_off(rest: bytes, broken: str = "", instead: bool = False) -> UpstreamFailure:
     """Return the failure of a stream that ended before its answer did.
 
-    ``rest``: what was not understood, or followed its last event. ``broken``: why the connection broke, empty where the
+    ``rest``: unreadable input, or input behind its last event. ``broken``: why the connection broke, empty where the
     body ended properly. ``instead``: ``rest`` is all that came, and complete.
     """
     if rest and instead:
@@ -88,7 +88,7 @@ def cut_off(rest: bytes, broken: str = "", instead: bool = False) -> UpstreamFai
 
 
 def empty(rest: bytes) -> UpstreamFailure:
-    """Return the failure of an answer that was ended without anything in it. ``rest``: what came beside events."""
+    """Return the failure of an answer that was ended without anything in it. ``rest``: the input beside events."""
     meaning = meaning_of_text(rest.decode(errors="replace")) if rest else None
     if meaning is not None:
         return _from_text(meaning, rest)
@@ -108,7 +108,7 @@ def retry_after(headers: Mapping[str, str], now: float) -> float | None:
 
 
 def quoted(data: bytes) -> str:
-    """Return the beginning of what a provider sent, as a literal on one line."""
+    """Return the beginning of a provider's input, as a literal on one line."""
     text = " ".join(data[: _QUOTED * 4].decode(errors="replace").split())
     return repr(text if len(text) <= _QUOTED else text[: _QUOTED - 1] + "…")
 
@@ -127,7 +127,7 @@ def _meaning(error: Reported, status: int | None) -> Meaning:
 
 
 def _error_in(body: bytes) -> tuple[Reported, bool]:
-    """Return the error in a body, and whether the body says that it is one."""
+    """Return the error in a body, and whether the body marks it as one."""
     try:
         decoded = msgspec.json.decode(body)
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Cuts the body of an answer into events, by what the body is: server-sent events, or JSON documents."""
+"""Split the body of an answer into events, by its format: server-sent events, or JSON documents."""
 
 import json
 from collections.abc import Callable
@@ -17,7 +17,7 @@ Events = list[tuple[bytes, bytes]]
 
 
 class Framing:
-    """Cuts one body. The first byte that is no white space decides: a JSON document begins with a brace or bracket.
+    """Split one body. The first byte that is no white space decides: a JSON document begins with a brace or bracket.
 
     ``feed`` takes bytes as they arrive and returns (name, data) of the events that they complete; it may raise
     `OversizedEvent`. ``head``: how a body of JSON documents begins, empty for server-sent events.
@@ -36,7 +36,7 @@ class Framing:
         return self._decoder.head if isinstance(self._decoder, _Documents) else b""
 
     def finish(self) -> Events:
-        """Return the events of what is held at the end of the body."""
+        """Return the events held at the end of the body."""
         if self._decoder is None:
             return []
         return self._decoder.finish()
@@ -56,7 +56,7 @@ class Framing:
 
 
 class _Documents:
-    """Cuts JSON documents: a line that is one at once, what spans lines at the end. Holds at most ``limit`` bytes."""
+    """Split JSON documents: one on a line at once, one over several lines at the end. Holds at most ``limit`` bytes."""
 
     def __init__(self, limit: int = MAX_EVENT_BYTES) -> None:
         self.head = b""
@@ -101,7 +101,7 @@ class _Documents:
 
 
 def documents(data: bytes) -> Events:
-    """Return the JSON documents and lines of events in ``data``; what is neither is one `STRAY` at the end."""
+    """Return the JSON documents and lines of events in ``data``; other input is one `STRAY` at the end."""
     text = data.decode("utf-8", "replace").strip()
     events: Events = []
     while text:

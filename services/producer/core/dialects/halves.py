@@ -10,7 +10,7 @@ _ALONE: Final = "\ufffd"
 
 
 class Halves:
-    """Holds the half that ends a text until the next text of the same lane; one that stays alone becomes U+FFFD.
+    """Hold the half that ends a text until the next text of the same lane; one that stays alone becomes U+FFFD.
 
     At most one character a lane is held.
     """
@@ -38,7 +38,7 @@ class Halves:
         return text
 
     def left(self) -> list[tuple[Lane, str]]:
-        """Return what stands in place of the halves that are still held, and forget them."""
+        """Return replacement characters for the halves that are still held, and forget them."""
         lanes = list(self._held)
         self._held.clear()
         return [(lane, _ALONE) for lane in lanes]

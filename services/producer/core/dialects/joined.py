@@ -21,7 +21,7 @@ __all__ = ["Joined", "join"]
 
 
 class Joined:
-    """Collects parts in order; neighbours of the same kind and choice (and tool call) become one.
+    """Collect parts in order; neighbours of the same kind and choice (and tool call) become one.
 
     The joined part keeps the time stamp of its first fragment. Reports of usage, which some providers repeat with every
     token, become one report behind everything but the end. ``halves``: where texts may hold halves of surrogate pairs.
@@ -104,7 +104,7 @@ class Joined:
             self._note(part)
 
     def release(self) -> None:
-        """Give up waiting for the other halves of surrogate pairs."""
+        """Stop waiting for the other halves of surrogate pairs."""
         if self.halves is None:
             return
         for (kind, choice, index), text in self.halves.left():
@@ -114,7 +114,7 @@ class Joined:
                 self.text(kind, text, choice)
 
     def take(self) -> list[Part]:
-        """Return what was collected, and begin anew."""
+        """Return the collected parts, and begin anew."""
         self._flush()
         self._flush_usage()
         parts, self._parts = self._parts, []

@@ -17,7 +17,7 @@ T = TypeVar("T", bound=msgspec.Struct)
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
 _INNER_SURROGATE: Final = re.compile("(?<!^)[\udc00-\udfff]|[\ud800-\udbff](?!\\Z)")
 _LONGEST_INT: Final = 19
-# What an answer consists of: where one of these has a type that says nothing, something of the answer would be missing.
+# Fields that make up an answer: where one of these has an unusable type, a piece of the answer would be missing.
 _NEEDED: Final = frozenset(
     {
         "arguments",
@@ -42,14 +42,14 @@ _NEEDED: Final = frozenset(
 
 
 class Misfit(ValueError):
-    """A part of an answer has a type that says nothing."""
+    """A field of the answer itself has an unusable type."""
 
 
 class Fitted(NamedTuple):
     """An event that was read leniently.
 
-    ``payload``: the event as strict JSON. ``left_out``: paths of what was left out. ``halves``: texts begin or end with
-    half of a surrogate pair, whose other half may be in a neighbouring event.
+    ``payload``: the event as strict JSON. ``left_out``: paths of omitted fields. ``halves``: texts begin or end with
+    half of a surrogate pair; the other half may be in a neighbouring event.
     """
 
     event: Any
@@ -67,7 +67,7 @@ def shape_of(expected: object) -> inspect.Type:
 def loads(payload: bytes) -> Any:
     """Return the value of JSON that may hold NaN, infinities, raw control characters and halves of surrogate pairs.
 
-    Bytes that are no UTF-8 are U+FFFD; what is no finite number is None.
+    Bytes that are no UTF-8 are U+FFFD; other numbers than finite ones are None.
 
     Raises:
         ValueError: it is no JSON.
@@ -85,7 +85,7 @@ def fitted(tree: dict[str, Any], expected: type, shape: inspect.Type) -> Fitted:
     """Return ``tree`` as the struct ``expected``: convertible values are converted, others are left out.
 
     Raises:
-        Misfit: what does not fit is a part of the answer.
+        Misfit: a misfit field is part of the answer itself.
     """
     fitting = _Fitting()
     whole = fitting.value(tree, shape, "$", needed=True)
@@ -106,7 +106,7 @@ def object_in(payload: bytes, name: str) -> dict[str, Any]:
 
 
 def fit(raw: dict[str, Any], expected: type[T]) -> T:
-    """Return an object of counts as a struct of optional fields, without what does not fit."""
+    """Return an object of counts as a struct of optional fields, without misfit fields."""
     return msgspec.convert(_Fitting().value(raw, shape_of(expected), "$", needed=False), expected)
 
 
@@ -263,7 +263,7 @@ def _is_natural(value: Any, member: inspect.Type) -> bool:
 
 
 def plain(value: Any) -> Any:
-    """Return a value without anything that strict JSON cannot say."""
+    """Return a value without anything that strict JSON cannot express."""
     if isinstance(value, str):
         return _SURROGATE.sub("\ufffd", value)
     if isinstance(value, dict):

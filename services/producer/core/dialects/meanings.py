@@ -1,4 +1,4 @@
-"""What the words, texts and statuses of providers' errors mean, as our own stable codes."""
+"""Map the words, texts and statuses of providers' errors to our own stable codes."""
 
 import re
 from collections.abc import Iterable
@@ -32,7 +32,7 @@ _STATUSES: Final[dict[int, Meaning]] = {
     503: _OVERLOADED,
     529: _OVERLOADED,
 }
-# Words that say exactly what is wrong (``error.code``, ``error.type`` and their like), in lower case.
+# Words that name the error exactly (``error.code``, ``error.type`` and their like), in lower case.
 _EXACT: Final[tuple[tuple[Meaning, tuple[str, ...]], ...]] = (
     (
         _TOO_LONG,
@@ -166,7 +166,7 @@ _EXACT: Final[tuple[tuple[Meaning, tuple[str, ...]], ...]] = (
     (_REFUSED, ("request_too_large",)),
 )
 _WORDS: Final[dict[str, Meaning]] = {word: meaning for meaning, words in _EXACT for word in words}
-# Words that some servers put on everything: a status says more.
+# Words that some servers put on everything: a status is more specific.
 _LOOSE_WORDS: Final[dict[str, Meaning]] = dict.fromkeys(
     (
         "bad_request",
@@ -245,10 +245,10 @@ _TEXT_LIMIT: Final = 4_000
 
 
 def meaning_of(words: Iterable[str], text: str, status: int | None) -> Meaning:
-    """Return what an error means: an exact word first, then its text, then the status, then a loose word.
+    """Return the code of an error: an exact word first, then its text, then the status, then a loose word.
 
     ``status``: of the HTTP answer or in the error itself, where there is one. A text never overrules a status that is
-    exact itself, apart from those that say that the prompt is too long or the balance is spent.
+    exact itself, apart from those of a prompt that is too long or a balance that is spent.
     """
     words = [word.lower() for word in words]
     for word in words:
@@ -271,7 +271,7 @@ def meaning_of(words: Iterable[str], text: str, status: int | None) -> Meaning:
 
 
 def meaning_of_text(text: str) -> Meaning | None:
-    """Return what a text without status and words means; ``None`` where it says nothing that is known."""
+    """Return the code of a text without status and words; ``None`` for an unknown text."""
     text = text[:_TEXT_LIMIT]
     if _LENGTH_TEXT.search(text):
         return _TOO_LONG

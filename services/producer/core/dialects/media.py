@@ -51,7 +51,7 @@ def file_part(kind: str, value: Any, choice: int = 0, at: float | None = None) -
 
 
 def from_base64(data: str) -> bytes:
-    """Return what base64 holds, in either alphabet, with or without padding and line ends.
+    """Decode base64, in either alphabet, with or without padding and line ends.
 
     Raises:
         ValueError: it is not base64.
@@ -98,7 +98,7 @@ def _address(value: Any) -> tuple[str, str] | None:
 
 
 def _data_url(url: str) -> Binary | None:
-    """Return what a data URL holds (RFC 2397)."""
+    """Decode a data URL (RFC 2397)."""
     head, comma, data = url.removeprefix("data:").partition(",")
     if not comma:
         return None

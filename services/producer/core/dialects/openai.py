@@ -33,7 +33,7 @@ from services.producer.core.parts import (
     UsageLeftOut,
     UsagePart,
 )
-from services.producer.ports import Call
+from services.producer.ports import UpstreamRequest
 
 __all__ = ["OpenAI", "OpenAIParser", "chat_body"]
 
@@ -71,7 +71,7 @@ class _Chunk(msgspec.Struct, gc=False):
 _chunk: Final = msgspec.json.Decoder(_Chunk)
 _exact: Final = msgspec.json.Decoder(dict[str, Any], float_hook=Decimal)
 _MOST_CHOICES: Final = 128
-"""Bound of choices whose usage is kept apart."""
+"""Bound of the choices with separate usage."""
 
 
 class OpenAI:
@@ -84,7 +84,9 @@ class OpenAI:
         self._include_usage = include_usage
         self._rules = rules
 
-    def request(self, call: Call, base_url: str, key: str | None, extra_headers: Mapping[str, str]) -> HttpCall:
+    def request(
+        self, call: UpstreamRequest, base_url: str, key: str | None, extra_headers: Mapping[str, str]
+    ) -> HttpCall:
         """Return the POST to ``/chat/completions``; parameters go through unchanged."""
         own = {"authorization": f"Bearer {key}" if key else None}
         return post(
@@ -96,12 +98,12 @@ class OpenAI:
         return OpenAIParser(rules=self._rules)
 
     def refusal(self, status: int, headers: Mapping[str, str], body: bytes, now: float) -> UpstreamFailure:
-        """Return what an error answer means."""
+        """Return the failure that an error response means."""
         return refusal_of(status, headers, body, now)
 
 
-def chat_body(call: Call, include_usage: bool) -> dict[str, Any]:
-    """Return the body of a streamed chat completion. Parameters cannot override what Tailrace decides itself."""
+def chat_body(call: UpstreamRequest, include_usage: bool) -> dict[str, Any]:
+    """Return the body of a streamed chat completion. Parameters cannot override fields that Tailrace sets itself."""
     body = {name: value for name, value in call.params.items() if name not in _RESERVED}
     body |= {"model": call.model, "messages": [_message(m) for m in call.messages], "stream": True}
     if include_usage:
@@ -123,9 +125,9 @@ def _foreign(part: dict[str, Any]) -> bool:
 
 
 class OpenAIParser(EventParser[_Chunk]):
-    """Understands a stream of chat completion chunks, which ends with ``[DONE]``.
+    """Parse a stream of chat completion chunks, which ends with ``[DONE]``.
 
-    ``upstream_id``: the answer's name where a response header gives it; otherwise the chunks do. Usage is beside the
+    ``upstream_id``: the answer's identifier from a response header; without one that of the chunks. Usage is beside the
     choices or in one, in ``x_groq`` (Groq), or as counts of llama.cpp or Ollama; some send it with every chunk.
     """
 
@@ -144,7 +146,7 @@ class OpenAIParser(EventParser[_Chunk]):
         self._other = OtherContent(self.joined)
 
     def feed(self, data: bytes) -> list[Part]:
-        """Return what ``data`` completes, adjacent fragments of the same kind joined, and usage once."""
+        """Return the parts that ``data`` completes, adjacent fragments of one kind joined, and usage once."""
         parts = super().feed(data)
         if self._newest is not None:
             self._report()
@@ -152,7 +154,7 @@ class OpenAIParser(EventParser[_Chunk]):
         return parts
 
     def end(self, part: End | UpstreamFailure) -> None:
-        """Add the last part, behind usage and the ends of tool calls whose choice had no end of its own."""
+        """Add the last part, behind usage and the ends of tool calls in choices without an end of their own."""
         if isinstance(part, End):
             for choice in self._calls.choices:
                 self._end_calls(choice)
@@ -196,7 +198,7 @@ class OpenAIParser(EventParser[_Chunk]):
             self._beside_content(payload, failed)
 
     def _beside_content(self, payload: bytes, failed: str) -> None:
-        """Take what a chunk says apart from its choices. ``failed``: a finish reason that means a failure."""
+        """Take the fields of a chunk apart from its choices. ``failed``: a finish reason that means a failure."""
         tree = loads(payload)
         known = bool(tree.get("choices") or tree.get("usage"))
         if not known and "choices" not in tree and tree.get("object") != "chat.completion.chunk":
@@ -332,7 +334,7 @@ class OpenAIParser(EventParser[_Chunk]):
 
 
 def _goes_on(earlier: Any, later: Any) -> bool:
-    """Tell whether a report only counts on from an earlier one, which it then makes needless."""
+    """Return whether a report only counts on from an earlier one, which it then makes needless."""
     if not (isinstance(earlier, dict) and isinstance(later, dict) and len(earlier) <= len(later)):
         return False
     before, after = ((r.get("prompt_tokens"), r.get("completion_tokens")) for r in (earlier, later))

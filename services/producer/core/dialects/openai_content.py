@@ -1,7 +1,7 @@
 """Everything but plain text and tool calls that a delta of a chat completion can hold, in terms of parts.
 
 Servers that speak the form of OpenAI add fields of their own. Those that are common become parts of their kind; others
-that hold texts, lists or objects are kept as they are. A field that says the same with every chunk is kept once.
+that hold texts, lists or objects are kept as they are. A field with the same value in every chunk is kept once.
 """
 
 from typing import Any, Final
@@ -23,7 +23,7 @@ from services.producer.core.parts import (
 __all__ = ["REASONING", "OtherContent", "is_thought", "thought_signature"]
 
 REASONING: Final = ("reasoning_content", "reasoning", "reasoning_text", "thinking")
-"""The names under which servers send reasoning; where there are several, they say the same."""
+"""The names under which servers send reasoning; where there are several, they hold the same."""
 _ELSEWHERE: Final = frozenset({"content", "refusal", "tool_calls", "function_call", *REASONING})
 _NO_CONTENT: Final = frozenset(
     {
@@ -46,20 +46,20 @@ _NO_CONTENT: Final = frozenset(
 )
 _CITATIONS: Final = ("reference", "citation", "url_citation", "file_citation")
 _AUDIO: Final = "audio/pcm"
-"""What streamed audio is (16 bits, 24,000 a second, one channel): OpenAI streams no other format."""
+"""Media type of streamed audio (16 bits, 24,000 a second, one channel): OpenAI streams no other format."""
 _SOURCES: Final = 1_000
-"""Bound of the sources that are remembered, so that lists that grow with every chunk are given out once."""
+"""Bound of the sources that are remembered, so that each source of a growing list is returned once."""
 _REMEMBERED: Final = 100
-"""Bound of the fields whose last value is remembered."""
+"""Bound of the fields with a remembered last value."""
 
 
 class OtherContent:
-    """Adds to ``joined`` what deltas and chunks hold beside text and tool calls."""
+    """Add the content of deltas and chunks beside text and tool calls to ``joined``."""
 
     def __init__(self, joined: Joined) -> None:
         self._joined = joined
         self._sources: set[tuple[int, str | int]] = set()
-        self._audio: set[int] = set()  # choices whose audio has begun
+        self._audio: set[int] = set()  # choices with audio
         self._last: dict[tuple[int, str], int] = {}  # hash of the last value
 
     def delta(self, delta: dict[str, Any], choice: int, at: float | None) -> None:
@@ -86,7 +86,7 @@ class OtherContent:
                     self.keep(field, value, choice, at)
 
     def parts(self, parts: Any, choice: int, at: float | None) -> None:
-        """Take content that is given as a list of parts, as Mistral does, or as something that is no text at all."""
+        """Take content that is a list of parts, as Mistral's, or no text at all."""
         for part in parts if isinstance(parts, list) else [parts]:
             if not isinstance(part, dict):
                 self._text(Text, text_of(part), choice, at)
@@ -124,7 +124,7 @@ class OtherContent:
             self._joined.add(AnnotationPart(source, choice, at))
 
     def keep(self, field: str, value: Any, choice: int = 0, at: float | None = None) -> None:
-        """Take a field of no known meaning, unless it said the same before."""
+        """Take a field without a known meaning, unless its value is the same as before."""
         said = hash(repr(value))
         if self._last.get((choice, field)) == said:
             return
@@ -140,7 +140,7 @@ class OtherContent:
         self._joined.add(SignaturePart(Signature(kind=kind, data=data, details=details), choice, at))
 
     def _reasoning_details(self, value: Any, spoken: bool, choice: int, at: float | None) -> None:
-        """Take OpenRouter's form: text (which mostly stands in ``reasoning`` too), signatures, encrypted reasoning."""
+        """Take OpenRouter's form: text (mostly in ``reasoning`` too), signatures, encrypted reasoning."""
         for detail in value if isinstance(value, list) else [value]:
             if not isinstance(detail, dict):
                 continue
@@ -155,7 +155,7 @@ class OtherContent:
                 self._sign(kind, proof, kept, choice, at)
 
     def _thinking_blocks(self, value: Any, choice: int, at: float | None) -> None:
-        """Take LiteLLM's form of Anthropic's blocks; their text stands in ``reasoning_content`` too."""
+        """Take LiteLLM's form of Anthropic's blocks; their text is in ``reasoning_content`` too."""
         for block in value if isinstance(value, list) else [value]:
             if not isinstance(block, dict):
                 continue
@@ -165,7 +165,7 @@ class OtherContent:
                 self._sign("thinking_blocks", proof, {"type": kind}, choice, at)
 
     def _sound(self, value: Any, choice: int, at: float | None) -> None:
-        """Take a chunk of audio: bytes, what is said, and the name under which the provider keeps it."""
+        """Take a chunk of audio: bytes, transcript, and the provider's identifier of it."""
         if not isinstance(value, dict):
             self.keep("audio", value, choice, at)
             return
@@ -196,7 +196,7 @@ def thought_signature(extra_content: Any) -> str | None:
 
 
 def is_thought(extra_content: Any) -> bool:
-    """Tell whether Gemini's compatible endpoint marks a delta's text as a thought."""
+    """Return whether Gemini's compatible endpoint marks a delta's text as a thought."""
     return _google(extra_content).get("thought") is True
 
 

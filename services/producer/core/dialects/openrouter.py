@@ -29,7 +29,7 @@ class OpenRouter(OpenAI):
 def late_usage(body: bytes) -> Usage | None:
     """Return the usage in an answer of ``GET /generation?id=``: native counts, else normalised ones.
 
-    ``None`` while it tells none; counts of nothing at all are none.
+    ``None`` while there is none; all counts zero are none.
     """
     try:
         told = _exact.decode(body)

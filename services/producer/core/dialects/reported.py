@@ -1,4 +1,4 @@
-"""Finds the error in what a provider sends, whatever shape it has."""
+"""Find the error in a provider's event or body, whatever its shape."""
 
 import re
 from typing import Any, Final
@@ -28,7 +28,7 @@ _MESSAGES: Final = (
 _WORDS: Final = ("code", "type", "error_type", "error_code", "errorCode", "status", "reason", "__type", "name")
 _STATUSES: Final = ("status_code", "statusCode", "http_status", "http_code", "status", "code", "error_code")
 _INNER: Final = ("error", "errors", "base_resp", "fault", "exception", "err", "detail", "header", "response")
-# What an event that is not known has where it is an error.
+# Fields that mark an unknown event as an error.
 _SIGNS: Final = (
     "errors",
     "fault",
@@ -61,7 +61,7 @@ class Reported(msgspec.Struct, frozen=True):
 def reported(event: dict[str, Any], known: bool = False) -> Reported | None:
     """Return the error in an event, ``None`` where there is none.
 
-    ``known``: the event has what an answer consists of, so that only an explicit error in it counts.
+    ``known``: the event has fields of an answer, so that only an explicit error in it counts.
     """
     if _TOLD.isdisjoint(event):
         return None
@@ -71,7 +71,7 @@ def reported(event: dict[str, Any], known: bool = False) -> Reported | None:
 
 
 def described(error: Any, depth: int = 0) -> Reported:
-    """Return what an error of any shape says, objects within it first."""
+    """Return the error of any shape, objects within it first."""
     if isinstance(error, list):
         error = next((item for item in error if item), "")
     if not isinstance(error, dict):
@@ -127,7 +127,7 @@ def _implied(event: dict[str, Any]) -> bool:
 
 
 def _validation(details: Any) -> Reported | None:
-    """Return FastAPI's list of what is wrong with a request, joined."""
+    """Return FastAPI's list of errors of a request, joined."""
     if not isinstance(details, list):
         return None
     told = [item for item in details if isinstance(item, dict) and isinstance(item.get("msg"), str)]

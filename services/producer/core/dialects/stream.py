@@ -30,20 +30,20 @@ FAILED_REASONS: Final = frozenset(
         "timeout",
     }
 )
-"""Finish reasons, in lower case, by which servers say that the answer failed."""
+"""Finish reasons, in lower case, of answers that have failed."""
 _PINGS: Final = ("ping", "heartbeat", "keepalive", "keep-alive", "keep_alive")
 _DONE: Final = b"[DONE]"
 _REST_LIMIT: Final = 2_000
-"""Bytes that are kept of what came beside events, for the message of a failure."""
+"""Bytes of input beside events that are kept for the message of a failure."""
 _LONGEST_ARRAY: Final = 10_000
 """Events in one array, so that one read does not take seconds."""
-_LF: Final = 0x0A  # begins the names of what is no event
+_LF: Final = 0x0A  # begins the names of input that is no event
 _ERRORS: Final = (b"error", b"errors", b"exception")
 E = TypeVar("E")
 
 
 class EventParser(ABC, Generic[E]):
-    """Gives each event to `read`, which adds parts to ``joined`` and calls `end` at the end marker.
+    """Pass each event to `read`, which adds parts to ``joined`` and calls `end` at the end marker.
 
     Events are decoded strictly as ``event_type``; one that is refused is read leniently: fields of a wrong type are
     converted or left out with a notice, unless the answer consists of them. Nothing is passed over in silence: an error
@@ -85,12 +85,12 @@ class EventParser(ABC, Generic[E]):
         """Take one event. ``payload``: the same as JSON.
 
         Raises:
-            ValueError: the event is not what the dialect sends.
+            ValueError: the event is none of the dialect.
         """
 
     @abstractmethod
     def whole(self, tree: dict[str, Any]) -> list[dict[str, Any]]:
-        """Return the events of a stream that say what a whole answer does; empty where ``tree`` is none."""
+        """Return the events of a stream that are equivalent to a whole answer; empty where ``tree`` is none."""
 
     def end(self, part: End | UpstreamFailure) -> None:
         """Add the last part; whatever follows is ignored.
@@ -108,7 +108,7 @@ class EventParser(ABC, Generic[E]):
         joined.add(part)
 
     def feed(self, data: bytes) -> list[Part]:
-        """Return what ``data`` completes, adjacent fragments of the same kind joined."""
+        """Return the parts that ``data`` completes, adjacent fragments of one kind joined."""
         if self._ended:
             return []
         try:
@@ -122,7 +122,7 @@ class EventParser(ABC, Generic[E]):
         return self.joined.take()
 
     def finish(self, broken: str = "") -> list[Part]:
-        """Return what is left at the end of the body, with the end or a failure as the last part.
+        """Return the remaining parts at the end of the body, with the end or a failure as the last one.
 
         ``broken``: why the connection broke; empty where the body ended properly. Then a finish reason for each choice
         ends the answer too; without its end marker nothing else does.
@@ -136,7 +136,7 @@ class EventParser(ABC, Generic[E]):
         return self._taken()
 
     def unknown(self, payload: bytes) -> None:
-        """Take an event of no known kind: an error, a whole answer, or what is worth a notice."""
+        """Take an event of no known kind: an error, a whole answer, or an oddity for a notice."""
         tree = loads(payload)
         if not isinstance(tree, dict):
             raise ValueError("an event is no object")
@@ -193,7 +193,7 @@ class EventParser(ABC, Generic[E]):
                 break
 
     def _named(self, name: bytes, payload: bytes) -> None:
-        """Take what its name alone explains: comments, lines beside events, and events that are called errors."""
+        """Take input known by its name alone: comments, lines beside events, and events named as errors."""
         if name == COMMENT:
             self.joined.add(Alive())
         elif name == STRAY:
@@ -223,7 +223,7 @@ class EventParser(ABC, Generic[E]):
             self._unreadable(payload, error)
 
     def _fit(self, tree: dict[str, Any], error: Exception | None = None) -> None:
-        """Take an event whose fields have other types than the dialect says."""
+        """Take an event with fields of other types than the dialect has."""
         try:
             event, payload, left_out, halves = fitted(tree, self.event_type, shape_of(self.event_type))
             if halves and self.joined.halves is None:
@@ -285,13 +285,13 @@ class EventParser(ABC, Generic[E]):
             self.end(cut_off(rest, broken, instead))
 
     def _keep(self, rest: bytes) -> None:
-        """Keep what came beside events; behind a finish reason it stands in the place of the end marker."""
+        """Keep input beside events; behind a finish reason it takes the place of the end marker."""
         self._has_lines = True
         self._trailing = self._trailing or self._closing or bool(self.joined.finished)
         self._remember(rest)
 
     def _remember(self, rest: bytes) -> None:
-        """Keep what was not understood for the message of a failure."""
+        """Keep unreadable input for the message of a failure."""
         if len(self._rest) < _REST_LIMIT:
             self._rest = (self._rest + b"\n" + rest[:_REST_LIMIT]).strip()
 

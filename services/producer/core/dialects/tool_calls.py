@@ -1,6 +1,6 @@
-"""Tells the tool calls of an answer apart, whatever a provider's indexes and ids are worth.
+"""Identify the tool calls of an answer, also where a provider's indexes and ids are unreliable.
 
-OpenAI numbers parallel calls. Servers that speak its form give all calls the index 0, or none; repeat id and name with
+OpenAI numbers parallel calls. Servers with its API send the index 0 for all calls, or none; repeat id and name with
 every fragment, or leave the id empty; send arguments as an object, or nothing where a tool takes no parameters.
 """
 
@@ -21,11 +21,11 @@ _INSIDE: Final = re.compile(r'["\\]')
 
 
 class ToolCalls:
-    """Gives every call an index of its own within its choice: 0, 1 … in the order in which calls begin.
+    """Assign every call an index of its own within its choice: 0, 1 … in the order in which calls begin.
 
     A new id begins a new call; without ids a new name does, or a new object behind complete arguments. A fragment
     without an id belongs to the newest call of the provider's index, or to the call that began last. Id and name are
-    given out once for each call.
+    returned once for each call.
     """
 
     def __init__(self) -> None:
@@ -44,9 +44,9 @@ class ToolCalls:
         beside: bool = False,
         signature: str | None = None,
     ) -> list[ToolCall]:
-        """Return what a provider's fragment is in terms of our indexes; ``index`` is the provider's.
+        """Return a provider's fragment with our index; ``index`` is the provider's.
 
-        ``beside``: it stands in one list behind a fragment of another call, so with a name it begins a call.
+        ``beside``: it follows a fragment of another call in one list, so with a name it begins a call.
 
         Raises:
             ValueError: there are more than `CALLS` calls.
@@ -111,7 +111,7 @@ class ToolCalls:
 class _Call:
     """One call: ``number`` is our index, ``place`` the provider's."""
 
-    __slots__ = ("_said", "arguments", "ended", "id", "name", "number", "place")
+    __slots__ = ("_texts", "arguments", "ended", "id", "name", "number", "place")
 
     def __init__(self, number: int, place: int | None) -> None:
         self.number = number
@@ -120,14 +120,14 @@ class _Call:
         self.name: str | None = None
         self.arguments = _Json()
         self.ended = False
-        self._said: list[str] = []
+        self._texts: list[str] = []
 
     def repeated(self, id_: str, text: str) -> bool:
-        """Tell whether ``text`` is all of the arguments once more, as some servers send them at the end."""
-        return id_ == self.id and self.arguments.complete and bool(text) and text == "".join(self._said)
+        """Return whether ``text`` is all of the arguments once more, as some servers send them at the end."""
+        return id_ == self.id and self.arguments.complete and bool(text) and text == "".join(self._texts)
 
     def fragment(self, id_: str | None, name: str | None, text: str, signature: str | None) -> ToolCall | None:
-        """Return what is new of the call, if anything is."""
+        """Return the new piece of the call, if there is any."""
         new_id = new_name = None
         if id_ is not None and self.id is None:
             self.id = new_id = id_
@@ -135,7 +135,7 @@ class _Call:
             self.name = new_name = name
         if not (text or new_id or new_name or signature):
             return None
-        self._said.append(text)
+        self._texts.append(text)
         return ToolCall(index=self.number, id=new_id, name=new_name, arguments=text, signature=signature)
 
     def end(self) -> list[ToolCall]:
@@ -145,7 +145,7 @@ class _Call:
 
 
 class _Json:
-    """Follows a JSON text over its fragments.
+    """Follow a JSON text over its fragments.
 
     ``blank``: nothing but white space came. ``complete``: an object or list has ended.
     """
@@ -202,13 +202,13 @@ def _find(
                 return call
         return newest if newest is not None and _takes_id(newest, name, text) else None
     if newest is None:
-        # Neither id nor name, under an index that began nothing: it goes on with what has not ended.
+        # Neither id nor name, under an index that began nothing: it continues the open call.
         return calls[-1] if name is None and not calls[-1].arguments.complete else None
     return newest if name is None or newest.name in (None, name) else None
 
 
 def _takes_id(call: _Call, name: str | None, text: str) -> bool:
-    """Tell whether an id that was not seen before comes late for ``call``, or anew with each of its fragments."""
+    """Return whether an id that was not seen before comes late for ``call``, or anew with each of its fragments."""
     if name is not None and call.name not in (None, name):
         return False
     if call.id is None:
@@ -217,7 +217,7 @@ def _takes_id(call: _Call, name: str | None, text: str) -> bool:
 
 
 def _place(index: object) -> int | None:
-    """Return a provider's index, which may be below 0: it only tells calls apart."""
+    """Return a provider's index, which may be below 0: it only identifies calls."""
     return index if isinstance(index, int) else number(index)
 
 

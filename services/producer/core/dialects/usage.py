@@ -1,7 +1,7 @@
 """Usage objects of all providers, in one reading: lenient, and consistent with the provider's own total.
 
-Whatever an object holds, reading it raises nothing: what is no number in range is left out with a reason. Names of
-fields tell how most providers count; where they do not, `UsageRules` of the provider or the total decide.
+Whatever an object holds, reading it raises nothing: a value that is no number in range is omitted with a reason.
+Names of fields show how most providers count; elsewhere `UsageRules` of the provider or the total decide.
 """
 
 import math
@@ -19,7 +19,7 @@ __all__ = ["STANDARD", "UsageReading", "UsageRules", "read_usage", "rules_of", "
 
 
 class UsageRules(msgspec.Struct, frozen=True, kw_only=True):
-    """How a provider counts where names of fields do not tell.
+    """How a provider counts where names of fields do not show it.
 
     ``reasoning_beside``: the output count leaves out reasoning. ``thoughts_in_total``: reasoning is in the total alone.
     ``currency``: of a cost in its usage object; without one a cost means nothing.
@@ -43,7 +43,7 @@ _RULES: Final[dict[str, UsageRules]] = {
 
 
 class UsageReading(NamedTuple):
-    """What an object told: usage, or ``None`` where it tells none, and then why it is of no use."""
+    """The result of reading a usage object: usage, or ``None`` and the reasons."""
 
     usage: Usage | None
     reasons: tuple[str, ...] = ()
@@ -56,7 +56,7 @@ def rules_of(base_url: str) -> UsageRules:
 
 
 class _Shape(NamedTuple):
-    """Names of the input and output counts, and what these leave out: cached tokens, reasoning."""
+    """Names of the input and output counts, and the counts these exclude: cached tokens, reasoning."""
 
     input: str
     output: str
@@ -111,7 +111,7 @@ _ROLES: Final[_Roles] = {
     "completion_tokens_details": _OUTPUT_DETAILS,
     "output_tokens_details": _OUTPUT_DETAILS,
 }
-"""What a count under each name is; below a name that holds an object, again names."""
+"""The meaning of each count by its name; below the name of an object, again names."""
 _COHERE: Final[_Roles] = {
     "billed_units": {"input_tokens": "billed_input", "output_tokens": "billed_output"},
     "tokens": {"input_tokens": "input", "output_tokens": "output"},
@@ -119,7 +119,7 @@ _COHERE: Final[_Roles] = {
 }
 _BILLED: Final[tuple[str, ...]] = ("billed_input", "billed_output")
 _APART: Final = ("cache_read_input_tokens", "cache_creation_input_tokens", "cache_creation")
-"""Beside ``input_tokens`` these are Anthropic's, whose input leaves them out."""
+"""Beside ``input_tokens`` these are Anthropic's, which excludes them from its input."""
 _COSTS: Final = ("cost", "total_cost", "estimated_cost")
 _TEXT: Final = re.compile(r"\s*\+?([0-9]{1,16})(\.0*)?\s*")
 _encoder: Final = msgspec.json.Encoder(decimal_format="number")
@@ -163,9 +163,9 @@ class _Object:
 
 
 def read_usage(raw: object, rules: UsageRules = STANDARD) -> UsageReading:
-    """Return what a provider's usage object tells, normalised.
+    """Read a provider's usage object and normalise it.
 
-    Nothing, and what is empty, tells nothing and is no fault; what has neither a count nor a cost is one.
+    A missing or empty object is no fault; one with neither a count nor a cost is.
     """
     if not raw:
         return UsageReading(None)
@@ -191,7 +191,7 @@ def read_usage(raw: object, rules: UsageRules = STANDARD) -> UsageReading:
 
 
 def together(usages: Iterable[Usage]) -> Usage:
-    """Return the usage of an answer whose choices report theirs one by one: they share the input."""
+    """Sum the usage of choices that report it one by one: they share the input."""
     several = list(usages)
     summed = {
         name: min(MAX_NUMBER, sum(getattr(usage, name) for usage in several))
@@ -204,7 +204,7 @@ def together(usages: Iterable[Usage]) -> Usage:
 
 
 class _Counts(NamedTuple):
-    """Counts as they stand in the object; ``held``: cached tokens and those written to a cache."""
+    """Counts as in the object; ``held``: cached tokens and those written to a cache."""
 
     input: int | None
     output: int | None
@@ -289,14 +289,14 @@ def _fitted(read: _Object, counts: _Counts, apart: bool, beside: bool, thoughts_
 
 
 def _readings(count: int, part: int, left_out: bool) -> list[int]:
-    """Return what a count may mean whose part may be in it or not, the likeliest first."""
+    """Return the possible meanings of a count that may include a part or not, the likeliest first."""
     if count < part:
         return [count + part]
     return [count + part, count] if left_out else [count, count + part]
 
 
 def _cohere(read: _Object) -> dict[str, int] | None:
-    """Return the counts of an object that tells tokens processed and units billed apart."""
+    """Return the counts of an object with separate processed tokens and billed units."""
     counts = {name: read.of(name) or read.of(f"billed_{name}") for name in ("input", "output")}
     billed = {name: read.of(name) for name in _BILLED if name in read.counts}
     if not read.counts:
@@ -332,7 +332,7 @@ def _cost(read: _Object) -> str | None:
 
 
 def _decimal(value: object) -> str | None:
-    """Return a cost as exact decimal text; ``None`` for what is none."""
+    """Return a cost as exact decimal text; ``None`` if it is no cost."""
     if isinstance(value, bool) or not isinstance(value, int | float | str | Decimal):
         return None
     try:

@@ -1,4 +1,4 @@
-"""Whole answers in the place of a stream, as the events that say the same in their dialect's stream."""
+"""Convert whole answers, sent in place of a stream, to the equivalent events of their dialect's stream."""
 
 from typing import Any
 
@@ -57,7 +57,7 @@ def message_events(tree: Tree) -> list[Tree]:
 
 
 def _block(block: Tree) -> list[Tree]:
-    """Return the events of one content block: what streams in deltas is taken out of its start."""
+    """Return the events of one content block: content that streams in deltas is moved out of its start."""
     deltas: list[Tree] = []
     start = dict(block)
     for field, kind in (("text", "text_delta"), ("thinking", "thinking_delta"), ("signature", "signature_delta")):

@@ -1,4 +1,4 @@
-"""What a dialect is, and what all dialects share on the wire."""
+"""The interface of a dialect, and the types that all dialects share on the wire."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ from typing import Any, Final, Protocol
 import msgspec
 
 from services.producer.core.parts import Part, UpstreamFailure
-from services.producer.ports import Call
+from services.producer.ports import UpstreamRequest
 
 __all__ = ["NO_HEADERS", "Dialect", "HttpCall", "Parser", "UntranslatableCall", "endpoint", "post", "translating"]
 
@@ -26,22 +26,22 @@ class HttpCall(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class UntranslatableCall(ValueError):
-    """The call asks for what this provider's API cannot express."""
+    """The request cannot be expressed in this provider's API."""
 
 
 class Parser(Protocol):
-    """Understands one answer."""
+    """Parse one answer."""
 
     def feed(self, data: bytes) -> list[Part]:
-        """Return what ``data`` completes, adjacent fragments of the same kind joined.
+        """Return the parts that ``data`` completes, adjacent fragments of one kind joined.
 
         An ``End`` or an ``UpstreamFailure`` is the last part a parser ever returns; whatever follows is ignored. A
-        ``NoticePart`` is the last part of a list or stands right ahead of the ending.
+        ``NoticePart`` is the last part of a list or directly before the ending.
         """
         ...
 
     def finish(self, broken: str = "") -> list[Part]:
-        """Return what is left at the end of the body; the last part is the ending, unless `feed` has returned it.
+        """Return the remaining parts at the end of the body; the last one is the ending, unless `feed` has returned it.
 
         ``broken``: why the connection broke; empty where the body ended properly.
         """
@@ -49,13 +49,15 @@ class Parser(Protocol):
 
 
 class Dialect(Protocol):
-    """How one kind of provider is asked and understood."""
+    """One kind of provider's API: build its requests and parse its responses."""
 
-    def request(self, call: Call, base_url: str, key: str | None, extra_headers: Mapping[str, str]) -> HttpCall:
+    def request(
+        self, call: UpstreamRequest, base_url: str, key: str | None, extra_headers: Mapping[str, str]
+    ) -> HttpCall:
         """Return the HTTP call that asks for a streamed answer. ``extra_headers`` win over the dialect's own.
 
         Raises:
-            UntranslatableCall: the call asks for what the provider's API cannot express.
+            UntranslatableCall: the request cannot be expressed in the provider's API.
         """
         ...
 
@@ -64,7 +66,7 @@ class Dialect(Protocol):
         ...
 
     def refusal(self, status: int, headers: Mapping[str, str], body: bytes, now: float) -> UpstreamFailure:
-        """Return what an error answer means. ``now``: seconds since 1970, for a ``Retry-After`` that is a date.
+        """Return the failure that an error response means. ``now``: seconds since 1970, for dates in ``Retry-After``.
 
         The message is the provider's own text: it must be scrubbed before it is shown.
         """
@@ -73,7 +75,7 @@ class Dialect(Protocol):
 
 @contextmanager
 def translating() -> Iterator[None]:
-    """Translate within: a parameter of a shape that nobody can translate is the caller's fault, not ours.
+    """Translate within: a parameter of an untranslatable shape is the caller's fault.
 
     Raises:
         UntranslatableCall: something in the call has the wrong type.

@@ -1,4 +1,4 @@
-"""After a log has lost something: closes what is left of generations without their end."""
+"""Repair a log that has lost events: close generations that are left without a terminal."""
 
 import asyncio
 from typing import Final
@@ -12,40 +12,40 @@ from services.kit.jetstream.broker import BrokerUnavailable
 from services.kit.jetstream.logs import Logs
 from services.producer.core.takeover import Begun
 from services.producer.errors import ProducerError
-from services.producer.orphans import Orphans
-from services.producer.relay import LOG_LOST, Outside, read_begun
+from services.producer.lost_requests import LostRequests
+from services.producer.relay import LOG_LOST, RelayContext, read_begun
 
-__all__ = ["Repair"]
+__all__ = ["LogRepair"]
 
 log = structlog.get_logger()
-LOOK_SECONDS: Final = 5.0
+POLL_SECONDS: Final = 5.0
 
 
-class Repair:
-    """Reads a log once that has lost something, and gives each generation an end that has none and that nobody runs.
+class LogRepair:
+    """Read a log that has lost events once, and close each generation that has no terminal and no producer.
 
-    Otherwise their readers would wait for ever: for events behind a hole, or for a terminal that was lost.
+    Their readers would otherwise wait for ever: for events behind a gap, or for a terminal that was lost.
     """
 
-    def __init__(self, outside: Outside, logs: Logs, orphans: Orphans) -> None:
-        self._outside = outside
-        self._broker = outside.broker
+    def __init__(self, context: RelayContext, logs: Logs, lost: LostRequests) -> None:
+        self._context = context
+        self._broker = context.broker
         self._logs = logs
-        self._orphans = orphans
+        self._lost = lost
 
     async def run(self) -> None:
-        """Look until cancelled."""
+        """Poll until cancelled."""
         while True:
-            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.sleep(POLL_SECONDS)
             if not self._broker.is_connected:
                 continue
             try:
-                await self.look()
+                await self.poll()
             except (BrokerUnavailable, ProducerError) as error:
-                log.warning("log not repaired yet", detail=str(error))
+                log.warning("log not repaired", detail=str(error))
 
-    async def look(self) -> None:
-        """Repair the logs that have lost something since they were repaired.
+    async def poll(self) -> None:
+        """Repair the logs that have lost events since their last repair.
 
         Raises:
             BrokerUnavailable: the broker does not answer.
@@ -67,13 +67,13 @@ class Repair:
         open_ = [subject for subject, known in begun.items() if not known.position.ended]
         closed = 0
         for address in _addresses(open_):
-            if not await self._orphans.is_cared_for(address):
-                closed += await self._orphans.close(address, await self._record(address), LOG_LOST)
+            if not await self._lost.has_request(address):
+                closed += await self._lost.close(address, await self._record(address), LOG_LOST)
         log.warning("log repaired", partition=partition, generations=len(begun), closed=closed)
 
     async def _record(self, address: Address) -> GenerationRecord:
         names = (address.tenant, address.session, address.generation)
-        found = await self._outside.records.get(*names)
+        found = await self._context.records.get(*names)
         if found is not None:
             return found
         return GenerationRecord(
@@ -82,7 +82,7 @@ class Repair:
             generation=address.generation,
             state="running",
             model="",
-            created_at=self._outside.clock.wall(),
+            created_at=self._context.clock.wall(),
         )
 
 

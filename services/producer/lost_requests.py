@@ -1,4 +1,4 @@
-"""Closes generations that nobody will run any more: their record is open, and the queue has no request for them."""
+"""Close generations whose request was lost: their record is open, and the queue holds no request for them."""
 
 import asyncio
 from collections.abc import Callable
@@ -17,68 +17,68 @@ from services.kit.jetstream.broker import BrokerUnavailable
 from services.producer import metrics
 from services.producer.adapters.publisher import Lease
 from services.producer.errors import ProducerError
-from services.producer.relay import LOG_LOST, REQUEST_LOST, Outside, Relay
+from services.producer.relay import LOG_LOST, REQUEST_LOST, Relay, RelayContext
 
-__all__ = ["Orphans"]
+__all__ = ["LostRequests"]
 
 log = structlog.get_logger()
-LOOK_SECONDS: Final = 15.0
+POLL_SECONDS: Final = 15.0
 OPEN: Final = 20_000
-"""Bound of open records that are followed, and of those that are looked through when a producer starts."""
+"""Bound of the open records that are followed, and of those that are read when a producer starts."""
 AT_ONCE: Final = 100
 ENDED: Final = frozenset({"completed", "failed", "cancelled", "interrupted"})
-_WHY: Final = {
-    REQUEST_LOST: "the request was lost before a producer had it, or the producer with it",
-    LOG_LOST: "the log has lost what was stored of it",
+_MESSAGES: Final = {
+    REQUEST_LOST: "the request was lost before a producer had it, or together with its producer",
+    LOG_LOST: "the log has lost stored events of it",
 }
 _STREAM: Final = bucket_stream(BUCKET)
 _PREFIX: Final = f"$KV.{BUCKET}."
 
 
-class Orphans:
-    """Follows the look-up records of all generations, and closes what has lost its request.
+class LostRequests:
+    """Follow the look-up records of all generations, and close those that have lost their request.
 
-    A request is lost with files of the queue, or where a start was refused while nobody could say what of it had been
-    stored, and delivery ended before it had taken it back. Each must be seen without a request twice; every producer
-    looks, and the log lets one of them write. ``is_held``: whether something runs here. ``lease`` in seconds.
+    A request is lost with files of the queue; or where a start failed without a known outcome, and delivery ended
+    before it could withdraw it. A generation must be seen without a request twice. Every producer polls, and the log
+    lets one of them write. ``is_held``: whether this process holds a generation's request. ``lease`` in seconds.
     """
 
-    def __init__(self, outside: Outside, is_held: Callable[[Address], bool], lease: float) -> None:
-        self._outside = outside
-        self._broker = outside.broker
+    def __init__(self, context: RelayContext, is_held: Callable[[Address], bool], lease: float) -> None:
+        self._context = context
+        self._broker = context.broker
         self._is_held = is_held
-        self._patience = 2 * lease + LOOK_SECONDS
+        self._patience = 2 * lease + POLL_SECONDS
         self._open: dict[str, GenerationRecord] = {}  # bounded by OPEN
         self._suspects: set[str] = set()
         self._incarnation = ""
         self._seq = 0
 
     async def run(self) -> None:
-        """Look until cancelled."""
+        """Poll until cancelled."""
         while True:
-            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.sleep(POLL_SECONDS)
             if not self._broker.is_connected:
                 continue
             try:
-                await self.look()
+                await self.poll()
             except (BrokerUnavailable, ProducerError) as error:
-                log.warning("open generations not looked at", detail=str(error))
+                log.warning("open generations not checked", detail=str(error))
 
-    async def look(self) -> None:
-        """Take over what has changed in the records, and close what has been without a request twice.
+    async def poll(self) -> None:
+        """Read the changed records, and close generations that were without a request twice.
 
         Raises:
             BrokerUnavailable: the broker does not answer.
             ProducerError: the log does not take a terminal now.
         """
         await self._follow()
-        due = self._outside.clock.wall() - self._patience
+        due = self._context.clock.wall() - self._patience
         old = [name for name, record in self._open.items() if record.created_at < due][:AT_ONCE]
         for name in old:
             record = self._open[name]
-            if await self._has_request(record):
+            if await self.has_request(await self._address(record)):
                 self._suspects.discard(name)
-                self._open[name] = self._open.pop(name)  # the others have their turn first
+                self._open[name] = self._open.pop(name)  # behind the others
             elif name not in self._suspects:
                 self._suspects.add(name)
             else:
@@ -110,11 +110,8 @@ class Orphans:
         elif subject in self._open or len(self._open) < OPEN:
             self._open[subject] = record
 
-    async def _has_request(self, record: GenerationRecord) -> bool:
-        return await self.is_cared_for(await self._address(record))
-
-    async def is_cared_for(self, address: Address) -> bool:
-        """Tell whether a generation's request waits or runs.
+    async def has_request(self, address: Address) -> bool:
+        """Return whether a generation's request waits in the queue or runs here.
 
         Raises:
             BrokerUnavailable: the broker does not answer.
@@ -124,9 +121,9 @@ class Orphans:
         return await self._broker.count(REQUESTS, f"{REQUESTS_PREFIX}.*.{address.generation}") > 0
 
     async def _address(self, record: GenerationRecord) -> Address:
-        """Return where a generation's events are; where the number of partitions puts them, if there are none."""
+        """Return the address of a generation's events; without any, the one that the number of partitions gives."""
         names = (record.tenant, record.session, record.generation)
-        likely = partition_of(record.tenant, record.session, self._outside.partitions)
+        likely = partition_of(record.tenant, record.session, self._context.partitions)
         for partition in (likely, *(p for p in await self._broker.partitions() if p != likely)):
             address = Address.at(partition, *names)
             if await self._broker.last(token_stream(partition), token_subject(address)) is not None:
@@ -138,14 +135,14 @@ class Orphans:
         if not await self.close(address, record, REQUEST_LOST):
             terminal = await self._terminal(address)
             if terminal is not None:
-                self._outside.records.put(_ended(record, terminal))
+                self._context.records.put(_ended(record, terminal))
 
     async def close(self, address: Address, record: GenerationRecord, code: str) -> bool:
-        """Write a terminal; ``False`` when there is one already.
+        """Append a terminal; return ``False`` if there is one already.
 
         Raises:
             BrokerUnavailable: the broker does not answer.
-            ProducerError: the log does not take it now, or somebody else has written.
+            ProducerError: the log does not take it now, or another producer has written.
         """
         request = Request(
             tenant=record.tenant,
@@ -157,7 +154,7 @@ class Orphans:
             created_at=record.created_at,
         )
         lease = Lease(asyncio.get_running_loop().time() + self._patience)
-        closed = await Relay(request, 1, lease, self._outside).close_lost(record, code, _WHY[code])
+        closed = await Relay(request, 1, lease, self._context).close_lost(record, code, _MESSAGES[code])
         if closed:
             metrics.ORPHANS.labels(code).inc()
             log.error("generation closed", session=record.session, generation=record.generation, code=code)

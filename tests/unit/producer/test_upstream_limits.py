@@ -1,4 +1,4 @@
-"""Limits of an upstream: places, rate, and the order of those who wait."""
+"""Limits of an upstream: concurrent streams, rate, and the order in which waiting calls are admitted."""
 
 import asyncio
 import itertools
@@ -10,26 +10,28 @@ import pytest
 from prometheus_client import REGISTRY
 
 from schemas.requests import Priority
-from services.producer import gate as module
-from services.producer.gate import Gate, Gates
+from services.producer import upstream_limits as module
+from services.producer.upstream_limits import UpstreamLimiter, UpstreamLimits
 from tests.conftest import eventually
 
 _NAMES = itertools.count()
 
 
 class Passing:
-    """Passes a gate in a task of its own and stays until told."""
+    """Holds a slot in a task of its own until `leave`."""
 
-    def __init__(self, gate: Gate, name: str, entered: list[str], priority: Priority, since: float) -> None:
+    def __init__(
+        self, limiter: UpstreamLimiter, name: str, entered: list[str], priority: Priority, since: float
+    ) -> None:
         self.name = name
         self.inside = False
-        self._gate = gate
+        self._limiter = limiter
         self._entered = entered
         self._leave = asyncio.Event()
         self.task = asyncio.create_task(self._run(priority, since))
 
     async def _run(self, priority: Priority, since: float) -> None:
-        async with self._gate.passing(priority, since):
+        async with self._limiter.slot(priority, since):
             self._entered.append(self.name)
             self.inside = True
             try:
@@ -47,15 +49,15 @@ class Passing:
 
 
 class Crowd:
-    """Who has come to one gate, and in which order they went in."""
+    """The calls at one limiter, and the order in which they were admitted."""
 
-    def __init__(self, gate: Gate) -> None:
-        self.gate = gate
+    def __init__(self, limiter: UpstreamLimiter) -> None:
+        self.limiter = limiter
         self.entered: list[str] = []
         self.all: list[Passing] = []
 
     async def come(self, name: str, priority: Priority = "interactive", since: float = 0.0) -> Passing:
-        one = Passing(self.gate, name, self.entered, priority, since)
+        one = Passing(self.limiter, name, self.entered, priority, since)
         self.all.append(one)
         await settled()
         return one
@@ -68,24 +70,24 @@ async def settled() -> None:
 
 @asynccontextmanager
 async def crowd(max_streams: int | None, per_minute: int | None = None) -> AsyncIterator[Crowd]:
-    name = f"gate-{next(_NAMES)}"
-    made = Crowd(Gate(name, max_streams, per_minute))
-    made.gate_name = name  # type: ignore[attr-defined]  # for the gauge alone
+    name = f"limited-{next(_NAMES)}"
+    made = Crowd(UpstreamLimiter(name, max_streams, per_minute))
+    made.provider = name  # type: ignore[attr-defined]  # for the gauge alone
     try:
         yield made
     finally:
         for one in made.all:
             await one.cancel()
-        assert made.gate._running == 0
+        assert made.limiter._running == 0
         assert waiting(made) == 0
 
 
 def waiting(who: Crowd) -> float:
-    name: str = who.gate_name  # type: ignore[attr-defined]  # set above
+    name: str = who.provider  # type: ignore[attr-defined]  # set above
     return REGISTRY.get_sample_value("tailrace_producer_gate_waiting", {"provider": name}) or 0.0
 
 
-async def test_no_more_pass_than_there_are_places() -> None:
+async def test_no_more_calls_run_than_the_limit_allows() -> None:
     async with crowd(2) as who:
         first, _second, _third = await who.come("a"), await who.come("b"), await who.come("c")
         assert who.entered == ["a", "b"]
@@ -94,14 +96,14 @@ async def test_no_more_pass_than_there_are_places() -> None:
         assert who.entered == ["a", "b", "c"]
 
 
-async def test_without_limits_everybody_passes() -> None:
+async def test_without_limits_all_calls_are_admitted() -> None:
     async with crowd(None) as who:
         for number in range(100):
             await who.come(str(number))
         assert len(who.entered) == 100
 
 
-async def test_who_waits_goes_in_by_priority_then_age_then_arrival() -> None:
+async def test_waiting_calls_are_admitted_by_priority_then_age_then_arrival() -> None:
     async with crowd(1) as who:
         first = await who.come("first")
         await who.come("batch old", "batch", 1.0)
@@ -117,7 +119,7 @@ async def test_who_waits_goes_in_by_priority_then_age_then_arrival() -> None:
         assert who.entered == ["first", "old", "old too", "young", "batch old", "batch young"]
 
 
-async def test_the_gauge_tells_who_waits() -> None:
+async def test_the_gauge_counts_waiting_calls() -> None:
     async with crowd(1) as who:
         first = await who.come("a")
         other = await who.come("b")
@@ -131,16 +133,16 @@ async def test_the_gauge_tells_who_waits() -> None:
         assert other.inside
 
 
-async def test_who_gives_up_waiting_takes_no_place_and_leaves_no_trace() -> None:
+async def test_a_cancelled_waiting_call_leaves_no_trace() -> None:
     async with crowd(1) as who:
         await who.come("a")
         for number in range(100):
             gone = await who.come(f"gone {number}", "batch", float(number))
             await gone.cancel()
-        assert len(who.gate._waiting) == 0
+        assert len(who.limiter._waiting) == 0
 
 
-async def test_who_is_let_in_and_cancelled_at_once_frees_the_place_once() -> None:
+async def test_a_call_admitted_and_cancelled_at_once_frees_its_slot_once() -> None:
     async with crowd(1) as who:
         first = await who.come("a")
         second = await who.come("b")
@@ -151,7 +153,7 @@ async def test_who_is_let_in_and_cancelled_at_once_frees_the_place_once() -> Non
         second.task.cancel()
         await settled()
         assert [one.inside for one in (second, third, fourth)].count(True) == 1
-        assert who.gate._running == 1
+        assert who.limiter._running == 1
 
 
 async def test_calls_of_a_minute_are_bounded_and_come_back_with_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +167,7 @@ async def test_calls_of_a_minute_are_bounded_and_come_back_with_time(monkeypatch
         await eventually(lambda: who.entered == ["a", "b", "c", "late", "later"])
 
 
-async def test_who_waits_for_the_minute_is_let_in_by_priority(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_calls_waiting_for_the_rate_are_admitted_by_priority(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_MINUTE", 0.5)
     async with crowd(None, per_minute=1) as who:
         await who.come("a")
@@ -176,7 +178,7 @@ async def test_who_waits_for_the_minute_is_let_in_by_priority(monkeypatch: pytes
 
 
 @pytest.mark.parametrize("seed", range(30))
-async def test_whatever_comes_leaves_and_is_cancelled_places_are_never_exceeded_nor_lost(seed: int) -> None:
+async def test_slots_are_never_exceeded_nor_lost_whatever_comes_leaves_and_is_cancelled(seed: int) -> None:
     rng = random.Random(seed)
     places = rng.randint(1, 4)
     async with crowd(places) as who:
@@ -184,7 +186,7 @@ async def test_whatever_comes_leaves_and_is_cancelled_places_are_never_exceeded_
             match rng.random():
                 case x if x < 0.5:
                     priority: Priority = rng.choice(["interactive", "batch"])
-                    who.all.append(Passing(who.gate, str(step), who.entered, priority, rng.random()))
+                    who.all.append(Passing(who.limiter, str(step), who.entered, priority, rng.random()))
                 case x if x < 0.75 and who.all:
                     rng.choice(who.all)._leave.set()
                 case _ if who.all:
@@ -198,7 +200,7 @@ async def test_whatever_comes_leaves_and_is_cancelled_places_are_never_exceeded_
         assert waiting(who) == waits
 
 
-def test_a_provider_has_one_gate() -> None:
-    gates = Gates()
-    assert gates.of("p", 1, None) is gates.of("p", 1, None)
-    assert gates.of("p", 1, None) is not gates.of("q", 1, None)
+def test_a_provider_has_one_limiter() -> None:
+    limits = UpstreamLimits()
+    assert limits.of("p", 1, None) is limits.of("p", 1, None)
+    assert limits.of("p", 1, None) is not limits.of("q", 1, None)

@@ -1,4 +1,4 @@
-"""Looks after the work queue's consumers: one whose position is beyond the queue would give nothing to anybody."""
+"""Repair the work queue's consumers: one whose position is beyond the queue would deliver nothing."""
 
 import asyncio
 from collections.abc import Sequence
@@ -11,41 +11,41 @@ from services.kit.jetstream.broker import Broker, BrokerUnavailable
 from services.kit.jetstream.consumer import Durables
 from services.kit.jetstream.errors import APIError
 
-__all__ = ["QueueCare"]
+__all__ = ["QueueRepair"]
 
 log = structlog.get_logger()
-LOOK_SECONDS: Final = 5.0
+POLL_SECONDS: Final = 5.0
 
 
-class QueueCare:
-    """Makes a lane's consumer anew when it is missing, or has passed requests over that the queue still holds.
+class QueueRepair:
+    """Recreate a lane's consumer that is missing, or has skipped requests that the queue still holds.
 
-    That happens when the queue's files are damaged: the broker then uses stream sequences again that its consumer has
-    behind it. Requests that run are then given once more; who runs them takes no notice, and the log decides elsewhere.
+    Damaged queue files cause that: the broker then reuses stream sequences that the consumer has passed. Running
+    requests are delivered once more; their producer ignores that, and anywhere else the log decides.
     """
 
     def __init__(self, broker: Broker, lanes: Sequence[ConsumerSpec]) -> None:
         self._broker = broker
         self._lanes = lanes
         self._durables = Durables(broker)
-        self._passed: set[str] = set()  # consumers that seemed to have passed requests over when looked at last
+        self._passed: set[str] = set()  # consumers that seemed to have skipped requests at the last check
 
     async def run(self) -> None:
-        """Look at the consumers until cancelled."""
+        """Check the consumers until cancelled."""
         while True:
             if self._broker.is_connected:
                 for lane in self._lanes:
                     await self._try(lane)
-            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.sleep(POLL_SECONDS)
 
     async def _try(self, lane: ConsumerSpec) -> None:
         try:
-            await self.look(lane)
+            await self.check(lane)
         except (BrokerUnavailable, APIError) as error:
-            log.warning("queue not looked at", consumer=lane.durable, detail=str(error))
+            log.warning("queue not checked", consumer=lane.durable, detail=str(error))
 
-    async def look(self, lane: ConsumerSpec) -> None:
-        """Look at one lane's consumer.
+    async def check(self, lane: ConsumerSpec) -> None:
+        """Check one lane's consumer; recreate it if it has skipped requests at two checks in a row.
 
         Raises:
             BrokerUnavailable: the broker does not answer.
@@ -62,7 +62,7 @@ class QueueCare:
         if waiting <= known:
             self._passed.discard(lane.durable)
         elif lane.durable not in self._passed:
-            self._passed.add(lane.durable)  # requests come and go while this looks: it must be seen twice
+            self._passed.add(lane.durable)  # requests come and go meanwhile: it must be seen twice
         else:
             self._passed.discard(lane.durable)
             await self._durables.reset(lane)

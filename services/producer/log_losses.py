@@ -1,4 +1,4 @@
-"""Finds out, whenever the broker is back, whether the log has lost events of answers that run here."""
+"""Detect that the log has lost acknowledged events of running answers, after each reconnection to the broker."""
 
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
@@ -11,32 +11,32 @@ from services.kit.jetstream.logs import Logs
 from services.producer.errors import TryAgain
 from services.producer.relay import Relay
 
-__all__ = ["Losses"]
+__all__ = ["LogLosses"]
 
 log = structlog.get_logger()
 AT_ONCE: Final = 16
-LOOK_SECONDS: Final = 1.0
-"""How often the logs of what runs are looked at: what is stored later than that shows itself when an answer ends."""
+POLL_SECONDS: Final = 1.0
+"""Interval of the checks. The relay compares once more when an answer ends."""
 
 
-class Losses:
-    """Compares what the log has acknowledged of running answers with what it holds, after each reconnection.
+class LogLosses:
+    """Compare what the log has acknowledged of running answers with what it holds.
 
-    A log that lost acknowledged events would keep a hole that no reader gets over: such an answer is taken up again
-    from what is left, as if its producer had been lost.
+    A log that lost acknowledged events has a gap that no reader can pass: such an answer is interrupted and taken over
+    from what is left, as after the loss of its producer.
     """
 
     def __init__(self, broker: Broker, running: Callable[[], Sequence[Relay]]) -> None:
         self._broker = broker
         self._running = running
         self.logs = Logs(broker)
-        self._incarnations: dict[int, str] = {}  # of the logs of what has run here
+        self._incarnations: dict[int, str] = {}  # of the logs that something has run in
 
     async def run(self) -> None:
-        """Look at the logs, and compare after each reconnection, until cancelled."""
+        """Check the incarnations of the logs, and compare after each change or reconnection, until cancelled."""
         compared = self._broker.reconnects
         while True:
-            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.sleep(POLL_SECONDS)
             connection, relays = self._broker.reconnects, list(self._running())
             if not self._broker.is_connected or not relays:
                 continue
@@ -46,10 +46,10 @@ class Losses:
                     await self._compare(relays, changed)
                 compared = connection
             except (BrokerUnavailable, TryAgain) as error:
-                log.warning("running answers not compared with the log yet", detail=str(error))
+                log.warning("running answers not compared with the log", detail=str(error))
 
     async def learn(self, partition: int) -> None:
-        """Note the incarnation of a log before something runs in it.
+        """Record the incarnation of a log before a generation runs in it.
 
         Raises:
             BrokerUnavailable: the broker does not answer.
@@ -58,7 +58,7 @@ class Losses:
             self._incarnations[partition] = (await self.logs.state(partition)).incarnation
 
     async def _changed(self, partitions: Iterable[int]) -> set[int]:
-        """Return the partitions whose log is another one than before, or has lost something."""
+        """Return the partitions whose log has another incarnation than before."""
         changed = set()
         for partition in partitions:
             known, now = self._incarnations.get(partition), (await self.logs.state(partition)).incarnation

@@ -1,0 +1,112 @@
+"""Background tasks, calls that are shared by key, and waits with a time limit."""
+
+import asyncio
+
+import pytest
+import structlog.testing
+
+from services.kit.tasks import BackgroundTasks, SingleFlight, wait_for_event
+
+
+async def test_background_tasks_are_counted_until_they_end() -> None:
+    tasks, go_on = BackgroundTasks(), asyncio.Event()
+    tasks.start(go_on.wait(), name="one")
+    assert (len(tasks), [task.get_name() for task in tasks]) == (1, ["one"])
+    go_on.set()
+    await tasks.wait()
+    await asyncio.sleep(0)
+    assert len(tasks) == 0
+
+
+async def test_waiting_for_background_tasks_ends_with_its_time() -> None:
+    tasks = BackgroundTasks()
+    task = tasks.start(asyncio.Event().wait(), name="endless")
+    await tasks.wait(0.01)
+    assert not task.done()
+    await tasks.close()
+    assert task.cancelled()
+
+
+async def test_a_failed_background_task_is_logged_with_its_name() -> None:
+    async def fail() -> None:
+        raise ValueError("no luck")
+
+    tasks = BackgroundTasks()
+    with structlog.testing.capture_logs() as logs:
+        tasks.start(fail(), name="unlucky")
+        await tasks.wait()
+        await asyncio.sleep(0)
+    assert [(entry["event"], entry["task"]) for entry in logs] == [("background task failed", "unlucky")]
+
+
+async def test_callers_with_one_key_share_one_call() -> None:
+    flight: SingleFlight[str, int] = SingleFlight()
+    started: list[str] = []
+    go_on = asyncio.Event()
+
+    async def call(key: str) -> int:
+        started.append(key)
+        await go_on.wait()
+        return len(started)
+
+    callers = [asyncio.create_task(flight.run(key, lambda key=key: call(key))) for key in ("a", "a", "b")]
+    await asyncio.sleep(0.01)
+    go_on.set()
+    assert await asyncio.gather(*callers) == [2, 2, 2]
+    assert started == ["a", "b"]
+    assert await flight.run("a", lambda: call("a")) == 3
+
+
+async def test_a_cancelled_caller_leaves_the_call_to_the_others() -> None:
+    flight: SingleFlight[str, str] = SingleFlight()
+    go_on = asyncio.Event()
+
+    async def call() -> str:
+        await go_on.wait()
+        return "answer"
+
+    first, second = (asyncio.create_task(flight.run("k", call)) for _ in range(2))
+    await asyncio.sleep(0)
+    first.cancel()
+    await asyncio.gather(first, return_exceptions=True)
+    go_on.set()
+    assert first.cancelled()
+    assert await second == "answer"
+
+
+async def test_every_caller_gets_the_failure_of_a_shared_call() -> None:
+    flight: SingleFlight[str, None] = SingleFlight()
+
+    async def fail() -> None:
+        await asyncio.sleep(0)
+        raise ValueError("no luck")
+
+    results = await asyncio.gather(*(flight.run("k", fail) for _ in range(3)), return_exceptions=True)
+    assert [type(result) for result in results] == [ValueError] * 3
+
+
+async def test_closing_cancels_shared_calls() -> None:
+    flight: SingleFlight[str, bool] = SingleFlight()
+    caller = asyncio.create_task(flight.run("k", asyncio.Event().wait))
+    await asyncio.sleep(0)
+    await flight.close()
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+
+
+async def test_waiting_for_an_event_tells_whether_it_is_set() -> None:
+    event = asyncio.Event()
+    assert await wait_for_event(event, 0.01) is False
+    asyncio.get_running_loop().call_later(0.01, event.set)
+    assert await wait_for_event(event, 10.0) is True
+    assert await wait_for_event(event, 0.0) is True
+
+
+async def test_a_cancellation_that_meets_the_event_is_not_lost() -> None:
+    event = asyncio.Event()
+    waiting = asyncio.create_task(wait_for_event(event, 10.0))
+    await asyncio.sleep(0)
+    event.set()
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    assert waiting.cancelled()

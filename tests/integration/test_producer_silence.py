@@ -174,7 +174,7 @@ async def test_a_request_that_is_on_its_way_when_a_producer_stops_is_given_to_an
     async with Broker.connect(own_nats.url, "test") as broker, Broker.connect(own_nats.url, "test") as far:
         await broker.apply(Topology(ack_wait=600.0))
         async with producing(far, lease=600.0) as worker:
-            await eventually(lambda: worker._lanes[0]._asked > 0)
+            await eventually(lambda: worker._lanes[0]._pulling is not None)
             await pulls_have_arrived(broker)
             late = asyncio.Event()
             hold_arrivals(far, late, monkeypatch)

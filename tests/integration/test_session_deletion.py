@@ -271,14 +271,16 @@ async def test_what_was_put_aside_of_it_goes_too(stage: Stage, broker: Broker, l
     assert await broker.subjects(CONSUMERS, "consumers.>") == []
 
 
-@pytest.mark.parametrize("step", ["_bury", "_purge", "_forget_dead"])
+@pytest.mark.parametrize(
+    ("of", "step"), [(deleting.Deletion, "_bury"), (Broker, "purge"), (deleting.Deletion, "_forget_dead")]
+)
 async def test_a_deletion_that_was_interrupted_is_finished_by_repeating_it(
-    stage: Stage, broker: Broker, log: Log, monkeypatch: pytest.MonkeyPatch, step: str
+    stage: Stage, broker: Broker, log: Log, monkeypatch: pytest.MonkeyPatch, of: type, step: str
 ) -> None:
     for name in ("g1", "g2", "g3"):
         await answered(stage, log, name)
     await _nobody_bills(stage)
-    original, calls = getattr(deleting.Deletion, step), 0
+    original, calls = getattr(of, step), 0
 
     async def fails_the_second_time(self: Any, *arguments: Any) -> Any:
         nonlocal calls
@@ -287,7 +289,7 @@ async def test_a_deletion_that_was_interrupted_is_finished_by_repeating_it(
             raise BrokerUnavailable("gone")
         return await original(self, *arguments)
 
-    monkeypatch.setattr(deleting.Deletion, step, fails_the_second_time)
+    monkeypatch.setattr(of, step, fails_the_second_time)
     assert (await delete(stage)).status_code == 503
     monkeypatch.undo()
     assert (await delete(stage)).status_code == 204

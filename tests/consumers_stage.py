@@ -12,6 +12,7 @@ from litestar import Litestar, asgi
 from bench.processes import free_port
 from schemas.topology import Topology
 from services.delivery.app import Replica
+from services.delivery.consumers.registry import Consumers
 from services.delivery.http.consumer_events import ConsumerEvents
 from services.delivery.http.consumers import consumers_router
 from services.delivery.settings import Settings
@@ -32,9 +33,13 @@ class Stage:
     def __init__(self, url: str, replica: Replica, http: httpx.AsyncClient) -> None:
         self.url = url
         self.replica = replica
-        self.consumers = replica.consumers
         self.http = http
         self.principal: Principal | None = Principal(tenant=TENANT)
+
+    @property
+    def consumers(self) -> Consumers:
+        """The replica's durable consumers."""
+        return self.replica.consumers
 
 
 @asynccontextmanager

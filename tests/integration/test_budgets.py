@@ -15,7 +15,7 @@ from schemas.requests import Announcement, GenerationRecord, Request
 from schemas.topology import REGISTRY_BUCKET
 from services.billing.adapters.budgets import Budgets
 from services.billing.adapters.prices import Prices
-from services.billing.admission import BudgetReservations
+from services.billing.admission import Admission
 from services.billing.core.budgets import Budget
 from services.billing.core.reconciliation import Policy
 from services.billing.terms import CurrentTerms
@@ -32,7 +32,7 @@ from tests.pipeline import ask, ended_log, producing
 class Pipeline:
     """Delivery, a producer and billing, and the budgets between them."""
 
-    def __init__(self, stage: Stage, broker: Broker, budgets: Budgets, admission: BudgetReservations) -> None:
+    def __init__(self, stage: Stage, broker: Broker, budgets: Budgets, admission: Admission) -> None:
         self.stage = stage
         self.broker = broker
         self.budgets = budgets
@@ -66,7 +66,7 @@ async def pipeline(nats: str, folder: Path, **settings: Any) -> AsyncIterator[Pi
         producing(broker, slots=200),
     ):
         budgets = Budgets(run.ledger.engine)
-        admission = BudgetReservations(broker, budgets, CurrentTerms(Prices(run.ledger.engine)), clock, keep=3_600)
+        admission = Admission(broker, budgets, CurrentTerms(Prices(run.ledger.engine)), clock, keep=3_600)
         task = asyncio.create_task(admission.run(stop))
         try:
             yield Pipeline(stage, broker, budgets, admission)

@@ -139,7 +139,7 @@ async def test_a_replica_that_is_killed_loses_nothing_and_another_one_goes_on(
         replica(nats_url, tmp_path) as (two, _),
         httpx.AsyncClient(timeout=20) as http,
     ):
-        stages = [Stage(url, None, None, http) for url in (one, two)]  # type: ignore[arg-type]  # only called over HTTP
+        stages = [Stage(url, None, http) for url in (one, two)]  # type: ignore[arg-type]  # only called over HTTP
         doomed, left = (Service(stage) for stage in stages)
         await doomed.created(ack_wait=1.0)
         await log.append(*story("g1", 20))

@@ -43,7 +43,7 @@ async def test_a_request_that_arrives_after_its_lease_is_left_to_the_producer_th
     ):
         lane = late._lanes[0]
         earlier = lane._asked_at
-        await eventually(lambda: lane._asked_at > earlier and lane._asked > 0)  # a pull that waits for half a second
+        await eventually(lambda: lane._asked_at > earlier and lane._pulling.is_open())  # it waits for half a second
         link.hold()
         await enqueue(broker, request)
         await eventually(lambda: in_delivery(broker))

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 
 import httpx
+import msgspec
 import pytest
 
 from schemas.events import AnyEvent
@@ -133,6 +134,34 @@ def lose(stage: Stage, rng: random.Random) -> None:
         return await original(subject, sometimes)
 
     stage.broker.listen = lossy  # type: ignore[method-assign,assignment]
+
+
+async def test_a_lost_start_is_shown_when_a_later_loss_of_another_answer_is_read_first(
+    broker: Broker, nats_server: NatsServer
+) -> None:
+    """Reading from behind the loss of one answer meets the other one in its middle."""
+    log, one, two = Log(broker), story("g1", 8), story("g2", 3)
+    order = [*one[:3], two[0], *one[3:5], two[1], one[5], *two[2:], *one[6:]]
+    lost = {("g2", 0), ("g1", 4), ("g2", 1)}
+    async with delivering(nats_server.url) as stage:
+        original = stage.broker.listen
+
+        async def lossy(subject: str, arrival):  # type: ignore[no-untyped-def]
+            def without_lost(subject: str, data: bytes, headers: bytes) -> None:
+                event = msgspec.json.decode(data)
+                if (event["generation"], event["seq"]) not in lost:
+                    arrival(subject, data, headers)
+
+            return await original(subject, without_lost)
+
+        stage.broker.listen = lossy  # type: ignore[method-assign,assignment]
+        reader = stage.events(**{"from": "start"})
+        async with asyncio.timeout(20), reader.connected() as connection:
+            for event in order:
+                await log.append(event)
+            assert await connection.count(len(order))
+        assert per_generation(reader.events) == per_generation(order)
+        assert reader.ids == sorted(reader.ids)
 
 
 async def test_start_of_an_answer_that_gets_lost_is_read_from_the_log(broker: Broker, nats_server: NatsServer) -> None:

@@ -83,7 +83,6 @@ class Feed:
         self._last_seq = 0
         self._on_subject: dict[str, int] = {}  # last stream sequence seen of each generation …
         self._since = 0  # … that has any above this one
-        self._begins_behind = 0  # the stream sequence behind which the feed has to show everything
         # Live messages, each with the sequence before it on its subject, that wait for a read-back; None when in step.
         self._behind: deque[tuple[Stored, int]] | None = deque()
         self._overflowed = False
@@ -363,25 +362,29 @@ class Feed:
         self._views = Views(self.tail, self.address, self._clock, self._max_bytes)
         self._reader.positions = Positions()
         self._on_subject.clear()
-        self._last_seq = self._since = self._begins_behind = floor
+        self._last_seq = self._since = floor
 
     async def _read_from(self, start: int) -> None:
         """Take what the log keeps of the session from the stream sequence ``start`` on.
 
-        A generation that is met here for the first time may have begun between the feed's own beginning and ``start``:
-        its first live message was lost then, and is taken before the others.
+        Live messages of a generation that is met here may have been lost before ``start``; they are taken first.
+        Without them the rule would drop what follows, and nothing would show the hole again.
         """
+        met: set[str] = set()  # bounded by what is read
         async for batch in self._broker.read(self._reader.stream, self._reader.filter, start):
             for stored in batch:
                 generation = stored.subject.rsplit(".", 1)[-1]
-                if start > self._begins_behind + 1 and not self._reader.positions.knows(generation):
-                    await self._take_beginning(stored.subject, stored.seq - 1)
+                if generation not in met:
+                    met.add(generation)
+                    await self._take_earlier(stored.subject, self._on_subject.get(generation, self._since), start)
                 await self._take(stored)
 
-    async def _take_beginning(self, subject: str, up_to: int) -> None:
-        async for batch in self._broker.read(self._reader.stream, subject, self._begins_behind + 1, up_to=up_to):
-            for stored in batch:
-                await self._take(stored)
+    async def _take_earlier(self, subject: str, known: int, start: int) -> None:
+        """Take a generation's messages between the stream sequences ``known`` and ``start``, both excluded."""
+        if start > known + 1:
+            async for batch in self._broker.read(self._reader.stream, subject, known + 1, up_to=start - 1):
+                for stored in batch:
+                    await self._take(stored)
 
     async def _look_for_loss(self) -> None:
         """Find out whether events have expired before they were read here: a takeover may have been among them."""

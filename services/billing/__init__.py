@@ -1,1 +1,1 @@
-"""Billing: settles every generation of the log against what its provider reported, and answers what was used."""
+"""Billing: settles every generation of the log against its provider report, and serves the usage."""

@@ -27,7 +27,7 @@ __all__ = ["Live", "LiveTotals", "live_usage"]
 
 log = structlog.get_logger()
 PERIOD: Final = 0.4
-"""Seconds between two looks at the database; the counts there are at most half a second old."""
+"""Seconds between two reads of the database; the counts there are at most half a second old."""
 LISTENERS: Final = 1_000
 HEARTBEAT: Final = 15.0
 

@@ -1,4 +1,4 @@
-"""Usage beyond what was reserved for it: counted, logged, and an alarm where it has passed a hard limit."""
+"""Usage beyond its reservation: counted, logged, and an alarm where it has passed a hard limit."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""The terms by which a running service settles: its settings, and the price book as the database has it."""
+"""The terms by which a running service settles: its settings, and the price book in the database."""
 
 from services.billing.adapters.prices import Prices
 from services.billing.core.charging import Charging

@@ -1,4 +1,4 @@
-"""How long to wait before trying again. Pure."""
+"""Compute backoff delays for restarts and reconnects. Pure."""
 
 from typing import Final
 
@@ -14,7 +14,7 @@ def restart_delay(crashes: int) -> float:
 
 
 def reconnect_delay(failures: int, chance: float) -> float:
-    """Return the seconds to wait after so many (1, 2 …) lost connections in a row.
+    """Return the seconds to wait after the given number (1, 2 …) of lost connections in a row.
 
     ``chance`` in 0…1, a random number, spreads the clients of a service that comes back.
     """

@@ -1,4 +1,4 @@
-"""How much the data folder holds, and how much room is left."""
+"""Measure the size of the data folder and the free space on its disk."""
 
 import os
 import shutil
@@ -9,7 +9,7 @@ __all__ = ["DiskUse", "disk_use", "human_bytes"]
 
 
 class DiskUse(NamedTuple):
-    """Sizes in bytes: what ``folder`` holds, and what is free on its file system."""
+    """Sizes in bytes: ``used`` by ``folder``, ``free`` and ``total`` of its file system."""
 
     folder: str
     used: int
@@ -17,7 +17,7 @@ class DiskUse(NamedTuple):
     total: int
 
     def text(self) -> str:
-        """Return it as a person reads it."""
+        """Return the sizes as text for a person."""
         return f"{human_bytes(self.used)} used, {human_bytes(self.free)} free of {human_bytes(self.total)}"
 
 

@@ -1,4 +1,4 @@
-"""Becomes another program that the kernel kills when the process that started it dies.
+"""Become another program that the kernel kills when the process that started it dies.
 
 Run as a file by a bare interpreter: ``python -I -S leash.py <pid of the starter> <program> <arguments…>``. A child that
 is forked and prepared inside the starter would need Python code between fork and exec, which may deadlock; a program

@@ -1,4 +1,4 @@
-"""Why numbers differ, as far as what is known of a generation tells."""
+"""Find the reasons why the counted and reported usage of a generation differ."""
 
 from collections.abc import Iterator
 from typing import Final
@@ -26,9 +26,9 @@ _CUT_OFF: Final = "upstream_cut_off"
 
 
 def explain(g: Generation, policy: Policy) -> str:
-    """Return the reasons found for what ``g`` is short of being matched, by commas, in the order of `REASONS`.
+    """Return the reasons why ``g`` is not matched, separated by commas, in the order of `REASONS`.
 
-    A match tells only what is wrong with the report itself.
+    A matched generation has only the reasons that its usage report names.
     """
     if g.status in ("running", "awaiting_provider"):
         return ""
@@ -59,7 +59,7 @@ def _reasons(g: Generation, usage: Usage | None, tolerance: Tolerance) -> Iterat
 
 
 def _hidden(g: Generation, usage: Usage, tolerance: Tolerance) -> bool:
-    """Tell whether the output agrees once reasoning that was never streamed is left out."""
+    """Return whether the output agrees once reasoning that was never streamed is left out."""
     if not usage.reasoning or tolerance.agree(g.counted_output, usage.output):
         return False
     return g.counted_output < usage.output and tolerance.agree(
@@ -68,7 +68,7 @@ def _hidden(g: Generation, usage: Usage, tolerance: Tolerance) -> bool:
 
 
 def _cached(g: Generation, usage: Usage, tolerance: Tolerance) -> bool:
-    """Tell whether the input agrees once cached tokens are left out, or put in."""
+    """Return whether the input agrees once cached tokens are left out, or added."""
     cached = usage.cached_input + usage.cache_write
     if not cached or not g.counted_input or tolerance.agree(g.counted_input, usage.input):
         return False

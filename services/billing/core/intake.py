@@ -1,4 +1,4 @@
-"""From stored bytes to records that the fold takes; whatever the bytes are, there is an answer."""
+"""Decode stored messages into records for the fold; malformed bytes give a record with a fault."""
 
 from typing import Final, NamedTuple
 
@@ -28,7 +28,7 @@ class Record(NamedTuple):
 
 
 def read_record(seq: int, subject: str, data: bytes, stamp: int = 0) -> Record:
-    """Return what a stored message holds. Of a delta only the header is decoded: it carries the running count."""
+    """Return the record of a stored message. Of a delta only the header is decoded: it carries the running count."""
     try:
         header = decode_header(data)
         if header.type == "delta":

@@ -28,7 +28,7 @@ PARENTS: Final[dict[TokenClass, TokenClass]] = {
     "cache_write_1h": "cache_write",
     "reasoning": "output",
 }
-"""A parent stands before its parts in `CLASSES`."""
+"""A parent precedes its parts in `CLASSES`."""
 _REMEMBERED: Final = 10_000
 """Bound of provider and model pairs whose rows are kept at hand."""
 
@@ -126,7 +126,7 @@ def _chosen(ranked: Sequence[Price]) -> dict[TokenClass, Price]:
 
 @lru_cache(_REMEMBERED)
 def glob(pattern: str) -> re.Pattern[str]:
-    """Return the expression for a pattern in which ``*`` stands for any text and ``?`` for one character."""
+    """Return the expression for a pattern in which ``*`` matches any text and ``?`` for one character."""
     parts = {"*": ".*", "?": "."}
     return re.compile("".join(parts.get(c) or re.escape(c) for c in pattern), re.DOTALL)
 

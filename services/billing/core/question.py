@@ -33,7 +33,7 @@ DIMENSIONS: Final = ("tenant", "session", "model", "provider", "key", "status", 
 BUCKETS: Final = {"month": 0, "day": 86_400_000, "hour": 3_600_000}
 """The dimensions of time, and their width in milliseconds where they have one."""
 LABEL: Final = "label:"
-"""What stands before a label's name, as a dimension and as a filter."""
+"""Prefix of a label's name, as a dimension and as a filter."""
 _LABEL_NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _SUMMED: Final = frozenset({"tenant", "model", "provider", "key", "status", "month", "day"})
 PageKey = tuple[str | int, ...]

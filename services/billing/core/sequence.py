@@ -1,7 +1,7 @@
-"""Joining what the durable consumer delivers to the position in the database.
+"""Join the deliveries of the durable consumer to the position in the database.
 
 The position moves over the log in its order and without holes; the order in which the consumer delivers is only a hint.
-After a crash it redelivers what nobody acknowledged, and later than newer events.
+After a crash it redelivers unacknowledged events, and later than newer events.
 """
 
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ def join(applied: int, delivered: Sequence[Record]) -> Joined:
 
 
 def holes(applied: int, records: Sequence[Record]) -> list[tuple[int, int]]:
-    """Return the first and last stream sequence of what is missing behind ``applied`` and between ``records``."""
+    """Return the first and last stream sequence of each hole after ``applied`` and between ``records``."""
     if not records or records[-1].seq - applied == len(records):
         return []
     before = [applied, *(r.seq for r in records)]

@@ -122,8 +122,8 @@ class Streams:
     ) -> str:
         """Serve a stream to its end; return why it ended.
 
-        ``send`` takes the messages of ``format_``. ``joined`` is called with the subscriber before anything is sent, so that
-        the caller can stop it when the client leaves, and set its credit. ``caught_up``: see `Feed.serve`.
+        ``send`` takes the messages of ``format_``. ``joined`` is called with the subscriber before anything is sent, so
+        that the caller can stop it when the client leaves, and set its credit. ``caught_up``: see `Feed.serve`.
 
         Raises:
             ValueError: the stream has no ``seq``: nothing follows.

@@ -98,7 +98,7 @@ async def _watch_over(settings: Settings, stop: Stop) -> None:
 
 @contextmanager
 def _reserved(settings: Settings) -> Iterator[None]:
-    """Hold the ports, without listening, while the block runs: nobody else takes them while a worker is away."""
+    """Reserve the ports, without listening, while the block runs, so that they stay ours while a worker restarts."""
     host = settings.host
     held: list[socket.socket] = []
     for number in range(settings.workers + 1):

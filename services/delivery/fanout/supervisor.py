@@ -78,7 +78,7 @@ class Supervisor:
             raise Problem(503, "this replica is going away", headers={"Retry-After": "1"})
 
     def is_ready(self) -> bool:
-        """Tell whether new streams can be opened."""
+        """Return whether new streams can be opened."""
         return self._broker.is_connected and not self.draining
 
     def end_of(self, expires_at: float | None) -> tuple[float, str]:

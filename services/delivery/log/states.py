@@ -104,7 +104,7 @@ class LogStates:
         self._cache.forget(tenant, session)
 
     def bounded(self) -> set[int]:
-        """Return the partitions whose log has a size limit and holds something."""
+        """Return the partitions whose log has a size limit and is not empty."""
         return {partition for partition, (_, state) in self._states.items() if state.used > 0}
 
     def reset(self) -> None:

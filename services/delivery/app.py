@@ -1,4 +1,4 @@
-"""The delivery process: its parts composed once, served over all transports, and shut down."""
+"""Compose the delivery process, serve it over all transports, and shut it down."""
 
 import asyncio
 import os
@@ -65,7 +65,7 @@ log = structlog.get_logger()
 async def main(stop: Stop, *, worker: int | None = None) -> None:
     """Run delivery until ``stop``, then end all streams with a resumable notice.
 
-    ``worker``: the number of this process among those that share the ports; its probes have a port of their own too.
+    ``worker``: the number of this process among the workers that share the ports; its probes have a separate port.
 
     Raises:
         SettingsError: a setting is wrong.
@@ -110,9 +110,9 @@ async def main(stop: Stop, *, worker: int | None = None) -> None:
 
 
 class Replica:
-    """The parts of one delivery process, built once and handed to all its transports.
+    """Hold the parts of one delivery process, built once and shared by all its transports.
 
-    ``counts``: where what subscribers are sent is counted for billing; ``None`` counts nothing.
+    ``counts``: counts delivered events for billing; ``None`` counts nothing.
     """
 
     def __init__(
@@ -167,18 +167,18 @@ class Replica:
         self.supervisor.every_second("deletions", self.deleted.listen)
 
     async def run(self) -> None:
-        """Supervise streams and keep feeds right until cancelled."""
+        """Supervise streams and keep feeds in step with the log until cancelled."""
         self.supervisor.start("deletions", self.deleted.listen())
         await self.supervisor.run()
 
     async def drain(self, seconds: float) -> None:
-        """End every stream with a resumable notice, wait at most so long for slow clients, and close all feeds."""
+        """End every stream with a resumable notice, wait at most ``seconds`` for slow clients, and close all feeds."""
         await self.supervisor.drain(seconds)
         await self.feeds.close()
         await self.supervisor.close()
 
     def checks(self) -> dict[str, Check]:
-        """Return what readiness depends on."""
+        """Return the readiness checks by name."""
 
         async def is_ready() -> bool:
             return self.supervisor.is_ready()
@@ -205,12 +205,12 @@ def _compare_limits(max_body: int, broker: Broker) -> None:
 async def _serving_grpc(
     replica: Replica, authenticator: Authenticator, tls: ServerTls | None, stop: Stop, *, shared_port: bool
 ) -> AsyncIterator[None]:
-    """Serve gRPC while the block runs, where it is wanted."""
+    """Serve gRPC while the block runs, if ``settings.grpc_port`` is set."""
     settings = replica.settings
     if not settings.grpc_port:
         yield
         return
-    # Imported only here: a replica without gRPC need not load its library.
+    # Imported lazily: a replica without gRPC does not load its library.
     try:
         from services.delivery.grpc.server import serving_grpc
         from services.delivery.grpc.service import DeliveryService
@@ -242,7 +242,7 @@ async def _serving_grpc(
 
 @asynccontextmanager
 async def _own_probes(replica: Replica, worker: int | None, stop: Stop) -> AsyncIterator[None]:
-    """Answer probes on a port that no other worker has, while the block runs."""
+    """Answer probes on the worker's own port while the block runs."""
     if worker is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""Delivery's errors, grouped by what a client must do, and the problems (RFC 9457) that they are to clients."""
+"""Define delivery's errors, grouped by what a client must do, and map them to problem details (RFC 9457)."""
 
 from collections.abc import Awaitable
 from typing import TypeVar
@@ -29,15 +29,15 @@ class DeliveryError(Exception):
 
 
 class CursorForeign(DeliveryError):
-    """Reject: the cursor is not one of this session."""
+    """Reject: the cursor is not valid or belongs to another session."""
 
 
 class CursorExpired(DeliveryError):
-    """Start over: what follows the cursor is no longer kept, or the log has been re-created."""
+    """Start over: the events after the cursor are no longer kept, or the log has been re-created."""
 
 
 class Unknown(DeliveryError):
-    """Reject: no such generation."""
+    """Reject: the generation does not exist."""
 
 
 class Deleted(DeliveryError):
@@ -49,7 +49,7 @@ class TooBusy(DeliveryError):
 
 
 def problem_of(error: DeliveryError) -> Problem:
-    """Return the problem that an error of this service is to clients; gRPC maps its status to a code."""
+    """Return the problem details for an error of this service; gRPC maps the status to a code."""
     match error:
         case CursorForeign():
             return Problem(400, str(error), slug="cursor-invalid", title="The cursor is not valid here")
@@ -66,20 +66,20 @@ def problem_of(error: DeliveryError) -> Problem:
 
 
 def gone(detail: str) -> Problem:
-    """Return the problem for a session that was deleted, or for what was in it."""
+    """Return the problem for a deleted session, or for anything that was in it."""
     return Problem(410, detail, slug="session-deleted", title="The session was deleted")
 
 
 def unreachable(what: str = "the broker") -> Problem:
-    """Return the problem for what needs a broker that is away."""
+    """Return the problem for a request that needs ``what``, which cannot be reached."""
     return Problem(503, f"{what} cannot be reached", headers={"Retry-After": "1"})
 
 
 def named(role: str, value: str) -> None:
-    """Refuse a name that cannot stand in a subject.
+    """Refuse a name that is not valid in a subject.
 
     Raises:
-        Problem: 400, saying what would be right.
+        Problem: 400; its detail names the valid form.
     """
     try:
         check_name(role, value)
@@ -91,7 +91,7 @@ async def reach(call: Awaitable[T]) -> T:
     """Await a call that needs the broker.
 
     Raises:
-        Problem: 503 when the broker is away, 404 for what does not exist, 410 for what was deleted.
+        Problem: 503 when the broker does not answer, 404 for an unknown generation, 410 for a deleted session.
     """
     try:
         return await call

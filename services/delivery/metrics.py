@@ -1,4 +1,4 @@
-"""What delivery measures."""
+"""Declare the Prometheus metrics of delivery."""
 
 from typing import Final
 

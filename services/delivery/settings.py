@@ -13,20 +13,20 @@ Positive = Annotated[float, msgspec.Meta(gt=0)]
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """Settings of delivery. Times in seconds, sizes in bytes.
+    """Configure delivery. Times in seconds, sizes in bytes.
 
-    ``grpc_port``: where gRPC is served (0: nowhere). ``tls_cert`` and ``tls_key``: files for TLS on both ports.
-    ``workers``: processes that share the ports; ``workers_port``: probes and metrics of who watches over them, and
-    those of the first worker one above, and so on. ``connections``: how many requests and streams one process serves at
-    once. ``max_body``: of a request's body, a message of a WebSocket and one of gRPC; the broker's ``max_payload`` may
-    lower it. ``feed_bytes``: events kept in memory for one session. ``wait``: how long a poll may wait.
+    ``grpc_port``: port of gRPC (0: off). ``tls_cert`` and ``tls_key``: files for TLS on both ports.
+    ``workers``: processes that share the ports; ``workers_port``: port of the supervising process's probes and
+    metrics; worker N uses ``workers_port`` + N. ``connections``: concurrent requests and streams of one process.
+    ``max_body``: bound of a request's body, a WebSocket message and a gRPC message; the broker's ``max_payload`` may
+    lower it. ``feed_bytes``: bytes of events kept in memory for one session. ``wait``: longest wait of a poll.
     ``compress``: gzip for events over HTTP.
 
-    ``consumers``: durable consumers of one tenant; each goes after ``consumer_inactive`` without a reader (0: never),
-    and keeps at most ``consumer_dead`` dead events. ``cors_origins``: origins whose pages may call this API.
-    ``budget_output``: output tokens that a request is taken to need at most when it does not say. ``budget_fallback``:
-    whether tenants with budgets may start anything while billing does not answer. ``billing_url`` and
-    ``console_models`` are handed to the console page.
+    ``consumers``: durable consumers of one tenant; each is deleted after ``consumer_inactive`` without a reader
+    (0: never), and keeps at most ``consumer_dead`` dead events. ``cors_origins``: origins whose pages may call
+    this API. ``budget_output``: output tokens reserved for a request that sets no maximum.
+    ``budget_fallback``: whether tenants with budgets may start generations while billing does not answer.
+    ``billing_url`` and ``console_models`` are passed to the console page.
     """
 
     host: str = "127.0.0.1"

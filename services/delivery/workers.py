@@ -1,7 +1,7 @@
-"""Several processes of delivery behind one port: started, watched, started again, and stopped together.
+"""Run several delivery processes behind one port: start, supervise, restart and stop them together.
 
-The kernel spreads connections over the processes that listen on the port (SO_REUSEPORT). They share nothing but the
-log, as replicas do: a client may resume with any of them.
+The kernel spreads connections over the processes that listen on the port (SO_REUSEPORT). Like
+replicas, they share only the log: a client may resume with any of them.
 """
 
 import asyncio
@@ -32,19 +32,19 @@ FLAG: Final = "--worker"
 HEALTHY_AFTER: Final = 60.0
 PROBE_SECONDS: Final = 1.0
 WORKER_SECONDS: Final = MARGIN + 1.0
-"""Seconds beyond the drain time after which a worker is killed: it should have ended by itself within `MARGIN`."""
+"""Seconds beyond the drain time after which a worker is killed; it should have exited within `MARGIN`."""
 
 
 def restart_delay(crashes: int) -> float:
-    """Return the seconds to wait after so many (1, 2 …) crashes in a row: 0.25 s doubling up to 8 s."""
+    """Return the backoff in seconds after ``crashes`` (1, 2 …) consecutive crashes: 0.25 s, doubling up to 8 s."""
     return float(min(8.0, 0.25 * 2 ** min(crashes - 1, 5)))
 
 
 async def main(stop: Stop) -> None:
-    """Run delivery until ``stop``: in this process, or as the one that watches over its workers.
+    """Run delivery until ``stop``: in this process, or as the supervisor of its workers.
 
     Raises:
-        SettingsError: a setting is wrong, or a worker said so.
+        SettingsError: a setting is wrong, here or in a worker.
         BrokerUnavailable: no broker answers at start.
         PortTaken: a port is in use.
     """
@@ -80,12 +80,12 @@ async def _watch_over(settings: Settings, stop: Stop) -> None:
 
     litestar = Litestar([probes({"workers": all_run})], openapi_config=None, logging_config=None)
     with _reserved(settings):
-        grace = lambda: min(PROBE_SECONDS, stop.left(ANSWERS))  # noqa: E731  # asked on the way out
+        grace = lambda: min(PROBE_SECONDS, stop.left(ANSWERS))  # noqa: E731  # evaluated at shutdown
         async with serving(litestar, settings.host, settings.workers_port, connections=64, grace=grace):
             tasks = [asyncio.create_task(worker.run(stop)) for worker in workers]
             try:
                 await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-            except asyncio.CancelledError:  # nobody waits any longer: they are killed
+            except asyncio.CancelledError:  # the process is being cancelled: kill the workers
                 for task in tasks:
                     task.cancel()
                 raise
@@ -98,7 +98,7 @@ async def _watch_over(settings: Settings, stop: Stop) -> None:
 
 @contextmanager
 def _reserved(settings: Settings) -> Iterator[None]:
-    """Hold the ports, without listening, while the block runs: nobody else takes them while a worker is away."""
+    """Reserve the ports, without listening, while the block runs, so that they stay ours while a worker restarts."""
     host = settings.host
     held: list[socket.socket] = []
     for number in range(settings.workers + 1):
@@ -119,7 +119,7 @@ def _reserved(settings: Settings) -> Iterator[None]:
 
 
 class _Worker:
-    """One worker and its current process. ``grace``: seconds between SIGTERM and SIGKILL."""
+    """Run one worker process and restart it. ``grace``: seconds between SIGTERM and SIGKILL."""
 
     def __init__(self, number: int, grace: float) -> None:
         self.number = number
@@ -128,14 +128,14 @@ class _Worker:
 
     @property
     def runs(self) -> bool:
-        """Whether a process is there now."""
+        """Whether the worker's process is running."""
         return self._process is not None and self._process.returncode is None
 
     async def run(self, stop: Stop) -> None:
         """Keep the worker running until ``stop``, then end it.
 
         Raises:
-            SettingsError: it says that its settings are wrong or a port is taken; starting it again would not help.
+            SettingsError: the worker exited because its settings are wrong or a port is taken; it is not restarted.
         """
         crashes = 0
         while not stop.is_set():
@@ -154,7 +154,7 @@ class _Worker:
                     await stop.wait()
 
     async def _run_once(self, stop: Stop) -> int:
-        # Its standard input is a pipe that nobody writes to: it ends when we do, however we end.
+        # Standard input is a pipe without a writer: it closes when this process ends, even by SIGKILL.
         process = self._process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -162,7 +162,7 @@ class _Worker:
             FLAG,
             str(self.number),
             stdin=asyncio.subprocess.PIPE,
-            start_new_session=True,  # a Ctrl-C in the terminal reaches us alone
+            start_new_session=True,  # a Ctrl-C in the terminal reaches only this process
         )
         metrics.WORKERS.inc()
         ended = asyncio.ensure_future(process.wait())
@@ -185,7 +185,7 @@ class _Worker:
 
 @asynccontextmanager
 async def _ending_with_the_starter(stop: Stop) -> AsyncIterator[None]:
-    """Set ``stop`` when the process that started this one is gone: the other end of standard input is closed then."""
+    """Set ``stop`` when the parent process has ended, which closes the other end of standard input."""
     loop = asyncio.get_running_loop()
 
     class Gone(asyncio.Protocol):

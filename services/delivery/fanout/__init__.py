@@ -1,1 +1,1 @@
-"""Feeds of sessions, and the subscribers that they serve."""
+"""Serve subscribers from feeds of sessions."""

@@ -1,4 +1,4 @@
-"""One feed per live session and process: reads the log, joins it to the live subject, writes to all subscribers."""
+"""Follow one live session per feed: read the log, join it to the live subject, write to all subscribers."""
 
 import asyncio
 from collections import deque
@@ -37,16 +37,16 @@ BEHIND_MESSAGES: Final = 20_000
 QUIET_RUNNING: Final = 3.0
 QUIET_IDLE: Final = 60.0
 LAST_WRITE_SECONDS: Final = 5.0
-"""How long a client may take to receive the message that ends its stream."""
+"""Seconds that a client may take to receive the message that ends its stream."""
 _GAPS: Final = {"gap": "log_recreated", "deleted": "deleted"}
-"""Reasons of gaps behind which a stream ends, by why it ends."""
+"""Gap reason to send last, by the reason why the stream ends."""
 _SILENT_ENDS: Final = frozenset({"complete", "disconnected", "evicted", "batch", "sibling"})
 
 
 class Feed:
-    """Follows one session, and serves its subscribers. `open` must have returned before the first one.
+    """Follow one session and serve its subscribers. `open` must return before the first subscriber is served.
 
-    ``settings.feed_bytes`` bounds the events kept in memory. ``counts``: where what was sent is counted for billing.
+    ``settings.feed_bytes`` bounds the events kept in memory. ``counts``: counts delivered events for billing.
     """
 
     def __init__(
@@ -66,9 +66,9 @@ class Feed:
         self.address = Address(session, issuer.prefix.encode())
         self.tail = Tail(0, settings.feed_bytes)
         self.subscribers: set[Subscriber] = set()
-        self.readers: set[Subscriber] = set()  # those that are served from the log until they can be subscribers
+        self.readers: set[Subscriber] = set()  # served from the log until memory reaches back far enough
         self.closed = False
-        self.deleted_through = 0  # the stream sequence up to which the session has been deleted, when this was opened
+        self.deleted_through = 0  # the session was deleted up to this stream sequence, as of opening
         self.idle_since: float | None = None
         self._broker = broker
         self._clock = clock
@@ -83,7 +83,7 @@ class Feed:
         self._last_seq = 0
         self._on_subject: dict[str, int] = {}  # last stream sequence seen of each generation …
         self._since = 0  # … that has any above this one
-        # Live messages, each with the sequence before it on its subject, that wait for a read-back; None when in step.
+        # Live messages that wait for a read-back, each with the sequence before it on its subject; None when in step.
         self._behind: deque[tuple[Stored, int]] | None = deque()
         self._overflowed = False
         self._reading = asyncio.Lock()
@@ -96,7 +96,7 @@ class Feed:
         self._connection = self._reconnects()
 
     async def open(self) -> None:
-        """Subscribe to the live subject, read back the running or latest answer, and join both.
+        """Subscribe to the live subject, read the running or latest answer from the log, and join both.
 
         Raises:
             BrokerUnavailable: the broker does not answer.
@@ -109,7 +109,7 @@ class Feed:
             await self._join()
 
     async def close(self) -> None:
-        """Stop following; the subscribers must have been told before. Closing again does nothing."""
+        """Stop following; the subscribers must have been stopped before. Idempotent."""
         self.closed = True
         self._views.close()
         subscription, self._subscription = self._subscription, None
@@ -125,9 +125,9 @@ class Feed:
     async def serve(self, subscriber: Subscriber, caught_up: Callable[[Subscriber], None] | None = None) -> str:
         """Serve a subscriber to the end of its stream; return why it ended.
 
-        From the log and from memory in turn: from the log until memory reaches back far enough, then from memory until
-        it has fallen behind that. ``caught_up`` is called whenever it has been sent all that is stored, as far as the
-        client lets it.
+        Alternates between two sources: the log until memory reaches back far enough, then memory until the subscriber
+        falls behind it. ``caught_up`` is called each time the subscriber switches to memory; events beyond the client's
+        credit may still be pending then.
         """
         protocol, reason = subscriber.format.protocol, "failed"
         metrics.SUBSCRIBERS.labels(protocol).inc()
@@ -145,7 +145,7 @@ class Feed:
         return reason
 
     def count(self, subscribers: Iterable[Subscriber]) -> None:
-        """Count for billing what subscribers were sent from memory since the last time."""
+        """Count for billing the events sent to subscribers from memory since the last call."""
         if self._counts is not None:
             self._counts.count(self.tenant, self.session, self.tail, subscribers)
 
@@ -163,7 +163,7 @@ class Feed:
         return reason
 
     async def _follow(self, subscriber: Subscriber, caught_up: Callable[[Subscriber], None] | None) -> str:
-        """Serve a subscriber until its stream is to end; return why."""
+        """Serve a subscriber until its stream ends; return the reason."""
         while True:
             if self.closed:
                 subscriber.stop("lifetime")
@@ -173,7 +173,7 @@ class Feed:
                     return "complete"
                 if subscriber.seq < self._floor(subscriber) and not subscriber.done.done():
                     continue
-            # From memory: flushes write to it from now on, until it is to end or falls behind.
+            # From memory: flushes write to it from now on, until its stream ends or it falls behind.
             if not subscriber.done.done():
                 self._add(subscriber)
                 if caught_up is not None:
@@ -181,7 +181,7 @@ class Feed:
             reason = await subscriber.done
             if reason != "behind":
                 return reason
-            # Memory has dropped what it needs next: from the log again, once its last write is through.
+            # Memory has dropped its next event: read from the log again once its last write has completed.
             self._hold(subscriber)
             if not await subscriber.through(self._stall):
                 return "evicted"
@@ -190,7 +190,7 @@ class Feed:
     async def _catch_up(self, subscriber: Subscriber) -> bool:
         """Serve a subscriber from the log until memory reaches back far enough.
 
-        Returns whether the wanted generation has ended with what was sent.
+        Returns whether the requested generation has ended within the events sent.
         """
         metrics.REPLAYS.inc()
         reader = self._states.reader(self.tenant, self.session, self.issuer.partition)
@@ -212,7 +212,7 @@ class Feed:
         return False
 
     async def _say_goodbye(self, subscriber: Subscriber, reason: str) -> None:
-        """Send the last message, which says why the stream ends and from where it can be resumed."""
+        """Send the last message: the reason of the end and the cursor to resume from."""
         if reason in _SILENT_ENDS:
             return
         if reason == "terminal":
@@ -227,7 +227,7 @@ class Feed:
         await subscriber.through(LAST_WRITE_SECONDS)
 
     def _hold(self, subscriber: Subscriber) -> None:
-        """Keep the feed open for a subscriber that reads from the log for now."""
+        """Keep the feed open for a subscriber that currently reads from the log."""
         self.subscribers.discard(subscriber)
         self._views.hold(subscriber)
         self.readers.add(subscriber)
@@ -249,12 +249,12 @@ class Feed:
             self.idle_since = self._clock.monotonic()
 
     def _floor(self, subscriber: Subscriber) -> int:
-        """Return the stream sequence from which on a subscriber can be served from memory."""
+        """Return the lowest stream sequence from which a subscriber can be served from memory."""
         return self._views.floor(subscriber)
 
     @property
     def size(self) -> int:
-        """Bytes of the events kept in memory, in every granularity that somebody wants."""
+        """Bytes of the events kept in memory, over all granularities in use."""
         return self._views.size
 
     def latest_start(self) -> int:
@@ -268,9 +268,9 @@ class Feed:
         return self._last_seq
 
     async def reread(self, start: int | None = None, *, until: int | None = None) -> None:
-        """Read what was stored since the last message that arrived (or from ``start`` on).
+        """Read the events stored since the last message that arrived, or from ``start`` on.
 
-        ``until``: nothing is to be done once the log has been seen up to this stream sequence.
+        ``until``: skip the read when the log has already been seen up to this stream sequence.
         """
         async with self._reading:
             if until is not None and self._last_seq >= until:
@@ -284,18 +284,18 @@ class Feed:
         self._flush()
 
     async def reach(self, seq: int) -> None:
-        """Read on if the log has not been seen up to the stream sequence ``seq``.
+        """Read from the log if it has not been seen up to the stream sequence ``seq``.
 
-        Who comes from another replica may have more than this one, and would get it again once it is read here.
+        A client from another replica may be ahead of this one; it would then get events twice.
 
         Raises:
             BrokerUnavailable: the broker does not answer.
         """
         if seq > self._last_seq:
-            await self.reread(until=seq)  # of many that come together one reads
+            await self.reread(until=seq)  # of concurrent callers only one reads
 
     def is_quiet(self, now: float) -> bool:
-        """Tell whether nothing has come for so long that the log should be asked; to be called about every second."""
+        """Return whether no message has arrived for so long that `check` is due; called about every second."""
         if self._last_seq != self._heard:
             self._heard, self._quiet_since = self._last_seq, now
             return False
@@ -306,9 +306,9 @@ class Feed:
         return True
 
     async def check(self) -> None:
-        """Read on where the log holds more than was heard.
+        """Read from the log if it holds more than the live messages received.
 
-        A live message that is lost between two brokers shows only with the next one, and after the last there is none.
+        A live message lost between two brokers is detected only by the next one; after the last one there is none.
         """
         last = await self._broker.last(self._reader.stream, self._reader.filter)
         if last is not None and last.seq > self._last_seq and self.in_step:
@@ -324,18 +324,20 @@ class Feed:
         last = await self._broker.last(stream, reader.filter)
         if last is None:
             return
+        # Begin at the latest generation, or at the earliest one that still runs.
         start = await reader.first_of(last.subject.rsplit(".", 1)[-1]) or last.seq
         start = min([start, *await self._running()])
         for _ in range(OPEN_TRIES):
             self._reset(start - 1)
             await self._read_from(start)
+            # Generations that overlap this range may begin earlier: read again from there.
             earlier = [first for first in await self._firsts() if first < start]
             if not earlier:
                 return
             start = min(earlier)
 
     async def _running(self) -> list[int]:
-        """Return where the generations begin that have not ended, however long they have been silent."""
+        """Return the first stream sequences of generations that have not ended, however long they are idle."""
         reader, found = self._reader, []
         try:
             newest = await self._broker.lasts(reader.stream, reader.filter)
@@ -387,14 +389,15 @@ class Feed:
                     await self._take(stored)
 
     async def _look_for_loss(self) -> None:
-        """Find out whether events have expired before they were read here: a takeover may have been among them."""
+        """Join generations again if events expired before they were read here: a takeover may have been among them."""
         first = await self._broker.first(self._reader.stream, self._reader.filter)
         if first is not None and first.seq > self._last_seq:
             await self._reader.join_again()
 
     async def _join(self) -> None:
-        """Take the live messages that came while reading back; from then on they are taken as they come."""
+        """Process the live messages buffered during the read-back; later ones are processed on arrival."""
         while self._behind or self._overflowed:
+            # The buffer overflowed: read everything after the last seen message from the log.
             if self._overflowed:
                 self._overflowed = False
                 await self._read_from(self._last_seq + 1)
@@ -402,6 +405,7 @@ class Feed:
             stored, before = self._behind.popleft()  # type: ignore[union-attr]  # only `reread` and this replace it
             generation = stored.subject.rsplit(".", 1)[-1]
             known = self._on_subject.get(generation)
+            # Messages before this one are missing: read them first.
             if before > (self._since if known is None else known):
                 await self._read_from(1 + await self._before_missing(generation, known))
             if stored.seq > self._last_seq:
@@ -430,15 +434,16 @@ class Feed:
             return
         stored = Stored(seq, subject, data)
         if self._behind is None and self._connection != self._reconnects():
-            self._behind = deque()  # what was missed while the connection was away must come before this one
+            self._behind = deque()  # messages missed while disconnected come before this one
         if self._behind is not None:
             self._wait(stored, before)
             return
         if stored.seq <= self._last_seq:
             return
+        # Compare the previous sequence on this subject with the last one seen of the generation.
         generation = subject.rsplit(".", 1)[-1]
         known = self._on_subject.get(generation)
-        # Without `before` it is the oldest message kept of its generation; `_take_live` sees whether it is the first.
+        # Without `before` it is the oldest message kept of its generation; `_take_live` checks whether it is the first.
         if known is None and before == 0:
             self._take_live(stored)
             return
@@ -454,7 +459,7 @@ class Feed:
         self._take_live(stored)
 
     def _wait(self, stored: Stored, before: int) -> None:
-        """Keep a live message until the read-back is through; too many are left to the log."""
+        """Buffer a live message until the read-back completes; on overflow drop the buffer and rely on the log."""
         assert self._behind is not None
         if len(self._behind) >= BEHIND_MESSAGES:
             self._behind.clear()
@@ -482,7 +487,7 @@ class Feed:
                 self._loop.call_soon(self._flush)
 
     def _heal(self, stored: Stored, before: int, known: int | None) -> None:
-        """Messages are missing behind the stream sequence ``known``, or a generation is new here: read the log.
+        """Start a read-back of messages missing after the stream sequence ``known``, or of a new generation.
 
         Without ``known`` the beginning of the generation itself is missing.
         """
@@ -491,7 +496,7 @@ class Feed:
         self._healing = self._loop.create_task(self._read_missing(generation, known))
 
     async def _before_missing(self, generation: str, known: int | None) -> int:
-        """Return the stream sequence behind which messages of a generation are missing."""
+        """Return the stream sequence after which messages of a generation are missing."""
         if known is not None:
             return known
         first = await self._reader.first_of(generation)
@@ -507,11 +512,11 @@ class Feed:
 
     @property
     def in_step(self) -> bool:
-        """Whether live messages are taken as they come (no read-back is due)."""
+        """Whether live messages are processed on arrival (no read-back is due)."""
         return self._behind is None
 
     def _flush(self) -> None:
-        """Write what is new to every subscriber that is ready."""
+        """Write new events to every subscriber that is ready."""
         self._flush_due = False
         writes = self._views.flush()
         if writes:

@@ -1,4 +1,4 @@
-"""All feeds of a replica: opened on demand, shared by their subscribers, closed when nobody listens any more."""
+"""Open the feeds of a replica on demand, share them among subscribers, and close them when idle."""
 
 import asyncio
 from typing import Final
@@ -23,18 +23,18 @@ __all__ = ["Feeds"]
 
 log = structlog.get_logger()
 COUNT_SECONDS: Final = 2.0
-"""How often what was sent is counted for billing while streams go on."""
+"""Seconds between two counts of delivered events for billing while streams are open."""
 CLOSE_SECONDS: Final = 0.5
-"""How long the broker may take to hear that sessions are followed no more."""
+"""Seconds that the broker may take to end the feeds' subscriptions."""
 MOVES_SECONDS: Final = 60.0
-"""How often sessions are checked for another partition, besides whenever the number of partitions changes."""
+"""Seconds between two checks whether sessions have moved to another partition; a new partition count also checks."""
 
 
 class Feeds:
-    """Opens one feed for each session that is read here, and keeps feeds right.
+    """Open one feed for each session read on this replica, and keep feeds in step with the log.
 
-    A feed is closed when it had no subscriber for ``settings.linger`` seconds, when its log was created anew, when its
-    session was deleted, and when another partition keeps the session from now on.
+    A feed is closed when it had no subscriber for ``settings.linger`` seconds, when its log was re-created, when its
+    session was deleted, and when another partition keeps the session now.
     """
 
     def __init__(
@@ -70,10 +70,10 @@ class Feeds:
         return list(self._feeds.values())
 
     async def feed(self, tenant: str, session: str) -> Feed:
-        """Return the session's feed, opened.
+        """Return the session's feed; open it if needed.
 
         Raises:
-            TooBusy: this replica follows as many sessions as it may.
+            TooBusy: this replica follows ``settings.feeds`` sessions already.
             BrokerUnavailable: the broker does not answer.
         """
         key = (tenant, session)
@@ -94,10 +94,10 @@ class Feeds:
         return await asyncio.shield(task)
 
     async def end_deleted(self, deleted: DeletedSession) -> None:
-        """Close the feed of a session that was deleted; its subscribers are told."""
+        """Close the feed of a deleted session and end its subscribers."""
         self._states.forget(deleted.tenant, deleted.session)
         key = (deleted.tenant, deleted.session)
-        if key in self._opening:  # it may have read what is about to be removed
+        if key in self._opening:  # it may have read events that are about to be removed
             await asyncio.wait({self._opening[key]})
         feed = self._feeds.get(key)
         if feed is not None and feed.issuer.partition == deleted.partition and feed.deleted_through < deleted.through:
@@ -106,12 +106,12 @@ class Feeds:
     async def close(self) -> None:
         """Close all feeds; their subscribers must have been ended before."""
         closing = [asyncio.create_task(feed.close()) for feed in self._feeds.values()]
-        if closing:  # the broker may take nothing any more
+        if closing:  # the broker may not respond any more
             await asyncio.wait(closing, timeout=CLOSE_SECONDS)
         await end(*closing)
 
     def sweep(self, now: float) -> None:
-        """Close idle feeds, have those with a loss or without news read again, and count; called about every second."""
+        """Close idle feeds, reread feeds with a loss, check quiet feeds, and count; called about every second."""
         size = 0
         for feed in self.all():
             size += feed.size
@@ -151,7 +151,7 @@ class Feeds:
             self._supervisor.start((feed, "reconnected"), self._reread(feed))
 
     async def _reread(self, feed: Feed) -> None:
-        """Look for what a feed has missed; a feed of a re-created log is closed, its subscribers are told."""
+        """Read the events that a feed has missed; close the feed and end its subscribers if its log was re-created."""
         try:
             if _follows(feed, await self._states.state_behind(feed.issuer.partition, feed.last_seq)):
                 if not await self._was_deleted(feed):
@@ -170,14 +170,14 @@ class Feeds:
             log.warning("quiet feed not checked", session=feed.session, detail=str(error))
 
     async def _was_deleted(self, feed: Feed) -> bool:
-        """Close a feed whose session was deleted without this replica hearing of it; tell whether it was."""
+        """Close a feed whose session was deleted without notice to this replica; return whether it was."""
         if await self._deleted.through(feed.tenant, feed.session, feed.issuer) <= feed.deleted_through:
             return False
         await self._retire(feed, "the session was deleted", "deleted")
         return True
 
     async def _check_logs(self) -> None:
-        """Close the feeds of a stream that was deleted and created anew: nothing that arrives would tell them."""
+        """Close the feeds of a stream that was deleted and re-created: no live message reveals that."""
         for partition in self._states.bounded() | {feed.issuer.partition for feed in self._feeds.values()}:
             try:
                 state = await self._states.state(partition)
@@ -188,10 +188,10 @@ class Feeds:
                     await self._retire(feed)
 
     async def _check_moves(self) -> None:
-        """Close the feeds of sessions that another partition keeps from now on, as every replica will find.
+        """Close the feeds of sessions that another partition keeps now; every replica reaches the same result.
 
-        That happens when the number of partitions changes while nothing of a session is stored, and when the last of
-        it has expired where an earlier number had put it.
+        A session moves when the number of partitions changes while it has no stored event, and when its last event
+        expires in the partition of an earlier count.
         """
         now, partitions = self._clock.monotonic(), self._states.partitions
         try:
@@ -210,9 +210,9 @@ class Feeds:
             log.warning("partitions not checked", detail=str(error))
 
     async def _retire(self, feed: Feed, why: str = "the log was re-created", reason: str = "gap") -> None:
-        """Close the feed of a log that is not the session's any more; its subscribers are told.
+        """Close a feed whose log is no longer the session's, and end its subscribers.
 
-        Where a session was deleted, the subscribers of one generation are sent to ask again: theirs may be a new one.
+        After a deletion, subscribers of one generation are asked to reconnect: their generation may be a new one.
         """
         if feed.closed:
             return
@@ -231,6 +231,6 @@ class Feeds:
 
 
 def _follows(feed: Feed, state: StreamState) -> bool:
-    """Tell whether a feed follows the incarnation of its log that is there now."""
+    """Return whether a feed follows the current incarnation of its log."""
     issuer = CursorIssuer(feed.issuer.partition, state.incarnation, feed.tenant, feed.session)
     return issuer.incarnation == feed.issuer.incarnation

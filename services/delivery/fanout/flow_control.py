@@ -1,4 +1,4 @@
-"""What a client has been sent and has not acknowledged, and how much of that there may be."""
+"""Track the events in flight to a client, and compute the window that bounds them."""
 
 from collections import deque
 from typing import Final, NamedTuple
@@ -13,7 +13,7 @@ FULL: Final = 0.75
 
 
 class _Sent(NamedTuple):
-    """One write: up to which place, events and bytes in all; when, and what was acknowledged by then."""
+    """One write: its place, total events and bytes, its time, and the bytes acknowledged by then."""
 
     place: int
     events: int
@@ -25,10 +25,10 @@ class _Sent(NamedTuple):
 
 
 class Released(NamedTuple):
-    """What an acknowledgement frees: events and bytes, the seconds it took, and the bytes acknowledged per second.
+    """Credit freed by an acknowledgement: events, bytes, round trip in seconds, and acknowledged bytes per second.
 
-    ``filled``: the window was used up meanwhile, so that the rate is the client's and not the session's. ``at``: when
-    it came.
+    ``filled``: the window was full meanwhile, so the rate is limited by the client, not by the session. ``at``: time
+    of the acknowledgement.
     """
 
     events: int
@@ -40,7 +40,7 @@ class Released(NamedTuple):
 
 
 class InFlight:
-    """Events and bytes between sending and acknowledgement, as running totals. At most `RECORDS` writes are kept apart.
+    """Track events and bytes sent and not acknowledged, as running totals. Keeps at most `RECORDS` separate writes.
 
     Places are numbers that grow with the cursors of a session.
     """
@@ -49,27 +49,27 @@ class InFlight:
         self._sent: deque[_Sent] = deque()
         self._events = self._size = 0
         self._acked_events = self._acked_size = 0
-        self._acked_at = 0.0  # when that was, or when the first of what is in flight was sent
+        self._acked_at = 0.0  # time of the last acknowledgement, or of the first write in flight
 
     @property
     def size(self) -> int:
-        """Bytes that are not acknowledged."""
+        """Bytes in flight."""
         return self._size - self._acked_size
 
     def sent(self, place: int, events: int, size: int, now: float, *, filled: bool = False) -> None:
-        """Note a write that brought the client up to ``place``."""
+        """Record a write that brought the client up to ``place``."""
         self._events += events
         self._size += size
         if not self._sent:
             self._acked_at = now
         record = _Sent(place, self._events, self._size, now, self._acked_size, self._acked_at, filled)
         if len(self._sent) >= RECORDS:
-            last = self._sent.pop()  # acknowledged together: the older time makes the trip longer, never shorter
+            last = self._sent.pop()  # merged: the older time makes the trip longer, never shorter
             record = last._replace(place=place, events=self._events, size=self._size, filled=last.filled or filled)
         self._sent.append(record)
 
     def acked(self, place: int, now: float) -> Released | None:
-        """Note that all up to ``place`` has been dealt with; ``None`` when that is nothing new."""
+        """Record an acknowledgement up to ``place``; return the freed credit, or ``None`` if it frees nothing."""
         newest = None
         while self._sent and self._sent[0].place <= place:
             newest = self._sent.popleft()
@@ -82,11 +82,11 @@ class InFlight:
 
 
 class AutoWindow:
-    """A window in bytes that follows what the client deals with in a round trip (rate times trip), with room to grow.
+    """Size a window in bytes to the client's bandwidth-delay product (rate times trip), times `GAIN`.
 
-    The trip is the shortest one seen: waiting in a queue is no reason for a longer queue. When that is `STALE_SECONDS`
-    ago, the window is closed to its lower bound until the queue is gone, and the trip is measured anew. The rate is the
-    highest of the last `RATES` during which the window was used up; a session that says little leaves it as it is.
+    The trip is the shortest one measured, so that queueing does not lengthen the queue. When that is `STALE_SECONDS`
+    old, the window shrinks to its lower bound until the queue has drained, and the trip is measured again. The rate is
+    the highest of the last `RATES` measured with a full window; a session with few events leaves it unchanged.
     """
 
     def __init__(self, low: int, high: int, start: int) -> None:
@@ -96,15 +96,15 @@ class AutoWindow:
         self._rates: deque[float] = deque(maxlen=RATES)
         self._trip = float("inf")
         self._trip_at = 0.0
-        self._probe: float | None = None  # what is sent from then on meets no queue
-        self._settled_at = 0.0  # what was sent before met a closed window
+        self._probe: float | None = None  # writes sent from this time on meet no queue
+        self._settled_at = 0.0  # writes sent before this time met a shrunk window
 
     def is_filled(self, in_flight: int) -> bool:
-        """Tell whether so many bytes use the window up."""
+        """Return whether ``in_flight`` bytes fill the window."""
         return in_flight >= FULL * self.size
 
     def measured(self, released: Released) -> int:
-        """Take one measurement; return the window's new size in bytes."""
+        """Apply one measurement; return the window's new size in bytes."""
         sent_at = released.at - released.trip
         if self._probe is not None:
             if sent_at < self._probe:
@@ -124,5 +124,5 @@ class AutoWindow:
         return self.size
 
     def trip(self, seconds: float) -> None:
-        """Take one round trip that was measured otherwise, by a ping."""
+        """Apply a round trip in seconds measured by a ping."""
         self._trip = min(self._trip, max(seconds, 1e-6))

@@ -1,4 +1,4 @@
-"""Open streams by whose they are: bounded for each tenant and key, and ended when a key is revoked."""
+"""Bound the open streams of each tenant and key, and end them when a key is revoked."""
 
 import asyncio
 from collections import Counter
@@ -18,13 +18,13 @@ T = TypeVar("T")
 
 
 class OpenStreams:
-    """Streams that are open in this process. ``None`` bounds nothing; ``total`` bounds those of all tenants."""
+    """Count the open streams of this process. ``None`` means no bound; ``total`` bounds the streams of all tenants."""
 
     def __init__(self, *, total: int | None = None, tenant: int | None = None, key: int | None = None) -> None:
         self._total = total
         self._tenant = tenant
         self._key = key
-        self._tenants: Counter[str] = Counter()  # bounded by the number of open streams, as is all below
+        self._tenants: Counter[str] = Counter()  # bounded by the number of open streams, as are those below
         self._keys: Counter[tuple[str, str]] = Counter()
         self._ends: dict[tuple[str, str], dict[_Held, End]] = {}
         self.open = 0
@@ -33,10 +33,10 @@ class OpenStreams:
         self.quiet.set()
 
     def check(self, principal: Principal) -> None:
-        """Refuse a stream that would be one too many.
+        """Refuse a stream that would exceed a bound.
 
         Raises:
-            Problem: 429 for a tenant or key that has as many as it may, 503 when the replica has.
+            Problem: 429 at the bound of the tenant or key, 503 at the bound of the replica.
         """
         key = (principal.tenant, principal.key)
         if self._total is not None and self.open >= self._total:
@@ -47,7 +47,7 @@ class OpenStreams:
             raise _refused(429, "key", f"the credentials have {self._key} open streams on this replica")
 
     def held(self, principal: Principal, end: End) -> AbstractContextManager[None]:
-        """Count a stream while the block runs. ``end`` is called with a reason when its key is revoked meanwhile."""
+        """Count a stream while the block runs. ``end`` is called with the reason if its key is revoked meanwhile."""
         return _Held(self, principal, end)
 
     def _add(self, entry: "_Held", end: End) -> None:
@@ -68,14 +68,14 @@ class OpenStreams:
             del self._ends[entry.key]
 
     def revoke(self, keys: frozenset[str]) -> None:
-        """End the streams of keys that are not valid any more."""
+        """End the streams of revoked keys."""
         ends = [end for (_, key), each in self._ends.items() if key in keys for end in each.values()]
         for end in ends:
             end("expired")
 
 
 class _Held:
-    """One open stream. There are many: this takes a tenth of what a generator would."""
+    """Count one open stream. Takes a tenth of a generator's memory, since there are many."""
 
     __slots__ = ("_end", "_streams", "key")
 

@@ -1,4 +1,4 @@
-"""Tells producers that somebody listens: a subscription on a generation's presence subject, as long as there is one."""
+"""Signal to producers that a generation has subscribers: subscribe to its presence subject while it has any."""
 
 from contextlib import AbstractAsyncContextManager
 
@@ -14,10 +14,10 @@ log = structlog.get_logger()
 
 
 class Presence:
-    """Counts this replica's subscribers of each session and generation.
+    """Count this replica's subscribers of each session and generation.
 
-    The first one subscribes to the presence subject, the last one ends that. Who reads a whole session listens to all
-    of its generations. A producer that asks and hears nothing from any replica knows that nobody listens.
+    The first subscriber opens the subscription on the presence subject, the last one closes it. A subscriber of a whole
+    session counts for all its generations. A producer whose request no replica answers has no subscriber.
     """
 
     def __init__(self, broker: Broker) -> None:
@@ -25,7 +25,7 @@ class Presence:
         self._held: dict[str, tuple[int, Subscription | None]] = {}  # bounded by the subscribers
 
     def listening(self, tenant: str, session: str, generation: str | None) -> AbstractAsyncContextManager[None]:
-        """Be present while the block runs. A broker that is away only makes presence unknown."""
+        """Signal presence while the block runs. While the broker is unreachable, presence is unknown."""
         return _Listening(self, presence_filter(tenant, session, generation or "*"))
 
     async def _enter(self, subject: str) -> None:
@@ -59,7 +59,7 @@ class Presence:
 
 
 class _Listening:
-    """One who listens. There are many: this takes a tenth of what a generator would."""
+    """Hold the presence of one subscriber. Takes a tenth of a generator's memory, since there are many."""
 
     __slots__ = ("_presence", "_subject")
 

@@ -1,4 +1,4 @@
-"""Events from the log for one subscriber that is behind what its feed keeps in memory."""
+"""Replay events from the log to one subscriber that is behind its feed's memory."""
 
 from collections.abc import Callable, Sequence
 from typing import Final
@@ -15,11 +15,11 @@ PIECE_BYTES: Final = 65_536  # the HTTP server takes several pieces ahead of a s
 
 
 class _Piece:
-    """What is gathered for one write."""
+    """Collect the frames of one write."""
 
     def __init__(self, subscriber: Subscriber) -> None:
         self.frames: list[bytes] = []
-        self.was_last = False  # the stream is to end: looked at behind each write, so that a wish to end costs none
+        self.was_last = False  # the stream ends; checked after each write, so that stopping loses none
         self._subscriber = subscriber
         self._events = 0
         self._size = 0
@@ -35,10 +35,10 @@ class _Piece:
         return self._size >= min(PIECE_BYTES, subscriber.space) or self._events >= subscriber.room
 
     async def send(self, place: Position, *, ends: bool = False) -> None:
-        """Send it, and wait until there is room for another: who reads is then served up to ``place``."""
+        """Send the frames, set the subscriber's position to ``place``, and wait for credit unless the stream ends."""
         subscriber = self._subscriber
         if self.frames:
-            subscriber.count(self._events, self._size)  # first: what the client answers may grant more at once
+            subscriber.count(self._events, self._size)  # before sending: the client's reply may grant credit at once
             await subscriber.send(subscriber.format.message(self.frames, ends=ends))
         subscriber.place = place
         self.frames, self._events, self._size = [], 0, 0
@@ -48,7 +48,7 @@ class _Piece:
 
 
 class _Replay:
-    """Frames stored events in the subscriber's granularity, and sends them in pieces."""
+    """Frame stored events in the subscriber's granularity, and send them in pieces."""
 
     def __init__(self, subscriber: Subscriber, at: Address) -> None:
         self._subscriber = subscriber
@@ -58,22 +58,22 @@ class _Replay:
 
     @property
     def is_over(self) -> bool:
-        """Whether the stream is to end and nothing more is to be sent."""
+        """Whether the stream ends and no further event is sent."""
         return self._piece.was_last
 
     async def take(self, entry: Entry) -> bool:
-        """Show one event; return whether the wanted generation ends with it."""
+        """Add one event; return whether the requested generation ends with it."""
         if entry.gap and self._subscriber.generation in (None, entry.generation):
             await self._show(self._merger.release())
             self._piece.frames.append(self._subscriber.format.gap(entry.gap, entry.generation, self._at))
         return await self._show(self._merger.offer(entry, 0.0))
 
     async def pause(self, seq: int) -> None:
-        """Send what there is; everything up to the stream sequence ``seq`` has been taken."""
+        """Send the collected frames; all events up to the stream sequence ``seq`` have been added."""
         await self._piece.send(self._merger.place(seq))
 
     async def end(self) -> None:
-        """Send what is held as well."""
+        """Add the text that the chunker still holds."""
         await self._show(self._merger.release())
 
     async def _show(self, entries: list[Entry]) -> bool:
@@ -95,8 +95,8 @@ async def replay(
 ) -> bool:
     """Serve a subscriber from the log up to the stream sequence ``floor``.
 
-    ``counted`` is told what it has been sent, some events at a time. Returns whether the wanted generation has ended
-    with what was sent.
+    ``counted`` is called with the entries of each batch. Returns whether the requested generation has ended within the
+    events sent.
 
     Raises:
         BrokerUnavailable: the log cannot be read.

@@ -1,4 +1,4 @@
-"""Where a subscriber begins to read: decided from what it asks for and what the log keeps."""
+"""Compute the position at which a subscriber starts, from its request and the range the log keeps."""
 
 from typing import Literal, NamedTuple
 
@@ -12,15 +12,16 @@ LIVE: Literal["live"] = "live"
 
 
 class StartPosition(NamedTuple):
-    """``after``: a stream sequence to read on from; else ``where``: the session's beginning, latest answer, or now."""
+    """Start after the stream sequence ``after``, or else at ``where``: the session's start, latest answer, or now."""
 
     after: int | None = None
     where: Literal["start", "latest", "live"] = "latest"
 
 
 def parse_start(after: str | None, last_event_id: str | None, from_: str | None) -> tuple[str | None, StartPosition]:
-    """Return the cursor text that counts (the header wins over the query, since a browser sends it when it reconnects)
-    and the start that holds without one.
+    """Return the cursor text and the start to use without a cursor.
+
+    The header wins over the query, since a browser sends it when it reconnects.
 
     Raises:
         ValueError: ``from_`` is neither ``start`` nor ``live``.
@@ -36,13 +37,13 @@ def parse_start(after: str | None, last_event_id: str | None, from_: str | None)
 
 
 def check_cursor(text: str, issuer: CursorIssuer, first_seq: int, last_seq: int) -> Cursor:
-    """Return the cursor after which to read.
+    """Parse a cursor and check that the log can be read after it.
 
-    ``first_seq`` and ``last_seq`` bound what the stream keeps now.
+    ``first_seq`` and ``last_seq``: the range of stream sequences that the stream keeps now.
 
     Raises:
-        CursorForeign: it is no cursor at all, or one of another session.
-        CursorExpired: the log was re-created, the session has moved to another one, or what follows is no longer kept.
+        CursorForeign: the text is not a cursor, or belongs to another session.
+        CursorExpired: the log was re-created, the session moved to another log, or the next events are no longer kept.
     """
     try:
         cursor = Cursor.parse(text)

@@ -1,4 +1,4 @@
-"""Streams of events, whatever the protocol: found, joined to their feed, served to their end."""
+"""Open and serve event streams for every protocol."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -30,7 +30,7 @@ __all__ = ["Stream", "Streams", "ReadOptions"]
 
 
 class ReadOptions(NamedTuple):
-    """What a subscriber asks for: a session or one generation of it, after a cursor or from a start, and how fine."""
+    """Select what a subscriber reads: a session or one generation, a cursor or start position, and the granularity."""
 
     session: str
     generation: str | None = None
@@ -50,7 +50,7 @@ class ReadOptions(NamedTuple):
         granularity: str | None = None,
         coalesce: int | None = None,
     ) -> "ReadOptions":
-        """Return the wish that a client's words mean.
+        """Parse a client's parameters.
 
         Raises:
             Problem: 400, a name or start is not valid.
@@ -67,9 +67,9 @@ class ReadOptions(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """A wish that can be met: the feed, and the stream sequence after which to read (``None``: nothing follows).
+    """Hold an opened stream: the feed, and the stream sequence after which to read (``None``: nothing follows).
 
-    ``offset``: how many characters of the event behind it are known already.
+    ``offset``: characters of the next event that the client has already.
     """
 
     feed: Feed
@@ -80,12 +80,12 @@ class Stream(NamedTuple):
 
     @property
     def cursor(self) -> str:
-        """The position from which it is read; empty when nothing follows."""
+        """The cursor after which it is read; empty when nothing follows."""
         return "" if self.seq is None else self.feed.address.inside(self.offset).cursor(self.seq).decode()
 
 
 class Streams:
-    """Opens streams and serves them; every protocol goes through here."""
+    """Open streams and serve them, for every protocol."""
 
     def __init__(
         self, feeds: Feeds, states: LogStates, supervisor: Supervisor, presence: Presence, lookups: Lookups
@@ -100,7 +100,7 @@ class Streams:
         """Return a stream that can be served.
 
         Raises:
-            Problem: the wish cannot be met: 400, 403, 404, 410 or 503.
+            Problem: the stream cannot be opened: 400, 403, 404, 410, 429 or 503.
         """
         authorize(principal, "read", wish.session)
         self._supervisor.check(principal)
@@ -122,11 +122,11 @@ class Streams:
     ) -> str:
         """Serve a stream to its end; return why it ended.
 
-        ``send`` takes the messages of ``format_``. ``joined`` is called with the subscriber before anything is sent: to
-        end it when the client leaves, and to limit what it may be sent. ``caught_up``: see `Feed.serve`.
+        ``send`` takes the messages of ``format_``. ``joined`` is called with the subscriber before anything is sent, so
+        that the caller can stop it when the client leaves, and set its credit. ``caught_up``: see `Feed.serve`.
 
         Raises:
-            ValueError: nothing follows: `open` said so.
+            ValueError: the stream has no ``seq``: nothing follows.
         """
         feed, wish = stream.feed, stream.wish
         if stream.seq is None:
@@ -140,7 +140,7 @@ class Streams:
                 return await feed.serve(subscriber, caught_up)
 
     async def _locate(self, tenant: str, wish: ReadOptions) -> tuple[Feed, Position | None]:
-        """Return the feed and the place after which to read; ``None`` when all has been read already."""
+        """Return the feed and the position after which to read; ``None`` when nothing follows."""
         record = None
         if wish.generation is not None:
             record = await self._lookups.require(tenant, wish.session, wish.generation)
@@ -176,17 +176,17 @@ class Streams:
         return Position(cursor.seq, cursor.offset)
 
     async def _has_expired(self, feed: Feed, record: GenerationRecord | None, seq: int) -> bool:
-        """Tell whether a generation has ended and nothing of it is kept: a reader would wait for ever."""
+        """Return whether a generation has ended and no event of it is kept: a reader would wait forever."""
         if record is None or record.state not in ENDED or seq < feed.last_seq:
             return False
         reader = self._states.reader(feed.tenant, feed.session, feed.issuer.partition)
         return await reader.first_of(record.generation) is None
 
     async def _require_anew(self, feed: Feed, seq: int) -> None:
-        """Find out whether a reader behind the stream sequence ``seq`` reads what was started since the deletion.
+        """Check that reading after the stream sequence ``seq`` covers only generations started since the deletion.
 
         Raises:
-            Deleted: it would read what was deleted, or nothing was started since.
+            Deleted: deleted events would be read, or no generation was started since.
         """
         behind = seq >= feed.deleted_through
         if not behind or (feed.tail.end == 0 and not await self._lookups.of_session(feed.tenant, feed.session)):
@@ -203,7 +203,7 @@ class Streams:
             span = feed.tail.spans.get(generation)
             if span is not None and span.first > feed.tail.floor:
                 return span.first - 1
-            seen = feed.last_seq  # before asking: what is stored meanwhile must not be skipped
+            seen = feed.last_seq  # before the look-up: events stored meanwhile must not be skipped
             first = await self._states.reader(feed.tenant, feed.session, feed.issuer.partition).first_of(generation)
             return seen if first is None else first - 1
         return 0 if start.where == "start" else feed.latest_start()

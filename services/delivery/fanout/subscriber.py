@@ -1,4 +1,4 @@
-"""One subscriber: a position in a feed, and a connection that is written to without a task of its own."""
+"""Serve one subscriber: track its position in a feed and write to its connection without a dedicated task."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Generator, Iterator
@@ -13,17 +13,17 @@ from services.delivery.formats.granularity import TOKEN, Granularity, Position
 __all__ = ["Send", "Progress", "State", "Subscriber"]
 
 Send = Callable[[Any], Awaitable[None]]
-"""Takes a message. It may have ``offer`` beside it: a plain function that takes one too, or says that it cannot now."""
+"""Sends a message. An optional attribute ``offer``, a plain function, sends one at once or returns False."""
 
 MET: Final = 256
-"""Bound of generations that a subscriber is remembered to have met; beyond it it is counted again."""
+"""Bound of generations in `Subscriber.met`; beyond it the subscriber is counted again."""
 
 
 class State(Enum):
-    """Where a subscriber is in its life.
+    """Lifecycle state of a subscriber.
 
-    ``FROM_LOG``: it is sent what it has missed from the log. ``LIVE``: it is sent what its feed keeps in memory, and
-    what comes. ``BLOCKED``: a write waits for the client; afterwards it goes on as before. ``OVER``: its stream ends.
+    ``FROM_LOG``: served from the log. ``LIVE``: served from the feed's memory and with new events. ``BLOCKED``: a write
+    waits for the client; the state before it follows. ``OVER``: the stream ends.
     """
 
     FROM_LOG = "from_log"
@@ -38,14 +38,14 @@ TRANSITIONS: Final = {
     State.BLOCKED: frozenset({State.FROM_LOG, State.LIVE, State.OVER}),
     State.OVER: frozenset[State](),
 }
-"""The legal moves; staying where one is is always one."""
+"""The legal transitions; a transition to the same state is always legal."""
 
 
 class Progress:
-    """How far a subscriber has been served; those that were sent the same share one.
+    """Record how far a subscriber has been served; subscribers at the same point share one object.
 
-    ``index``: the next entry of the feed's tail; ``seq``: the stream sequence up to which it was served, and ``offset``
-    the characters of the event behind it; ``at``: when it was last sent something (event-loop time).
+    ``index``: the next entry of the feed's tail; ``seq``: the stream sequence up to which it was served, ``offset``:
+    characters of the next event; ``at``: time of the last write (event-loop time).
     """
 
     __slots__ = ("at", "index", "offset", "seq")
@@ -58,7 +58,7 @@ class Progress:
 
 
 class _Rest:
-    """The rest of an awaitable that was started by hand and is waiting for ``future``."""
+    """Await the rest of an awaitable that was started by hand and waits for ``future``."""
 
     def __init__(self, steps: Iterator[Any], future: Any) -> None:
         self._steps = steps
@@ -69,7 +69,7 @@ class _Rest:
         while True:
             try:
                 yield future
-            except BaseException:  # given up: the write must not linger half done
+            except BaseException:  # cancelled: close the write instead of leaving it half done
                 close = getattr(self._steps, "close", None)
                 if close is not None:
                     close()
@@ -81,19 +81,17 @@ class _Rest:
 
 
 class Subscriber:
-    """A client reading a session (``generation`` is None) or one generation.
+    """Serve one client that reads a session (``generation`` is None) or one generation.
 
-    ``stand`` says how far it has been served. `Feed.serve` owns its `state`. It is ``quick`` while nothing about it
-    needs a closer look: it is live, stands at a piece's edge, and has no credit to watch. ``done`` resolves with the
-    reason when its stream ends, or with ``behind`` when it has to read from the log again; ``until`` and
-    ``until_reason`` say when it ends at the latest (monotonic seconds), and why; ``heartbeat``: after how many seconds
-    without anything else it is sent one. A write that has to wait becomes a task; meanwhile the subscriber only falls
-    behind and later gets everything that it missed in few writes.
+    ``stand``: its progress. `Feed.serve` owns its `state`. ``quick``: it is live, at the edge of a piece and without
+    credit, so flushes take the fast path. ``done`` resolves with the reason when the stream ends, or with ``behind``
+    when it must read from the log again; ``until`` (monotonic seconds) and ``until_reason``: deadline of the stream and
+    its reason; ``heartbeat``: seconds without a write after which a heartbeat is sent. A write that has to wait becomes
+    a task; meanwhile the subscriber only falls behind, and later gets the missed events in few writes.
 
-    ``grain``: in which pieces it is shown text; ``joining``: it may stand in the middle of the entry at its index.
+    ``grain``: its granularity; ``joining``: its position may be inside the entry at its index.
 
-    ``room`` and ``space``: how many events and bytes it may be sent, where the client grants them; the last event may
-    go beyond ``space``.
+    ``room`` and ``space``: credit in events and bytes, if the client grants any; the last event may exceed ``space``.
     """
 
     __slots__ = (
@@ -134,7 +132,7 @@ class Subscriber:
         self.offer: Callable[[Any], bool] | None = getattr(send, "offer", None)
         self.grain = grain
         self._state = State.FROM_LOG
-        self._live = False  # whether it is live, or will be again when it is no longer blocked
+        self._live = False  # live now, or again after `BLOCKED`
         self._joining = False
         self.done: asyncio.Future[str] = loop.create_future()
         self.until = float("inf")
@@ -142,8 +140,8 @@ class Subscriber:
         self.heartbeat = float("inf")
         self.room = UNLIMITED
         self.space = UNLIMITED
-        self.accounted = seq  # up to where it has been counted for billing
-        self.met: set[str] | None = None  # the generations of which it was counted among the subscribers
+        self.accounted = seq  # counted for billing up to this stream sequence
+        self.met: set[str] | None = None  # generations that have counted it as a subscriber
         self._send = send
         self.blocked_at: float | None = None
         self._blocked: asyncio.Task[None] | None = None
@@ -158,32 +156,32 @@ class Subscriber:
 
     @property
     def state(self) -> State:
-        """Where it is in its life."""
+        """The lifecycle state."""
         return self._state
 
     @property
     def joined(self) -> bool:
-        """Whether it stands in a view, blocked or not."""
+        """Whether it is served by a view, blocked or not."""
         return self._live
 
     def move(self, state: State) -> None:
         """Move to another state.
 
         Raises:
-            RuntimeError: `TRANSITIONS` does not have that move.
+            RuntimeError: `TRANSITIONS` does not allow it.
         """
         if state is not self._state and state not in TRANSITIONS[self._state]:
             raise RuntimeError(f"a subscriber cannot move from {self._state.value} to {state.value}")
         if state is not State.BLOCKED:
             self._live = state is State.LIVE
             if self._blocked is not None and state is not State.OVER:
-                state = State.BLOCKED  # the write still waits; it is there afterwards
+                state = State.BLOCKED  # the write still waits; the new state follows it
         self._state = state
         self._refresh()
 
     @property
     def joining(self) -> bool:
-        """Whether it may stand in the middle of the entry at its index."""
+        """Whether its position may be inside the entry at its index."""
         return self._joining
 
     @joining.setter
@@ -193,7 +191,7 @@ class Subscriber:
 
     @property
     def index(self) -> int:
-        """The next entry of the feed's tail that it is to get."""
+        """Index of the next entry of the feed's tail to send."""
         return self.stand.index
 
     @index.setter
@@ -207,12 +205,12 @@ class Subscriber:
 
     @property
     def offset(self) -> int:
-        """How many characters of the event behind `seq` it has been served."""
+        """Characters already served of the event after `seq`."""
         return self.stand.offset
 
     @property
     def place(self) -> Position:
-        """What it has been served."""
+        """The position up to which it has been served."""
         return Position(self.stand.seq, self.stand.offset)
 
     @place.setter
@@ -220,11 +218,11 @@ class Subscriber:
         self.stand = Progress(self.stand.index, place.seq, place.offset, self.stand.at)
 
     def touch(self, now: float) -> None:
-        """Note that it is sent something beside the events."""
+        """Record a write other than events at ``now``."""
         self.stand = Progress(self.stand.index, self.stand.seq, self.stand.offset, now)
 
     def _refresh(self) -> None:
-        """Work out anew whether anything needs a closer look."""
+        """Recompute `quick`."""
         self.quick = (
             self._state is State.LIVE
             and not self._joining
@@ -234,7 +232,7 @@ class Subscriber:
         )
 
     def meets(self, generation: str) -> bool:
-        """Tell whether it is counted for this generation for the first time."""
+        """Return whether this is the first count for the generation, and remember it."""
         met = self.met
         if met is None:
             self.met = {generation}
@@ -247,13 +245,13 @@ class Subscriber:
         return True
 
     def on_ready(self, wake: Callable[["Subscriber"], None]) -> None:
-        """Call ``wake`` whenever a write that had to wait is through."""
+        """Call ``wake`` whenever a waiting write has completed or new credit allows a write."""
         self._wake = wake
 
     def deliver(self, chunk: Chunk, stand: Progress | None = None) -> None:
-        """Start to write a chunk; it is through at once unless the client's buffers are full.
+        """Start to write a chunk; it completes at once unless the client's buffers are full.
 
-        ``stand``: of somebody who has just got the same.
+        ``stand``: progress of another subscriber after the same chunk, to share.
         """
         self.stand = stand or self.behind(chunk)
         if chunk.message is not None:
@@ -263,14 +261,14 @@ class Subscriber:
             self.stop("terminal")
 
     def behind(self, chunk: Chunk) -> Progress:
-        """Return where it stands when it has got a chunk."""
+        """Return the progress after a chunk."""
         before, now = self.stand, self._loop.time()
         if chunk.last_seq:
             return Progress(chunk.stop, chunk.last_seq, chunk.offset, now)
         return Progress(chunk.stop, before.seq, before.offset, now)
 
     def count(self, events: int, size: int) -> None:
-        """Note what was sent: it takes from what the client has granted."""
+        """Subtract sent events and bytes from the client's credit."""
         metrics.EVENTS_OUT.inc(events)
         if self.room != UNLIMITED:
             self.room -= events
@@ -278,7 +276,7 @@ class Subscriber:
             self.space -= size
 
     def limit(self, room: int, space: int) -> None:
-        """Set what may be sent from now on, in events and bytes; serve it if it waited for that."""
+        """Set the credit in events and bytes; resume a subscriber that waited for credit."""
         self.room, self.space = room, space
         self._refresh()
         if self._roomy is not None:
@@ -287,7 +285,7 @@ class Subscriber:
             self._wake(self)
 
     async def has_room(self) -> None:
-        """Wait until something may be sent, or the stream is to end."""
+        """Wait until there is credit or the stream ends."""
         self._roomy = self._roomy or asyncio.Event()
         while not (self.room > 0 and self.space > 0) and not self.done.done():
             self._roomy.clear()
@@ -299,7 +297,8 @@ class Subscriber:
                 waiting.cancel()
 
     def start(self, message: Any) -> None:
-        """Start to send a message. Must not be called while another one waits."""
+        """Start to send a message. Must not be called while another write waits."""
+        # Without waiting: a synchronous offer, or a first step that finishes the send.
         offer = self.offer
         if offer is not None and offer(message):
             return
@@ -311,6 +310,7 @@ class Subscriber:
         except (OSError, RuntimeError):
             self.stop("disconnected")
             return
+        # The client's buffers are full: continue the same send in a task.
         metrics.BLOCKED.inc()
         self.blocked_at = self._loop.time()
         self._blocked = self._loop.create_task(self._wait(_Rest(steps, future)))
@@ -318,20 +318,20 @@ class Subscriber:
             self.move(State.BLOCKED)
 
     async def send(self, message: Any) -> None:
-        """Send a message and wait until it is through or the stream is to end: for catching up."""
+        """Send a message and wait until it is written or the stream ends; used while catching up."""
         self.start(message)
         if self._blocked is not None:
             either: set[asyncio.Future[Any]] = {self._blocked, self.done}
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
 
     def fall_behind(self) -> None:
-        """Leave memory, which no longer keeps what it needs next: it is to read on from the log."""
+        """Switch to reading from the log, because memory no longer keeps the next entry."""
         if not self.done.done():
             self.done.set_result("behind")
             self.move(State.FROM_LOG)
 
     def stop(self, reason: str) -> None:
-        """End the stream; the first reason holds, except that having fallen behind is no end."""
+        """End the stream; the first reason holds (``behind`` is not an end)."""
         if self._state is State.OVER:
             return
         if not self.done.done():
@@ -341,7 +341,7 @@ class Subscriber:
         self.move(State.OVER)
 
     def rearm(self) -> None:
-        """Make a subscriber that has fallen behind ready to be served again, unless it was to end meanwhile."""
+        """Reset ``done`` after falling behind; it resolves at once if the stream was stopped meanwhile."""
         if self.done.done() and not self.done.cancelled() and self.done.result() == "behind":
             self.done = self._loop.create_future()
             if self._after is not None:
@@ -349,7 +349,7 @@ class Subscriber:
             self._refresh()
 
     def poll(self, now: float) -> None:
-        """Send a heartbeat where nothing else was sent for a while."""
+        """Send a heartbeat when nothing was sent for ``heartbeat`` seconds."""
         if self._blocked is None and now - self.stand.at > self.heartbeat and not self.done.done():
             self.touch(now)
             heartbeat = self.format.heartbeat()
@@ -357,13 +357,13 @@ class Subscriber:
                 self.start(heartbeat)
 
     async def close(self) -> None:
-        """Give up a write that still waits."""
+        """Cancel a write that still waits."""
         if self._blocked is not None:
             self._blocked.cancel()
             await asyncio.gather(self._blocked, return_exceptions=True)
 
     async def through(self, seconds: float) -> bool:
-        """Wait for a write that still waits, at most so long; tell whether it is through."""
+        """Wait at most ``seconds`` for a waiting write; return whether it has completed."""
         if self._blocked is not None:
             await asyncio.wait({self._blocked}, timeout=seconds)
         return self._blocked is None

@@ -1,4 +1,4 @@
-"""Ends what lasts too long, reads too slowly, or is to make way: subscribers, sockets, calls and pulls alike."""
+"""End subscribers, sockets, calls and pulls that stall, reach their lifetime, expire, or must drain."""
 
 import asyncio
 import random
@@ -20,36 +20,36 @@ POLL_SECONDS: Final = 1.0
 
 
 class Supervised(Protocol):
-    """A connection, or a part of one, that the supervisor ends. Times are monotonic seconds.
+    """Port of a connection, or a part of one, that the supervisor can end. Times are monotonic seconds.
 
-    ``blocked_at``: since when a write has waited for the client; ``None`` while none does. ``until`` and
-    ``until_reason``: when it has to end at the latest, and why (``lifetime`` or ``expired``).
+    ``blocked_at``: time since which a write waits for the client; ``None`` without one. ``until`` and ``until_reason``:
+    its deadline and the reason (``lifetime`` or ``expired``).
     """
 
     @property
     def blocked_at(self) -> float | None:
-        """Since when a write has waited for the client."""
+        """Time since which a write waits for the client."""
 
     @property
     def until(self) -> float:
-        """When it has to end at the latest."""
+        """Deadline at which it ends."""
 
     @property
     def until_reason(self) -> str:
-        """Why it ends then."""
+        """Reason of the end at the deadline."""
 
     def stop(self, reason: str) -> None:
         """End it; the first reason holds. Reasons of the supervisor: evicted, drain, lifetime, expired."""
 
     def poll(self, now: float) -> None:
-        """Do what is due, such as a heartbeat; called about every second while it need not end."""
+        """Run due work, such as a heartbeat; called about every second until it has to end."""
 
 
 class Supervisor:
-    """Polls everything supervised about every second, and runs periodic jobs.
+    """Poll supervised connections about every second, and run periodic jobs.
 
-    Evicts what has not taken a write for ``stall`` seconds, ends what has reached its lifetime or whose credentials
-    have expired, and, when the replica drains, all of it.
+    Evicts a connection whose write has waited for ``stall`` seconds, ends one that has reached its lifetime or whose
+    credentials have expired, and ends all of them when the replica drains.
     """
 
     def __init__(self, broker: Broker, clock: Clock, settings: Settings) -> None:
@@ -78,16 +78,16 @@ class Supervisor:
             raise Problem(503, "this replica is going away", headers={"Retry-After": "1"})
 
     def is_ready(self) -> bool:
-        """Tell whether new streams can be opened."""
+        """Return whether new streams can be opened."""
         return self._broker.is_connected and not self.draining
 
     def end_of(self, expires_at: float | None) -> tuple[float, str]:
-        """Return when a stream that begins now has to end, in monotonic seconds, and why: ``lifetime`` or ``expired``.
+        """Return the deadline of a stream that begins now, in monotonic seconds, and its reason.
 
-        ``expires_at``: of its credentials, in seconds since 1970.
+        The reason is ``lifetime`` or ``expired``. ``expires_at``: expiry of its credentials, in seconds since 1970.
         """
         now = self._clock.monotonic()
-        until = now + self._lifetime * random.uniform(0.8, 1.0)  # replicas restart together: clients should not
+        until = now + self._lifetime * random.uniform(0.8, 1.0)  # jitter: clients must not reconnect all at once
         if expires_at is not None and now + expires_at - self._clock.wall() < until:
             return now + expires_at - self._clock.wall(), "expired"
         return until, "lifetime"
@@ -111,7 +111,7 @@ class Supervisor:
             self.poll(self._clock.monotonic())
 
     def poll(self, now: float) -> None:
-        """Look at everything once."""
+        """Run one round: end or poll each connection, call the sweeps, start the jobs."""
         for supervised in tuple(self._supervised):
             reason = self._due(supervised, now)
             if reason is None:
@@ -125,8 +125,7 @@ class Supervisor:
                 self.start(name, job())
 
     def start(self, key: object, job: Coroutine[Any, Any, None]) -> None:
-        """Run a job in the background, unless the one before under the same key has not ended: a slow broker is not
-        asked ever more."""
+        """Run a job in the background, unless one with the same key still runs: a slow broker must not be flooded."""
         if key in self._running:
             job.close()
             return
@@ -141,7 +140,7 @@ class Supervisor:
         task.add_done_callback(ended)
 
     async def drain(self, seconds: float) -> None:
-        """End every stream with a resumable notice; wait at most so long for slow clients."""
+        """End every stream with a resumable notice; wait at most ``seconds`` for slow clients."""
         self.draining = True
         for supervised in tuple(self._supervised):
             supervised.stop("drain")
@@ -154,7 +153,7 @@ class Supervisor:
         await end(*self._tasks)
 
     def _due(self, supervised: Supervised, now: float) -> str | None:
-        """Return why something has to end now; ``None`` while it may go on."""
+        """Return the reason why a connection has to end now, or ``None``."""
         blocked_at = supervised.blocked_at
         if blocked_at is not None and now - blocked_at > self._stall:
             return "evicted"
@@ -164,7 +163,7 @@ class Supervisor:
 
 
 class _Supervision:
-    """One stream under supervision. There are many: this takes a tenth of what a generator would."""
+    """Supervise one stream. Takes a tenth of a generator's memory, since there are many."""
 
     __slots__ = ("_held", "_supervised", "_supervisor")
 

@@ -1,4 +1,4 @@
-"""What a feed holds, written to whoever stands in it: as it is stored, or joined and cut to a granularity."""
+"""Write a feed's entries to its subscribers: as stored, or joined and cut to a granularity."""
 
 import asyncio
 from typing import Final
@@ -14,31 +14,31 @@ from services.kit.clock import Clock
 __all__ = ["View", "Views"]
 
 WRITE_BYTES: Final = 128 * 1024  # the HTTP server takes several writes ahead of a slow client
-_SHARE: Final = 4  # a granularity keeps so much less than the feed: who is further behind is read from the log
+_SHARE: Final = 4  # a granularity keeps this fraction of the feed's bytes; subscribers further behind read from the log
 
 
 class View:
-    """The entries of one granularity, the frames of each format, and the subscribers that stand in them.
+    """Serve the entries of one granularity to its subscribers, framed once for each format.
 
-    ``source`` is the feed's own tail, which is shown unchanged; `ChunkedView` derives another one from it.
+    ``source`` is the feed's own tail, which is served unchanged; `ChunkedView` derives another tail from it.
     """
 
     def __init__(self, source: Tail, at: Address, clock: Clock) -> None:
         self.source = source
         self.tail = source
         self.subscribers: set[Subscriber] = set()
-        self.waiting: set[Subscriber] = set()  # those that are read from the log before they can stand here
+        self.waiting: set[Subscriber] = set()  # served from the log until they can be served here
         self._at = at
         self._clock = clock
         self._frames: dict[Format, Frames] = {}
 
     @property
     def floor(self) -> int:
-        """The stream sequence from which on one can stand here."""
+        """The lowest stream sequence that a subscriber can be served from here."""
         return self.tail.floor
 
     def add(self, subscriber: Subscriber) -> None:
-        """Serve a subscriber; it must be at or above the floor, or is sent to the log."""
+        """Serve a subscriber; one below the floor falls behind and reads from the log."""
         subscriber.index = self.tail.after(subscriber.seq, subscriber.offset)
         subscriber.move(State.LIVE)
         subscriber.joining = self._is_inside(subscriber)
@@ -47,20 +47,21 @@ class View:
         self.serve(subscriber)
 
     def follow(self, now: float) -> None:
-        """Take what is new in the source."""
+        """Take new entries from the source."""
 
     def close(self) -> None:
-        """Take nothing any more."""
+        """Stop taking entries."""
 
     def flush(self, now: float) -> int:
-        """Write to every subscriber that is ready: one chunk for all that stand at the same index. Return how many."""
+        """Write to every ready subscriber, one chunk for all at the same index; return the number of writes."""
         self.follow(now)
         end = self.tail.end
         chunks: dict[tuple[Format, str | None, int, int, int], tuple[Chunk, Progress]] = {}
-        usual = moved = None  # where most stand, and will when they have got what the one before got
+        usual = moved = None  # the most recent common progress, before and after its chunk
         message: object = None
         writes = quick = count = 0
         for subscriber in tuple(self.subscribers):
+            # Fast path: the same progress as the subscriber before, and nothing to check.
             if subscriber.stand is usual and subscriber.quick and moved is not None:
                 subscriber.stand = moved
                 offer = subscriber.offer
@@ -74,6 +75,7 @@ class View:
             if stand.index < self.tail.base:
                 subscriber.fall_behind()
                 continue
+            # Build the chunk once for all subscribers with the same format, generation and progress.
             key = (subscriber.format, subscriber.generation, stand.index, stand.seq, stand.offset)
             known = chunks.get(key)
             if known is None:
@@ -81,12 +83,14 @@ class View:
                 known = chunks[key] = chunk, subscriber.behind(chunk)
             chunk, behind = known
             writes += 1
+            # Less credit than the chunk needs, or inside an entry: serve this one on its own.
             if chunk.count > subscriber.room or chunk.size > subscriber.space or subscriber.joining:
                 self.serve(subscriber)
                 continue
             subscriber.deliver(chunk, behind)
             if behind.index < end:
                 self.serve(subscriber)
+            # Later subscribers with this progress take the fast path.
             elif chunk.count and not chunk.ends:
                 if usual is not None:
                     metrics.EVENTS_OUT.inc(quick * count)
@@ -96,28 +100,28 @@ class View:
         return writes + quick
 
     def serve(self, subscriber: Subscriber) -> None:
-        """Write to one subscriber what it has missed, until it is up to date or has to wait."""
+        """Write missed entries to one subscriber until it is up to date or has to wait."""
         while subscriber.ready and subscriber.joined and subscriber.index < self.tail.end:
             if subscriber.index < self.tail.base or (subscriber.joining and subscriber.seq < self.source.floor):
                 subscriber.fall_behind()
                 return
-            if subscriber.joining:  # what was held when it came may end where it stands
+            if subscriber.joining:  # an entry appended since may end at its position
                 subscriber.index = max(subscriber.index, self.tail.after(subscriber.seq, subscriber.offset))
                 if subscriber.index >= self.tail.end:
                     return
             subscriber.deliver(self._first(subscriber) or self._granted(subscriber))
 
     def _is_inside(self, subscriber: Subscriber) -> bool:
-        """Tell whether a subscriber may stand in the middle of an entry."""
+        """Return whether a subscriber's position may be inside an entry."""
         return subscriber.offset > 0
 
     def _granted(self, subscriber: Subscriber) -> Chunk:
-        """Return what a subscriber may be sent of what it is to get."""
+        """Return the next chunk that the subscriber's credit allows."""
         size = min(WRITE_BYTES, subscriber.space)
         return self._framed(subscriber).chunk(subscriber.index, subscriber.generation, size, subscriber.room)
 
     def _first(self, subscriber: Subscriber) -> Chunk | None:
-        """Return what is left of the entry in whose middle a subscriber stands."""
+        """Return the rest of the entry that contains the subscriber's position, if any."""
         if not subscriber.joining:
             return None
         subscriber.joining = False
@@ -141,9 +145,9 @@ class View:
 
 
 class ChunkedView(View):
-    """A view whose entries are pieces of another size, joined once for all its subscribers.
+    """Serve pieces of another granularity, joined once for all subscribers.
 
-    It begins at ``place``, keeps at most ``max_bytes``, and one timer lets out what has been held for long enough.
+    It begins at ``place`` and keeps at most ``max_bytes``; one timer releases text when its hold time ends.
     """
 
     def __init__(
@@ -158,15 +162,15 @@ class ChunkedView(View):
         self._timer: asyncio.TimerHandle | None = None
 
     def add(self, subscriber: Subscriber) -> None:
-        """Serve a subscriber, with what is left of the piece that it stands in, if any."""
+        """Serve a subscriber, first the rest of the piece that contains its position, if any."""
         self.follow(self._clock.monotonic())
-        if self.tail.base and subscriber.seq < self.floor:  # joining what was new has pushed out what it needs
+        if self.tail.base and subscriber.seq < self.floor:  # appending new pieces has dropped its next entry
             subscriber.fall_behind()
             return
         super().add(subscriber)
 
     def follow(self, now: float) -> None:
-        """Join what is new; begin anew when the source has dropped what was not joined yet."""
+        """Join new entries; restart when the source has dropped entries not joined yet."""
         source, merger, append = self.source, self._merger, self.tail.append
         if self._read < source.base:
             self.tail.restart(source.floor)
@@ -198,22 +202,22 @@ class ChunkedView(View):
 
 
 class Views:
-    """The views of a feed: its own tail, and one for each granularity that somebody wants now."""
+    """Hold the views of a feed: its own tail, and one for each granularity in use."""
 
     def __init__(self, tail: Tail, at: Address, clock: Clock, max_bytes: int) -> None:
         self.tail = tail
         self._at = at
         self._clock = clock
         self._max_bytes = max_bytes
-        self._views: dict[Granularity, View] = {TOKEN: View(tail, at, clock)}  # at most one for each `Grain` there is
+        self._views: dict[Granularity, View] = {TOKEN: View(tail, at, clock)}  # at most one for each `Granularity`
 
     @property
     def size(self) -> int:
-        """Bytes of all entries."""
+        """Bytes of the entries of all views."""
         return sum(view.tail.bytes for view in self._views.values())
 
     def floor(self, subscriber: Subscriber) -> int:
-        """Return the stream sequence from which on a subscriber can be served from memory."""
+        """Return the lowest stream sequence from which a subscriber can be served from memory."""
         view = self._views.get(subscriber.grain)
         return self.tail.floor if view is None else max(self.tail.floor, view.floor)
 
@@ -228,14 +232,14 @@ class Views:
         view.add(subscriber)
 
     def hold(self, subscriber: Subscriber) -> None:
-        """Serve a subscriber no more for now; what it is to stand in stays."""
+        """Pause serving a subscriber; keep its view."""
         view = self._views.get(subscriber.grain)
         if view is not None:
             view.subscribers.discard(subscriber)
             view.waiting.add(subscriber)
 
     def remove(self, subscriber: Subscriber) -> None:
-        """Serve a subscriber no more."""
+        """Remove a subscriber, and its view after the last one."""
         view = self._views.get(subscriber.grain)
         if view is None:
             return
@@ -246,7 +250,7 @@ class Views:
             del self._views[subscriber.grain]
 
     def flush(self) -> int:
-        """Write what is new; return how many writes were begun."""
+        """Write new entries in all views; return the number of writes."""
         now = self._clock.monotonic()
         return sum(view.flush(now) for view in tuple(self._views.values()))
 

@@ -1,1 +1,1 @@
-"""How events are encoded for clients: no input or output, no clock."""
+"""Encode events for clients, without I/O and without a clock."""

@@ -1,4 +1,4 @@
-"""What a protocol must say about events so that a feed can be shown over it."""
+"""Define the port through which a feed encodes events for a protocol."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
@@ -9,9 +9,9 @@ __all__ = ["Address", "Format"]
 
 
 class Address(NamedTuple):
-    """Whose events these are: the session's name, and its cursors without their stream sequence.
+    """Build cursors of one session: its name, and the cursor prefix before the stream sequence.
 
-    ``offset``: characters of the event behind a cursor that are shown as well, where `cursor` is to say so.
+    ``offset``: characters of the next event that cursors from `cursor` include.
     """
 
     session: str
@@ -31,39 +31,39 @@ class Address(NamedTuple):
         return b"%b%012x" % (self.prefix, entry.seq)
 
     def inside(self, offset: int) -> "Address":
-        """Return an address whose cursors say that so many characters of the next event are shown."""
+        """Return an address whose cursors include ``offset`` characters of the next event."""
         return self._replace(offset=offset) if offset else self
 
 
 class Format(Protocol):
-    """How one protocol shows a session; without state, so that one object serves all its subscribers.
+    """Encode a session for one protocol; stateless, so one object serves all subscribers.
 
-    `frame` is called once for an event, `message` once for all subscribers that stand at the same place. A message is
-    whatever the subscriber's ``send`` takes.
+    `frame` is called once for an event, `message` once for all subscribers at the same position. A message has the type
+    that the subscriber's ``send`` takes.
     """
 
     protocol: str
 
     def frame(self, entry: Entry, at: Address) -> bytes:
-        """Return one event."""
+        """Return the frame of one event."""
         ...
 
     def message(self, frames: Sequence[bytes], *, ends: bool) -> Any:
-        """Return what is sent for several frames at once; ``ends``: nothing follows."""
+        """Return the message that holds several frames; ``ends``: it is the last one."""
         ...
 
     def opening(self, at: Address) -> bytes:
-        """Return what stands before everything else, or nothing."""
+        """Return the bytes sent before all events, possibly empty."""
         ...
 
     def gap(self, reason: str, generation: str | None, at: Address) -> bytes:
-        """Return what says out loud that something is missing, and of what."""
+        """Return the frame that reports missing events of a generation, or of the session if None."""
         ...
 
     def bye(self, reason: str, seq: int, at: Address) -> bytes:
-        """Return what ends a stream that can be resumed after the stream sequence ``seq``."""
+        """Return the last frame of a stream that can be resumed after the stream sequence ``seq``."""
         ...
 
     def heartbeat(self) -> Any | None:
-        """Return the message that keeps a silent connection open, or nothing where the protocol does that itself."""
+        """Return the message that keeps an idle connection open, or None if the protocol does that itself."""
         ...

@@ -1,4 +1,4 @@
-"""Frames of a feed: each event is encoded once for a format, whatever the number of subscribers."""
+"""Encode each event of a feed once for a format, whatever the number of subscribers."""
 
 import sys
 from typing import Final
@@ -12,10 +12,10 @@ UNLIMITED: Final = sys.maxsize
 
 
 class Chunk:
-    """What one write brings: its message, the index after it, and whether the wanted generation ends with it.
+    """Content of one write: its message, the index after it, and whether the requested generation ends with it.
 
-    ``count`` events of ``size`` bytes; ``last_seq``: the stream sequence up to which the subscriber is served with it,
-    and ``offset`` characters of the event behind it.
+    ``count`` events of ``size`` bytes; ``last_seq``: the stream sequence up to which it serves the subscriber;
+    ``offset``: characters of the next event.
     """
 
     __slots__ = ("count", "ends", "last_seq", "message", "offset", "size", "stop")
@@ -33,7 +33,7 @@ class Chunk:
 
 
 class Frames:
-    """The frames of a tail in one format, made when first wanted."""
+    """Cache the frames of a tail in one format, encoded on first use."""
 
     def __init__(self, tail: Tail, format_: Format, at: Address) -> None:
         self._tail = tail
@@ -43,10 +43,10 @@ class Frames:
         self._base = tail.base
 
     def chunk(self, start: int, generation: str | None, max_bytes: int, max_events: int = UNLIMITED) -> Chunk:
-        """Return what a subscriber at index ``start`` is to get next, of one generation or of all.
+        """Return the next chunk for a subscriber at index ``start``, of one generation or of all.
 
-        The chunk ends behind ``max_bytes``, with the last of ``max_events`` (at least 1), or with the terminal of the
-        wanted generation.
+        The chunk ends with the event that reaches ``max_bytes``, after ``max_events`` (at least 1), or with the
+        terminal of the requested generation.
         """
         self._follow()
         entries = self._tail.slice(start, self._tail.end)
@@ -63,7 +63,7 @@ class Frames:
                 continue
             frame = self._frames[offset - self._base]
             parts.append(frame)
-            if entry.type == GAP:  # no event: it counts for nothing, and is told again to a client that resumes here
+            if entry.type == GAP:  # not an event: not counted, and sent again to a client that resumes here
                 within = 0
                 continue
             count += 1

@@ -1,8 +1,8 @@
-"""In which pieces text is shown: as it came, by line or sentence, or joined over a time.
+"""Chunk text by granularity: as stored, by line or sentence, or coalesced over a time.
 
 Neighbouring deltas of one generation, epoch, choice and kind (text, reasoning, refusal) are joined; any other event
-first lets out what is held, so that the order of the log is kept. Joined, all pieces are the text of the log, whatever
-the granularity; every piece ends at a place from which reading can go on in any granularity.
+first releases the held text, so that the order of the log is kept. The pieces of every granularity concatenate to the
+text of the log; every piece ends at a position from which reading can continue in any granularity.
 """
 
 import re
@@ -28,29 +28,29 @@ __all__ = [
 
 HOLD_SECONDS: Final = 2.0
 HOLD_CHARS: Final = 4_096
-CUTS: Final = 64  # of one event: what is left of it then is let out together
+CUTS: Final = 64  # pieces cut from one event; the rest of it is released as one piece
 COALESCE_STEPS: Final = (10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000)
-"""Milliseconds. What is asked for is rounded down to one of them, so that subscribers share what is joined for them."""
-_LOOK_BACK: Final = 16  # characters that an end which was not complete yet may reach back
+"""Milliseconds. A requested time is rounded down to a step, so that subscribers share the joined pieces."""
+_LOOK_BACK: Final = 16  # characters to rescan for an end that was incomplete
 _KINDS: Final = ("text", "reasoning", "refusal")
 _LINE: Final = re.compile(r"\n")
 _CLOSING: Final = "\"'\u201d\u2019\u00bb)\\]"
 _SENTENCE: Final = re.compile(
-    rf"[.!?\u2026]+[{_CLOSING}]*\s"  # with the white space behind it: 3.14 is no end
-    rf"|[\u3002\uff01\uff1f\uff61\u0964\u061f]+[{_CLOSING}\u300d\u300f\uff09\u3011]*"  # scripts that put no space there
+    rf"[.!?\u2026]+[{_CLOSING}]*\s"  # includes the white space after it: 3.14 has no end
+    rf"|[\u3002\uff01\uff1f\uff61\u0964\u061f]+[{_CLOSING}\u300d\u300f\uff09\u3011]*"  # scripts without a space there
     r"|\n"
 )
 
 
 class Position(NamedTuple):
-    """Everything up to a stream sequence, and so many characters of the event with the next one."""
+    """Position in a session: a stream sequence, and the characters already read of the next event."""
 
     seq: int
     offset: int = 0
 
 
 class Granularity(NamedTuple):
-    """A granularity. ``hold``: how long text may be held back, in seconds."""
+    """How text is chunked. ``hold``: longest time in seconds that text may be held back."""
 
     mode: Literal["token", "line", "sentence", "coalesce"]
     hold: float = HOLD_SECONDS
@@ -60,7 +60,7 @@ TOKEN: Final = Granularity("token", 0.0)
 
 
 def parse_granularity(granularity: str | None, coalesce: int | None) -> Granularity:
-    """Return the granularity that a client's words mean.
+    """Parse a client's granularity parameters.
 
     Raises:
         ValueError: both are given, or one is out of its range.
@@ -81,13 +81,13 @@ def parse_granularity(granularity: str | None, coalesce: int | None) -> Granular
 
 
 class _Merged(Delta, tag="delta"):
-    """A delta that holds the text of several, or a part of one: ``through`` is the last seq that it completes."""
+    """Delta with the text of several deltas or a part of one; ``through``: the last seq that it completes."""
 
     through: int | None = None
 
 
 class _Part:
-    """What is left to show of one delta, from character ``start`` on."""
+    """Rest of one delta, from character ``start`` on."""
 
     __slots__ = ("delta", "entry", "kind", "start", "text")
 
@@ -104,7 +104,7 @@ class _Part:
         return delta.generation, delta.epoch, delta.choice, self.kind
 
     def place(self) -> Position:
-        """Return the place before what is left."""
+        """Return the position before the rest."""
         return Position(self.entry.seq - 1, self.start)
 
 
@@ -113,7 +113,7 @@ _encode: Final = msgspec.json.Encoder().encode
 
 
 def _part(entry: Entry, start: int) -> _Part | None:
-    """Return an entry as text that can be joined or cut; ``None`` for everything else."""
+    """Return an entry as text that can be joined or cut, or ``None`` if it is not such text."""
     if entry.type != "delta" or entry.moved or entry.offset:
         return None
     try:
@@ -128,33 +128,33 @@ def _part(entry: Entry, start: int) -> _Part | None:
 
 
 class Chunker:
-    """Joins and cuts deltas; ``place`` is where its reader stands in the log.
+    """Join and cut deltas; ``place`` is the reader's position in the log.
 
-    Times are seconds of any steady clock.
+    Times are seconds of any monotonic clock.
     """
 
     def __init__(self, grain: Granularity, place: Position) -> None:
         self.grain = grain
         self._begin = place
         self._parts: list[_Part] = []
-        self._text = ""  # what is held: at most `HOLD_CHARS` and one delta
+        self._text = ""  # held text: at most `HOLD_CHARS` and one delta
         self._scan = 0
         self._since = 0.0
         self._released = float("-inf")
 
     @property
     def due(self) -> float | None:
-        """When what is held must be let out by `settle`; ``None`` when nothing is held."""
+        """Time at which `settle` must release the held text; ``None`` when nothing is held."""
         if not self._parts:
             return None
         return (self._released if self.grain.mode == "coalesce" else self._since) + self.grain.hold
 
     def place(self, seq: int) -> Position:
-        """Return the place behind what was let out, when everything up to ``seq`` was offered."""
+        """Return the position after the released text, when all entries up to ``seq`` were offered."""
         return self._parts[0].place() if self._parts else Position(seq)
 
     def offer(self, entry: Entry, now: float) -> list[Entry]:
-        """Take the next entry; return what is to be shown now."""
+        """Add the next entry; return the entries to send now."""
         start = self._begin.offset if entry.seq == self._begin.seq + 1 else 0
         if self.grain.mode == "token" and not start:
             return [entry]
@@ -172,7 +172,7 @@ class Chunker:
         return shown
 
     def settle(self, now: float) -> list[Entry]:
-        """Let out what has been held for long enough."""
+        """Release the held text if its hold time has ended."""
         due = self.due
         if due is None or now < due:
             return []
@@ -180,7 +180,7 @@ class Chunker:
         return self._release()
 
     def release(self) -> list[Entry]:
-        """Let out what is held."""
+        """Release the held text."""
         return self._release()
 
     def _cut(self, now: float) -> list[Entry]:
@@ -196,7 +196,7 @@ class Chunker:
         return shown
 
     def _end(self) -> int | None:
-        """Return where the first whole line or sentence of what is held ends."""
+        """Return the end of the first complete line or sentence in the held text."""
         text = self._text
         for match in (_LINE if self.grain.mode == "line" else _SENTENCE).finditer(text, self._scan):
             if self.grain.mode == "line" or not text[: match.end()].isspace():
@@ -208,9 +208,10 @@ class Chunker:
         return [self._take(len(self._text), whole=True)] if self._parts else []
 
     def _take(self, size: int, *, whole: bool = False) -> Entry:
-        """Return so many characters of what is held as one piece; ``whole``: with empty deltas at its end."""
+        """Remove ``size`` characters of the held text as one piece; ``whole``: with empty deltas at its end."""
         parts, taken, left = self._parts, 0, size
         first, start, within = parts[0], parts[0].start, 0
+        # Consume whole deltas; the last one may be cut and stay held.
         while taken < len(parts) and (left > 0 or whole):
             part = parts[taken]
             rest_ = len(part.text) - part.start
@@ -227,7 +228,7 @@ class Chunker:
 
 
 def _piece(parts: Sequence[_Part], first: _Part, start: int, text: str, within: int) -> Entry:
-    """Return the entry of one piece; ``within``: it ends behind so many characters of its last delta."""
+    """Return the entry of one piece; ``within``: characters of its last delta, if it ends inside that delta."""
     last = parts[-1]
     if len(parts) == 1 and not start and not within:
         return first.entry
@@ -250,9 +251,9 @@ def _piece(parts: Sequence[_Part], first: _Part, start: int, text: str, within: 
 
 
 def rest(entries: Sequence[Entry], place: Position, end: Position) -> Entry | None:
-    """Return what is left of a piece that ends at ``end`` for who stands inside of it.
+    """Return the rest, after ``place``, of a piece that ends at ``end``; ``None`` if it is not text.
 
-    ``entries`` are the log's events behind ``place`` that the piece holds text of. ``None`` when it is not text.
+    ``entries``: the log's events after ``place`` whose text the piece holds.
     """
     parts = [_part(entry, place.offset if entry.seq == place.seq + 1 else 0) for entry in entries]
     known = [part for part in parts if part is not None]

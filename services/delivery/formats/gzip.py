@@ -1,8 +1,8 @@
-"""Streams in gzip, compressed once for all who are sent the same.
+"""Compress streams with gzip, once for all clients that receive the same message.
 
-A gzip stream is a header, deflate blocks, and a checksum of what one client was sent. The blocks of a message refer to
-nothing before it and end at a whole byte, so that they fit into the stream of every client, wherever that stands; only
-the checksum is a client's own.
+A gzip stream is a header, deflate blocks, and a checksum of the bytes sent to one client. The blocks of a message do
+not refer to earlier data and end at a whole byte, so they fit at any position of any client's stream; only the checksum
+is computed for each client.
 """
 
 import struct
@@ -25,17 +25,17 @@ _RAW_DEFLATE: Final = -15
 
 
 def takes_gzip(accept_encoding: str | None) -> bool:
-    """Tell whether a client takes gzip."""
+    """Return whether a client accepts gzip."""
     return accept_encoding is not None and negotiate(accept_encoding, ["gzip"]) is not None
 
 
 def whole_gzip(body: bytes) -> bytes:
-    """Return a whole body in gzip."""
+    """Return a complete body compressed with gzip."""
     return zlib.compress(body, LEVEL, 31)
 
 
 class Block(NamedTuple):
-    """A message: what it says, the same compressed, and whether nothing follows."""
+    """A message: its plain bytes, its compressed bytes, and whether it is the last one."""
 
     plain: bytes
     packed: bytes
@@ -43,26 +43,26 @@ class Block(NamedTuple):
 
 
 class Gzipped:
-    """A format whose messages are `Block` for `Wrapping`; without state, like any format."""
+    """Wrap a format so that its messages are `Block` for `Wrapping`; stateless, like any format."""
 
     def __init__(self, inner: Format) -> None:
         self.protocol = inner.protocol
         self._inner = inner
 
     def frame(self, entry: Entry, at: Address) -> bytes:
-        """Return one event."""
+        """Return the frame of one event."""
         return self._inner.frame(entry, at)
 
     def opening(self, at: Address) -> bytes:
-        """Return what stands before everything else."""
+        """Return the bytes sent before all events."""
         return self._inner.opening(at)
 
     def gap(self, reason: str, generation: str | None, at: Address) -> bytes:
-        """Return what says that something is missing."""
+        """Return the frame that reports missing events."""
         return self._inner.gap(reason, generation, at)
 
     def bye(self, reason: str, seq: int, at: Address) -> bytes:
-        """Return what ends a stream that can be resumed."""
+        """Return the last frame of a stream that can be resumed."""
         return self._inner.bye(reason, seq, at)
 
     def message(self, frames: Sequence[bytes], *, ends: bool) -> Block:
@@ -76,14 +76,14 @@ class Gzipped:
 
 
 class Wrapping:
-    """The gzip stream of one client."""
+    """Write the gzip stream of one client."""
 
     def __init__(self) -> None:
         self._crc = 0
         self._size = 0
 
     def body(self, block: Block) -> dict[str, Any]:
-        """Return the piece of the body that a block is for this client."""
+        """Return the body message that sends a block to this client."""
         data = block.packed if self._size else _HEADER + block.packed
         self._crc = zlib.crc32(block.plain, self._crc)
         self._size += len(block.plain)

@@ -1,4 +1,4 @@
-"""One cursor for several sessions: the place in each of them, packed."""
+"""Pack the positions in several sessions into one cursor."""
 
 import base64
 import binascii
@@ -17,10 +17,10 @@ _NUMBER_BYTES: Final = 8
 
 
 class MultiCursor:
-    """The places of a connection's sessions, one cursor each, in an order that stays."""
+    """Track the positions of a connection's sessions, one cursor each, in a fixed order."""
 
     def __init__(self, cursors: Sequence[Cursor]) -> None:
-        self._order = sorted(range(len(cursors)), key=lambda n: cursors[n][:2])  # those of one log beside each other
+        self._order = sorted(range(len(cursors)), key=lambda n: cursors[n][:2])  # sessions of one log are adjacent
         self._heads = [_head(cursor) for cursor in cursors]
         self._marks = [bytes.fromhex(cursor.session) for cursor in cursors]
         self._records = [b""] * len(cursors)
@@ -28,11 +28,11 @@ class MultiCursor:
             self.advance(index, Position(cursor.seq, cursor.offset))
 
     def advance(self, index: int, place: Position) -> None:
-        """Set the place in one session."""
+        """Set the position in one session."""
         self._records[index] = self._marks[index] + _number(place.seq) + _number(place.offset)
 
     def text(self) -> bytes:
-        """Return the cursor of all."""
+        """Return the multi-cursor text."""
         parts: list[bytes] = []
         last = b""
         for index in self._order:
@@ -43,10 +43,10 @@ class MultiCursor:
 
 
 def parse_multi_cursor(text: str) -> list[Cursor]:
-    """Return the cursors that a composite one holds; one of a single session is taken as well.
+    """Parse a multi-cursor, or a cursor of a single session, into its cursors.
 
     Raises:
-        InvalidCursor: it is neither.
+        InvalidCursor: the text is neither.
     """
     if not text.startswith(_MARK):
         return [Cursor.parse(text)]
@@ -82,7 +82,7 @@ def _head(cursor: Cursor) -> bytes:
 
 
 def _number(value: int) -> bytes:
-    """Return a number in groups of seven bits, the lowest first."""
+    """Encode a number as a varint: groups of seven bits, the lowest first."""
     out = bytearray()
     while value > 0x7F:
         out.append(value & 0x7F | 0x80)

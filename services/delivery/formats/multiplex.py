@@ -1,4 +1,4 @@
-"""How several sessions are shown over one connection: each event says of which session it is."""
+"""Encode several sessions over one connection: each event carries the name of its session."""
 
 from typing import Any, Final, Protocol
 
@@ -9,22 +9,22 @@ __all__ = ["MULTIPLEX_NDJSON", "MULTIPLEX_SSE", "MultiplexFormat"]
 
 
 class MultiplexFormat(Protocol):
-    """The words of one form."""
+    """Encode events of several sessions in one wire format."""
 
     protocol: str
     opening: bytes
     heartbeat: bytes
 
     def event(self, session: str, cursor: bytes, data: bytes) -> bytes:
-        """Return one event of a session; ``cursor`` is the one of all sessions after it."""
+        """Return the frame of one event of a session; ``cursor``: the multi-cursor after it."""
         ...
 
     def gap(self, session: str, reason: str, generation: str | None) -> bytes:
-        """Return what says that something of a session is missing."""
+        """Return the frame that reports missing events of a session."""
         ...
 
     def bye(self, reason: str, cursor: bytes) -> bytes:
-        """Return what ends the stream."""
+        """Return the last frame of the stream."""
         ...
 
 

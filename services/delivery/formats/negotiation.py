@@ -1,16 +1,16 @@
-"""Which of several forms a client wants: the header ``Accept`` (RFC 9110, section 12.5.1)."""
+"""Negotiate the content type from the header ``Accept`` (RFC 9110, section 12.5.1)."""
 
 from collections.abc import Sequence
 
 __all__ = ["negotiate"]
 
-_LIMIT = 50  # ranges of one header that are looked at
+_LIMIT = 50  # ranges of one header that are parsed
 
 
 def negotiate(accept: str | None, offered: Sequence[str]) -> str | None:
-    """Return the offered media type that a client likes best, the first one among equals; ``None``: it takes none.
+    """Return the offered media type with the highest quality, the first among equals; ``None`` if none is accepted.
 
-    Parameters other than the quality are not looked at. Without a header everything is taken.
+    Parameters other than the quality are ignored. Without a header every type is accepted.
     """
     if accept is None or not accept.strip():
         return offered[0]
@@ -39,5 +39,5 @@ def _covers(range_: str, media_type: str) -> bool:
 
 
 def _weight(range_: str) -> int:
-    """Return how specific a range is: the most specific one that covers a type decides."""
+    """Return the specificity of a range; the most specific range that covers a type decides."""
     return 0 if range_ in ("*/*", "*") else 1 if range_.endswith("/*") else 2

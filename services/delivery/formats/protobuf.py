@@ -1,7 +1,7 @@
-"""Framing for gRPC: each event is encoded once, and what is sent is made by joining.
+"""Frame events for gRPC: encode each event once, and build responses by concatenation.
 
-A repeated field of a protobuf message is the concatenation of its elements, and so is the message that holds nothing
-else. So `ReadResponse` and `AttachResponse` are made of finished pieces, for all subscribers at once.
+A repeated field of a protobuf message is the concatenation of its elements, and so is a message with no other field.
+So `ReadResponse` and `AttachResponse` are built from encoded pieces, for all subscribers at once.
 """
 
 from collections.abc import Sequence
@@ -41,9 +41,9 @@ _READ: Final = b"\x12"  # Item.read: field 2
 
 
 class Batch(NamedTuple):
-    """What is sent at once: a finished `ReadResponse` with so many events.
+    """One encoded `ReadResponse` and its number of events.
 
-    ``cursor`` is the position after its last event, or empty without one. ``size``: bytes of the events' frames.
+    ``cursor``: cursor after its last event, empty without events. ``size``: bytes of the events' frames.
     """
 
     data: bytes
@@ -53,12 +53,12 @@ class Batch(NamedTuple):
 
 
 class ProtobufFrames:
-    """Each event as an element of `ReadResponse.frames`, its cursor last."""
+    """Encode each event as an element of `ReadResponse.frames`, its cursor last."""
 
     protocol = "grpc"
 
     def frame(self, entry: Entry, at: Address) -> bytes:
-        """Return one event; what cannot be put into typed fields is carried as the stored JSON."""
+        """Return one event; content without typed fields is carried as the stored JSON."""
         event = typed(entry.data).SerializeToString()
         cursor = at.after(entry)
         return _piece(_FRAMES, _piece(_FRAMES, event + _piece(_CURSOR, cursor)))
@@ -71,7 +71,7 @@ class ProtobufFrames:
         return Batch(b"".join(frames), len(sizes), sum(sizes), cursor)
 
     def opening(self, at: Address) -> bytes:
-        """Return nothing: the call's initial metadata says that it is open."""
+        """Return no bytes: the call's initial metadata signals that it is open."""
         return b""
 
     def gap(self, reason: str, generation: str | None, at: Address) -> bytes:
@@ -85,14 +85,14 @@ class ProtobufFrames:
         return _piece(_FRAMES, frame.SerializeToString())
 
     def heartbeat(self) -> None:
-        """Return nothing: HTTP/2 has pings of its own."""
+        """Return None: HTTP/2 has its own pings."""
 
 
 PROTOBUF: Final = ProtobufFrames()
 
 
 def item_read(id_: str, response: bytes) -> bytes:
-    """Return an `AttachResponse` with one item: a finished `ReadResponse` of the subscription ``id_``."""
+    """Return an `AttachResponse` with one item: an encoded `ReadResponse` of the subscription ``id_``."""
     return _piece(_FRAMES, _piece(_ID, id_.encode()) + _piece(_READ, response))
 
 
@@ -102,7 +102,7 @@ def item(id_: str, **kind: Any) -> bytes:
 
 
 def _piece(tag: bytes, data: bytes) -> bytes:
-    """Return a field with a length."""
+    """Return a length-delimited field."""
     size = len(data)
     if size < 128:
         return tag + bytes((size,)) + data
@@ -115,7 +115,7 @@ def _piece(tag: bytes, data: bytes) -> bytes:
 
 
 def _cursor(frame: bytes) -> bytes:
-    """Return the cursor that an event's frame ends with; nothing else ends so, for names hold neither " " nor ")"."""
+    """Return the cursor at the end of an event's frame; it is unambiguous, since names hold neither " " nor ")"."""
     for length, field in _CURSOR_ENDS:
         if frame[-length - 2 : -length] == field:
             return frame[-length:]
@@ -123,7 +123,7 @@ def _cursor(frame: bytes) -> bytes:
 
 
 def typed(data: bytes) -> pb.Event:
-    """Return an event with typed fields, without its cursor; what they cannot hold is carried as the stored JSON."""
+    """Return an event with typed fields, without its cursor; other content is carried as the stored JSON."""
     try:
         event: Any = decode_event(data)
         message = _event(event)

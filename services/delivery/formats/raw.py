@@ -1,4 +1,4 @@
-"""Events in no form yet: for what puts together its own answer from one session or several."""
+"""Pass events unencoded to readers that build their own response from one session or several."""
 
 from collections.abc import Sequence
 from typing import Any, Final, NamedTuple
@@ -14,19 +14,19 @@ _HEAD: Final = 21
 
 
 class RawGap(bytes):
-    """Something is missing; the reason, and the generation behind a blank if there is one."""
+    """Frame of missing events: the reason, then a space and the generation if there is one."""
 
 
 class RawBye(bytes):
-    """The stream ends and can be resumed; the reason."""
+    """Last frame of a stream that can be resumed: the reason."""
 
 
 HEARTBEAT: Final[list[bytes]] = []
-"""The message that says nothing."""
+"""The empty message."""
 
 
 class RawEvent(NamedTuple):
-    """One event, and the place after it; see `Entry`."""
+    """One event and the position after it; see `Entry`."""
 
     seq: int
     offset: int
@@ -41,9 +41,9 @@ def raw_event_of(frame: bytes) -> RawEvent:
 
 
 class RawFormat:
-    """Frames that `raw_event_of` reads, `RawGap` and `RawBye`; a message is a list of them.
+    """Encode events as frames for `raw_event_of`, and `RawGap` and `RawBye`; a message is a list of frames.
 
-    ``protocol`` names what is made of them.
+    ``protocol``: the name of the protocol built from them.
     """
 
     def __init__(self, protocol: str, *, heartbeats: bool = False) -> None:
@@ -51,7 +51,7 @@ class RawFormat:
         self._heartbeats = heartbeats
 
     def frame(self, entry: Entry, at: Address) -> bytes:
-        """Return one event behind its place."""
+        """Return one event, preceded by its position."""
         return b"%012x%08x%d%b" % (entry.seq, entry.offset, entry.moved, entry.data)
 
     def message(self, frames: Sequence[bytes], *, ends: bool) -> list[bytes]:
@@ -59,7 +59,7 @@ class RawFormat:
         return list(frames)
 
     def opening(self, at: Address) -> bytes:
-        """Return nothing."""
+        """Return no bytes."""
         return b""
 
     def gap(self, reason: str, generation: str | None, at: Address) -> bytes:
@@ -71,5 +71,5 @@ class RawFormat:
         return RawBye(reason.encode())
 
     def heartbeat(self) -> Any | None:
-        """Return an empty message where heartbeats are wanted."""
+        """Return `HEARTBEAT`, or None if heartbeats are off."""
         return HEARTBEAT if self._heartbeats else None

@@ -1,4 +1,4 @@
-"""Framing for server-sent events (WHATWG HTML, section 9.2)."""
+"""Frame events as server-sent events (WHATWG HTML, section 9.2)."""
 
 from collections.abc import Sequence
 from typing import Any, Final
@@ -25,12 +25,12 @@ def http_body(data: bytes, *, more: bool = True) -> dict[str, Any]:
 
 
 def control_frame(name: str, fields: dict[str, Any]) -> bytes:
-    """Return a named event without ``id``: it moves no client's position."""
+    """Return a named event without ``id``, which does not change the client's position."""
     return b"event: %b\ndata: %b\n\n" % (name.encode(), msgspec.json.encode(fields))
 
 
 class ServerSentEvents:
-    """Each event with its cursor as ``id`` and the stored bytes as ``data``; what is not of the log is named."""
+    """Encode an event with its cursor as ``id`` and the stored bytes as ``data``; control events have a name."""
 
     protocol = "sse"
 
@@ -41,12 +41,12 @@ class ServerSentEvents:
         return b"id: %b%012x\ndata: %b\n\n" % (at.prefix, entry.seq, entry.data)
 
     def message(self, frames: Sequence[bytes], *, ends: bool) -> dict[str, Any]:
-        """Return the piece of the body that holds these frames."""
+        """Return the body message that holds these frames."""
         data = frames[0] if len(frames) == 1 else b"".join(frames)
         return {"type": "http.response.body", "body": data, "more_body": not ends}
 
     def opening(self, at: Address) -> bytes:
-        """Return how long a browser is to wait before it reconnects."""
+        """Return the field ``retry``: milliseconds that a browser waits before it reconnects."""
         return b"retry: %d\n\n" % RETRY_MS
 
     def gap(self, reason: str, generation: str | None, at: Address) -> bytes:
@@ -58,7 +58,7 @@ class ServerSentEvents:
         return control_frame("bye", {"reason": reason, "cursor": at.cursor(seq).decode()})
 
     def heartbeat(self) -> dict[str, Any]:
-        """Return a comment."""
+        """Return a comment line, which clients ignore."""
         return http_body(_HEARTBEAT)
 
 

@@ -1,4 +1,4 @@
-"""Accepted events as a feed keeps them: a tail of the session's log, bounded in bytes."""
+"""Keep the newest accepted events of a session in memory: a tail of its log, bounded in bytes."""
 
 from bisect import bisect_right
 from typing import Final, NamedTuple
@@ -9,15 +9,15 @@ from schemas.events import TERMINAL_TYPES
 __all__ = ["GAP", "Entry", "Positions", "Span", "Tail", "gap_before", "replay_start"]
 
 GAP: Final = "gap"
-"""The type of an entry that is no event but says why events of its generation are missing here."""
+"""Type of an entry that is not an event but the reason why events of its generation are missing."""
 
 
 class Entry(NamedTuple):
     """One accepted event: ``seq`` is its stream sequence, ``data`` the stored bytes.
 
-    A piece of text that ends inside an event has the stream sequence before that event, and as ``offset`` how many of
-    its characters are shown. ``moved``: the event stands behind others that are stored after it. ``gap``: why events of
-    this generation are missing before it; empty when none are.
+    A piece of text that ends inside an event has the stream sequence before that event; ``offset``: characters of the
+    event included. ``moved``: the event is placed after events stored later. ``gap``: reason why events of this
+    generation are missing before it; empty when none are.
     """
 
     seq: int
@@ -30,19 +30,19 @@ class Entry(NamedTuple):
 
     @property
     def terminal(self) -> bool:
-        """Whether it ends its generation."""
+        """Whether the event ends its generation."""
         return self.type in TERMINAL_TYPES
 
 
 def gap_before(entry: Entry) -> Entry:
-    """Return the entry that says what is missing before ``entry``; it is placed directly before it."""
+    """Return the gap entry placed directly before ``entry``."""
     if entry.moved:
         return Entry(entry.seq, entry.generation, GAP, entry.gap.encode())
     return Entry(entry.seq - 1, entry.generation, GAP, entry.gap.encode(), offset=1)
 
 
 class Span(NamedTuple):
-    """Where a generation lies in the log: stream sequences of its first and last accepted event."""
+    """Range of a generation in the log: stream sequences of its first and last accepted event."""
 
     first: int
     last: int
@@ -50,7 +50,7 @@ class Span(NamedTuple):
 
 
 def replay_start(spans: dict[str, Span]) -> int | None:
-    """Return the stream sequence with which a replay of the running or latest generation begins.
+    """Return the first stream sequence of a replay of the running or latest generation.
 
     A replay never begins in the middle of an answer: generations that overlap with it are included from their start.
     """
@@ -66,7 +66,7 @@ def replay_start(spans: dict[str, Span]) -> int | None:
 
 
 class Positions:
-    """The readers of the generations of one session.
+    """Keep the acceptance state of each generation of one session.
 
     At most ``limit`` ended generations are remembered; a running one is never forgotten.
     """
@@ -76,22 +76,22 @@ class Positions:
         self._limit = limit
 
     def knows(self, generation: str) -> bool:
-        """Tell whether the position in this generation is known."""
+        """Return whether the generation has an acceptance state."""
         return generation in self._positions
 
     def of(self, generation: str) -> Acceptance:
-        """Return the reader of a generation; one that has read nothing where none is known."""
+        """Return the acceptance state of a generation, a new one if there is none."""
         return self._positions.get(generation) or self.begin(generation, Acceptance())
 
     def begin(self, generation: str, acceptance: Acceptance) -> Acceptance:
-        """Set and return the reader with which a generation is read on."""
+        """Set and return the acceptance state of a generation."""
         self._positions[generation] = acceptance
         if len(self._positions) > self._limit:
             self._forget()
         return acceptance
 
     def begun(self) -> list[tuple[str, Acceptance]]:
-        """Return the generations of which events have been accepted."""
+        """Return the generations with accepted events, and their acceptance states."""
         return [(g, p) for g, p in self._positions.items() if p.begun]
 
     def _forget(self) -> None:
@@ -101,7 +101,7 @@ class Positions:
 
 
 class Tail:
-    """The newest accepted events of a session, at most ``max_bytes`` of them (and always the last one).
+    """Keep the newest accepted events of a session, at most ``max_bytes`` of data (and always the last event).
 
     Entries have indices that never change; ``base`` is the index of the oldest one kept, ``end`` one past the newest.
     All accepted events with a stream sequence above ``floor`` are kept, and all pieces that end above it.
@@ -121,7 +121,7 @@ class Tail:
         return self.base + len(self._entries)
 
     def append(self, entry: Entry) -> None:
-        """Add the newest entry, and before it the gap that it names; drop the oldest ones beyond the bound."""
+        """Add the newest entry, preceded by its gap if it has one; drop the oldest entries beyond the bound."""
         if entry.gap:
             self._entries.append(gap_before(entry))
             entry = entry._replace(gap="")
@@ -136,11 +136,11 @@ class Tail:
             self._shrink()
 
     def after(self, seq: int, offset: int = 0) -> int:
-        """Return the index of the first entry that ends behind a place (whose ``seq`` must be ≥ ``floor``)."""
+        """Return the index of the first entry that ends after a position (whose ``seq`` must be ≥ ``floor``)."""
         return self.base + bisect_right(self._entries, (seq, offset), key=_place)
 
     def restart(self, floor: int) -> None:
-        """Forget everything; who stood here finds its index below ``base``."""
+        """Drop all entries; the indices of current subscribers are then below ``base``."""
         self.base = self.end + 1
         self.floor = floor
         self.bytes = 0
@@ -152,7 +152,7 @@ class Tail:
         return self._entries[start - self.base : stop - self.base]
 
     def _shrink(self) -> None:
-        """Drop the oldest quarter at once, so that dropping costs little for each event."""
+        """Drop the oldest quarter at once, to amortise the cost over many events."""
         goal = self._max_bytes * 3 // 4
         drop = 0
         while self.bytes > goal and drop < len(self._entries) - 1:

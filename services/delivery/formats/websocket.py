@@ -1,4 +1,4 @@
-"""Events framed for a WebSocket, once for all sockets that read a session in the same notation."""
+"""Frame events for WebSockets, once for all sockets that read a session in the same subprotocol."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
@@ -27,9 +27,9 @@ _pack: Final = msgspec.msgpack.Encoder()
 
 
 class Outgoing(NamedTuple):
-    """ASGI messages for one write, which hold so many events of so many bytes.
+    """ASGI messages of one write, with their number of events and bytes.
 
-    ``place``: a number for the cursor of the last event, 0 without events; it grows with the cursors of a session.
+    ``place``: `position_of` the last event's cursor, 0 without events.
     """
 
     messages: list[dict[str, Any]]
@@ -42,14 +42,14 @@ def position_of(cursor: str) -> int:
     """Return a number that grows with the cursors of a session.
 
     Raises:
-        InvalidCursor: it is no cursor.
+        InvalidCursor: the text is not a cursor.
     """
     parsed = Cursor.parse(cursor)
     return parsed.seq << 32 | parsed.offset
 
 
 class _Control(bytes):
-    """A frame that is a message of its own and no event."""
+    """Frame of a control message, sent separately from events."""
 
 
 class _Events(msgspec.Struct, tag="events", tag_field="type"):
@@ -58,20 +58,20 @@ class _Events(msgspec.Struct, tag="events", tag_field="type"):
 
 
 def json_frame(entry: Entry, at: Address) -> bytes:
-    """Return one event with its cursor: the stored bytes, unchanged."""
+    """Encode one event with its cursor; the stored bytes are unchanged."""
     return b'{"cursor":"%b","event":%b}' % (at.after(entry), entry.data)
 
 
 def msgpack_frame(entry: Entry, at: Address) -> bytes:
-    """Return one event with its cursor in MessagePack; binary content as bytes instead of base64.
+    """Encode one event with its cursor in MessagePack; binary content as bytes instead of base64.
 
-    What MessagePack cannot hold stays as it is stored, JSON in a ``bin``.
+    An event that MessagePack cannot hold stays stored JSON, in a ``bin``.
     """
     return packed({"cursor": at.after(entry).decode()}, entry.data)
 
 
 def packed(fields: dict[str, Any], data: bytes) -> bytes:
-    """Return stored data in MessagePack, as ``event`` behind other fields."""
+    """Encode stored data in MessagePack, as ``event`` after the other fields."""
     try:
         event = msgspec.json.decode(data)
         binary = event.get("binary")
@@ -90,7 +90,7 @@ def frame_message(data: bytes, text: bool) -> dict[str, Any]:
 
 
 class SessionFormat:
-    """One session over WebSocket in one notation: several events in one message, everything else on its own."""
+    """Encode one session for one WebSocket subprotocol: several events in a message, control messages separate."""
 
     protocol = "websocket"
 
@@ -122,7 +122,7 @@ class SessionFormat:
         return Outgoing(messages, events, size, 0 if newest is None else position_of(self._cursor(newest)))
 
     def opening(self, at: Address) -> bytes:
-        """Return nothing: who subscribes has been answered already."""
+        """Return no bytes: the subscription has been answered already."""
         return b""
 
     def gap(self, reason: str, generation: str | None, at: Address) -> bytes:
@@ -134,10 +134,10 @@ class SessionFormat:
         return _Control(self._dialect.encode(Bye(session=at.session, reason=reason, cursor=at.cursor(seq).decode())))
 
     def heartbeat(self) -> None:
-        """Return nothing: the socket asks for a pong now and then, whatever is read over it."""
+        """Return None: the socket sends pings itself."""
 
     def _cursor(self, frame: bytes) -> str:
-        """Return the cursor of an event's frame, which stands at its beginning."""
+        """Return the cursor at the beginning of an event's frame."""
         if self._dialect.text:
             return frame[11 : frame.index(b'"', 11)].decode()
         return frame[10 : 10 + frame[9]].decode()
@@ -153,7 +153,7 @@ class SessionFormat:
 
 
 class Formats:
-    """The formats that are in use: one object for each session, so that its feed frames every event once."""
+    """Share one format object for each session in use, so that its feed frames every event once."""
 
     def __init__(self, dialect: Dialect) -> None:
         self.dialect = dialect

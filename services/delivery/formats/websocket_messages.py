@@ -1,4 +1,4 @@
-"""What is said over a WebSocket, in JSON or MessagePack: the client's messages and ours, without any I/O."""
+"""Define the client's and server's WebSocket messages, and encode them in JSON or MessagePack, without I/O."""
 
 from typing import Annotated, Any, Final, Literal, NamedTuple
 
@@ -51,14 +51,14 @@ Tokens = Annotated[list[str], msgspec.Meta(max_length=1_000)]
 
 
 class CreditBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """How many events and bytes may be sent; what is left out is not limited."""
+    """Credit in events and bytes; an omitted one is not limited."""
 
     events: Amount | None = None
     bytes: Amount | None = None
 
 
 class ClientMessage(msgspec.Struct, tag_field="type", kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Base of what clients say. ``id``: the client's own name for it, which the answer carries."""
+    """Base of client messages. ``id``: chosen by the client and repeated in the answer."""
 
     id: RequestId | None = None
 
@@ -80,7 +80,7 @@ class Subscribe(ClientMessage, tag="subscribe"):
 
 
 class Credit(ClientMessage, tag="credit"):
-    """Let so much more be sent: of a session, or of a durable consumer, for which only events are counted."""
+    """Grant credit to a session, or to a durable consumer, for which only events are counted."""
 
     session: Name | None = None
     consumer: Name | None = None
@@ -89,26 +89,26 @@ class Credit(ClientMessage, tag="credit"):
 
 
 class Ack(ClientMessage, tag="ack"):
-    """All up to the cursor has been dealt with."""
+    """Acknowledge all events up to the cursor."""
 
     session: Name
     cursor: Name
 
 
 class Unsubscribe(ClientMessage, tag="unsubscribe"):
-    """Read a session no longer."""
+    """End a subscription of a session."""
 
     session: Name
 
 
 class EventCredit(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """How many events may be sent."""
+    """Credit in events."""
 
     events: Amount
 
 
 class Consume(ClientMessage, tag="consume"):
-    """Read through a durable consumer. ``ack``: ``auto`` acknowledges what has been written. ``credit``: at first."""
+    """Read through a durable consumer. ``ack``: ``auto`` acknowledges written events. ``credit``: initial credit."""
 
     consumer: Name
     ack: Literal["explicit", "auto"] = "explicit"
@@ -116,7 +116,7 @@ class Consume(ClientMessage, tag="consume"):
 
 
 class Settle(ClientMessage, tag="settle"):
-    """Say what became of events by their tokens, as over HTTP."""
+    """Settle deliveries by their tokens, as over HTTP."""
 
     consumer: Name
     acks: Tokens = []
@@ -126,13 +126,13 @@ class Settle(ClientMessage, tag="settle"):
 
 
 class Unconsume(ClientMessage, tag="unconsume"):
-    """Read through a durable consumer no longer."""
+    """Stop reading through a durable consumer."""
 
     consumer: Name
 
 
 class StartGeneration(ClientMessage, tag="start"):
-    """Ask a model. ``request``: the body as over HTTP."""
+    """Start a generation. ``request``: the body as over HTTP."""
 
     session: Name
     request: Any
@@ -140,14 +140,14 @@ class StartGeneration(ClientMessage, tag="start"):
 
 
 class Cancel(ClientMessage, tag="cancel"):
-    """Let a generation end."""
+    """Cancel a generation."""
 
     session: Name
     generation: Name
 
 
 class Ping(ClientMessage, tag="ping"):
-    """Ask whether anybody is there; also the server's own question, then with a number as ``id``."""
+    """Check that the peer is alive; the server sends it too, with a number as ``id``."""
 
 
 class Pong(ClientMessage, tag="pong"):
@@ -159,14 +159,14 @@ class _ServerMessage(msgspec.Struct, tag_field="type", kw_only=True, omit_defaul
 
 
 class Subscribed(_ServerMessage, tag="subscribed"):
-    """A subscription begins. ``cursor``: the position behind which it reads."""
+    """A subscription begins. ``cursor``: it reads after this cursor."""
 
     session: str
     cursor: str
 
 
 class Gap(_ServerMessage, tag="gap"):
-    """Something is missing: of ``generation``, or of the session."""
+    """Events of ``generation``, or of the session, are missing."""
 
     session: str
     reason: str
@@ -190,7 +190,7 @@ class End(_ServerMessage, tag="end"):
 
 
 class Accepted(_ServerMessage, tag="accepted"):
-    """A request has been queued. ``repeated``: it had been before, under the same key."""
+    """A request has been queued. ``repeated``: it had already been queued under the same key."""
 
     session: str
     generation: str
@@ -200,7 +200,7 @@ class Accepted(_ServerMessage, tag="accepted"):
 
 
 class Cancelling(_ServerMessage, tag="cancelling"):
-    """What a cancellation found: ``cancelling``, or the terminal state that the generation has already."""
+    """Result of a cancellation: ``cancelling``, or the generation's terminal state."""
 
     session: str
     generation: str
@@ -214,14 +214,14 @@ class Consuming(_ServerMessage, tag="consuming"):
 
 
 class Deliveries(_ServerMessage, tag="deliveries"):
-    """Events of a durable consumer, each with what belongs to its delivery."""
+    """Events of a durable consumer, each with its delivery fields."""
 
     consumer: str
     events: list[msgspec.Raw]
 
 
 class Settled(_ServerMessage, tag="settled"):
-    """How many of the tokens the broker has taken, and those that it does not know."""
+    """Number of tokens that the broker has accepted, and the unknown tokens."""
 
     consumer: str
     settled: int
@@ -229,14 +229,14 @@ class Settled(_ServerMessage, tag="settled"):
 
 
 class Stopped(_ServerMessage, tag="stopped"):
-    """A durable consumer is read no longer over this socket."""
+    """Reading through a durable consumer over this socket has ended."""
 
     consumer: str
     reason: str
 
 
 class Error(_ServerMessage, tag="error"):
-    """What a client said cannot be done, as problem details. ``retry_after``: seconds, where repeating may help."""
+    """Refusal of a client message, as problem details. ``retry_after``: seconds, where a retry may help."""
 
     problem: Any
     session: str | None = None
@@ -250,7 +250,7 @@ _REFUSALS: Final = (msgspec.DecodeError, UnicodeError, RecursionError, OverflowE
 
 
 class _Labels(msgspec.Struct):
-    """What can be read of a message that is wrong."""
+    """Readable fields of an invalid message."""
 
     id: Any = None
     type: Any = None
@@ -258,7 +258,7 @@ class _Labels(msgspec.Struct):
 
 
 class Unreadable(NamedTuple):
-    """A message that means nothing here. ``slug``: what is wrong, as the stable end of a problem's type."""
+    """An invalid message. ``slug``: its error, as the stable end of a problem's type."""
 
     slug: str
     detail: str
@@ -266,7 +266,7 @@ class Unreadable(NamedTuple):
 
 
 class Dialect:
-    """One subprotocol: how messages become bytes, and back. ``text``: they travel in text frames."""
+    """Encode and decode messages of one subprotocol. ``text``: messages use text frames."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -277,12 +277,12 @@ class Dialect:
         self._encoder: Any = codec.Encoder()
 
     def encode(self, message: msgspec.Struct) -> bytes:
-        """Return a message's bytes."""
+        """Encode a message."""
         data: bytes = self._encoder.encode(message)
         return data
 
     def decode(self, data: str | bytes) -> Any:
-        """Return what a client says, or an `Unreadable`; never raises."""
+        """Decode a client message, or return an `Unreadable`; never raises."""
         if isinstance(data, str) != self.text:
             frames = "text frames with JSON" if self.text else "binary frames with MessagePack"
             return Unreadable("wrong-frame", f"{self.name} is spoken in {frames}")

@@ -1,1 +1,1 @@
-"""Reading sessions from the log."""
+"""Read sessions from the log."""

@@ -1,4 +1,4 @@
-"""Where a session's events are, while the number of partitions may have changed."""
+"""Find the partition of a session, across changes of the number of partitions."""
 
 from typing import Final
 
@@ -14,7 +14,7 @@ HISTORY_SECONDS: Final = 5.0
 
 
 class Partitions:
-    """Decides a session's partition. ``count`` stands for the history of counts where none is stored."""
+    """Find the partition of a session. ``count``: the partition count used when no history is stored."""
 
     def __init__(self, broker: Broker, clock: Clock, count: int) -> None:
         self._broker = broker
@@ -23,10 +23,10 @@ class Partitions:
         self._read_at: float | None = None
 
     async def of(self, tenant: str, session: str) -> int:
-        """Return the partition that keeps a session. Where only one is possible nothing is looked up.
+        """Return the partition that keeps a session, without a look-up if only one is possible.
 
         Raises:
-            BrokerUnavailable: what must be known for it cannot be read.
+            BrokerUnavailable: the history or a log cannot be read.
         """
         options = candidates(tenant, session, await self.history())
         for older in reversed(options[1:]):
@@ -35,14 +35,14 @@ class Partitions:
         return options[0]
 
     async def is_settled(self, tenant: str, session: str, partition: int) -> bool:
-        """Tell whether nothing but another change of the number of partitions can move the session from there."""
+        """Return whether only another change of the number of partitions can move the session."""
         return candidates(tenant, session, await self.history())[0] == partition
 
     async def history(self) -> tuple[int, ...]:
-        """Return the counts of partitions there have been, oldest first, at most a few seconds old.
+        """Return the history of partition counts, oldest first, at most `HISTORY_SECONDS` old.
 
         Raises:
-            BrokerUnavailable: it was never read and cannot be now.
+            BrokerUnavailable: the broker does not answer.
         """
         now = self._clock.monotonic()
         if self._read_at is None or now - self._read_at > HISTORY_SECONDS:

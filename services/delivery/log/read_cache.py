@@ -1,4 +1,4 @@
-"""Reads of the log that several share: clients that come back together ask for the same, at different places."""
+"""Share reads of the log among clients that reconnect together at different positions."""
 
 import asyncio
 from bisect import bisect_left, bisect_right, insort
@@ -14,19 +14,19 @@ __all__ = ["LogKey", "ReadCache"]
 
 KEEP_SECONDS: Final = 10.0
 KEEP_BYTES: Final = 8 * 1024 * 1024
-MESSAGE_BYTES: Final = 256  # of a message beside its data
+MESSAGE_BYTES: Final = 256  # overhead of a message beyond its data
 LOGS: Final = 1_000
-"""Bound of filters that anything is kept of."""
+"""Bound of cached filters."""
 POSITIONS: Final = 5_000
-"""Bound of places in one generation whose position is kept."""
+"""Bound of cached acceptance positions of one filter."""
 ALIGNED: Final = 512
-"""Where others read too, a read begins at a multiple of this stream sequence: so the next one needs none of its own."""
+"""A shared read begins at a multiple of this stream sequence, so that the next reader can use it."""
 AHEAD: Final = 1_000
-"""How many stream sequences such a read covers at least."""
+"""Stream sequences that a shared read covers at least."""
 
 
 class LogKey(NamedTuple):
-    """What is read: a filter on a stream, and the incarnation of that stream."""
+    """Key of cached reads: a filter on a stream, and the incarnation of that stream."""
 
     stream: str
     incarnation: str
@@ -43,7 +43,7 @@ class _Segment(NamedTuple):
 
 
 class _Log:
-    """What is kept of one filter: segments that do not overlap, positions in it, and the read that is under way."""
+    """Cache of one filter: disjoint segments, acceptance positions, and the read in flight."""
 
     __slots__ = ("positions", "reading", "segments", "used_at")
 
@@ -58,17 +58,17 @@ class _Log:
         return self.segments[at] if at >= 0 and self.segments[at].last >= seq else None
 
     def around(self, seq: int) -> tuple[int, int | None]:
-        """Return from where on nothing is kept before ``seq``, and the last such sequence behind it, if any is kept."""
+        """Return the first and last uncached sequence around ``seq``; the last is None if no segment follows."""
         at = bisect_right(self.segments, seq, key=_first)
         before = self.segments[at - 1].last + 1 if at else 1
         return before, self.segments[at].first - 1 if at < len(self.segments) else None
 
 
 class ReadCache:
-    """Reads what is stored, for subscribers that catch up: one read of a filter at a time, kept for a few seconds.
+    """Read the log for subscribers that catch up: one read of a filter at a time, cached for ``keep`` seconds.
 
-    What is stored never changes, so that a range that has been read once is read for everybody. At most ``max_bytes``
-    are kept, those unused for longest are dropped first.
+    Stored messages never change, so one read of a range serves all readers. At most ``max_bytes`` are kept; the least
+    recently used are dropped first.
     """
 
     def __init__(self, broker: Broker, *, max_bytes: int = KEEP_BYTES, keep: float = KEEP_SECONDS) -> None:
@@ -79,7 +79,7 @@ class ReadCache:
         self._logs: OrderedDict[LogKey, _Log] = OrderedDict()
 
     async def read(self, key: LogKey, from_seq: int, up_to: int) -> AsyncIterator[list[Stored]]:
-        """Yield what is stored from one stream sequence to another, both included, in order and in batches.
+        """Yield the stored messages from ``from_seq`` to ``up_to``, both included, in order and in batches.
 
         Raises:
             BrokerUnavailable: the log cannot be read.
@@ -88,11 +88,13 @@ class ReadCache:
         while from_seq <= up_to:
             log = self._log(key)
             segment = log.covering(from_seq)
+            # Start a read if none is in flight; after one that missed, at exactly this sequence.
             if segment is None and log.reading is None:
                 start, end = self._range(log, from_seq, up_to, exact=missed)
                 log.reading = asyncio.create_task(self._fetch(key, log, start, end, min(end, up_to)))
                 log.reading.add_done_callback(_look_at)
                 missed = True
+            # Wait for the read in flight; it may belong to another reader and cover another range.
             if segment is None and log.reading is not None:
                 segment = await asyncio.shield(log.reading)
                 if not segment.first <= from_seq <= segment.last:
@@ -105,7 +107,7 @@ class ReadCache:
                 yield batch
 
     def position(self, key: LogKey, seq: int) -> tuple[int, Acceptance]:
-        """Return the nearest known position before the message ``seq``, and with which message it is to be read on."""
+        """Return the nearest cached acceptance at or before ``seq``, preceded by the next sequence to read."""
         positions = self._log(key).positions
         at = bisect_right(positions, seq, key=_first_of_pair) - 1
         if at < 0:
@@ -114,7 +116,7 @@ class ReadCache:
         return known_at, known.copy()
 
     def note(self, key: LogKey, seq: int, acceptance: Acceptance) -> None:
-        """Keep the position before the message ``seq``."""
+        """Cache the acceptance before the message ``seq``."""
         positions = self._log(key).positions
         at = bisect_left(positions, seq, key=_first_of_pair)
         if at < len(positions) and positions[at][0] == seq:
@@ -126,12 +128,12 @@ class ReadCache:
             del positions[::2]
 
     def forget(self, tenant: str, session: str) -> None:
-        """Drop what is kept of a session."""
+        """Drop the cached reads of a session."""
         for key in [key for key in self._logs if key.filter.split(".")[2:4] == [tenant, session]]:
             self._bytes -= sum(segment.size for segment in self._logs.pop(key).segments)
 
     def sweep(self) -> None:
-        """Forget what has not been used for a while; to be called now and then."""
+        """Drop entries unused for ``keep`` seconds; to be called periodically."""
         due = asyncio.get_running_loop().time() - self._keep
         while self._logs and next(iter(self._logs.values())).used_at < due:
             self._drop()
@@ -154,9 +156,9 @@ class ReadCache:
 
     @staticmethod
     def _range(log: _Log, seq: int, up_to: int, *, exact: bool) -> tuple[int, int]:
-        """Return what to read so that ``seq`` is in it, or nearer at least, and nothing that is kept already.
+        """Return the range to read for ``seq``, without cached sequences; it reaches ``seq`` or a sequence before it.
 
-        Where others read too, more is read than is wanted now: what lies around it is wanted next.
+        With other readers the range is wider than requested: they need the neighbouring messages next.
         """
         before, behind = log.around(seq)
         alone = not log.segments
@@ -165,7 +167,7 @@ class ReadCache:
         return start, end if behind is None else min(end, behind)
 
     async def _fetch(self, key: LogKey, log: _Log, start: int, end: int, stored: int) -> _Segment:
-        """Read a batch; all up to ``stored`` has been stored for sure, so that nothing means nothing there."""
+        """Read one batch. All messages up to ``stored`` exist, so an empty result means an empty range."""
         metrics.CATCH_UP_READS.inc()
         try:
             segment = _Segment(start, stored, [], MESSAGE_BYTES)
@@ -191,7 +193,7 @@ class ReadCache:
 
 
 def _look_at(task: asyncio.Task[_Segment]) -> None:
-    """Whoever waits for it sees how it ended; nobody may be left to."""
+    """Retrieve a failed read's exception, which may have no waiter left."""
     if not task.cancelled():
         task.exception()
 

@@ -1,4 +1,4 @@
-"""Reads accepted events of one session from the log."""
+"""Read accepted events of one session from the log."""
 
 from collections.abc import AsyncIterator
 from typing import Final
@@ -22,12 +22,11 @@ _SEEN: Final = {verdict: metrics.EVENTS_IN.labels(verdict.value) for verdict in 
 
 
 class LogReader:
-    """Reads accepted events of one session, or of one generation of it, from the log.
+    """Read accepted events of one session, or of one generation of it, from the log.
 
-    Where reading begins in the middle of a generation, that generation's own log is folded up to there first, so that
-    repeats and zombies are told apart exactly. Where events of it have expired, it is joined at the highest epoch that
-    the log keeps, and the entry says so (`Entry.gap`). With ``shared`` what is read is kept for others that read it
-    soon, of the stream's ``incarnation``.
+    When reading begins inside a generation, its earlier events are folded first, so that repeats and zombies are
+    detected exactly. When events of it have expired, it is joined at the highest epoch that the log keeps, and the
+    entry is marked (`Entry.gap`). ``shared``: cache of reads of the stream's ``incarnation``.
     """
 
     def __init__(
@@ -50,7 +49,7 @@ class LogReader:
         self.filter = self.subject("*")
 
     def subject(self, generation: str) -> str:
-        """Return the log's subject of one generation (``*``: of all)."""
+        """Return the log's subject of one generation (``*``: all generations)."""
         return log_filter(self._partition, self._tenant, self._session, generation)
 
     async def first_of(self, generation: str) -> int | None:
@@ -62,7 +61,7 @@ class LogReader:
         """Return the entry for a stored message, or ``None`` when the acceptance rule drops it.
 
         Raises:
-            BrokerUnavailable: what must be known for it cannot be read.
+            BrokerUnavailable: the log cannot be read.
         """
         try:
             header = decode_header(stored.data)
@@ -76,17 +75,17 @@ class LogReader:
         return self._entry(await self._offer(acceptance, header, stored.seq), acceptance, header, stored)
 
     def judge(self, header: Header, stored: Stored) -> Entry | None:
-        """Apply the rule to an event behind which nothing of its generation is missing."""
+        """Apply the acceptance rule to an event with no missing predecessor in its generation."""
         acceptance = self.positions.of(header.generation)
         return self._entry(acceptance.offer(header, stored.seq), acceptance, header, stored)
 
     def begins_late(self, header: Header) -> bool:
-        """Tell whether the first event read of a generation was dropped because the ones before it have expired."""
+        """Return whether the first event read of a generation was dropped because earlier ones have expired."""
         acceptance = self.positions.of(header.generation)
         return not acceptance.begun and acceptance.lacks(header)
 
     async def before(self, generation: str, seq: int) -> Acceptance:
-        """Return a reader of a generation that has read everything before the stream sequence ``seq``.
+        """Return the acceptance state of a generation before the stream sequence ``seq``.
 
         Raises:
             BrokerUnavailable: the log cannot be read.
@@ -97,7 +96,7 @@ class LogReader:
         at, acceptance = self._known(subject, seq)
         async for batch in self.read(subject, at, seq - 1):
             known_at, known = self._known(subject, batch[-1].seq + 1)
-            if known_at > at:  # another one has come further meanwhile
+            if known_at > at:  # another reader is further ahead
                 at, acceptance = known_at, known
             for stored in batch:
                 if stored.seq >= at:
@@ -109,7 +108,7 @@ class LogReader:
         return acceptance
 
     async def join_again(self) -> None:
-        """Join all generations again: behind the last events read some have expired unread.
+        """Join all generations again, because events after the last one read have expired unread.
 
         Raises:
             BrokerUnavailable: the log cannot be read.
@@ -124,7 +123,7 @@ class LogReader:
             acceptance.through = stored.seq
 
     async def _offer(self, acceptance: Acceptance, header: Header, seq: int) -> Verdict:
-        """Judge an event; join its generation where what precedes it has expired."""
+        """Apply the acceptance rule; join the generation if events before this one have expired."""
         through = acceptance.through
         verdict = acceptance.offer(header, seq)
         if verdict is Verdict.ACCEPTED or not acceptance.lacks(header):
@@ -152,7 +151,7 @@ class LogReader:
         return Entry(stored.seq, header.generation, header.type, stored.data)
 
     def read(self, filter_: str, from_seq: int, up_to: int) -> AsyncIterator[list[Stored]]:
-        """Yield what is stored from one stream sequence to another, in order and in batches.
+        """Yield the stored messages from ``from_seq`` to ``up_to``, in order and in batches.
 
         Raises:
             BrokerUnavailable: the log cannot be read.

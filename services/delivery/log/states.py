@@ -1,4 +1,4 @@
-"""The partitions of the log as this replica knows them: their bounds and incarnations, and what keeps a session."""
+"""Cache the bounds and incarnations of the log's partitions, and find the partition of a session."""
 
 import asyncio
 from typing import Final
@@ -15,14 +15,14 @@ from services.kit.jetstream.logs import Logs
 __all__ = ["LogStates"]
 
 STATE_SECONDS: Final = 1.0
-"""Age up to which a partition's state is used again."""
+"""Age in seconds up to which a partition's state is reused."""
 
 
 class LogStates:
-    """Caches the state of each partition, and makes readers and cursors of sessions from it.
+    """Cache the state of each partition, and make readers and cursor issuers from it.
 
     ``partitions``: the history of partition counts. One request for a partition's state is in flight at a time;
-    everybody who needs it awaits the same one.
+    all callers await the same one.
     """
 
     def __init__(self, broker: Broker, clock: Clock, partitions: int) -> None:
@@ -54,7 +54,7 @@ class LogStates:
         return await asyncio.shield(asking)
 
     async def state_behind(self, partition: int, seen: int) -> StreamState:
-        """Return a partition's state; a log that ends before the stream sequence ``seen`` begins a new era first.
+        """Return a partition's state; start a new incarnation first if its log ends before the sequence ``seen``.
 
         Raises:
             BrokerUnavailable: the broker does not answer.
@@ -75,7 +75,7 @@ class LogStates:
         return await self.partitions.of(tenant, session) if followed is None else followed
 
     async def issuer(self, tenant: str, session: str) -> CursorIssuer:
-        """Return what issues and recognises the cursors of a session.
+        """Return the issuer of a session's cursors.
 
         Raises:
             BrokerUnavailable: the broker does not answer.
@@ -92,11 +92,11 @@ class LogStates:
         return LogReader(self._broker, partition, tenant, session, cache, incarnation)
 
     def follow(self, tenant: str, session: str, partition: int) -> None:
-        """Note the partition of a session that has a feed from now on."""
+        """Record the partition of a session that has a feed from now on."""
         self._followed[tenant, session] = partition
 
     def unfollow(self, tenant: str, session: str) -> None:
-        """Note that a session has no feed any more."""
+        """Remove the recorded partition of a session without a feed."""
         self._followed.pop((tenant, session), None)
 
     def forget(self, tenant: str, session: str) -> None:
@@ -104,16 +104,16 @@ class LogStates:
         self._cache.forget(tenant, session)
 
     def bounded(self) -> set[int]:
-        """Return the partitions whose log has a size limit and holds something."""
+        """Return the partitions whose log has a size limit and is not empty."""
         return {partition for partition, (_, state) in self._states.items() if state.used > 0}
 
     def reset(self) -> None:
-        """Forget all states after a reconnect: what was asked over the lost connection is not answered any more."""
+        """Drop all states after a reconnect: requests over the lost connection get no answer."""
         self._states.clear()
         self._asking.clear()
 
     def sweep(self) -> None:
-        """Drop cached reads that were not used for a while; to be called about every second."""
+        """Drop cached reads unused for a while; to be called about every second."""
         self._cache.sweep()
 
     async def _ask(self, partition: int) -> StreamState:
@@ -127,4 +127,4 @@ class LogStates:
         if self._asking.get(partition) is task:
             del self._asking[partition]
         if not task.cancelled():
-            task.exception()  # everybody who awaits it gets it; there may be nobody left
+            task.exception()  # retrieve it: there may be no waiter left

@@ -1,1 +1,1 @@
-"""What was delivered, counted for billing."""
+"""Count delivered events for billing."""

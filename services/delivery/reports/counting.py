@@ -1,4 +1,4 @@
-"""What subscribers were sent of each generation, worked out now and then from where they stand: nothing per token."""
+"""Count events sent of each generation, periodically from subscribers' positions, without work per token."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
@@ -11,7 +11,7 @@ __all__ = ["Counted", "DeliveryCounts"]
 
 
 class Counted(Protocol):
-    """A subscriber, as far as it is counted: what it was sent up to ``seq``, of which ``accounted`` is counted."""
+    """Port of a subscriber to count: served up to ``seq``, counted up to ``accounted``."""
 
     accounted: int
 
@@ -21,14 +21,14 @@ class Counted(Protocol):
 
     @property
     def generation(self) -> str | None:
-        """The one generation that it reads; ``None`` for all of the session."""
+        """The generation that it reads; ``None`` for the whole session."""
 
     def meets(self, generation: str) -> bool:
-        """Tell whether it is counted for this generation for the first time."""
+        """Return whether this is the first count for the generation."""
 
 
 class _Sum(NamedTuple):
-    """What a stretch of the log holds of one generation. ``base``: its running count before it, ``reached``: behind."""
+    """Totals of one generation in a log range. ``base``, ``reached``: its running token count before and after."""
 
     generation: str
     events: int
@@ -38,13 +38,13 @@ class _Sum(NamedTuple):
 
 
 class DeliveryCounts:
-    """Counts for billing what the subscribers of one process were sent."""
+    """Count for billing the events sent to the subscribers of one process."""
 
     def __init__(self, delivered: DeliveryReporter) -> None:
         self._delivered = delivered
 
     def count(self, tenant: str, session: str, tail: Tail, subscribers: Iterable[Counted]) -> None:
-        """Count what subscribers were sent from memory since they were last looked at, once for all that went alike."""
+        """Count events sent from memory since the last count, once for all subscribers with the same range."""
         stretches: dict[tuple[int, int, str | None], list[_Sum]] = {}
         alike: dict[tuple[int, int, str | None], int] = {}
         firsts: dict[tuple[tuple[int, int, str | None], str], int] = {}
@@ -66,7 +66,7 @@ class DeliveryCounts:
                 self._add(tenant, session, each, count, firsts.get((key, each.generation), 0))
 
     def count_replayed(self, tenant: str, session: str, subscriber: Counted, entries: Sequence[Entry]) -> None:
-        """Count what one subscriber was sent from the log."""
+        """Count the events sent to one subscriber from the log."""
         for each in _sums(entries, subscriber.generation):
             self._add(tenant, session, each, 1, int(subscriber.meets(each.generation)))
 

@@ -1,4 +1,4 @@
-"""Counts what subscribers are sent of each generation, and reports it to billing now and then."""
+"""Count the events sent to subscribers of each generation, and report them to billing periodically."""
 
 import asyncio
 import time
@@ -19,16 +19,16 @@ __all__ = ["DeliveryReporter", "GenerationKey"]
 log = structlog.get_logger()
 REPORT_SECONDS: Final = 5.0
 IDLE_ROUNDS: Final = 12
-"""Reports without news after which a counter is forgotten; what is sent later is counted by another one."""
+"""Idle report rounds after which a counter is dropped; later events start a new counter."""
 COUNTERS: Final = 50_000
-"""Bound of counters in memory. Beyond it those longest without news are reported and forgotten early."""
+"""Bound of counters in memory. Beyond it the longest idle are reported and dropped early."""
 
 Publish = Callable[[str, bytes], Awaitable[object]]
-"""Stores a message and returns once that is sure; raises `BrokerUnavailable` or `APIError` otherwise."""
+"""Stores a message and returns once it is confirmed; raises `BrokerUnavailable` or `APIError` otherwise."""
 
 
 class GenerationKey(NamedTuple):
-    """A generation."""
+    """Key of a generation."""
 
     tenant: str
     session: str
@@ -36,7 +36,7 @@ class GenerationKey(NamedTuple):
 
 
 class _Counter:
-    """What was sent of one generation since it began to count."""
+    """Totals sent of one generation since the counter was created."""
 
     __slots__ = ("bytes", "events", "idle", "name", "number", "reported", "sent_tokens", "subscribers", "tokens")
 
@@ -49,9 +49,9 @@ class _Counter:
 
 
 class DeliveryReporter:
-    """Collects counts and publishes them. ``replica`` names this process, another one each time that it starts.
+    """Collect counts and publish them. ``replica``: a name of this process, new at each start.
 
-    `add` costs less than a microsecond and is meant to be called once a written chunk, or once a stream.
+    `add` costs less than a microsecond and is meant to be called once per written chunk or stream.
     """
 
     def __init__(self, publish: Publish, replica: str, *, limit: int = COUNTERS) -> None:
@@ -71,9 +71,9 @@ class DeliveryReporter:
         size: int = 0,
         subscribers: int = 0,
     ) -> None:
-        """Count what was sent: ``tokens`` to this subscriber, whose running count has thereby ``reached`` so many.
+        """Add sent events: ``tokens`` sent, and the generation's running token count ``reached``.
 
-        ``size`` in bytes as framed; ``subscribers``: how many get something of this generation for the first time.
+        ``size``: bytes as framed; ``subscribers``: number that receive this generation for the first time.
         """
         counter = self._counters.get(place)
         if counter is None:
@@ -92,7 +92,7 @@ class DeliveryReporter:
         return len(self._counters)
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Report every few seconds until ``stop`` is set, and then once more."""
+        """Report every `REPORT_SECONDS` until ``stop`` is set, and then once more."""
         while True:
             with suppress(TimeoutError):
                 async with asyncio.timeout(REPORT_SECONDS):
@@ -102,7 +102,7 @@ class DeliveryReporter:
                 return
 
     async def report(self) -> None:
-        """Publish what is new; without a broker it waits for the next time, as far as the bound allows."""
+        """Publish changed counts; without a broker keep them for the next round, within the bound."""
         try:
             for place, counter in list(self._counters.items()):
                 if not counter.reported:

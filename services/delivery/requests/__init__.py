@@ -1,1 +1,1 @@
-"""Taking, looking up and deleting generations."""
+"""Accept, look up and delete generations."""

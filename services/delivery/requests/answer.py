@@ -1,4 +1,4 @@
-"""One choice of an answer, put together from deltas: what it says, and as the message that continues a conversation."""
+"""Fold the deltas of one choice into its content, and into a message that continues the conversation."""
 
 from typing import Any, Final
 
@@ -9,7 +9,7 @@ from schemas.events import Annotation, Binary, Delta, Extra, Signature, ToolCall
 __all__ = ["Answer", "AnswerMessage", "BinaryContent", "ChoiceAnnotation", "ChoiceExtra", "ToolCallText"]
 
 BINARY_BYTES: Final = 2 * 1024 * 1024
-"""Binary content of one choice that a look-up holds; of what is beyond, only the size."""
+"""Bytes of binary content that a look-up holds for one choice; beyond it only the size is kept."""
 
 
 class ToolCallText(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -65,7 +65,7 @@ class AnswerMessage(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 
 class Answer:
-    """Folds the deltas of one choice."""
+    """Fold the deltas of one choice."""
 
     def __init__(self, choice: int) -> None:
         self.choice = choice
@@ -86,7 +86,7 @@ class Answer:
         self._signature: str | None = None
 
     def add(self, event: Delta) -> None:
-        """Take the next delta."""
+        """Add the next delta."""
         if event.text is not None:
             self._texts.append(event.text)
             self._text(event.text)
@@ -131,7 +131,7 @@ class Answer:
         ]
 
     def files(self) -> list[BinaryContent]:
-        """Return the binaries with their data, where it was kept."""
+        """Return the binaries, with their data if it was kept."""
         return [
             msgspec.structs.replace(binary, data=b"".join(data) if sum(map(len, data)) == binary.size else None)
             for binary, data in zip(self.binaries, self._data, strict=True)
@@ -229,7 +229,7 @@ class Answer:
 
     def _extra(self, extra: Extra) -> None:
         self.extras.append(ChoiceExtra(choice=self.choice, kind=extra.kind, data=extra.data))
-        # A block of a tool that the provider runs itself has its kind as its type, and goes back in its place.
+        # A block of a provider-side tool has its kind as its type, and is sent back at its position.
         if isinstance(extra.data, dict) and extra.data.get("type") == extra.kind and _goes_back(extra.kind):
             self._parts.append(extra.data)
 

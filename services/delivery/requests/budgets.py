@@ -1,4 +1,4 @@
-"""Asks billing whether a tenant's budgets have room for one more generation, before it is queued."""
+"""Reserve budget for a generation at billing before it is queued."""
 
 import math
 from datetime import UTC, datetime
@@ -23,15 +23,15 @@ ASK_SECONDS: Final = 5.0
 KNOWN_SECONDS: Final = 2.0
 KNOWN_TENANTS: Final = 10_000
 RETRY_SECONDS: Final = 2
-MOST_OUTPUT: Final = 10**9  # no model writes so much; what is asked for may be any number
+MOST_OUTPUT: Final = 10**9  # beyond any model's output; a request may name any number
 BYTES_PER_TOKEN: Final = 3
 _OUTPUT_PARAMS: Final = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 
 
 class BudgetReservations:
-    """Reserves what a generation may use at most; a tenant without budgets costs one look-up in two seconds.
+    """Reserve the worst-case usage of a generation; a tenant without budgets costs one look-up in two seconds.
 
-    ``output``: output tokens to expect of a request that does not bound them. ``fallback``: whether requests of tenants
+    ``output``: output tokens assumed for a request that sets no maximum. ``fallback``: whether requests of tenants
     with budgets are refused or allowed while billing does not answer.
     """
 
@@ -45,13 +45,13 @@ class BudgetReservations:
     async def reserve(
         self, record: GenerationRecord, models: list[str], request: Any, *, names_budget: bool = True
     ) -> None:
-        """Reserve for a generation that is to begin.
+        """Reserve budget for a new generation.
 
-        ``request`` has its ``messages`` and ``params``; ``models``: who may answer, as ``provider/model``.
-        ``names_budget``: whether a refusal may name the budget and where it stands.
+        ``request`` has its ``messages`` and ``params``; ``models``: the candidate models, as ``provider/model``.
+        ``names_budget``: whether a refusal may name the budget and its usage.
 
         Raises:
-            Problem: 402, a budget has no room; 503, billing does not answer and nothing is allowed without it.
+            Problem: 402, a budget has no room; 503, billing does not answer and ``fallback`` is ``refuse``.
             BrokerUnavailable: the broker does not answer.
         """
         if not await self._has_budgets(record.tenant):
@@ -79,7 +79,7 @@ class BudgetReservations:
             log.warning("past a soft limit", tenant=record.tenant, budget=decision.budget, detail=decision.detail)
 
     async def release(self, record: GenerationRecord) -> None:
-        """Give back what was reserved for a generation that could not be queued; otherwise it lapses by itself."""
+        """Release the reservation of a generation that could not be queued; unreleased ones expire."""
         if not self._known.get(record.tenant, (0.0, False))[1]:
             return
         release = Release(tenant=record.tenant, session=record.session, generation=record.generation)
@@ -95,7 +95,7 @@ class BudgetReservations:
         except BrokerUnavailable:
             if not self._broker.is_connected:
                 raise
-            return None  # billing is there, and its database is not
+            return None  # billing runs, but its database does not answer
         except msgspec.DecodeError:
             log.error("billing's decision is not readable", generation=wish.generation)
             return None
@@ -127,9 +127,9 @@ class BudgetReservations:
 
 
 def worst_case(messages: Any, params: dict[str, Any], output: int) -> tuple[int, int]:
-    """Return input and output tokens that a request may use at most: input by its size, output by what it allows.
+    """Return the maximum input and output tokens of a request: input from its size, output from its parameters.
 
-    ``output`` holds where a request does not bound it.
+    ``output``: used if the request sets no maximum.
     """
     size = len(msgspec.json.encode([messages, params.get("tools"), params.get("response_format")]))
     allowed = [v for v in (params.get(name) for name in _OUTPUT_PARAMS) if type(v) is int and v > 0]

@@ -1,4 +1,4 @@
-"""Requests that no producer could run, as they rest in their stream."""
+"""Read and remove dead requests: those that no producer could run."""
 
 from typing import Final
 
@@ -20,15 +20,15 @@ _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 class _Owned(msgspec.Struct):
-    """What even a request that cannot be read as a whole may tell."""
+    """Owner of a request, readable even if the rest is not."""
 
     tenant: str
 
 
 class Dead(msgspec.Struct, frozen=True, kw_only=True):
-    """One dead request. ``died_at``: when it was put aside, in seconds since 1970.
+    """One dead request. ``died_at``: time of dead-lettering, in seconds since 1970.
 
-    ``request`` is ``None`` when the request cannot be read; ``tenant`` when not even its owner can be told.
+    ``request`` is ``None`` when the request cannot be read; ``tenant`` when its owner cannot be read either.
     """
 
     seq: int
@@ -41,9 +41,9 @@ class Dead(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DeadRequests:
-    """The dead requests of a principal in a pool.
+    """Give a principal access to its dead requests in a pool.
 
-    Those of which nobody can tell whose they are, or of which session, are for who may administer.
+    Requests without a readable tenant or session need the scope ``admin`` and access to all sessions.
     Every method raises `BrokerUnavailable` when the broker does not answer.
     """
 
@@ -53,18 +53,18 @@ class DeadRequests:
         self._pool = pool
 
     async def page(self, limit: int, after: int) -> tuple[list[Dead], int | None]:
-        """Return up to ``limit`` requests behind the stream sequence ``after``, oldest first.
+        """Return up to ``limit`` requests after the stream sequence ``after``, oldest first.
 
-        The number beside them is what to pass as ``after`` for the next page; ``None`` at the end.
+        The second value is ``after`` of the next page; ``None`` at the end.
         """
         found: list[Dead] = []
         async for batch in self._broker.read(DEAD, dead_filter(self._pool), after + 1):
             for stored in batch:
                 if self._is_foreign(_owner(stored.data)):
-                    continue  # without a further question to the broker
+                    continue  # saves a request to the broker
                 dead = await self._last(stored.subject)
                 if dead is None or dead.seq != stored.seq:
-                    continue  # removed meanwhile, or put aside twice: the later one counts
+                    continue  # removed meanwhile, or dead-lettered twice: the later one counts
                 if not self._reaches(dead):
                     continue
                 if len(found) == limit:
@@ -76,7 +76,7 @@ class DeadRequests:
         """Return the dead request of a generation.
 
         Raises:
-            Unknown: there is none, or it is another tenant's.
+            Unknown: there is none, or it belongs to another tenant.
         """
         dead = await self._last(dead_subject(self._pool, generation))
         if dead is None or self._is_foreign(dead.tenant) or not self._reaches(dead):
@@ -84,7 +84,7 @@ class DeadRequests:
         return dead
 
     async def drop(self, generation: str) -> None:
-        """Remove the dead request of a generation for good. Without one nothing happens."""
+        """Remove the dead request of a generation permanently. Without one this does nothing."""
         await self._broker.purge(DEAD, dead_subject(self._pool, generation))
 
     def _is_foreign(self, tenant: str | None) -> bool:

@@ -1,4 +1,4 @@
-"""Sessions that were deleted: what the look-up bucket keeps of that, and what replicas tell each other."""
+"""Track deleted sessions: their entries in the look-up bucket, and notices between replicas."""
 
 from collections.abc import Awaitable, Callable
 from typing import Final
@@ -21,16 +21,16 @@ _PREFIX: Final = f"$KV.{BUCKET}."
 
 
 class DeletedSessions:
-    """Finds out which sessions were deleted, and up to where."""
+    """Look up deleted sessions, and notify callbacks of deletions."""
 
     def __init__(self, broker: Broker) -> None:
         self._broker = broker
         self._callbacks: list[Callable[[DeletedSession], Awaitable[None]]] = []
         self.heard = False
-        """Whether this replica hears of what others delete."""
+        """Whether this replica has subscribed to deletions by other replicas."""
 
     async def through(self, tenant: str, session: str, issuer: CursorIssuer) -> int:
-        """Return the stream sequence up to which a session was deleted from this log; 0 where it was not.
+        """Return the stream sequence up to which a session was deleted from this log; 0 if it was not.
 
         Raises:
             BrokerUnavailable: the broker does not answer.
@@ -46,12 +46,12 @@ class DeletedSessions:
         self._callbacks.append(callback)
 
     async def notify(self, deleted: DeletedSession) -> None:
-        """Call everybody who wants to know of deletions."""
+        """Call the callbacks of `on_deleted`."""
         for callback in self._callbacks:
             await callback(deleted)
 
     async def listen(self) -> None:
-        """Listen for deletions by other replicas, unless they are `heard` already; to be called until they are."""
+        """Subscribe to deletions by other replicas unless `heard` is set; to be called until it is."""
         if self.heard:
             return
         try:
@@ -68,7 +68,7 @@ class DeletedSessions:
 
 
 async def deletion_of(broker: Broker, tenant: str, session: str) -> DeletedSession | None:
-    """Return when and up to where a session was deleted last; ``None`` where that was never, or long ago.
+    """Return the last deletion of a session, or ``None`` if there was none or its entry has expired.
 
     Raises:
         BrokerUnavailable: the bucket cannot be read.

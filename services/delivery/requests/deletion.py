@@ -1,6 +1,6 @@
-"""Deletes sessions: their events in the log, their records, and what is kept of them elsewhere. Bills stay.
+"""Delete sessions: their events in the log, their records, and their dead requests and events. Bills stay.
 
-The steps can be interrupted anywhere; asking again goes on where it stopped. Nothing of a generation is removed while
+The steps can be interrupted anywhere; a repeated call continues. Nothing of a generation is removed while
 its request is in the work queue, and only generations are removed that were there when the deletion began, so that a
 start on the same session beside it is safe.
 """
@@ -39,9 +39,9 @@ __all__ = ["Deletion"]
 log = structlog.get_logger()
 POLL_SECONDS: Final = 0.1
 CANCEL_SECONDS: Final = 10.0
-"""How long generations that were cancelled are waited for."""
+"""Seconds to wait for cancelled generations to end."""
 RECORD_SECONDS: Final = 2.0
-"""How long the record of a generation that has left the queue is waited for: its producer writes it beside the log."""
+"""Seconds to wait for the record of a generation that has left the queue: it is written apart from the log."""
 START_SECONDS: Final = 15.0
 """Age below which a record whose request is not in the queue may belong to a start that is about to queue it."""
 BILLED_SECONDS: Final = 10.0
@@ -49,11 +49,11 @@ UNBILLED_SECONDS: Final = 600.0
 """Age of billing's consumer beyond which, if it has never read anything, no billing runs here."""
 NAMED: Final = 10
 PurgeDead = Callable[[str, str, Container[str]], Awaitable[None]]
-"""Removes the dead events of some generations of a tenant's session, for good."""
+"""Removes the dead events of some generations of a tenant's session permanently."""
 
 
 class Deletion:
-    """Deletes sessions. ``pool``: whose requests may run in them.
+    """Delete sessions. ``pool``: the pool whose requests may run in them.
 
     ``purge_dead``: removes the dead events that durable consumers keep of a session.
     """
@@ -79,14 +79,14 @@ class Deletion:
         self._lanes = (lane_of(pool, "interactive"), lane_of(pool, "batch"))
 
     async def delete(self, tenant: str, session: str, *, cancel: bool) -> None:
-        """Delete a session. ``cancel``: cancel what is queued or running in it first.
+        """Delete a session. ``cancel``: first cancel its queued and running generations.
 
         Raises:
-            Unknown: there is no such session, and none has been deleted lately.
+            Unknown: the session does not exist and was not deleted recently.
             Problem: 409, generations are queued or running; 503, billing has not read the session yet.
-            BrokerUnavailable: the broker does not answer; the deletion may be half done, and is to be repeated.
+            BrokerUnavailable: the broker does not answer; the deletion may be incomplete and must be repeated.
         """
-        # Before the generations are listed: what is stored later belongs to one of the list, or to a later one.
+        # Before the generations are listed: events stored later belong to a listed generation or to a later one.
         partition = await self._states.partition(tenant, session)
         state = await self._states.state(partition, fresh=True)
         stored = await self._stored(tenant, session)
@@ -94,8 +94,10 @@ class Deletion:
         generations = {*stored, *records}
         if not generations and await self._lookups.deletion(tenant, session) is None:
             raise Unknown(f"there is no session {session!r}")
+        # Wait until nothing writes to the session and billing has read it.
         await self._settle(tenant, session, generations, cancel=cancel)
         await self._wait_for_billing(tenant, session, {parse_address(s).partition for s in _flat(stored.values())})
+        # Record the deletion first, so that an interrupted one can be repeated; then remove records and events.
         deleted = DeletedSession(
             tenant=tenant,
             session=session,
@@ -110,12 +112,13 @@ class Deletion:
         for subject in _flat(stored.values()):
             await self._broker.purge(token_stream(parse_address(subject).partition), subject)
         await self._forget_dead(tenant, session, generations)
+        # Notify the other replicas, then this one.
         await self._broker.publish(deleted_subject(tenant, session), msgspec.json.encode(deleted))
         await self._deleted.notify(deleted)
         log.info("session deleted", session=session, generations=len(generations))
 
     async def _stored(self, tenant: str, session: str) -> dict[str, list[str]]:
-        """Return the subjects that the logs hold of each generation, in whatever partitions."""
+        """Return the log subjects of each generation, over all partitions."""
         found: dict[str, list[str]] = {}
         for partition in await self._broker.partitions():
             subjects = await self._broker.subjects(token_stream(partition), log_filter(partition, tenant, session))
@@ -124,7 +127,7 @@ class Deletion:
         return found
 
     async def _settle(self, tenant: str, session: str, generations: set[str], *, cancel: bool) -> None:
-        """Wait until none of the generations can be written to any more."""
+        """Wait until no generation can be written to any more."""
         loop = asyncio.get_running_loop()
         begun = loop.time()
         cancelled: set[str] = set()
@@ -161,10 +164,10 @@ class Deletion:
         return transcript.terminal is not None
 
     async def _wait_for_billing(self, tenant: str, session: str, partitions: Iterable[int]) -> None:
-        """Wait until billing has read all that is stored: a bill must not be lost with the events.
+        """Wait until billing has read all stored events: a bill must not be lost with them.
 
         Raises:
-            Problem: 503, it has not within `BILLED_SECONDS`.
+            Problem: 503, billing has not read them within `BILLED_SECONDS`.
         """
         give_up_at = asyncio.get_running_loop().time() + BILLED_SECONDS
         for partition in partitions:
@@ -188,7 +191,7 @@ class Deletion:
         return info.delivered.stream_seq == 0 and age > UNBILLED_SECONDS
 
     async def _bury(self, tenant: str, session: str, generation: str) -> None:
-        """Replace a generation's record by one that says only that it was deleted: its name is not used again."""
+        """Replace a generation's record with a tombstone, so that its name is not reused."""
         while True:
             found = await self._lookups.get(tenant, session, generation)
             if found is not None and found[0].state == "deleted":
@@ -209,7 +212,7 @@ class Deletion:
                 return
 
     async def _forget_dead(self, tenant: str, session: str, generations: set[str]) -> None:
-        """Remove what was put aside: requests, and events of durable consumers."""
+        """Remove dead requests, and dead events of durable consumers."""
         for lane in self._lanes:
             for subject in await self._broker.subjects(DEAD, dead_filter(lane)):
                 generation = subject.rpartition(".")[2]

@@ -1,4 +1,4 @@
-"""Look-ups of sessions and generations: the bucket for lists, the log for what was said."""
+"""Look up sessions and generations: lists from the bucket, transcripts from the log."""
 
 from collections.abc import Awaitable, Callable
 from typing import Final
@@ -25,9 +25,9 @@ _PREFIX: Final = f"$KV.{BUCKET}."
 
 
 class Lookups:
-    """Reads and writes generation records. A bucket that is away raises `BrokerUnavailable`.
+    """Read and write generation records. Raises `BrokerUnavailable` if the bucket does not answer.
 
-    ``partition_of`` tells which partition keeps the session of a tenant.
+    ``partition_of``: returns the partition of a tenant's session.
     """
 
     def __init__(self, broker: Broker, clock: Clock, partition_of: Callable[[str, str], Awaitable[int]]) -> None:
@@ -39,7 +39,7 @@ class Lookups:
     async def get(self, tenant: str, session: str, generation: str) -> tuple[GenerationRecord, int] | None:
         """Return a generation's record and its revision; ``None`` when there is none.
 
-        The bucket's leader is asked: another replica may lag, and would not know what was accepted a moment ago.
+        Reads from the bucket's leader: another replica may lag and miss a record created a moment ago.
         """
         stored = await self._broker.last(_STREAM, _PREFIX + generation_key(tenant, session, generation))
         if stored is None or not stored.data:  # a deletion marker is empty
@@ -50,26 +50,26 @@ class Lookups:
             return None
 
     async def create(self, record: GenerationRecord) -> int | None:
-        """Store a new record and return its revision; ``None`` when there is one already."""
+        """Store a new record and return its revision; ``None`` if one exists already."""
         key = generation_key(record.tenant, record.session, record.generation)
         return await (await self._broker.bucket()).create(key, msgspec.json.encode(record))
 
     async def update(self, record: GenerationRecord, revision: int) -> bool:
-        """Replace a record; tell whether it still had this revision."""
+        """Replace a record if it still has this revision; return whether it had."""
         key = generation_key(record.tenant, record.session, record.generation)
         return await (await self._broker.bucket()).update(key, msgspec.json.encode(record), revision)
 
     async def forget(self, record: GenerationRecord, revision: int) -> bool:
-        """Remove a record whose request could not be queued, unless it has changed; tell whether it is gone."""
+        """Remove a record whose request could not be queued, unless it has changed; return whether it is removed."""
         key = generation_key(record.tenant, record.session, record.generation)
         return await (await self._broker.bucket()).delete(key, revision)
 
     async def require(self, tenant: str, session: str, generation: str) -> GenerationRecord | None:
-        """Find out whether a generation exists, in the bucket or in the log; return its record where it has one.
+        """Check that a generation exists, in the bucket or in the log; return its record if it has one.
 
         Raises:
-            Unknown: it does not.
-            Deleted: it did, and its session was deleted.
+            Unknown: the generation does not exist.
+            Deleted: its session was deleted.
             BrokerUnavailable: neither answers.
         """
         away: BrokerUnavailable | None = None
@@ -79,17 +79,17 @@ class Lookups:
                     raise Deleted(f"session {session!r} was deleted, and generation {generation!r} with it")
                 return found[0]
         except BrokerUnavailable as error:
-            away = error  # the log is the truth; the bucket only saves reading it
+            away = error  # the log is authoritative; the bucket only saves reading it
         partition = await self._partition_of(tenant, session)
         subject = log_filter(partition, tenant, session, generation)
         if await self._broker.first(token_stream(partition), subject) is None:
-            if away is not None:  # it may be queued: only the bucket knows of that
+            if away is not None:  # it may be queued, which only the bucket knows
                 raise away
             raise Unknown(f"session {session!r} has no generation {generation!r}")
         return None
 
     async def transcript(self, tenant: str, session: str, generation: str) -> Transcript:
-        """Return what a generation has said, as far as the log keeps it."""
+        """Return the transcript of a generation, from the events that the log keeps."""
         partition = await self._partition_of(tenant, session)
         subject = log_filter(partition, tenant, session, generation)
         transcript = await self._fold(token_stream(partition), subject, Transcript())
@@ -107,19 +107,19 @@ class Lookups:
         return transcript
 
     async def of_session(self, tenant: str, session: str) -> list[GenerationRecord]:
-        """Return the records of a session's generations, oldest first, without those that were deleted."""
+        """Return the records of a session's generations, oldest first, without deleted ones."""
         return [record for record, _ in await self.kept(tenant, session) if record.state != "deleted"]
 
     async def kept(self, tenant: str, session: str) -> list[tuple[GenerationRecord, int]]:
-        """Return the records of a session's generations with their revisions, those that were deleted included."""
+        """Return the records of a session's generations with their revisions, including deleted ones."""
         return await self._records(f"{tenant}.{session}.*")
 
     async def deletion(self, tenant: str, session: str) -> DeletedSession | None:
-        """Return when and up to where a session was deleted last; ``None`` where that was never, or long ago."""
+        """Return the last deletion of a session, or ``None`` if there was none or its entry has expired."""
         return await deletion_of(self._broker, tenant, session)
 
     async def note_deletion(self, deleted: DeletedSession) -> None:
-        """Keep that a session was deleted."""
+        """Store the deletion of a session."""
         bucket = await self._broker.bucket()
         await bucket.put(session_key(deleted.tenant, deleted.session), msgspec.json.encode(deleted))
 
@@ -130,7 +130,7 @@ class Lookups:
         return [record for record, _ in records if record.state != "deleted"]
 
     async def models(self) -> list[Announcement]:
-        """Return what the pools of producers have announced, at most two seconds old; empty when none ever has."""
+        """Return the announcements of the producer pools, at most two seconds old; empty before the first."""
         now = self._clock.monotonic()
         if self._announced is not None and now - self._announced[0] < REGISTRY_SECONDS:
             return self._announced[1]

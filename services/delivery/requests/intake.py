@@ -1,4 +1,4 @@
-"""Takes requests for generations and their cancellation."""
+"""Accept requests for generations, and cancel generations."""
 
 import hashlib
 import secrets
@@ -72,7 +72,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True
 
 
 class Intake:
-    """Puts requests into the work queue, once for each idempotency key, and cancels them."""
+    """Put requests into the work queue, once for each idempotency key, and cancel them."""
 
     def __init__(
         self,
@@ -143,7 +143,7 @@ class Intake:
         if created is None and not await self._is_waiting_repeat(record):
             return generation, cursor, True
         try:
-            # A budget is about all sessions of its tenant: credentials of some are not told about it.
+            # A budget covers all sessions of its tenant: credentials limited to some must not see it.
             await self._admission.reserve(record, models, wish, names_budget=principal.reaches_all)
         except (Problem, BrokerUnavailable):
             await self._take_back(record, created, lane)
@@ -153,13 +153,13 @@ class Intake:
         return generation, cursor, created is None
 
     async def cancel(self, tenant: str, session: str, generation: str) -> str:
-        """Ask for a generation to end; return its state now. Asking again changes nothing.
+        """Request cancellation of a generation; return its state. Idempotent.
 
-        The wish is noted before the producer is told, and a producer listens before it reads the note: so a request
-        that is just being taken from the queue hears of it either way.
+        The record is updated before the producer is notified, and a producer subscribes before it reads the record: so
+        the producer of a request that is just leaving the queue learns of it either way.
 
         Raises:
-            Unknown: there is no such generation.
+            Unknown: the generation does not exist.
             BrokerUnavailable: the wish could not be noted.
         """
         await self._lookups.require(tenant, session, generation)
@@ -170,14 +170,14 @@ class Intake:
             record, revision = found
             if record.state in ENDED:
                 return record.state
-            # Also for a running one: its producer may be lost, and the next one is to find the wish.
+            # Also for a running one: its producer may be lost, and the next one must find the cancellation.
             wanted = msgspec.structs.replace(record, state="cancelling")
             if record.state == "cancelling" or await self._lookups.update(wanted, revision):
                 break
         try:
             answer = await self._broker.request(control_subject(tenant, session, generation), CANCEL)
         except BrokerUnavailable:
-            answer = None  # its producer may just have gone; the wish is noted
+            answer = None  # its producer may have just ended; the record holds the cancellation
         if answer in (None, OVER):
             return await self._state_without_producer(tenant, session, generation)
         return "cancelling"
@@ -187,7 +187,7 @@ class Intake:
         return type_of(terminal) if terminal is not None else "cancelling"
 
     async def _candidates(self, model: str) -> list[str]:
-        """Return who may answer to a model's name, as ``provider/model``; nobody knows before any pool has said so."""
+        """Return the candidates for a model's name, as ``provider/model``; empty before any announcement."""
         announced = await self._lookups.models()
         if announced and not any(a.knows(model) for a in announced):
             names = dict.fromkeys(name for a in announced for name in a.names())
@@ -200,7 +200,7 @@ class Intake:
         return [name for a in announced for name in a.candidates(model)]
 
     async def _check_room(self, partition: int, record: GenerationRecord) -> None:
-        """Refuse what is new before the log is quite full, so that what runs can still end."""
+        """Refuse new requests before the log is full, so that running generations can still end."""
         if (await self._states.state(partition)).used < LOG_FULL:
             return
         if await self._lookups.get(record.tenant, record.session, record.generation) is None:
@@ -214,7 +214,7 @@ class Intake:
             )
 
     async def _cursor(self, tenant: str, session: str, issuer: CursorIssuer, repeated: str | None) -> str:
-        """Return the cursor before a new generation, or before one that a repeated request may find begun or ended."""
+        """Return the cursor before a new generation, or before the existing one of a repeated request."""
         reader = self._states.reader(tenant, session, issuer.partition)
         last = await self._broker.last(reader.stream, reader.filter)
         first = await reader.first_of(repeated) if last and repeated else None
@@ -223,13 +223,13 @@ class Intake:
         return issuer.issue(last.seq if last else await self._deleted.through(tenant, session, issuer))
 
     async def _is_waiting_repeat(self, record: GenerationRecord) -> bool:
-        """Tell whether an earlier request under the same key may not have reached the queue.
+        """Return whether an earlier request under the same key may not have reached the queue.
 
-        Its record is then written anew: whoever wrote it first may still be about to take it back, and must not.
+        Its record is then rewritten, so that the earlier request can no longer withdraw it.
 
         Raises:
             Problem: the earlier request had another body.
-            BrokerUnavailable: the record was there and is not: it is being stored, or taken back.
+            BrokerUnavailable: the record existed and is gone: it is being stored or withdrawn.
         """
         seen: tuple[float, int] | None = None
         for _ in range(REPEAT_TRIES):
@@ -313,16 +313,16 @@ class Intake:
         metrics.REQUESTS.inc()
 
     async def _check_queued(self, subject: str) -> None:
-        """Make sure that an earlier request waits in the queue: a leader that is alone refuses what it cannot store.
+        """Check that an earlier request is in the queue: a leader without quorum refuses what it cannot store.
 
         Raises:
-            BrokerUnavailable: it does not, or not yet.
+            BrokerUnavailable: it is not, or not yet.
         """
         if not await self._broker.holds(REQUESTS_STREAM, subject):
             raise BrokerUnavailable("an earlier request under this key is not in the queue yet: ask again")
 
     async def _take_back(self, record: GenerationRecord, created: int | None, lane: str) -> None:
-        """Take back a request that could not be queued, unless another one under the same key goes on with it."""
+        """Withdraw a request that could not be queued, unless another one under the same key uses its record."""
         try:
             if created is not None and await self._lookups.forget(record, created):
                 await self._admission.release(record)

@@ -1,4 +1,4 @@
-"""How large a request may be: what the settings allow and the broker can store."""
+"""Compute the size limit of a request from the settings and the broker's limit."""
 
 from typing import Final
 
@@ -11,7 +11,7 @@ _LEAST: Final = 1_024
 
 
 def request_limit(max_body: int, max_payload: int) -> BodyLimit:
-    """Return the limit of a request's body with the setting that holds it down; ``max_payload``: the broker's."""
+    """Return the limit of a request's body and the setting that determines it; ``max_payload``: the broker's."""
     stored = max(_LEAST, max_payload - ENVELOPE)
     if max_body <= stored:
         return BodyLimit(max_body, "TAILRACE_DELIVERY_MAX_BODY")

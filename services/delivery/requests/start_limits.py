@@ -1,4 +1,4 @@
-"""How many generations a tenant and a key may start a minute, and have running at once."""
+"""Limit the generations that a tenant and a key may start per minute and run concurrently."""
 
 import math
 import secrets
@@ -26,8 +26,8 @@ from services.kit.problem import Problem
 __all__ = ["StartLimits"]
 
 log = structlog.get_logger()
-RECENT: Final = 20_000  # changes of records that are looked at when a replica starts
-FORGOTTEN_SECONDS: Final = 7_200.0  # longer than a generation may take: its record was not closed, the log was
+RECENT: Final = 20_000  # record changes read when a replica starts
+FORGOTTEN_SECONDS: Final = 7_200.0  # longer than any generation: its record was not closed, but the log was
 RETRY_SECONDS: Final = 5
 _STREAM: Final = bucket_stream(BUCKET)
 _PREFIX: Final = f"$KV.{BUCKET}."
@@ -40,7 +40,7 @@ class _Running(msgspec.Struct, frozen=True):
 
 
 class _Tally:
-    """What has not ended yet, by the record's name, with sums."""
+    """Count unfinished generations by tenant and key; entries by the record's name."""
 
     def __init__(self) -> None:
         self._entries: dict[str, _Running] = {}  # bounded by the records that are kept
@@ -72,10 +72,10 @@ class _Tally:
 
 
 class StartLimits:
-    """Admits what is to be started.
+    """Admit starts of generations.
 
-    What runs is counted from the records of generations, which `poll` follows, with what this replica has just
-    admitted: so replicas together may exceed a bound by what the others admit between two polls.
+    Running generations are counted from their records, which `poll` follows, plus the starts that this replica has just
+    admitted: so replicas together may exceed a bound by the starts that others admit between two polls.
     """
 
     def __init__(self, broker: Broker, clock: Clock, settings: Settings) -> None:
@@ -91,10 +91,10 @@ class StartLimits:
 
     @asynccontextmanager
     async def starting(self, principal: Principal) -> AsyncIterator[None]:
-        """Admit one start; while the block runs it counts as running, afterwards if `began` was told of it.
+        """Admit one start; it counts as running while the block runs, and afterwards if `began` was called for it.
 
         Raises:
-            Problem: 429, too many are started or running.
+            Problem: 429, too many generations are started or running.
         """
         self._check_running(principal)
         await self._check_rates(principal)
@@ -107,13 +107,13 @@ class StartLimits:
             self._entering.drop(name)
 
     def began(self, record: GenerationRecord) -> None:
-        """Count a generation whose record has just been made."""
+        """Count a generation whose record has just been created."""
         if self._counts_running:
             name = f"{record.tenant}.{record.session}.{record.generation}"
             self._running.put(name, _Running(record.tenant, record.key, record.created_at))
 
     async def poll(self) -> None:
-        """Take over what has changed in the records; to be called about every second."""
+        """Apply changed records to the counts; to be called about every second."""
         if not self._counts_running:
             return
         try:

@@ -1,4 +1,4 @@
-"""What a generation has said so far, folded from its events."""
+"""Fold the events of a generation into its transcript."""
 
 from typing import Any
 
@@ -23,10 +23,10 @@ class Alternative(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 
 class Transcript:
-    """Folds stored events by the acceptance rule; a restart begins it anew.
+    """Fold stored events by the acceptance rule; a restart resets it.
 
-    Where the log no longer keeps the beginning, it is read twice: the first time shows that (`lost_beginning`), the
-    second time begins with the oldest kept event of the highest epoch (`joined`).
+    If the log no longer keeps the beginning, it is read twice: the first pass detects that (`lost_beginning`), the
+    second begins with the oldest kept event of the highest epoch (`joined`).
     """
 
     def __init__(self, acceptance: Acceptance | None = None) -> None:
@@ -40,10 +40,10 @@ class Transcript:
         self._answers: dict[int, Answer] = {}
 
     def offer(self, data: bytes) -> None:
-        """Take one stored event; what the rule drops, and unknown types, change nothing that is shown.
+        """Fold one stored event; events dropped by the rule and unknown types change no content.
 
         Raises:
-            MalformedEvent: it is no event.
+            MalformedEvent: ``data`` is not an event.
         """
         header = decode_header(data)
         if self._acceptance.offer(header) is not Verdict.ACCEPTED:
@@ -70,7 +70,7 @@ class Transcript:
 
     @property
     def answers(self) -> list[Answer]:
-        """What each choice has said, in order."""
+        """The folded choices, in order."""
         return [self._answers[choice] for choice in sorted(self._answers)]
 
     @property
@@ -119,7 +119,7 @@ class Transcript:
         return [self._abandoned[number] for number in sorted(self._abandoned)]
 
     def counted(self) -> Counted:
-        """Return our own count: the terminal's, else what the deltas say so far."""
+        """Return the relay's own count: from the terminal, or else from the deltas so far."""
         counted: Any = getattr(self.terminal, "counted", None)
         if isinstance(counted, Counted):
             return counted
@@ -147,7 +147,7 @@ class Transcript:
                 pass
 
     def _report(self, event: UsageReported) -> None:
-        """Take the usage of an abandoned call; one whose end is no longer kept is known by it alone."""
+        """Record the usage of an abandoned call; without its kept end, the usage is its only source."""
         known = self._abandoned.get(event.call) or AbandonedCall(
             number=event.call,
             provider=event.provider,

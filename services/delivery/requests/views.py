@@ -1,4 +1,4 @@
-"""A generation as look-ups show it: what the log says of it, and its record where the log no longer does."""
+"""Build the look-up view of a generation, from the log and, where events have expired, from its record."""
 
 from typing import Any
 
@@ -54,16 +54,16 @@ class GenerationView(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 
 async def view_of(lookups: Lookups, tenant: str, session: str, generation: str) -> GenerationView:
-    """Return a generation as look-ups show it.
+    """Return the look-up view of a generation.
 
     Raises:
-        Unknown: there is none.
+        Unknown: the generation does not exist.
         BrokerUnavailable: the log cannot be read.
     """
     try:
         found = await lookups.get(tenant, session, generation)
     except BrokerUnavailable:
-        found = None  # the log is the truth
+        found = None  # the log is authoritative
     said = await lookups.transcript(tenant, session, generation)
     if found is None and not said.events:
         raise Unknown(f"session {session!r} has no generation {generation!r}")
@@ -71,7 +71,7 @@ async def view_of(lookups: Lookups, tenant: str, session: str, generation: str) 
     if record is not None and record.state == "deleted":
         raise Deleted(f"session {session!r} was deleted, and generation {generation!r} with it")
     started, terminal = said.started, said.terminal
-    # The log is the truth; of what it no longer keeps, and of the end that its producer noted, the record knows.
+    # The log is authoritative; the record fills in expired events and the end noted by the producer.
     expired = said.headless or not said.events
     noted = record if record is not None and expired and terminal is None else None
     return GenerationView(

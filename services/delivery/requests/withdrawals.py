@@ -1,4 +1,4 @@
-"""Takes back requests that were refused while nobody knows whether the broker has stored something of them."""
+"""Withdraw refused requests of which the broker may have stored a part."""
 
 import asyncio
 from typing import Final, NamedTuple
@@ -22,11 +22,11 @@ log = structlog.get_logger()
 WAITING: Final = 10_000
 PAUSE_SECONDS: Final = 1.0
 LATER_SECONDS: Final = 5.0
-"""How long after it was taken back to look once more: a producer may just have taken it from the queue."""
+"""Seconds after a withdrawal until it is checked again: a producer may have just taken the request."""
 
 
 class _Refused(NamedTuple):
-    """``created``: the record's revision, where it is known; ``due``: when to look once more, 0 at first."""
+    """``created``: the record's revision if known; ``due``: time of the second check, 0 before the first."""
 
     record: GenerationRecord
     created: int | None
@@ -35,10 +35,10 @@ class _Refused(NamedTuple):
 
 
 class Withdrawals:
-    """Remembers refused requests until the broker has nothing of them: no record, no place in the queue, no producer.
+    """Withdraw refused requests until the broker holds no record, no queue entry and no producer of them.
 
-    Of a request under an idempotency key that was repeated meanwhile everything is left as it is. A replica that ends
-    before leaves the rest to the producers, which close what nobody runs.
+    A request repeated meanwhile under its idempotency key is left unchanged. If the replica ends first, producers close
+    the records of the remaining requests.
     """
 
     def __init__(self, broker: Broker, lookups: Lookups, admission: BudgetReservations) -> None:
@@ -49,7 +49,7 @@ class Withdrawals:
         self._task: asyncio.Task[None] | None = None
 
     def add(self, record: GenerationRecord, created: int | None, lane: str) -> None:
-        """Take a request back as soon as the broker takes part; ``created``: its record's revision, where known."""
+        """Withdraw a request once the broker answers; ``created``: its record's revision if known."""
         if len(self._waiting) >= WAITING:
             metrics.WITHDRAWN.labels("forgotten").inc()
             return
@@ -58,7 +58,7 @@ class Withdrawals:
             self._task = asyncio.create_task(self._work())
 
     async def _work(self) -> None:
-        """Work until nothing is left."""
+        """Process waiting requests until there are none."""
         while self._waiting:
             await asyncio.sleep(PAUSE_SECONDS)
             now = asyncio.get_running_loop().time()
@@ -74,7 +74,7 @@ class Withdrawals:
                         del self._waiting[name]
                 except (BrokerUnavailable, APIError) as error:
                     log.warning("refused request not taken back yet", generation=name, detail=str(error))
-                    break  # the others would wait for the same
+                    break  # the others would fail the same way
 
     async def _withdraw(self, refused: _Refused) -> None:
         record, created, lane, _ = refused
@@ -87,7 +87,7 @@ class Withdrawals:
         if queued is not None and not await self._broker.delete(REQUESTS, queued[0].seq):
             raise BrokerUnavailable("the request has just left the queue: its record tells in a moment who has it")
         if found is not None and not await self._lookups.forget(record, created or found[1]):
-            if queued is not None:  # it was repeated just now, and counted on what was in the queue
+            if queued is not None:  # repeated just now, and the repeat relies on the queue entry
                 await self._put_back(record, lane, queued[0].data)
             return
         await self._admission.release(record)
@@ -95,7 +95,7 @@ class Withdrawals:
         log.info("refused request taken back", session=record.session, generation=record.generation)
 
     async def _queued(self, record: GenerationRecord, lane: str) -> tuple[Stored, float] | None:
-        """Return what waits in the queue under the request's name, and when that was asked for."""
+        """Return the queued message under the request's name, and its creation time."""
         stored = await self._broker.last(REQUESTS, request_subject(lane, record.generation))
         if stored is None:
             return None
@@ -112,7 +112,7 @@ class Withdrawals:
                 raise
 
     async def _cancel(self, record: GenerationRecord) -> None:
-        """End it where a producer had taken it before it could be removed."""
+        """Cancel the generation if a producer took the request before it was removed."""
         found = await self._lookups.get(record.tenant, record.session, record.generation)
         if found is not None and found[0].created_at == record.created_at:
             await self._broker.request(control_subject(record.tenant, record.session, record.generation), CANCEL)

@@ -21,6 +21,7 @@ from services.billing.terms import CurrentTerms
 from services.kit.clock import Clock
 from services.kit.jetstream.broker import Broker, BrokerUnavailable
 from services.kit.jetstream.connection import Message
+from services.kit.jetstream.errors import APIError
 from services.kit.shutdown import end
 
 __all__ = ["Admission"]
@@ -69,10 +70,13 @@ class Admission:
         """Tell delivery whether it must ask for this tenant.
 
         Raises:
-            BrokerUnavailable: the broker does not answer.
+            BrokerUnavailable: the broker does not answer, or does not store it.
         """
         subject = f"$KV.{REGISTRY_BUCKET}.{budgets_key(tenant)}"
-        await self._broker.publish_stored(subject, b"1" if has_budgets else b"")
+        try:
+            await self._broker.publish_stored(subject, b"1" if has_budgets else b"")
+        except APIError as error:
+            raise BrokerUnavailable(f"the broker does not store whether there are budgets: {error}") from error
 
     async def _watch(self, stop: asyncio.Event) -> None:
         told, due = False, 0.0

@@ -62,6 +62,12 @@ class SingleFlight(Generic[K, T]):
     def __init__(self) -> None:
         self._running: dict[K, asyncio.Task[T]] = {}  # bounded by the callers that wait
 
+    def __len__(self) -> int:
+        return len(self._running)
+
+    def __contains__(self, key: K) -> bool:
+        return key in self._running
+
     async def run(self, key: K, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Return the result of the call that runs for ``key``; start ``work()`` where none does.
 
@@ -74,9 +80,14 @@ class SingleFlight(Generic[K, T]):
             task.add_done_callback(lambda done: self._ended(key, done))
         return await asyncio.shield(task)
 
-    async def close(self) -> None:
-        """Cancel all calls and wait for their end."""
-        await end(*self._running.values())
+    async def wait(self, key: K) -> None:
+        """Wait until the call that runs for ``key``, if any, has ended."""
+        if key in self._running:
+            await asyncio.wait({self._running[key]})
+
+    def forget(self) -> None:
+        """Let the next callers start calls of their own; those that wait still get the running ones."""
+        self._running.clear()
 
     def _ended(self, key: K, task: asyncio.Task[T]) -> None:
         if self._running.get(key) is task:

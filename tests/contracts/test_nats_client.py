@@ -12,7 +12,7 @@ from nats.aio.msg import Msg
 from schemas.subjects import live_filter
 from services.kit.jetstream.broker import Broker, BrokerUnavailable
 from services.kit.jetstream.client import RelayClient, header_number
-from services.kit.jetstream.connection import PENDING_BYTES
+from services.kit.jetstream.connection import PENDING_BYTES, Connection
 from tests.conftest import NatsServer, eventually
 
 
@@ -277,3 +277,26 @@ async def test_a_cancellation_while_all_buffers_are_full_is_heeded(own_nats: Nat
             await asyncio.wait({task})
         assert task.cancelled()
         own_nats.process.send_signal(signal.SIGCONT)
+
+
+async def test_connecting_ends_in_its_time_though_the_library_loses_a_cancellation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lost = 0
+
+    async def connect(_self: RelayClient, _servers: list[str], **_options: object) -> None:
+        nonlocal lost
+        while True:
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                lost += 1
+                if lost > 1:
+                    raise
+
+    monkeypatch.setattr(RelayClient, "connect", connect)
+    async with asyncio.timeout(15):
+        with pytest.raises(BrokerUnavailable, match=r"no answer in 0\.1 s"):
+            async with Connection.connect("nats://127.0.0.1:1", "test", wait=0.1):
+                pass
+    assert lost == 2

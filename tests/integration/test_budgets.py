@@ -21,7 +21,8 @@ from services.billing.core.reconciliation import Policy
 from services.billing.terms import CurrentTerms
 from services.delivery.requests.budgets import BudgetReservations as Asking
 from services.kit.clock import SystemClock
-from services.kit.jetstream.broker import Broker
+from services.kit.jetstream.broker import Broker, BrokerUnavailable
+from services.kit.jetstream.errors import APIError
 from services.kit.problem import Problem
 from tests.conftest import NatsServer, eventually
 from tests.delivery_stage import Stage, delivering
@@ -163,3 +164,16 @@ async def test_without_billing_a_tenant_with_budgets_starts_nothing_unless_that_
     assert (refused.status_code, refused.json()["type"]) == (503, "urn:tailrace:problem:budget-unknown")
     assert allowed.status_code == 202
     assert Announcement(providers=["scripted"]).candidates("scripted/story") == ["scripted/story"]
+
+
+async def test_a_refused_append_does_not_end_the_watch_over_budgets(
+    whole: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Billing tells delivery which tenants have budgets; a broker that refuses to store that is asked again."""
+
+    async def refused(*_: Any, **__: Any) -> int:
+        raise APIError(503, 10077, "no space")
+
+    monkeypatch.setattr(whole.admission._broker, "publish_stored", refused)
+    with pytest.raises(BrokerUnavailable, match="does not store"):
+        await whole.admission.tell("default", has_budgets=True)

@@ -18,6 +18,7 @@ from services.delivery.settings import Settings
 from services.kit.clock import Clock
 from services.kit.jetstream.broker import Broker, BrokerUnavailable, StreamState
 from services.kit.shutdown import end
+from services.kit.tasks import SingleFlight
 
 __all__ = ["Feeds"]
 
@@ -55,7 +56,7 @@ class Feeds:
         self._settings = settings
         self._counts = counts
         self._feeds: dict[tuple[str, str], Feed] = {}  # bounded by settings.feeds
-        self._opening: dict[tuple[str, str], asyncio.Task[Feed]] = {}
+        self._opening: SingleFlight[tuple[str, str], Feed] = SingleFlight()
         self._history: tuple[int, ...] = ()  # of partition counts, when feeds were last checked against it
         self._moves_checked_at = 0.0
         self._counted_at = 0.0
@@ -84,21 +85,15 @@ class Feeds:
             if _follows(feed, await self._states.state(feed.issuer.partition)):
                 return feed
             await self._retire(feed)
-        task = self._opening.get(key)
-        if task is None:
-            if len(self._feeds) + len(self._opening) >= self._settings.feeds:
-                raise TooBusy(f"this replica follows {self._settings.feeds} sessions already")
-            task = asyncio.create_task(self._open(tenant, session))
-            self._opening[key] = task
-            task.add_done_callback(lambda _: self._opening.pop(key, None))
-        return await asyncio.shield(task)
+        if key not in self._opening and len(self._feeds) + len(self._opening) >= self._settings.feeds:
+            raise TooBusy(f"this replica follows {self._settings.feeds} sessions already")
+        return await self._opening.run(key, lambda: self._open(tenant, session))
 
     async def end_deleted(self, deleted: DeletedSession) -> None:
         """Close the feed of a deleted session and end its subscribers."""
         self._states.forget(deleted.tenant, deleted.session)
         key = (deleted.tenant, deleted.session)
-        if key in self._opening:  # it may have read events that are about to be removed
-            await asyncio.wait({self._opening[key]})
+        await self._opening.wait(key)  # it may have read events that are about to be removed
         feed = self._feeds.get(key)
         if feed is not None and feed.issuer.partition == deleted.partition and feed.deleted_through < deleted.through:
             await self._retire(feed, "the session was deleted", "deleted")

@@ -12,7 +12,7 @@ from services.kit.auth.principal import Principal
 from services.kit.clock import Clock
 from services.kit.jetstream.broker import Broker
 from services.kit.problem import Problem
-from services.kit.shutdown import end
+from services.kit.tasks import BackgroundTasks
 
 __all__ = ["Supervised", "Supervisor"]
 
@@ -65,7 +65,7 @@ class Supervisor:
         self._jobs: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {}
         self._sweeps: list[Callable[[float], None]] = []
         self._running: set[object] = set()  # keys of jobs that have not ended
-        self._tasks: set[asyncio.Task[None]] = set()  # bounded by the keys of `start`
+        self._tasks = BackgroundTasks()  # bounded by the keys of `start`
 
     def check(self, principal: Principal) -> None:
         """Refuse a stream that this replica cannot take.
@@ -130,14 +130,8 @@ class Supervisor:
             job.close()
             return
         self._running.add(key)
-        task: asyncio.Task[None] = asyncio.create_task(job)
-        self._tasks.add(task)
-
-        def ended(_: asyncio.Task[None]) -> None:
-            self._tasks.discard(task)
-            self._running.discard(key)
-
-        task.add_done_callback(ended)
+        task = self._tasks.start(job, name=getattr(job, "__qualname__", "job"))
+        task.add_done_callback(lambda _: self._running.discard(key))
 
     async def drain(self, seconds: float) -> None:
         """End every stream with a resumable notice; wait at most ``seconds`` for slow clients."""
@@ -150,7 +144,7 @@ class Supervisor:
 
     async def close(self) -> None:
         """End background jobs."""
-        await end(*self._tasks)
+        await self._tasks.close()
 
     def _due(self, supervised: Supervised, now: float) -> str | None:
         """Return the reason why a connection has to end now, or ``None``."""

@@ -1,6 +1,5 @@
 """Cache the bounds and incarnations of the log's partitions, and find the partition of a session."""
 
-import asyncio
 from typing import Final
 
 from schemas.cursor import CursorIssuer
@@ -11,6 +10,7 @@ from services.delivery.log.reader import LogReader
 from services.kit.clock import Clock
 from services.kit.jetstream.broker import Broker, StreamState
 from services.kit.jetstream.logs import Logs
+from services.kit.tasks import SingleFlight
 
 __all__ = ["LogStates"]
 
@@ -31,7 +31,7 @@ class LogStates:
         self._clock = clock
         self._logs = Logs(broker)
         self._states: dict[int, tuple[float, StreamState]] = {}  # by partition
-        self._asking: dict[int, asyncio.Task[StreamState]] = {}  # by partition: the request in flight
+        self._requests: SingleFlight[int, StreamState] = SingleFlight()  # by partition
         self._followed: dict[tuple[str, str], int] = {}  # partitions of sessions with a feed; bounded by the feeds
         self._cache = ReadCache(broker)
 
@@ -47,11 +47,7 @@ class LogStates:
             return known[1]
         if fresh:
             return await self._ask(partition)
-        asking = self._asking.get(partition)
-        if asking is None:
-            asking = self._asking[partition] = asyncio.create_task(self._ask(partition))
-            asking.add_done_callback(lambda task: self._answered(partition, task))
-        return await asyncio.shield(asking)
+        return await self._requests.run(partition, lambda: self._ask(partition))
 
     async def state_behind(self, partition: int, seen: int) -> StreamState:
         """Return a partition's state; start a new incarnation first if its log ends before the sequence ``seen``.
@@ -110,7 +106,7 @@ class LogStates:
     def reset(self) -> None:
         """Drop all states after a reconnect: requests over the lost connection get no answer."""
         self._states.clear()
-        self._asking.clear()
+        self._requests.forget()
 
     def sweep(self) -> None:
         """Drop cached reads unused for a while; to be called about every second."""
@@ -122,9 +118,3 @@ class LogStates:
         self._states[partition] = (now, state)
         metrics.LOG_USED.labels(str(partition)).set(state.used)
         return state
-
-    def _answered(self, partition: int, task: asyncio.Task[StreamState]) -> None:
-        if self._asking.get(partition) is task:
-            del self._asking[partition]
-        if not task.cancelled():
-            task.exception()  # retrieve it: there may be no waiter left

@@ -19,6 +19,7 @@ from nats.js import errors as js_errors
 
 from services.kit.jetstream.client import Arrival, Delivery, RelayClient
 from services.kit.jetstream.errors import AWAY, APIError, BrokerUnavailable
+from services.kit.shutdown import end
 
 __all__ = ["BrokerUnavailable", "Callback", "Connection", "Message", "Subscription", "expecting"]
 
@@ -92,23 +93,31 @@ class Connection:
             reason = error
             log.debug("broker error", error=repr(error))
 
+        connecting = asyncio.create_task(
+            client.connect(
+                servers,
+                # Servers of a cluster tell of each other without credentials: the first one's are good for all.
+                user=first.username if first.password else None,
+                password=first.password,
+                name=f"tailrace-{name}",
+                inbox_prefix=f"_INBOX.{name}",
+                tls=tls,
+                **_PERSISTENT,
+                reconnected_cb=reconnected,
+                disconnected_cb=disconnected,
+                error_cb=errored,
+            ),
+            name="connect",
+        )
         try:
-            async with asyncio.timeout(wait):
-                await client.connect(
-                    servers,
-                    # Servers of a cluster tell of each other without credentials: the first one's are good for all.
-                    user=first.username if first.password else None,
-                    password=first.password,
-                    name=f"tailrace-{name}",
-                    inbox_prefix=f"_INBOX.{name}",
-                    tls=tls,
-                    **_PERSISTENT,
-                    reconnected_cb=reconnected,
-                    disconnected_cb=disconnected,
-                    error_cb=errored,
-                )
+            await asyncio.wait({connecting}, timeout=wait)
+            if not connecting.done():
+                raise TimeoutError(f"no answer in {wait:g} s")
+            connecting.result()
         except (TimeoutError, OSError, nats.errors.Error) as error:
             raise BrokerUnavailable(f"no NATS server answers at {_hide(url)}: {reason or error!r}") from error
+        finally:
+            await end(connecting)  # the library may lose a cancellation, and then tries for ever
         try:
             yield self
         finally:

@@ -2,7 +2,6 @@
 
 import asyncio
 
-import pytest
 import structlog.testing
 
 from services.kit.tasks import BackgroundTasks, SingleFlight, wait_for_event
@@ -85,13 +84,27 @@ async def test_every_caller_gets_the_failure_of_a_shared_call() -> None:
     assert [type(result) for result in results] == [ValueError] * 3
 
 
-async def test_closing_cancels_shared_calls() -> None:
-    flight: SingleFlight[str, bool] = SingleFlight()
-    caller = asyncio.create_task(flight.run("k", asyncio.Event().wait))
+async def test_a_forgotten_call_goes_on_for_its_callers_and_the_next_one_starts_another() -> None:
+    flight: SingleFlight[str, int] = SingleFlight()
+    started, go_on = [0], asyncio.Event()
+
+    async def call() -> int:
+        started[0] += 1
+        number = started[0]
+        await go_on.wait()
+        return number
+
+    first = asyncio.create_task(flight.run("k", call))
     await asyncio.sleep(0)
-    await flight.close()
-    with pytest.raises(asyncio.CancelledError):
-        await caller
+    assert "k" in flight
+    flight.forget()
+    second = asyncio.create_task(flight.run("k", call))
+    await asyncio.sleep(0)
+    assert len(flight) == 1
+    go_on.set()
+    await flight.wait("k")
+    assert (await first, await second) == (1, 2)
+    assert len(flight) == 0
 
 
 async def test_waiting_for_an_event_tells_whether_it_is_set() -> None:

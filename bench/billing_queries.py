@@ -16,7 +16,7 @@ from services.billing.adapters.database import migrate, open_engine, writing
 from services.billing.adapters.reports import Reports
 from services.billing.adapters.tables import GENERATIONS, SPENDING
 from services.billing.core.question import Filters
-from services.billing.core.spending import DAY, PLACE, SUMS
+from services.billing.core.spending import DAY, DIMENSIONS, SUMS
 
 __all__ = ["Asked", "ask_many"]
 
@@ -104,7 +104,7 @@ def _default(column: sa.Column[Any]) -> Any:
 def _summing() -> sa.Executable:
     g = GENERATIONS.c
     day = g.started_at.op("/")(sa.literal_column(str(DAY)))
-    places = {"day": day} | {name: g[name] for name in PLACE if name != "day"}
+    places = {"day": day} | {name: g[name] for name in DIMENSIONS if name != "day"}
     sums = {"generations": sa.func.count(), "drift": sa.func.sum(g.drift_output), "unpriced": sa.literal_column("0")}
     sums |= {name: sa.func.sum(g[name]) for name in SUMS if name not in sums}
     query = sa.select(*places.values(), *(sums[name] for name in SUMS)).group_by(*places.values())

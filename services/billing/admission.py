@@ -66,7 +66,7 @@ class Admission:
             for subscription in subscriptions:
                 await self._broker.unsubscribe(subscription)
 
-    async def tell(self, tenant: str, *, has_budgets: bool) -> None:
+    async def notify(self, tenant: str, *, has_budgets: bool) -> None:
         """Tell delivery whether it must ask for this tenant.
 
         Raises:
@@ -79,13 +79,13 @@ class Admission:
             raise BrokerUnavailable(f"the broker does not store whether there are budgets: {error}") from error
 
     async def _watch(self, stop: asyncio.Event) -> None:
-        told, due = False, 0.0
+        notified, due = False, 0.0
         while not stop.is_set():
             try:
-                if not told:
+                if not notified:
                     for tenant in await self._budgets.tenants():
-                        await self.tell(tenant, has_budgets=True)
-                    told = True
+                        await self.notify(tenant, has_budgets=True)
+                    notified = True
                 if self._clock.monotonic() >= due:
                     due = self._clock.monotonic() + EXPIRE_SECONDS
                     await self._expire()
@@ -108,8 +108,8 @@ class Admission:
             own = [r for r in running if r.generation.tenant == tenant]
             for standing in await self._budgets.standings(tenant, self._now()):
                 uses = [self._use(r, standing.budget.unit) for r in own]
-                for place in beyond(standing, uses):
-                    await self._stop(place, standing)
+                for key in beyond(standing, uses):
+                    await self._stop(key, standing)
 
     def _use(self, running: Running, unit: str) -> Use:
         g = running.generation
@@ -125,8 +125,8 @@ class Admission:
         reserved = Decimal(running.tokens) if unit == TOKENS else running.money.get(unit, Decimal(0))
         return Use((g.tenant, g.session, g.generation), g.credential, used, reserved)
 
-    async def _stop(self, place: tuple[str, str, str], standing: Standing) -> None:
-        tenant, session, generation = place
+    async def _stop(self, key: tuple[str, str, str], standing: Standing) -> None:
+        tenant, session, generation = key
         heard = await self._broker.request(control_subject(tenant, session, generation), OVER_BUDGET)
         if heard == HEARD:
             metrics.OVER_BUDGET.inc()
@@ -139,14 +139,14 @@ class Admission:
             )
 
     async def _ask(self, msg: Message) -> None:
-        wish = _read(msg, Reserve)
-        if wish is None:
+        reserve = _read(msg, Reserve)
+        if reserve is None:
             return
         try:
-            self._asked.put_nowait((msg, wish))
+            self._asked.put_nowait((msg, reserve))
         except asyncio.QueueFull:
             metrics.RESERVATIONS.labels("unanswered").inc()
-            log.warning("no decision on a reservation", generation=wish.generation, error="too many wait for one")
+            log.warning("no decision on a reservation", generation=reserve.generation, error="too many wait for one")
 
     async def _decide(self) -> None:
         """Decide, in one transaction for each tenant, on all that has been asked meanwhile."""
@@ -155,8 +155,8 @@ class Admission:
             while len(asked) < BATCH and not self._asked.empty():
                 asked.append(self._asked.get_nowait())
             tenants: dict[str, list[tuple[Message, Reserve]]] = {}
-            for msg, wish in asked:
-                tenants.setdefault(wish.tenant, []).append((msg, wish))
+            for msg, reserve in asked:
+                tenants.setdefault(reserve.tenant, []).append((msg, reserve))
             for tenant, own in tenants.items():
                 await self._reserve(tenant, own)
 
@@ -164,8 +164,8 @@ class Admission:
         now = self._now()
         try:
             book = (await self._terms.refresh()).book
-            wishes = [(wish, need_of(wish, book, now)) for _, wish in asked]
-            verdicts = await self._budgets.reserve(tenant, wishes, now, now + round(self._keep * 1_000))
+            reserves = [(reserve, need_of(reserve, book, now)) for _, reserve in asked]
+            verdicts = await self._budgets.reserve(tenant, reserves, now, now + round(self._keep * 1_000))
         except LedgerUnavailable as error:
             metrics.RESERVATIONS.labels("unanswered").inc(len(asked))
             log.warning("no decision on reservations", tenant=tenant, count=len(asked), error=str(error))
@@ -174,13 +174,13 @@ class Admission:
             await self._answer(msg, _decision(verdict, now))
 
     async def _release(self, msg: Message) -> None:
-        wish = _read(msg, Release)
-        if wish is None:
+        reserve = _read(msg, Release)
+        if reserve is None:
             return
         try:
-            await self._budgets.release(wish)
+            await self._budgets.release(reserve)
         except LedgerUnavailable as error:
-            log.warning("reservation not given back yet", generation=wish.generation, error=str(error))
+            log.warning("reservation not given back yet", generation=reserve.generation, error=str(error))
             return
         await self._answer(msg, None)
 

@@ -34,7 +34,7 @@ _EXAMPLE = {"period": "month", "unit": "USD", "soft": "80", "hard": "100"}
 Name = Annotated[str, PathParameter(examples=[Example(value="monthly")])]
 
 
-class BudgetWish(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class BudgetSpec(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """A bound on what may be used in each day or month (UTC).
 
     ``unit``: ``tokens``, or a currency such as ``USD``. Limits are decimal numbers as text; past ``soft`` everybody is
@@ -117,13 +117,13 @@ async def put_budget(
     request: Request[Any, Any, Any],
     state: State,
     name: Name,
-    data: Annotated[BudgetWish, Body(examples=[Example(summary="100 dollars a month", value=_EXAMPLE)])],
+    data: Annotated[BudgetSpec, Body(examples=[Example(summary="100 dollars a month", value=_EXAMPLE)])],
 ) -> Response[BudgetView]:
     """Holds for what is asked for from now on; what runs beyond a lowered hard limit is stopped."""
     tenant, now = _tenant_of_all(caller(request)), _now()
     budget = _budget(tenant, _name(name), data)
     is_new = await _budgets(state).put(budget, now)
-    await _tell(state, tenant)
+    await _notify(state, tenant)
     (standing,) = await _budgets(state).standings(tenant, now, name)
     return Response(_view(standing, now), status_code=201 if is_new else 200)
 
@@ -142,7 +142,7 @@ async def delete_budget(request: Request[Any, Any, Any], state: State, name: Nam
     tenant = _tenant_of_all(caller(request))
     if not await _budgets(state).delete(tenant, _name(name)):
         raise Problem(404, f"there is no budget {name!r}")
-    await _tell(state, tenant)
+    await _notify(state, tenant)
 
 
 def _sees(principal: Principal, budget: Budget) -> bool:
@@ -161,12 +161,12 @@ def _tenant_of_all(principal: Principal) -> str:
     return principal.tenant
 
 
-async def _tell(state: State, tenant: str) -> None:
+async def _notify(state: State, tenant: str) -> None:
     admission: Admission | None = state.get("admission")
     if admission is None:
         return
     try:
-        await admission.tell(tenant, has_budgets=bool(await _budgets(state).standings(tenant, _now())))
+        await admission.notify(tenant, has_budgets=bool(await _budgets(state).standings(tenant, _now())))
     except BrokerUnavailable as error:
         raise Problem(503, "the budget is kept, but delivery does not know of it yet: set it again") from error
 
@@ -183,9 +183,9 @@ def _name(name: str) -> str:
         raise Problem(400, str(error)) from error
 
 
-def _budget(tenant: str, name: str, wish: BudgetWish) -> Budget:
+def _budget(tenant: str, name: str, spec: BudgetSpec) -> Budget:
     try:
-        fields = msgspec.structs.asdict(wish) | {"soft": _limit(wish.soft), "hard": _limit(wish.hard)}
+        fields = msgspec.structs.asdict(spec) | {"soft": _limit(spec.soft), "hard": _limit(spec.hard)}
         return msgspec.convert(Budget(tenant=tenant, name=name, **fields), Budget, from_attributes=True)
     except (msgspec.ValidationError, ValueError) as error:
         raise Problem(400, str(error)) from error

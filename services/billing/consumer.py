@@ -29,7 +29,7 @@ from services.billing.core.settlement import Terms
 from services.billing.core.spending import released, steps
 from services.billing.errors import Fenced, LedgerUnavailable, LedgerUnusable, StalePrices
 from services.billing.overruns import report_overruns
-from services.billing.sweep import Sweep, tell
+from services.billing.sweep import Sweep, notify
 from services.billing.terms import CurrentTerms
 from services.kit.clock import Clock
 from services.kit.jetstream.broker import BrokerUnavailable
@@ -177,7 +177,7 @@ class Consumer:
 
     async def _look(self) -> bool:
         """Read what the consumer holds back; ``False`` when the log is another one."""
-        read_up_to = await self.continuity.look(self.incarnation, self.applied, self.clock.monotonic())
+        read_up_to = await self.continuity.poll(self.incarnation, self.applied, self.clock.monotonic())
         if read_up_to:
             await self._catch_up(read_up_to)
         return read_up_to != 0
@@ -221,7 +221,7 @@ class Consumer:
         self._renewed = self.clock.monotonic()
         self._remember(batch.whole)
         self._remember(batch.progress)
-        tell(batch.whole, known, batch.entries)
+        notify(batch.whole, known, batch.entries)
         for verdict, count in batch.verdicts.items():
             metrics.EVENTS.labels(verdict).inc(count)
         metrics.ROWS.labels("whole").inc(len(batch.whole))

@@ -48,7 +48,7 @@ class Continuity:
             return None
         is_new = before is not None and before.incarnation != state.incarnation
         if before is not None and is_new and before.applied:
-            self._tell(before, state)
+            self._notify(before, state)
         if applied and not await self._continues(state, await self._ledger.position(self._partition)):
             return await self.begin(now)  # in the era that has begun with it
         delivered = state.delivered_seq
@@ -68,7 +68,7 @@ class Continuity:
         await self._tail.logs.report(self._partition, state.incarnation, position.applied, position.stamp)
         return False
 
-    def _tell(self, before: LogPosition, state: LogState) -> None:
+    def _notify(self, before: LogPosition, state: LogState) -> None:
         # What is missing in the middle is found and counted when it is read over.
         unread = max(0, state.lost - max(before.applied, state.base)) if state.reused else 0
         metrics.GAP.labels(str(self._partition)).inc(unread)
@@ -81,7 +81,7 @@ class Continuity:
             ends_at=state.last_seq,
         )
 
-    async def look(self, incarnation: str, applied: int, now: float) -> int | None:
+    async def poll(self, incarnation: str, applied: int, now: float) -> int | None:
         """Return up to where the log is to be read because its consumer does not bring it; ``None`` when all is well.
 
         To be called between pulls; ``now`` in monotonic seconds. 0: another incarnation, begin again.

@@ -65,7 +65,7 @@ class DeliveryReports:
                 messages = await consumer.fetch(BATCH, wait=WAIT_SECONDS)
                 await self._deliveries.put(_reports(messages))
                 # Also those whose generation billing had not seen when they came.
-                await self._deliveries.place()
+                await self._deliveries.position()
                 for _, reply, _ in messages:
                     await self._broker.publish(reply.decode(), ACK)
                 if consumer.end in (End.GONE, End.REFUSED):

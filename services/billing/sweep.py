@@ -21,7 +21,7 @@ from services.billing.errors import StalePrices
 from services.billing.overruns import report_limits, report_overruns
 from services.billing.terms import CurrentTerms
 
-__all__ = ["Sweep", "tell"]
+__all__ = ["Sweep", "notify"]
 
 log = structlog.get_logger()
 ROUNDS: Final = 20
@@ -87,7 +87,7 @@ class Sweep:
         await report_overruns(self._budgets, over)
         await report_limits(self._budgets, corrected(before, changed))
         written += [g.key for g in changed]
-        tell(changed, before, entries)
+        notify(changed, before, entries)
         return max(len(due), len(resettling), len(exports)) >= AT_ONCE
 
 
@@ -109,7 +109,7 @@ def _closed(g: Generation, now: int, lost: int) -> Generation:
     return msgspec.structs.replace(g, state="interrupted", code="log_expired", ended_at=g.started_at)
 
 
-def tell(generations: Iterable[Generation], before: Mapping[Key, Generation], entries: Iterable[Entry] = ()) -> None:
+def notify(generations: Iterable[Generation], before: Mapping[Key, Generation], entries: Iterable[Entry] = ()) -> None:
     """Count changes of status and money; say in the log how a generation settled."""
     for entry in entries:
         metrics.ENTRIES.labels(entry.kind, entry.currency).inc()

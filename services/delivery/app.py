@@ -162,7 +162,7 @@ class Replica:
             self.consumers.dead.forget_session,
             shared.pool,
         )
-        self.supervisor.every_second("storage", self.storage.look)
+        self.supervisor.every_second("storage", self.storage.poll)
         self.supervisor.every_second("starts", self.starts.poll)
         self.supervisor.every_second("deletions", self.deleted.listen)
 

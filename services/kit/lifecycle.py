@@ -102,13 +102,13 @@ async def _code(task: asyncio.Future[None], stop: Stop) -> int:
         task.result()
     except Exception as error:
         if _is_only(error, SettingsError, PortTaken):
-            return _say(error, EXIT_USAGE)
+            return _notify(error, EXIT_USAGE)
         if _is_only(error, CannotRun):
-            return _say(error, EXIT_UNUSABLE)
+            return _notify(error, EXIT_UNUSABLE)
         if not _is_only(error, BrokerUnavailable):
             raise
         if not stop.is_set():
-            return _say(error, EXIT_UNAVAILABLE)
+            return _notify(error, EXIT_UNAVAILABLE)
         log.warning("broker was away while the service stopped", error=str(_first(error)))
     return 0
 
@@ -126,7 +126,7 @@ def _first(error: BaseException) -> BaseException:
     return error
 
 
-def _say(error: BaseException, code: int) -> int:
+def _notify(error: BaseException, code: int) -> int:
     print(f"tailrace: {_first(error)}", file=sys.stderr)
     return code
 

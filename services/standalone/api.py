@@ -107,9 +107,9 @@ class Api:
         """Remove a dead request for good."""
         self._remove(f"{_DEAD}/{generation}")
 
-    def create_key(self, wish: dict[str, Any]) -> dict[str, Any]:
+    def create_key(self, spec: dict[str, Any]) -> dict[str, Any]:
         """Make an API key; return it with its ``key``."""
-        return self._object("POST", _KEYS, json=wish)
+        return self._object("POST", _KEYS, json=spec)
 
     def keys(self) -> list[dict[str, Any]]:
         """Return the API keys that there are, without their secrets."""

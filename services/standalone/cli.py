@@ -72,24 +72,24 @@ _cluster = click.option(
     help="Producer processes; their ports follow one another.",
 )
 @_cluster
-def up(data: Path | None, config: Path | None, producers: int, cluster: str, **ports: int | None) -> None:
+def up(data: Path | None, config: Path | None, producers: int, cluster: str, **flags: int | None) -> None:
     """Run everything here: broker, producer, delivery, billing and the page.
 
     Ctrl-C stops all of it; the data stays in its folder, and the next start goes on with it. A port of 0 takes any
     free one; ports without a flag are those of the settings (TAILRACE_DELIVERY_PORT and so on).
     """
-    from services.standalone.up import Wishes
+    from services.standalone.up import UpOptions
     from services.standalone.up import up as run
 
-    wished = {
-        "delivery": ports["port"],
-        "grpc": ports["grpc_port"],
-        "billing": ports["billing_port"],
-        "producer": ports["producer_port"],
-        "nats": ports["nats_port"],
+    ports = {
+        "delivery": flags["port"],
+        "grpc": flags["grpc_port"],
+        "billing": flags["billing_port"],
+        "producer": flags["producer_port"],
+        "nats": flags["nats_port"],
     }
     run(
-        Wishes(data=data, config=config, producers=producers, ports=wished, cluster=int(cluster)),
+        UpOptions(data=data, config=config, producers=producers, ports=ports, cluster=int(cluster)),
         _version(),
         Terminal(),
     )
@@ -219,11 +219,11 @@ def rebuild(data: Path | None, config: Path | None, cluster: str) -> int:
     rebuild with billing's own settings.
     """
     from services.standalone.ports import PORTS
-    from services.standalone.up import Wishes
+    from services.standalone.up import UpOptions
     from services.standalone.up import rebuild as run
 
     ports: dict[str, int | None] = dict.fromkeys(PORTS, 0)
-    return run(Wishes(data=data, config=config, producers=1, ports=ports, cluster=int(cluster)), Terminal())
+    return run(UpOptions(data=data, config=config, producers=1, ports=ports, cluster=int(cluster)), Terminal())
 
 
 @cli.group("keys")
@@ -262,9 +262,9 @@ def create(
 ) -> int:
     """Make a key and print it; it cannot be seen again."""
     given = {"sessions": list(patterns), "expires_in": expires_in, "tenant": tenant}
-    wish = {"name": name, "scopes": list(scopes)} | {field: value for field, value in given.items() if value}
+    spec = {"name": name, "scopes": list(scopes)} | {field: value for field, value in given.items() if value}
     with Api(url) as api:
-        return keys.create(api, Terminal(), wish, as_json=as_json)
+        return keys.create(api, Terminal(), spec, as_json=as_json)
 
 
 @keys_.command("list")

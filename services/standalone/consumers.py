@@ -27,9 +27,9 @@ MAX_FAILURES: Final = 8
 class ConsumersApi(Api):
     """Delivery's durable consumers."""
 
-    def put(self, name: str, wish: dict[str, Any]) -> dict[str, Any]:
+    def put(self, name: str, spec: dict[str, Any]) -> dict[str, Any]:
         """Create or change a consumer; return it."""
-        return self._object("PUT", f"{_PATH}/{name}", json=wish)
+        return self._object("PUT", f"{_PATH}/{name}", json=spec)
 
     def all(self) -> list[dict[str, Any]]:
         """Return all consumers, by name."""
@@ -104,10 +104,10 @@ def consumers() -> None:
 @_url
 def create(*, consumer: str, new: bool, types: tuple[str, ...], as_json: bool, url: str, **others: Any) -> int:
     """Create CONSUMER, or change it."""
-    wish = {name: value for name, value in others.items() if value is not None}
-    wish |= ({"types": list(types)} if types else {}) | ({"start": "new"} if new else {})
+    spec = {name: value for name, value in others.items() if value is not None}
+    spec |= ({"types": list(types)} if types else {}) | ({"start": "new"} if new else {})
     with ConsumersApi(url) as api:
-        return _show(Terminal(), api.put(consumer, wish), as_json=as_json)
+        return _show(Terminal(), api.put(consumer, spec), as_json=as_json)
 
 
 @consumers.command("list")

@@ -21,9 +21,9 @@ def bootstrap(terminal: Terminal) -> int:
     return EXIT_OK
 
 
-def create(api: Api, terminal: Terminal, wish: dict[str, Any], *, as_json: bool) -> int:
+def create(api: Api, terminal: Terminal, spec: dict[str, Any], *, as_json: bool) -> int:
     """Make a key and print it: nobody will see it again."""
-    made = api.create_key(wish)
+    made = api.create_key(spec)
     if as_json:
         terminal.show(pretty(made))
     else:

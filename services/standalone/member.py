@@ -37,7 +37,7 @@ class Member:
         self,
         spec: ServiceSpec,
         logs: Path,
-        say: Callable[[str], None],
+        notify: Callable[[str], None],
         on_lost: Callable[[str], None],
         before_start: Callable[[ServiceSpec], None],
     ) -> None:
@@ -45,7 +45,7 @@ class Member:
         self._before_start = before_start
         self.ready = asyncio.Event()
         self.pid: int | None = None
-        self._say = say
+        self._notify = notify
         self._on_lost = on_lost
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
@@ -61,7 +61,9 @@ class Member:
                 code = await self._run_once()
                 if self._stop.is_set():
                     if code > 0:
-                        self._say(f"{self.spec.name} {_describe(code)} while stopping; its log is {self._output.path}")
+                        self._notify(
+                            f"{self.spec.name} {_describe(code)} while stopping; its log is {self._output.path}"
+                        )
                     return
                 if self._again.is_set():
                     self._again.clear()
@@ -73,7 +75,7 @@ class Member:
                     self._on_lost(f"{self.spec.name} {_describe(code)}; its log is {self._output.path}")
                     return
                 delay = restart_delay(self._crashes)
-                self._say(f"{self.spec.name} {_describe(code)}; starting it again in {delay:g} s")
+                self._notify(f"{self.spec.name} {_describe(code)}; starting it again in {delay:g} s")
                 await _first(delay, self._stop.wait())
         finally:
             self._output.close()
@@ -102,7 +104,7 @@ class Member:
 
     def _show(self, line: str) -> None:
         if not self._hurry.is_set():
-            self._say(f"{self.spec.name}: {line}")
+            self._notify(f"{self.spec.name}: {line}")
 
     async def _run_once(self) -> int:
         """Start one process, see it through to its end, and return its exit code (negative: a signal)."""
@@ -156,7 +158,7 @@ class Member:
             _signal_group(process.pid, signal.SIGTERM)
             await _first(self.spec.grace, process.wait(), self._hurry.wait())
         if process.returncode is None and not self._hurry.is_set():
-            self._say(f"{self.spec.name} did not end within {self.spec.grace:g} s and is killed")
+            self._notify(f"{self.spec.name} did not end within {self.spec.grace:g} s and is killed")
         if process.returncode is None:
             _signal_group(process.pid, signal.SIGKILL)
             await process.wait()

@@ -232,10 +232,10 @@ def budget(ctx: click.Context, as_json: bool, billing_url: str) -> int:
 @click.option("--key", default="", help="Only what this credential uses.")
 @_json
 @_billing_url
-def set_(*, name: str, as_json: bool, billing_url: str, **wish: Any) -> int:
+def set_(*, name: str, as_json: bool, billing_url: str, **spec: Any) -> int:
     """Set the budget NAME, and show where it stands."""
     with BillingApi(billing_url) as api:
-        made = api.send("PUT", f"/v1/budgets/{name}", json=given(wish))
+        made = api.send("PUT", f"/v1/budgets/{name}", json=given(spec))
     return _shown(Terminal(), made) if as_json else _budgets(Terminal(), [made])
 
 

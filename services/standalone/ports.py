@@ -8,7 +8,7 @@ import msgspec
 
 from services.standalone.errors import PortsTaken
 
-__all__ = ["PORTS", "PortWish", "read_ports", "settle_ports"]
+__all__ = ["PORTS", "WantedPort", "read_ports", "settle_ports"]
 
 
 class _Port(NamedTuple):
@@ -29,8 +29,8 @@ PORTS: Final = {
 }
 
 
-class PortWish(msgspec.Struct, frozen=True):
-    """A port that somebody wants: ``0`` asks for any free one. ``option`` says how to choose another."""
+class WantedPort(msgspec.Struct, frozen=True):
+    """A port to bind: ``0`` takes any free one. ``option`` says how to choose another."""
 
     name: str
     port: int
@@ -60,7 +60,7 @@ def read_ports(
     return ports
 
 
-def settle_ports(wishes: Sequence[PortWish]) -> list[int]:
+def settle_ports(wanted_ports: Sequence[WantedPort]) -> list[int]:
     """Return a free loopback port for each wish, in order.
 
     Raises:
@@ -70,20 +70,22 @@ def settle_ports(wishes: Sequence[PortWish]) -> list[int]:
     owners: dict[int, str] = {}
     held: list[socket.socket] = []
     try:
-        for wish in wishes:
-            if wish.port in owners:
-                problems.append(f"{wish.port} for {wish.name} is also the port of {owners[wish.port]} ({wish.option})")
+        for wanted in wanted_ports:
+            if wanted.port in owners:
+                problems.append(
+                    f"{wanted.port} for {wanted.name} is also the port of {owners[wanted.port]} ({wanted.option})"
+                )
                 continue
             probe = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
             held.append(probe)
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind(("127.0.0.1", wish.port))
+                probe.bind(("127.0.0.1", wanted.port))
             except (OSError, OverflowError) as error:
                 reason = getattr(error, "strerror", None) or str(error)
-                problems.append(f"{wish.port} for {wish.name}: {reason.lower()} ({wish.option})")
+                problems.append(f"{wanted.port} for {wanted.name}: {reason.lower()} ({wanted.option})")
             else:
-                owners[probe.getsockname()[1]] = wish.name
+                owners[probe.getsockname()[1]] = wanted.name
         if problems:
             raise PortsTaken(problems)
         return list(owners)

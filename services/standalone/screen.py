@@ -61,13 +61,13 @@ class Screen:
         match event:
             case Started():
                 if self._headings:
-                    self._say(f"── {event.generation} · {event.model} ──")
+                    self._notify(f"── {event.generation} · {event.model} ──")
             case Delta():
                 self._show_delta(event)
             case Notice():
-                self._say(event.message or event.code)
+                self._notify(event.message or event.code)
             case Restarted():
-                self._say(f"↻ the answer begins again ({event.reason}): what stands above is void")
+                self._notify(f"↻ the answer begins again ({event.reason}): what stands above is void")
             case Completed() | Failed() | Cancelled() | Interrupted():
                 self._end(event)
             case _:
@@ -89,7 +89,7 @@ class Screen:
         if delta.annotation:
             self._show_source(delta.annotation)
         if delta.extra:
-            self._say(f"[{delta.extra.kind}]")
+            self._notify(f"[{delta.extra.kind}]")
 
     def _show_binary(self, binary: Binary) -> None:
         """Note a file; it is shown when something else comes, with the size of all of its pieces."""
@@ -102,7 +102,7 @@ class Screen:
     def _show_source(self, source: Annotation) -> None:
         mark = "" if source.number is None else f"[{source.number}] "
         named = " · ".join(part for part in (source.title, source.url) if part)
-        self._say(f"{mark}{named or source.quote or source.kind}")
+        self._notify(f"{mark}{named or source.quote or source.kind}")
 
     def _show_tool_call(self, call: ToolCall) -> None:
         if call.name:
@@ -117,7 +117,7 @@ class Screen:
         (self._terminal.write if mode == "text" else self._terminal.aside)(text)
         self._open_line = not text.endswith("\n") if text else self._open_line
 
-    def _say(self, line: str) -> None:
+    def _notify(self, line: str) -> None:
         self.close()
         self._terminal.remark(line)
 

@@ -27,12 +27,12 @@ class StorageWatch:
     """
 
     def __init__(
-        self, ready: Sequence[str], data: Path, restart: Callable[[], Awaitable[None]], say: Callable[[str], None]
+        self, ready: Sequence[str], data: Path, restart: Callable[[], Awaitable[None]], notify: Callable[[str], None]
     ) -> None:
         self._ready = ready
         self._data = data
         self._restart = restart
-        self._say = say
+        self._notify = notify
         self._since: float | None = None
         self._restarted_at = -AGAIN_SECONDS
         self._has_said = False
@@ -55,13 +55,13 @@ class StorageWatch:
         free = free_bytes(self._data)
         if free < NEEDED_BYTES:
             if not self._has_said:
-                self._say(
+                self._notify(
                     f"the broker stores nothing: the disk of {self._data} is full ({free >> 20} MB free);"
                     f" nothing is taken until {NEEDED_BYTES >> 20} MB are free"
                 )
             self._has_said = True
             return
-        self._say("the broker stores nothing although there is space: starting it anew")
+        self._notify("the broker stores nothing although there is space: starting it anew")
         await self._restart()
         self._restarted_at = asyncio.get_running_loop().time()
         self._since, self._has_said = None, False

@@ -19,7 +19,7 @@ QUIET_SECONDS: Final = 0.5
 class Supervisor:
     """Runs services until it is told to stop or one of them cannot be kept running.
 
-    ``say`` shows one line to the person at the terminal. ``logs`` is an existing folder. ``before_start`` is called
+    ``notify`` shows one line to the person at the terminal. ``logs`` is an existing folder. ``before_start`` is called
     before each start of a process.
     """
 
@@ -27,13 +27,13 @@ class Supervisor:
         self,
         specs: Sequence[ServiceSpec],
         logs: Path,
-        say: Callable[[str], None],
+        notify: Callable[[str], None],
         before_start: Callable[[ServiceSpec], None] = lambda _spec: None,
     ) -> None:
-        self._say = say
+        self._notify = notify
         self._ending = asyncio.Event()
         self._lost: list[str] = []
-        self._members = [Member(spec, logs, say, self._on_lost, before_start) for spec in specs]
+        self._members = [Member(spec, logs, notify, self._on_lost, before_start) for spec in specs]
         self._tasks: dict[Member, asyncio.Task[None]] = {}
 
     async def run(
@@ -69,7 +69,7 @@ class Supervisor:
                 member.hurry()
             return
         self._ending.set()
-        self._say("stopping (Ctrl-C again to stop at once)")
+        self._notify("stopping (Ctrl-C again to stop at once)")
 
     def stop_on_signals(self) -> None:
         """Let SIGINT, SIGTERM and SIGHUP (a closed terminal) call `stop`. Needs a running event loop."""
@@ -122,5 +122,5 @@ class Supervisor:
             left = [member.spec for member, task in stopping.items() if not task.done()]
             if left:
                 names, grace = ", ".join(spec.name for spec in left), max(spec.grace for spec in left)
-                self._say(f"waiting for {names}, {grace:g} s at most (Ctrl-C again to stop at once)")
+                self._notify(f"waiting for {names}, {grace:g} s at most (Ctrl-C again to stop at once)")
             await asyncio.gather(*stopping.values(), return_exceptions=True)

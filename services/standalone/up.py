@@ -14,7 +14,7 @@ from services.standalone.embedded import NatsBinary, find_nats_server, payload_f
 from services.standalone.errors import EXIT_FAILED, CannotStart
 from services.standalone.folder import locked
 from services.standalone.plan import NATS, Addresses, Options, ServiceSpec, node_files, plan_services, summary
-from services.standalone.ports import PortWish, read_ports, settle_ports
+from services.standalone.ports import WantedPort, read_ports, settle_ports
 from services.standalone.settings_check import overruled, wrong_settings
 from services.standalone.setup import begin_new_eras
 from services.standalone.storage_watch import StorageWatch
@@ -22,13 +22,13 @@ from services.standalone.store import drop_indexes, running_mark, set_aside_unre
 from services.standalone.supervisor import Supervisor
 from services.standalone.terminal import Terminal
 
-__all__ = ["Wishes", "rebuild", "up", "wanted_body"]
+__all__ = ["UpOptions", "rebuild", "up", "wanted_body"]
 
 DEFAULT_DATA: Final = ".tailrace"
 
 
-class Wishes:
-    """What flags say; ``None`` where they say nothing and a variable, the file or the default decides."""
+class UpOptions:
+    """Hold the flags of ``tailrace up``; a variable, the file or the default decides where one is ``None``."""
 
     def __init__(
         self,
@@ -56,50 +56,50 @@ class _Prepared(NamedTuple):
     config: dict[str, Any]
 
 
-def up(wishes: Wishes, version: str, terminal: Terminal) -> None:
+def up(up_options: UpOptions, version: str, terminal: Terminal) -> None:
     """Run everything until it is told to stop.
 
     Raises:
         CannotStart: a port, the folder, the configuration or nats-server is not usable; nothing was started.
         CommandFailed: a service did not start or could not be kept running; everything has been stopped.
     """
-    with _prepared(wishes, terminal) as ready:
+    with _prepared(up_options, terminal) as ready:
         head = terminal.bold(f"Tailrace {version} is running")
         rows = summary(ready.options, ready.binary.version_text, ready.env, ready.config)
         asyncio.run(_run(ready, terminal, lambda: _announce(terminal, head, rows)))
 
 
-def rebuild(wishes: Wishes, terminal: Terminal) -> int:
+def rebuild(up_options: UpOptions, terminal: Terminal) -> int:
     """Fold the log of a folder anew into its ledger, with nothing else running; return the exit code.
 
     Raises:
         CannotStart: the folder is in use, or it, the configuration or nats-server is not usable.
         CommandFailed: the broker did not start.
     """
-    with _prepared(wishes, terminal) as ready:
+    with _prepared(up_options, terminal) as ready:
         return asyncio.run(_rebuild(ready, terminal))
 
 
 @contextmanager
-def _prepared(wishes: Wishes, terminal: Terminal) -> Iterator[_Prepared]:
-    env = dict(os.environ) | ({"TAILRACE_CONFIG": str(wishes.config)} if wishes.config else {})
+def _prepared(up_options: UpOptions, terminal: Terminal) -> Iterator[_Prepared]:
+    env = dict(os.environ) | ({"TAILRACE_CONFIG": str(up_options.config)} if up_options.config else {})
     try:
         config = read_config(env)
     except SettingsError as error:
         raise CannotStart(str(error)) from error
     problems: list[str] = []
-    ports = read_ports(wishes.ports, env, config, problems)
+    ports = read_ports(up_options.ports, env, config, problems)
     problems += wrong_settings(env)
     if problems:
         raise CannotStart(str(SettingsError(problems)))
     for line in overruled(env, config):
         terminal.remark(line)
     binary = find_nats_server()
-    data = Path(wishes.data or _section(config, "shared").get("data") or DEFAULT_DATA).expanduser().absolute()
+    data = Path(up_options.data or _section(config, "shared").get("data") or DEFAULT_DATA).expanduser().absolute()
     os.umask(UMASK)  # also of what is started: nats-server keeps its streams in there
     with locked(data, terminal.remark) as describe:
         describe(f"process {os.getpid()}")
-        options = _settle(wishes, data, ports)
+        options = _settle(up_options, data, ports)
         try:
             _write_node_files(options, payload_for(wanted_body(env, config)))
         except OSError as error:
@@ -193,50 +193,50 @@ def _announce(terminal: Terminal, head: str, rows: list[tuple[str, str]]) -> Non
         terminal.show(f"  {terminal.dim(f'{label:<8}')}  {text}" if label else f"  {terminal.dim(text)}")
 
 
-def _settle(wishes: Wishes, data: Path, wanted: Mapping[str, int]) -> Options:
+def _settle(up_options: UpOptions, data: Path, wanted: Mapping[str, int]) -> Options:
     first_producer = wanted["producer"]
     producers = [
-        PortWish(
+        WantedPort(
             "producer" if number == 0 else f"producer {number + 1}",
             first_producer + number if first_producer else 0,
             "--producer-port or TAILRACE_PRODUCER_PORT",
         )
-        for number in range(wishes.producers)
+        for number in range(up_options.producers)
     ]
     ports = settle_ports(
         [
-            PortWish("delivery", wanted["delivery"], "--port or TAILRACE_DELIVERY_PORT"),
-            PortWish("gRPC", wanted["grpc"], "--grpc-port or TAILRACE_DELIVERY_GRPC_PORT"),
-            PortWish("billing", wanted["billing"], "--billing-port or TAILRACE_BILLING_PORT"),
-            PortWish("NATS", wanted["nats"], "--nats-port or TAILRACE_NATS_PORT"),
+            WantedPort("delivery", wanted["delivery"], "--port or TAILRACE_DELIVERY_PORT"),
+            WantedPort("gRPC", wanted["grpc"], "--grpc-port or TAILRACE_DELIVERY_GRPC_PORT"),
+            WantedPort("billing", wanted["billing"], "--billing-port or TAILRACE_BILLING_PORT"),
+            WantedPort("NATS", wanted["nats"], "--nats-port or TAILRACE_NATS_PORT"),
             *producers,
-            *_node_wishes(wishes.cluster, wanted["nats"]),
+            *_node_ports(up_options.cluster, wanted["nats"]),
         ]
     )
     delivery, grpc, billing, nats, *others = ports
-    nodes = others[wishes.producers :]
+    nodes = others[up_options.producers :]
     return Options(
         data=data,
-        config=wishes.config,
+        config=up_options.config,
         delivery_port=delivery,
         grpc_port=grpc,
         billing_port=billing,
         nats_port=nats,
-        producer_ports=tuple(others[: wishes.producers]),
-        node_ports=tuple(nodes[: wishes.cluster - 1]),
-        route_ports=tuple(nodes[wishes.cluster - 1 :]),
+        producer_ports=tuple(others[: up_options.producers]),
+        node_ports=tuple(nodes[: up_options.cluster - 1]),
+        route_ports=tuple(nodes[up_options.cluster - 1 :]),
     )
 
 
-def _node_wishes(cluster: int, first: int) -> list[PortWish]:
+def _node_ports(cluster: int, first: int) -> list[WantedPort]:
     """The client ports of a cluster's further servers, and a route port for each server."""
     if cluster == 1:
         return []
     clients = [
-        PortWish(f"NATS {n + 1}", first + n if first else 0, "--nats-port or TAILRACE_NATS_PORT")
+        WantedPort(f"NATS {n + 1}", first + n if first else 0, "--nats-port or TAILRACE_NATS_PORT")
         for n in range(1, cluster)
     ]
-    return [*clients, *(PortWish(f"NATS route {n}", 0, "") for n in range(1, cluster + 1))]
+    return [*clients, *(WantedPort(f"NATS route {n}", 0, "") for n in range(1, cluster + 1))]
 
 
 def _section(config: dict[str, Any], table: str) -> dict[str, Any]:

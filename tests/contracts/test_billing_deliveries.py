@@ -86,7 +86,7 @@ async def test_several_writers_at_once_lose_no_report(ledger: Ledger) -> None:
             await deliveries.place()
 
     await asyncio.gather(*(writer(f"w-{n}") for n in range(3)))
-    await Deliveries(ledger.engine).place()
+    await Deliveries(ledger.engine).position()
     for n in range(20):
         assert await delivered(ledger, f"g{n}") == (3, 15, 30, 300)
 

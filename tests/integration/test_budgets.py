@@ -42,7 +42,7 @@ class Pipeline:
     async def limit(self, hard: int, **fields: Any) -> None:
         made = {"tenant": "default", "name": "b", "period": "month", "unit": "tokens", "hard": Decimal(hard)}
         await self.budgets.put(Budget(**(made | fields)), 0)
-        await self.admission.tell("default", has_budgets=True)
+        await self.admission.notify("default", has_budgets=True)
 
     async def ask(self, session: str = "s", **params: Any) -> Any:
         body = {
@@ -176,4 +176,4 @@ async def test_a_refused_append_does_not_end_the_watch_over_budgets(
 
     monkeypatch.setattr(whole.admission._broker, "publish_stored", refused)
     with pytest.raises(BrokerUnavailable, match="does not store"):
-        await whole.admission.tell("default", has_budgets=True)
+        await whole.admission.notify("default", has_budgets=True)

@@ -222,7 +222,7 @@ async def test_a_removal_that_broke_off_is_completed_by_whoever_looks(nats_url: 
         service = await Service(stage).created()
         consumers = stage.consumers
         found = await consumers.get("default", "svc")
-        doomed = found.definition.__class__(wish=found.definition.wish, revision=9, deleted=True)
+        doomed = found.definition.__class__(spec=found.definition.spec, revision=9, deleted=True)
         await consumers._change("default", "svc", doomed, 1, found.infos[1], 2)
         assert (await stage.http.get(service.path)).status_code == 404
         for stream in (token_stream(0), token_stream(1), "CONSUMERS"):

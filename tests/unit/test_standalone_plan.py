@@ -17,7 +17,7 @@ from services.standalone.errors import CannotStart, FolderInUse, PortsTaken
 from services.standalone.folder import locked
 from services.standalone.output import MAX_LINE, LineSplitter, OutputFile, brief
 from services.standalone.plan import Options, console_models, plan_services, summary
-from services.standalone.ports import PortWish, settle_ports
+from services.standalone.ports import WantedPort, settle_ports
 from services.standalone.up import wanted_body
 
 
@@ -98,20 +98,20 @@ def test_every_port_that_is_not_free_is_reported_at_once() -> None:
     with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as two:
         ports = [one.getsockname()[1], two.getsockname()[1]]
         with pytest.raises(PortsTaken) as raised:
-            settle_ports([PortWish("delivery", ports[0], "--port"), PortWish("NATS", ports[1], "--nats-port")])
+            settle_ports([WantedPort("delivery", ports[0], "--port"), WantedPort("NATS", ports[1], "--nats-port")])
     assert len(raised.value.problems) == 2
     assert f"{ports[0]} for delivery: address already in use (--port)" in str(raised.value)
     assert "--nats-port" in str(raised.value)
 
 
 def test_one_port_wanted_twice_is_reported_with_both_names() -> None:
-    (port,) = settle_ports([PortWish("delivery", 0, "")])
+    (port,) = settle_ports([WantedPort("delivery", 0, "")])
     with pytest.raises(PortsTaken, match="billing is also the port of delivery"):
-        settle_ports([PortWish("delivery", port, "--port"), PortWish("billing", port, "--billing-port")])
+        settle_ports([WantedPort("delivery", port, "--port"), WantedPort("billing", port, "--billing-port")])
 
 
 def test_port_zero_takes_different_free_ports() -> None:
-    ports = settle_ports([PortWish(str(n), 0, "") for n in range(8)])
+    ports = settle_ports([WantedPort(str(n), 0, "") for n in range(8)])
     assert len(set(ports)) == 8
     assert 0 not in ports
 

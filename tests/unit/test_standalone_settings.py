@@ -10,7 +10,7 @@ from services.standalone.plan import without_own_variables
 from services.standalone.ports import read_ports
 from services.standalone.settings_check import overruled, wrong_settings
 from services.standalone.terminal import Terminal
-from services.standalone.up import Wishes, up
+from services.standalone.up import UpOptions, up
 from tests.unit.test_standalone_plan import options
 
 WRONG = {
@@ -45,9 +45,9 @@ def test_variables_of_the_command_line_are_no_unknown_settings() -> None:
 def test_nothing_is_touched_when_settings_are_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {**WRONG, "TAILRACE_BILLING_PORT": "99999"}.items():
         monkeypatch.setenv(name, value)
-    wishes = Wishes(data=tmp_path / "data", config=None, producers=1, ports={})
+    options = UpOptions(data=tmp_path / "data", config=None, producers=1, ports={})
     with pytest.raises(CannotStart) as refused:
-        up(wishes, "1", Terminal())
+        up(options, "1", Terminal())
     assert all(name in str(refused.value) for name in (*WRONG, "TAILRACE_BILLING_PORT"))
     assert not (tmp_path / "data").exists()
 

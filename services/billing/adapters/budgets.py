@@ -22,7 +22,7 @@ from services.billing.core.spending import DAY
 __all__ = ["Budgets", "Running"]
 
 AT_ONCE: Final = 5_000
-_PLACE: Final = ("tenant", "session", "generation")
+_GENERATION_KEY: Final = ("tenant", "session", "generation")
 
 
 class Running(NamedTuple):
@@ -80,32 +80,32 @@ class Budgets:
             return [await self._decide(connection, budgets, *one, now, expires_at) for one in asked]
 
     async def _decide(
-        self, connection: AsyncConnection, budgets: Sequence[Budget], wish: Reserve, need: Need, now: int, until: int
+        self, connection: AsyncConnection, budgets: Sequence[Budget], reserve: Reserve, need: Need, now: int, until: int
     ) -> Verdict:
-        covering = [b for b in budgets if b.covers(wish.key)]
-        if not covering or await _is_known(connection, wish):
+        covering = [b for b in budgets if b.covers(reserve.key)]
+        if not covering or await _is_known(connection, reserve):
             return Verdict(None, None)
         verdict = admit([await _standing(connection, b, now) for b in covering], need)
         if verdict.refused is None:
-            await connection.execute(self._insert(R), _reservation(wish, need, until))
+            await connection.execute(self._insert(R), _reservation(reserve, need, until))
         return verdict
 
     async def release(self, release: Release) -> None:
         """Give back what was reserved for a generation that did not begin."""
-        place = [R.c[name] == getattr(release, name) for name in _PLACE]
+        key = [R.c[name] == getattr(release, name) for name in _GENERATION_KEY]
         async with writing(self.engine) as connection:
-            await connection.execute(sa.delete(R).where(*place))
+            await connection.execute(sa.delete(R).where(*key))
 
     async def expire(self, now: int) -> int:
         """Give back what was reserved for generations that never began; return how many rows that were."""
-        begun = sa.exists(sa.select(G.c.tenant).where(*(G.c[n] == R.c[n] for n in _PLACE)))
+        begun = sa.exists(sa.select(G.c.tenant).where(*(G.c[n] == R.c[n] for n in _GENERATION_KEY)))
         async with writing(self.engine) as connection:
             return int((await connection.execute(sa.delete(R).where(R.c.expires_at < now, ~begun))).rowcount)
 
     async def running(self, limit: int = AT_ONCE) -> list[Running]:
         """Return what runs for tenants with hard limits."""
         limited = sa.select(B.c.tenant).where(B.c.hard.is_not(None)).distinct()
-        same = sa.and_(*(R.c[n] == G.c[n] for n in _PLACE))
+        same = sa.and_(*(R.c[n] == G.c[n] for n in _GENERATION_KEY))
         columns = (R.c.currency.label("reserved_currency"), R.c.tokens.label("reserved"), R.c.amount.label("money"))
         query = (
             sa.select(G, *columns)
@@ -122,14 +122,14 @@ class Budgets:
 def _joined(rows: Iterable[sa.RowMapping]) -> list[Running]:
     found: dict[tuple[str, ...], Running] = {}
     for row in rows:
-        place = tuple(row[n] for n in _PLACE)
-        one = found.get(place)
+        key = tuple(row[n] for n in _GENERATION_KEY)
+        one = found.get(key)
         if one is None:
             names = Generation.__struct_fields__
             one = Running(Generation(**{n: row[n] for n in names}), 0, {})
         tokens = one.tokens + (row["reserved"] or 0)
         money = one.money | ({row["reserved_currency"]: row["money"]} if row["reserved_currency"] else {})
-        found[place] = Running(one.generation, tokens, money)
+        found[key] = Running(one.generation, tokens, money)
     return list(found.values())
 
 
@@ -191,16 +191,16 @@ async def _standing(connection: AsyncConnection, budget: Budget, now: int) -> St
     return Standing(budget, Decimal(used or ZERO), Decimal(held or ZERO))
 
 
-async def _is_known(connection: AsyncConnection, wish: Reserve) -> bool:
+async def _is_known(connection: AsyncConnection, reserve: Reserve) -> bool:
     for table in (R, G):
-        place = [table.c[name] == getattr(wish, name) for name in _PLACE]
-        if (await connection.execute(sa.select(table.c.tenant).where(*place).limit(1))).first() is not None:
+        key = [table.c[name] == getattr(reserve, name) for name in _GENERATION_KEY]
+        if (await connection.execute(sa.select(table.c.tenant).where(*key).limit(1))).first() is not None:
             return True
     return False
 
 
-def _reservation(wish: Reserve, need: Need, expires_at: int) -> Sequence[dict[str, object]]:
-    place = {name: getattr(wish, name) for name in _PLACE}
-    shared = place | {"credential": wish.key, "expires_at": expires_at}
+def _reservation(reserve: Reserve, need: Need, expires_at: int) -> Sequence[dict[str, object]]:
+    key = {name: getattr(reserve, name) for name in _GENERATION_KEY}
+    shared = key | {"credential": reserve.key, "expires_at": expires_at}
     money = [shared | {"currency": c, "tokens": 0, "amount": amount} for c, amount in need.money.items()]
     return [shared | {"currency": "", "tokens": need.tokens, "amount": ZERO}, *money]

@@ -37,14 +37,14 @@ class Deliveries:
         """Keep the newest report of each counter; one that came before, or is older, changes nothing."""
         newest: dict[tuple[str, ...], DeliveredReport] = {}
         for report in reports:
-            place = (report.tenant, report.session, report.generation, report.counter)
-            if place not in newest or newest[place].number < report.number:
-                newest[place] = report
+            position = (report.tenant, report.session, report.generation, report.counter)
+            if position not in newest or newest[position].number < report.number:
+                newest[position] = report
         if newest:
             async with writing(self.engine) as connection:
-                await connection.execute(self._upsert, [_row(newest[place]) for place in sorted(newest)])
+                await connection.execute(self._upsert, [_row(newest[position]) for position in sorted(newest)])
 
-    async def place(self) -> int:
+    async def position(self) -> int:
         """Write new sums to generations that are known by now; return to how many."""
         placed = 0
         while True:

@@ -139,14 +139,14 @@ def _difference(
     rows: Iterable[ExportRow], found: Mapping[str, Meant], now: int, terms: Terms
 ) -> list[tuple[str, Decimal]]:
     """Return by how much each generation's amount changes; the last row of a call holds."""
-    told: dict[Key, Generation] = {}
+    reported: dict[Key, Generation] = {}
     for row in rows:
         if row.digest in found and (meant := found[row.digest]).generation.ended:
-            g = told.get(meant.generation.key) or msgspec.structs.replace(meant.generation)
+            g = reported.get(meant.generation.key) or msgspec.structs.replace(meant.generation)
             take_export(g, meant.call, row.usage)
-            told[g.key] = g
+            reported[g.key] = g
     changes: list[tuple[str, Decimal]] = []
-    for g in told.values():
+    for g in reported.values():
         _, entries = settle(g, now, terms)
         changes += [(entry.currency, entry.amount) for entry in entries]
     return changes

@@ -12,7 +12,7 @@ from services.billing.adapters.tables import RESERVATIONS as R
 from services.billing.adapters.tables import SPENDING as S
 from services.billing.core.budgets import TOKENS
 from services.billing.core.generation import Key
-from services.billing.core.spending import PLACE, SUMS, Step
+from services.billing.core.spending import DIMENSIONS, SUMS, Step
 
 __all__ = ["SpendingWriter"]
 
@@ -29,7 +29,7 @@ class SpendingWriter:
         insert = postgresql.insert if dialect == "postgresql" else sqlite.insert
         statement = insert(S)
         self._add = statement.on_conflict_do_update(
-            index_elements=list(PLACE),
+            index_elements=list(DIMENSIONS),
             set_={name: S.c[name] + statement.excluded[name] for name in SUMS},
         )
 
@@ -38,13 +38,13 @@ class SpendingWriter:
     ) -> dict[Key, dict[str, Decimal]]:
         """Move the sums, in an order that all writers share, and forget reservations; return these, by unit."""
         if steps:
-            await connection.execute(self._add, [step.place._asdict() | step.sums._asdict() for step in steps])
+            await connection.execute(self._add, [step.key._asdict() | step.sums._asdict() for step in steps])
         found: dict[Key, dict[str, Decimal]] = {}
         if released and (await connection.execute(_any_reserved)).scalar_one():
-            place = sa.tuple_(*(R.c[name] for name in Key._fields))
+            key = sa.tuple_(*(R.c[name] for name in Key._fields))
             for start in range(0, len(released), AT_ONCE):
                 some = [tuple(key) for key in released[start : start + AT_ONCE]]
-                for row in await connection.execute(_reserved.where(place.in_(some))):
+                for row in await connection.execute(_reserved.where(key.in_(some))):
                     own = found.setdefault(Key(*row[:3]), {})
                     own[row.currency or TOKENS] = row.amount if row.currency else Decimal(row.tokens)
             await connection.execute(_release, [{f"key_{n}": v for n, v in k._asdict().items()} for k in released])

@@ -163,7 +163,7 @@ def admit(standings: list[Standing], need: Need) -> Verdict:
 class Use(NamedTuple):
     """What a running generation has used so far, and what was reserved for it, in the unit of a budget."""
 
-    place: tuple[str, str, str]
+    generation_key: tuple[str, str, str]
     key: str
     used: Decimal
     reserved: Decimal
@@ -178,11 +178,11 @@ def beyond(standing: Standing, uses: list[Use]) -> list[tuple[str, str, str]]:
         return []
     covered = [use for use in uses if budget.covers(use.key)]
     if standing.spent + sum((use.used for use in covered), ZERO) >= budget.hard:
-        return [use.place for use in covered]
+        return [use.generation_key for use in covered]
     extra = sum((max(ZERO, use.used - use.reserved) for use in covered), ZERO)
     if standing.used + extra <= budget.hard:
         return []
-    return [use.place for use in covered if use.used > use.reserved]
+    return [use.generation_key for use in covered if use.used > use.reserved]
 
 
 class Overrun(NamedTuple):

@@ -51,31 +51,31 @@ def abandon(g: Generation, call: AbandonedCall | None) -> None:
     """
     calls = list(abandoned_calls(g))
     known = last_call(g)
-    told = _usage(g) if g.usage_source != EXPORT else None
+    reported = _usage(g) if g.usage_source != EXPORT else None
     if call is None:
-        if not known.counted_output and told is None:
+        if not known.counted_output and reported is None:
             return
         call = _lost(known, max((c.number for c in calls), default=0) + 1)
-    if told is not None:
+    if reported is not None:
         if call.usage is None:
             upstream_id = call.upstream_id or g.upstream_id or None
-            call = msgspec.structs.replace(call, usage=told, source=g.usage_source, upstream_id=upstream_id)
+            call = msgspec.structs.replace(call, usage=reported, source=g.usage_source, upstream_id=upstream_id)
         g.usage, g.usage_source, g.reported_at = None, "", None
     g.upstream_id = ""
     _set(g, _with(calls, _bare(call)), Counted(input=known.counted_input))
 
 
-def report(g: Generation, told: AbandonedCall) -> None:
+def report(g: Generation, reported: AbandonedCall) -> None:
     """Set what the provider reported of an abandoned call, and nothing else of it where it is known.
 
     What an export says outweighs the log. A call that is not known was lost with the head of the log.
     """
     calls = list(abandoned_calls(g))
-    known = next((call for call in calls if call.number == told.number), None)
-    if known is not None and known.source == EXPORT and told.source != EXPORT:
+    known = next((call for call in calls if call.number == reported.number), None)
+    if known is not None and known.source == EXPORT and reported.source != EXPORT:
         return
-    call = told if known is None else msgspec.structs.replace(known, usage=told.usage, source=told.source)
-    calls = [c for c in calls if c.number != told.number]
+    call = reported if known is None else msgspec.structs.replace(known, usage=reported.usage, source=reported.source)
+    calls = [c for c in calls if c.number != reported.number]
     last = last_call(g)
     numbered = sorted([*calls, _bare(call)], key=lambda c: c.number)
     _set(g, numbered, Counted(input=last.counted_input, output=last.counted_output))
@@ -96,9 +96,9 @@ def forget_events(g: Generation) -> None:
 def sum_reports(g: Generation) -> None:
     """Set the reported numbers of ``g``: the sums over the reports of all its calls."""
     last = _usage(g)
-    told = [usage for usage in (last, *(c.usage for c in abandoned_calls(g))) if usage is not None]
+    reported = [usage for usage in (last, *(c.usage for c in abandoned_calls(g))) if usage is not None]
     for name in REPORTED:
-        setattr(g, name, sum(getattr(usage, name) for usage in told) if told else None)
+        setattr(g, name, sum(getattr(usage, name) for usage in reported) if reported else None)
 
 
 def _with(calls: Sequence[AbandonedCall], call: AbandonedCall) -> list[AbandonedCall]:
@@ -163,6 +163,6 @@ def _joined(one: AbandonedCall, other: AbandonedCall) -> AbandonedCall:
         input=one.counted.input + other.counted.input,
         output=one.counted.output + other.counted.output,
     )
-    told = [usage for usage in (one.usage, other.usage) if usage is not None]
-    usage = Usage(**{name: sum(getattr(u, name) for u in told) for name in REPORTED}) if told else None
+    reported = [usage for usage in (one.usage, other.usage) if usage is not None]
+    usage = Usage(**{name: sum(getattr(u, name) for u in reported) for name in REPORTED}) if reported else None
     return msgspec.structs.replace(one, counted=counted, usage=usage, code="several")

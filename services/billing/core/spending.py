@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 from services.billing.core.generation import Generation, Key
 from services.billing.core.money import ZERO
 
-__all__ = ["DAY", "OPEN", "PLACE", "SUMS", "Place", "Step", "Sums", "released", "settled", "steps"]
+__all__ = ["DAY", "OPEN", "DIMENSIONS", "SUMS", "SpendingKey", "Step", "Sums", "released", "settled", "steps"]
 
 DAY: Final = 86_400_000
 """Milliseconds."""
@@ -18,7 +18,7 @@ OPEN: Final = ("running", "awaiting_provider")
 """Statuses of what has not settled."""
 
 
-class Place(NamedTuple):
+class SpendingKey(NamedTuple):
     """Which sums a generation belongs to. ``day``: days since 1970, UTC."""
 
     tenant: str
@@ -48,7 +48,7 @@ class Sums(NamedTuple):
     unpriced: int = 0
 
 
-PLACE: Final = Place._fields
+DIMENSIONS: Final = SpendingKey._fields
 SUMS: Final = Sums._fields
 _NOTHING: Final = Sums()
 
@@ -56,7 +56,7 @@ _NOTHING: Final = Sums()
 class Step(NamedTuple):
     """What is to be added where."""
 
-    place: Place
+    key: SpendingKey
     sums: Sums
 
 
@@ -72,22 +72,22 @@ def released(before: Mapping[Key, Generation], after: Iterable[Generation]) -> l
 
 def steps(before: Mapping[Key, Generation], after: Iterable[Generation]) -> list[Step]:
     """Return what moves the sums from the generations as they were to the generations as they are."""
-    found: dict[Place, Sums] = {}
+    found: dict[SpendingKey, Sums] = {}
     for g in after:
         _add(found, g, 1)
         old = before.get(g.key)
         if old is not None:
             _add(found, old, -1)
-    return [Step(place, found[place]) for place in sorted(found) if found[place] != _NOTHING]
+    return [Step(key, found[key]) for key in sorted(found) if found[key] != _NOTHING]
 
 
-def _add(found: dict[Place, Sums], g: Generation, sign: int) -> None:
+def _add(found: dict[SpendingKey, Sums], g: Generation, sign: int) -> None:
     if not settled(g):
         return
-    place = Place(g.tenant, g.credential, g.started_at // DAY, g.provider, g.model, g.status, g.currency)
-    known: tuple[Any, ...] = found.get(place, _NOTHING)
+    key = SpendingKey(g.tenant, g.credential, g.started_at // DAY, g.provider, g.model, g.status, g.currency)
+    known: tuple[Any, ...] = found.get(key, _NOTHING)
     more: tuple[Any, ...] = _sums(g)
-    found[place] = Sums(*(was + sign * one for was, one in zip(known, more, strict=True)))
+    found[key] = Sums(*(was + sign * one for was, one in zip(known, more, strict=True)))
 
 
 def _sums(g: Generation) -> Sums:

@@ -32,7 +32,7 @@ async def permitted(consumers: Consumers, principal: Principal, name: str, *, re
         raise Problem(404, str(error)) from error
     except BrokerUnavailable as error:
         raise unreachable() from error
-    if not covers(principal, found.definition.wish.session):
+    if not covers(principal, found.definition.spec.session):
         raise Problem(404, f"there is no consumer {name!r}")
     return found
 

@@ -102,7 +102,7 @@ class Consumption:
 
     async def _follow(self, session: ConsumerSession, give: Give) -> str | None:
         """Give events; return why that is over, ``None`` when there has been no credit for a while."""
-        patience = min(PATIENCE, session.opened.definition.wish.ack_wait / 2)
+        patience = min(PATIENCE, session.opened.definition.spec.ack_wait / 2)
         while not self._over.done():
             if session.is_gone:
                 return "deleted"

@@ -67,15 +67,15 @@ class Definition(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     still has this is what a removal left behind.
     """
 
-    wish: ConsumerSpec
+    spec: ConsumerSpec
     revision: int = 1
     deleted: bool = False
 
 
-def changed(definition: Definition, wish: ConsumerSpec) -> tuple[str, ...]:
+def changed(definition: Definition, spec: ConsumerSpec) -> tuple[str, ...]:
     """Return the fields in which a wish differs from a definition and that cannot be changed afterwards."""
     fixed = ("session", "start", "after", "since")
-    return tuple(name for name in fixed if getattr(definition.wish, name) != getattr(wish, name))
+    return tuple(name for name in fixed if getattr(definition.spec, name) != getattr(spec, name))
 
 
 def definition_of(info: DurableInfo) -> Definition | None:
@@ -118,14 +118,14 @@ def durable_config(
     Each of ``partitions`` gets its share of the events in flight, at least one. ``inactive``: seconds without a reader
     after which the broker removes it; 0 is never. ``log``: the incarnation of the log that it reads.
     """
-    wish = definition.wish
+    spec = definition.spec
     config: dict[str, Any] = {
         "name": service_durable(tenant, name),
         "durable_name": service_durable(tenant, name),
-        "filter_subject": event_filter(tenant, name, partition, wish.session),
+        "filter_subject": event_filter(tenant, name, partition, spec.session),
         "ack_policy": "explicit",
-        "ack_wait": round(wish.ack_wait * 1e9),
-        "max_ack_pending": -(-wish.max_in_flight // max(1, partitions)),
+        "ack_wait": round(spec.ack_wait * 1e9),
+        "max_ack_pending": -(-spec.max_in_flight // max(1, partitions)),
         "max_deliver": -1,
         "metadata": {_KEY: msgspec.json.encode(definition).decode(), _LOG: log},
     }
@@ -134,18 +134,18 @@ def durable_config(
     return config
 
 
-def first_position(wish: ConsumerSpec, partition: int) -> dict[str, Any]:
+def first_position(spec: ConsumerSpec, partition: int) -> dict[str, Any]:
     """Return where the broker's consumer of a partition begins that is there when the consumer is created."""
     if partition == AGAIN:
         return {"deliver_policy": "all"}
-    if wish.after is not None:
-        cursor = Cursor.parse(wish.after)
+    if spec.after is not None:
+        cursor = Cursor.parse(spec.after)
         if cursor.partition == partition:
             return {"deliver_policy": "by_start_sequence", "opt_start_seq": cursor.seq + 1}
         return {"deliver_policy": "all"}  # the session is not there now; what comes there later comes after the cursor
-    if wish.since is not None:
-        return {"deliver_policy": "by_start_time", "opt_start_time": rfc3339(wish.since)}
-    return {"deliver_policy": "new" if wish.start == "new" else "all"}
+    if spec.since is not None:
+        return {"deliver_policy": "by_start_time", "opt_start_time": rfc3339(spec.since)}
+    return {"deliver_policy": "new" if spec.start == "new" else "all"}
 
 
 def resumed_position(info: DurableInfo, base: int) -> dict[str, Any] | None:
@@ -158,18 +158,18 @@ def resumed_position(info: DurableInfo, base: int) -> dict[str, Any] | None:
     return {"deliver_policy": "by_start_sequence", "opt_start_seq": min(info.ack_floor.stream_seq, base) + 1}
 
 
-def later_position(wish: ConsumerSpec, partition: int, log: str, created: str) -> dict[str, Any]:
+def later_position(spec: ConsumerSpec, partition: int, log: str, created: str) -> dict[str, Any]:
     """Return where the consumer of a partition begins that appeared, or was lost, after the consumer was created.
 
     ``log``: the incarnation of the partition's log; ``created``: when the consumer was created, by the broker's clock.
     """
-    if partition == AGAIN or wish.since is not None:
-        return first_position(wish, partition)
-    if wish.after is not None and Cursor.parse(wish.after).incarnation != incarnation(log):
+    if partition == AGAIN or spec.since is not None:
+        return first_position(spec, partition)
+    if spec.after is not None and Cursor.parse(spec.after).incarnation != incarnation(log):
         return {"deliver_policy": "all"}
-    if wish.after is None and wish.start == "new":
+    if spec.after is None and spec.start == "new":
         return {"deliver_policy": "by_start_time", "opt_start_time": created}
-    return first_position(wish, partition)
+    return first_position(spec, partition)
 
 
 def rfc3339(moment: float) -> str:

@@ -82,7 +82,7 @@ class Consumers:
         self._known: dict[tuple[str, str], tuple[float, Found]] = {}  # bounded by RECENT
         broker.on_reconnect(self._reconnected)
 
-    async def put(self, tenant: str, name: str, wish: ConsumerSpec) -> tuple[Found, bool]:
+    async def put(self, tenant: str, name: str, spec: ConsumerSpec) -> tuple[Found, bool]:
         """Create a consumer or change it; tell whether it is new. Doing it again changes nothing.
 
         Raises:
@@ -93,12 +93,12 @@ class Consumers:
         """
         found = await self._find(tenant, name, fresh=True)
         if found is None:
-            return await self._create(tenant, name, wish), True
-        if fields := changed(found.definition, wish):
+            return await self._create(tenant, name, spec), True
+        if fields := changed(found.definition, spec):
             raise Conflicting(f"{', '.join(fields)} of a consumer cannot be changed: delete it, or choose another name")
-        if wish != found.definition.wish:
+        if spec != found.definition.spec:
             self._known.pop((tenant, name), None)
-            definition = Definition(wish=wish, revision=found.definition.revision + 1)
+            definition = Definition(spec=spec, revision=found.definition.revision + 1)
             found = await self._reconcile(tenant, name, Found(definition, found.infos))
         return found, False
 
@@ -273,18 +273,18 @@ class Consumers:
             return False
         return any([seconds((await self._state(partition)).created) < born for partition in missing])
 
-    async def _create(self, tenant: str, name: str, wish: ConsumerSpec) -> Found:
+    async def _create(self, tenant: str, name: str, spec: ConsumerSpec) -> Found:
         if len(await self.all_of(tenant)) >= self._limit:
             raise TooBusy(f"there are {self._limit} consumers of this tenant already: delete one")
-        await self._check_start(tenant, wish)
+        await self._check_start(tenant, spec)
         await self.dead.clear(tenant, name)  # of one that nobody read, and that the broker has removed
-        definition = Definition(wish=wish)
+        definition = Definition(spec=spec)
         infos: dict[int, DurableInfo] = {}
         places = [*await self._logs(), AGAIN]
         try:
             for partition in places:
                 config = await self._config(tenant, name, definition, partition, len(places) - 1)
-                config |= first_position(wish, partition)
+                config |= first_position(spec, partition)
                 infos[partition] = await self.durables.create(stream_of(partition), config)
         except APIError as error:
             if error.is_existing:
@@ -295,12 +295,12 @@ class Consumers:
             raise
         return Found(definition, infos)
 
-    async def _check_start(self, tenant: str, wish: ConsumerSpec) -> None:
-        if wish.after is None or wish.session is None:
+    async def _check_start(self, tenant: str, spec: ConsumerSpec) -> None:
+        if spec.after is None or spec.session is None:
             return
-        issuer = await self._states.issuer(tenant, wish.session)
+        issuer = await self._states.issuer(tenant, spec.session)
         state = await self._states.state(issuer.partition, fresh=True)
-        check_cursor(wish.after, issuer, state.first_seq, state.last_seq)
+        check_cursor(spec.after, issuer, state.first_seq, state.last_seq)
 
     async def _reconcile(self, tenant: str, name: str, found: Found) -> Found:
         """Bring the consumer of every partition to the definition, those that are missing included.
@@ -326,7 +326,7 @@ class Consumers:
             else:
                 log.info("consumer reaches another partition", consumer=name, partition=partition)
                 state = await self._state(partition)
-                config |= later_position(definition.wish, partition, state.incarnation, born)
+                config |= later_position(definition.spec, partition, state.incarnation, born)
             if paused is not None:
                 config["pause_until"] = paused.config["pause_until"]
             try:

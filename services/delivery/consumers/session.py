@@ -294,7 +294,7 @@ class ConsumerSession:
         if found is None:
             await self._broker.publish(raw.reply, ACK)
             return None
-        if raw.deliveries <= self.opened.definition.wish.max_deliver:
+        if raw.deliveries <= self.opened.definition.spec.max_deliver:
             return found
         await self._bury(found, raw)
         return None
@@ -304,7 +304,7 @@ class ConsumerSession:
         judgement = await self._judge.judge(
             source.stream, incarnation, raw.subject, raw.seq, raw.data, since=source.seen(raw)
         )
-        header, types = judgement.header, self.opened.definition.wish.types
+        header, types = judgement.header, self.opened.definition.spec.types
         if not judgement.accepted or header is None or (types is not None and header.type not in types):
             return None
         session = parse_address(raw.subject).session

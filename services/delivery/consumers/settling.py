@@ -42,7 +42,7 @@ class SettlementResult(msgspec.Struct):
     unknown: list[str]
 
 
-async def settle(consumers: Consumers, tenant: str, name: str, wish: Settlement) -> SettlementResult:
+async def settle(consumers: Consumers, tenant: str, name: str, settlement: Settlement) -> SettlementResult:
     """Pass a service's words on to the broker, and wait until it has taken them.
 
     Raises:
@@ -51,9 +51,9 @@ async def settle(consumers: Consumers, tenant: str, name: str, wish: Settlement)
     """
     durable = service_durable(tenant, name)
     groups: tuple[tuple[str, Sequence[str], bytes], ...] = (
-        ("ack", wish.acks, ACK),
-        ("nack", wish.nacks, nak(wish.delay)),
-        ("working", wish.working, IN_PROGRESS),
+        ("ack", settlement.acks, ACK),
+        ("nack", settlement.nacks, nak(settlement.delay)),
+        ("working", settlement.working, IN_PROGRESS),
     )
     todo = [(text, Token.parse(text), how, word) for how, texts, word in groups for text in texts]
     known = {partition: await _incarnation(consumers, partition) for partition in {each[1].partition for each in todo}}

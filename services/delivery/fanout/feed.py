@@ -207,7 +207,7 @@ class Feed:
             if ended:
                 return True
             if not subscriber.done.done() and subscriber.seq < floor:
-                subscriber.place = Position(floor)
+                subscriber.position = Position(floor)
                 subscriber.accounted = floor
         return False
 

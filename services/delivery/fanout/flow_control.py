@@ -15,7 +15,7 @@ FULL: Final = 0.75
 class _Sent(NamedTuple):
     """One write: its place, total events and bytes, its time, and the bytes acknowledged by then."""
 
-    place: int
+    position: int
     events: int
     size: int
     at: float
@@ -56,22 +56,24 @@ class InFlight:
         """Bytes in flight."""
         return self._size - self._acked_size
 
-    def sent(self, place: int, events: int, size: int, now: float, *, filled: bool = False) -> None:
-        """Record a write that brought the client up to ``place``."""
+    def sent(self, position: int, events: int, size: int, now: float, *, filled: bool = False) -> None:
+        """Record a write that brought the client up to ``position``."""
         self._events += events
         self._size += size
         if not self._sent:
             self._acked_at = now
-        record = _Sent(place, self._events, self._size, now, self._acked_size, self._acked_at, filled)
+        record = _Sent(position, self._events, self._size, now, self._acked_size, self._acked_at, filled)
         if len(self._sent) >= RECORDS:
             last = self._sent.pop()  # merged: the older time makes the trip longer, never shorter
-            record = last._replace(place=place, events=self._events, size=self._size, filled=last.filled or filled)
+            record = last._replace(
+                position=position, events=self._events, size=self._size, filled=last.filled or filled
+            )
         self._sent.append(record)
 
-    def acked(self, place: int, now: float) -> Released | None:
-        """Record an acknowledgement up to ``place``; return the freed credit, or ``None`` if it frees nothing."""
+    def acked(self, position: int, now: float) -> Released | None:
+        """Record an acknowledgement up to ``position``; return the freed credit, or ``None`` if it frees nothing."""
         newest = None
-        while self._sent and self._sent[0].place <= place:
+        while self._sent and self._sent[0].position <= position:
             newest = self._sent.popleft()
         if newest is None:
             return None

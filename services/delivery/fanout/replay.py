@@ -34,13 +34,13 @@ class _Piece:
         subscriber = self._subscriber
         return self._size >= min(PIECE_BYTES, subscriber.space) or self._events >= subscriber.room
 
-    async def send(self, place: Position, *, ends: bool = False) -> None:
-        """Send the frames, set the subscriber's position to ``place``, and wait for credit unless the stream ends."""
+    async def send(self, position: Position, *, ends: bool = False) -> None:
+        """Send the frames, advance the subscriber to ``position``, and wait for credit unless the stream ends."""
         subscriber = self._subscriber
         if self.frames:
             subscriber.count(self._events, self._size)  # before sending: the client's reply may grant credit at once
             await subscriber.send(subscriber.format.message(self.frames, ends=ends))
-        subscriber.place = place
+        subscriber.position = position
         self.frames, self._events, self._size = [], 0, 0
         if not ends:
             await subscriber.has_room()
@@ -54,7 +54,7 @@ class _Replay:
         self._subscriber = subscriber
         self._at = at
         self._piece = _Piece(subscriber)
-        self._merger = Chunker(subscriber.grain, subscriber.place)
+        self._merger = Chunker(subscriber.granularity, subscriber.position)
 
     @property
     def is_over(self) -> bool:
@@ -70,7 +70,7 @@ class _Replay:
 
     async def pause(self, seq: int) -> None:
         """Send the collected frames; all events up to the stream sequence ``seq`` have been added."""
-        await self._piece.send(self._merger.place(seq))
+        await self._piece.send(self._merger.position(seq))
 
     async def end(self) -> None:
         """Add the text that the chunker still holds."""

@@ -36,7 +36,7 @@ class ReadOptions(NamedTuple):
     generation: str | None = None
     cursor: str | None = None
     start: StartPosition = StartPosition()
-    grain: Granularity = TOKEN
+    granularity: Granularity = TOKEN
 
     @classmethod
     def read(
@@ -60,10 +60,10 @@ class ReadOptions(NamedTuple):
             if generation is not None:
                 check_name("generation", generation)
             cursor, start = parse_start(after, last_event_id, from_)
-            grain = parse_granularity(granularity, coalesce)
+            parsed = parse_granularity(granularity, coalesce)
         except (InvalidName, ValueError) as error:
             raise Problem(400, str(error)) from error
-        return cls(session, generation, cursor, start, grain)
+        return cls(session, generation, cursor, start, parsed)
 
 
 class Stream(NamedTuple):
@@ -73,7 +73,7 @@ class Stream(NamedTuple):
     """
 
     feed: Feed
-    wish: ReadOptions
+    options: ReadOptions
     principal: Principal
     seq: int | None
     offset: int = 0
@@ -96,21 +96,21 @@ class Streams:
         self._presence = presence
         self._lookups = lookups
 
-    async def open(self, principal: Principal, wish: ReadOptions) -> Stream:
+    async def open(self, principal: Principal, options: ReadOptions) -> Stream:
         """Return a stream that can be served.
 
         Raises:
             Problem: the stream cannot be opened: 400, 403, 404, 410, 429 or 503.
         """
-        authorize(principal, "read", wish.session)
+        authorize(principal, "read", options.session)
         self._supervisor.check(principal)
         try:
-            feed, place = await self._locate(principal.tenant, wish)
+            feed, position = await self._locate(principal.tenant, options)
         except DeliveryError as error:
             raise problem_of(error) from error
         except BrokerUnavailable as error:
             raise unreachable("the log") from error
-        return Stream(feed, wish, principal, *(place or (None, 0)))
+        return Stream(feed, options, principal, *(position or (None, 0)))
 
     async def serve(
         self,
@@ -128,43 +128,43 @@ class Streams:
         Raises:
             ValueError: the stream has no ``seq``: nothing follows.
         """
-        feed, wish = stream.feed, stream.wish
+        feed, options = stream.feed, stream.options
         if stream.seq is None:
             raise ValueError("a stream that has been read to its end cannot be served")
-        subscriber = Subscriber(send, format_, wish.generation, stream.seq, stream.offset, wish.grain)
+        subscriber = Subscriber(send, format_, options.generation, stream.seq, stream.offset, options.granularity)
         subscriber.until, subscriber.until_reason = self._supervisor.end_of(stream.principal.expires_at)
         with self._supervisor.supervise(stream.principal, subscriber):
-            async with self._presence.listening(feed.tenant, feed.session, wish.generation):
+            async with self._presence.listening(feed.tenant, feed.session, options.generation):
                 if joined is not None:
                     joined(subscriber)
                 return await feed.serve(subscriber, caught_up)
 
-    async def _locate(self, tenant: str, wish: ReadOptions) -> tuple[Feed, Position | None]:
+    async def _locate(self, tenant: str, options: ReadOptions) -> tuple[Feed, Position | None]:
         """Return the feed and the position after which to read; ``None`` when nothing follows."""
         record = None
-        if wish.generation is not None:
-            record = await self._lookups.require(tenant, wish.session, wish.generation)
-        feed = await self._feeds.feed(tenant, wish.session)
-        if wish.cursor is not None:
-            place = await self._check(wish.cursor, feed)
-            if wish.generation is None and place.seq <= feed.deleted_through:
-                await self._require_anew(feed, place.seq)
-            await feed.reach(place.seq + (place.offset > 0))
+        if options.generation is not None:
+            record = await self._lookups.require(tenant, options.session, options.generation)
+        feed = await self._feeds.feed(tenant, options.session)
+        if options.cursor is not None:
+            position = await self._check(options.cursor, feed)
+            if options.generation is None and position.seq <= feed.deleted_through:
+                await self._require_anew(feed, position.seq)
+            await feed.reach(position.seq + (position.offset > 0))
         else:
-            if wish.generation is None and feed.deleted_through:
+            if options.generation is None and feed.deleted_through:
                 await self._require_anew(feed, feed.deleted_through)
-            place = Position(await self._beginning(feed, wish.generation, wish.start))
-            if wish.start.where != "live":
-                if await self._has_expired(feed, record, place.seq):
+            position = Position(await self._beginning(feed, options.generation, options.start))
+            if options.start.where != "live":
+                if await self._has_expired(feed, record, position.seq):
                     raise CursorExpired(
-                        f"generation {wish.generation!r} has ended, and no event of it is kept any more"
+                        f"generation {options.generation!r} has ended, and no event of it is kept any more"
                     )
-                return feed, place
-        if await self._has_expired(feed, record, place.seq):
+                return feed, position
+        if await self._has_expired(feed, record, position.seq):
             return feed, None
-        if wish.generation is not None and await self._ended(feed, wish.generation, place.seq):
+        if options.generation is not None and await self._ended(feed, options.generation, position.seq):
             return feed, None
-        return feed, place
+        return feed, position
 
     async def _check(self, text: str, feed: Feed) -> Position:
         state = await self._states.state(feed.issuer.partition)

@@ -83,13 +83,13 @@ class _Rest:
 class Subscriber:
     """Serve one client that reads a session (``generation`` is None) or one generation.
 
-    ``stand``: its progress. `Feed.serve` owns its `state`. ``quick``: it is live, at the edge of a piece and without
+    ``progress``: its progress. `Feed.serve` owns its `state`. ``quick``: it is live, at the edge of a piece and without
     credit, so flushes take the fast path. ``done`` resolves with the reason when the stream ends, or with ``behind``
     when it must read from the log again; ``until`` (monotonic seconds) and ``until_reason``: deadline of the stream and
     its reason; ``heartbeat``: seconds without a write after which a heartbeat is sent. A write that has to wait becomes
     a task; meanwhile the subscriber only falls behind, and later gets the missed events in few writes.
 
-    ``grain``: its granularity; ``joining``: its position may be inside the entry at its index.
+    ``granularity``: its granularity; ``joining``: its position may be inside the entry at its index.
 
     ``room`` and ``space``: credit in events and bytes, if the client grants any; the last event may exceed ``space``.
     """
@@ -109,28 +109,34 @@ class Subscriber:
         "done",
         "format",
         "generation",
-        "grain",
+        "granularity",
         "heartbeat",
         "met",
         "offer",
+        "progress",
         "quick",
         "room",
         "space",
-        "stand",
         "until",
         "until_reason",
     )
 
     def __init__(
-        self, send: Send, format_: Format, generation: str | None, seq: int, offset: int = 0, grain: Granularity = TOKEN
+        self,
+        send: Send,
+        format_: Format,
+        generation: str | None,
+        seq: int,
+        offset: int = 0,
+        granularity: Granularity = TOKEN,
     ) -> None:
         self._loop = loop = asyncio.get_running_loop()
         self.format = format_
         self.generation = generation
-        self.stand = Progress(0, seq, offset, loop.time())
+        self.progress = Progress(0, seq, offset, loop.time())
         self.quick = False
         self.offer: Callable[[Any], bool] | None = getattr(send, "offer", None)
-        self.grain = grain
+        self.granularity = granularity
         self._state = State.FROM_LOG
         self._live = False  # live now, or again after `BLOCKED`
         self._joining = False
@@ -192,34 +198,34 @@ class Subscriber:
     @property
     def index(self) -> int:
         """Index of the next entry of the feed's tail to send."""
-        return self.stand.index
+        return self.progress.index
 
     @index.setter
     def index(self, index: int) -> None:
-        self.stand = Progress(index, self.stand.seq, self.stand.offset, self.stand.at)
+        self.progress = Progress(index, self.progress.seq, self.progress.offset, self.progress.at)
 
     @property
     def seq(self) -> int:
         """The stream sequence up to which it has been served."""
-        return self.stand.seq
+        return self.progress.seq
 
     @property
     def offset(self) -> int:
         """Characters already served of the event after `seq`."""
-        return self.stand.offset
+        return self.progress.offset
 
     @property
-    def place(self) -> Position:
+    def position(self) -> Position:
         """The position up to which it has been served."""
-        return Position(self.stand.seq, self.stand.offset)
+        return Position(self.progress.seq, self.progress.offset)
 
-    @place.setter
-    def place(self, place: Position) -> None:
-        self.stand = Progress(self.stand.index, place.seq, place.offset, self.stand.at)
+    @position.setter
+    def position(self, position: Position) -> None:
+        self.progress = Progress(self.progress.index, position.seq, position.offset, self.progress.at)
 
     def touch(self, now: float) -> None:
         """Record a write other than events at ``now``."""
-        self.stand = Progress(self.stand.index, self.stand.seq, self.stand.offset, now)
+        self.progress = Progress(self.progress.index, self.progress.seq, self.progress.offset, now)
 
     def _refresh(self) -> None:
         """Recompute `quick`."""
@@ -248,12 +254,12 @@ class Subscriber:
         """Call ``wake`` whenever a waiting write has completed or new credit allows a write."""
         self._wake = wake
 
-    def deliver(self, chunk: Chunk, stand: Progress | None = None) -> None:
+    def deliver(self, chunk: Chunk, progress: Progress | None = None) -> None:
         """Start to write a chunk; it completes at once unless the client's buffers are full.
 
-        ``stand``: progress of another subscriber after the same chunk, to share.
+        ``progress``: progress of another subscriber after the same chunk, to share.
         """
-        self.stand = stand or self.behind(chunk)
+        self.progress = progress or self.behind(chunk)
         if chunk.message is not None:
             self.count(chunk.count, chunk.size)
             self.start(chunk.message)
@@ -262,7 +268,7 @@ class Subscriber:
 
     def behind(self, chunk: Chunk) -> Progress:
         """Return the progress after a chunk."""
-        before, now = self.stand, self._loop.time()
+        before, now = self.progress, self._loop.time()
         if chunk.last_seq:
             return Progress(chunk.stop, chunk.last_seq, chunk.offset, now)
         return Progress(chunk.stop, before.seq, before.offset, now)
@@ -350,7 +356,7 @@ class Subscriber:
 
     def poll(self, now: float) -> None:
         """Send a heartbeat when nothing was sent for ``heartbeat`` seconds."""
-        if self._blocked is None and now - self.stand.at > self.heartbeat and not self.done.done():
+        if self._blocked is None and now - self.progress.at > self.heartbeat and not self.done.done():
             self.touch(now)
             heartbeat = self.format.heartbeat()
             if heartbeat is not None:

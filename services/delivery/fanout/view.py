@@ -62,24 +62,24 @@ class View:
         writes = quick = count = 0
         for subscriber in tuple(self.subscribers):
             # Fast path: the same progress as the subscriber before, and nothing to check.
-            if subscriber.stand is usual and subscriber.quick and moved is not None:
-                subscriber.stand = moved
+            if subscriber.progress is usual and subscriber.quick and moved is not None:
+                subscriber.progress = moved
                 offer = subscriber.offer
                 if offer is None or not offer(message):
                     subscriber.start(message)
                 quick += 1
                 continue
-            stand = subscriber.stand
-            if stand.index >= end or not subscriber.ready:
+            progress = subscriber.progress
+            if progress.index >= end or not subscriber.ready:
                 continue
-            if stand.index < self.tail.base:
+            if progress.index < self.tail.base:
                 subscriber.fall_behind()
                 continue
             # Build the chunk once for all subscribers with the same format, generation and progress.
-            key = (subscriber.format, subscriber.generation, stand.index, stand.seq, stand.offset)
+            key = (subscriber.format, subscriber.generation, progress.index, progress.seq, progress.offset)
             known = chunks.get(key)
             if known is None:
-                chunk = self._framed(subscriber).chunk(stand.index, subscriber.generation, WRITE_BYTES)
+                chunk = self._framed(subscriber).chunk(progress.index, subscriber.generation, WRITE_BYTES)
                 known = chunks[key] = chunk, subscriber.behind(chunk)
             chunk, behind = known
             writes += 1
@@ -95,7 +95,7 @@ class View:
                 if usual is not None:
                     metrics.EVENTS_OUT.inc(quick * count)
                     writes, quick = writes + quick, 0
-                usual, moved, message, count = stand, behind, chunk.message, chunk.count
+                usual, moved, message, count = progress, behind, chunk.message, chunk.count
         metrics.EVENTS_OUT.inc(quick * count)
         return writes + quick
 
@@ -130,7 +130,7 @@ class View:
             return None
         stop = self.source.after(entry.seq) + (entry.offset > 0)
         covered = self.source.slice(self.source.after(subscriber.seq), stop)
-        left = rest(covered, subscriber.place, Position(entry.seq, entry.offset))
+        left = rest(covered, subscriber.position, Position(entry.seq, entry.offset))
         if left is None:
             return None
         frame = subscriber.format.frame(left, self._at)
@@ -147,17 +147,17 @@ class View:
 class ChunkedView(View):
     """Serve pieces of another granularity, joined once for all subscribers.
 
-    It begins at ``place`` and keeps at most ``max_bytes``; one timer releases text when its hold time ends.
+    It begins at ``position`` and keeps at most ``max_bytes``; one timer releases text when its hold time ends.
     """
 
     def __init__(
-        self, source: Tail, at: Address, clock: Clock, grain: Granularity, place: Position, max_bytes: int
+        self, source: Tail, at: Address, clock: Clock, granularity: Granularity, position: Position, max_bytes: int
     ) -> None:
         super().__init__(source, at, clock)
-        self.tail = Tail(place.seq + (place.offset > 0), max_bytes)
-        self._grain = grain
-        self._merger = Chunker(grain, place)
-        self._read = source.after(place.seq)
+        self.tail = Tail(position.seq + (position.offset > 0), max_bytes)
+        self._granularity = granularity
+        self._merger = Chunker(granularity, position)
+        self._read = source.after(position.seq)
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
 
@@ -175,7 +175,7 @@ class ChunkedView(View):
         if self._read < source.base:
             self.tail.restart(source.floor)
             self._frames.clear()
-            merger = self._merger = Chunker(self._grain, Position(source.floor))
+            merger = self._merger = Chunker(self._granularity, Position(source.floor))
             self._read = source.base
         for entry in source.slice(self._read, source.end):
             for piece in merger.offer(entry, now):
@@ -194,7 +194,7 @@ class ChunkedView(View):
     def _is_inside(self, subscriber: Subscriber) -> bool:
         index, base = subscriber.index, self.tail.base
         before = self.tail.slice(index - 1, index)[0] if index > base else None
-        return before is None or (before.seq, before.offset) != subscriber.place
+        return before is None or (before.seq, before.offset) != subscriber.position
 
     def _let_out(self) -> None:
         self._timer = None
@@ -218,36 +218,36 @@ class Views:
 
     def floor(self, subscriber: Subscriber) -> int:
         """Return the lowest stream sequence from which a subscriber can be served from memory."""
-        view = self._views.get(subscriber.grain)
+        view = self._views.get(subscriber.granularity)
         return self.tail.floor if view is None else max(self.tail.floor, view.floor)
 
     def add(self, subscriber: Subscriber) -> None:
         """Serve a subscriber from memory; it must be at or above its floor."""
-        view = self._views.get(subscriber.grain)
+        view = self._views.get(subscriber.granularity)
         if view is None:
-            place, size = subscriber.place, self._max_bytes // _SHARE
-            view = ChunkedView(self.tail, self._at, self._clock, subscriber.grain, place, size)
-            self._views[subscriber.grain] = view
+            position, size = subscriber.position, self._max_bytes // _SHARE
+            view = ChunkedView(self.tail, self._at, self._clock, subscriber.granularity, position, size)
+            self._views[subscriber.granularity] = view
         view.waiting.discard(subscriber)
         view.add(subscriber)
 
     def hold(self, subscriber: Subscriber) -> None:
         """Pause serving a subscriber; keep its view."""
-        view = self._views.get(subscriber.grain)
+        view = self._views.get(subscriber.granularity)
         if view is not None:
             view.subscribers.discard(subscriber)
             view.waiting.add(subscriber)
 
     def remove(self, subscriber: Subscriber) -> None:
         """Remove a subscriber, and its view after the last one."""
-        view = self._views.get(subscriber.grain)
+        view = self._views.get(subscriber.granularity)
         if view is None:
             return
         view.subscribers.discard(subscriber)
         view.waiting.discard(subscriber)
-        if not view.subscribers and not view.waiting and subscriber.grain != TOKEN:
+        if not view.subscribers and not view.waiting and subscriber.granularity != TOKEN:
             view.close()
-            del self._views[subscriber.grain]
+            del self._views[subscriber.granularity]
 
     def flush(self) -> int:
         """Write new entries in all views; return the number of writes."""

@@ -103,7 +103,7 @@ class _Part:
         delta = self.delta
         return delta.generation, delta.epoch, delta.choice, self.kind
 
-    def place(self) -> Position:
+    def position(self) -> Position:
         """Return the position before the rest."""
         return Position(self.entry.seq - 1, self.start)
 
@@ -128,14 +128,14 @@ def _part(entry: Entry, start: int) -> _Part | None:
 
 
 class Chunker:
-    """Join and cut deltas; ``place`` is the reader's position in the log.
+    """Join and cut deltas; ``position`` is the reader's position in the log.
 
     Times are seconds of any monotonic clock.
     """
 
-    def __init__(self, grain: Granularity, place: Position) -> None:
-        self.grain = grain
-        self._begin = place
+    def __init__(self, granularity: Granularity, position: Position) -> None:
+        self.granularity = granularity
+        self._begin = position
         self._parts: list[_Part] = []
         self._text = ""  # held text: at most `HOLD_CHARS` and one delta
         self._scan = 0
@@ -147,16 +147,16 @@ class Chunker:
         """Time at which `settle` must release the held text; ``None`` when nothing is held."""
         if not self._parts:
             return None
-        return (self._released if self.grain.mode == "coalesce" else self._since) + self.grain.hold
+        return (self._released if self.granularity.mode == "coalesce" else self._since) + self.granularity.hold
 
-    def place(self, seq: int) -> Position:
+    def position(self, seq: int) -> Position:
         """Return the position after the released text, when all entries up to ``seq`` were offered."""
-        return self._parts[0].place() if self._parts else Position(seq)
+        return self._parts[0].position() if self._parts else Position(seq)
 
     def offer(self, entry: Entry, now: float) -> list[Entry]:
         """Add the next entry; return the entries to send now."""
         start = self._begin.offset if entry.seq == self._begin.seq + 1 else 0
-        if self.grain.mode == "token" and not start:
+        if self.granularity.mode == "token" and not start:
             return [entry]
         part = _part(entry, start)
         if part is None:
@@ -184,10 +184,10 @@ class Chunker:
         return self._release()
 
     def _cut(self, now: float) -> list[Entry]:
-        if self.grain.mode == "token":
+        if self.granularity.mode == "token":
             return self._release()
         shown: list[Entry] = []
-        if self.grain.mode != "coalesce":
+        if self.granularity.mode != "coalesce":
             while len(shown) < CUTS and (end := self._end()) is not None:
                 shown.append(self._take(end))
                 self._since = now
@@ -198,8 +198,8 @@ class Chunker:
     def _end(self) -> int | None:
         """Return the end of the first complete line or sentence in the held text."""
         text = self._text
-        for match in (_LINE if self.grain.mode == "line" else _SENTENCE).finditer(text, self._scan):
-            if self.grain.mode == "line" or not text[: match.end()].isspace():
+        for match in (_LINE if self.granularity.mode == "line" else _SENTENCE).finditer(text, self._scan):
+            if self.granularity.mode == "line" or not text[: match.end()].isspace():
                 return match.end()
         self._scan = max(0, len(text) - _LOOK_BACK)
         return None
@@ -250,12 +250,12 @@ def _piece(parts: Sequence[_Part], first: _Part, start: int, text: str, within: 
     return Entry(seq, first.entry.generation, "delta", _encode(merged), within)
 
 
-def rest(entries: Sequence[Entry], place: Position, end: Position) -> Entry | None:
-    """Return the rest, after ``place``, of a piece that ends at ``end``; ``None`` if it is not text.
+def rest(entries: Sequence[Entry], position: Position, end: Position) -> Entry | None:
+    """Return the rest, after ``position``, of a piece that ends at ``end``; ``None`` if it is not text.
 
-    ``entries``: the log's events after ``place`` whose text the piece holds.
+    ``entries``: the log's events after ``position`` whose text the piece holds.
     """
-    parts = [_part(entry, place.offset if entry.seq == place.seq + 1 else 0) for entry in entries]
+    parts = [_part(entry, position.offset if entry.seq == position.seq + 1 else 0) for entry in entries]
     known = [part for part in parts if part is not None]
     if not known or len(known) < len(parts):
         return None

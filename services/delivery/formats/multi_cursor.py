@@ -27,9 +27,9 @@ class MultiCursor:
         for index, cursor in enumerate(cursors):
             self.advance(index, Position(cursor.seq, cursor.offset))
 
-    def advance(self, index: int, place: Position) -> None:
+    def advance(self, index: int, position: Position) -> None:
         """Set the position in one session."""
-        self._records[index] = self._marks[index] + _number(place.seq) + _number(place.offset)
+        self._records[index] = self._marks[index] + _number(position.seq) + _number(position.offset)
 
     def text(self) -> bytes:
         """Return the multi-cursor text."""

@@ -137,7 +137,7 @@ class Tail:
 
     def after(self, seq: int, offset: int = 0) -> int:
         """Return the index of the first entry that ends after a position (whose ``seq`` must be ≥ ``floor``)."""
-        return self.base + bisect_right(self._entries, (seq, offset), key=_place)
+        return self.base + bisect_right(self._entries, (seq, offset), key=_position)
 
     def restart(self, floor: int) -> None:
         """Drop all entries; the indices of current subscribers are then below ``base``."""
@@ -165,5 +165,5 @@ class Tail:
         self.spans = {g: s for g, s in self.spans.items() if not s.ended or s.last > self.floor}
 
 
-def _place(entry: Entry) -> tuple[int, int]:
+def _position(entry: Entry) -> tuple[int, int]:
     return entry.seq, entry.offset

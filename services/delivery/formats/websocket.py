@@ -29,13 +29,13 @@ _pack: Final = msgspec.msgpack.Encoder()
 class Outgoing(NamedTuple):
     """ASGI messages of one write, with their number of events and bytes.
 
-    ``place``: `position_of` the last event's cursor, 0 without events.
+    ``position``: `position_of` the last event's cursor, 0 without events.
     """
 
     messages: list[dict[str, Any]]
     events: int
     size: int
-    place: int
+    position: int
 
 
 def position_of(cursor: str) -> int:

@@ -95,7 +95,7 @@ class _Subscription:
 
     async def send(self, batch: Batch) -> None:
         if batch.events:
-            self._newest = _place(batch.cursor.decode())
+            self._newest = _position(batch.cursor.decode())
             if self._in_flight is not None:
                 filled = self._window is not None and self._window.is_filled(self._in_flight.size + batch.size)
                 self._in_flight.sent(self._newest, batch.events, batch.size, self._loop.time(), filled=filled)
@@ -119,10 +119,10 @@ class _Subscription:
         Raises:
             Problem: 400, it is no cursor; 409, it has not been sent so much yet.
         """
-        place = _place(cursor)
-        if place > self._newest:
+        position = _position(cursor)
+        if position > self._newest:
             raise Problem(409, "the cursor is ahead of what this subscription has been sent")
-        released = self._in_flight.acked(place, self._loop.time()) if self._in_flight is not None else None
+        released = self._in_flight.acked(position, self._loop.time()) if self._in_flight is not None else None
         if released is None or self._in_flight is None:
             return
         if self._window is None:
@@ -150,7 +150,7 @@ def _more(now: int, granted: int) -> int:
     return now if now == UNLIMITED else min(now + granted, CREDIT_HIGH)
 
 
-def _place(text: str) -> int:
+def _position(text: str) -> int:
     """Return a cursor as a number that grows with the log."""
     try:
         cursor = Cursor.parse(text)

@@ -113,7 +113,7 @@ class ConsumeCall:
             return
         try:
             async with asyncio.timeout(LAST_WRITE_SECONDS):
-                await self._say(stopped=pb.Stopped(reason=reason))
+                await self._send(stopped=pb.Stopped(reason=reason))
         except TimeoutError as error:
             raise TOO_SLOW from error
         if reason == "expired":
@@ -130,7 +130,7 @@ class ConsumeCall:
             except ConnectionError:
                 return
             except Exception as error:
-                await self._say(refused=pb.Refused(id=id_, problem=as_message(as_problem(error))))
+                await self._send(refused=pb.Refused(id=id_, problem=as_message(as_problem(error))))
 
     async def _take(self, request: pb.ConsumeRequest, name: str) -> None:
         kind = request.WhichOneof("kind")
@@ -163,18 +163,18 @@ class ConsumeCall:
         except InvalidToken as error:
             raise Problem(400, str(error), slug="token-invalid", title="The token is not valid here") from error
         consumption.settled([*words.acks, *words.nacks])
-        await self._say(settled=pb.Settled(id=words.id, settled=found.settled, unknown=found.unknown))
+        await self._send(settled=pb.Settled(id=words.id, settled=found.settled, unknown=found.unknown))
 
     async def _opened(self) -> None:
-        await self._say(consuming=pb.Consuming())
+        await self._send(consuming=pb.Consuming())
 
     def _giving(self, *, auto: bool) -> Callable[[Sequence[Delivery]], Awaitable[None]]:
         async def give(events: Sequence[Delivery]) -> None:
-            await self._say(deliveries=pb.Deliveries(events=[_event(event, auto=auto) for event in events]))
+            await self._send(deliveries=pb.Deliveries(events=[_event(event, auto=auto) for event in events]))
 
         return give
 
-    async def _say(self, **kind: Any) -> None:
+    async def _send(self, **kind: Any) -> None:
         """Write one response.
 
         Raises:

@@ -93,20 +93,20 @@ class DeadEventList(msgspec.Struct):
 
 def consumer_view(name: str, found: Found, dead: int) -> ConsumerView:
     """Return a consumer as it is shown."""
-    wish, infos = found.definition.wish, found.infos
+    spec, infos = found.definition.spec, found.infos
     logs = {partition: info for partition, info in sorted(infos.items()) if partition != AGAIN}
     again = infos.get(AGAIN)
     paused = [info for info in infos.values() if info.paused]
     return ConsumerView(
         name=name,
-        session=wish.session,
-        types=wish.types,
-        start=wish.start,
-        after=wish.after,
-        since=wish.since,
-        ack_wait=wish.ack_wait,
-        max_in_flight=wish.max_in_flight,
-        max_deliver=wish.max_deliver,
+        session=spec.session,
+        types=spec.types,
+        start=spec.start,
+        after=spec.after,
+        since=spec.since,
+        ack_wait=spec.ack_wait,
+        max_in_flight=spec.max_in_flight,
+        max_deliver=spec.max_deliver,
         created_at=min(info.created for info in infos.values()),
         pending=sum(info.num_pending for info in logs.values()),
         in_flight=sum(info.num_ack_pending for info in infos.values()),

@@ -76,7 +76,7 @@ def _definitions(consumers: Consumers) -> list[HTTPRouteHandler]:
         principal = caller(request)
         each: dict[str, Found] = await reach(consumers.all_of(principal.tenant))
         dead: dict[str, int] = await reach(consumers.dead.counts(principal.tenant))
-        seen = {name: found for name, found in each.items() if covers(principal, found.definition.wish.session)}
+        seen = {name: found for name, found in each.items() if covers(principal, found.definition.spec.session)}
         return ConsumerList([consumer_view(name, found, dead.get(name, 0)) for name, found in seen.items()])
 
     @get("/{name:str}", summary="A durable consumer", operation_id="getConsumer", responses=PROBLEMS)
@@ -93,22 +93,22 @@ def _definitions(consumers: Consumers) -> list[HTTPRouteHandler]:
     return [put_consumer, list_consumers, get_consumer, delete_consumer]
 
 
-def _check(wish: ConsumerSpec, principal: Principal) -> None:
-    if wish.session is not None:
-        named("session", wish.session)
-        authorize(principal, "consume", wish.session)
+def _check(spec: ConsumerSpec, principal: Principal) -> None:
+    if spec.session is not None:
+        named("session", spec.session)
+        authorize(principal, "consume", spec.session)
     elif not covers(principal, None):
         raise Problem(403, "a consumer of all sessions needs credentials for all of them: name a session")
-    if wish.types == ():
+    if spec.types == ():
         raise Problem(400, "types is empty: leave it out to read all types")
-    if wish.after is not None:
-        if wish.session is None:
+    if spec.after is not None:
+        if spec.session is None:
             raise Problem(400, "a cursor is a position in one session: after needs session")
         try:
-            Cursor.parse(wish.after)
+            Cursor.parse(spec.after)
         except InvalidCursor as error:
             raise Problem(400, str(error), slug="cursor-invalid", title="The cursor is not valid here") from error
-    if sum((wish.after is not None, wish.since is not None, wish.start != "start")) > 1:
+    if sum((spec.after is not None, spec.since is not None, spec.start != "start")) > 1:
         raise Problem(400, "start, after and since exclude each other")
 
 

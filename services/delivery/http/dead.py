@@ -146,10 +146,10 @@ def _changes(intake: Intake, requests: _Requests) -> list[HTTPRouteHandler]:
         named("generation", generation)
         principal = caller(request)
         dead = requests(principal)
-        again, wish = _again(await reach(dead.get(generation)))
-        # The key makes two wishes at once, and a wish repeated because removing had failed, one new generation. No
+        again, resent = _again(await reach(dead.get(generation)))
+        # One key for two resends at once, and for one repeated after removing had failed: one new generation. No
         # client can send such a key.
-        queued = await reach(intake.accept(principal, again.session, wish, f"resend\0{generation}"))
+        queued = await reach(intake.accept(principal, again.session, resent, f"resend\0{generation}"))
         await reach(dead.drop(generation))
         return accepted(again.session, *queued)
 
@@ -204,10 +204,10 @@ def _line(dead: Dead) -> DeadRequest:
 
 
 def _again(dead: Dead) -> tuple[Request, GenerationRequest]:
-    """Return a dead request and what it wished for.
+    """Return a dead request and the body to send again.
 
     Raises:
-        Problem: it cannot be read, or wishes what is not allowed any more.
+        Problem: it cannot be read, or asks for what is not allowed any more.
     """
     if dead.request is None:
         raise Problem(
@@ -218,8 +218,8 @@ def _again(dead: Dead) -> tuple[Request, GenerationRequest]:
             title="The request cannot be read",
         )
     given = msgspec.to_builtins(dead.request)
-    wished = {name: given[name] for name in GenerationRequest.__struct_fields__ if name in given}
+    body = {name: given[name] for name in GenerationRequest.__struct_fields__ if name in given}
     try:
-        return dead.request, msgspec.convert(wished, GenerationRequest)
+        return dead.request, msgspec.convert(body, GenerationRequest)
     except msgspec.ValidationError as error:
         raise Problem(422, f"the request cannot be sent again: {error}") from error

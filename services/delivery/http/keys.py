@@ -115,21 +115,21 @@ def _fields(record: KeyRecord) -> dict[str, Any]:
     return fields | {"scopes": list(record.scopes), "sessions": list(record.sessions)}
 
 
-def _record(principal: Principal, wish: KeySpec, id_: str, hash_: str, now: float) -> KeyRecord:
+def _record(principal: Principal, spec: KeySpec, id_: str, hash_: str, now: float) -> KeyRecord:
     """Return the record of a wished key. Nobody gives more than he has.
 
     Raises:
         Problem: 400 for names that are none, 403 for more than the principal has itself.
     """
-    tenant = wish.tenant or principal.tenant
+    tenant = spec.tenant or principal.tenant
     named("tenant", tenant)
     if tenant != principal.tenant and not principal.operator:
         raise Problem(403, "only the operator makes keys of another tenant")
-    beyond = sorted(set(wish.scopes) - principal.scopes)
+    beyond = sorted(set(spec.scopes) - principal.scopes)
     if beyond:
         raise Problem(403, f"the credentials lack the scope {beyond[0]!r} that the key is to have")
     try:
-        sessions = session_patterns(wish.sessions)
+        sessions = session_patterns(spec.sessions)
     except ValueError as error:
         raise Problem(400, str(error)) from error
     if not principal.reaches_all and not set(sessions) <= set(principal.sessions):
@@ -137,10 +137,10 @@ def _record(principal: Principal, wish: KeySpec, id_: str, hash_: str, now: floa
     return KeyRecord(
         id=id_,
         tenant=tenant,
-        name=wish.name,
-        scopes=tuple(sorted(set(wish.scopes))),
+        name=spec.name,
+        scopes=tuple(sorted(set(spec.scopes))),
         sessions=sessions,
         hash=hash_,
         created_at=now,
-        expires_at=None if wish.expires_in is None else now + wish.expires_in,
+        expires_at=None if spec.expires_in is None else now + spec.expires_in,
     )

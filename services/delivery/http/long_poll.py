@@ -100,10 +100,10 @@ def polling(streams: Streams, stream: Stream, wait: float, limit: int, *, gzip: 
 
     async def answer(_scope: Any, receive: Any, send: Any) -> None:
         if stream.seq is None:
-            await _send(send, EventBatch(events=[], cursor=stream.wish.cursor or "", more=False, ended=True))
+            await _send(send, EventBatch(events=[], cursor=stream.options.cursor or "", more=False, ended=True))
             return
         # A granularity is applied to the batch: it is sent at once, so that there is nothing to hold back for.
-        plain = stream._replace(wish=stream.wish._replace(grain=TOKEN), offset=0)
+        plain = stream._replace(options=stream.options._replace(granularity=TOKEN), offset=0)
         poll = _Poll(wait, limit)
         with watching(receive) as watch:
 
@@ -127,12 +127,12 @@ def polling(streams: Streams, stream: Stream, wait: float, limit: int, *, gzip: 
 def _batch(stream: Stream, poll: _Poll, reason: str) -> EventBatch:
     assert poll.subscriber is not None
     assert stream.seq is not None
-    feed, place = stream.feed, max(poll.subscriber.place, Position(stream.seq, stream.offset))
+    feed, position = stream.feed, max(poll.subscriber.position, Position(stream.seq, stream.offset))
     ended = reason in ("terminal", "complete")
-    behind = place.seq < feed.tail.floor or feed.tail.after(*place) < feed.tail.end
+    behind = position.seq < feed.tail.floor or feed.tail.after(*position) < feed.tail.end
     return EventBatch(
         events=_items(stream, poll.frames),
-        cursor=feed.address.inside(place.offset).cursor(place.seq).decode(),
+        cursor=feed.address.inside(position.offset).cursor(position.seq).decode(),
         more=behind and not ended,
         ended=True if ended else None,
         gaps=[dict(zip(("reason", "generation"), gap.decode().split(), strict=False)) for gap in poll.gaps],
@@ -141,7 +141,7 @@ def _batch(stream: Stream, poll: _Poll, reason: str) -> EventBatch:
 
 def _items(stream: Stream, frames: list[bytes]) -> list[_Item]:
     at, seq = stream.feed.address, stream.seq or 0
-    merger = Chunker(stream.wish.grain, Position(seq, stream.offset))
+    merger = Chunker(stream.options.granularity, Position(seq, stream.offset))
     entries: list[Entry] = []
     for frame in frames:
         entries += merger.offer(_entry(frame), 0.0)

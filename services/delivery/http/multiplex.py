@@ -53,7 +53,7 @@ async def open_several(streams: Streams, principal: Principal, scope: Any, ask: 
             for session, mark in zip(ask.sessions, marks, strict=True)
         )
     )
-    return OpenedStreams([stream for stream, _ in found], [s.wish.session for s, expired in found if expired])
+    return OpenedStreams([stream for stream, _ in found], [s.options.session for s, expired in found if expired])
 
 
 def streaming_several(
@@ -133,7 +133,7 @@ class _Outlet:
                 await self._send(http_body(body))
 
     def _said(self, number: int, frame: bytes) -> bytes:
-        session = self._opened.streams[number].wish.session
+        session = self._opened.streams[number].options.session
         if isinstance(frame, RawBye):
             return b""
         if isinstance(frame, RawGap):
@@ -144,13 +144,13 @@ class _Outlet:
         return self._form.event(session, self._places.text(), part.data)
 
 
-async def _open(streams: Streams, principal: Principal, wish: Any) -> tuple[Stream, bool]:
+async def _open(streams: Streams, principal: Principal, options: Any) -> tuple[Stream, bool]:
     try:
-        return await streams.open(principal, wish), False
+        return await streams.open(principal, options), False
     except Problem as problem:
         if problem.status != 410:
             raise
-    return await streams.open(principal, wish._replace(cursor=None)), True
+    return await streams.open(principal, options._replace(cursor=None)), True
 
 
 def _check(ask: ReadRequest) -> None:

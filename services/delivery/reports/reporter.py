@@ -63,7 +63,7 @@ class DeliveryReporter:
 
     def add(
         self,
-        place: GenerationKey,
+        key: GenerationKey,
         *,
         events: int,
         tokens: int = 0,
@@ -75,12 +75,12 @@ class DeliveryReporter:
 
         ``size``: bytes as framed; ``subscribers``: number that receive this generation for the first time.
         """
-        counter = self._counters.get(place)
+        counter = self._counters.get(key)
         if counter is None:
             self._serial += 1
-            counter = self._counters[place] = _Counter(f"{self._replica}-{self._serial}")
+            counter = self._counters[key] = _Counter(f"{self._replica}-{self._serial}")
         elif counter.reported:
-            self._counters.move_to_end(place)
+            self._counters.move_to_end(key)
         counter.reported = False
         counter.events += events
         counter.sent_tokens += tokens
@@ -104,11 +104,11 @@ class DeliveryReporter:
     async def report(self) -> None:
         """Publish changed counts; without a broker keep them for the next round, within the bound."""
         try:
-            for place, counter in list(self._counters.items()):
+            for key, counter in list(self._counters.items()):
                 if not counter.reported:
-                    await self._tell(place, counter)
+                    await self._notify(key, counter)
                 elif counter.idle >= IDLE_ROUNDS or len(self._counters) > self._limit:
-                    del self._counters[place]
+                    del self._counters[key]
                 else:
                     counter.idle += 1
         except (BrokerUnavailable, APIError) as error:
@@ -118,14 +118,14 @@ class DeliveryReporter:
                 self._counters.popitem(last=False)
                 metrics.DELIVERED_REPORTS.labels("lost").inc()
 
-    async def _tell(self, place: GenerationKey, counter: _Counter) -> None:
+    async def _notify(self, key: GenerationKey, counter: _Counter) -> None:
         counter.number += 1
         counter.idle = 0
         counter.reported = True
         report = DeliveredReport(
-            tenant=place.tenant,
-            session=place.session,
-            generation=place.generation,
+            tenant=key.tenant,
+            session=key.session,
+            generation=key.generation,
             counter=counter.name,
             number=counter.number,
             subscribers=counter.subscribers,
@@ -136,7 +136,7 @@ class DeliveryReporter:
             at=round(time.time(), 3),
         )
         try:
-            await self._publish(delivered_subject(*place), encode_delivered(report))
+            await self._publish(delivered_subject(*key), encode_delivered(report))
         except (BrokerUnavailable, APIError, asyncio.CancelledError):
             counter.reported = False
             raise

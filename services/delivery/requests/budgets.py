@@ -57,7 +57,7 @@ class BudgetReservations:
         if not await self._has_budgets(record.tenant):
             return
         inputs, outputs = worst_case(request.messages, request.params, self._output)
-        wish = Reserve(
+        reserve = Reserve(
             tenant=record.tenant,
             session=record.session,
             generation=record.generation,
@@ -67,7 +67,7 @@ class BudgetReservations:
             output=outputs,
             at=record.created_at,
         )
-        decision = await self._ask(wish)
+        decision = await self._ask(reserve)
         if decision is None:
             self._go_without_billing(record.tenant)
             return
@@ -88,16 +88,16 @@ class BudgetReservations:
         except BrokerUnavailable as error:
             log.warning("reservation not released yet", generation=record.generation, detail=str(error))
 
-    async def _ask(self, wish: Reserve) -> Decision | None:
+    async def _ask(self, reserve: Reserve) -> Decision | None:
         try:
-            answer = await self._broker.request(RESERVE_SUBJECT, msgspec.json.encode(wish), timeout=ASK_SECONDS)
+            answer = await self._broker.request(RESERVE_SUBJECT, msgspec.json.encode(reserve), timeout=ASK_SECONDS)
             return None if answer is None else msgspec.json.decode(answer, type=Decision)
         except BrokerUnavailable:
             if not self._broker.is_connected:
                 raise
             return None  # billing runs, but its database does not answer
         except msgspec.DecodeError:
-            log.error("billing's decision is not readable", generation=wish.generation)
+            log.error("billing's decision is not readable", generation=reserve.generation)
             return None
 
     def _go_without_billing(self, tenant: str) -> None:

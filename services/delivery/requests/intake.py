@@ -98,7 +98,7 @@ class Intake:
         self._withdrawals = Withdrawals(broker, lookups, admission)
 
     async def accept(
-        self, principal: Principal, session: str, wish: GenerationRequest, key: str | None
+        self, principal: Principal, session: str, request: GenerationRequest, key: str | None
     ) -> tuple[str, str, bool]:
         """Queue a request; return the generation's name, the cursor before it, and whether it is a repeat.
 
@@ -108,33 +108,33 @@ class Intake:
             BrokerUnavailable: nothing was queued.
         """
         async with self._starts.starting(principal):
-            return await self._accept(principal, session, wish, key)
+            return await self._accept(principal, session, request, key)
 
     async def _accept(
-        self, principal: Principal, session: str, wish: GenerationRequest, key: str | None
+        self, principal: Principal, session: str, request: GenerationRequest, key: str | None
     ) -> tuple[str, str, bool]:
         if not self._storage.stores():
             metrics.LOG_FULL.inc()
             raise _not_stored()
         tenant = principal.tenant
-        models = await self._candidates(wish.model)
+        models = await self._candidates(request.model)
         generation = _name(tenant, session, key)
         issuer = await self._states.issuer(tenant, session)
         cursor = await self._cursor(tenant, session, issuer, generation if key else None)
-        body = msgspec.json.encode(wish)
+        body = msgspec.json.encode(request)
         record = GenerationRecord(
             tenant=tenant,
             session=session,
             generation=generation,
             state="queued",
-            model=wish.model,
+            model=request.model,
             created_at=self._clock.wall(),
-            metadata=wish.metadata,
+            metadata=request.metadata,
             request_hash=hashlib.sha256(body).hexdigest()[:32],
             key=principal.key,
         )
         await self._check_room(issuer.partition, record)
-        lane = lane_of(self._pool, wish.priority)
+        lane = lane_of(self._pool, request.priority)
         try:
             created = await self._lookups.create(record)
         except BrokerUnavailable:
@@ -144,11 +144,11 @@ class Intake:
             return generation, cursor, True
         try:
             # A budget covers all sessions of its tenant: credentials limited to some must not see it.
-            await self._admission.reserve(record, models, wish, names_budget=principal.reaches_all)
+            await self._admission.reserve(record, models, request, names_budget=principal.reaches_all)
         except (Problem, BrokerUnavailable):
             await self._take_back(record, created, lane)
             raise
-        await self._enqueue(record, wish, issuer.partition, created, lane)
+        await self._enqueue(record, request, issuer.partition, created, lane)
         self._starts.began(record)
         return generation, cursor, created is None
 
@@ -260,26 +260,26 @@ class Intake:
         raise BrokerUnavailable("an earlier request under this key is about to be stored or taken back: ask again")
 
     async def _enqueue(
-        self, record: GenerationRecord, wish: GenerationRequest, partition: int, created: int | None, lane: str
+        self, record: GenerationRecord, request: GenerationRequest, partition: int, created: int | None, lane: str
     ) -> None:
-        request = Request(
+        queued = Request(
             tenant=record.tenant,
             session=record.session,
             generation=record.generation,
-            model=wish.model,
-            messages=wish.messages,
-            params=wish.params,
-            metadata=wish.metadata,
-            on_disconnect=wish.on_disconnect,
-            on_producer_loss=wish.on_producer_loss,
-            priority=wish.priority,
-            deadlines=wish.deadlines,
+            model=request.model,
+            messages=request.messages,
+            params=request.params,
+            metadata=request.metadata,
+            on_disconnect=request.on_disconnect,
+            on_producer_loss=request.on_producer_loss,
+            priority=request.priority,
+            deadlines=request.deadlines,
             created_at=record.created_at,
             partition=partition,
             key=record.key,
             request_hash=record.request_hash,
         )
-        data = msgspec.json.encode(request)
+        data = msgspec.json.encode(queued)
         limit = self._broker.client.max_payload
         if len(data) > limit:
             await self._take_back(record, created, lane)

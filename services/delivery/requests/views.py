@@ -64,20 +64,20 @@ async def view_of(lookups: Lookups, tenant: str, session: str, generation: str) 
         found = await lookups.get(tenant, session, generation)
     except BrokerUnavailable:
         found = None  # the log is authoritative
-    said = await lookups.transcript(tenant, session, generation)
-    if found is None and not said.events:
+    transcript = await lookups.transcript(tenant, session, generation)
+    if found is None and not transcript.events:
         raise Unknown(f"session {session!r} has no generation {generation!r}")
     record = found[0] if found else None
     if record is not None and record.state == "deleted":
         raise Deleted(f"session {session!r} was deleted, and generation {generation!r} with it")
-    started, terminal = said.started, said.terminal
+    started, terminal = transcript.started, transcript.terminal
     # The log is authoritative; the record fills in expired events and the end noted by the producer.
-    expired = said.headless or not said.events
+    expired = transcript.headless or not transcript.events
     noted = record if record is not None and expired and terminal is None else None
     return GenerationView(
         session=session,
         generation=generation,
-        state=_state(said, record, expired),
+        state=_state(transcript, record, expired),
         model=record.model if record else (started.model if started else ""),
         provider=record.provider if record and record.provider else (started.provider if started else ""),
         upstream_model=started.upstream_model if started else (record.upstream_model or "" if record else ""),
@@ -87,28 +87,28 @@ async def view_of(lookups: Lookups, tenant: str, session: str, generation: str) 
         finish_reason=getattr(terminal, "finish_reason", None) or (noted.finish_reason if noted else None),
         code=getattr(terminal, "code", None) or (noted.code if noted else None),
         message=getattr(terminal, "message", None),
-        text=said.text,
-        choices=said.choices,
-        alternatives=said.alternatives,
-        reasoning=said.reasoning,
-        refusal=said.refusal,
-        tool_calls=said.tool_calls,
-        annotations=[annotation for answer in said.answers for annotation in answer.annotations],
-        binaries=[binary for answer in said.answers for binary in answer.files()],
-        extras=[extra for answer in said.answers for extra in answer.extras],
-        messages=said.messages,
-        events=said.events,
-        beginning_expired=said.headless,
-        counted=(noted.counted if noted else None) or said.counted(),
-        usage=said.usage or (record.usage if record and expired else None),
-        abandoned_calls=said.abandoned_calls,
+        text=transcript.text,
+        choices=transcript.choices,
+        alternatives=transcript.alternatives,
+        reasoning=transcript.reasoning,
+        refusal=transcript.refusal,
+        tool_calls=transcript.tool_calls,
+        annotations=[annotation for answer in transcript.answers for annotation in answer.annotations],
+        binaries=[binary for answer in transcript.answers for binary in answer.files()],
+        extras=[extra for answer in transcript.answers for extra in answer.extras],
+        messages=transcript.messages,
+        events=transcript.events,
+        beginning_expired=transcript.headless,
+        counted=(noted.counted if noted else None) or transcript.counted(),
+        usage=transcript.usage or (record.usage if record and expired else None),
+        abandoned_calls=transcript.abandoned_calls,
         metadata=started.metadata if started else (record.metadata if record else {}),
     )
 
 
-def _state(said: Transcript, record: GenerationRecord | None, expired: bool) -> str:
-    if said.terminal is not None:
-        return type_of(said.terminal)
+def _state(transcript: Transcript, record: GenerationRecord | None, expired: bool) -> str:
+    if transcript.terminal is not None:
+        return type_of(transcript.terminal)
     if record is not None and (record.state == "cancelling" or (expired and record.state in ENDED)):
         return record.state
-    return "running" if said.events or (record is not None and record.state == "running") else "queued"
+    return "running" if transcript.events or (record is not None and record.state == "running") else "queued"

@@ -162,7 +162,7 @@ class Connection:
     def _message(self, message: msgspec.Struct) -> dict[str, Any]:
         return frame_message(self._dialect.encode(message), self._dialect.text)
 
-    async def _say(self, message: msgspec.Struct) -> None:
+    async def _send(self, message: msgspec.Struct) -> None:
         await self._outlet.send([self._message(message)])
 
     async def _read(self, receive: Any) -> str:
@@ -175,66 +175,70 @@ class Connection:
             data: str | bytes = (message.get("bytes") or b"") if text is None else text
             if _size(data) > self._desk.max_message.size:
                 return "too-large"
-            said = self._dialect.decode(data)
-            metrics.SOCKET_MESSAGES.labels(type(said).__name__.lower()).inc()
-            wait = self._pace.take(_cost(said), self._heard_at)
+            message = self._dialect.decode(data)
+            metrics.SOCKET_MESSAGES.labels(type(message).__name__.lower()).inc()
+            wait = self._pace.take(_cost(message), self._heard_at)
             if wait:
                 metrics.SOCKET_THROTTLED.inc()
                 await asyncio.sleep(wait)
             try:
-                await self._answer(said)
+                await self._answer(message)
             except ConnectionError:
                 return "disconnected"
 
-    async def _answer(self, said: Any) -> None:
-        if said.id is None and self._has_ended(said):
+    async def _answer(self, message: Any) -> None:
+        if message.id is None and self._has_ended(message):
             return  # it crossed the end on the way
         try:
-            await self._take(said)
+            await self._take(message)
         except Problem as problem:
-            await self._say(_error(problem, said))
+            await self._send(_error(problem, message))
 
-    def _has_ended(self, said: Any) -> bool:
+    def _has_ended(self, message: Any) -> bool:
         """Tell whether something concerns what is not read, or not any more."""
-        if isinstance(said, _ABOUT_A_CONSUMER) and said.consumer is not None:
-            return said.consumer not in self._consumptions
-        return isinstance(said, _ABOUT_ONE) and said.session is not None and said.session not in self._subscriptions
+        if isinstance(message, _ABOUT_A_CONSUMER) and message.consumer is not None:
+            return message.consumer not in self._consumptions
+        return (
+            isinstance(message, _ABOUT_ONE)
+            and message.session is not None
+            and message.session not in self._subscriptions
+        )
 
-    async def _take(self, said: Any) -> None:
-        match said:
+    async def _take(self, message: Any) -> None:
+        match message:
             case Ack():
-                self._acknowledge(said)
+                self._acknowledge(message)
             case Consume() | Settle() | Unconsume():
-                await self._take_for_consumer(said)
-            case Credit() if said.consumer is not None:
-                self._consumptions.grant(said)
+                await self._take_for_consumer(message)
+            case Credit() if message.consumer is not None:
+                self._consumptions.grant(message)
             case Credit():
-                self._subscription(said.session).grant(said.events, said.bytes)
+                self._subscription(message.session).grant(message.events, message.bytes)
             case Subscribe():
-                self._subscribe(said)
+                self._subscribe(message)
             case Unsubscribe():
-                subscription = self._subscription(said.session)
+                subscription = self._subscription(message.session)
                 subscription.unsubscribed = True
                 subscription.stop("disconnected")
             case StartGeneration():
-                await self._operate(said, self._start(said))
+                await self._operate(message, self._start(message))
             case Cancel():
-                await self._operate(said, self._cancel(said))
+                await self._operate(message, self._cancel(message))
             case Ping():
-                await self._say(Pong(id=said.id))
+                await self._send(Pong(id=message.id))
             case Pong():
-                self._take_pong(said)
+                self._take_pong(message)
             case Unreadable():
-                raise Problem(400, said.detail, slug=said.slug)
+                raise Problem(400, message.detail, slug=message.slug)
 
-    async def _take_for_consumer(self, said: Consume | Settle | Unconsume) -> None:
-        match said:
+    async def _take_for_consumer(self, message: Consume | Settle | Unconsume) -> None:
+        match message:
             case Consume():
-                self._consumptions.consume(said)
+                self._consumptions.consume(message)
             case Settle():
-                await self._operate(said, self._consumptions.settle(said))
+                await self._operate(message, self._consumptions.settle(message))
             case Unconsume():
-                self._consumptions.unconsume(said)
+                self._consumptions.unconsume(message)
 
     def _take_pong(self, pong: Pong) -> None:
         if pong.id == self._pings:
@@ -249,43 +253,45 @@ class Connection:
             raise Problem(404, f"this socket has no subscription of session {session[:80]!r}")
         return found
 
-    def _acknowledge(self, said: Ack) -> None:
-        subscription = self._subscription(said.session)
+    def _acknowledge(self, message: Ack) -> None:
+        subscription = self._subscription(message.session)
         try:
-            place = position_of(said.cursor)
+            position = position_of(message.cursor)
         except InvalidCursor as error:
             raise Problem(400, str(error), slug="cursor-invalid", title="The cursor is not valid here") from error
-        subscription.acked(place)
+        subscription.acked(position)
 
-    def _subscribe(self, said: Subscribe) -> None:
-        if said.credit is not None and said.window is not None:
+    def _subscribe(self, message: Subscribe) -> None:
+        if message.credit is not None and message.window is not None:
             raise Problem(400, "a subscription has either `credit` or a `window`")
-        wish = ReadOptions.read(
-            said.session,
-            generation=said.generation,
-            after=said.after,
-            from_=said.from_,
-            granularity=said.granularity,
-            coalesce=said.coalesce,
+        options = ReadOptions.read(
+            message.session,
+            generation=message.generation,
+            after=message.after,
+            from_=message.from_,
+            granularity=message.granularity,
+            coalesce=message.coalesce,
         )
-        if said.session in self._subscriptions:
-            raise Problem(409, f"this socket reads session {said.session!r} already: unsubscribe first")
+        if message.session in self._subscriptions:
+            raise Problem(409, f"this socket reads session {message.session!r} already: unsubscribe first")
         if len(self._subscriptions) >= SUBSCRIPTIONS:
             raise Problem(429, f"a socket has at most {SUBSCRIPTIONS} subscriptions", slug="too-many-subscriptions")
-        subscription = Subscription(self._outlet, self._clock.monotonic, said.credit, auto=said.window is not None)
-        self._subscriptions[said.session] = subscription
-        subscription.task = asyncio.create_task(self._follow(said.id, wish, subscription))
+        subscription = Subscription(
+            self._outlet, self._clock.monotonic, message.credit, auto=message.window is not None
+        )
+        self._subscriptions[message.session] = subscription
+        subscription.task = asyncio.create_task(self._follow(message.id, options, subscription))
 
-    async def _follow(self, id_: RequestId | None, wish: ReadOptions, subscription: Subscription) -> None:
+    async def _follow(self, id_: RequestId | None, options: ReadOptions, subscription: Subscription) -> None:
         reason = "disconnected"
         try:
-            stream = await self._desk.streams.open(self._principal, wish)
+            stream = await self._desk.streams.open(self._principal, options)
             feed = stream.feed
-            cursor = stream.cursor or wish.cursor or feed.address.cursor(feed.last_seq).decode()
-            await self._say(Subscribed(id=id_, session=wish.session, cursor=cursor))
+            cursor = stream.cursor or options.cursor or feed.address.cursor(feed.last_seq).decode()
+            await self._send(Subscribed(id=id_, session=options.session, cursor=cursor))
             reason = "complete"
             if stream.seq is not None:
-                format_ = self._formats.of(wish.session)
+                format_ = self._formats.of(options.session)
                 reason = await self._desk.streams.serve(stream, subscription.send, format_, subscription.joined)
         except asyncio.CancelledError:
             if not subscription.unsubscribed:
@@ -293,79 +299,84 @@ class Connection:
         except ConnectionError:
             return
         except Problem as problem:
-            await self._say_if_open(Error(**_refusal(problem), id=id_, session=wish.session))
+            await self._send_if_open(Error(**_refusal(problem), id=id_, session=options.session))
             return
         except Exception:
-            log.exception("subscription failed", session=wish.session)
+            log.exception("subscription failed", session=options.session)
             reason = "failed"
         finally:
-            del self._subscriptions[wish.session]
-        await self._part(wish, reason, subscription)
+            del self._subscriptions[options.session]
+        await self._part(options, reason, subscription)
 
-    async def _part(self, wish: ReadOptions, reason: str, subscription: Subscription) -> None:
+    async def _part(self, options: ReadOptions, reason: str, subscription: Subscription) -> None:
         """Say that a subscription is over, where it can neither be resumed nor is the socket over with it."""
         ended = "unsubscribed" if subscription.unsubscribed and reason == "disconnected" else _ENDS.get(reason)
         if ended is not None:
-            await self._say_if_open(End(session=wish.session, reason=ended, generation=wish.generation))
+            await self._send_if_open(End(session=options.session, reason=ended, generation=options.generation))
         elif reason in ("drain", "evicted", "expired"):
             self.stop(reason)
 
-    async def _say_if_open(self, message: msgspec.Struct) -> None:
+    async def _send_if_open(self, message: msgspec.Struct) -> None:
         try:
-            await self._say(message)
+            await self._send(message)
         except ConnectionError:
             return
 
-    async def _operate(self, said: Any, operation: Any) -> None:
+    async def _operate(self, message: Any, operation: Any) -> None:
         """Do what asks the broker beside everything else; with too many of those, read no further for now."""
         while len(self._operations) >= OPERATIONS:
             await asyncio.wait(self._operations, return_when=asyncio.FIRST_COMPLETED)
-        task = asyncio.create_task(self._answered(said, operation))
+        task = asyncio.create_task(self._answered(message, operation))
         self._operations.add(task)
         task.add_done_callback(self._operations.discard)
 
-    async def _answered(self, said: Any, operation: Any) -> None:
+    async def _answered(self, message: Any, operation: Any) -> None:
         answer: msgspec.Struct
         try:
             answer = await operation
         except Problem as problem:
-            answer = _error(problem, said)
+            answer = _error(problem, message)
         except Exception:
-            log.exception("request over a socket failed", request=type(said).__name__)
-            answer = _error(Problem(500, "the error has been logged"), said)
-        await self._say_if_open(answer)
+            log.exception("request over a socket failed", request=type(message).__name__)
+            answer = _error(Problem(500, "the error has been logged"), message)
+        await self._send_if_open(answer)
 
-    async def _start(self, said: StartGeneration) -> msgspec.Struct:
-        named("session", said.session)
-        principal = authorize(self._principal, "start", said.session)
-        key = said.idempotency_key
+    async def _start(self, message: StartGeneration) -> msgspec.Struct:
+        named("session", message.session)
+        principal = authorize(self._principal, "start", message.session)
+        key = message.idempotency_key
         if key is not None and not 0 < len(key) <= KEY_LIMIT:
             raise Problem(400, f"idempotency_key must have 1 to {KEY_LIMIT} characters")
-        wish = _generation_wish(said.request)
-        accepted = self._desk.intake.accept(principal, said.session, wish, key)
+        options = _generation_wish(message.request)
+        accepted = self._desk.intake.accept(principal, message.session, options, key)
         generation, cursor, repeated = await reach(accepted)
         return Accepted(
-            id=said.id, session=said.session, generation=generation, cursor=cursor, state="queued", repeated=repeated
+            id=message.id,
+            session=message.session,
+            generation=generation,
+            cursor=cursor,
+            state="queued",
+            repeated=repeated,
         )
 
-    async def _cancel(self, said: Cancel) -> msgspec.Struct:
-        named("session", said.session)
-        named("generation", said.generation)
-        principal = authorize(self._principal, "cancel", said.session)
-        state = await reach(self._desk.intake.cancel(principal.tenant, said.session, said.generation))
-        return Cancelling(id=said.id, session=said.session, generation=said.generation, state=state)
+    async def _cancel(self, message: Cancel) -> msgspec.Struct:
+        named("session", message.session)
+        named("generation", message.generation)
+        principal = authorize(self._principal, "cancel", message.session)
+        state = await reach(self._desk.intake.cancel(principal.tenant, message.session, message.generation))
+        return Cancelling(id=message.id, session=message.session, generation=message.generation, state=state)
 
 
-def _cost(said: Any) -> float:
+def _cost(message: Any) -> float:
     """Return as how many messages something counts."""
-    if isinstance(said, Settle):
-        return 1.0 + (len(said.acks) + len(said.nacks) + len(said.working)) / TOKENS_OF_A_MESSAGE
-    return COSTLY if isinstance(said, _EXPENSIVE) else 1.0
+    if isinstance(message, Settle):
+        return 1.0 + (len(message.acks) + len(message.nacks) + len(message.working)) / TOKENS_OF_A_MESSAGE
+    return COSTLY if isinstance(message, _EXPENSIVE) else 1.0
 
 
-def _error(problem: Problem, said: Any) -> Error:
+def _error(problem: Problem, message: Any) -> Error:
     """Return the answer to what cannot be done."""
-    about = {name: getattr(said, name, None) for name in ("id", "session", "consumer")}
+    about = {name: getattr(message, name, None) for name in ("id", "session", "consumer")}
     return Error(**_refusal(problem), **about)
 
 

@@ -61,56 +61,56 @@ class Consumptions:
         for consumption in self._open.values():
             consumption.stop(reason)
 
-    def consume(self, said: Consume) -> None:
+    def consume(self, message: Consume) -> None:
         """Begin to read.
 
         Raises:
             Problem: 409, it is read already; 429, as many are read as may be.
         """
-        if said.consumer in self._open:
-            raise Problem(409, f"this socket reads consumer {said.consumer!r} already: unconsume first")
+        if message.consumer in self._open:
+            raise Problem(409, f"this socket reads consumer {message.consumer!r} already: unconsume first")
         if len(self._open) >= CONSUMPTIONS:
             raise Problem(429, f"a socket reads at most {CONSUMPTIONS} consumers", slug="too-many-consumers")
-        credit = None if said.credit is None else said.credit.events
-        consumption = Consumption(self._consumers, said.consumer, auto=said.ack == "auto", credit=credit)
-        self._open[said.consumer] = consumption
-        task = asyncio.create_task(self._follow(said, consumption))
+        credit = None if message.credit is None else message.credit.events
+        consumption = Consumption(self._consumers, message.consumer, auto=message.ack == "auto", credit=credit)
+        self._open[message.consumer] = consumption
+        task = asyncio.create_task(self._follow(message, consumption))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
-    def grant(self, said: Credit) -> None:
+    def grant(self, message: Credit) -> None:
         """Let so much more be sent.
 
         Raises:
             Problem: 400, it does not say how many events; 404, the consumer is not read here; 409, without credit.
         """
-        if said.session is not None or said.bytes is not None or said.events is None:
+        if message.session is not None or message.bytes is not None or message.events is None:
             raise Problem(400, "credit for a consumer has `events`, and neither `bytes` nor `session`")
-        self._reading(said.consumer).grant(said.events)
+        self._reading(message.consumer).grant(message.events)
 
-    def unconsume(self, said: Unconsume) -> None:
+    def unconsume(self, message: Unconsume) -> None:
         """Read no longer.
 
         Raises:
             Problem: 404, the consumer is not read here.
         """
-        self._reading(said.consumer).stop("unconsumed")
+        self._reading(message.consumer).stop("unconsumed")
 
-    async def settle(self, said: Settle) -> Settled:
+    async def settle(self, message: Settle) -> Settled:
         """Settle events, wherever they have been given.
 
         Raises:
             Problem: this caller has no such consumer; 400, a token is none; 503, the broker is away.
         """
-        await permitted(self._consumers, self._principal, said.consumer, recent=True)
-        words = Settlement(acks=said.acks, nacks=said.nacks, working=said.working, delay=said.delay)
+        await permitted(self._consumers, self._principal, message.consumer, recent=True)
+        words = Settlement(acks=message.acks, nacks=message.nacks, working=message.working, delay=message.delay)
         try:
-            found = await reach(settle(self._consumers, self._principal.tenant, said.consumer, words))
+            found = await reach(settle(self._consumers, self._principal.tenant, message.consumer, words))
         except InvalidToken as error:
             raise Problem(400, str(error), slug="token-invalid", title="The token is not valid here") from error
-        if (consumption := self._open.get(said.consumer)) is not None:
-            consumption.settled([*said.acks, *said.nacks])
-        return Settled(id=said.id, consumer=said.consumer, settled=found.settled, unknown=found.unknown)
+        if (consumption := self._open.get(message.consumer)) is not None:
+            consumption.settled([*message.acks, *message.nacks])
+        return Settled(id=message.id, consumer=message.consumer, settled=found.settled, unknown=found.unknown)
 
     def _reading(self, name: str | None) -> Consumption:
         found = self._open.get(name or "")
@@ -118,11 +118,11 @@ class Consumptions:
             raise Problem(404, f"this socket does not read consumer {str(name)[:80]!r}")
         return found
 
-    async def _follow(self, said: Consume, consumption: Consumption) -> None:
-        name, auto = said.consumer, said.ack == "auto"
+    async def _follow(self, message: Consume, consumption: Consumption) -> None:
+        name, auto = message.consumer, message.ack == "auto"
 
         async def opened() -> None:
-            await self._say(Consuming(id=said.id, consumer=name))
+            await self._send(Consuming(id=message.id, consumer=name))
 
         async def give(events: Sequence[Delivery]) -> None:
             frames = [msgspec.Raw(self._frame(event, auto=auto)) for event in events]
@@ -135,14 +135,14 @@ class Consumptions:
         except ConnectionError:
             return
         except Problem as problem:
-            last = self._refuse(problem, said)
+            last = self._refuse(problem, message)
         except Exception:
             log.exception("consumer no longer read", consumer=name)
             last = Stopped(consumer=name, reason="failed")
         finally:
             del self._open[name]
         if last is not None:
-            await self._say(last)
+            await self._send(last)
 
     def _frame(self, delivery: Delivery, *, auto: bool) -> bytes:
         if self._dialect.text:
@@ -152,7 +152,7 @@ class Consumptions:
     def _message(self, message: msgspec.Struct) -> dict[str, object]:
         return frame_message(self._dialect.encode(message), self._dialect.text)
 
-    async def _say(self, message: msgspec.Struct) -> None:
+    async def _send(self, message: msgspec.Struct) -> None:
         try:
             await self._outlet.send([self._message(message)])
         except ConnectionError:

@@ -56,7 +56,7 @@ class Subscription:
             ConnectionError: the socket is closed.
         """
         if message.events:
-            self._newest = message.place
+            self._newest = message.position
             if self._in_flight is not None:
                 self._note(self._in_flight, message)
         await self._outlet.send(message.messages)
@@ -71,15 +71,15 @@ class Subscription:
             raise Problem(409, "this subscription has no credit to add to: give `credit` when you subscribe")
         self._limit(_more(self._now_room(), events), _more(self._now_space(), size))
 
-    def acked(self, place: int) -> None:
+    def acked(self, position: int) -> None:
         """Take note that the client has dealt with all up to a place.
 
         Raises:
             Problem: 409, it has not been sent so much yet.
         """
-        if place > self._newest:
+        if position > self._newest:
             raise Problem(409, "the cursor is ahead of what this subscription has been sent")
-        released = self._in_flight.acked(place, self._clock()) if self._in_flight is not None else None
+        released = self._in_flight.acked(position, self._clock()) if self._in_flight is not None else None
         if released is None:
             return
         if self._window is None:
@@ -101,7 +101,7 @@ class Subscription:
 
     def _note(self, in_flight: InFlight, message: Outgoing) -> None:
         filled = self._window is not None and self._window.is_filled(in_flight.size + message.size)
-        in_flight.sent(message.place, message.events, message.size, self._clock(), filled=filled)
+        in_flight.sent(message.position, message.events, message.size, self._clock(), filled=filled)
 
     def _resize(self, window: AutoWindow, released: Released) -> None:
         size = window.measured(released)

@@ -89,7 +89,7 @@ class Authenticator:
         Raises:
             BrokerUnavailable: they cannot be read.
         """
-        await self.keys.look()
+        await self.keys.poll()
         follower = asyncio.create_task(self.keys.run(), name="api-keys")
         try:
             yield

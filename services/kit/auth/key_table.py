@@ -74,7 +74,7 @@ class KeyTable:
 
     async def everything(self) -> list[KeyRecord]:
         """Return all keys as the broker has them now, by age."""
-        await self.look()
+        await self.poll()
         return sorted(self._records.values(), key=lambda record: (record.created_at, record.id))
 
     async def create(self, record: KeyRecord) -> None:
@@ -83,17 +83,17 @@ class KeyTable:
         Raises:
             TooManyKeys: there are as many as may be.
         """
-        await self.look()
+        await self.poll()
         if len(self._records) >= KEYS:
             raise TooManyKeys(f"there are {KEYS} API keys: revoke one first")
         if not await self._store(_KEY + record.id, msgspec.json.encode(record)):
             raise ValueError(f"there is a key {record.id} already")
-        await self.look()
+        await self.poll()
 
     async def revoke(self, id_: str) -> None:
         """Remove a key for good. Without one nothing happens."""
         await (await self._broker.bucket(CREDENTIALS_BUCKET)).delete(_KEY + id_)
-        await self.look()
+        await self.poll()
 
     async def ticket_secret(self, *, again: bool = False) -> bytes:
         """Return the secret that all replicas sign tickets with; made by the first who needs it.
@@ -105,7 +105,7 @@ class KeyTable:
         if self._ticket_secret is None:
             if not await self._store(_TICKET_SECRET, base64.b64encode(secrets.token_bytes(32))):
                 log.debug("another replica made the secret of tickets")
-            await self.look()
+            await self.poll()
         if self._ticket_secret is None:
             raise BrokerUnavailable("the secret of tickets cannot be read")
         return self._ticket_secret
@@ -114,14 +114,14 @@ class KeyTable:
         """Look for changes until cancelled. A broker that is away leaves everything as it was."""
         while True:
             try:
-                await self.look()
+                await self.poll()
             except BrokerUnavailable as error:
                 log.warning("API keys not compared", detail=str(error))
             if self._looked_at is not None:
                 metrics.KEYS_STALE.set(self._clock.monotonic() - self._looked_at)
             await asyncio.sleep(POLL_SECONDS)
 
-    async def look(self) -> None:
+    async def poll(self) -> None:
         """Take over what has changed on the broker."""
         async with self._looking:
             await self._look()
@@ -163,9 +163,9 @@ class KeyTable:
         self._entries = entries
         self._records = {id_: record for id_, record in found.items() if record is not None}
         self._ticket_secret = base64.b64decode(entries.get(_TICKET_SECRET, b"")) or None
-        self._tell(known)
+        self._notify(known)
 
-    def _tell(self, known: dict[str, KeyRecord]) -> None:
+    def _notify(self, known: dict[str, KeyRecord]) -> None:
         metrics.KEYS.set(len(self._records) + len(self._fixed))
         gone = frozenset(id_ for id_ in known if id_ not in self._records)
         if gone:

@@ -37,8 +37,8 @@ async def authenticating(shared: Shared, host: str, broker: Broker, clock: Clock
     """
     authenticator = build_authenticator(shared, host, broker, clock)
     if authenticator.everybody is not None:
-        say = log.warning if shared.auth == "insecure" else log.info
-        say("no credentials are asked for: everybody who reaches this address may do everything", host=host)
+        notify = log.warning if shared.auth == "insecure" else log.info
+        notify("no credentials are asked for: everybody who reaches this address may do everything", host=host)
     async with authenticator.running():
         yield authenticator
 

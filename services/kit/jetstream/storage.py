@@ -66,7 +66,7 @@ class Storage:
             await self.probe()
             await asyncio.sleep(PROBE_SECONDS)
 
-    async def look(self) -> None:
+    async def poll(self) -> None:
         """Probe if the last time is long enough ago."""
         if asyncio.get_running_loop().time() - self._probed_at >= PROBE_SECONDS:
             await self.probe()

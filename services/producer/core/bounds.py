@@ -56,8 +56,8 @@ def number(value: object) -> int | None:
 
 def choice_of(index: object) -> int:
     """Return the index of an alternative answer; 0 for an invalid one."""
-    place = index if type(index) is int else number(index)
-    return place if place is not None and 0 <= place < CHOICES else 0
+    position = index if type(index) is int else number(index)
+    return position if position is not None and 0 <= position < CHOICES else 0
 
 
 def pieces(value: _T, size: int) -> Iterator[_T]:

@@ -257,22 +257,22 @@ def _tables(config: Mapping[str, Any], section: str, problems: list[str]) -> dic
     return {}
 
 
-def _convert(cls: type[Any], place: str, table: Any, problems: list[str]) -> Any:
+def _convert(cls: type[Any], table_name: str, table: Any, problems: list[str]) -> Any:
     if not isinstance(table, dict):
-        problems.append(f"{place}: must be a table")
+        problems.append(f"{table_name}: must be a table")
         return None
     before = len(problems)
-    problems += [f"{place} {key}: no such setting" for key in sorted(set(table) - set(cls.__struct_fields__))]
+    problems += [f"{table_name} {key}: no such setting" for key in sorted(set(table) - set(cls.__struct_fields__))]
     values = {}
     for field in msgspec.structs.fields(cls):
         if field.name not in table:
             if field.required:
-                problems.append(f"{place} {field.name}: must be set")
+                problems.append(f"{table_name} {field.name}: must be set")
             continue
         try:
             values[field.name] = msgspec.convert(table[field.name], field.type)
         except msgspec.ValidationError as error:
-            problems.append(f"{place} {field.name}: {str(error)[0].lower()}{str(error)[1:]}")
+            problems.append(f"{table_name} {field.name}: {str(error)[0].lower()}{str(error)[1:]}")
     return cls(**values) if len(problems) == before else None
 
 
@@ -284,24 +284,24 @@ def _scripted_is_on(table: Any, problems: list[str]) -> bool:
 
 
 def _provider(name: str, table: Any, env: Mapping[str, str], problems: list[str]) -> Provider | None:
-    place = f"[providers.{name}]"
+    table_name = f"[providers.{name}]"
     if not _NAME.fullmatch(name):
-        problems.append(f"{place}: a provider's name has 1 to 64 letters, digits, '_', '.' and '-'")
-    described: _ProviderTable | None = _convert(_ProviderTable, place, table, problems)
+        problems.append(f"{table_name}: a provider's name has 1 to 64 letters, digits, '_', '.' and '-'")
+    described: _ProviderTable | None = _convert(_ProviderTable, table_name, table, problems)
     if described is None or not described.enabled:
         return None
     if described.dialect not in DIALECTS:
-        problems.append(f"{place} dialect: {described.dialect!r} is not one of {', '.join(DIALECTS)}")
+        problems.append(f"{table_name} dialect: {described.dialect!r} is not one of {', '.join(DIALECTS)}")
         return None
     convention = _CONVENTIONS[described.dialect]
     base_url = described.base_url or convention.base_url
     if fault := _fault_of(base_url):
-        problems.append(f"{place} base_url: {fault}")
+        problems.append(f"{table_name} base_url: {fault}")
     # An address of its own (a local server) may need no key; the provider's official one always does.
     key_env = described.key_env or (None if described.base_url else convention.key_env)
     key = env.get(key_env, "").strip() if key_env else ""
     if key_env and not key:
-        problems.append(f"{place} key_env: the variable {key_env} is not set")
+        problems.append(f"{table_name} key_env: the variable {key_env} is not set")
     return Provider(
         name=name,
         dialect=described.dialect,
@@ -332,17 +332,17 @@ def _fault_of(base_url: str) -> str | None:
 def _candidates(
     alias: str, table: Any, providers: Mapping[str, Provider], known: set[str], problems: list[str]
 ) -> list[Candidate]:
-    place = f"[models.{alias}]"
-    described: _ModelTable | None = _convert(_ModelTable, place, table, problems)
+    table_name = f"[models.{alias}]"
+    described: _ModelTable | None = _convert(_ModelTable, table_name, table, problems)
     if described is None:
         return []
     if not described.candidates:
-        problems.append(f"{place} candidates: must name at least one provider/model")
+        problems.append(f"{table_name} candidates: must name at least one provider/model")
     if described.encoding is not None and described.encoding not in ENCODINGS:
-        problems.append(f"{place} encoding: {described.encoding!r} is not one of {', '.join(ENCODINGS)}")
+        problems.append(f"{table_name} encoding: {described.encoding!r} is not one of {', '.join(ENCODINGS)}")
     deadlines = {name: getattr(described, name) for name in DeadlineOverrides.__struct_fields__}
     problems += [
-        f"{place} {name}: must be more than 0 seconds"
+        f"{table_name} {name}: must be more than 0 seconds"
         for name, value in deadlines.items()
         if value is not None and value <= 0
     ]
@@ -353,9 +353,11 @@ def _candidates(
         address = wanted.model
         name, _, upstream_model = address.partition("/")
         if not upstream_model:
-            problems.append(f"{place} candidates: {address!r} is not of the form provider/model")
+            problems.append(f"{table_name} candidates: {address!r} is not of the form provider/model")
         elif name not in known:
-            problems.append(f"{place} candidates: there is no provider {name!r}; there are {', '.join(sorted(known))}")
+            problems.append(
+                f"{table_name} candidates: there is no provider {name!r}; there are {', '.join(sorted(known))}"
+            )
         elif name in providers:
             direct = _direct(providers[name], upstream_model)
             encoding = described.encoding or direct.encoding
@@ -363,5 +365,5 @@ def _candidates(
             changes = {"encoding": encoding, "deadlines": overrides, "failover": wanted.failover, "configured": True}
             candidates.append(msgspec.structs.replace(direct, **changes))
     if described.candidates and not candidates and len(problems) == before:
-        problems.append(f"{place} candidates: none of their providers is usable")
+        problems.append(f"{table_name} candidates: none of their providers is usable")
     return candidates

@@ -112,7 +112,7 @@ def test_whatever_passes_for_a_token_names_only_the_consumer_it_is_used_for(text
 
 
 def test_a_definition_is_found_again_beside_the_brokers_consumer() -> None:
-    definition = Definition(wish=ConsumerSpec(session="s", types=("completed",)), revision=3)
+    definition = Definition(spec=ConsumerSpec(session="s", types=("completed",)), revision=3)
     config = durable_config("t", "n", definition, 2, 4, 60.0)
     assert config["filter_subject"] == "tokens.2.t.s.*"
     assert config["max_ack_pending"] == 250
@@ -124,7 +124,7 @@ def test_a_definition_is_found_again_beside_the_brokers_consumer() -> None:
 
 @pytest.mark.parametrize(("wanted", "partitions", "share"), [(1, 1, 1), (1, 4, 1), (10, 4, 3), (1_000, 1, 1_000)])
 def test_partitions_share_what_may_be_in_flight(wanted: int, partitions: int, share: int) -> None:
-    config = durable_config("t", "n", Definition(wish=ConsumerSpec(max_in_flight=wanted)), 0, partitions, 0)
+    config = durable_config("t", "n", Definition(spec=ConsumerSpec(max_in_flight=wanted)), 0, partitions, 0)
     assert config["max_ack_pending"] == share
     assert "inactive_threshold" not in config
 

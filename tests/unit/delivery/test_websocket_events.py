@@ -70,7 +70,7 @@ def test_place_of_a_write_is_that_of_its_last_cursor(name: str, places: list[tup
     format_ = SessionFormat("s", Dialect(name))
     frames = [format_.frame(entry(seq, offset=offset), AT) for seq, offset in places]
     last = AT.after(entry(places[-1][0], offset=places[-1][1])).decode()
-    assert format_.message(frames, ends=False).place == position_of(last)
+    assert format_.message(frames, ends=False).position == position_of(last)
 
 
 @given(st.lists(st.tuples(st.integers(0, 2**40), st.integers(0, 2**30)), min_size=2, max_size=2))

@@ -52,12 +52,12 @@ def refusal_of(status: int, headers: Mapping[str, str], body: bytes, now: float)
 
 def failure_in_stream(error: Any) -> UpstreamFailure:
     """Return the failure that an error inside a stream means, from its event, or only an error object or text."""
-    told = described(error)
-    code, recoverable = _meaning(told, told.status)
+    reported = described(error)
+    code, recoverable = _meaning(reported, reported.status)
     return UpstreamFailure(
         code=code,
-        message=_bounded(told.message) or _bounded(_shown(error)) or _UNSAID,
-        upstream_status=told.status,
+        message=_bounded(reported.message) or _bounded(_shown(error)) or _UNSAID,
+        upstream_status=reported.status,
         recoverable=recoverable,
     )
 

@@ -75,8 +75,8 @@ def annotation(raw: Any, kind: str = "citation", mark: int | None = None) -> Ann
         url=_first(fields, ("url",)),
         title=_first(fields, _TITLES),
         quote=_first(fields, _QUOTES),
-        start=_place(fields, _STARTS),
-        end=_place(fields, _ENDS),
+        start=_number(fields, _STARTS),
+        end=_number(fields, _ENDS),
         number=mark,
         raw=raw,
     )
@@ -118,5 +118,5 @@ def _first(fields: dict[str, Any], names: tuple[str, ...]) -> str | None:
     return next((value for name in names if isinstance(value := fields.get(name), str) and value), None)
 
 
-def _place(fields: dict[str, Any], names: tuple[str, ...]) -> int | None:
-    return next((place for name in names if (place := number(fields.get(name))) is not None), None)
+def _number(fields: dict[str, Any], names: tuple[str, ...]) -> int | None:
+    return next((value for name in names if (value := number(fields.get(name))) is not None), None)

@@ -207,8 +207,8 @@ class OpenAIParser(EventParser[_Chunk]):
             self.end(failure_in_stream(tree))
         elif failed:
             choices = tree["choices"] if isinstance(tree.get("choices"), list) else [tree.get("choices")]
-            told = [choice["error"] for choice in choices if isinstance(choice, dict) and choice.get("error")]
-            self.end(failure_in_stream(told or {"message": f"the answer ended with {failed!r}", "code": failed}))
+            errors = [choice["error"] for choice in choices if isinstance(choice, dict) and choice.get("error")]
+            self.end(failure_in_stream(errors or {"message": f"the answer ended with {failed!r}", "code": failed}))
 
     def _delta(self, delta: dict[str, Any], choice: int, at: float | None) -> None:
         content = delta.get("content")

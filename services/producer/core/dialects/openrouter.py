@@ -32,8 +32,8 @@ def late_usage(body: bytes) -> Usage | None:
     ``None`` while there is none; all counts zero are none.
     """
     try:
-        told = _exact.decode(body)
+        reported = _exact.decode(body)
     except (ValueError, RecursionError):
         return None
-    usage = read_usage(told.get("data"), _RULES).usage
+    usage = read_usage(reported.get("data"), _RULES).usage
     return None if usage is None or usage.blank else usage

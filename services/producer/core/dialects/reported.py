@@ -130,10 +130,10 @@ def _validation(details: Any) -> Reported | None:
     """Return FastAPI's list of errors of a request, joined."""
     if not isinstance(details, list):
         return None
-    told = [item for item in details if isinstance(item, dict) and isinstance(item.get("msg"), str)]
-    if not told:
+    reported = [item for item in details if isinstance(item, dict) and isinstance(item.get("msg"), str)]
+    if not reported:
         return None
-    lines = [_validated(item) for item in told[:5]]
+    lines = [_validated(item) for item in reported[:5]]
     return Reported(message="; ".join(lines), words=("validation_error",))
 
 

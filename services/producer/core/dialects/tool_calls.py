@@ -51,18 +51,18 @@ class ToolCalls:
         Raises:
             ValueError: there are more than `CALLS` calls.
         """
-        place = _place(index)
+        position = _position(index)
         identity, function, text = _text(id_), _text(name), _json_text(arguments)
-        if identity is None and function is None and place is not None and (choice, place) in self._newest:
-            call: _Call | None = self._newest[choice, place]  # nearly all fragments
-        elif beside and function and identity is None and place is None:
+        if identity is None and function is None and position is not None and (choice, position) in self._newest:
+            call: _Call | None = self._newest[choice, position]  # nearly all fragments
+        elif beside and function and identity is None and position is None:
             call = None
         else:
             call = _find(
-                self._choices.get(choice, []), self._newest.get((choice, place)), place, identity, function, text
+                self._choices.get(choice, []), self._newest.get((choice, position)), position, identity, function, text
             )
         if call is None:
-            call = self._begin(choice, place)
+            call = self._begin(choice, position)
         elif identity is not None and call.repeated(identity, text):
             return []
         taken: list[ToolCall] = []
@@ -76,11 +76,11 @@ class ToolCalls:
                 return taken
             # A second object behind the first one: the same function is called again.
             text, function, signature = text[cut:], call.name, None
-            call = self._begin(choice, place)
+            call = self._begin(choice, position)
 
     def end(self, choice: int, index: object) -> list[ToolCall]:
         """End the newest call of a provider's index: no arguments mean an empty object."""
-        call = self._newest.get((choice, _place(index)))
+        call = self._newest.get((choice, _position(index)))
         return [] if call is None else call.end()
 
     def end_all(self, choice: int) -> list[ToolCall]:
@@ -97,25 +97,25 @@ class ToolCalls:
         """The choices that call tools."""
         return list(self._choices)
 
-    def _begin(self, choice: int, place: int | None) -> "_Call":
+    def _begin(self, choice: int, position: int | None) -> "_Call":
         self._count += 1
         if self._count > CALLS:
             raise ValueError(f"an answer with more than {CALLS} tool calls")
         calls = self._choices.setdefault(choice, [])
-        call = _Call(len(calls), place)
+        call = _Call(len(calls), position)
         calls.append(call)
-        self._newest[choice, place] = call
+        self._newest[choice, position] = call
         return call
 
 
 class _Call:
-    """One call: ``number`` is our index, ``place`` the provider's."""
+    """One call: ``number`` is our index, ``position`` the provider's."""
 
-    __slots__ = ("_texts", "arguments", "ended", "id", "name", "number", "place")
+    __slots__ = ("_texts", "arguments", "ended", "id", "name", "number", "position")
 
-    def __init__(self, number: int, place: int | None) -> None:
+    def __init__(self, number: int, position: int | None) -> None:
         self.number = number
-        self.place = place
+        self.position = position
         self.id: str | None = None
         self.name: str | None = None
         self.arguments = _Json()
@@ -186,7 +186,7 @@ class _Json:
 
 
 def _find(
-    calls: list[_Call], newest: _Call | None, place: int | None, id_: str | None, name: str | None, text: str
+    calls: list[_Call], newest: _Call | None, position: int | None, id_: str | None, name: str | None, text: str
 ) -> _Call | None:
     """Return the call that a fragment continues; ``None``: it begins a new one.
 
@@ -194,11 +194,11 @@ def _find(
     """
     if not calls:
         return None
-    if place is None:
+    if position is None:
         newest = calls[-1]
     if id_ is not None:
         for call in reversed(calls):
-            if call.id == id_ and (place is None or call.place is None or call.place == place):
+            if call.id == id_ and (position is None or call.position is None or call.position == position):
                 return call
         return newest if newest is not None and _takes_id(newest, name, text) else None
     if newest is None:
@@ -216,7 +216,7 @@ def _takes_id(call: _Call, name: str | None, text: str) -> bool:
     return name is None and not call.arguments.blank and not call.arguments.complete
 
 
-def _place(index: object) -> int | None:
+def _position(index: object) -> int | None:
     """Return a provider's index, which may be below 0: it only identifies calls."""
     return index if isinstance(index, int) else number(index)
 

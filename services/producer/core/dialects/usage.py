@@ -246,17 +246,17 @@ def _counts(read: _Object, rules: UsageRules) -> dict[str, int] | None:
 def _shape(counts: dict[str, int]) -> _Shape:
     """Return the first shape that has a number other than 0, else the first that has any."""
     there = [shape for shape in _SHAPES if shape.input in counts or shape.output in counts]
-    told = (shape for shape in there if counts.get(shape.input) or counts.get(shape.output))
-    return next(told, there[0] if there else _SHAPES[0])
+    reported = (shape for shape in there if counts.get(shape.input) or counts.get(shape.output))
+    return next(reported, there[0] if there else _SHAPES[0])
 
 
 def _writes(read: _Object) -> tuple[int, int]:
     """Return tokens written to a cache, and those of them that are kept for an hour."""
-    told, long = read.of("written"), read.of("written_1h")
+    reported, long = read.of("written"), read.of("written_1h")
     parts = read.of("written_5m") + long
-    if 0 < told < parts:
+    if 0 < reported < parts:
         read.doubt(INCONSISTENT)
-    return min(max(told, parts), MAX_NUMBER), long
+    return min(max(reported, parts), MAX_NUMBER), long
 
 
 def _fitted(read: _Object, counts: _Counts, apart: bool, beside: bool, thoughts_in_total: bool) -> tuple[int, int, int]:

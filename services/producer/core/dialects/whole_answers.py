@@ -17,8 +17,8 @@ def chunks_of(tree: Tree, begun: set[int]) -> list[Tree]:
     choices = tree.get("choices")
     if not isinstance(choices, list):
         return []
-    told = [_choice(choice, tree, begun) if isinstance(choice, dict) else None for choice in choices]
-    found = [choice for choice in told if choice is not None]
+    reported = [_choice(choice, tree, begun) if isinstance(choice, dict) else None for choice in choices]
+    found = [choice for choice in reported if choice is not None]
     return [{**tree, "choices": found}] if found else []
 
 

@@ -11,6 +11,7 @@ from services.delivery.consumers.access import open_session
 from services.delivery.consumers.pulling import PIECE_BYTES, SLICE, STREAM_BATCH, pulled
 from services.delivery.consumers.registry import Consumers
 from services.delivery.consumers.session import ConsumerSession, Delivery
+from services.delivery.fanout.flow_control import CreditCount
 from services.kit.auth.principal import Principal
 from services.kit.jetstream.broker import BrokerUnavailable
 from services.kit.problem import Problem
@@ -41,16 +42,15 @@ class Consumption:
         self.name = name
         self._consumers = consumers
         self._auto = auto
-        self._room = credit
-        self._held: dict[str, None] = {}  # tokens of what takes up credit; bounded by HELD
-        self._changed = asyncio.Event()
+        self._credit = CreditCount(credit)
+        self._held: dict[str, bool] = {}  # tokens of what takes up credit; bounded by HELD
         self._over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     def stop(self, reason: str) -> None:
         """End it; the first reason holds."""
         if not self._over.done():
             self._over.set_result(reason)
-        self._changed.set()
+        self._credit.close()
 
     def grant(self, events: int) -> None:
         """Let so many more events be given.
@@ -58,20 +58,12 @@ class Consumption:
         Raises:
             Problem: 409, there is no credit to add to.
         """
-        if self._room is None:
-            raise Problem(409, "this consumer is read without credit: give `credit` when you begin")
-        self._room += events
-        self._changed.set()
+        self._credit.grant(events)
 
     def settled(self, tokens: Iterable[str]) -> None:
         """Give back the credit of events that are settled; tokens that were not given here do nothing."""
-        if self._room is None:
-            return
-        for token in tokens:
-            if token in self._held:
-                del self._held[token]
-                self._room += 1
-        self._changed.set()
+        if freed := sum(self._held.pop(token, False) for token in tokens):
+            self._credit.grant(freed)
 
     async def run(self, principal: Principal, opened: Callable[[], Awaitable[None]], give: Give) -> str:
         """Read to the end; return why it ended. ``opened`` is called when reading begins.
@@ -88,7 +80,7 @@ class Consumption:
             while True:
                 reason = await self._follow(session, give)
                 await session.close()
-                if reason is not None or not await self._room_within(None):
+                if reason is not None or not await self._credit.wait(None):
                     return reason or self._over.result()
                 try:
                     session = await open_session(self._consumers, principal, self.name)
@@ -106,21 +98,13 @@ class Consumption:
         while not self._over.done():
             if session.is_gone:
                 return "deleted"
-            if self._room == 0 and not await self._room_within(patience):
+            if self._credit.room == 0 and not await self._credit.wait(patience):
                 return self._over.result() if self._over.done() else None
-            limit = STREAM_BATCH if self._room is None else min(STREAM_BATCH, self._room)
+            room = self._credit.room
+            limit = STREAM_BATCH if room is None else min(STREAM_BATCH, room)
             given = await pulled(session, limit, SLICE, self._over)
             await self._pass_on(session, given, give)
         return self._over.result()
-
-    async def _room_within(self, seconds: float | None) -> bool:
-        """Wait for credit; tell whether there is some and it has not ended."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                while self._room == 0 and not self._over.done():
-                    self._changed.clear()
-                    await self._changed.wait()
-        return self._room != 0 and not self._over.done()
 
     async def _pass_on(self, session: ConsumerSession, given: list[Delivery], give: Give) -> None:
         """Give events in pieces, settle those that were written if that is wanted, and return those that were not."""
@@ -141,12 +125,10 @@ class Consumption:
                 await session.nack(given[written:])
 
     def _hold(self, piece: Sequence[Delivery]) -> None:
-        if self._room is None:
+        self._credit.take(len(piece))
+        if self._auto or self._credit.room is None:
             return
-        self._room -= len(piece)
-        if self._auto:
-            return
-        self._held |= dict.fromkeys(delivery.token for delivery in piece)
+        self._held |= dict.fromkeys((delivery.token for delivery in piece), True)
         while len(self._held) > HELD:
             del self._held[next(iter(self._held))]
 

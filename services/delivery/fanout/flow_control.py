@@ -1,10 +1,21 @@
-"""Track the events in flight to a client, and compute the window that bounds them."""
+"""Limit the events in flight to a client: credit that it grants, or a window sized to its bandwidth."""
 
+import asyncio
 from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Final, NamedTuple
 
-__all__ = ["AutoWindow", "InFlight", "Released"]
+from services.delivery.fanout.subscriber import Subscriber
+from services.delivery.formats.frames import UNLIMITED
+from services.kit.problem import Problem
 
+__all__ = ["AutoWindow", "CreditCount", "FlowControl", "InFlight", "Released"]
+
+WINDOW_LOW: Final = 16 * 1024
+WINDOW_START: Final = 64 * 1024
+WINDOW_HIGH: Final = 1024 * 1024
+CREDIT_HIGH: Final = 2**53
 RECORDS: Final = 1_024
 RATES: Final = 10
 STALE_SECONDS: Final = 10.0
@@ -128,3 +139,124 @@ class AutoWindow:
     def trip(self, seconds: float) -> None:
         """Apply a round trip in seconds measured by a ping."""
         self._trip = min(self._trip, max(seconds, 1e-6))
+
+
+class FlowControl:
+    """Limit what one subscription may be sent.
+
+    ``events`` and ``size``: credit to begin with, in events and bytes; `grant` and acknowledgements add to it, and 0 or
+    ``None`` leaves that side unlimited. ``auto``: a window sized by measurement instead. Without any of them a client
+    is sent events as fast as it reads. ``clock`` returns monotonic seconds.
+
+    Raises:
+        Problem: 400, both credit and a window.
+    """
+
+    def __init__(self, clock: Callable[[], float], events: int | None, size: int | None, *, auto: bool) -> None:
+        self._clock = clock
+        self._subscriber: Subscriber | None = None
+        self._room = min(events, CREDIT_HIGH) if events else UNLIMITED
+        self._space = min(size, CREDIT_HIGH) if size else UNLIMITED
+        self._has_credit = self._room != UNLIMITED or self._space != UNLIMITED
+        if auto and self._has_credit:
+            raise Problem(400, "a subscription has either credit or an automatic window")
+        self._window = AutoWindow(WINDOW_LOW, WINDOW_HIGH, WINDOW_START) if auto else None
+        if self._window is not None:
+            self._space = self._window.size
+        self._in_flight = InFlight() if auto or self._has_credit else None
+        self._newest = 0
+
+    def join(self, subscriber: Subscriber) -> None:
+        """Limit ``subscriber`` to the credit granted so far."""
+        self._subscriber = subscriber
+        subscriber.limit(self._room, self._space)
+
+    def sent(self, position: int, events: int, size: int) -> None:
+        """Record a write that brought the client up to ``position``, a number that grows with the cursors."""
+        self._newest = position
+        if self._in_flight is not None:
+            filled = self._window is not None and self._window.is_filled(self._in_flight.size + size)
+            self._in_flight.sent(position, events, size, self._clock(), filled=filled)
+
+    def grant(self, events: int | None, size: int | None) -> None:
+        """Add credit in events and bytes.
+
+        Raises:
+            Problem: 409, the subscription has no credit to add to.
+        """
+        if not self._has_credit:
+            raise Problem(409, "this subscription has no credit to add to: give `credit` when you subscribe")
+        subscriber = self._subscriber
+        room, space = (self._room, self._space) if subscriber is None else (subscriber.room, subscriber.space)
+        self._limit(_more(room, events or 0), _more(space, size or 0))
+
+    def acked(self, position: int) -> None:
+        """Free the credit or window of the events up to ``position``, which the client acknowledged.
+
+        Raises:
+            Problem: 409, the client has not been sent ``position`` yet.
+        """
+        if position > self._newest:
+            raise Problem(409, "the cursor is ahead of what this subscription has been sent")
+        if self._in_flight is None:
+            return
+        released = self._in_flight.acked(position, self._clock())
+        if released is None:
+            return
+        if self._window is None:
+            self.grant(released.events, released.size)
+        else:
+            self._limit(UNLIMITED, self._window.measured(released) - self._in_flight.size)
+
+    def trip(self, seconds: float) -> None:
+        """Apply a round trip in seconds measured by a ping."""
+        if self._window is not None:
+            self._window.trip(seconds)
+
+    def _limit(self, room: int, space: int) -> None:
+        self._room, self._space = room, space
+        if self._subscriber is not None:
+            self._subscriber.limit(room, space)
+
+
+class CreditCount:
+    """Count the events that a client may still be given; ``None`` sets no limit."""
+
+    def __init__(self, events: int | None) -> None:
+        self.room = events
+        self._changed = asyncio.Event()
+        self._closed = False
+
+    def grant(self, events: int) -> None:
+        """Add credit.
+
+        Raises:
+            Problem: 409, there is no credit to add to.
+        """
+        if self.room is None:
+            raise Problem(409, "this consumer is read without credit: give `credit` when you begin")
+        self.room = _more(self.room, events)
+        self._changed.set()
+
+    def take(self, events: int) -> None:
+        """Use up credit."""
+        if self.room is not None:
+            self.room -= events
+
+    def close(self) -> None:
+        """End all waits for credit."""
+        self._closed = True
+        self._changed.set()
+
+    async def wait(self, seconds: float | None) -> bool:
+        """Wait for credit, for ``seconds`` at most; return whether there is some and it is not closed."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self.room == 0 and not self._closed:
+                    self._changed.clear()
+                    await self._changed.wait()
+        return self.room != 0 and not self._closed
+
+
+def _more(now: int, granted: int) -> int:
+    return now if now == UNLIMITED else min(now + granted, CREDIT_HIGH)

@@ -1,6 +1,6 @@
 """Frame events for WebSockets, once for all sockets that read a session in the same subprotocol."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -87,6 +87,11 @@ def frame_message(data: bytes, text: bool) -> dict[str, Any]:
     if text:
         return {"type": "websocket.send", "text": data.decode("utf-8", "replace")}
     return {"type": "websocket.send", "bytes": data}
+
+
+def message_size(message: Mapping[str, Any]) -> int:
+    """Return the size of an ASGI message's data: bytes, or characters of text."""
+    return len(message.get("text") or message.get("bytes") or b"")
 
 
 class SessionFormat:

@@ -9,12 +9,11 @@ from google.protobuf.message import DecodeError, Message
 from schemas.cursor import Cursor, InvalidCursor
 from schemas.rpc.tailrace.v1 import tailrace_pb2 as pb
 from services.delivery import metrics
-from services.delivery.fanout.flow_control import AutoWindow, InFlight
+from services.delivery.fanout.flow_control import FlowControl
+from services.delivery.fanout.outbox import Outbox
 from services.delivery.fanout.streams import ReadOptions, Streams
 from services.delivery.fanout.subscriber import Subscriber
-from services.delivery.formats.frames import UNLIMITED
 from services.delivery.formats.protobuf import PROTOBUF, Batch, item, item_read
-from services.delivery.grpc.outbox import CallOutbox
 from services.delivery.grpc.problems import as_message, as_problem
 from services.kit.auth.principal import Principal
 from services.kit.problem import Problem
@@ -23,10 +22,6 @@ __all__ = ["TOO_SLOW", "AttachCall", "Operation", "decoded", "read_options_of"]
 
 SUBSCRIPTIONS: Final = 1_000
 OPERATIONS: Final = 32  # starts and cancels under way
-WINDOW_LOW: Final = 16 * 1024
-WINDOW_START: Final = 64 * 1024
-WINDOW_HIGH: Final = 1024 * 1024
-CREDIT_HIGH: Final = 2**53
 ID_LENGTH: Final = 64
 LAST_WRITE_SECONDS: Final = 5.0
 EXPIRED: Final = Problem(401, "the credentials are not valid any more")
@@ -68,22 +63,17 @@ def read_options_of(request: pb.ReadRequest) -> ReadOptions:
 
 
 class _Subscription:
-    """One subscription, and what it may be sent: as the client grants it, as it acknowledges, or without limit."""
+    """One subscription of a call, read with credit, with a window or without a limit.
 
-    def __init__(self, id_: str, request: pb.Subscribe, outbox: CallOutbox) -> None:
+    Raises:
+        Problem: 400, both credit and a window.
+    """
+
+    def __init__(self, id_: str, request: pb.Subscribe, outbox: Outbox[bytes]) -> None:
         self.id = id_
         self._outbox = outbox
-        self._loop = asyncio.get_running_loop()
-        self._window = AutoWindow(WINDOW_LOW, WINDOW_HIGH, WINDOW_START) if request.auto_window else None
-        self._room = _granted(request.credit.events)
-        self._space = _granted(request.credit.bytes)
-        self._has_credit = self._room != UNLIMITED or self._space != UNLIMITED
-        if self._window is not None:
-            if self._has_credit:
-                raise Problem(400, "credit and auto_window exclude each other")
-            self._space = self._window.size
-        self._in_flight = InFlight() if self._has_credit or self._window is not None else None
-        self._newest = 0
+        credit, clock = request.credit, asyncio.get_running_loop().time
+        self.flow = FlowControl(clock, credit.events, credit.bytes, auto=request.auto_window)
         self._subscriber: Subscriber | None = None
         self._unwanted: str | None = None
 
@@ -91,63 +81,18 @@ class _Subscription:
         self._subscriber = subscriber
         if self._unwanted is not None:
             subscriber.stop(self._unwanted)
-        subscriber.limit(self._room, self._space)
+        self.flow.join(subscriber)
 
     async def send(self, batch: Batch) -> None:
         if batch.events:
-            self._newest = _position(batch.cursor.decode())
-            if self._in_flight is not None:
-                filled = self._window is not None and self._window.is_filled(self._in_flight.size + batch.size)
-                self._in_flight.sent(self._newest, batch.events, batch.size, self._loop.time(), filled=filled)
-        await self._outbox.put(item_read(self.id, batch.data))
-
-    def credit(self, events: int, size: int) -> None:
-        """Let so many more events and bytes be sent.
-
-        Raises:
-            Problem: 409, the subscription has no credit to add to.
-        """
-        if not self._has_credit:
-            raise Problem(409, "this subscription has no credit to add to: give `credit` when you subscribe")
-        subscriber = self._subscriber
-        room, space = (self._room, self._space) if subscriber is None else (subscriber.room, subscriber.space)
-        self._limit(_more(room, events), _more(space, size))
-
-    def acknowledge(self, cursor: str) -> None:
-        """Take note that the client has dealt with all up to a cursor: that may be sent again.
-
-        Raises:
-            Problem: 400, it is no cursor; 409, it has not been sent so much yet.
-        """
-        position = _position(cursor)
-        if position > self._newest:
-            raise Problem(409, "the cursor is ahead of what this subscription has been sent")
-        released = self._in_flight.acked(position, self._loop.time()) if self._in_flight is not None else None
-        if released is None or self._in_flight is None:
-            return
-        if self._window is None:
-            self.credit(released.events, released.size)
-        else:
-            self._limit(UNLIMITED, self._window.measured(released) - self._in_flight.size)
+            self.flow.sent(_position(batch.cursor.decode()), batch.events, batch.size)
+        await self._outbox.send((item_read(self.id, batch.data),))
 
     def end(self, reason: str) -> None:
-        """End it, now or as soon as it is joined."""
+        """End the subscription, now or as soon as its subscriber has joined the feed."""
         self._unwanted = reason
         if self._subscriber is not None:
             self._subscriber.stop(reason)
-
-    def _limit(self, room: int, space: int) -> None:
-        self._room, self._space = room, space
-        if self._subscriber is not None:
-            self._subscriber.limit(room, space)
-
-
-def _granted(amount: int) -> int:
-    return min(amount, CREDIT_HIGH) or UNLIMITED
-
-
-def _more(now: int, granted: int) -> int:
-    return now if now == UNLIMITED else min(now + granted, CREDIT_HIGH)
 
 
 def _position(text: str) -> int:
@@ -169,7 +114,7 @@ class AttachCall:
         self,
         streams: Streams,
         principal: Principal,
-        outbox: CallOutbox,
+        outbox: Outbox[bytes],
         operations: dict[str, Operation],
         end: tuple[float, str],
     ) -> None:
@@ -218,7 +163,7 @@ class AttachCall:
     @property
     def blocked_at(self) -> float | None:
         """Since when a write has waited for the client."""
-        return self._outbox.writing_since
+        return self._outbox.blocked_at
 
     def poll(self, now: float) -> None:
         """Do nothing: the transport pings its clients."""
@@ -231,7 +176,7 @@ class AttachCall:
                 id_ = request.id[:ID_LENGTH]
                 await self._take(request)
             except Problem as problem:
-                await self._outbox.put(item(id_, problem=as_message(problem)))
+                await self._outbox.send((item(id_, problem=as_message(problem)),))
 
     async def _take(self, request: pb.AttachRequest) -> None:
         if not 0 < len(request.id) <= ID_LENGTH:
@@ -245,9 +190,9 @@ class AttachCall:
                 await self._under_way.acquire()
                 self._spawn(self._operate(request.id, kind, getattr(request, kind)))
             case "credit":
-                self._known(request.id).credit(request.credit.events, request.credit.bytes)
+                self._known(request.id).flow.grant(request.credit.events, request.credit.bytes)
             case "ack":
-                self._known(request.id).acknowledge(request.ack.cursor)
+                self._known(request.id).flow.acked(_position(request.ack.cursor))
             case "unsubscribe":
                 self._known(request.id).end("unsubscribed")
             case _:
@@ -279,7 +224,7 @@ class AttachCall:
             stream = await self._streams.open(self._principal, read_options_of(request))
             reason = "complete"
             if stream.seq is not None:
-                await self._outbox.put(item(id_, subscribed=pb.Subscribed(cursor=stream.cursor)))
+                await self._outbox.send((item(id_, subscribed=pb.Subscribed(cursor=stream.cursor)),))
                 reason = await self._streams.serve(stream, subscription.send, PROTOBUF, subscription.join)
             last = item(id_, ended=pb.Ended(reason=reason))
         except Exception as error:
@@ -289,7 +234,7 @@ class AttachCall:
         if reason == "evicted":
             self.stop(reason)
             return
-        await self._outbox.put(last)
+        await self._outbox.send((last,))
 
     async def _operate(self, id_: str, kind: str, request: Any) -> None:
         try:
@@ -298,7 +243,7 @@ class AttachCall:
             answer = item(id_, problem=as_message(as_problem(error)))
         finally:
             self._under_way.release()
-        await self._outbox.put(answer)
+        await self._outbox.send((answer,))
 
     def _spawn(self, work: Any) -> None:
         task: asyncio.Task[None] = asyncio.create_task(work)

@@ -5,7 +5,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any, Final
 
-import grpc
 import msgspec
 
 from schemas.rpc.tailrace.v1 import tailrace_pb2 as pb
@@ -17,6 +16,7 @@ from services.delivery.consumers.session import Delivery
 from services.delivery.consumers.settling import Settlement, settle
 from services.delivery.consumers.tokens import InvalidToken
 from services.delivery.errors import reach
+from services.delivery.fanout.outbox import Outbox
 from services.delivery.formats.protobuf import typed
 from services.delivery.grpc.attach import EXPIRED, ID_LENGTH, LAST_WRITE_SECONDS, TOO_SLOW, decoded
 from services.delivery.grpc.problems import as_message, as_problem
@@ -30,25 +30,22 @@ FIRST_SECONDS: Final = 30.0
 
 
 class ConsumeCall:
-    """One call of `Consume`. ``write`` sends a response; ``end``: as of `Attachment`.
+    """Serve one call of `Consume`; ``end``: when it ends at the latest, in monotonic seconds, and why.
 
-    The client's words are taken one after another, so what it says is bounded by the flow control of HTTP/2.
+    Requests are handled one after another, so the flow control of HTTP/2 bounds what a client sends.
     """
 
     def __init__(
         self,
         consumers: Consumers,
         principal: Principal,
-        write: Callable[[bytes], Awaitable[None]],
+        outbox: Outbox[bytes],
         end: tuple[float, str],
     ) -> None:
         self._consumers = consumers
         self._principal = principal
-        self._write = write
-        self._turn = asyncio.Lock()  # one writes at a time; those who wait are the reader and the consumption
-        self.blocked_at: float | None = None
+        self._outbox = outbox
         self.until, self.until_reason = end
-        self._loop = asyncio.get_running_loop()
         self._reason: str | None = None
         self._consumption: Consumption | None = None
         self._first: asyncio.Task[pb.OpenConsumer] | None = None
@@ -89,6 +86,11 @@ class ConsumeCall:
             self._first.cancel()
         if reason == "evicted" and self._task is not None:
             self._task.cancel()
+
+    @property
+    def blocked_at(self) -> float | None:
+        """Start of the write that is under way, in monotonic seconds."""
+        return self._outbox.blocked_at
 
     def poll(self, now: float) -> None:
         """Do nothing: the transport pings its clients."""
@@ -180,15 +182,7 @@ class ConsumeCall:
         Raises:
             ConnectionError: the call is over.
         """
-        data = pb.ConsumeResponse(**kind).SerializeToString()
-        async with self._turn:
-            self.blocked_at = self._loop.time()
-            try:
-                await self._write(data)
-            except grpc.aio.BaseError as error:
-                raise ConnectionResetError("the call is over") from error
-            finally:
-                self.blocked_at = None
+        await self._outbox.write((pb.ConsumeResponse(**kind).SerializeToString(),))
 
 
 async def _first(requests: AsyncIterator[bytes]) -> pb.OpenConsumer:

@@ -9,12 +9,12 @@ import msgspec
 from schemas.names import InvalidName, check_name
 from schemas.rpc.tailrace.v1 import tailrace_pb2 as pb
 from services.delivery.consumers.registry import Consumers
+from services.delivery.fanout.outbox import Outbox
 from services.delivery.fanout.streams import Streams
 from services.delivery.fanout.supervisor import Supervisor
 from services.delivery.formats.protobuf import PROTOBUF, Batch
 from services.delivery.grpc.attach import TOO_SLOW, AttachCall, Operation, decoded, read_options_of
 from services.delivery.grpc.consume import ConsumeCall
-from services.delivery.grpc.outbox import CallOutbox
 from services.delivery.grpc.problems import answering
 from services.delivery.requests.generations import Lookups
 from services.delivery.requests.intake import GenerationRequest, Intake
@@ -78,10 +78,10 @@ class DeliveryService:
             await context.send_initial_metadata(())
             if stream.seq is None:
                 return
-            async with CallOutbox(context.write) as outbox:
+            async with Outbox[bytes](context.write, len, b"".join) as outbox:
 
                 async def send(batch: Batch) -> None:
-                    await outbox.put(batch.data)
+                    await outbox.send((batch.data,))
 
                 if await self._streams.serve(stream, send, PROTOBUF) == "evicted":
                     raise TOO_SLOW
@@ -92,7 +92,7 @@ class DeliveryService:
         """Serve one call of `Attach` to its end."""
         async with answering("Attach", context):
             principal = await self._entering(context)
-            async with CallOutbox(context.write) as outbox:
+            async with Outbox[bytes](context.write, len, b"".join) as outbox:
                 operations: dict[str, Operation] = {"start": self.start, "cancel": self.cancel}
                 end = self._supervisor.end_of(principal.expires_at)
                 attachment = AttachCall(self._streams, principal, outbox, operations, end)
@@ -103,11 +103,11 @@ class DeliveryService:
         """Serve one call of `Consume` to its end."""
         async with answering("Consume", context):
             principal = await self._entering(context)
-            consuming = ConsumeCall(
-                self._consumers, principal, context.write, self._supervisor.end_of(principal.expires_at)
-            )
-            with self._supervisor.supervise(principal, consuming):
-                await consuming.run(requests)
+            end = self._supervisor.end_of(principal.expires_at)
+            async with Outbox[bytes](context.write, len) as outbox:
+                consuming = ConsumeCall(self._consumers, principal, outbox, end)
+                with self._supervisor.supervise(principal, consuming):
+                    await consuming.run(requests)
 
     async def _entering(self, context: Context) -> Principal:
         """Return who opens a call that lasts.
@@ -133,7 +133,7 @@ class DeliveryService:
         if key is not None and len(key) > KEY_LIMIT:
             raise Problem(400, f"idempotency_key must have at most {KEY_LIMIT} characters")
         generation, cursor, repeated = await self._intake.accept(
-            principal, request.session, _generation_wish(request), key
+            principal, request.session, _generation_request(request), key
         )
         return pb.StartResponse(
             session=request.session, generation=generation, cursor=cursor, state="queued", repeated=repeated
@@ -200,8 +200,8 @@ def _check(role: str, value: str) -> None:
         raise Problem(400, str(error)) from error
 
 
-def _generation_wish(request: pb.StartRequest) -> GenerationRequest:
-    """Return the wish, checked by the rules of the body over HTTP."""
+def _generation_request(request: pb.StartRequest) -> GenerationRequest:
+    """Return the generation request, checked by the rules of the HTTP body."""
     try:
         options = msgspec.json.decode(request.options, type=dict[str, Any]) if request.options else {}
         messages = [

@@ -11,6 +11,7 @@ from services.delivery import metrics
 from services.delivery.consumers.registry import Consumers
 from services.delivery.errors import named, reach
 from services.delivery.fanout.feed import LAST_WRITE_SECONDS
+from services.delivery.fanout.outbox import Outbox
 from services.delivery.fanout.streams import ReadOptions, Streams
 from services.delivery.fanout.supervisor import Supervisor
 from services.delivery.formats.websocket import Formats, frame_message, position_of
@@ -36,7 +37,6 @@ from services.delivery.formats.websocket_messages import (
 )
 from services.delivery.requests.intake import GenerationRequest, Intake
 from services.delivery.websocket.consumptions import Consumptions
-from services.delivery.websocket.outbox import SocketOutbox
 from services.delivery.websocket.subscription import Subscription
 from services.delivery.websocket.token_bucket import TokenBucket
 from services.kit.auth.principal import Principal, authorize
@@ -85,12 +85,14 @@ class SocketContext(NamedTuple):
 class Connection:
     """Serves one accepted socket. Supervised."""
 
-    def __init__(self, desk: SocketContext, principal: Principal, formats: Formats, outlet: SocketOutbox) -> None:
+    def __init__(
+        self, desk: SocketContext, principal: Principal, formats: Formats, outbox: Outbox[dict[str, Any]]
+    ) -> None:
         self._desk = desk
         self._principal = principal
         self._formats = formats
         self._dialect = formats.dialect
-        self._outlet = outlet
+        self._outbox = outbox
         self._clock = desk.clock
         now = self._clock.monotonic()
         self.until, self.until_reason = desk.supervisor.end_of(principal.expires_at)
@@ -98,7 +100,7 @@ class Connection:
         self._heard_at = self._asked_at = now
         self._pings = 0
         self._subscriptions: dict[str, Subscription] = {}  # bounded by SUBSCRIPTIONS
-        self._consumptions = Consumptions(desk.consumers, principal, formats.dialect, outlet, _error)
+        self._consumptions = Consumptions(desk.consumers, principal, formats.dialect, outbox, _error)
         self._operations: set[asyncio.Task[None]] = set()  # bounded by OPERATIONS
         self._over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
@@ -131,7 +133,7 @@ class Connection:
             return
         if tasks:
             await asyncio.wait(tasks, timeout=2 * LAST_WRITE_SECONDS)
-        await self._outlet.flush(LAST_WRITE_SECONDS)
+        await self._outbox.flush(LAST_WRITE_SECONDS)
 
     async def abandon(self) -> None:
         """Give up what has not ended by itself."""
@@ -147,7 +149,7 @@ class Connection:
     @property
     def blocked_at(self) -> float | None:
         """Since when a write has waited for the client."""
-        return self._outlet.blocked_at
+        return self._outbox.blocked_at
 
     def poll(self, now: float) -> None:
         """Ping the client, and end the socket when it does not answer."""
@@ -157,13 +159,13 @@ class Connection:
         elif now - self._asked_at >= heartbeat:
             self._pings += 1
             self._asked_at = now
-            self._outlet.offer([self._message(Ping(id=self._pings))])
+            self._outbox.offer([self._message(Ping(id=self._pings))])
 
     def _message(self, message: msgspec.Struct) -> dict[str, Any]:
         return frame_message(self._dialect.encode(message), self._dialect.text)
 
     async def _send(self, message: msgspec.Struct) -> None:
-        await self._outlet.send([self._message(message)])
+        await self._outbox.send([self._message(message)])
 
     async def _read(self, receive: Any) -> str:
         while True:
@@ -213,7 +215,7 @@ class Connection:
             case Credit() if message.consumer is not None:
                 self._consumptions.grant(message)
             case Credit():
-                self._subscription(message.session).grant(message.events, message.bytes)
+                self._subscription(message.session).flow.grant(message.events, message.bytes)
             case Subscribe():
                 self._subscribe(message)
             case Unsubscribe():
@@ -243,7 +245,7 @@ class Connection:
     def _take_pong(self, pong: Pong) -> None:
         if pong.id == self._pings:
             for subscription in self._subscriptions.values():
-                subscription.trip(self._heard_at - self._asked_at)
+                subscription.flow.trip(self._heard_at - self._asked_at)
 
     def _subscription(self, session: str | None) -> Subscription:
         if session is None:
@@ -259,11 +261,9 @@ class Connection:
             position = position_of(message.cursor)
         except InvalidCursor as error:
             raise Problem(400, str(error), slug="cursor-invalid", title="The cursor is not valid here") from error
-        subscription.acked(position)
+        subscription.flow.acked(position)
 
     def _subscribe(self, message: Subscribe) -> None:
-        if message.credit is not None and message.window is not None:
-            raise Problem(400, "a subscription has either `credit` or a `window`")
         options = ReadOptions.read(
             message.session,
             generation=message.generation,
@@ -277,7 +277,7 @@ class Connection:
         if len(self._subscriptions) >= SUBSCRIPTIONS:
             raise Problem(429, f"a socket has at most {SUBSCRIPTIONS} subscriptions", slug="too-many-subscriptions")
         subscription = Subscription(
-            self._outlet, self._clock.monotonic, message.credit, auto=message.window is not None
+            self._outbox, self._clock.monotonic, message.credit, auto=message.window is not None
         )
         self._subscriptions[message.session] = subscription
         subscription.task = asyncio.create_task(self._follow(message.id, options, subscription))
@@ -347,8 +347,8 @@ class Connection:
         key = message.idempotency_key
         if key is not None and not 0 < len(key) <= KEY_LIMIT:
             raise Problem(400, f"idempotency_key must have 1 to {KEY_LIMIT} characters")
-        options = _generation_wish(message.request)
-        accepted = self._desk.intake.accept(principal, message.session, options, key)
+        request = _generation_request(message.request)
+        accepted = self._desk.intake.accept(principal, message.session, request, key)
         generation, cursor, repeated = await reach(accepted)
         return Accepted(
             id=message.id,
@@ -389,7 +389,7 @@ def _size(data: str | bytes) -> int:
     return len(data) if isinstance(data, bytes) or data.isascii() else len(data.encode())
 
 
-def _generation_wish(request: Any) -> GenerationRequest:
+def _generation_request(request: Any) -> GenerationRequest:
     """Return the body of a request; by way of JSON, since MessagePack can hold what no provider can be sent.
 
     Raises:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 import structlog
@@ -15,6 +15,7 @@ from services.delivery.consumers.session import Delivery
 from services.delivery.consumers.settling import Settlement, settle
 from services.delivery.consumers.tokens import InvalidToken
 from services.delivery.errors import reach
+from services.delivery.fanout.outbox import Outbox
 from services.delivery.formats.websocket import frame_message, packed
 from services.delivery.formats.websocket_messages import (
     Consume,
@@ -28,7 +29,6 @@ from services.delivery.formats.websocket_messages import (
     Stopped,
     Unconsume,
 )
-from services.delivery.websocket.outbox import SocketOutbox
 from services.kit.auth.principal import Principal
 from services.kit.problem import Problem
 
@@ -43,12 +43,17 @@ class Consumptions:
     """The consumers that a socket reads: `CONSUMPTIONS` at most. ``refuse`` makes what is said to who cannot."""
 
     def __init__(
-        self, consumers: Consumers, principal: Principal, dialect: Dialect, outlet: SocketOutbox, refuse: Refuse
+        self,
+        consumers: Consumers,
+        principal: Principal,
+        dialect: Dialect,
+        outbox: Outbox[dict[str, Any]],
+        refuse: Refuse,
     ) -> None:
         self._consumers = consumers
         self._principal = principal
         self._dialect = dialect
-        self._outlet = outlet
+        self._outbox = outbox
         self._refuse = refuse
         self._open: dict[str, Consumption] = {}  # bounded by CONSUMPTIONS
         self.tasks: set[asyncio.Task[None]] = set()  # one for each that is open, and for each that is ending
@@ -126,7 +131,7 @@ class Consumptions:
 
         async def give(events: Sequence[Delivery]) -> None:
             frames = [msgspec.Raw(self._frame(event, auto=auto)) for event in events]
-            await self._outlet.write([self._message(Deliveries(consumer=name, events=frames))])
+            await self._outbox.write([self._message(Deliveries(consumer=name, events=frames))])
 
         last: msgspec.Struct | None = None
         try:
@@ -149,11 +154,11 @@ class Consumptions:
             return envelope(delivery, auto=auto)
         return packed(about(delivery, auto=auto), delivery.data)
 
-    def _message(self, message: msgspec.Struct) -> dict[str, object]:
+    def _message(self, message: msgspec.Struct) -> dict[str, Any]:
         return frame_message(self._dialect.encode(message), self._dialect.text)
 
     async def _send(self, message: msgspec.Struct) -> None:
         try:
-            await self._outlet.send([self._message(message)])
+            await self._outbox.send([self._message(message)])
         except ConnectionError:
             return

@@ -8,14 +8,14 @@ import structlog
 from services.delivery import metrics
 from services.delivery.consumers.registry import Consumers
 from services.delivery.fanout.feed import LAST_WRITE_SECONDS
+from services.delivery.fanout.outbox import Outbox
 from services.delivery.fanout.streams import Streams
 from services.delivery.fanout.supervisor import Supervisor
-from services.delivery.formats.websocket import Formats
+from services.delivery.formats.websocket import Formats, message_size
 from services.delivery.formats.websocket_messages import JSON, SUBPROTOCOLS, Dialect
 from services.delivery.requests.intake import Intake
 from services.delivery.settings import Settings
 from services.delivery.websocket.connection import CLOSES, Connection, SocketContext
-from services.delivery.websocket.outbox import SocketOutbox
 from services.kit.auth.principal import principal_of
 from services.kit.clock import Clock
 from services.kit.http import RAW_SEND
@@ -62,8 +62,8 @@ class WebSockets:
             await send_problem(send, problem, "websocket.http")
             return
         await send({"type": "websocket.accept", "subprotocol": name})
-        async with SocketOutbox(send) as outlet:
-            connection = Connection(self._desk, principal, self._formats[name or JSON], outlet)
+        async with Outbox(send, message_size) as outbox:
+            connection = Connection(self._desk, principal, self._formats[name or JSON], outbox)
             with self._supervisor.supervise(principal, connection):
                 reason = await self._serve(connection, receive)
         metrics.SOCKETS_CLOSED.labels(reason).inc()

@@ -1,35 +1,44 @@
-"""What leaves over one WebSocket: whole messages in the order in which they found a place, written by one task."""
+"""The bounded outgoing queue of one connection, written by one task."""
 
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Final
+from typing import Final, Generic, TypeVar
 
-__all__ = ["SocketOutbox"]
+__all__ = ["BOUND", "Outbox"]
 
 BOUND: Final = 65_536
-Messages = Sequence[dict[str, Any]]
+
+M = TypeVar("M")
 
 
-def _size(messages: Messages) -> int:
-    return sum(len(message.get("text") or message.get("bytes") or b"") for message in messages)
+class Outbox(Generic[M]):
+    """Queue the messages of several subscriptions, and write them in order while its block runs.
 
+    At most `BOUND` bytes wait, or one call's messages that are larger; further senders take turns, first come, first
+    served. So a client that does not read delays only its own subscriptions. ``write`` is never called while an earlier
+    call is under way. ``size`` returns the bytes of a message; ``join`` makes one message of all that wait, where the
+    protocol lets messages be joined.
 
-class SocketOutbox:
-    """Takes ASGI messages of several subscriptions, and writes them while its block runs.
-
-    At most `BOUND` bytes wait, or one write that is larger; whoever has more waits for its turn, which is how a client
-    that does not read is felt. The server's ``send`` is never called while it is under way.
+    Attributes:
+        blocked_at: start of the write that is under way, in monotonic seconds, or None.
     """
 
-    def __init__(self, send: Callable[[Any], Awaitable[None]]) -> None:
-        self._send = send
+    def __init__(
+        self,
+        write: Callable[[M], Awaitable[None]],
+        size: Callable[[M], int],
+        join: Callable[[Sequence[M]], M] | None = None,
+    ) -> None:
+        self._write = write
+        self._size_of = size
+        self._join = join
         self._loop = asyncio.get_running_loop()
-        self._queue: deque[dict[str, Any]] = deque()  # bounded by BOUND
-        self._size = 0
+        self._queue: deque[M] = deque()  # bounded by BOUND
+        self._size = 0  # of the queue and the write under way
         self._turns: deque[asyncio.Future[None]] = deque()  # one for each subscription and operation at most
         self._taken = self._written = 0  # messages
-        self._marks: deque[tuple[int, asyncio.Future[bool]]] = deque()  # one for each consumer read at most
+        self._marks: deque[tuple[int, asyncio.Future[bool]]] = deque()  # one for each call of `write` under way
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -37,8 +46,8 @@ class SocketOutbox:
         self._writer: asyncio.Task[None] | None = None
         self.blocked_at: float | None = None
 
-    async def __aenter__(self) -> "SocketOutbox":
-        self._writer = asyncio.create_task(self._run(), name="websocket-outlet")
+    async def __aenter__(self) -> "Outbox[M]":
+        self._writer = asyncio.create_task(self._run(), name="outbox")
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -47,42 +56,42 @@ class SocketOutbox:
             await asyncio.gather(self._writer, return_exceptions=True)
         self._close()
 
-    async def send(self, messages: Messages) -> None:
-        """Take messages; wait while there is no room for them.
+    async def send(self, messages: Sequence[M]) -> None:
+        """Queue messages next to each other; wait while the outbox is full.
 
         Raises:
-            ConnectionError: the socket is closed.
+            ConnectionError: the connection is closed.
         """
         if not self._closed and (self._turns or self._size >= BOUND):
             await self._turn()
         try:
             if self._closed:
-                raise ConnectionResetError("the socket is closed")
+                raise ConnectionResetError("the connection is closed")
             self._put(messages)
         finally:
             self._next_turn()
 
-    async def write(self, messages: Messages) -> None:
-        """Take messages, and wait until they have been written.
+    async def write(self, messages: Sequence[M]) -> None:
+        """Queue messages, and wait until they have been written.
 
         Raises:
-            ConnectionError: the socket is closed.
+            ConnectionError: the connection is closed.
         """
         await self.send(messages)
         done: asyncio.Future[bool] = self._loop.create_future()
         self._marks.append((self._taken, done))
         if not await done:
-            raise ConnectionResetError("the socket is closed")
+            raise ConnectionResetError("the connection is closed")
 
-    def offer(self, messages: Messages) -> bool:
-        """Take messages if nobody else waits; tell whether they were taken."""
+    def offer(self, messages: Sequence[M]) -> bool:
+        """Queue messages unless the outbox is full or closed; return whether they were queued."""
         if self._closed or self._turns or self._size >= BOUND:
             return False
         self._put(messages)
         return True
 
     async def flush(self, seconds: float) -> bool:
-        """Wait until all is written, at most so long; tell whether it is."""
+        """Wait until all is written, for ``seconds`` at most; return whether it is."""
         try:
             async with asyncio.timeout(seconds):
                 while (self._queue or self._turns) and not self._closed:
@@ -93,10 +102,10 @@ class SocketOutbox:
             return False
         return not self._closed
 
-    def _put(self, messages: Messages) -> None:
+    def _put(self, messages: Sequence[M]) -> None:
         self._queue.extend(messages)
         self._taken += len(messages)
-        self._size += _size(messages)
+        self._size += sum(map(self._size_of, messages))
         self._idle.clear()
         self._wake.set()
 
@@ -128,20 +137,31 @@ class SocketOutbox:
             if not done.done():
                 done.set_result(written)
 
+    def _next(self) -> tuple[M, int]:
+        """Return the next message to write, and how many queued ones it is made of."""
+        if self._join is None or len(self._queue) == 1:
+            return self._queue.popleft(), 1
+        messages = tuple(self._queue)
+        self._queue.clear()
+        return self._join(messages), len(messages)
+
     async def _run(self) -> None:
         try:
             while True:
                 await self._wake.wait()
                 self._wake.clear()
                 while self._queue:
-                    message = self._queue.popleft()
+                    size = self._size
+                    message, count = self._next()
+                    if self._join is None:
+                        size = self._size_of(message)
                     self.blocked_at = self._loop.time()
-                    await self._send(message)
+                    await self._write(message)
                     self.blocked_at = None
-                    self._size -= _size((message,))
-                    self._written += 1
+                    self._size -= size
+                    self._written += count
                     self._pass_marks(written=True)
                     self._next_turn()
                 self._idle.set()
-        except (OSError, RuntimeError):  # the client is gone
+        except Exception:  # a server raises errors of its own kinds when the client is gone
             self._close()

@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from schemas.events import Cancelled
+from schemas.events import Cancelled, Completed
 from schemas.subjects import request_subject
 from services.delivery.requests import withdrawals
 from services.delivery.requests.intake import GenerationRequest
@@ -112,6 +112,23 @@ async def test_a_start_that_was_repeated_meanwhile_is_left_to_its_repeat(
     assert await taking.is_known(generation)
     assert await taking.broker.holds("REQUESTS", request_subject("default", generation))
     assert metric("tailrace_delivery_withdrawn_total", outcome="withdrawn") == before
+
+
+async def test_an_answer_whose_repeat_was_accepted_is_not_cancelled(
+    taking: Taking, broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(withdrawals, "PAUSE_SECONDS", 0.5)
+    async with producing(broker) as producer:
+        with monkeypatch.context() as patch:
+            lost = losing_acknowledgements(broker.publish_stored, "requests.", stores=True)
+            patch.setattr(broker, "publish_stored", lost)
+            with pytest.raises(BrokerUnavailable):
+                await start(taking, "once", tokens=150, tokens_per_second=50)
+        (relay,) = await eventually(lambda: list(producer.running.values()))
+        assert await start(taking, "once", tokens=150, tokens_per_second=50) == relay.request.generation
+        events = await ended_log(broker, ask(relay.request.generation))
+    assert isinstance(events[-1], Completed)
+    assert not taking.intake._withdrawals._waiting, "the check after LATER_SECONDS came before the end"
 
 
 async def test_nothing_is_begun_while_the_broker_stores_nothing(

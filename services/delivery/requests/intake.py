@@ -28,7 +28,7 @@ from services.delivery.requests.budgets import BudgetReservations
 from services.delivery.requests.deleted_sessions import DeletedSessions
 from services.delivery.requests.generations import ENDED, Lookups
 from services.delivery.requests.start_limits import StartLimits
-from services.delivery.requests.withdrawals import Withdrawals
+from services.delivery.requests.withdrawals import Start, Withdrawals
 from services.kit.auth.principal import Principal
 from services.kit.clock import Clock
 from services.kit.jetstream.broker import Broker, BrokerUnavailable
@@ -134,21 +134,22 @@ class Intake:
             key=principal.key,
         )
         await self._check_room(issuer.partition, record)
-        lane = lane_of(self._pool, request.priority)
+        start = Start(record, None, lane_of(self._pool, request.priority), key is not None)
         try:
             created = await self._lookups.create(record)
         except BrokerUnavailable:
-            self._withdrawals.add(record, None, lane)
+            self._withdrawals.add(start)
             raise
+        start = start._replace(created=created)
         if created is None and not await self._is_waiting_repeat(record):
             return generation, cursor, True
         try:
             # A budget covers all sessions of its tenant: credentials limited to some must not see it.
             await self._admission.reserve(record, models, request, names_budget=principal.reaches_all)
         except (Problem, BrokerUnavailable):
-            await self._take_back(record, created, lane)
+            await self._take_back(start)
             raise
-        await self._enqueue(record, request, issuer.partition, created, lane)
+        await self._enqueue(start, request, issuer.partition)
         self._starts.began(record)
         return generation, cursor, created is None
 
@@ -259,9 +260,8 @@ class Intake:
             seen = (earlier.created_at, revision)
         raise BrokerUnavailable("an earlier request under this key is about to be stored or taken back: ask again")
 
-    async def _enqueue(
-        self, record: GenerationRecord, request: GenerationRequest, partition: int, created: int | None, lane: str
-    ) -> None:
+    async def _enqueue(self, start: Start, request: GenerationRequest, partition: int) -> None:
+        record = start.record
         queued = Request(
             tenant=record.tenant,
             session=record.session,
@@ -282,13 +282,13 @@ class Intake:
         data = msgspec.json.encode(queued)
         limit = self._broker.client.max_payload
         if len(data) > limit:
-            await self._take_back(record, created, lane)
+            await self._take_back(start)
             raise Problem(
                 413,
                 f"the request has {len(data)} bytes as it is queued, and at most {limit} bytes are taken: "
                 "max_payload of the broker (nats-server) sets the limit",
             )
-        subject = request_subject(lane, record.generation)
+        subject = request_subject(start.lane, record.generation)
         try:
             await self._broker.publish_stored(subject, data)
         except APIError as error:
@@ -296,19 +296,19 @@ class Intake:
                 try:
                     await self._check_queued(subject)
                 except BrokerUnavailable:
-                    if created is not None:
-                        self._withdrawals.add(record, created, lane)
+                    if start.created is not None:
+                        self._withdrawals.add(start)
                     raise
                 return
-            await self._take_back(record, created, lane)
+            await self._take_back(start)
             if not error.is_stream_full:
                 raise _not_stored() from error
             raise Problem(
                 429, "the queue of requests is full", slug="queue-full", headers={"Retry-After": "5"}
             ) from error
         except BrokerUnavailable:
-            if created is not None:
-                self._withdrawals.add(record, created, lane)
+            if start.created is not None:
+                self._withdrawals.add(start)
             raise
         metrics.REQUESTS.inc()
 
@@ -321,13 +321,13 @@ class Intake:
         if not await self._broker.holds(REQUESTS_STREAM, subject):
             raise BrokerUnavailable("an earlier request under this key is not in the queue yet: ask again")
 
-    async def _take_back(self, record: GenerationRecord, created: int | None, lane: str) -> None:
+    async def _take_back(self, start: Start) -> None:
         """Withdraw a request that could not be queued, unless another one under the same key uses its record."""
         try:
-            if created is not None and await self._lookups.forget(record, created):
-                await self._admission.release(record)
+            if start.created is not None and await self._lookups.forget(start.record, start.created):
+                await self._admission.release(start.record)
         except BrokerUnavailable:
-            self._withdrawals.add(record, created, lane)
+            self._withdrawals.add(start)
 
 
 def _not_stored() -> Problem:

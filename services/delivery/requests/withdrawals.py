@@ -16,7 +16,7 @@ from services.delivery.requests.generations import Lookups
 from services.kit.jetstream.broker import Broker, BrokerUnavailable, Stored
 from services.kit.jetstream.errors import APIError
 
-__all__ = ["Withdrawals"]
+__all__ = ["Start", "Withdrawals"]
 
 log = structlog.get_logger()
 WAITING: Final = 10_000
@@ -25,20 +25,32 @@ LATER_SECONDS: Final = 5.0
 """Seconds after a withdrawal until it is checked again: a producer may have just taken the request."""
 
 
-class _Refused(NamedTuple):
-    """``created``: the record's revision if known; ``due``: time of the second check, 0 before the first."""
+class Start(NamedTuple):
+    """A request on its way into the queue.
+
+    ``created``: revision of the record it created, or None where that is unknown or the record is an earlier request's.
+    ``repeatable``: it has an idempotency key, so its client may repeat it on any replica.
+    """
 
     record: GenerationRecord
     created: int | None
     lane: str
+    repeatable: bool
+
+
+class _Refused(NamedTuple):
+    """``due``: time of the second check, 0 before the first."""
+
+    start: Start
     due: float
 
 
 class Withdrawals:
     """Withdraw refused requests until the broker holds no record, no queue entry and no producer of them.
 
-    A request repeated meanwhile under its idempotency key is left unchanged. If the replica ends first, producers close
-    the records of the remaining requests.
+    A request repeated meanwhile under its idempotency key is left unchanged. A producer that took a refused request
+    is cancelled only if there is no key: under a key the repeat may have been accepted by another replica, and its
+    answer must go on. If the replica ends first, producers close the records of the remaining requests.
     """
 
     def __init__(self, broker: Broker, lookups: Lookups, admission: BudgetReservations) -> None:
@@ -48,12 +60,12 @@ class Withdrawals:
         self._waiting: dict[str, _Refused] = {}  # by generation; bounded by WAITING
         self._task: asyncio.Task[None] | None = None
 
-    def add(self, record: GenerationRecord, created: int | None, lane: str) -> None:
-        """Withdraw a request once the broker answers; ``created``: its record's revision if known."""
+    def add(self, start: Start) -> None:
+        """Withdraw a request once the broker answers."""
         if len(self._waiting) >= WAITING:
             metrics.WITHDRAWN.labels("forgotten").inc()
             return
-        self._waiting[record.generation] = _Refused(record, created, lane, 0.0)
+        self._waiting[start.record.generation] = _Refused(start, 0.0)
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._work())
 
@@ -67,17 +79,18 @@ class Withdrawals:
                     break
                 try:
                     if refused.due == 0.0:
-                        await self._withdraw(refused)
+                        await self._withdraw(refused.start)
                         self._waiting[name] = refused._replace(due=now + LATER_SECONDS)
                     elif now >= refused.due:
-                        await self._cancel(refused.record)
+                        if not refused.start.repeatable:
+                            await self._cancel(refused.start.record)
                         del self._waiting[name]
                 except (BrokerUnavailable, APIError) as error:
                     log.warning("refused request not taken back yet", generation=name, detail=str(error))
                     break  # the others would fail the same way
 
-    async def _withdraw(self, refused: _Refused) -> None:
-        record, created, lane, _ = refused
+    async def _withdraw(self, start: Start) -> None:
+        record, created, lane, _ = start
         found = await self._lookups.get(record.tenant, record.session, record.generation)
         if found is not None and (found[0].created_at, found[0].state) != (record.created_at, "queued"):
             return  # a producer has it

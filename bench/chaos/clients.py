@@ -126,8 +126,9 @@ class Client:
                     if response.status == 200:
                         self.add(Exported(generation=generation, input=export.input, output=export.output))
                         return
-                    if response.status < 500:
-                        self.add(Said(watch=-1, event=f"export {response.status}", data=(await response.text())[:500]))
+                    data = await response.read()
+                    if response.status < 500 and not self.credentials.has_expired(response.status, data):
+                        self.add(Said(watch=-1, event=f"export {response.status}", data=data.decode()[:500]))
             await asyncio.sleep(0.5)
 
     async def set_budget(self, tokens: int) -> None:

@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
 from typing import Final
 
 import structlog
@@ -21,23 +21,19 @@ from services.delivery import app, metrics
 from services.delivery.settings import Settings
 from services.kit.http import PortTaken, check_port, probes, serving
 from services.kit.lifecycle import EXIT_USAGE
+from services.kit.processes import Crashes, end_process, signal_group
 from services.kit.settings import SettingsError, load_settings
 from services.kit.shutdown import ANSWERS, MARGIN, Stop
+from services.kit.tasks import first_of
 from services.kit.telemetry import configure_logging
 
-__all__ = ["main", "restart_delay"]
+__all__ = ["main"]
 
 log = structlog.get_logger()
 FLAG: Final = "--worker"
-HEALTHY_AFTER: Final = 60.0
 PROBE_SECONDS: Final = 1.0
 WORKER_SECONDS: Final = MARGIN + 1.0
 """Seconds beyond the drain time after which a worker is killed; it should have exited within `MARGIN`."""
-
-
-def restart_delay(crashes: int) -> float:
-    """Return the backoff in seconds after ``crashes`` (1, 2 …) consecutive crashes: 0.25 s, doubling up to 8 s."""
-    return float(min(8.0, 0.25 * 2 ** min(crashes - 1, 5)))
 
 
 async def main(stop: Stop) -> None:
@@ -137,7 +133,7 @@ class _Worker:
         Raises:
             SettingsError: the worker exited because its settings are wrong or a port is taken; it is not restarted.
         """
-        crashes = 0
+        crashes = Crashes()
         while not stop.is_set():
             started = time.monotonic()
             code = await self._run_once(stop)
@@ -145,13 +141,10 @@ class _Worker:
                 return
             if code == EXIT_USAGE:
                 raise SettingsError([f"worker {self.number} could not start: what was wrong stands above"])
-            crashes = 1 if time.monotonic() - started > HEALTHY_AFTER else crashes + 1
-            delay = restart_delay(crashes)
+            delay = crashes.add(time.monotonic() - started)
             metrics.WORKER_RESTARTS.inc()
             log.warning("worker ended, will be started again", worker=self.number, code=code, seconds=delay)
-            with suppress(TimeoutError):
-                async with asyncio.timeout(delay):
-                    await stop.wait()
+            await first_of(delay, stop.wait())
 
     async def _run_once(self, stop: Stop) -> int:
         # Standard input is a pipe without a writer: it closes when this process ends, even by SIGKILL.
@@ -165,21 +158,15 @@ class _Worker:
             start_new_session=True,  # a Ctrl-C in the terminal reaches only this process
         )
         metrics.WORKERS.inc()
-        ended = asyncio.ensure_future(process.wait())
-        stopping = asyncio.ensure_future(stop.wait())
         try:
-            await asyncio.wait({ended, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            if not ended.done():
-                process.send_signal(signal.SIGTERM)
-                await asyncio.wait({ended}, timeout=self._grace)
-            return process.returncode if process.returncode is not None else -signal.SIGKILL
+            await first_of(None, process.wait(), stop.wait())
+            if not await end_process(process, self._grace):
+                log.warning("worker did not end in time and was killed", worker=self.number, seconds=self._grace)
+            return await process.wait()
         finally:
-            stopping.cancel()
-            if process.returncode is None:
-                log.warning("worker did not end in time and is killed", worker=self.number, seconds=self._grace)
-                with suppress(ProcessLookupError):
-                    process.kill()
-            await ended
+            if process.returncode is None:  # this task is being cancelled
+                signal_group(process.pid, signal.SIGKILL)
+                await process.wait()
             metrics.WORKERS.dec()
 
 

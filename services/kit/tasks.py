@@ -1,14 +1,14 @@
 """Tasks beside the caller: tracked background tasks, one shared call per key, and waits with a time limit."""
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import Any, Generic, TypeVar
 
 import structlog
 
 from services.kit.shutdown import END_SECONDS, end
 
-__all__ = ["BackgroundTasks", "SingleFlight", "wait_for_event"]
+__all__ = ["BackgroundTasks", "SingleFlight", "first_of", "wait_for_event"]
 
 log = structlog.get_logger()
 K = TypeVar("K")
@@ -107,3 +107,14 @@ async def wait_for_event(event: asyncio.Event, seconds: float) -> bool:
     except TimeoutError:
         pass
     return event.is_set()
+
+
+async def first_of(seconds: float | None, *waits: Awaitable[object]) -> None:
+    """Return when the first of ``waits`` is done, or after ``seconds``; the others are cancelled."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    try:
+        await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,16 +1,11 @@
-"""Compute backoff delays for restarts and reconnects. Pure."""
+"""Compute the backoff of reconnects, and bound restarts. Pure."""
 
 from typing import Final
 
-__all__ = ["MAX_CRASHES", "reconnect_delay", "restart_delay"]
+__all__ = ["MAX_CRASHES", "reconnect_delay"]
 
 MAX_CRASHES: Final = 6
 """A service that ends this often in a row, without a minute of health between, is given up."""
-
-
-def restart_delay(crashes: int) -> float:
-    """Return the seconds to wait after the given number (1, 2 …) of crashes in a row: 0.25 s doubling up to 8 s."""
-    return float(min(8.0, 0.25 * 2 ** (crashes - 1)))
 
 
 def reconnect_delay(failures: int, chance: float) -> float:

@@ -1,18 +1,19 @@
 """One service of the process tree: started, watched, started again after a crash, stopped."""
 
 import asyncio
-import os
 import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
 import httpx
 
+from services.kit.processes import Crashes, end_process, signal_group
+from services.kit.tasks import first_of
 from services.standalone import embedded, leash
-from services.standalone.backoff import MAX_CRASHES, restart_delay
+from services.standalone.backoff import MAX_CRASHES
 from services.standalone.output import OutputFile
 from services.standalone.plan import ServiceSpec
 
@@ -20,7 +21,6 @@ __all__ = ["Member"]
 
 READY_TIMEOUT: Final = 60.0
 PROBE_INTERVAL: Final = 0.05
-HEALTHY_AFTER: Final = 60.0
 HOPELESS: Final = (2, 4)
 """A service ends with these when its settings are wrong, its port is taken, or what it keeps is damaged: starting it
 again would not help."""
@@ -51,7 +51,7 @@ class Member:
         self._hurry = asyncio.Event()
         self._again = asyncio.Event()
         self._output = OutputFile(logs / f"{spec.name}.log", self._show)
-        self._crashes = 0
+        self._crashes = Crashes()
 
     async def run(self) -> None:
         """Keep the service running until `stop`, then end it. Returns early when it has been given up."""
@@ -68,15 +68,12 @@ class Member:
                 if self._again.is_set():
                     self._again.clear()
                     continue
-                if time.monotonic() - started > HEALTHY_AFTER:
-                    self._crashes = 0
-                self._crashes += 1
+                delay = self._crashes.add(time.monotonic() - started)
                 if self._is_hopeless(code):
                     self._on_lost(f"{self.spec.name} {_describe(code)}; its log is {self._output.path}")
                     return
-                delay = restart_delay(self._crashes)
                 self._notify(f"{self.spec.name} {_describe(code)}; starting it again in {delay:g} s")
-                await _first(delay, self._stop.wait())
+                await first_of(delay, self._stop.wait())
         finally:
             self._output.close()
 
@@ -100,7 +97,7 @@ class Member:
         self._hurry.set()
 
     def _is_hopeless(self, code: int) -> bool:
-        return not self.ready.is_set() or code in HOPELESS or self._crashes >= MAX_CRASHES
+        return not self.ready.is_set() or code in HOPELESS or self._crashes.count >= MAX_CRASHES
 
     def _show(self, line: str) -> None:
         if not self._hurry.is_set():
@@ -122,14 +119,14 @@ class Member:
             async with asyncio.TaskGroup() as tasks:
                 probe = tasks.create_task(self._probe())
                 pump = tasks.create_task(self._pump(process))
-                await _first(None, process.wait(), self._stop.wait(), self._again.wait())
+                await first_of(None, process.wait(), self._stop.wait(), self._again.wait())
                 probe.cancel()
                 await self._end(process)
-                await _first(1.0, asyncio.shield(pump))
+                await first_of(1.0, asyncio.shield(pump))
                 pump.cancel()
         finally:
             if process.returncode is None:
-                _signal_group(process.pid, signal.SIGKILL)
+                signal_group(process.pid, signal.SIGKILL)
             self._output.finish()
             self.pid = None
         return await process.wait()
@@ -154,27 +151,14 @@ class Member:
                 )
 
     async def _end(self, process: asyncio.subprocess.Process) -> None:
-        if process.returncode is None and not self._hurry.is_set():
-            _signal_group(process.pid, signal.SIGTERM)
-            await _first(self.spec.grace, process.wait(), self._hurry.wait())
-        if process.returncode is None and not self._hurry.is_set():
+        if not await end_process(process, self.spec.grace, self._hurry) and not self._hurry.is_set():
             self._notify(f"{self.spec.name} did not end within {self.spec.grace:g} s and is killed")
-        if process.returncode is None:
-            _signal_group(process.pid, signal.SIGKILL)
-            await process.wait()
 
 
 def _describe(code: int) -> str:
     if code < 0:
         return f"was ended by {signal.Signals(-code).name}"
     return f"ended with exit code {code}"
-
-
-def _signal_group(pid: int, signum: int) -> None:
-    try:
-        os.killpg(pid, signum)
-    except (ProcessLookupError, PermissionError):
-        return  # nobody is left in it
 
 
 async def _is_ready(client: httpx.AsyncClient, address: str) -> bool:
@@ -185,14 +169,3 @@ async def _is_ready(client: httpx.AsyncClient, address: str) -> bool:
         return (await client.get(address)).status_code == 200
     except httpx.HTTPError:
         return False
-
-
-async def _first(timeout: float | None, *waits: Awaitable[object]) -> None:
-    """Return when the first of ``waits`` is done or the timeout (seconds) is over; the others are cancelled."""
-    tasks = [asyncio.ensure_future(wait) for wait in waits]
-    try:
-        await asyncio.wait(tasks, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

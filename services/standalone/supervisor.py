@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Final
 
+from services.kit.tasks import first_of
 from services.standalone.errors import CommandFailed, StartFailed
 from services.standalone.member import Member
 from services.standalone.plan import ServiceSpec
@@ -106,11 +107,7 @@ class Supervisor:
         return True
 
     async def _until_ready(self, member: Member) -> bool:
-        ready = asyncio.ensure_future(member.ready.wait())
-        ending = asyncio.ensure_future(self._ending.wait())
-        await asyncio.wait({ready, ending}, return_when=asyncio.FIRST_COMPLETED)
-        for wait in (ready, ending):
-            wait.cancel()
+        await first_of(None, member.ready.wait(), self._ending.wait())
         return not self._ending.is_set()
 
     async def _stop_all(self) -> None:

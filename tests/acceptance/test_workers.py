@@ -18,8 +18,8 @@ import pytest
 
 from bench.processes import free_port
 from schemas.rpc.tailrace.v1 import tailrace_pb2 as pb
-from services.delivery.workers import restart_delay
 from services.kit.jetstream.broker import Broker
+from services.kit.processes import restart_delay
 from tests.acceptance.processes import REPOSITORY, clean_environment, wait_until_answers
 from tests.conftest import eventually
 from tests.delivery_stage import Log, keys, story

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.standalone.backoff import reconnect_delay, restart_delay
+from services.kit.processes import restart_delay
+from services.standalone.backoff import reconnect_delay
 from services.standalone.embedded import find_nats_server, parse_version, payload_for, render_config
 from services.standalone.errors import CannotStart, FolderInUse, PortsTaken
 from services.standalone.folder import locked

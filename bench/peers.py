@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from bench.processes import Processes, fetch, free_port
-from bench.targets import Endpoint
+from bench.relay.targets import Endpoint
 
 __all__ = ["LiteLLM", "PeerNotInstalled"]
 

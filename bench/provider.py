@@ -16,7 +16,7 @@ from typing import Any, Final, cast
 import msgspec
 import uvloop
 
-from bench.scenarios import StreamOrder
+from bench.relay.scenarios import StreamOrder
 from bench.stamps import Stamps
 from bench.stats import percentile
 from bench.text import token, word_index, words

@@ -26,7 +26,7 @@ from bench.chaos.schedule import BILLINGS, Export, Schedule
 from bench.chaos.stage import PARTITIONS, Member, clean_environment
 from bench.chaos.violation import Violation
 from bench.processes import Died, Processes, fetch, free_port, python
-from bench.targets import start_nats
+from bench.relay.targets import start_nats
 from schemas.topology import Topology, token_stream
 from services.kit.jetstream.broker import Broker
 

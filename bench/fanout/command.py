@@ -1,49 +1,41 @@
 """The command ``python -m bench fanout``."""
 
-import resource
-import signal
 import sys
 from pathlib import Path
-from typing import Final, NoReturn
 
 import click
-import msgspec
 from rich.console import Console
 
 from bench.fanout.outcome import FanoutOutcome, FanoutReport, ScenarioOutcomes
 from bench.fanout.report import checks, show
 from bench.fanout.run import Run
-from bench.fanout.scenarios import SCENARIOS, Scenario, scenario_names
+from bench.fanout.scenarios import SCENARIOS, Scenario
 from bench.fanout.targets import Nchan, Tailrace, Target
-from bench.peers import PeerNotInstalled
+from bench.harness import (
+    chosen_scenarios,
+    common_options,
+    listed,
+    measuring,
+    prepare,
+    show_machine,
+    show_profile,
+)
+from bench.machine import machine, now
 from bench.processes import Died, TooLate
-from bench.profiling import Profile, ProfilerMissing, top_costs
-from bench.report import machine, now
+from bench.profiling import Profile
 
 __all__ = ["fanout"]
-
-EXIT_WRONG: Final = 1
-EXIT_NOT_RUN: Final = 2
-EXIT_TARGETS_MISSED: Final = 3
-DESCRIPTORS: Final = 65_536
-SPARE: Final = 1_000
-_LIST: Final = (
-    "\b\n"
-    + "\n".join(f"  {s.name:<15} {s.about}" for s in SCENARIOS.values())
-    + "\n  all             every one but smoke"
-)
 
 
 @click.command(
     help=f"""Measure fan-out: one log, many subscribers, on a real broker; each subscriber's events are counted.
 
-{_LIST}
+{listed(SCENARIOS, 15)}
 
 Exit code: 0 nothing lost, doubled or changed, 1 not so, 2 it could not be run, 3 a target was missed (with --strict).
 """
 )
 @click.argument("scenarios", nargs=-1, type=click.Choice([*SCENARIOS, "all"]), metavar="[SCENARIO]...")
-@click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the result as JSON.")
 @click.option(
     "--protocol",
     "protocols",
@@ -56,13 +48,11 @@ Exit code: 0 nothing lost, doubled or changed, 1 not so, 2 it could not be run, 
 @click.option("--peer", type=click.Choice(["nchan"]), help="Measure it too, in the same run, with the same clients.")
 @click.option("--only-peer", is_flag=True, help="Measure nothing but the peer.")
 @click.option("--profile", "profiled", type=click.Choice(["delivery"]), help="Profile it while events flow.")
-@click.option("--profile-file", type=click.Path(path_type=Path), help="Folded stacks; default: PROCESS.folded")
 @click.option("--sessions", type=click.IntRange(1), help="Instead of the scenario's own.")
 @click.option("--subscribers", type=click.IntRange(1), help="Of each session, instead of the scenario's own.")
 @click.option("--events", type=click.IntRange(1), help="Of each session, instead of the scenario's own.")
 @click.option("--rate", type=click.FloatRange(0.1), help="Events per second and session, instead of the scenario's.")
-@click.option("--keep", type=click.Path(path_type=Path, exists=False), help="Leave logs and data in this new folder.")
-@click.option("--strict", is_flag=True, help="Exit with 3 when a target is missed.")
+@common_options
 def fanout(  # noqa: D103  # the text and the names are those of the decorators
     scenarios: tuple[str, ...],
     json_file: Path | None,
@@ -80,14 +70,12 @@ def fanout(  # noqa: D103  # the text and the names are those of the decorators
     strict: bool,
 ) -> None:
     changes = {"sessions": sessions, "subscribers": subscribers, "events": events, "rate": rate}
-    given = {name: value for name, value in changes.items() if value is not None}
-    chosen = [msgspec.structs.replace(SCENARIOS[n], **given) for n in scenario_names(scenarios or ("live-2000x20",))]
+    chosen = chosen_scenarios(SCENARIOS, scenarios or ("live-2000x20",), changes)
     console = Console(width=None if sys.stdout.isatty() else 170)
     report = FanoutReport(now(), machine(), False, [])
-    m = report.machine
-    console.print(f"{m.cores} cores, {m.processor}, {m.memory_gb:g} GB, {m.system}, Python {m.python}", highlight=False)
-    try:
-        _prepare(max(s.streams + s.stuck for s in chosen))
+    show_machine(console, report.machine)
+    with measuring(console, report, json_file, strict=strict):
+        prepare(max(s.streams + s.stuck for s in chosen))
         beside = Nchan() if peer or only_peer else None
         if beside:
             beside.install()
@@ -96,22 +84,8 @@ def fanout(  # noqa: D103  # the text and the names are those of the decorators
         for scenario in chosen:
             report.scenarios.append(session.measure(scenario))
             show(console, report.scenarios[-1])
-            if profile and profile.path.exists():
-                _show_profile(console, profile)
+            show_profile(console, profile)
         report.good = all(o.good for s in report.scenarios for o in s.outcomes if o.target == "tailrace")
-    except (Died, TooLate, PeerNotInstalled, ProfilerMissing, TooFewDescriptors) as error:
-        console.print(f"not measured: {error}", style="red", markup=False, highlight=False)
-        sys.exit(EXIT_NOT_RUN)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    finally:
-        if json_file:
-            json_file.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
-    _exit(report, strict)
-
-
-class TooFewDescriptors(Exception):
-    """This process and those that it starts may not open as many connections as a scenario has."""
 
 
 class _Session:
@@ -153,35 +127,3 @@ class _Session:
     def _run(self, scenario: Scenario, target: Target, protocol: str) -> list[FanoutOutcome]:
         run = Run(scenario, target, protocol, clients=self._clients, profile=self._profile, keep=self._keep)
         return run.measure()
-
-
-def _show_profile(console: Console, profile: Profile) -> None:
-    console.print(f"\n[bold]{profile.name}[/]: percent in itself and with what it calls ({profile.path})")
-    for share in top_costs(profile.path):
-        console.print(f"{share.own:6.1f} {share.total:6.1f}  {share.name}", markup=False, highlight=False)
-
-
-def _exit(report: FanoutReport, strict: bool) -> NoReturn:
-    if not report.good:
-        sys.exit(EXIT_WRONG)
-    if strict and not all(met for s in report.scenarios for met in s.targets_met.values()):
-        sys.exit(EXIT_TARGETS_MISSED)
-    sys.exit(0)
-
-
-def _prepare(streams: int) -> None:
-    """Allow a file descriptor for every connection, and stop in order on SIGTERM as on Ctrl-C.
-
-    Raises:
-        TooFewDescriptors: the system does not allow it.
-    """
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    limit = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-    if streams + SPARE > limit:
-        raise TooFewDescriptors(f"{streams:,} connections need `ulimit -Hn` of {streams + SPARE:,}; it is {limit:,}")
-
-    def interrupt(_signum: int, _frame: object) -> NoReturn:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)

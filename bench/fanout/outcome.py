@@ -4,7 +4,7 @@ import msgspec
 
 from bench.fanout.scenarios import Scenario
 from bench.fanout.targets import BrokerLoad
-from bench.report import Machine
+from bench.machine import Machine
 from bench.stats import Latency
 
 __all__ = ["FanoutOutcome", "FanoutReport", "ScenarioOutcomes"]

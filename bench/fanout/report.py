@@ -7,6 +7,7 @@ from rich.table import Table
 
 from bench.fanout.outcome import FanoutOutcome, ScenarioOutcomes
 from bench.fanout.scenarios import Scenario
+from bench.harness import show_verdicts, table
 
 __all__ = ["checks", "show"]
 
@@ -57,18 +58,7 @@ def show(console: Console, report: ScenarioOutcomes) -> None:
     for o in report.outcomes:
         for problem in o.problems:
             console.print(f"{_name(o)}: {problem}", style="red", markup=False, highlight=False)
-    for name, reason in report.not_measured.items():
-        console.print(f"{name}: not measured: {reason}", markup=False, highlight=False)
-    for text, met in report.targets_met.items():
-        console.print(f"{'[green]met   [/]' if met else '[red]missed[/]'} {text}", highlight=False)
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(columns[0], no_wrap=True)
-    for column in columns[1:]:
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
+    show_verdicts(console, report.not_measured, report.targets_met)
 
 
 def _name(o: FanoutOutcome) -> str:
@@ -76,13 +66,13 @@ def _name(o: FanoutOutcome) -> str:
 
 
 def _delivered(outcomes: Sequence[FanoutOutcome]) -> Table:
-    table = _table(
+    made = table(
         "ms", "p50", "p95", "p99", "max", "events/s", "events", "a read", "complete", "missing", "twice", "differ"
     )
     for o in outcomes:
         times = (f"{v:,.1f}" for v in (o.latency_ms.p50, o.latency_ms.p95, o.latency_ms.p99, o.latency_ms.max))
         counts = (f"{n:,}" for n in (o.missing, o.surplus, o.mismatches))
-        table.add_row(
+        made.add_row(
             _name(o),
             *times,
             f"{o.events_per_s:,.0f}",
@@ -91,18 +81,18 @@ def _delivered(outcomes: Sequence[FanoutOutcome]) -> Table:
             f"{o.complete:,}/{o.streams:,}",
             *counts,
         )
-    return table
+    return made
 
 
 def _costs(outcomes: Sequence[FanoutOutcome]) -> Table:
-    table = _table(
+    made = table(
         "µs CPU per delivered event", "server", "broker", "publisher", "clients", "CPU s", "opening CPU s",
         "KB idle RSS/PSS", "KB live RSS/PSS", "base MB", "sender late p99",
     )  # fmt: skip
     for o in outcomes:
         server = next(name for name in ("delivery", "nginx") if name in o.cpu_us)
         clients = sum(us for name, us in o.cpu_us.items() if name.startswith("client"))
-        table.add_row(
+        made.add_row(
             _name(o),
             f"{o.cpu_us[server]:.2f}",
             f"{o.cpu_us.get('nats-server', 0.0):.2f}",
@@ -115,11 +105,11 @@ def _costs(outcomes: Sequence[FanoutOutcome]) -> Table:
             f"{o.base_rss_mb:.0f}",
             f"{o.late_p99_ms:.1f}",
         )
-    return table
+    return made
 
 
 def _returned(outcomes: Sequence[FanoutOutcome]) -> Table:
-    table = _table(
+    made = table(
         "returns", "number", "caught up p50", "p99 ms", "broker requests", "messages", "MB", "blocked writes",
         "from the log", "evicted", "peak MB",
     )  # fmt: skip
@@ -128,5 +118,5 @@ def _returned(outcomes: Sequence[FanoutOutcome]) -> Table:
         broker = (f"{load.requests:,}", f"{load.messages:,}", f"{load.bytes / 1e6:,.1f}") if load else ("", "", "")
         counted = (f"{o.counts.get(name, 0):,.0f}" for name in ("blocked_writes", "replays", "streams_closed:evicted"))
         times = (f"{o.caught_up_ms.p50:,.0f}", f"{o.caught_up_ms.p99:,.0f}")
-        table.add_row(_name(o), f"{o.returns:,}", *times, *broker, *counted, f"{o.peak_rss_mb:.0f}")
-    return table
+        made.add_row(_name(o), f"{o.returns:,}", *times, *broker, *counted, f"{o.peak_rss_mb:.0f}")
+    return made

@@ -1,10 +1,7 @@
 """One run: start what is measured, connect the clients, publish, wait until everybody has everything."""
 
-import os
-import tempfile
 import time
 from array import array
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +13,7 @@ from bench.fanout.outcome import FanoutOutcome
 from bench.fanout.publisher import Published
 from bench.fanout.scenarios import Kind, Order, Plan, Scenario
 from bench.fanout.targets import BrokerLoad, Place, Target
+from bench.harness import processes_in
 from bench.processes import Process, Processes, Spent, python
 from bench.profiling import Profile
 from bench.stamps import Stamps
@@ -81,14 +79,7 @@ class Run:
             Died: a process ended although it was needed.
             TooLate: something did not happen in time.
         """
-        env = {k: v for k, v in os.environ.items() if not k.startswith("TAILRACE_")}
-        with ExitStack() as stack:
-            if self.keep:
-                folder = self.keep / f"{self.scenario.name}-{self.target.name}-{self.protocol}"
-                folder.mkdir(parents=True)
-            else:
-                folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tailrace-fanout-")))
-            processes = stack.enter_context(Processes(folder, env))
+        with processes_in(self.keep, f"{self.scenario.name}-{self.target.name}-{self.protocol}") as processes:
             place = self.target.start(processes, self.scenario)
             return [self._round(processes, place, part) for part in self._rounds()]
 

@@ -4,7 +4,7 @@ from typing import Final, Literal
 
 import msgspec
 
-__all__ = ["CROWDS", "SCENARIOS", "Kind", "Order", "Plan", "Scenario", "scenario_names"]
+__all__ = ["CROWDS", "SCENARIOS", "Kind", "Order", "Plan", "Scenario"]
 
 Kind = Literal["live", "storm", "stuck", "replay"]
 
@@ -173,9 +173,3 @@ SCENARIOS: Final = {
         ),
     )
 }
-
-
-def scenario_names(asked: tuple[str, ...]) -> list[str]:
-    """Return the scenarios to run; ``all`` stands for every one but ``smoke``."""
-    every = [name for name in SCENARIOS if name != "smoke"]
-    return [name for word in asked for name in (every if word == "all" else [word])]

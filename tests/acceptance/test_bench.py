@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from bench.report import Report
+from bench.relay.report import Report
 
 pytestmark = pytest.mark.acceptance
 ROOT = Path(__file__).parents[2]

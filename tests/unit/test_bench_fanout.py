@@ -15,8 +15,9 @@ from bench.fanout.events import MARK, closing, event, opening, text
 from bench.fanout.protocols import PROTOCOLS
 from bench.fanout.publisher import PostSink
 from bench.fanout.report import checks
-from bench.fanout.scenarios import SCENARIOS, Plan, scenario_names
+from bench.fanout.scenarios import SCENARIOS, Plan
 from bench.fanout.targets import NCHAN_MODULE, Nchan
+from bench.harness import chosen_scenarios
 from bench.peers import PeerNotInstalled
 
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -157,7 +158,7 @@ def test_a_refused_connection_is_reported_with_its_answer(tmp_path: Path) -> Non
 
 
 def test_all_stands_for_every_scenario_but_the_smallest() -> None:
-    assert set(scenario_names(("all",))) == set(SCENARIOS) - {"smoke"}
+    assert {s.name for s in chosen_scenarios(SCENARIOS, ("all",), {})} == set(SCENARIOS) - {"smoke"}
 
 
 def test_without_outcomes_no_target_is_said_to_be_met() -> None:

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.readers import Expected, Harvest, Reader, native, openai
-from bench.scenarios import StreamOrder
+from bench.relay.readers import Expected, Harvest, Reader, native, openai
+from bench.relay.scenarios import StreamOrder
 from bench.stats import percentile
 from bench.text import boundaries, tokens
 from bench.wire import MalformedResponse, Response

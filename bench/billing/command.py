@@ -22,11 +22,11 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from bench.billing_log import Shape, fill
-from bench.billing_queries import Asked, ask_many
+from bench.billing.log import Shape, fill
+from bench.billing.queries import Asked, ask_many
 from bench.postgres import CannotStart, Postgres
 from bench.processes import Died, Process, Processes, TooLate, fetch, free_port, python
-from bench.targets import start_nats
+from bench.relay.targets import start_nats
 from services.billing.adapters.database import open_engine, reading
 from services.billing.adapters.tables import GENERATIONS, LEDGER
 from services.billing.database_url import database_url

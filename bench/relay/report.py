@@ -1,28 +1,17 @@
 """The result as text and as JSON."""
 
-import datetime
-import os
-import platform
 from collections.abc import Sequence
 
 import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from bench.scenarios import Scenario
+from bench.harness import show_verdicts, table
+from bench.machine import Machine
+from bench.relay.scenarios import Scenario
 from bench.stats import Latency, Outcome
 
-__all__ = ["Machine", "Report", "ScenarioReport", "added", "checks", "machine", "now", "show", "stored"]
-
-
-class Machine(msgspec.Struct):
-    """Where it was measured."""
-
-    cores: int
-    processor: str
-    system: str
-    python: str
-    memory_gb: float
+__all__ = ["Report", "ScenarioReport", "added", "checks", "show", "stored"]
 
 
 class ScenarioReport(msgspec.Struct):
@@ -45,32 +34,6 @@ class Report(msgspec.Struct):
     machine: Machine
     good: bool
     scenarios: list[ScenarioReport]
-
-
-def machine() -> Machine:
-    """Return what is known of this machine."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Machine(
-        cores,
-        _processor(),
-        f"{platform.system()} {platform.release()}",
-        platform.python_version(),
-        round(memory / 1e9, 1),
-    )
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def now() -> str:
-    """Return the present time for a report."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def added(outcome: Outcome, direct: Outcome) -> Latency:
@@ -125,28 +88,17 @@ def show(console: Console, report: ScenarioReport) -> None:
     for outcome in report.outcomes:
         for problem in outcome.problems:
             console.print(f"[red]{outcome.target}: {problem}[/]", markup=True, highlight=False)
-    for name, reason in report.not_measured.items():
-        console.print(f"{name}: not measured: {reason}", markup=False, highlight=False)
-    for text, met in report.targets_met.items():
-        console.print(f"{'[green]met   [/]' if met else '[red]missed[/]'} {text}", highlight=False)
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(columns[0], no_wrap=True)
-    for column in columns[1:]:
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
+    show_verdicts(console, report.not_measured, report.targets_met)
 
 
 def _latencies(outcomes: Sequence[Outcome], more: dict[str, Latency]) -> Table:
-    table = _table("ms", "p50", "p95", "p99", "max", "tokens/s", "events", "complete", "differ", "sender late p99")
+    made = table("ms", "p50", "p95", "p99", "max", "tokens/s", "events", "complete", "differ", "sender late p99")
     for o in outcomes:
         counts = (f"{o.tokens_per_s:,.0f}", f"{o.events:,}", f"{o.complete}/{o.streams}", str(o.mismatches))
-        table.add_row(o.target, *_row(o.latency_ms), *counts, f"{o.provider_late_p99_ms:.1f}")
+        made.add_row(o.target, *_row(o.latency_ms), *counts, f"{o.provider_late_p99_ms:.1f}")
         if o.target in more:
-            table.add_row(f"{o.target} added", *_row(more[o.target]))
-    return table
+            made.add_row(f"{o.target} added", *_row(more[o.target]))
+    return made
 
 
 def _row(values: Latency) -> tuple[str, ...]:
@@ -155,7 +107,7 @@ def _row(values: Latency) -> tuple[str, ...]:
 
 
 def _processes(outcomes: Sequence[Outcome]) -> Table:
-    table = _table("CPU", "ms per 1,000 tokens", "seconds", "opening, seconds", "peak RSS MB")
+    made = table("CPU", "ms per 1,000 tokens", "seconds", "opening, seconds", "peak RSS MB")
     for o in outcomes:
         parts = [name for name in o.processes if name not in ("provider",) and not name.startswith("client")]
         for name in (*parts, *(n for n in o.processes if n not in parts)):
@@ -166,7 +118,7 @@ def _processes(outcomes: Sequence[Outcome]) -> Table:
                 f"{cost.start_cpu_s:.2f}",
                 f"{cost.peak_rss_mb:.0f}",
             )
-            table.add_row(f"{o.target}: {name}", *cells)
+            made.add_row(f"{o.target}: {name}", *cells)
         if parts:
-            table.add_row(f"{o.target}: sum of its {len(parts)}", f"{o.pipeline_cpu_ms_per_1000:.1f}")
-    return table
+            made.add_row(f"{o.target}: sum of its {len(parts)}", f"{o.pipeline_cpu_ms_per_1000:.1f}")
+    return made

@@ -4,7 +4,7 @@ from typing import Final
 
 import msgspec
 
-__all__ = ["SCENARIOS", "Plan", "Scenario", "StreamOrder", "Targets", "scenario_names"]
+__all__ = ["SCENARIOS", "Plan", "Scenario", "StreamOrder", "Targets"]
 
 
 class Targets(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -148,9 +148,3 @@ SCENARIOS: Final = {
         ),
     )
 }
-
-
-def scenario_names(asked: tuple[str, ...]) -> list[str]:
-    """Return the scenarios to run; ``all`` stands for every one but ``smoke``."""
-    every = [name for name in SCENARIOS if name != "smoke"]
-    return [name for word in asked for name in (every if word == "all" else [word])]

@@ -1,22 +1,21 @@
 """One run: start everything, open all streams, let them begin together, measure until the last client has finished."""
 
 import os
-import tempfile
 import time
 from array import array
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
 import msgspec
 
+from bench.harness import processes_in
 from bench.processes import Processes, Spent, TooLate, fetch, free_port, python
 from bench.profiling import Profile
 from bench.provider import ControlState
-from bench.scenarios import Plan, Scenario
+from bench.relay.scenarios import Plan, Scenario
+from bench.relay.targets import Endpoint, Target
 from bench.stamps import Stamps
 from bench.stats import ClientResult, Cost, Outcome, latency
-from bench.targets import Endpoint, Target
 
 __all__ = ["Run"]
 
@@ -67,14 +66,8 @@ class Run:
             Died: a process ended although it was needed.
             TooLate: the streams were not open in time.
         """
-        env = {k: v for k, v in os.environ.items() if not k.startswith("TAILRACE_")}
-        with ExitStack() as stack:
-            if self.keep:
-                folder = self.keep / f"{self.scenario.name}-{self.target.name}"
-                folder.mkdir(parents=True)
-            else:
-                folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tailrace-bench-")))
-            return self._measure(stack.enter_context(Processes(folder, env)))
+        with processes_in(self.keep, f"{self.scenario.name}-{self.target.name}") as processes:
+            return self._measure(processes)
 
     def _measure(self, processes: Processes) -> Outcome:
         folder, scenario = processes.folder, self.scenario
@@ -133,7 +126,7 @@ class Run:
             )
             path = folder / f"client-{number}.plan"
             path.write_bytes(msgspec.json.encode(plan))
-            module = "bench.log_client" if endpoint.kind == "log" else "bench.client"
+            module = "bench.relay.log_client" if endpoint.kind == "log" else "bench.relay.client"
             processes.start(f"client-{number}", python(module, str(path)))
             plans.append(plan)
             first += count

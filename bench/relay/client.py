@@ -1,7 +1,7 @@
-"""A client process: opens its streams, reads them, compares every text with what the provider sends, takes times.
+"""A client process: opens its streams, compares every text with what the provider sends, and measures latencies.
 
-Run as ``python -m bench.client PLAN`` with a `bench.scenarios.Plan` as JSON. It writes the file ``ready`` when all its
-streams are open, and at the end ``result`` and the latencies (native 64-bit nanoseconds).
+Run as ``python -m bench.relay.client PLAN`` with a `bench.relay.scenarios.Plan` as JSON. It writes the file ``ready``
+when all its streams are open; at the end ``result`` and the latencies (native 64-bit nanoseconds).
 """
 
 import asyncio
@@ -15,8 +15,8 @@ from typing import Final
 import msgspec
 import uvloop
 
-from bench.readers import Expected, Harvest, Reader, native, openai
-from bench.scenarios import Plan, StreamOrder
+from bench.relay.readers import Expected, Harvest, Reader, native, openai
+from bench.relay.scenarios import Plan, StreamOrder
 from bench.stamps import Stamps
 from bench.stats import ClientResult
 from bench.wire import MalformedResponse, Response, request

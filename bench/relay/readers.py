@@ -8,7 +8,7 @@ from typing import Any, Final, cast
 
 import msgspec
 
-from bench.scenarios import StreamOrder
+from bench.relay.scenarios import StreamOrder
 from bench.text import boundaries, tokens
 from bench.wire import MalformedResponse, Response
 

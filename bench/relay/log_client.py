@@ -1,8 +1,8 @@
 """A client of the log alone: asks the producer past delivery, and reads what it stored when all is done.
 
 So one producer process is measured with nothing but a provider and a broker beside it. Run as
-``python -m bench.log_client PLAN``, like `bench.client`. The stream ends when the queue has heard of the end of every
-request, which producers tell it when the log has acknowledged all.
+``python -m bench.relay.log_client PLAN``, like `bench.relay.client`. The stream ends when producers have acknowledged
+every request to the queue, which they do once the log has acknowledged all events.
 """
 
 import asyncio
@@ -13,8 +13,8 @@ from typing import Final
 
 import msgspec
 
-from bench.client import finish, read_plan
-from bench.scenarios import Plan, StreamOrder
+from bench.relay.client import finish, read_plan
+from bench.relay.scenarios import Plan, StreamOrder
 from bench.stats import ClientResult
 from bench.text import boundaries, tokens
 from schemas.acceptance import BEGINNING, Verdict, judge

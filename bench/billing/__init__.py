@@ -1,0 +1,1 @@
+"""Billing: reading the log, and answering about usage."""

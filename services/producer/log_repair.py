@@ -1,6 +1,5 @@
 """Repair a log that has lost events: close generations that are left without a terminal."""
 
-import asyncio
 from typing import Final
 
 import structlog
@@ -8,11 +7,10 @@ import structlog
 from schemas.requests import GenerationRecord
 from schemas.subjects import Address, InvalidSubject, parse_address, partition_filter
 from schemas.topology import token_stream
-from services.kit.jetstream.broker import BrokerUnavailable
 from services.kit.jetstream.logs import Logs
 from services.producer.core.takeover import Begun
-from services.producer.errors import ProducerError
 from services.producer.lost_requests import LostRequests
+from services.producer.polling import poll_every
 from services.producer.relay import LOG_LOST, RelayContext, read_begun
 
 __all__ = ["LogRepair"]
@@ -35,14 +33,7 @@ class LogRepair:
 
     async def run(self) -> None:
         """Poll until cancelled."""
-        while True:
-            await asyncio.sleep(POLL_SECONDS)
-            if not self._broker.is_connected:
-                continue
-            try:
-                await self.poll()
-            except (BrokerUnavailable, ProducerError) as error:
-                log.warning("log not repaired", detail=str(error))
+        await poll_every(POLL_SECONDS, self._broker, self.poll, "log not repaired")
 
     async def poll(self) -> None:
         """Repair the logs that have lost events since their last repair.

@@ -13,10 +13,9 @@ from schemas.events import AnyEvent, is_terminal, type_of
 from schemas.requests import GenerationRecord, Request
 from schemas.subjects import REQUESTS_PREFIX, Address, partition_of, token_subject
 from schemas.topology import BUCKET, REQUESTS, bucket_stream, token_stream
-from services.kit.jetstream.broker import BrokerUnavailable
 from services.producer import metrics
 from services.producer.adapters.publisher import Lease
-from services.producer.errors import ProducerError
+from services.producer.polling import poll_every
 from services.producer.relay import LOG_LOST, REQUEST_LOST, Relay, RelayContext
 
 __all__ = ["LostRequests"]
@@ -55,14 +54,7 @@ class LostRequests:
 
     async def run(self) -> None:
         """Poll until cancelled."""
-        while True:
-            await asyncio.sleep(POLL_SECONDS)
-            if not self._broker.is_connected:
-                continue
-            try:
-                await self.poll()
-            except (BrokerUnavailable, ProducerError) as error:
-                log.warning("open generations not checked", detail=str(error))
+        await poll_every(POLL_SECONDS, self._broker, self.poll, "open generations not checked")
 
     async def poll(self) -> None:
         """Read the changed records, and close generations that were without a request twice.

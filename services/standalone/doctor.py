@@ -18,7 +18,7 @@ from services.standalone.disk import disk_use, human_bytes
 from services.standalone.embedded import find_nats_server
 from services.standalone.errors import EXIT_FAILED, EXIT_OK, CannotStart
 from services.standalone.folder import holder_of
-from services.standalone.options import json_option
+from services.standalone.options import data_option, json_option
 from services.standalone.plan import PROVIDER_KEYS
 from services.standalone.ports import PORTS, read_ports
 from services.standalone.settings_check import overruled, wrong_settings
@@ -39,14 +39,7 @@ class Finding(NamedTuple):
 
 
 @click.command()
-@click.option(
-    "--data",
-    type=click.Path(path_type=Path, file_okay=False),
-    envvar="TAILRACE_DATA",
-    default=".tailrace",
-    show_default=True,
-    help="Data folder of `tailrace up`.",
-)
+@data_option
 @click.option(
     "--config", type=click.Path(path_type=Path, dir_okay=False), envvar="TAILRACE_CONFIG", help="Settings as TOML."
 )

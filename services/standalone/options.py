@@ -1,6 +1,7 @@
 """Arguments and options that several commands share."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import click
 from click.shell_completion import CompletionItem
@@ -9,10 +10,18 @@ from schemas.names import InvalidName, check_name
 from services.standalone.api import Api
 from services.standalone.errors import CommandFailed
 
-__all__ = ["complete_session", "json_option", "named", "pairs_of", "session_argument", "url_option"]
+__all__ = ["complete_session", "data_option", "json_option", "named", "pairs_of", "session_argument", "url_option"]
 
 url_option = click.option(
     "--url", envvar="TAILRACE_URL", default="http://127.0.0.1:8080", show_default=True, help="Address of delivery."
+)
+data_option = click.option(
+    "--data",
+    type=click.Path(path_type=Path, file_okay=False),
+    envvar="TAILRACE_DATA",
+    default=".tailrace",
+    show_default=True,
+    help="Data folder of `tailrace up`.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 

@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from services.standalone.disk import disk_use
 from services.standalone.errors import EXIT_FAILED, EXIT_OK, EXIT_UNREACHABLE
-from services.standalone.options import json_option, url_option
+from services.standalone.options import data_option, json_option, url_option
 from services.standalone.tables import print_table
 from services.standalone.terminal import Terminal, pretty
 
@@ -62,14 +62,7 @@ class Report(NamedTuple):
 @click.option(
     "--producer-url", default="http://127.0.0.1:8082", show_default=True, help="Address of the (first) producer."
 )
-@click.option(
-    "--data",
-    type=click.Path(path_type=Path, file_okay=False),
-    envvar="TAILRACE_DATA",
-    default=".tailrace",
-    show_default=True,
-    help="Data folder of `tailrace up`, where it is on this machine.",
-)
+@data_option
 @json_option
 def status(*, url: str, billing_url: str, producer_url: str, data: Path, as_json: bool) -> int:
     """Show what runs: services, versions, lag, disk, and the settings that matter.

@@ -54,7 +54,7 @@ class _Replay:
         self._subscriber = subscriber
         self._at = at
         self._piece = _Piece(subscriber)
-        self._merger = Chunker(subscriber.granularity, subscriber.position)
+        self._chunker = Chunker(subscriber.granularity, subscriber.position)
 
     @property
     def is_over(self) -> bool:
@@ -64,17 +64,17 @@ class _Replay:
     async def take(self, entry: Entry) -> bool:
         """Add one event; return whether the requested generation ends with it."""
         if entry.gap and self._subscriber.generation in (None, entry.generation):
-            await self._show(self._merger.release())
+            await self._show(self._chunker.release())
             self._piece.frames.append(self._subscriber.format.gap(entry.gap, entry.generation, self._at))
-        return await self._show(self._merger.offer(entry, 0.0))
+        return await self._show(self._chunker.offer(entry, 0.0))
 
     async def pause(self, seq: int) -> None:
         """Send the collected frames; all events up to the stream sequence ``seq`` have been added."""
-        await self._piece.send(self._merger.position(seq))
+        await self._piece.send(self._chunker.position(seq))
 
     async def end(self) -> None:
         """Add the text that the chunker still holds."""
-        await self._show(self._merger.release())
+        await self._show(self._chunker.release())
 
     async def _show(self, entries: list[Entry]) -> bool:
         subscriber, piece = self._subscriber, self._piece

@@ -156,7 +156,7 @@ class ChunkedView(View):
         super().__init__(source, at, clock)
         self.tail = Tail(position.seq + (position.offset > 0), max_bytes)
         self._granularity = granularity
-        self._merger = Chunker(granularity, position)
+        self._chunker = Chunker(granularity, position)
         self._read = source.after(position.seq)
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
@@ -171,20 +171,20 @@ class ChunkedView(View):
 
     def follow(self, now: float) -> None:
         """Join new entries; restart when the source has dropped entries not joined yet."""
-        source, merger, append = self.source, self._merger, self.tail.append
+        source, chunker, append = self.source, self._chunker, self.tail.append
         if self._read < source.base:
             self.tail.restart(source.floor)
             self._frames.clear()
-            merger = self._merger = Chunker(self._granularity, Position(source.floor))
+            chunker = self._chunker = Chunker(self._granularity, Position(source.floor))
             self._read = source.base
         for entry in source.slice(self._read, source.end):
-            for piece in merger.offer(entry, now):
+            for piece in chunker.offer(entry, now):
                 append(piece)
         self._read = source.end
-        for piece in merger.settle(now):
+        for piece in chunker.settle(now):
             append(piece)
-        if self._timer is None and merger.due is not None:
-            self._timer = self._loop.call_later(max(0.0, merger.due - now), self._let_out)
+        if self._timer is None and chunker.due is not None:
+            self._timer = self._loop.call_later(max(0.0, chunker.due - now), self._let_out)
 
     def close(self) -> None:
         """Stop the timer."""

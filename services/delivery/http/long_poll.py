@@ -141,11 +141,11 @@ def _batch(stream: Stream, poll: _Poll, reason: str) -> EventBatch:
 
 def _items(stream: Stream, frames: list[bytes]) -> list[_Item]:
     at, seq = stream.feed.address, stream.seq or 0
-    merger = Chunker(stream.options.granularity, Position(seq, stream.offset))
+    chunker = Chunker(stream.options.granularity, Position(seq, stream.offset))
     entries: list[Entry] = []
     for frame in frames:
-        entries += merger.offer(_entry(frame), 0.0)
-    return [_item(entry, at) for entry in [*entries, *merger.release()]]
+        entries += chunker.offer(_entry(frame), 0.0)
+    return [_item(entry, at) for entry in [*entries, *chunker.release()]]
 
 
 def _entry(frame: bytes) -> Entry:

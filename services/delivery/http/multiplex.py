@@ -24,7 +24,7 @@ __all__ = ["OpenedStreams", "open_several", "streaming_several"]
 
 QUIET_SHARE: Final = 0.5  # of the time between heartbeats: each session has its own, and one of them is enough
 _EXPIRED: Final = "expired"
-_SAID: Final = frozenset({"disconnected", "evicted", "sibling", "failed"})
+_SILENT_ENDS: Final = frozenset({"disconnected", "evicted", "sibling", "failed"})
 
 
 class OpenedStreams(NamedTuple):
@@ -83,7 +83,7 @@ class _Outlet:
         self._form = form
         self._send = send
         self._quiet = quiet
-        self._places = MultiCursor([Cursor.parse(stream.cursor) for stream in opened.streams])
+        self._cursor = MultiCursor([Cursor.parse(stream.cursor) for stream in opened.streams])
         self._lock = asyncio.Lock()
         self._subscribers: list[Subscriber] = []
         self._ending = False
@@ -119,20 +119,20 @@ class _Outlet:
 
     async def close(self, reason: str) -> None:
         """Say how to go on, unless nobody is there any more."""
-        if reason not in _SAID:
-            await self._send(http_body(self._form.bye(reason, self._places.text()), more=False))
+        if reason not in _SILENT_ENDS:
+            await self._send(http_body(self._form.bye(reason, self._cursor.text()), more=False))
 
     async def _forward(self, number: int, message: list[bytes]) -> None:
         if not message and (self._lock.locked() or self._loop.time() - self._sent_at < self._quiet):
             return
         async with self._lock:
             # Only now: what others have sent meanwhile is part of the cursor.
-            body = b"".join([self._said(number, frame) for frame in message]) if message else self._form.heartbeat
+            body = b"".join([self._encoded(number, frame) for frame in message]) if message else self._form.heartbeat
             if body:
                 self._sent_at = self._loop.time()
                 await self._send(http_body(body))
 
-    def _said(self, number: int, frame: bytes) -> bytes:
+    def _encoded(self, number: int, frame: bytes) -> bytes:
         session = self._opened.streams[number].options.session
         if isinstance(frame, RawBye):
             return b""
@@ -140,8 +140,8 @@ class _Outlet:
             reason, _, generation = frame.decode().partition(" ")
             return self._form.gap(session, reason, generation or None)
         part = raw_event_of(frame)
-        self._places.advance(number, Position(part.seq, part.offset))
-        return self._form.event(session, self._places.text(), part.data)
+        self._cursor.advance(number, Position(part.seq, part.offset))
+        return self._form.event(session, self._cursor.text(), part.data)
 
 
 async def _open(streams: Streams, principal: Principal, options: Any) -> tuple[Stream, bool]:

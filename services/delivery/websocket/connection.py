@@ -88,7 +88,7 @@ class Connection:
     def __init__(
         self, desk: SocketContext, principal: Principal, formats: Formats, outbox: Outbox[dict[str, Any]]
     ) -> None:
-        self._desk = desk
+        self._context = desk
         self._principal = principal
         self._formats = formats
         self._dialect = formats.dialect
@@ -96,7 +96,7 @@ class Connection:
         self._clock = desk.clock
         now = self._clock.monotonic()
         self.until, self.until_reason = desk.supervisor.end_of(principal.expires_at)
-        self._pace = TokenBucket(RATE, BURST, now)
+        self._bucket = TokenBucket(RATE, BURST, now)
         self._heard_at = self._asked_at = now
         self._pings = 0
         self._subscriptions: dict[str, Subscription] = {}  # bounded by SUBSCRIPTIONS
@@ -153,7 +153,7 @@ class Connection:
 
     def poll(self, now: float) -> None:
         """Ping the client, and end the socket when it does not answer."""
-        heartbeat = self._desk.heartbeat
+        heartbeat = self._context.heartbeat
         if self._asked_at > self._heard_at and now - self._heard_at > SILENT_HEARTBEATS * heartbeat:
             self.stop("silent")
         elif now - self._asked_at >= heartbeat:
@@ -175,11 +175,11 @@ class Connection:
             self._heard_at = self._clock.monotonic()
             text = message.get("text")
             data: str | bytes = (message.get("bytes") or b"") if text is None else text
-            if _size(data) > self._desk.max_message.size:
+            if _size(data) > self._context.max_message.size:
                 return "too-large"
             message = self._dialect.decode(data)
             metrics.SOCKET_MESSAGES.labels(type(message).__name__.lower()).inc()
-            wait = self._pace.take(_cost(message), self._heard_at)
+            wait = self._bucket.take(_cost(message), self._heard_at)
             if wait:
                 metrics.SOCKET_THROTTLED.inc()
                 await asyncio.sleep(wait)
@@ -285,14 +285,14 @@ class Connection:
     async def _follow(self, id_: RequestId | None, options: ReadOptions, subscription: Subscription) -> None:
         reason = "disconnected"
         try:
-            stream = await self._desk.streams.open(self._principal, options)
+            stream = await self._context.streams.open(self._principal, options)
             feed = stream.feed
             cursor = stream.cursor or options.cursor or feed.address.cursor(feed.last_seq).decode()
             await self._send(Subscribed(id=id_, session=options.session, cursor=cursor))
             reason = "complete"
             if stream.seq is not None:
                 format_ = self._formats.of(options.session)
-                reason = await self._desk.streams.serve(stream, subscription.send, format_, subscription.joined)
+                reason = await self._context.streams.serve(stream, subscription.send, format_, subscription.joined)
         except asyncio.CancelledError:
             if not subscription.unsubscribed:
                 raise
@@ -348,7 +348,7 @@ class Connection:
         if key is not None and not 0 < len(key) <= KEY_LIMIT:
             raise Problem(400, f"idempotency_key must have 1 to {KEY_LIMIT} characters")
         request = _generation_request(message.request)
-        accepted = self._desk.intake.accept(principal, message.session, request, key)
+        accepted = self._context.intake.accept(principal, message.session, request, key)
         generation, cursor, repeated = await reach(accepted)
         return Accepted(
             id=message.id,
@@ -363,7 +363,7 @@ class Connection:
         named("session", message.session)
         named("generation", message.generation)
         principal = authorize(self._principal, "cancel", message.session)
-        state = await reach(self._desk.intake.cancel(principal.tenant, message.session, message.generation))
+        state = await reach(self._context.intake.cancel(principal.tenant, message.session, message.generation))
         return Cancelling(id=message.id, session=message.session, generation=message.generation, state=state)
 
 

@@ -65,13 +65,13 @@ def shown(
     entries: list[Entry], grain: Granularity, place: Position = START, pauses: frozenset[int] = frozenset()
 ) -> list[Entry]:
     """Return what is shown of a log behind a place; time passes at ``pauses``."""
-    merger, out, now = Chunker(grain, place), [], 0.0
+    chunker, out, now = Chunker(grain, place), [], 0.0
     for number, entry in enumerate(e for e in entries if e.seq > place.seq):
-        out += merger.offer(entry, now)
+        out += chunker.offer(entry, now)
         if number in pauses:
             now += 10.0
-        out += merger.settle(now)
-    return out + merger.release()
+        out += chunker.settle(now)
+    return out + chunker.release()
 
 
 def place_of(entry: Entry) -> Position:
@@ -206,24 +206,24 @@ def test_text_without_an_end_is_let_out_when_it_grows_too_long() -> None:
 
 
 def test_text_without_an_end_is_let_out_in_time() -> None:
-    merger = Chunker(Granularity("line"), Position(0))
+    chunker = Chunker(Granularity("line"), Position(0))
     _, held, *_ = entries_of([("text", "no end")])
-    assert merger.offer(held, 5.0) == []
-    due = merger.due
+    assert chunker.offer(held, 5.0) == []
+    due = chunker.due
     assert due is not None
-    assert merger.settle(due - 0.001) == []
-    assert merger.settle(due) == [held]
-    assert merger.due is None
+    assert chunker.settle(due - 0.001) == []
+    assert chunker.settle(due) == [held]
+    assert chunker.due is None
 
 
 def test_coalesced_text_that_comes_after_a_pause_is_shown_at_once() -> None:
-    merger = Chunker(Granularity("coalesce", 0.1), Position(0))
+    chunker = Chunker(Granularity("coalesce", 0.1), Position(0))
     _, one, two, *_ = entries_of([("text", "one "), ("text", "two")])
-    merger.offer(one, 5.0)
-    assert merger.settle(5.0) == [one]
-    merger.offer(two, 5.01)
-    assert merger.settle(5.01) == []
-    assert merger.due == pytest.approx(5.1)
+    chunker.offer(one, 5.0)
+    assert chunker.settle(5.0) == [one]
+    chunker.offer(two, 5.01)
+    assert chunker.settle(5.01) == []
+    assert chunker.due == pytest.approx(5.1)
 
 
 def test_event_of_very_many_lines_is_cut_only_so_often() -> None:
@@ -240,10 +240,10 @@ def test_delta_that_cannot_be_read_is_passed_on_in_its_place() -> None:
 
 
 def test_place_behind_what_is_held_is_before_it() -> None:
-    merger = Chunker(Granularity("sentence"), Position(0))
+    chunker = Chunker(Granularity("sentence"), Position(0))
     _, one, *_ = entries_of([("text", "Yes. And")])
-    (piece,) = merger.offer(one, 0.0)
-    assert place_of(piece) == merger.position(one.seq) == Position(one.seq - 1, 5)
+    (piece,) = chunker.offer(one, 0.0)
+    assert place_of(piece) == chunker.position(one.seq) == Position(one.seq - 1, 5)
 
 
 @pytest.mark.parametrize(

@@ -94,11 +94,13 @@ class Provider:
         self._due: list[tuple[int, int, Stream]] = []
 
     def add(self, stream: "Stream") -> None:
-        """Hold a stream, or begin it where the others already run."""
-        if self.begun:
-            self._begin(stream, time.monotonic_ns())
-        else:
+        """Hold a stream; once the others run, send its first token at once."""
+        if not self.begun:
             self.held.append(stream)
+        elif stream.order.rate is None:
+            stream.pump()
+        elif stream.send_one():
+            heapq.heappush(self._due, (time.monotonic_ns() + stream.interval, stream.order.stream, stream))
 
     def begin(self) -> None:
         """Let all held streams begin."""
@@ -146,7 +148,7 @@ class Stream:
         self._usage = usage
         self._transport = transport
         self._index = 0
-        self._first = order.stream * order.tokens
+        self._first = order.cell
         self._word = word_index(order.stream, 0)
 
     def send_one(self) -> bool:

@@ -75,7 +75,7 @@ class Expected:
         pieces = tokens(order.stream, order.tokens)
         self.text = "".join(pieces)
         self.ends = boundaries(pieces)
-        self.stamps = cells[order.stream * order.tokens : (order.stream + 1) * order.tokens]
+        self.stamps = cells[order.cell : order.cell + order.tokens]
 
 
 class Harvest:

@@ -8,13 +8,14 @@ from rich.table import Table
 
 from bench.harness import show_verdicts, table
 from bench.machine import Machine
+from bench.relay.open_report import OpenScenarioReport
 from bench.relay.scenarios import Scenario
 from bench.stats import Latency, Outcome
 
 __all__ = ["Report", "ScenarioReport", "added", "checks", "show", "stored"]
 
 
-class ScenarioReport(msgspec.Struct):
+class ScenarioReport(msgspec.Struct, tag="closed", tag_field="loop"):
     """One scenario: the outcome of each target, and its latency beyond ``direct`` at the same percentiles.
 
     ``not_measured`` says of a peer why it has no outcome.
@@ -33,7 +34,7 @@ class Report(msgspec.Struct):
     at: str
     machine: Machine
     good: bool
-    scenarios: list[ScenarioReport]
+    scenarios: list[ScenarioReport | OpenScenarioReport]
 
 
 def added(outcome: Outcome, direct: Outcome) -> Latency:

@@ -45,12 +45,16 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StreamOrder(msgspec.Struct, frozen=True):
-    """One stream as the provider is asked for it; travels as the text of the user's message. ``phase`` in seconds."""
+    """One stream as the provider is asked for it; travels as the text of the user's message.
+
+    ``phase``: seconds from the common begin to the first token. ``cell``: index of the first token's stamp.
+    """
 
     stream: int
     tokens: int
     rate: float | None
     phase: float
+    cell: int
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,7 +87,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         """Return the streams of this client, phases spread evenly over one interval of all streams."""
         step = 1 / self.rate / self.total if self.rate else 0.0
         numbers = range(self.first, self.first + self.generations)
-        return [StreamOrder(n, self.tokens, self.rate, n * step) for n in numbers]
+        return [StreamOrder(n, self.tokens, self.rate, n * step, n * self.tokens) for n in numbers]
 
 
 SCENARIOS: Final = {

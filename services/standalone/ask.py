@@ -1,4 +1,4 @@
-"""``tailrace ask``: its arguments."""
+"""Arguments of ``tailrace ask``."""
 
 import sys
 from typing import Any

@@ -1,4 +1,4 @@
-"""``tailrace consumers``: durable consumers of services. Each command returns the exit code."""
+"""Commands of ``tailrace consumers``. Each returns the exit code."""
 
 import random
 import time
@@ -21,18 +21,18 @@ _PATH: Final = "/v1/consumers"
 WAIT_SECONDS: Final = 20
 BATCH: Final = 100
 MAX_FAILURES: Final = 8
-"""Answers lost in a row before `events` gives up (about 25 s)."""
+"""Failed requests in a row after which `events` gives up (about 25 s)."""
 
 
 class ConsumersApi(Api):
-    """Delivery's durable consumers."""
+    """Client of delivery's durable consumers."""
 
     def put(self, name: str, spec: dict[str, Any]) -> dict[str, Any]:
         """Create or change a consumer; return it."""
         return self._object("PUT", f"{_PATH}/{name}", json=spec)
 
     def all(self) -> list[dict[str, Any]]:
-        """Return all consumers, by name."""
+        """Return all consumers, ordered by name."""
         return list(self._object("GET", _PATH).get("consumers", []))
 
     def get(self, name: str) -> dict[str, Any]:
@@ -44,17 +44,17 @@ class ConsumersApi(Api):
         return self._object("POST", f"{_PATH}/{name}/{verb}", json=body)
 
     def drop(self, name: str) -> None:
-        """Remove a consumer for good."""
+        """Remove a consumer permanently."""
         self._done("DELETE", f"{_PATH}/{name}")
 
     def batch(self, name: str, wait: int) -> list[dict[str, Any]]:
-        """Return events that are there, or that come within ``wait`` seconds."""
+        """Return at most `BATCH` pending events; wait up to ``wait`` seconds for the first."""
         query = {"batch": BATCH, "wait": wait}
         timeout = httpx.Timeout(wait + 15.0, connect=5.0)
         return list(self._object("GET", f"{_PATH}/{name}/events", params=query, timeout=timeout).get("events", []))
 
     def acknowledge(self, name: str, events: list[dict[str, Any]]) -> None:
-        """Say that events have been handled."""
+        """Acknowledge handled events."""
         self._object("POST", f"{_PATH}/{name}/acks", json={"acks": [event["token"] for event in events]})
 
     def dead_events(self, name: str) -> list[dict[str, Any]]:
@@ -62,7 +62,7 @@ class ConsumersApi(Api):
         return list(self._object("GET", f"{_PATH}/{name}/dead", params={"limit": 200}).get("events", []))
 
     def give_again(self, name: str, event: str) -> None:
-        """Give a dead event to the consumer again."""
+        """Deliver a dead event to the consumer again."""
         self._done("POST", f"{_PATH}/{name}/dead/{event}/resend")
 
     def _done(self, method: str, path: str) -> None:

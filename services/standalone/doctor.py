@@ -1,4 +1,4 @@
-"""``tailrace doctor``: what would keep Tailrace from running here, found before it does."""
+"""``tailrace doctor``: check this machine for problems that would prevent ``tailrace up`` from running."""
 
 import importlib
 import os
@@ -31,7 +31,7 @@ _FILES: Final = 4_096
 
 
 class Finding(NamedTuple):
-    """One thing that was looked at. ``level``: ``ok``, ``note`` (worth knowing), or ``problem`` (needs a change)."""
+    """The result of one check. ``level``: ``ok``, ``note`` (worth knowing), or ``problem`` (needs a change)."""
 
     level: str
     what: str
@@ -97,7 +97,7 @@ def _nats_server() -> Iterator[Finding]:
 
 
 def _runtime() -> Iterator[Finding]:
-    """The C++ runtime is the one system library that a minimal image may lack."""
+    """Check the C++ runtime, the one system library that a minimal image may lack."""
     try:
         importlib.import_module("greenlet")
     except ImportError as error:
@@ -155,7 +155,7 @@ _REBUILD: Final = "tailrace billing rebuild"
 
 
 def _config(env: dict[str, str]) -> dict[str, Any]:
-    """Return the content of the file; one that cannot be read is reported among the settings."""
+    """Return the content of the TOML file, or nothing when it is unreadable (`_settings` reports that)."""
     try:
         return read_config(env)
     except SettingsError:

@@ -1,4 +1,4 @@
-"""``tailrace keys``: API keys made, listed, revoked. Each function returns the exit code."""
+"""Commands of ``tailrace keys``. Each function returns the exit code."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ __all__ = ["bootstrap", "create", "list_", "revoke"]
 
 
 def bootstrap(terminal: Terminal) -> int:
-    """Make the operator's key: print it, and the setting that lets it in."""
+    """Create the operator's key; print it and the setting that enables it."""
     made = mint()
     terminal.remark("the operator's key, shown this once (TAILRACE_KEY for this command line):")
     terminal.show(made.text)
@@ -22,7 +22,7 @@ def bootstrap(terminal: Terminal) -> int:
 
 
 def create(api: Api, terminal: Terminal, spec: dict[str, Any], *, as_json: bool) -> int:
-    """Make a key and print it: nobody will see it again."""
+    """Create a key and print it; its secret cannot be shown again."""
     made = api.create_key(spec)
     if as_json:
         terminal.show(pretty(made))

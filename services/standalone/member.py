@@ -1,4 +1,4 @@
-"""One service of the process tree: started, watched, started again after a crash, stopped."""
+"""Start, probe, restart and stop one service of the process tree."""
 
 import asyncio
 import os
@@ -22,15 +22,14 @@ READY_TIMEOUT: Final = 60.0
 PROBE_INTERVAL: Final = 0.05
 HEALTHY_AFTER: Final = 60.0
 HOPELESS: Final = (2, 4)
-"""A service ends with these when its settings are wrong, its port is taken, or what it keeps is damaged: starting it
-again would not help."""
+"""Exit codes for wrong settings, a taken port or damaged data: a restart would not help."""
 
 
 class Member:
     """A service and its current process.
 
-    ``ready`` is set once it first became ready. ``on_lost`` is called, with the reason, when it cannot be kept running;
-    ``before_start`` before each start of a process.
+    ``ready`` is set when the service is ready for the first time. ``on_lost`` is called with the reason when it cannot
+    be kept running, ``before_start`` before each start of a process.
     """
 
     def __init__(
@@ -54,7 +53,7 @@ class Member:
         self._crashes = 0
 
     async def run(self) -> None:
-        """Keep the service running until `stop`, then end it. Returns early when it has been given up."""
+        """Keep the service running until `stop`, then end it. Return early when restarts are given up."""
         try:
             while not self._stop.is_set():
                 started = time.monotonic()
@@ -81,7 +80,7 @@ class Member:
             self._output.close()
 
     async def restart(self) -> None:
-        """End the service's process and start another one; return when that is ready."""
+        """Replace the service's process; return when the new one is ready."""
         before = self.pid
         self._again.set()
         async with httpx.AsyncClient(timeout=3, trust_env=False) as client:
@@ -91,11 +90,11 @@ class Member:
                 await asyncio.sleep(PROBE_INTERVAL)
 
     def stop(self) -> None:
-        """Ask the service to end (SIGTERM); after its grace it is killed."""
+        """Send SIGTERM to the service, and SIGKILL after its grace."""
         self._stop.set()
 
     def hurry(self) -> None:
-        """Kill the service now."""
+        """Kill the service at once."""
         self._stop.set()
         self._hurry.set()
 
@@ -107,7 +106,7 @@ class Member:
             self._notify(f"{self.spec.name}: {line}")
 
     async def _run_once(self) -> int:
-        """Start one process, see it through to its end, and return its exit code (negative: a signal)."""
+        """Run one process until it ends or is stopped; return its exit code (negative: a signal)."""
         self._before_start(self.spec)
         process = await asyncio.create_subprocess_exec(
             *leash.command(self.spec.argv),
@@ -115,7 +114,7 @@ class Member:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
-            start_new_session=True,  # a Ctrl-C in the terminal reaches the supervisor alone
+            start_new_session=True,  # Ctrl-C in the terminal reaches only the supervisor
         )
         self.pid = process.pid
         try:
@@ -140,11 +139,11 @@ class Member:
             self._output.feed(data)
 
     async def _probe(self) -> None:
-        """Set ``ready`` when the service is; report it lost when that takes too long the first time."""
+        """Set ``ready`` when the service is ready; call ``on_lost`` when the first start exceeds `READY_TIMEOUT`."""
         try:
             async with asyncio.timeout(READY_TIMEOUT):
                 async with httpx.AsyncClient(timeout=3, trust_env=False) as client:
-                    while not await _is_ready(client, self.spec.ready):  # noqa: ASYNC110  # it is another process
+                    while not await _is_ready(client, self.spec.ready):  # noqa: ASYNC110  # the condition is in another process
                         await asyncio.sleep(PROBE_INTERVAL)
             self.ready.set()
         except TimeoutError:
@@ -174,7 +173,7 @@ def _signal_group(pid: int, signum: int) -> None:
     try:
         os.killpg(pid, signum)
     except (ProcessLookupError, PermissionError):
-        return  # nobody is left in it
+        return  # the group is empty
 
 
 async def _is_ready(client: httpx.AsyncClient, address: str) -> bool:
@@ -188,7 +187,7 @@ async def _is_ready(client: httpx.AsyncClient, address: str) -> bool:
 
 
 async def _first(timeout: float | None, *waits: Awaitable[object]) -> None:
-    """Return when the first of ``waits`` is done or the timeout (seconds) is over; the others are cancelled."""
+    """Wait for the first of ``waits`` or the timeout (seconds), then cancel the others."""
     tasks = [asyncio.ensure_future(wait) for wait in waits]
     try:
         await asyncio.wait(tasks, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)

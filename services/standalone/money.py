@@ -1,4 +1,4 @@
-"""``tailrace usage``, ``ledger``, ``reconcile``, ``statement``, ``prices`` and ``budget``: what billing knows."""
+"""Billing commands: ``tailrace usage``, ``ledger``, ``reconcile``, ``statement``, ``prices`` and ``budget``."""
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -337,13 +337,13 @@ def _generation(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _in_all(totals: dict[str, Any]) -> str:
-    """Return the sums as one line: what was used, then what it came to."""
+    """Return the totals as one line: tokens used, then amounts."""
     used = [f"{_words(name)} {_value(value)}" for name, value in totals.items() if not isinstance(value, dict)]
     return ", ".join([*used, f"amount {_amounts(totals.get('amounts') or {}, totals.get('unpriced', 0))}"])
 
 
 def _amounts(amounts: dict[str, Any], unpriced: int) -> str:
-    """Return sums of money, and how many generations have no price and so are not in them."""
+    """Return the amounts, and the number of unpriced generations that they leave out."""
     missing = f"{unpriced:,} generation{'' if unpriced == 1 else 's'} without a price (see: tailrace prices)"
     if not unpriced:
         return _value(amounts) or "nothing"

@@ -1,4 +1,4 @@
-"""``tailrace status``: what runs, in which version, how far behind, and with which settings."""
+"""``tailrace status``: show state, version, lag and settings of the services."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -36,7 +36,10 @@ _FIGURES: Final = {
 
 
 class Report(NamedTuple):
-    """What one service tells of itself. ``state``: ``ok``, ``not ready``, or ``unreachable``."""
+    """State and metrics of one service. ``state``: ``ok``, ``not ready``, ``unreachable``, or a description.
+
+    ``failed``: names of the failed readiness checks.
+    """
 
     service: str
     url: str
@@ -46,7 +49,7 @@ class Report(NamedTuple):
     figures: dict[str, float]
 
     def document(self) -> dict[str, Any]:
-        """Return it for programs."""
+        """Return the report as a dict for JSON."""
         return self._asdict()
 
 
@@ -140,7 +143,7 @@ class _Readiness(msgspec.Struct):
 
 
 def _metrics(client: httpx.Client, service: str, url: str) -> tuple[dict[str, str], dict[str, float]]:
-    """Return the service's information and the sums of the figures that `status` shows."""
+    """Return the labels of ``tailrace_service_info`` and the sums of the metrics in `_FIGURES`."""
     try:
         answer = client.get(f"{url}/metrics")
     except httpx.HTTPError:

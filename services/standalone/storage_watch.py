@@ -1,4 +1,4 @@
-"""Watches whether the broker stores what it is sent, and starts it anew where that is what helps."""
+"""Restart the broker when it keeps refusing to store although there is free disk space."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
@@ -13,17 +13,17 @@ __all__ = ["StorageWatch"]
 
 LOOK_SECONDS: Final = 2.0
 REFUSING_SECONDS: Final = 4.0
-"""How long a service must have seen nothing stored: a slow disk is none that refuses."""
+"""Seconds for which a service must report refusals before a restart, to rule out a slow disk."""
 AGAIN_SECONDS: Final = 30.0
-"""How long after the broker was started anew it is left alone."""
+"""Least seconds between two restarts of the broker."""
 NEEDED_BYTES: Final = 32 * 1024 * 1024
-"""Free space without which starting it anew would not help."""
+"""Free disk space below which a restart would not help."""
 
 
 class StorageWatch:
-    """Asks the services; ``ready``: their addresses. ``restart`` starts the brokers anew, one after another.
+    """Poll the services' readiness at the addresses ``ready``. ``restart`` restarts the brokers, one after another.
 
-    nats-server keeps refusing a stream that it could not store into once, also when there is space again.
+    After one failed write nats-server keeps refusing writes to that stream, even when there is space again.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class StorageWatch:
 
 
 async def _refuses(client: httpx.AsyncClient, address: str) -> bool:
-    """Tell whether a service says that the log takes nothing from it."""
+    """Return whether a service reports that the log refuses its writes."""
     try:
         answer = await client.get(address)
         return answer.status_code == 503 and answer.json()["checks"].get("log") is False

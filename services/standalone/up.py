@@ -1,4 +1,4 @@
-"""``tailrace up`` and ``tailrace billing rebuild``: from options to running processes and back to nothing."""
+"""Run ``tailrace up`` and ``tailrace billing rebuild``: resolve the options, then start and stop the processes."""
 
 import asyncio
 import os
@@ -28,7 +28,7 @@ DEFAULT_DATA: Final = ".tailrace"
 
 
 class UpOptions:
-    """Hold the flags of ``tailrace up``; a variable, the file or the default decides where one is ``None``."""
+    """Hold the flags of ``tailrace up``; ``None`` means the variable, the file or the default."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class UpOptions:
 
 
 class _Prepared(NamedTuple):
-    """What is about to run, in a folder that nobody else uses meanwhile."""
+    """The plan of a run in a locked data folder."""
 
     options: Options
     specs: list[ServiceSpec]
@@ -57,7 +57,7 @@ class _Prepared(NamedTuple):
 
 
 def up(up_options: UpOptions, version: str, terminal: Terminal) -> None:
-    """Run everything until it is told to stop.
+    """Run all services until a signal stops them.
 
     Raises:
         CannotStart: a port, the folder, the configuration or nats-server is not usable; nothing was started.
@@ -70,7 +70,7 @@ def up(up_options: UpOptions, version: str, terminal: Terminal) -> None:
 
 
 def rebuild(up_options: UpOptions, terminal: Terminal) -> int:
-    """Fold the log of a folder anew into its ledger, with nothing else running; return the exit code.
+    """Rebuild the ledger of a data folder from its log, with only the brokers running; return the exit code.
 
     Raises:
         CannotStart: the folder is in use, or it, the configuration or nats-server is not usable.
@@ -96,7 +96,7 @@ def _prepared(up_options: UpOptions, terminal: Terminal) -> Iterator[_Prepared]:
         terminal.remark(line)
     binary = find_nats_server()
     data = Path(up_options.data or _section(config, "shared").get("data") or DEFAULT_DATA).expanduser().absolute()
-    os.umask(UMASK)  # also of what is started: nats-server keeps its streams in there
+    os.umask(UMASK)  # inherited by nats-server, which writes its store
     with locked(data, terminal.remark) as describe:
         describe(f"process {os.getpid()}")
         options = _settle(up_options, data, ports)
@@ -109,7 +109,7 @@ def _prepared(up_options: UpOptions, terminal: Terminal) -> Iterator[_Prepared]:
 
 
 def wanted_body(env: Mapping[str, str], config: dict[str, Any]) -> int:
-    """Return how large a request may be, for the broker; a value that is none is left to delivery to report."""
+    """Return the largest request body in bytes, or 0 for an unset or invalid value, which delivery reports."""
     value = env.get("TAILRACE_DELIVERY_MAX_BODY") or _section(config, "delivery").get("max_body")
     try:
         return int(value or 0)
@@ -151,7 +151,7 @@ async def _run(ready: _Prepared, terminal: Terminal, on_ready: Callable[[], None
 
 
 def _care_of(data: Path, terminal: Terminal) -> Callable[[ServiceSpec], None]:
-    """Return what keeps a broker from stumbling over its files, before each start of it."""
+    """Return a function that repairs a broker's store before each start."""
 
     def care(spec: ServiceSpec) -> None:
         if spec.start_phase == 0:
@@ -184,7 +184,7 @@ async def _rebuild(ready: _Prepared, terminal: Terminal) -> int:
 
 
 def _hush(_line: str) -> None:
-    """Say nothing of a broker that runs only meanwhile; what it logs is in its file."""
+    """Discard the line of a temporary broker; its log file has it."""
 
 
 def _announce(terminal: Terminal, head: str, rows: list[tuple[str, str]]) -> None:
@@ -229,7 +229,7 @@ def _settle(up_options: UpOptions, data: Path, wanted: Mapping[str, int]) -> Opt
 
 
 def _node_ports(cluster: int, first: int) -> list[WantedPort]:
-    """The client ports of a cluster's further servers, and a route port for each server."""
+    """Return the client ports of a cluster's further servers, and a route port for each server."""
     if cluster == 1:
         return []
     clients = [

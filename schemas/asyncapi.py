@@ -1,4 +1,4 @@
-"""The AsyncAPI document of the subjects: which channels there are, and which messages pass on them."""
+"""Build the AsyncAPI document of the subjects: channels, operations and messages."""
 
 import inspect
 from typing import Any, Final, get_args

@@ -22,7 +22,7 @@ _REASON_LIMIT = 200  # characters of a header
 
 
 class _RequestAddress(msgspec.Struct):
-    """The address of a request, decoded from one that is otherwise unreadable."""
+    """The address of an otherwise unreadable request."""
 
     tenant: str
     session: str

@@ -22,9 +22,9 @@ POLL_SECONDS: Final = 5.0
 
 
 class LogRepair:
-    """Read a log that has lost events once, and close each generation that has no terminal and no producer.
+    """Read a log once after it has lost events, and close each generation that has no terminal and no producer.
 
-    Their readers would otherwise wait for ever: for events behind a gap, or for a terminal that was lost.
+    Otherwise its readers would wait for ever, for events after a gap or for a lost terminal.
     """
 
     def __init__(self, context: RelayContext, logs: Logs, lost: LostRequests) -> None:
@@ -49,7 +49,7 @@ class LogRepair:
 
         Raises:
             BrokerUnavailable: the broker does not answer.
-            ProducerError: the log does not take a terminal now.
+            ProducerError: the log refuses a terminal now.
         """
         for partition in await self._broker.partitions():
             state = await self._logs.state(partition)

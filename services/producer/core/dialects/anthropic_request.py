@@ -1,4 +1,4 @@
-"""The OpenAI chat form, translated to Anthropic messages."""
+"""Translate requests in the OpenAI chat form to Anthropic messages."""
 
 import re
 from collections.abc import Iterator
@@ -15,15 +15,15 @@ __all__ = ["DEFAULT_MAX_TOKENS", "is_own_block", "messages_body"]
 DEFAULT_MAX_TOKENS: Final = 4096
 _SAME: Final = ("temperature", "top_p", "top_k", "metadata", "thinking", "service_tier", "output_config")
 _OWN: Final = re.compile(r"redacted_thinking|(server|mcp)_tool_use|[a-z_]+_tool_result|container_upload|compaction")
-"""Blocks that only this provider can read, for instance of tools that it runs itself: they go back as they came."""
+"""Blocks that only this provider can read, such as those of its own tools: they are sent back unchanged."""
 _TOOL_CHOICES: Final = {"auto": "auto", "none": "none", "required": "any"}
 
 
 def messages_body(call: UpstreamRequest) -> dict[str, Any]:
-    """Return the body of a streamed request; parameters that only other providers know are left out.
+    """Return the body of a streamed request, without parameters that only other providers know.
 
     Raises:
-        UntranslatableCall: several choices, or content that this API does not take.
+        UntranslatableCall: several choices, or content that this API does not accept.
     """
     params = call.params
     if params.get("n") not in (None, 1):
@@ -99,7 +99,7 @@ def _blocks(message: Message) -> Iterator[dict[str, Any]]:
 
 
 def _thoughts(message: Message) -> Iterator[dict[str, Any]]:
-    """Yield thinking from beside the content, LiteLLM's form, unless the content has its own."""
+    """Yield the thinking in LiteLLM's ``thinking_blocks``, unless the content has its own."""
     content = message.content if isinstance(message.content, list) else ()
     if not any(part.get("type") in ("thinking", "redacted_thinking") for part in content):
         for block in message.thinking_blocks or ():
@@ -107,7 +107,7 @@ def _thoughts(message: Message) -> Iterator[dict[str, Any]]:
 
 
 def _content(content: str | list[dict[str, Any]] | None) -> Iterator[dict[str, Any]]:
-    """Yield content blocks; empty texts are left out, the API refuses them."""
+    """Yield content blocks; omit empty texts, which the API rejects."""
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     for part in content or ():
@@ -116,7 +116,7 @@ def _content(content: str | list[dict[str, Any]] | None) -> Iterator[dict[str, A
                 if text := part.get("text") or part.get("refusal"):
                     yield {"type": "text", "text": text}
             case "thinking":
-                # Without its signature the API refuses a thought, and thoughts of others have none.
+                # The API rejects a thought without its signature; thoughts of other providers have none.
                 if isinstance(part.get("thinking"), str) and part.get("signature"):
                     yield {"type": "thinking", "thinking": part["thinking"], "signature": part["signature"]}
             case kind if is_own_block(kind):

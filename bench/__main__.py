@@ -1,4 +1,4 @@
-"""``python -m bench``: measures the relay end to end, fan-out, and what holds under faults."""
+"""``python -m bench``: measure the relay end to end, measure fan-out, and check the guarantees under faults."""
 
 import resource
 import signal

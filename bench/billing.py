@@ -1,8 +1,8 @@
-"""``python -m bench billing``: how many events a second one billing process folds into a database, and at what cost.
+"""``python -m bench billing``: measure throughput and processor time of one billing process folding a log.
 
-A log is filled first: generations that stream side by side, then their usage and their end. Then billing starts from
-nothing and reads all of it: fetch, fold, commit, acknowledge. The processor time of an event says more than events a
-second on a machine that does other things too.
+First a log is filled: generations that stream concurrently, then their usage and their end. Then billing starts with an
+empty database and reads the whole log: fetch, fold, commit, acknowledge. On a shared machine the processor time per
+event is more reliable than events per second.
 """
 
 import os
@@ -51,9 +51,9 @@ output = "10"
 
 
 class Folding(msgspec.Struct, kw_only=True):
-    """One run. ``…_us``: processor microseconds per event, of billing, of the database's server and of the broker.
+    """Result of one run. ``…_us``: processor microseconds per event of billing, the database server and the broker.
 
-    ``right``: as many generations, tokens and ledger entries were found as the log holds.
+    ``right``: the numbers of generations, tokens and ledger entries equal those of the log.
     """
 
     database: str
@@ -153,7 +153,7 @@ def _fold(database: str, shape: Shape, processes: Processes, server: Postgres | 
     process, port = _start(processes, url, nats)
     broker = processes.all["nats-server"]
     processes.wait(lambda: _position(port) > 0, READY_SECONDS, "billing reads", POLL)
-    # What it took to start does not count, nor what was folded before the first look.
+    # Exclude the start, and the events folded before the first poll.
     first, begun = _position(port), time.monotonic()
     spent = (process.spent().cpu, server.cpu() if server else 0.0, broker.spent().cpu)
     processes.wait(lambda: _position(port) >= shape.events, FOLD_SECONDS, "billing has read all", POLL)

@@ -1,4 +1,4 @@
-"""A client process: opens its streams, reads them, compares every text with what the provider sends, takes times.
+"""A client process: open streams, read them, compare every text with the provider's, and measure latencies.
 
 Run as ``python -m bench.client PLAN`` with a `bench.scenarios.Plan` as JSON. It writes the file ``ready`` when all its
 streams are open, and at the end ``result`` and the latencies (native 64-bit nanoseconds).
@@ -116,7 +116,7 @@ class Client:
         self.harvest.finish(order, reader)
 
     def result(self) -> ClientResult:
-        """Return what was seen so far."""
+        """Return the result so far."""
         h, plan = self.harvest, self.plan
         return ClientResult(
             streams=plan.generations * plan.subscribers,
@@ -133,12 +133,12 @@ class Client:
 
 
 def read_plan() -> Plan:
-    """Return the plan whose file is this process's argument."""
+    """Read the plan from the file named by this process's argument."""
     return msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=Plan)
 
 
 def finish(plan: Plan, result: ClientResult, latencies: "array[int]") -> None:
-    """Write what was measured, and wait to be stopped: processor time and memory are read from outside before."""
+    """Write the result, and wait to be stopped: processor time and memory are read from outside until then."""
     with Path(plan.latencies).open("wb") as file:
         latencies.tofile(file)
     unfinished = Path(plan.result + ".part")

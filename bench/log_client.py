@@ -1,8 +1,8 @@
-"""A client of the log alone: asks the producer past delivery, and reads what it stored when all is done.
+"""A client that bypasses delivery: queue requests for the producer directly, and read the log at the end.
 
-So one producer process is measured with nothing but a provider and a broker beside it. Run as
-``python -m bench.log_client PLAN``, like `bench.client`. The stream ends when the queue has heard of the end of every
-request, which producers tell it when the log has acknowledged all.
+This measures one producer process with only a provider and a broker. Run as ``python -m bench.log_client PLAN``, like
+`bench.client`. The run ends when every request is acknowledged to the queue, which producers do after the log has
+acknowledged all events.
 """
 
 import asyncio
@@ -41,7 +41,7 @@ class _Info(msgspec.Struct):
 
 
 class LogClient:
-    """Asks for the streams of a plan, waits for their end, and then compares every text."""
+    """Request the streams of a plan, wait for their end, and then compare every text."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -59,7 +59,7 @@ class LogClient:
         self._asking = asyncio.Semaphore(ASKING)
 
     async def run(self) -> None:
-        """Ask, wait, compare; all within the deadline."""
+        """Request, wait and compare within the deadline."""
         plan = self.plan
         try:
             async with (

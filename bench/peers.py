@@ -1,4 +1,4 @@
-"""Other relays, measured by the same clients; installed on request into an environment of their own."""
+"""Other relays, measured by the same clients; installed on request into a separate environment."""
 
 import secrets
 import subprocess
@@ -34,7 +34,7 @@ class LiteLLM:
         return self._environment / "bin" / "litellm"
 
     def install(self) -> None:
-        """Install it, unless that was done before.
+        """Install it, unless it is installed already.
 
         Raises:
             PeerNotInstalled: pip failed or took too long.
@@ -84,5 +84,5 @@ class LiteLLM:
         return Endpoint("openai", port, "bench", {"authorization": f"Bearer {key}"})
 
     def settled(self) -> bool | None:
-        """There is nothing behind the clients."""
+        """Return ``None``: no work remains after the clients' end."""
         return None

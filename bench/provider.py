@@ -1,8 +1,8 @@
-"""The provider: an OpenAI-compatible server that stamps every token, held until it is told to begin.
+"""The provider: an OpenAI-compatible server that stamps every token and holds its streams until a start command.
 
-Run as ``python -m bench.provider --port N --stamps FILE``. It costs little processor time, for it shares the machine
-with what it measures: each token is one prepared chunk and one write. ``GET /control`` says how many streams wait,
-``POST /control`` lets them begin together.
+Run as ``python -m bench.provider --port N --stamps FILE``. It shares the machine with the system under test, so it must
+use little processor time: each token is one prepared chunk and one write. ``GET /control`` returns the number of
+waiting streams, ``POST /control`` starts them together.
 """
 
 import argparse
@@ -33,8 +33,8 @@ HEAD: Final = (
 
 
 class ControlState(msgspec.Struct):
-    """``waiting``: streams held. ``finished``: streams sent to their end. ``late_ms``: how far behind its own schedule
-    the provider sent (it shares the processors; a late token is stamped when it is sent).
+    """State of the streams. ``waiting``: held. ``finished``: sent to their end. ``late_ms``: the delay of the
+    provider behind its schedule (it shares the processors; a late token is stamped when it is sent).
     """
 
     waiting: int
@@ -83,7 +83,7 @@ WORDS: Final = tuple(_content(word) for word in words())
 
 
 class Provider:
-    """All streams: those that are held, and the schedule of those that run."""
+    """All streams: the held ones, and the schedule of the running ones."""
 
     def __init__(self, stamps: Stamps) -> None:
         self.cells = stamps.cells
@@ -94,14 +94,14 @@ class Provider:
         self._due: list[tuple[int, int, Stream]] = []
 
     def add(self, stream: "Stream") -> None:
-        """Hold a stream, or begin it where the others already run."""
+        """Hold a stream, or start it if the others already run."""
         if self.begun:
             self._begin(stream, time.monotonic_ns())
         else:
             self.held.append(stream)
 
     def begin(self) -> None:
-        """Let all held streams begin."""
+        """Start all held streams."""
         self.begun = True
         start = time.monotonic_ns() + LEAD_NS
         for stream in self.held:
@@ -129,7 +129,7 @@ class Provider:
         asyncio.get_running_loop().call_later(TICK, self._tick)
 
     def state(self) -> ControlState:
-        """Return what `ControlState` tells."""
+        """Return the control state."""
         late = sorted(self.lateness)
         p50, p99 = percentile(late, 50) / 1e6, percentile(late, 99) / 1e6
         return ControlState(len(self.held), self.finished, round(p50, 3), round(p99, 3))
@@ -150,7 +150,7 @@ class Stream:
         self._word = word_index(order.stream, 0)
 
     def send_one(self) -> bool:
-        """Stamp and send the next token; tell whether there are more."""
+        """Stamp and send the next token; return whether there are more."""
         index = self._index
         chunk = WORDS[(self._word + index) % len(WORDS)] if index else _content(token(self.order.stream, 0))
         self._provider.cells[self._first + index] = time.monotonic_ns()
@@ -162,7 +162,7 @@ class Stream:
         return False
 
     def pump(self) -> None:
-        """Send without pause until the transport's buffer is full, letting other streams in between."""
+        """Send without pause until the transport's buffer is full; yield to other streams in between."""
         for _ in range(BURST):
             if not self.send_one() or self.paused:
                 return
@@ -178,7 +178,7 @@ class Stream:
 
 
 class Connection(asyncio.Protocol):
-    """One client's connection; answers one request after the other."""
+    """One client's connection; it answers requests one after the other."""
 
     def __init__(self, provider: Provider) -> None:
         self._provider = provider
@@ -186,7 +186,7 @@ class Connection(asyncio.Protocol):
         self._stream: Stream | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Remember where to answer."""
+        """Keep the transport."""
         self._transport = cast("asyncio.Transport", transport)  # uvloop's is one without inheriting
 
     def data_received(self, data: bytes) -> None:
@@ -231,12 +231,12 @@ class Connection(asyncio.Protocol):
         self._transport.write(head.encode() + body)
 
     def pause_writing(self) -> None:
-        """Stop a stream without pace: the reader is behind."""
+        """Pause a stream without pace: the reader is behind."""
         if self._stream:
             self._stream.paused = True
 
     def resume_writing(self) -> None:
-        """Go on with it."""
+        """Resume the stream."""
         if self._stream and self._stream.paused:
             self._stream.paused = False
             if self._stream.order.rate is None:

@@ -1,4 +1,4 @@
-"""The result as text and as JSON."""
+"""Report the results as text and as JSON."""
 
 import datetime
 import os
@@ -16,7 +16,7 @@ __all__ = ["Machine", "Report", "ScenarioReport", "added", "checks", "machine", 
 
 
 class Machine(msgspec.Struct):
-    """Where it was measured."""
+    """The machine of a measurement."""
 
     cores: int
     processor: str
@@ -26,9 +26,9 @@ class Machine(msgspec.Struct):
 
 
 class ScenarioReport(msgspec.Struct):
-    """One scenario: the outcome of each target, and its latency beyond ``direct`` at the same percentiles.
+    """One scenario: the outcome of each target, and its added latency over ``direct`` at the same percentiles.
 
-    ``not_measured`` says of a peer why it has no outcome.
+    ``not_measured``: why a peer has no outcome.
     """
 
     scenario: Scenario
@@ -39,7 +39,7 @@ class ScenarioReport(msgspec.Struct):
 
 
 class Report(msgspec.Struct):
-    """What one command measured. ``good``: all was run, and every client got exactly what the provider sent."""
+    """Results of one command. ``good``: all ran, and every client received exactly what the provider sent."""
 
     at: str
     machine: Machine
@@ -48,7 +48,7 @@ class Report(msgspec.Struct):
 
 
 def machine() -> Machine:
-    """Return what is known of this machine."""
+    """Return the properties of this machine."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Machine(
@@ -74,14 +74,14 @@ def now() -> str:
 
 
 def added(outcome: Outcome, direct: Outcome) -> Latency:
-    """Return how much later tokens arrive than at clients of the provider itself, percentile by percentile."""
+    """Return the added latency over a direct connection to the provider, percentile by percentile."""
     a, b = outcome.latency_ms, direct.latency_ms
     differences = (round(x - y, 3) for x, y in ((a.p50, b.p50), (a.p95, b.p95), (a.p99, b.p99), (a.max, b.max)))
     return Latency(*differences)
 
 
 def stored(scenario: Scenario, outcome: Outcome) -> dict[str, bool]:
-    """Return which of the scenario's targets a producer alone met, by a text that names target and value."""
+    """Return whether a producer alone met each of the scenario's targets, by a text with target and value."""
     t = scenario.targets
     found: dict[str, bool] = {}
     if t.stored_tokens_per_s is not None:
@@ -94,7 +94,7 @@ def stored(scenario: Scenario, outcome: Outcome) -> dict[str, bool]:
 
 
 def checks(scenario: Scenario, outcome: Outcome, more: Latency | None) -> dict[str, bool]:
-    """Return which of the scenario's targets the pipeline met, by a text that names target and value."""
+    """Return whether the pipeline met each of the scenario's targets, by a text with target and value."""
     t = scenario.targets
     found: dict[str, bool] = {}
     if more and t.added_p50_ms is not None:

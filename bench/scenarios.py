@@ -1,4 +1,4 @@
-"""What a run does: how many streams, how fast, how long; what each stream asks the provider for."""
+"""Scenarios of a run: number, rate and length of the streams, and each stream's request to the provider."""
 
 from typing import Final
 
@@ -8,9 +8,9 @@ __all__ = ["SCENARIOS", "Plan", "Scenario", "StreamOrder", "Targets", "scenario_
 
 
 class Targets(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What is expected on two cores. Latencies in milliseconds, added to connecting directly.
+    """Expected results on two cores. Latencies in milliseconds, added to a direct connection.
 
-    ``stored_…``: of the target ``producer``, which has neither readers nor billing; the rest is of the whole pipeline.
+    ``stored_…``: for the target ``producer``, without readers and billing; the others are for the whole pipeline.
     """
 
     added_p50_ms: float | None = None
@@ -22,7 +22,7 @@ class Targets(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Scenario(msgspec.Struct, frozen=True, kw_only=True):
-    """``rate`` in tokens per second and stream; ``None`` is as fast as the reader takes them."""
+    """One scenario. ``rate``: tokens per second and stream; ``None``: as fast as the reader accepts them."""
 
     name: str
     about: str
@@ -34,18 +34,18 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def produced(self) -> int:
-        """Tokens that the provider sends in all."""
+        """Return the total number of tokens that the provider sends."""
         return self.generations * self.tokens
 
     @property
     def seconds(self) -> float:
-        """The longest that streaming may take before the run is given up."""
+        """Return the time limit of streaming, after which the run is aborted."""
         paced = self.tokens / self.rate if self.rate else 0.0
         return 30.0 + 2 * paced + self.produced / 20_000
 
 
 class StreamOrder(msgspec.Struct, frozen=True):
-    """One stream as the provider is asked for it; travels as the text of the user's message. ``phase`` in seconds."""
+    """One stream as requested from the provider, sent as the text of the user's message. ``phase`` in seconds."""
 
     stream: int
     tokens: int
@@ -54,10 +54,10 @@ class StreamOrder(msgspec.Struct, frozen=True):
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """What one client process does. ``deadline`` in seconds from its start; ``first`` is its first stream's number.
+    """The task of one client process. ``deadline``: seconds from its start; ``first``: its first stream's number.
 
-    It makes the files ``ready`` when all its streams are open, ``ended`` when the last one has ended, if it has more to
-    do then, and ``result``.
+    It creates the files ``ready`` when all its streams are open, ``ended`` when the last one has ended, if work remains
+    then, and ``result``.
     """
 
     kind: str
@@ -151,6 +151,6 @@ SCENARIOS: Final = {
 
 
 def scenario_names(asked: tuple[str, ...]) -> list[str]:
-    """Return the scenarios to run; ``all`` stands for every one but ``smoke``."""
+    """Return the scenarios to run; ``all`` means all but ``smoke``."""
     every = [name for name in SCENARIOS if name != "smoke"]
     return [name for word in asked for name in (every if word == "all" else [word])]

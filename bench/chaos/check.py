@@ -1,4 +1,4 @@
-"""The promises, each as a function from the evidence of a run to the violations of it. Pure."""
+"""The guarantees, each as a function from the evidence of a run to its violations. Pure."""
 
 import hashlib
 import signal
@@ -18,14 +18,14 @@ from bench.chaos.violation import Violation
 __all__ = ["BOUND", "REST", "RULES", "check", "end_times"]
 
 BOUND: Final = 15.0
-"""Seconds that an end may take beyond the provider's own time and the lease while nothing is broken (see `pace`)."""
+"""Seconds, beyond the provider's own time and the lease, for a generation to end without faults (see `pace`)."""
 REST: Final = 12.0
 """Seconds after a fault that count as disturbed: leaders are elected, processes start, refused requests wait."""
 DRAIN_BOUND: Final = 10.0
 STARTED: Final = 8.0
-"""Seconds after its start during which a process may not have learned yet what to do about SIGTERM."""
+"""Seconds after its start in which a process may not handle SIGTERM yet."""
 UNAVAILABLE: Final = 3
-"""Exit code of a service that starts while the broker is away."""
+"""Exit code of a service that starts while the broker is unavailable."""
 
 
 def check(evidence: Evidence) -> list[Violation]:
@@ -103,7 +103,7 @@ def _generation(ask: Ask) -> str:
 
 
 def end_times(evidence: Evidence) -> dict[str, float]:
-    """Return for each accepted and ended generation how many undisturbed seconds it took to end."""
+    """Return the seconds without faults that each accepted and ended generation took to end."""
     found: dict[str, float] = {}
     for name, posted in evidence.posted.items():
         told = evidence.told.get(name)

@@ -31,15 +31,15 @@ __all__ = ["chaos", "parse_seeds"]
 EXIT_WRONG = 1
 EXIT_NOT_RUN = 2
 RUN_BOUND = 600.0
-"""Seconds that a run may take beyond its schedule, before it is given up."""
+"""Seconds beyond its schedule after which a run is aborted."""
 SHOWN = 5
 
 
 def parse_seeds(text: str) -> list[int]:
-    """Return the seeds that ``1-5,9`` names.
+    """Parse seeds such as ``1-5,9``.
 
     Raises:
-        ValueError: it names none.
+        ValueError: ``text`` contains no seeds.
     """
     seeds: list[int] = []
     for part in text.split(","):
@@ -118,7 +118,7 @@ def chaos(  # noqa: D103  # the text is that of the decorator
 
 
 class Trial:
-    """Runs seeds and, on a violation, looks for the smallest schedule that shows it."""
+    """Run seeds and, on a violation, search for the smallest schedule that shows it."""
 
     def __init__(self, console: Console, folder: Path, planted: str, shrink_runs: int) -> None:
         self.console = console
@@ -128,7 +128,7 @@ class Trial:
         self._runs = 0
 
     def seed(self, schedule: Schedule) -> Summary:
-        """Run one schedule, check it, and shrink it if need be."""
+        """Run one schedule, check it, and shrink it on a violation."""
         begun = time.monotonic()
         path, evidence, violations = uvloop.run(self._run(schedule, f"seed-{schedule.seed}"))
         summary = summary_of(evidence, violations)

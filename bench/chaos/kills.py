@@ -1,4 +1,4 @@
-"""Billing killed at random while a log is written; in the end its money is compared with a count over that log."""
+"""Kill billing at random while a log is written; then compare its amounts with a count over that log."""
 
 import asyncio
 import random
@@ -35,9 +35,9 @@ __all__ = ["Kills", "Outcome"]
 READY_SECONDS: Final = 60.0
 END_SECONDS: Final = 60.0
 ACKNOWLEDGED: Final = 200
-"""Messages in flight at most: beyond 10,000 the broker drops some."""
+"""Bound of unacknowledged messages: beyond 10,000 the broker drops some."""
 EXPORTED: Final = 100
-"""Of so many generations one is exported."""
+"""One of this many generations is exported."""
 WHILE_WORKING: Final = 0.8
 _SETTINGS: Final = {
     "TAILRACE_PARTITIONS": str(PARTITIONS),
@@ -50,9 +50,9 @@ _SETTINGS: Final = {
 
 
 class Outcome(msgspec.Struct, kw_only=True):
-    """One run. ``messages``: in the log; ``events``: accepted ones. ``amount`` and ``tokens``: what budgets know.
+    """Result of one run. ``messages``: in the log; ``events``: accepted ones. ``amount`` and ``tokens``: of budgets.
 
-    ``kills``: of billing processes, ``ended``: how often one ended by itself. ``refused``: what was said to exports.
+    ``kills``: of billing processes; ``ended``: number that ended by themselves. ``refused``: responses to exports.
     """
 
     seed: int
@@ -72,7 +72,7 @@ class Outcome(msgspec.Struct, kw_only=True):
 
 
 class Kills:
-    """One run in a folder. ``seconds``: how long the log is written and processes are killed."""
+    """One run in a folder. ``seconds``: duration of writing the log and killing processes."""
 
     def __init__(self, folder: Path, seed: int, generations: int, seconds: float) -> None:
         self.seed = seed

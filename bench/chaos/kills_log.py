@@ -1,4 +1,4 @@
-"""A log of many small generations with all that goes wrong in one, drawn from a seed. Pure."""
+"""Generate a log of many small generations with all kinds of irregularities from a seed. Pure."""
 
 import random
 from collections.abc import Iterator
@@ -22,13 +22,13 @@ from schemas.usage import Counted, Usage
 __all__ = ["ABREAST", "messages", "name_of"]
 
 ABREAST: Final = 50
-"""Generations that stream side by side."""
+"""Number of concurrent generations."""
 SESSIONS: Final = 40
 BEGUN: Final = 1_700_000_000.0
 REPEATED: Final = 0.05
-"""How often a writer sends again what is stored already."""
+"""Probability that a writer repeats stored events."""
 EARLY: Final = 0.02
-"""How often something is stored before what it follows; it is sent again."""
+"""Probability that an event is stored before its predecessor; it is repeated then."""
 
 
 def name_of(number: int) -> str:
@@ -37,7 +37,7 @@ def name_of(number: int) -> str:
 
 
 def messages(seed: int, generations: int, partitions: int) -> Iterator[tuple[str, bytes]]:
-    """Yield subjects and messages of the whole log, in the order in which they are stored."""
+    """Yield subjects and messages of the whole log, in storage order."""
     rng = random.Random(seed)
     running: list[tuple[str, Iterator[Event]]] = []
     number = 0

@@ -1,6 +1,6 @@
-"""What whoever pays was promised: the ledger's sums are the price of the final usage, and budgets know them. Pure.
+"""Check the ledger's guarantee: its sums are the price of the final usage, and budgets agree with it. Pure.
 
-The price is reckoned a second time here: a checker must not share the code that it checks.
+The price is computed independently here: a checker must not share the code that it checks.
 """
 
 from collections import Counter, defaultdict
@@ -27,7 +27,7 @@ _MILLION: Final = 1_000_000
 
 
 def check_money(evidence: Evidence) -> Iterator[Violation]:
-    """Compare the ledger with the log and the exports, and the sums with the ledger."""
+    """Compare the ledger with the log and the exports, and the spending sums with the ledger."""
     if evidence.amounts is None:
         return
     sums: dict[str, Decimal] = defaultdict(Decimal)

@@ -1,6 +1,6 @@
-"""Starts a service with a bug planted in it, to show that the checker finds it.
+"""Start a service with a planted bug, to show that the checker finds it.
 
-``python -m bench.chaos.planted BUG services.producer``. The product itself has no switch for any of this.
+``python -m bench.chaos.planted BUG services.producer``. The product itself has no switch for these bugs.
 """
 
 import runpy

@@ -1,4 +1,4 @@
-"""Runs a schedule against real processes and writes its history."""
+"""Run a schedule against real processes and write its history."""
 
 import asyncio
 import time
@@ -51,12 +51,12 @@ READERS_SECONDS: Final = 20.0
 WORKERS_SECONDS: Final = 30.0
 BILLING_SECONDS: Final = 25.0
 BUDGET: Final = 1_000_000_000
-"""Tokens a month: too many to refuse anything, so that every generation is reserved for and settled."""
+"""Tokens per month: too many to refuse a request, so that every generation is reserved and settled."""
 SLOW_SECONDS: Final = 0.15
 
 
 class Run:
-    """One run of a schedule in a folder of its own.
+    """One run of a schedule in a separate folder.
 
     ``planted``: a bug to start the services with. ``patience``: seconds after the last fault until all must have ended,
     on a quiet machine.

@@ -1,4 +1,4 @@
-"""What services were promised: a durable consumer gives every accepted event at least once, and no other. Pure."""
+"""Check the services' guarantee: a durable consumer delivers every accepted event at least once, and no other. Pure."""
 
 from collections import Counter
 from collections.abc import Iterator

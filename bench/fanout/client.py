@@ -1,8 +1,8 @@
 """A client process: many subscribers of one plan.
 
 Run as ``python -m bench.fanout.client PLAN`` with a `bench.fanout.scenarios.Plan` as JSON. It writes the file ``ready``
-when it is connected, and at the end ``result`` and the latencies (native 64-bit nanoseconds); it keeps its connections
-until it is stopped, so that the memory that they take can be read from outside.
+when it is connected, and at the end ``result`` and the latencies (native 64-bit nanoseconds). It keeps its connections
+until it is stopped, so that their memory can be measured from outside.
 """
 
 import asyncio

@@ -111,7 +111,7 @@ def fanout(  # noqa: D103  # the text and the names are those of the decorators
 
 
 class TooFewDescriptors(Exception):
-    """This process and those that it starts may not open as many connections as a scenario has."""
+    """The limit of file descriptors is too low for the connections of a scenario."""
 
 
 class _Session:

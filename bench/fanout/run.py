@@ -1,4 +1,4 @@
-"""One run: start what is measured, connect the clients, publish, wait until everybody has everything."""
+"""One run: start the target, connect the clients, publish, and wait until all clients have all events."""
 
 import os
 import tempfile
@@ -26,15 +26,15 @@ __all__ = ["Run"]
 OPEN_SECONDS: Final = 120.0
 SAMPLED: Final = 200
 SAMPLED_EVENTS: Final = 100_000
-"""Of a stream, at most so many subscribers, or subscribers times events, are read in full by the clients."""
+"""Bound of the subscribers, and of subscribers times events, that clients read in full."""
 AT_ONCE: Final = 64
 REPLAYS_AT_ONCE: Final = 100
 QUIET: Final = 1.5
-"""Seconds between the last connection and the first event, and before memory is read: sweeps and late work are over."""
+"""Seconds between the last connection and the first event, and before memory is read, for background work to end."""
 
 
 class _Marks(msgspec.Struct, frozen=True):
-    """What was used up at three moments: before anybody connected, when all had, when all was done."""
+    """Resources used at three times: before the first connection, when all were connected, and at the end."""
 
     opening: float
     spent: tuple[dict[str, Spent], dict[str, Spent], dict[str, Spent]]
@@ -44,7 +44,7 @@ class _Marks(msgspec.Struct, frozen=True):
 
 
 class _Round(msgspec.Struct, frozen=True):
-    """A part of a run: ``number`` keeps its sessions and files apart. ``stuck``: how many read nothing."""
+    """A part of a run. ``number`` separates its sessions and files. ``stuck``: number of clients that read nothing."""
 
     number: int
     name: str
@@ -52,9 +52,9 @@ class _Round(msgspec.Struct, frozen=True):
 
 
 class Run:
-    """Measures one target under one scenario with ``clients`` client processes.
+    """Measure one target under one scenario with ``clients`` client processes.
 
-    ``profile`` names a process whose profile is taken from the first event on. ``keep``: where to leave logs and data.
+    ``profile``: name of a process to profile from the first event on. ``keep``: folder in which to keep logs and data.
     """
 
     def __init__(
@@ -75,11 +75,11 @@ class Run:
         self.keep = keep
 
     def measure(self) -> list[FanoutOutcome]:
-        """Run it and return what was measured, round by round; everything started is stopped, whatever happens.
+        """Run it and return the outcomes by round; stop all started processes in any case.
 
         Raises:
-            Died: a process ended although it was needed.
-            TooLate: something did not happen in time.
+            Died: a required process ended.
+            TooLate: a step did not finish in time.
         """
         env = {k: v for k, v in os.environ.items() if not k.startswith("TAILRACE_")}
         with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""gRPC: a stream of its own, or a subscription on a call with credit."""
+"""gRPC: a server stream, or a subscription on a bidirectional call with credit."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -31,7 +31,7 @@ _BROKEN: Final = "Internal error from Core"
 
 
 async def read_call(wanted: Wanted) -> None:
-    """Read until the server ends it, or everything is there."""
+    """Read until the server ends the stream, or all expected events have arrived."""
     metadata = [(name.lower(), value) for name, value in wanted.headers.items()]
     async with grpc.aio.insecure_channel(wanted.call, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:

@@ -34,7 +34,7 @@ class _Message(msgspec.Struct):
 
 
 async def read_socket(wanted: Wanted) -> None:
-    """Read one subscription until it ends, or everything is there."""
+    """Read one subscription until it ends, or all expected events have arrived."""
     address = wanted.url.replace("http://", "ws://") + "/v1/ws"
     try:
         async with connect(

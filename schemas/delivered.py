@@ -65,4 +65,4 @@ def decode_delivered(data: bytes) -> DeliveredReport:
     try:
         return _decoder.decode(data)
     except (msgspec.DecodeError, RecursionError) as error:
-        raise ValueError(f"not a report of what was delivered: {error}") from error
+        raise ValueError(f"not a delivery report: {error}") from error

@@ -77,11 +77,11 @@ def regression(mark: Mark, created: str, last_seq: int, stamp: int | None) -> st
     has no message there (an expired or deleted message proves nothing).
     """
     if mark.created != created:
-        return "the stream was created anew"
+        return "the stream was re-created"
     if last_seq < mark.seq:
-        return f"it ends at {last_seq}, and reached {mark.seq} before"
+        return f"it ends at {last_seq}, but had reached {mark.seq}"
     if mark.stamp and stamp is not None and stamp != mark.stamp:
-        return f"it holds another message at {mark.seq} than before"
+        return f"its message at {mark.seq} has changed"
     return None
 
 

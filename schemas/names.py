@@ -38,7 +38,7 @@ class ControlCharacter(ValueError):
     def __init__(self, role: str, value: str, character: str) -> None:
         self.role = role
         self.value = value
-        super().__init__(f"{role} {value[:80]!r} holds the control character U+{ord(character):04X}: names have none")
+        super().__init__(f"{role} {value[:80]!r} contains the control character U+{ord(character):04X}: remove it")
 
 
 def check_readable(role: str, value: str) -> str:

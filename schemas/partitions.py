@@ -63,7 +63,7 @@ def decode_history(data: bytes) -> tuple[int, ...]:
     try:
         history = msgspec.json.decode(data, type=tuple[int, ...])
     except msgspec.DecodeError as error:
-        raise HistoryUnreadable(f"{HISTORY_SUBJECT} holds {data[:80]!r}: {error}") from error
+        raise HistoryUnreadable(f"{HISTORY_SUBJECT} contains {data[:80]!r}: {error}") from error
     if not history or not all(1 <= count <= 256 for count in history):
-        raise HistoryUnreadable(f"{HISTORY_SUBJECT} holds {data[:80]!r}: use a list of counts from 1 to 256")
+        raise HistoryUnreadable(f"{HISTORY_SUBJECT} contains {data[:80]!r}: use a list of counts from 1 to 256")
     return history

@@ -188,7 +188,7 @@ def refusal(response: httpx.Response, service: Service = "delivery") -> Refused:
 def unreachable(url: str, error: Exception) -> CommandFailed:
     """Return the error to show for a failed connection to ``url``."""
     if isinstance(error, httpx.InvalidURL | httpx.UnsupportedProtocol):
-        return CommandFailed(f"{url!r} is not a usable address: {error}")
+        return CommandFailed(f"{url!r} is not a valid address: {error}")
     if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
-        return Unreachable(f"nothing answers at {url}: is `tailrace up` running, and the address right?")
-    return Unreachable(f"the connection to {url} broke: {error or type(error).__name__}")
+        return Unreachable(f"nothing answers at {url}: check that `tailrace up` is running and the address is right")
+    return Unreachable(f"the connection to {url} was lost: {error or type(error).__name__}")

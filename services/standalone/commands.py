@@ -61,7 +61,7 @@ def _cancelling(url: str, session: str, generation: str, terminal: Terminal) -> 
             with Api(url) as api:
                 api.cancel(session, generation)
         except CommandFailed as error:
-            terminal.complain(f"could not cancel: {error} (Ctrl-C again to leave)")
+            terminal.complain(f"could not cancel: {error} (Ctrl-C again to exit)")
 
     def on_interrupt(_signum: int, _frame: FrameType | None) -> None:
         nonlocal pressed
@@ -84,7 +84,7 @@ def tail(api: Api, terminal: Terminal, session: str, from_: str | None, after: s
             api.session(session)
         except Refused as error:
             if error.status == HTTPStatus.NOT_FOUND:
-                terminal.remark(f"there is no session {session} yet: waiting for its first event (Ctrl-C to leave)")
+                terminal.remark(f"there is no session {session} yet: waiting for its first event (Ctrl-C to exit)")
             elif error.status < HTTPStatus.INTERNAL_SERVER_ERROR:  # a server error may pass before `follow` gives up
                 raise
     screen = Screen(terminal, json=as_json, headings=True)
@@ -117,15 +117,15 @@ def _leaving(screen: Screen) -> Iterator[None]:
 
 def cancel(api: Api, terminal: Terminal, session: str, generation: str | None, *, as_json: bool) -> int:
     """Cancel one generation, or every unfinished generation of a session."""
-    wanted = [generation] if generation else _unfinished(api.session(session))
-    states = [api.cancel(session, name) for name in wanted]
+    names = [generation] if generation else _unfinished(api.session(session))
+    states = [api.cancel(session, name) for name in names]
     if as_json:
         terminal.show(msgspec.json.encode(states).decode())
         return EXIT_OK
     for state in states:
         terminal.show(f"{state.get('generation')}  {state.get('state')}")
     if not states:
-        terminal.remark(f"nothing is queued or running in {session}")
+        terminal.remark(f"no queued or running generations in {session}")
     return EXIT_OK
 
 

@@ -44,7 +44,7 @@ class PortsTaken(CannotStart):
         super().__init__(
             "cannot start, these ports are not free:\n"
             + "\n".join(f"  - {p}" for p in problems)
-            + "\nchoose others with the options named (0 takes any free port)"
+            + "\nchoose other ports with the named options (0 means any free port)"
         )
 
 
@@ -56,7 +56,7 @@ class FolderInUse(CannotStart):
         self.holder = holder
         super().__init__(
             f"the data folder {folder} is in use by another `tailrace up`{f' ({holder})' if holder else ''}: "
-            "stop that one, or choose another folder with --data"
+            "stop it, or choose another folder with --data"
         )
 
 

@@ -106,12 +106,12 @@ def follow(
             raise CommandFailed(f"{api.url} does not answer like Tailrace: {error}") from error
         except httpx.TransportError as error:
             if not connected_once and isinstance(error, httpx.ConnectError):
-                raise Unreachable(f"nothing answers at {api.url}: is `tailrace up` running?") from error
+                raise Unreachable(f"nothing answers at {api.url}: check that `tailrace up` is running") from error
         if line.finished:
             return
         line.failures += 1
         if line.failures > MAX_FAILURES:
-            hint = f"; go on with: tailrace tail {start.session} --after {line.cursor}" if line.cursor else ""
+            hint = f"; continue with: tailrace tail {start.session} --after {line.cursor}" if line.cursor else ""
             raise Unreachable(f"the connection to {api.url} was lost{hint}")
         if line.failures == 2:
             remark("connection lost, trying to resume …")
@@ -143,7 +143,7 @@ def _receive(source: httpx_sse.EventSource, line: _Line) -> Iterator[Received]:
         if sse.event == "bye":
             return
         if sse.event == "gap":
-            line.remark(f"a part of the log is missing here: {sse.data}")
+            line.remark(f"gap: events are missing here: {sse.data}")
             line.session.expect_gap()
         if sse.event != "message" or not sse.data:  # the library also reports a lone "retry"
             continue

@@ -48,7 +48,7 @@ class Member:
         self._on_lost = on_lost
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
-        self._again = asyncio.Event()
+        self._restart = asyncio.Event()
         self._output = OutputFile(logs / f"{spec.name}.log", self._show)
         self._crashes = 0
 
@@ -64,8 +64,8 @@ class Member:
                             f"{self.spec.name} {_describe(code)} while stopping; its log is {self._output.path}"
                         )
                     return
-                if self._again.is_set():
-                    self._again.clear()
+                if self._restart.is_set():
+                    self._restart.clear()
                     continue
                 if time.monotonic() - started > HEALTHY_AFTER:
                     self._crashes = 0
@@ -74,7 +74,7 @@ class Member:
                     self._on_lost(f"{self.spec.name} {_describe(code)}; its log is {self._output.path}")
                     return
                 delay = restart_delay(self._crashes)
-                self._notify(f"{self.spec.name} {_describe(code)}; starting it again in {delay:g} s")
+                self._notify(f"{self.spec.name} {_describe(code)}; restarting it in {delay:g} s")
                 await _first(delay, self._stop.wait())
         finally:
             self._output.close()
@@ -82,7 +82,7 @@ class Member:
     async def restart(self) -> None:
         """Replace the service's process; return when the new one is ready."""
         before = self.pid
-        self._again.set()
+        self._restart.set()
         async with httpx.AsyncClient(timeout=3, trust_env=False) as client:
             while self.pid in (None, before) or not await _is_ready(client, self.spec.ready):
                 if self._stop.is_set():
@@ -121,7 +121,7 @@ class Member:
             async with asyncio.TaskGroup() as tasks:
                 probe = tasks.create_task(self._probe())
                 pump = tasks.create_task(self._pump(process))
-                await _first(None, process.wait(), self._stop.wait(), self._again.wait())
+                await _first(None, process.wait(), self._stop.wait(), self._restart.wait())
                 probe.cancel()
                 await self._end(process)
                 await _first(1.0, asyncio.shield(pump))

@@ -268,10 +268,10 @@ def summary(
         ("data", f"{options.data}  (logs in {options.data / 'logs'})"),
     ]
     if not asks_for_credentials(env, config or {}):
-        rows.append(("", "only this machine gets in, and nobody is asked for a key"))
+        rows.append(("", "reachable only from this machine; no credentials required"))
     if options.config is None and not has_key(env):
         rows.append(("", "no API key set: the scripted provider answers"))
     port = "" if options.delivery_port == 8080 else f" --url {addresses.page}"
     rows.append(("", f'try: tailrace ask "what is a tailrace?"{port}'))
-    rows.append(("", "Ctrl-C stops everything; the data stays"))
+    rows.append(("", "Ctrl-C stops everything; the data is kept"))
     return rows

@@ -56,7 +56,7 @@ def read_ports(
         try:
             ports[name] = msgspec.convert(value, Annotated[int, msgspec.Meta(ge=0, le=65_535)], strict=False)
         except msgspec.ValidationError:
-            problems.append(f"{source}: must be a port number, 0 for any free one, not {value!r}")
+            problems.append(f"{source}: must be a port number (0 for any free port), not {value!r}")
     return ports
 
 

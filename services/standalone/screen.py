@@ -68,7 +68,7 @@ class Screen:
             case Notice():
                 self._notify(event.message or event.code)
             case Restarted():
-                self._notify(f"↻ the answer begins again ({event.reason}): what stands above is void")
+                self._notify(f"↻ the answer begins again ({event.reason}): the text above is void")
             case Completed() | Failed() | Cancelled() | Interrupted():
                 self._end(event)
             case _:
@@ -127,8 +127,8 @@ class Screen:
         self.close()
         match event:
             case Failed():
-                again = "; asking again may help" if event.recoverable else ""
-                self._terminal.complain(f"{event.code}: {event.message or 'the generation failed'}{again}")
+                hint = "; a retry may help" if event.recoverable else ""
+                self._terminal.complain(f"{event.code}: {event.message or 'the generation failed'}{hint}")
             case Interrupted():
                 self._terminal.complain(f"interrupted ({event.reason}) after {tokens}")
             case Cancelled():

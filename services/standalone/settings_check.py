@@ -10,15 +10,15 @@ from services.standalone.ports import PORTS
 __all__ = ["overruled", "wrong_settings"]
 
 _OVERRULED: Final = {
-    "nats_url": "it runs a broker of its own",
-    "nats_ca": "its own broker is reached without TLS, on this machine alone",
-    "nats_cert": "its own broker is reached without TLS, on this machine alone",
-    "nats_key": "its own broker is reached without TLS, on this machine alone",
+    "nats_url": "it runs its own broker",
+    "nats_ca": "its broker listens without TLS and only on this machine",
+    "nats_cert": "its broker listens without TLS and only on this machine",
+    "nats_key": "its broker listens without TLS and only on this machine",
     "manage_streams": "its services create the streams",
-    "log_format": "logs go into files, as JSON",
-    "host": "its services listen on this machine alone",
-    "tls_cert": "its services are served without TLS, on this machine alone",
-    "tls_key": "its services are served without TLS, on this machine alone",
+    "log_format": "it logs to files, as JSON",
+    "host": "its services listen only on this machine",
+    "tls_cert": "its services listen without TLS and only on this machine",
+    "tls_key": "its services listen without TLS and only on this machine",
 }
 """Settings that `tailrace up` overrides, with the reason."""
 

@@ -64,7 +64,7 @@ def renew() -> str:
         raise CannotStart(str(error)) from error
     except BrokerUnavailable as error:
         raise Unreachable(str(error)) from error
-    return f"new era: {', '.join(begun)}" if begun else "nothing is stored"
+    return f"new era: {', '.join(begun)}" if begun else "no log has events"
 
 
 async def begin_new_eras(nats_url: str, tls: ssl.SSLContext | None = None) -> list[str]:

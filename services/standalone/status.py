@@ -71,14 +71,14 @@ class Report(NamedTuple):
     envvar="TAILRACE_DATA",
     default=".tailrace",
     show_default=True,
-    help="Data folder of `tailrace up`, where it is on this machine.",
+    help="Data folder of `tailrace up`, if it is on this machine.",
 )
 @json_option
 def status(*, url: str, billing_url: str, producer_url: str, data: Path, as_json: bool) -> int:
-    """Show what runs: services, versions, lag, disk, and the settings that matter.
+    """Show the state of the services: versions, lag, disk, and important settings.
 
-    It asks the services' own ports: an edge does not show readiness and metrics. Exit codes: 0 all are ready, 1 one is
-    not, 3 none answers.
+    It queries the services' own ports: an edge proxy hides readiness and metrics. Exit codes: 0 all services are ready,
+    1 a service is not ready, 3 no service answers.
     """
     terminal = Terminal()
     addresses = {"delivery": url, "billing": billing_url, "producer": producer_url}

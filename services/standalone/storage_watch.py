@@ -11,7 +11,7 @@ from services.standalone.store import free_bytes
 
 __all__ = ["StorageWatch"]
 
-LOOK_SECONDS: Final = 2.0
+POLL_SECONDS: Final = 2.0
 REFUSING_SECONDS: Final = 4.0
 """Seconds for which a service must report refusals before a restart, to rule out a slow disk."""
 AGAIN_SECONDS: Final = 30.0
@@ -35,36 +35,36 @@ class StorageWatch:
         self._notify = notify
         self._since: float | None = None
         self._restarted_at = -AGAIN_SECONDS
-        self._has_said = False
+        self._has_notified = False
 
     async def run(self) -> None:
         """Watch until cancelled."""
         async with httpx.AsyncClient(timeout=3, trust_env=False) as client:
             while True:
-                await asyncio.sleep(LOOK_SECONDS)
-                await self._look(client)
+                await asyncio.sleep(POLL_SECONDS)
+                await self._poll(client)
 
-    async def _look(self, client: httpx.AsyncClient) -> None:
+    async def _poll(self, client: httpx.AsyncClient) -> None:
         now = asyncio.get_running_loop().time()
         if not any([await _refuses(client, address) for address in self._ready]):
-            self._since, self._has_said = None, False
+            self._since, self._has_notified = None, False
             return
         self._since = now if self._since is None else self._since
         if now - self._since < REFUSING_SECONDS or now - self._restarted_at < AGAIN_SECONDS:
             return
         free = free_bytes(self._data)
         if free < NEEDED_BYTES:
-            if not self._has_said:
+            if not self._has_notified:
                 self._notify(
                     f"the broker stores nothing: the disk of {self._data} is full ({free >> 20} MB free);"
-                    f" nothing is taken until {NEEDED_BYTES >> 20} MB are free"
+                    f" requests are refused until {NEEDED_BYTES >> 20} MB are free"
                 )
-            self._has_said = True
+            self._has_notified = True
             return
-        self._notify("the broker stores nothing although there is space: starting it anew")
+        self._notify("the broker stores nothing although there is free space: restarting it")
         await self._restart()
         self._restarted_at = asyncio.get_running_loop().time()
-        self._since, self._has_said = None, False
+        self._since, self._has_notified = None, False
 
 
 async def _refuses(client: httpx.AsyncClient, address: str) -> bool:

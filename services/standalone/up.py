@@ -130,7 +130,7 @@ def _write_node_files(options: Options, max_payload: int) -> None:
 async def _run(ready: _Prepared, terminal: Terminal, on_ready: Callable[[], None]) -> None:
     specs, data = ready.specs, ready.options.data
     brokers = [spec.name for spec in specs if spec.start_phase == 0]
-    supervisor = Supervisor(specs, data / "logs", terminal.remark, _care_of(data, terminal))
+    supervisor = Supervisor(specs, data / "logs", terminal.remark, _store_repair(data, terminal))
     supervisor.stop_on_signals()
     terminal.remark(f"starting (data in {data})")
 
@@ -143,30 +143,30 @@ async def _run(ready: _Prepared, terminal: Terminal, on_ready: Callable[[], None
 
         async def begin_eras() -> None:
             if has_gone_down:
-                terminal.remark("the machine went down last time: the logs begin a new era")
+                terminal.remark("the machine crashed during the last run: the logs begin a new era")
                 await begin_new_eras(Addresses.of(ready.options).nats)
 
         await supervisor.run(on_ready, begin_eras, watch.run)
     terminal.remark("stopped")
 
 
-def _care_of(data: Path, terminal: Terminal) -> Callable[[ServiceSpec], None]:
+def _store_repair(data: Path, terminal: Terminal) -> Callable[[ServiceSpec], None]:
     """Return a function that repairs a broker's store before each start."""
 
-    def care(spec: ServiceSpec) -> None:
+    def repair(spec: ServiceSpec) -> None:
         if spec.start_phase == 0:
             store = data / spec.name.replace(NATS, "nats")
             drop_indexes(store)
             for consumer in set_aside_unreadable(store, data / "damaged"):
-                terminal.remark(f"the position of consumer {consumer} was not readable: it begins again")
+                terminal.remark(f"the position of consumer {consumer} was unreadable: it restarts at the beginning")
 
-    return care
+    return repair
 
 
 async def _rebuild(ready: _Prepared, terminal: Terminal) -> int:
     (billing,) = (spec for spec in ready.specs if spec.name == "billing")
     data, brokers = ready.options.data, [spec for spec in ready.specs if spec.start_phase == 0]
-    supervisor = Supervisor(brokers, data / "logs", _hush, _care_of(data, terminal))
+    supervisor = Supervisor(brokers, data / "logs", _discard, _store_repair(data, terminal))
     supervisor.stop_on_signals()
     rebuilding: list[asyncio.Task[int]] = []
 
@@ -183,7 +183,7 @@ async def _rebuild(ready: _Prepared, terminal: Terminal) -> int:
     return await rebuilding[0] if rebuilding else EXIT_FAILED
 
 
-def _hush(_line: str) -> None:
+def _discard(_line: str) -> None:
     """Discard the line of a temporary broker; its log file has it."""
 
 

@@ -56,7 +56,7 @@ async def main(stop: Stop) -> None:
         await broker.keep(shared.topology())
         if broker.client.max_payload < LEAST_PAYLOAD:
             log.warning(
-                "message limit of the broker is too small: larger events would not be stored",
+                "message limit of the broker is too small for the largest events",
                 max_payload=broker.client.max_payload,
                 needed=LEAST_PAYLOAD,
             )

@@ -28,8 +28,8 @@ OPEN: Final = 20_000
 AT_ONCE: Final = 100
 ENDED: Final = frozenset({"completed", "failed", "cancelled", "interrupted"})
 _MESSAGES: Final = {
-    REQUEST_LOST: "the request was lost before a producer had it, or together with its producer",
-    LOG_LOST: "the log has lost stored events of it",
+    REQUEST_LOST: "the request was lost before a producer received it, or together with its producer",
+    LOG_LOST: "the log has lost stored events of the generation",
 }
 _STREAM: Final = bucket_stream(BUCKET)
 _PREFIX: Final = f"$KV.{BUCKET}."

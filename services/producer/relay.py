@@ -124,7 +124,7 @@ class Relay:
         if has_lost:
             metrics.LOST_ANSWERS.inc()
             log.error(
-                "the log has lost events of a running answer",
+                "acknowledged events of a running answer lost by the log",
                 generation=self.request.generation,
                 acknowledged=acknowledged,
                 kept=begun.position.next_seq,
@@ -146,7 +146,7 @@ class Relay:
                 return needed
             except LogRefused as error:
                 log.info("generation read again", generation=self.request.generation, detail=str(error))
-        raise TryAgain(f"generation {self.request.generation} keeps changing under a takeover")
+        raise TryAgain(f"generation {self.request.generation} changed repeatedly during a takeover")
 
     async def fail_unrun(self, why: str) -> None:
         """Close the generation as failed (``poison``) without running it: no producer could.
@@ -221,7 +221,9 @@ class Relay:
             return Begun()
         begun = await read_begun(broker, stream, subject)
         if begun.last_seq < last.seq:
-            raise TryAgain(f"the log of {subject} ends at {begun.last_seq} and not at {last.seq} on this replica")
+            raise TryAgain(
+                f"this replica's log of {subject} ends at {begun.last_seq}, but the last event is {last.seq}"
+            )
         return begun
 
     async def _proceed(self, begun: Begun) -> bool:
@@ -365,7 +367,7 @@ class Relay:
             case "cancelled":
                 return generation.cancel(reason.code, at)
             case "over_budget":
-                message = "a hard limit of the budget that pays for this was reached"
+                message = "the hard limit of a budget was reached"
                 return generation.fail(UpstreamFailure(reason.code, message), at)
             case "overdue":
                 failure = UpstreamFailure(reason.code, deadline_message(reason.code), recoverable=True)
@@ -377,7 +379,7 @@ class Relay:
             case "drain":
                 raise HandBack(f"generation {self.request.generation} is handed over")
             case _:
-                raise LeaseLost(f"generation {self.request.generation}: its lease is lost")
+                raise LeaseLost(f"generation {self.request.generation} lost its lease")
 
 
 async def read_begun(broker: Broker, stream: str, subject: str) -> Begun:

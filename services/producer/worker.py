@@ -91,10 +91,10 @@ class Worker:
     async def _drain(self, stop: Stop) -> None:
         await self._hand_over_waiting()
         if self._tasks:
-            log.warning("answers still run and have time to end", count=len(self._tasks), seconds=round(stop.left(), 1))
+            log.warning("waiting for running answers to end", count=len(self._tasks), seconds=round(stop.left(), 1))
             await self._tasks.wait(stop.left())
         if self.running:
-            log.warning("answers are cut and handed over", count=len(self.running))
+            log.warning("running answers interrupted and handed over", count=len(self.running))
         for relay in list(self.running.values()):
             relay.interruption.interrupt("drain", "drain")
         await self._tasks.wait(stop.left(HAND_OVER))
@@ -126,7 +126,7 @@ class Worker:
         """Decode a request, hold it, run it once there is a slot, and answer the queue."""
         if lease.is_over():  # delivered late, or this process was frozen: it may run elsewhere already
             metrics.LEASES_LOST.inc()
-            log.warning("request came too late", subject=msg.subject)
+            log.warning("request received after its lease", subject=msg.subject)
             return
         if self._is_leaving:
             await self._publish(msg.reply, AT_ONCE)
@@ -138,14 +138,14 @@ class Worker:
             request = msgspec.json.decode(msg.data, type=Request)
             relay = Relay(request, delivery, lease, self.context)
         except (msgspec.DecodeError, ValueError, RecursionError) as error:
-            log.error("request is not readable", subject=msg.subject, detail=str(error))
+            log.error("request not decoded", subject=msg.subject, detail=str(error))
             is_buried = await self._dead.reject(msg, delivery, lease, str(error))
             await self._publish(msg.reply, TERM if is_buried else _LATER)
             return
         # Hold it, so that its lease is renewed while it waits for a slot.
         held = self.leases.hold(relay.address, msg.reply, lease)
         if held is None:
-            log.info("request came again while it is held here", generation=request.generation)
+            log.info("redelivery of a held request ignored", generation=request.generation)
             return
         metrics.QUEUE_WAIT.observe(max(0.0, self.context.clock.wall() - request.created_at))
         answer = None
@@ -177,7 +177,7 @@ class Worker:
             before = await self._claims.last(relay.address, delivery)
             if delivery > 1 and await self.leases.is_held_elsewhere(relay.address, before):
                 metrics.LEFT_TO_HOLDERS.inc()
-                bound.info("request came again and is left to the producer that runs it")
+                bound.info("redelivered request left to the producer that runs it")
                 return None
             # Listen for cancels from here on, also while the generation is closed as poison.
             listening = await self._cancels.listen(request, relay.interruption, lambda: relay.ended)

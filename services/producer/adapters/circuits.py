@@ -199,7 +199,7 @@ class Circuits:
             del self._circuits[key]
         self._measure(key.provider)
         model = None if key.model is None else key.model[:MODEL_LIMIT]
-        log.info("circuit changed elsewhere", provider=key.provider, model=model, blocked=len(live))
+        log.info("circuit changed by another producer", provider=key.provider, model=model, blocked=len(live))
 
     def _make_room(self) -> None:
         """Drop one circuit at the bound: the oldest closed one, else the oldest."""

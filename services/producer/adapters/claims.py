@@ -81,7 +81,7 @@ class Claims:
             BrokerUnavailable: the bucket does not take it.
         """
         if await self._write(address, claim.begun, claim.seq) is None:
-            raise GiveUp(f"another producer has begun {address.generation} meanwhile")
+            raise GiveUp(f"another producer has claimed {address.generation}")
 
     async def withdraw(self, address: Address, before: Claim, claim: Claim) -> None:
         """Restore the count of ``before``, at most for a second, unless another producer has claimed the request."""
@@ -103,7 +103,7 @@ class Claims:
         except APIError as error:
             if error.is_wrong_last_sequence:
                 return None
-            raise BrokerUnavailable(f"the bucket refuses: {error.description}") from error
+            raise BrokerUnavailable(f"the bucket refused the write: {error.description}") from error
 
 
 def _subject(address: Address) -> str:

@@ -246,12 +246,12 @@ class LogWriter:
 
     def _check_lost(self) -> None:
         if self.lease.is_lost:
-            raise Fenced("the lease is lost: another producer has begun the request")
+            raise Fenced("the lease is lost: another producer has claimed the request")
 
     def _check_lease(self) -> None:
         self._check_lost()
         if self.lease.is_over():
-            raise Fenced(f"lease ran out {self._loop.time() - self.lease.until:.1f} s ago")
+            raise Fenced(f"the lease expired {self._loop.time() - self.lease.until:.1f} s ago")
 
     def _may_send(self) -> bool:
         return self._broker.is_connected and not self.lease.is_over()

@@ -48,7 +48,7 @@ class Records:
             self._noted[key] = record
             self._wake.set()
         else:
-            log.warning("look-up record given up: too many wait", key=key)
+            log.warning("look-up record dropped: too many are pending", key=key)
 
     async def announce(self, pool: str, announcement: Announcement) -> None:
         """Announce the models of this pool to delivery.
@@ -85,7 +85,7 @@ class Records:
             bucket = await self._broker.bucket()
             await bucket.put(key, value)
         except MessageTooLarge:
-            log.warning("look-up record given up: it is too large", key=key)
+            log.warning("look-up record dropped: it is too large", key=key)
         except BrokerUnavailable as error:
             log.debug("look-up record not stored yet", key=key, error=str(error))
             return False

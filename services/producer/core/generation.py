@@ -408,7 +408,7 @@ class Generation:
         kind = omitted.kind[:NAME_CHARS]
         if kind not in self._omitted and len(self._omitted) < _KINDS:
             self._omitted.add(kind)
-            events.append(self.notice("content_omitted", f"{kind} was left out: {omitted.reason[:NAME_CHARS]}", at))
+            events.append(self.notice("content_omitted", f"{kind} was omitted: {omitted.reason[:NAME_CHARS]}", at))
 
     def _delta(self, choice: int, at: float, provider_at: float | None, tokens: int | None) -> Delta:
         self.has_tokens = True

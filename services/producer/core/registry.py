@@ -61,7 +61,7 @@ class UnknownModel(LookupError):
 
     def __init__(self, model: str, hint: str) -> None:
         self.model = model
-        super().__init__(f"model {model[:120]!r} is not known: {hint}")
+        super().__init__(f"model {model[:120]!r} is unknown: {hint}")
 
 
 class Secret:
@@ -286,7 +286,7 @@ def _scripted_is_on(table: Any, problems: list[str]) -> bool:
 def _provider(name: str, table: Any, env: Mapping[str, str], problems: list[str]) -> Provider | None:
     table_name = f"[providers.{name}]"
     if not _NAME.fullmatch(name):
-        problems.append(f"{table_name}: a provider's name has 1 to 64 letters, digits, '_', '.' and '-'")
+        problems.append(f"{table_name}: a provider's name must be 1 to 64 letters, digits, '_', '.' and '-'")
     described: _ProviderTable | None = _convert(_ProviderTable, table_name, table, problems)
     if described is None or not described.enabled:
         return None
@@ -325,7 +325,7 @@ def _fault_of(base_url: str) -> str | None:
     if not valid:
         return "must be a URL like https://host/v1"
     if parts.username or parts.password:
-        return "must not hold credentials: name the key's variable in key_env"
+        return "must not contain credentials: name the key's variable in key_env"
     return None
 
 

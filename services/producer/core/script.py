@@ -115,7 +115,7 @@ def play(call: UpstreamRequest) -> Iterator[Step]:
             yield math.inf, []
             return
         if count == knobs.error_after:
-            message = "the scripted provider fails here, as asked"
+            message = "the scripted provider fails here, as requested"
             yield pause, [UpstreamFailure(code="upstream_error", message=message, recoverable=True)]
             return
         yield pause * rng.uniform(0.5, 1.5), [part]

@@ -27,7 +27,7 @@ def messages_body(call: UpstreamRequest) -> dict[str, Any]:
     """
     params = call.params
     if params.get("n") not in (None, 1):
-        raise UntranslatableCall(f"this provider gives one answer, not n={params['n']}")
+        raise UntranslatableCall(f"this provider supports only n=1, not n={params['n']}")
     body = {name: params[name] for name in _SAME if params.get(name) is not None}
     limit = params.get("max_completion_tokens") or params.get("max_tokens") or DEFAULT_MAX_TOKENS
     body |= {"model": call.model, "max_tokens": limit, "messages": _messages(call.messages), "stream": True}
@@ -126,13 +126,13 @@ def _content(content: str | list[dict[str, Any]] | None) -> Iterator[dict[str, A
                 yield {"type": "image", "source": _source(image.get("url") if isinstance(image, dict) else image)}
             case other:
                 raise UntranslatableCall(
-                    f"content of type {other!r} is not understood by this provider: use text, image_url"
+                    f"content of type {other!r} is not supported by this provider: use text, image_url"
                 )
 
 
 def _source(url: Any) -> dict[str, str]:
     if not isinstance(url, str):
-        raise UntranslatableCall("image_url must hold a url")
+        raise UntranslatableCall("image_url must contain a url")
     if not url.startswith("data:"):
         return {"type": "url", "url": url}
     media_type, mark, data = url.removeprefix("data:").partition(";base64,")
@@ -171,7 +171,7 @@ def _tool_choice(params: dict[str, Any]) -> dict[str, Any] | None:
     elif choice is None:
         translated = {"type": "auto"}
     else:
-        raise UntranslatableCall(f"tool_choice {choice!r} is not known: use auto, none, required or a function")
+        raise UntranslatableCall(f"tool_choice {choice!r} is unknown: use auto, none, required or a function")
     if single and translated["type"] != "none":
         translated["disable_parallel_tool_use"] = True
     return translated if choice is not None or single else None

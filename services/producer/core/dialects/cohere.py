@@ -131,7 +131,7 @@ class Cohere:
 def _body(call: UpstreamRequest) -> dict[str, Any]:
     params = call.params
     if params.get("n") not in (None, 1):
-        raise UntranslatableCall(f"this provider gives one answer, not n={params['n']}")
+        raise UntranslatableCall(f"this provider supports only n=1, not n={params['n']}")
     body = {name: params[name] for name in _SAME if params.get(name) is not None}
     body |= {theirs: params[ours] for ours, theirs in _RENAMED.items() if params.get(ours) is not None}
     body |= {"model": call.model, "messages": [_message(m) for m in call.messages], "stream": True}
@@ -194,7 +194,7 @@ def _tools(tools: list[dict[str, Any]], choice: Any) -> dict[str, Any]:
     if choice in ("required", "none"):
         return {"tools": tools, "tool_choice": choice.upper()}
     if not isinstance(choice, dict):
-        raise UntranslatableCall(f"tool_choice {choice!r} is not known: use auto, none, required or a function")
+        raise UntranslatableCall(f"tool_choice {choice!r} is unknown: use auto, none, required or a function")
     name = (choice.get("function") or {}).get("name")
     return {"tools": [t for t in tools if (t.get("function") or {}).get("name") == name], "tool_choice": "REQUIRED"}
 

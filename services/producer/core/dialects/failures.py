@@ -26,7 +26,7 @@ __all__ = [
 MESSAGE_LIMIT: Final = 500
 _QUOTED: Final = 300
 _NO_MARKER: Final = "the provider's stream ended without its end marker"
-_UNSAID: Final = "the provider reported an error without saying which"
+_NO_DETAILS: Final = "the provider reported an error without details"
 _EMPTY: Final = "the provider ended the answer without content, finish reason or usage"
 
 
@@ -56,7 +56,7 @@ def failure_in_stream(error: Any) -> UpstreamFailure:
     code, recoverable = _meaning(reported, reported.status)
     return UpstreamFailure(
         code=code,
-        message=_bounded(reported.message) or _bounded(_shown(error)) or _UNSAID,
+        message=_bounded(reported.message) or _bounded(_shown(error)) or _NO_DETAILS,
         upstream_status=reported.status,
         recoverable=recoverable,
     )
@@ -82,7 +82,7 @@ def cut_off(rest: bytes, broken: str = "", instead: bool = False) -> UpstreamFai
     if rest and instead:
         if meaning := meaning_of_text(rest.decode(errors="replace")):
             return _from_text(meaning, rest)
-        return UpstreamFailure("upstream_malformed", _bounded(f"answered with what is no answer: {quoted(rest)}"))
+        return UpstreamFailure("upstream_malformed", _bounded(f"the body is not an answer: {quoted(rest)}"))
     text = f"the connection broke: {broken}" if broken else _NO_MARKER
     return UpstreamFailure("upstream_cut_off", _with_rest(text, rest), recoverable=True)
 

@@ -180,7 +180,7 @@ class _Fitting:
         if value is None:
             return
         if needed:
-            raise Misfit(f"{path} is of the type {_kind(value)}")
+            raise Misfit(f"{path} has the type {_kind(value)}")
         self.left_out.append(path)
 
     def _tree(self, value: Any) -> Any:

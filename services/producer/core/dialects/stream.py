@@ -149,7 +149,7 @@ class EventParser(ABC, Generic[E]):
             self.joined.add(Alive())
         elif not self._take_whole(payload):
             self._remember(payload)
-            self.notice(UNKNOWN_EVENT, f"an event of no known kind was passed over: {quoted(payload)}")
+            self.notice(UNKNOWN_EVENT, f"an unknown event was skipped: {quoted(payload)}")
 
     def _take_whole(self, payload: bytes) -> bool:
         """Handle a whole answer event by event; return whether ``payload`` is one."""
@@ -236,7 +236,7 @@ class EventParser(ABC, Generic[E]):
                 self.end(malformed(error or misfit, dumped(tree)))
             return
         if left_out:
-            self.notice(MALFORMED_FIELDS, f"fields of an unexpected type were left out: {', '.join(left_out[:5])}")
+            self.notice(MALFORMED_FIELDS, f"fields of an unexpected type were omitted: {', '.join(left_out[:5])}")
 
     def _stray(self, text: bytes) -> None:
         """Handle lines that are not an event: JSON without framing, ``error:`` lines, or text."""
@@ -265,7 +265,7 @@ class EventParser(ABC, Generic[E]):
             if self._closing:
                 self._truncated = self._truncated or line.lstrip().startswith((b"{", b"["))
             else:
-                self.notice(UNKNOWN_EVENT, f"a line that is no event was passed over: {quoted(line)}")
+                self.notice(UNKNOWN_EVENT, f"a line that is not an event was skipped: {quoted(line)}")
 
     def _done(self) -> None:
         if self.done_is_marker:

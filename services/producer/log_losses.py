@@ -61,8 +61,8 @@ class LogLosses:
         """Return the partitions whose log has another incarnation than before."""
         changed = set()
         for partition in partitions:
-            known, now = self._incarnations.get(partition), (await self.logs.state(partition)).incarnation
-            if known != now:
+            before, now = self._incarnations.get(partition), (await self.logs.state(partition)).incarnation
+            if before != now:
                 changed.add(partition)
         return changed
 

@@ -62,9 +62,9 @@ class LogRepair:
         async for batch in self._broker.read(token_stream(partition), partition_filter(partition)):
             for stored in batch:
                 begun.setdefault(stored.subject, Begun()).take(stored.data, stored.seq)
-        for subject in [subject for subject, known in begun.items() if known.lost_beginning]:
+        for subject in [subject for subject, state in begun.items() if state.lost_beginning]:
             begun[subject] = await read_begun(self._broker, token_stream(partition), subject)
-        open_ = [subject for subject, known in begun.items() if not known.position.ended]
+        open_ = [subject for subject, state in begun.items() if not state.position.ended]
         closed = 0
         for address in _addresses(open_):
             if not await self._lost.has_request(address):

@@ -58,8 +58,8 @@ class QueueRepair:
             return
         waiting = await self._broker.count(lane.stream, lane.filter)
         after = await self._durables.info(lane.stream, lane.durable)
-        known = max(info.num_pending + info.num_ack_pending for info in (before, after or before))
-        if waiting <= known:
+        counted = max(info.num_pending + info.num_ack_pending for info in (before, after or before))
+        if waiting <= counted:
             self._passed.discard(lane.durable)
         elif lane.durable not in self._passed:
             self._passed.add(lane.durable)  # requests come and go meanwhile: confirm at the next check

@@ -45,7 +45,7 @@ class ConsumersApi(Api):
 
     def drop(self, name: str) -> None:
         """Remove a consumer permanently."""
-        self._done("DELETE", f"{_PATH}/{name}")
+        self._send_checked("DELETE", f"{_PATH}/{name}")
 
     def batch(self, name: str, wait: int) -> list[dict[str, Any]]:
         """Return at most `BATCH` pending events; wait up to ``wait`` seconds for the first."""
@@ -63,9 +63,9 @@ class ConsumersApi(Api):
 
     def resend(self, name: str, event: str) -> None:
         """Deliver a dead event to the consumer again."""
-        self._done("POST", f"{_PATH}/{name}/dead/{event}/resend")
+        self._send_checked("POST", f"{_PATH}/{name}/dead/{event}/resend")
 
-    def _done(self, method: str, path: str) -> None:
+    def _send_checked(self, method: str, path: str) -> None:
         answer = self._send(method, path)
         if answer.is_error:
             raise refusal(answer)

@@ -47,7 +47,7 @@ class Member:
         self._notify = notify
         self._on_lost = on_lost
         self._stop = asyncio.Event()
-        self._hurry = asyncio.Event()
+        self._kill = asyncio.Event()
         self._restart = asyncio.Event()
         self._output = OutputFile(logs / f"{spec.name}.log", self._show)
         self._crashes = 0
@@ -93,16 +93,16 @@ class Member:
         """Send SIGTERM to the service, and SIGKILL after its grace."""
         self._stop.set()
 
-    def hurry(self) -> None:
+    def kill(self) -> None:
         """Kill the service at once."""
         self._stop.set()
-        self._hurry.set()
+        self._kill.set()
 
     def _is_hopeless(self, code: int) -> bool:
         return not self.ready.is_set() or code in HOPELESS or self._crashes >= MAX_CRASHES
 
     def _show(self, line: str) -> None:
-        if not self._hurry.is_set():
+        if not self._kill.is_set():
             self._notify(f"{self.spec.name}: {line}")
 
     async def _run_once(self) -> int:
@@ -153,10 +153,10 @@ class Member:
                 )
 
     async def _end(self, process: asyncio.subprocess.Process) -> None:
-        if process.returncode is None and not self._hurry.is_set():
+        if process.returncode is None and not self._kill.is_set():
             _signal_group(process.pid, signal.SIGTERM)
-            await _first(self.spec.grace, process.wait(), self._hurry.wait())
-        if process.returncode is None and not self._hurry.is_set():
+            await _first(self.spec.grace, process.wait(), self._kill.wait())
+        if process.returncode is None and not self._kill.is_set():
             self._notify(f"{self.spec.name} did not end within {self.spec.grace:g} s and is killed")
         if process.returncode is None:
             _signal_group(process.pid, signal.SIGKILL)

@@ -87,7 +87,7 @@ def usage(
             return _lines(terminal, api.csv_pages("/v1/reconciliations", {"session": session}, 100_000))
         report = api.get(f"/v1/usage/sessions/{session}", {}) if session else api.get("/v1/usage", query)
     if as_json:
-        return _shown(terminal, report)
+        return _show_json(terminal, report)
     rows = [_group(row) for row in report.get("rows", [])] or [_generation(g) for g in report.get("generations", [])]
     _table(terminal, rows, "no usage")
     if rows and (totals := report.get("totals")):
@@ -153,7 +153,7 @@ def import_(file: Path, provider: str, dry_run: bool, billing_url: str) -> int:
     query = {"provider": provider, "dry_run": str(dry_run).lower()}
     with BillingApi(billing_url) as api:
         done = api.send("POST", "/v1/provider-usage", params=query, **_content(file, (".csv", ".json")))
-    return _shown(Terminal(), done)
+    return _show_json(Terminal(), done)
 
 
 @click.command()
@@ -173,7 +173,7 @@ def statement(*, month: str, as_json: bool, as_csv: bool, as_html: bool, billing
             return _lines(terminal, text.splitlines())
         made = api.get(f"/v1/statements/{month}", {})
     if as_json:
-        return _shown(terminal, made)
+        return _show_json(terminal, made)
     rows = [{n: line[n] for n in ("provider", "model", "status")} | _totals(line["totals"]) for line in made["lines"]]
     _table(terminal, rows, f"no usage in {month}")
     unpriced = sum(line["totals"].get("unpriced", 0) for line in made["lines"])
@@ -197,7 +197,7 @@ def prices(ctx: click.Context, as_json: bool, as_csv: bool, billing_url: str) ->
             return _lines(terminal, api.text("/v1/prices", {}).text.splitlines())
         book = api.get("/v1/prices", {})
     if as_json:
-        return _shown(terminal, book)
+        return _show_json(terminal, book)
     names = ("provider", "model", "class", "amount", "currency", "from", "until")
     return _table(terminal, [_only(row, names) for row in book["prices"]], "the price book is empty")
 
@@ -210,7 +210,7 @@ def put(file: Path, dry_run: bool, billing_url: str) -> int:
     """Replace the price book with FILE (.toml, .csv or .json)."""
     with BillingApi(billing_url) as api:
         done = api.send("PUT", "/v1/prices", params={"dry_run": str(dry_run).lower()}, **_content(file, tuple(_MEDIA)))
-    return _shown(Terminal(), done)
+    return _show_json(Terminal(), done)
 
 
 @click.group(invoke_without_command=True)
@@ -225,7 +225,7 @@ def budget(ctx: click.Context, as_json: bool, billing_url: str) -> int:
     with BillingApi(billing_url) as api:
         report = api.get("/v1/budgets", {})
     if as_json:
-        return _shown(terminal, report)
+        return _show_json(terminal, report)
     return _budgets(terminal, report["budgets"])
 
 
@@ -242,7 +242,7 @@ def set_(*, name: str, as_json: bool, billing_url: str, **spec: Any) -> int:
     """Set the budget NAME, and show its spending."""
     with BillingApi(billing_url) as api:
         made = api.send("PUT", f"/v1/budgets/{name}", json=given(spec))
-    return _shown(Terminal(), made) if as_json else _budgets(Terminal(), [made])
+    return _show_json(Terminal(), made) if as_json else _budgets(Terminal(), [made])
 
 
 @budget.command()
@@ -278,7 +278,7 @@ def _listed(
             return _lines(terminal, api.csv_pages(path, query, limit))
         rows = api.pages(path, query, name, limit)
     if as_json:
-        return _shown(terminal, {name: rows})
+        return _show_json(terminal, {name: rows})
     return _table(terminal, [cells(row) for row in rows], "no matching rows")
 
 
@@ -292,7 +292,7 @@ def _content(file: Path, allowed: tuple[str, ...]) -> dict[str, Any]:
         raise CommandFailed(f"{file} cannot be read: {error.strerror}") from error
 
 
-def _shown(terminal: Terminal, document: Any) -> int:
+def _show_json(terminal: Terminal, document: Any) -> int:
     terminal.show(pretty(document))
     return EXIT_OK
 

@@ -107,7 +107,7 @@ def _show(terminal: Terminal, reports: list[Report]) -> None:
         terminal.show("")
         print_table(terminal, ["service", "figure", "now"], [[s, n, _number(v)] for s, n, v in figures])
     settings = [
-        [name, *(r.info[name] for r in reports if name in r.info)] for name in _SETTINGS if _given(name, reports)
+        [name, *(r.info[name] for r in reports if name in r.info)] for name in _SETTINGS if _is_reported(name, reports)
     ]
     if settings:
         terminal.show("")
@@ -115,7 +115,7 @@ def _show(terminal: Terminal, reports: list[Report]) -> None:
         print_table(terminal, ["setting", *names], settings)
 
 
-def _given(name: str, reports: Iterable[Report]) -> bool:
+def _is_reported(name: str, reports: Iterable[Report]) -> bool:
     return any(name in report.info for report in reports)
 
 

@@ -40,11 +40,11 @@ class Supervisor:
         self,
         on_ready: Callable[[], None],
         on_brokers: Callable[[], Awaitable[None]] | None = None,
-        beside: Callable[[], Coroutine[None, None, None]] | None = None,
+        while_ready: Callable[[], Coroutine[None, None, None]] | None = None,
     ) -> None:
         """Start all services, call ``on_ready``, and return when all have been stopped.
 
-        ``on_brokers`` is awaited when the first phase is ready; ``beside`` runs while all services are ready.
+        ``on_brokers`` is awaited when the first phase is ready; ``while_ready`` runs while all services are ready.
 
         Raises:
             StartFailed: a service did not become ready.
@@ -54,7 +54,7 @@ class Supervisor:
             started = await self._start(group, on_brokers)
             if started:
                 on_ready()
-            watch = group.create_task(beside()) if started and beside is not None else None
+            watch = group.create_task(while_ready()) if started and while_ready is not None else None
             await self._ending.wait()
             if watch is not None:
                 watch.cancel()
@@ -66,7 +66,7 @@ class Supervisor:
         """Stop all services in order; kill them at once on the second call."""
         if self._ending.is_set():
             for member in self._tasks:
-                member.hurry()
+                member.kill()
             return
         self._ending.set()
         self._notify("stopping (Ctrl-C again to stop at once)")

@@ -99,7 +99,7 @@ def _prepared(up_options: UpOptions, terminal: Terminal) -> Iterator[_Prepared]:
     os.umask(UMASK)  # inherited by nats-server, which writes its store
     with locked(data, terminal.remark) as describe:
         describe(f"process {os.getpid()}")
-        options = _settle(up_options, data, ports)
+        options = _resolve_options(up_options, data, ports)
         try:
             _write_node_files(options, payload_for(wanted_body(env, config)))
         except OSError as error:
@@ -193,7 +193,7 @@ def _announce(terminal: Terminal, head: str, rows: list[tuple[str, str]]) -> Non
         terminal.show(f"  {terminal.dim(f'{label:<8}')}  {text}" if label else f"  {terminal.dim(text)}")
 
 
-def _settle(up_options: UpOptions, data: Path, wanted: Mapping[str, int]) -> Options:
+def _resolve_options(up_options: UpOptions, data: Path, wanted: Mapping[str, int]) -> Options:
     first_producer = wanted["producer"]
     producers = [
         WantedPort(

@@ -121,14 +121,16 @@ class Circuits:
         """Return whether no call may be made now, without taking a permit."""
         now = time.time()
         keys = ((_Key(provider, None), ""), (_Key(provider, model), tenant))
-        return any((c := self.known(key)) is not None and c.state(who, now) == "open" for key, who in keys)
+        return any(
+            (c := self.known(key)) is not None and c.state(tenant_of_key, now) == "open" for key, tenant_of_key in keys
+        )
 
     def admit(self, provider: str, model: str, tenant: str) -> Permit | None:
         """Return the permit for a call, or ``None`` if a circuit is open, or half open with a call under way."""
         permit, now = Permit(self, provider, model, tenant), time.time()
-        for key, who in ((_Key(provider, None), ""), (_Key(provider, model), tenant)):
+        for key, tenant_of_key in ((_Key(provider, None), ""), (_Key(provider, model), tenant)):
             circuit = self.known(key)
-            if circuit is not None and not circuit.admits(who, now, permit):
+            if circuit is not None and not circuit.admits(tenant_of_key, now, permit):
                 permit.left()
                 return None
         metrics.CIRCUIT.labels(provider)  # present from the first call on

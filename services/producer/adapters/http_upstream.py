@@ -122,7 +122,7 @@ class HttpUpstream:
             begun = await _beginning(response)
             if begun and not begun.lstrip(_IGNORED).startswith(_ANSWER_BEGINS):
                 raise UpstreamRefused(await self._refusal(response, begun))
-            yield HttpStream(response, self._dialect.parser(response.headers), self._shown, begun)
+            yield HttpStream(response, self._dialect.parser(response.headers), self._scrub, begun)
         finally:
             response.close()
 
@@ -144,7 +144,7 @@ class HttpUpstream:
         """Return ``failure`` without secrets in its message: some providers quote the key that they received."""
         return msgspec.structs.replace(failure, message=self._scrubbed_text(failure.message))
 
-    def _shown(self, part: Part, headers: Mapping[str, str]) -> Part:
+    def _scrub(self, part: Part, headers: Mapping[str, str]) -> Part:
         """Return a part without secrets; a failure gets the ``Retry-After`` of the response."""
         if isinstance(part, NoticePart):
             return msgspec.structs.replace(part, message=self._scrubbed_text(part.message))
@@ -209,13 +209,13 @@ class HttpStream:
         self,
         response: aiohttp.ClientResponse,
         parser: Parser,
-        shown: Callable[[Part, Mapping[str, str]], Part],
-        begun: bytes = b"",
+        scrub: Callable[[Part, Mapping[str, str]], Part],
+        first_bytes: bytes = b"",
     ) -> None:
         self._response = response
         self._parser = parser
-        self._shown = shown
-        self._begun = begun
+        self._scrub = scrub
+        self._first_bytes = first_bytes
         self._ended = False
 
     async def read(self) -> list[Part] | None:
@@ -223,7 +223,7 @@ class HttpStream:
         if self._ended:
             return None
         try:
-            data, self._begun = self._begun or await self._response.content.readany(), b""
+            data, self._first_bytes = self._first_bytes or await self._response.content.readany(), b""
         except (aiohttp.ClientError, OSError) as error:
             self._ended = True
             parts = self._parser.finish(broken=f"{error}" or type(error).__name__)
@@ -232,5 +232,5 @@ class HttpStream:
             parts = self._parser.feed(data) if data else self._parser.finish()
         # a part with a message is the last one or precedes the ending, so checking the last part is enough
         if parts and isinstance(parts[-1], _RARE):
-            parts = [self._shown(part, self._response.headers) for part in parts]
+            parts = [self._scrub(part, self._response.headers) for part in parts]
         return parts if parts or not self._ended else None

@@ -111,7 +111,7 @@ class Generation:
         self._exact = exact
         self._encoding = encoding
         self._finish: dict[int, str] = {}
-        self._odd: set[str] = set()
+        self._notice_codes: set[str] = set()
         self._named: set[tuple[int, int]] = set()  # calls whose function's name has been counted
         self._omitted: set[str] = set()  # kinds of content that were announced as left out; at most `_KINDS`
 
@@ -178,7 +178,7 @@ class Generation:
         self._counter = self._new_counter()
         self._named.clear()
         self._omitted.clear()
-        self._odd.clear()
+        self._notice_codes.clear()
         self._usage_left_out = False
         return call
 
@@ -348,8 +348,8 @@ class Generation:
 
     def _notify(self, part: NoticePart, events: list[AnyEvent], at: float) -> None:
         """Append a notice about an irregularity of the stream, once per code and generation."""
-        if part.code not in self._odd:
-            self._odd.add(part.code)
+        if part.code not in self._notice_codes:
+            self._notice_codes.add(part.code)
             events.append(self.notice(part.code, part.message, at))
 
     def _remember(self, part: Part) -> None:

@@ -217,12 +217,12 @@ class Registry:
         raise UnknownModel(model, self._hint(name))
 
     def _hint(self, name: str) -> str:
-        ways = []
+        options = []
         if self.aliases:
-            ways.append(f"one of {', '.join(sorted(self.aliases))}")
+            options.append(f"one of {', '.join(sorted(self.aliases))}")
         if self.providers:
-            ways.append(f"<provider>/<model> with a provider out of {', '.join(sorted(self.providers))}")
-        hint = "use " + ", or ".join(ways) if ways else "no provider is configured"
+            options.append(f"<provider>/<model> with a provider out of {', '.join(sorted(self.providers))}")
+        hint = "use " + ", or ".join(options) if options else "no provider is configured"
         if name in _CONVENTIONS and name not in self.providers:
             hint += f" (set {_CONVENTIONS[name].key_env} to use {name})"
         return hint

@@ -56,7 +56,7 @@ def failure_in_stream(error: Any) -> UpstreamFailure:
     code, recoverable = _meaning(reported, reported.status)
     return UpstreamFailure(
         code=code,
-        message=_bounded(reported.message) or _bounded(_shown(error)) or _NO_DETAILS,
+        message=_bounded(reported.message) or _bounded(_error_text(error)) or _NO_DETAILS,
         upstream_status=reported.status,
         recoverable=recoverable,
     )
@@ -140,7 +140,7 @@ def _error_in(body: bytes) -> tuple[Reported, bool]:
     return (stated, True) if stated is not None else (described(decoded), False)
 
 
-def _shown(error: Any) -> str:
+def _error_text(error: Any) -> str:
     """Return the text of an error object without a message: the object itself."""
     if not error or not isinstance(error, dict | list):
         return ""

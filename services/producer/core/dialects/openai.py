@@ -195,9 +195,9 @@ class OpenAIParser(EventParser[_Chunk]):
             self._other.sources("citations", chunk.citations or [])
         has_usage = self._find_usage(chunk, payload)
         if chunk.error or failed or chunk.base_resp or not (choices or has_usage):
-            self._beside_content(payload, failed)
+            self._read_chunk_fields(payload, failed)
 
-    def _beside_content(self, payload: bytes, failed: str) -> None:
+    def _read_chunk_fields(self, payload: bytes, failed: str) -> None:
         """Handle the fields of a chunk other than its choices. ``failed``: a finish reason that means a failure."""
         tree = loads(payload)
         known = bool(tree.get("choices") or tree.get("usage"))
@@ -218,12 +218,12 @@ class OpenAIParser(EventParser[_Chunk]):
                 self._tool_calls(delta["tool_calls"], choice, at)
                 return
             if fields or (content.__class__ is not str and content is not None):
-                self._rich(delta, content, choice, at)
+                self._read_delta(delta, content, choice, at)
                 return
         if content:
             self.joined.text(Text, content, choice, at)
 
-    def _rich(self, delta: dict[str, Any], content: Any, choice: int, at: float | None) -> None:
+    def _read_delta(self, delta: dict[str, Any], content: Any, choice: int, at: float | None) -> None:
         """Handle a delta that contains more than text."""
         for name in REASONING:
             if reasoning := text_of(delta.get(name)):
@@ -305,7 +305,7 @@ class OpenAIParser(EventParser[_Chunk]):
             raw = {"prompt_eval_count": chunk.prompt_eval_count, "eval_count": chunk.eval_count}
         if raw is None:
             return False
-        if self._newest is not None and not _goes_on(self._newest[0], raw):
+        if self._newest is not None and not _continues(self._newest[0], raw):
             self._report()
         self._newest = raw, payload
         return True
@@ -333,7 +333,7 @@ class OpenAIParser(EventParser[_Chunk]):
             self.joined.add(UsageLeftOut(reasons))
 
 
-def _goes_on(earlier: Any, later: Any) -> bool:
+def _continues(earlier: Any, later: Any) -> bool:
     """Return whether a report continues the counts of an earlier one, and so replaces it."""
     if not (isinstance(earlier, dict) and isinstance(later, dict) and len(earlier) <= len(later)):
         return False

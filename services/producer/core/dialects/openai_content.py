@@ -77,7 +77,7 @@ class OtherContent:
                     for file in value if isinstance(value, list) else [value]:
                         self._joined.add(file_part(_kind(file, field.removesuffix("s")), file, choice, at))
                 case "audio":
-                    self._sound(value, choice, at)
+                    self._add_audio(value, choice, at)
                 case "annotations" | "citations" | "search_results":
                     self.sources(field, value, choice, at)
                 case "extra_content":
@@ -164,7 +164,7 @@ class OtherContent:
             if isinstance(proof, str) and proof:
                 self._sign("thinking_blocks", proof, {"type": kind}, choice, at)
 
-    def _sound(self, value: Any, choice: int, at: float | None) -> None:
+    def _add_audio(self, value: Any, choice: int, at: float | None) -> None:
         """Add a chunk of audio: bytes, transcript, and the provider's identifier."""
         if not isinstance(value, dict):
             self.keep("audio", value, choice, at)

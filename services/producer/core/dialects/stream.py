@@ -183,7 +183,7 @@ class EventParser(ABC, Generic[E]):
                 try:
                     event = decode(payload)
                 except (ValueError, RecursionError) as error:
-                    self._oddly(payload, error)
+                    self._read_leniently(payload, error)
                 else:
                     try:
                         self.read(event, payload)
@@ -197,11 +197,11 @@ class EventParser(ABC, Generic[E]):
         if name == COMMENT:
             self.joined.add(Alive())
         elif name == STRAY:
-            self._stray(payload)
+            self._read_stray(payload)
         else:
             self.end(failure_in_stream(_value(payload)))
 
-    def _oddly(self, payload: bytes, error: Exception) -> None:
+    def _read_leniently(self, payload: bytes, error: Exception) -> None:
         """Handle an event that the strict decoder rejects."""
         if payload.strip().upper() == _DONE:
             self._done()
@@ -238,7 +238,7 @@ class EventParser(ABC, Generic[E]):
         if left_out:
             self.notice(MALFORMED_FIELDS, f"fields of an unexpected type were omitted: {', '.join(left_out[:5])}")
 
-    def _stray(self, text: bytes) -> None:
+    def _read_stray(self, text: bytes) -> None:
         """Handle lines that are not an event: JSON without framing, ``error:`` lines, or text."""
         if text.lstrip().startswith((b"{", b"[")):
             events = documents(text)

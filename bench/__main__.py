@@ -37,7 +37,7 @@ LIST = (
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 def main() -> None:
-    """Measure Tailrace on this machine. Everything runs on loopback ports that are free, in a temporary folder."""
+    """Measure Tailrace on this machine. All processes run on free loopback ports, in a temporary folder."""
 
 
 main.add_command(billing)
@@ -53,24 +53,35 @@ The same clients first read from the provider directly; what the pipeline adds i
 
 {LIST}
 
-Exit code: 0 all texts identical and complete, 1 not so, 2 it could not be run, 3 a target was missed (with --strict).
+Exit code: 0 all texts identical and complete, 1 otherwise, 2 the run was not possible, 3 a target was missed (with
+--strict).
 """
 )
 @click.argument("scenarios", nargs=-1, type=click.Choice(CHOICES), metavar="[SCENARIO]...")
 @click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the result as JSON.")
 @click.option("--clients", default=1, show_default=True, type=click.IntRange(1, 16), help="Client processes.")
 @click.option(
-    "--target", "only", multiple=True, type=click.Choice(["direct", "tailrace", "producer"]), help="Measure only this."
+    "--target",
+    "only",
+    multiple=True,
+    type=click.Choice(["direct", "tailrace", "producer"]),
+    help="Measure only this target.",
 )
 @click.option("--peer", type=click.Choice(["litellm"]), help="Measure this relay too; installed on request.")
-@click.option("--peer-venv", type=click.Path(path_type=Path), help="Where the peer is, or is to be, installed. Kept.")
-@click.option("--profile", "profiled", type=click.Choice(["producer", "delivery", "billing"]), help="Profile it.")
+@click.option(
+    "--peer-venv",
+    type=click.Path(path_type=Path),
+    help="Virtual environment of the peer; created if missing, and kept.",
+)
+@click.option(
+    "--profile", "profiled", type=click.Choice(["producer", "delivery", "billing"]), help="Process to profile."
+)
 @click.option("--profile-file", type=click.Path(path_type=Path), help="Folded stacks; default: PROCESS.folded")
-@click.option("--generations", type=click.IntRange(1), help="Instead of the scenario's own.")
-@click.option("--tokens", type=click.IntRange(1), help="Tokens of each generation, instead of the scenario's own.")
-@click.option("--rate", type=click.FloatRange(0.1), help="Tokens per second and stream, instead of the scenario's own.")
-@click.option("--subscribers", type=click.IntRange(1), help="Of each generation, instead of the scenario's own.")
-@click.option("--keep", type=click.Path(path_type=Path, exists=False), help="Leave logs and data in this new folder.")
+@click.option("--generations", type=click.IntRange(1), help="Number of generations, instead of the scenario's.")
+@click.option("--tokens", type=click.IntRange(1), help="Tokens per generation, instead of the scenario's.")
+@click.option("--rate", type=click.FloatRange(0.1), help="Tokens per second and stream, instead of the scenario's.")
+@click.option("--subscribers", type=click.IntRange(1), help="Subscribers per generation, instead of the scenario's.")
+@click.option("--keep", type=click.Path(path_type=Path, exists=False), help="Keep logs and data in this new folder.")
 @click.option("--strict", is_flag=True, help="Exit with 3 when a target is missed.")
 def relay(  # noqa: D103  # the text and the names are those of the decorators
     scenarios: tuple[str, ...],

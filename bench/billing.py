@@ -68,12 +68,17 @@ class Folding(msgspec.Struct, kw_only=True):
 
 
 @click.command()
-@click.option("--generations", default=3_000, show_default=True, type=click.IntRange(1), help="In the log.")
-@click.option("--deltas", default=60, show_default=True, type=click.IntRange(0), help="Events of each besides three.")
-@click.option("--abreast", default=300, show_default=True, type=click.IntRange(1), help="Streaming side by side.")
-@click.option("--database", "only", multiple=True, type=click.Choice(["sqlite", "postgresql"]), help="Only this.")
+@click.option("--generations", default=3_000, show_default=True, type=click.IntRange(1), help="Generations in the log.")
+@click.option("--deltas", default=60, show_default=True, type=click.IntRange(0), help="Deltas of each generation.")
+@click.option("--abreast", default=300, show_default=True, type=click.IntRange(1), help="Concurrent generations.")
 @click.option(
-    "--questions", type=click.IntRange(1), metavar="GENERATIONS", help="Instead: how long questions take over so many."
+    "--database", "only", multiple=True, type=click.Choice(["sqlite", "postgresql"]), help="Only this database."
+)
+@click.option(
+    "--questions",
+    type=click.IntRange(1),
+    metavar="GENERATIONS",
+    help="Measure queries over this many generations instead.",
 )
 @click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the result as JSON.")
 def billing(
@@ -84,9 +89,9 @@ def billing(
     questions: int | None,
     json_file: Path | None,
 ) -> None:
-    """Measure billing: events folded a second into SQLite and PostgreSQL, and the processor time of each.
+    """Measure billing: events per second folded into SQLite and PostgreSQL, and processor time per event.
 
-    Exit code: 0 all totals right, 1 not so, 2 it could not be run.
+    Exit code: 0 all totals right, 1 wrong totals, 2 the run was not possible.
     """
     shape = Shape(generations=generations, deltas=deltas, abreast=abreast)
     console = Console(width=None if sys.stdout.isatty() else 130)

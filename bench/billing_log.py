@@ -19,7 +19,7 @@ ACKNOWLEDGED = 2_000
 
 
 class Shape(msgspec.Struct, frozen=True, kw_only=True):
-    """Number of generations, events per generation, and concurrent generations."""
+    """Number of generations, deltas per generation, and concurrent generations."""
 
     generations: int
     deltas: int

@@ -48,29 +48,33 @@ def parse_seeds(text: str) -> list[int]:
             raise ValueError(f"seeds {text!r}: use numbers and ranges like 1-5,9")
         seeds += range(int(first), int(last if dash else first) + 1)
     if not seeds:
-        raise ValueError(f"{text!r} names no seed")
+        raise ValueError(f"seeds {text!r}: there are none, use numbers and ranges like 1-5,9")
     return seeds
 
 
 @click.command(
-    help="""Break the system in random ways and check that it keeps its promises.
+    help="""Inject random faults into the system and check its guarantees.
 
 Each seed is a schedule of generations, subscribers that drop and resume, and faults: processes killed, frozen and
 drained, connections cut, held and slowed. The history is then checked. See docs/chaos.md.
 
-Exit code: 0 no violation, 1 violations, 2 it could not be run.
+Exit code: 0 no violation, 1 violations, 2 the run was not possible.
 """
 )
-@click.option("--seeds", default="1", show_default=True, help="Which schedules: 1-100, or 3,7.")
-@click.option("--seconds", default=60.0, show_default=True, type=click.FloatRange(5), help="How long faults go on.")
+@click.option("--seeds", default="1", show_default=True, help="Seeds of the schedules: 1-100, or 3,7.")
+@click.option("--seconds", default=60.0, show_default=True, type=click.FloatRange(5), help="Duration of the faults.")
 @click.option("--nodes", default="3", show_default=True, type=click.Choice(["1", "3"]), help="Nodes of the broker.")
 @click.option("--fault", "faults", multiple=True, type=click.Choice([*KINDS, "roll"]), help="Only faults of this kind.")
-@click.option("--on", "targets", multiple=True, help="Only faults of these: producer, delivery-0, node …")
+@click.option("--on", "targets", multiple=True, help="Only faults of these targets: producer, delivery-0, node …")
 @click.option("--planted", type=click.Choice(list(BUGS)), help="Start the services with this bug.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the summary as JSON.")
 @click.option("--keep", type=click.Path(path_type=Path), help="Keep histories and logs of all runs in this folder.")
-@click.option("--shrink", "shrink_runs", default=12, show_default=True, help="Runs to find a smaller schedule with.")
-@click.option("--check", "history", type=click.Path(path_type=Path, exists=True), help="Check a kept history again.")
+@click.option(
+    "--shrink", "shrink_runs", default=12, show_default=True, help="Largest number of runs to find a smaller schedule."
+)
+@click.option(
+    "--check", "history", type=click.Path(path_type=Path, exists=True), help="Check a kept history instead of a run."
+)
 def chaos(  # noqa: D103  # the text is that of the decorator
     seeds: str,
     seconds: float,

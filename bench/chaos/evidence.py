@@ -73,7 +73,7 @@ class Evidence(msgspec.Struct):
         """
         every = list(records)
         if not every or not isinstance(every[0], Opened):
-            raise ValueError("this is not the history of a run: its first record must open it")
+            raise ValueError("not the history of a run: the first record must be `opened`")
         found = cls(every[0])
         logged: list[Logged] = []
         for record in every[1:]:

@@ -69,7 +69,7 @@ class Run:
         try:
             folder.mkdir(parents=True)
         except FileExistsError as error:
-            raise Died(f"{folder} is there already: a run needs a folder of its own") from error
+            raise Died(f"{folder} exists already: a run needs a new folder") from error
         self.schedule = schedule
         self.history = History(folder / "history.jsonl")
         self.credentials = Credentials(folder, schedule.tokens)

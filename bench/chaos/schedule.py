@@ -180,12 +180,12 @@ def shape_of(nodes: int, kinds: Sequence[FaultKind] = (), targets: Sequence[str]
     known = (*SERVICES, *(f"node-{n}" for n in range(nodes)))
     for target in targets:
         if not any(name.startswith(target) for name in known):
-            raise ValueError(f"nothing is called {target!r}: use one of {', '.join(known)}")
+            raise ValueError(f"target {target!r} is unknown: use one of {', '.join(known)}")
     names = tuple(name for name in known if name.startswith(tuple(targets))) if targets else ()
     weights = {kind: weight for kind, weight in KINDS.items() if kind in (kinds or KINDS) and _befalls(kind, names)}
     rolls = "roll" in (kinds or ("roll",)) and (not names or any(name in DELIVERIES for name in names))
     if not weights and not rolls:
-        raise ValueError(f"no fault of {', '.join(kinds)} can befall {', '.join(names)}")
+        raise ValueError(f"no fault of {', '.join(kinds)} applies to {', '.join(names)}")
     return Shape(nodes=nodes, kinds=weights, targets=names, rolls=rolls)
 
 

@@ -39,7 +39,8 @@ _LIST: Final = (
 
 {_LIST}
 
-Exit code: 0 nothing lost, doubled or changed, 1 not so, 2 it could not be run, 3 a target was missed (with --strict).
+Exit code: 0 no event lost, duplicated or changed, 1 otherwise, 2 the run was not possible, 3 a target was missed (with
+--strict).
 """
 )
 @click.argument("scenarios", nargs=-1, type=click.Choice([*SCENARIOS, "all"]), metavar="[SCENARIO]...")
@@ -53,15 +54,17 @@ Exit code: 0 nothing lost, doubled or changed, 1 not so, 2 it could not be run, 
     show_default=True,
 )
 @click.option("--clients", default=2, show_default=True, type=click.IntRange(1, 16), help="Client processes.")
-@click.option("--peer", type=click.Choice(["nchan"]), help="Measure it too, in the same run, with the same clients.")
-@click.option("--only-peer", is_flag=True, help="Measure nothing but the peer.")
-@click.option("--profile", "profiled", type=click.Choice(["delivery"]), help="Profile it while events flow.")
+@click.option(
+    "--peer", type=click.Choice(["nchan"]), help="Measure this peer too, in the same run, with the same clients."
+)
+@click.option("--only-peer", is_flag=True, help="Measure only the peer.")
+@click.option("--profile", "profiled", type=click.Choice(["delivery"]), help="Process to profile while events flow.")
 @click.option("--profile-file", type=click.Path(path_type=Path), help="Folded stacks; default: PROCESS.folded")
-@click.option("--sessions", type=click.IntRange(1), help="Instead of the scenario's own.")
-@click.option("--subscribers", type=click.IntRange(1), help="Of each session, instead of the scenario's own.")
-@click.option("--events", type=click.IntRange(1), help="Of each session, instead of the scenario's own.")
+@click.option("--sessions", type=click.IntRange(1), help="Number of sessions, instead of the scenario's.")
+@click.option("--subscribers", type=click.IntRange(1), help="Subscribers per session, instead of the scenario's.")
+@click.option("--events", type=click.IntRange(1), help="Events per session, instead of the scenario's.")
 @click.option("--rate", type=click.FloatRange(0.1), help="Events per second and session, instead of the scenario's.")
-@click.option("--keep", type=click.Path(path_type=Path, exists=False), help="Leave logs and data in this new folder.")
+@click.option("--keep", type=click.Path(path_type=Path, exists=False), help="Keep logs and data in this new folder.")
 @click.option("--strict", is_flag=True, help="Exit with 3 when a target is missed.")
 def fanout(  # noqa: D103  # the text and the names are those of the decorators
     scenarios: tuple[str, ...],

@@ -61,7 +61,7 @@ class ConsumersApi(Api):
         """Return the oldest dead events (200 at most)."""
         return list(self._object("GET", f"{_PATH}/{name}/dead", params={"limit": 200}).get("events", []))
 
-    def resend(self, name: str, event: str) -> None:
+    def redeliver(self, name: str, event: str) -> None:
         """Deliver a dead event to the consumer again."""
         self._send_checked("POST", f"{_PATH}/{name}/dead/{event}/resend")
 
@@ -228,7 +228,7 @@ def dead(*, consumer: str, as_json: bool, url: str) -> int:
 def resend(*, consumer: str, event: str, url: str) -> int:
     """Deliver the dead EVENT (its id) to CONSUMER again."""
     with ConsumersApi(url) as api:
-        api.resend(consumer, event)
+        api.redeliver(consumer, event)
     Terminal().remark(f"{event} will be delivered to {consumer} again")
     return EXIT_OK
 

@@ -104,7 +104,7 @@ def relay(  # noqa: D103  # the text and the names are those of the decorators
     changes = {"generations": generations, "tokens": tokens, "rate": rate, "subscribers": subscribers}
     given = {name: value for name, value in changes.items() if value is not None}
     chosen = [msgspec.structs.replace(SCENARIOS[name], **given) for name in scenario_names(scenarios or ("paced-200",))]
-    # A pipe has no width of its own.
+    # A pipe has no width.
     console = Console(width=None if sys.stdout.isatty() else 130)
     report = Report(now(), machine(), False, [])
     m = report.machine
@@ -177,7 +177,7 @@ def _exit(report: Report, strict: bool) -> NoReturn:
 
 
 def _prepare() -> None:
-    """Allow a file descriptor for every connection, and stop in order on SIGTERM as on Ctrl-C."""
+    """Raise the limit of file descriptors, and stop in order on SIGTERM as on Ctrl-C."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536)
     if soft < wanted:

@@ -110,7 +110,7 @@ def billing(
 
 
 def _question(console: Console, generations: int, databases: tuple[str, ...], json_file: Path | None) -> None:
-    """Show how long questions take, by database."""
+    """Show the latency of queries by database."""
     asked: dict[str, list[Asked]] = {}
     for database in databases:
         folder = Path(tempfile.mkdtemp(prefix="tailrace-bench-billing-"))
@@ -193,7 +193,7 @@ def _start(processes: Processes, url: str, nats: str) -> tuple[Process, int]:
 
 
 def _position(port: int) -> int:
-    """Return the stream sequence up to which all is applied."""
+    """Return the stream sequence up to which all events are applied."""
     found = _POSITION.search(fetch(f"http://127.0.0.1:{port}/metrics") or b"")
     return int(float(found[1])) if found else 0
 

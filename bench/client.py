@@ -38,7 +38,7 @@ class Client:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.harvest = Harvest()
-        self._authority = f"{plan.host}:{plan.port}"  # without credentials delivery answers only to its own name
+        self._authority = f"{plan.host}:{plan.port}"  # without credentials delivery accepts only its own host name
         self._stamps = Stamps(Path(plan.stamps))
         self._gate = asyncio.Semaphore(OPENING)
         self._unopened = plan.generations
@@ -46,7 +46,7 @@ class Client:
 
     async def run(self) -> None:
         """Read every stream to its end, or until the deadline."""
-        gc.disable()  # a collector's pause here would be taken for latency of the pipeline; runs are short
+        gc.disable()  # a garbage collection here would count as latency of the pipeline; runs are short
         try:
             async with asyncio.timeout(self.plan.deadline), asyncio.TaskGroup() as group:
                 for order in self.plan.orders():

@@ -71,7 +71,7 @@ class LiteLLM:
             "--num_workers",
             "1",
         ]
-        key = f"sk-{secrets.token_hex(16)}"  # it does not start without one
+        key = f"sk-{secrets.token_hex(16)}"  # required at start
         env = {
             "LITELLM_MASTER_KEY": key,
             "LITELLM_LOCAL_MODEL_COST_MAP": "True",

@@ -23,7 +23,7 @@ __all__ = ["STOP_SECONDS", "Died", "Process", "Processes", "Spent", "TooLate", "
 STOP_SECONDS: Final = 8.0
 POLL: Final = 0.02
 PORTS: Final = range(10_000, 32_000)
-_next_port = random.choice(PORTS)  # other processes look for theirs at the same time
+_next_port = random.choice(PORTS)  # other processes search at the same time
 _loopback = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
@@ -49,7 +49,7 @@ class Process:
         self.name = name
         self.log = folder / f"{name}.log"
         with self.log.open("ab") as output:
-            # A session of its own: Ctrl-C reaches only us, and we stop the others in order.
+            # In a new session, so that Ctrl-C reaches only this process, which stops the others in order.
             self._popen = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=env, start_new_session=True
             )
@@ -178,5 +178,5 @@ def fetch(url: str, *, method: str = "GET", timeout: float = 5.0) -> bytes | Non
     try:
         with _loopback.open(urllib.request.Request(url, method=method), timeout=timeout) as answer:
             return bytes(answer.read()) if answer.status == 200 else None
-    except (http.client.HTTPException, OSError):  # a server that is just starting or ending may answer with anything
+    except (http.client.HTTPException, OSError):  # a server that starts or ends may send anything
         return None

@@ -187,7 +187,7 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep the transport."""
-        self._transport = cast("asyncio.Transport", transport)  # uvloop's is one without inheriting
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's transport does not inherit from it
 
     def data_received(self, data: bytes) -> None:
         """Answer a request once it is complete."""
@@ -255,7 +255,7 @@ async def serve(port: int, stamps: Path) -> None:
     loop = asyncio.get_running_loop()
     server = await loop.create_server(lambda: Connection(provider), "127.0.0.1", port, backlog=4_096)
     gc.freeze()
-    gc.disable()  # a collector's pause here would be taken for latency of the pipeline; runs are short
+    gc.disable()  # a garbage collection here would count as latency of the pipeline; runs are short
     async with server:
         await server.serve_forever()
 

@@ -132,7 +132,7 @@ class Reader(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Send the request."""
-        self._transport = cast("asyncio.Transport", transport)  # uvloop's is one without inheriting
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's transport does not inherit from it
         self._transport.write(self._call)
 
     def data_received(self, data: bytes) -> None:

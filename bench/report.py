@@ -151,7 +151,7 @@ def _latencies(outcomes: Sequence[Outcome], more: dict[str, Latency]) -> Table:
 
 def _row(values: Latency) -> tuple[str, ...]:
     shown = (values.p50, values.p95, values.p99, values.max)
-    return tuple(f"{value:,.2f}" for value in shown) if any(shown) else ("-",) * len(shown)  # nobody read it live
+    return tuple(f"{value:,.2f}" for value in shown) if any(shown) else ("-",) * len(shown)  # no live readers
 
 
 def _processes(outcomes: Sequence[Outcome]) -> Table:

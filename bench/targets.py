@@ -116,7 +116,7 @@ def start_services(processes: Processes, provider: int, parts: tuple[str, ...]) 
         "TAILRACE_NATS_URL": f"nats://127.0.0.1:{ports['nats-server']}",
         "TAILRACE_CONFIG": str(config),
         "TAILRACE_LOG_LEVEL": "warning",
-        "TAILRACE_PRODUCER_FIRST_TOKEN": "300",  # the provider holds the streams until all are open
+        "TAILRACE_PRODUCER_FIRST_TOKEN": "300",  # the provider holds all streams until the last one is open
         "TAILRACE_BILLING_DATABASE_URL": f"sqlite+aiosqlite:///{folder / 'billing.db'}",
         **{f"TAILRACE_{name.upper()}_PORT": str(ports[name]) for name in parts[1:]},
     }

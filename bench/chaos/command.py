@@ -155,7 +155,7 @@ class Trial:
         return run.history.path, evidence, violations
 
     async def _shrink(self, schedule: Schedule, rule: str, found: Found) -> None:
-        """Look for fewer faults after which the same rule is broken."""
+        """Search for fewer faults that violate the same rule."""
 
         async def shows(faults: list[Fault]) -> bool:
             found.runs += 1
@@ -194,7 +194,7 @@ def _tell(
 
 
 def _stop_in_order() -> None:
-    """Let SIGTERM stop all that was started, as Ctrl-C does."""
+    """Stop all started processes on SIGTERM as on Ctrl-C."""
 
     def interrupt(_signum: int, _frame: object) -> NoReturn:
         raise KeyboardInterrupt

@@ -42,7 +42,7 @@ class Record(msgspec.Struct, tag_field="kind", kw_only=True, omit_defaults=True)
 
 
 class Opened(Record, tag="opened"):
-    """The run begins; ``wall``: its time in seconds since 1970. With the ``lease`` and the checker's ``memory`` bounds."""
+    """The run begins at ``wall``, in seconds since 1970. With the ``lease`` and the checker's ``memory`` bounds."""
 
     schedule: Schedule
     wall: float

@@ -67,7 +67,7 @@ def _repeating(rng: random.Random, events: list[Event]) -> Iterator[Event]:
 
 
 def _events(rng: random.Random, number: int) -> Iterator[Event]:
-    """Yield one generation: told whole, begun anew or cut off, with usage in time, late, corrected or never."""
+    """Yield one generation: complete, restarted or cut off, with usage in time, late, corrected or missing."""
     writer = _Writer(number, rng.randint(5, 50))
     yield writer.started()
     yield from writer.deltas(rng.randint(1, 4))
@@ -81,13 +81,13 @@ def _events(rng: random.Random, number: int) -> Iterator[Event]:
         yield writer.usage(rng)
     yield writer.end(rng)
     if rng.random() < 0.03:
-        yield from writer.copy().deltas(1)  # a writer that did not know of the end
+        yield from writer.copy().deltas(1)  # a zombie that has not seen the end
     while reported and rng.random() < 0.3:
         yield writer.usage(rng)
 
 
 class _Writer:
-    """Knows which event follows."""
+    """Create events in sequence."""
 
     def __init__(self, number: int, inputs: int) -> None:
         self.number = number
@@ -97,14 +97,14 @@ class _Writer:
         self.epoch = 1
 
     def copy(self) -> "_Writer":
-        """Return one that does not know what follows."""
+        """Return an independent writer at the same position."""
         other = _Writer(self.number, self.inputs)
         other.seq, other.epoch, other.output = self.seq, self.epoch, self.output
         return other
 
     @property
     def counted(self) -> Counted:
-        """What was counted so far."""
+        """Return the count so far."""
         return Counted(input=self.inputs, output=self.output, exact=True, encoding="o200k_base")
 
     def _place(self) -> dict[str, object]:
@@ -119,18 +119,18 @@ class _Writer:
         return Started(**self._place(), model=model, provider="chaos", upstream_model=model, counted=counted)  # type: ignore[arg-type]  # its place
 
     def deltas(self, count: int) -> Iterator[Event]:
-        """Yield so many pieces of text."""
+        """Yield ``count`` pieces of text."""
         for _ in range(count):
             self.output += 7
             yield Delta(**self._place(), text=" a few words", tokens=self.output)  # type: ignore[arg-type]  # its place
 
     def restarted(self) -> Event:
-        """Begin anew in the next epoch."""
+        """Return ``restarted`` and begin the next epoch."""
         self.epoch += 1
         return Restarted(**self._place(), reason="producer_lost", provider="chaos")  # type: ignore[arg-type]  # its place
 
     def usage(self, rng: random.Random) -> Event:
-        """Return what the provider says: what was counted, or something near it."""
+        """Return the provider's usage: the count, or a similar number."""
         usage = Usage(input=self.inputs, output=self.output + rng.choice((0, 0, 0, 3, 40)))
         return UsageReported(**self._place(), usage=usage, provider="chaos")  # type: ignore[arg-type]  # its place
 

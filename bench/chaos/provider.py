@@ -104,7 +104,7 @@ class Provider:
             n = order.tokens
             end += _chunk([], {"prompt_tokens": 20, "completion_tokens": n, "total_tokens": 20 + n})
         await response.write(end + b"data: [DONE]\n\n")
-        with contextlib.suppress(OSError):  # the producer may have read enough
+        with contextlib.suppress(OSError):  # the producer may have closed the connection
             await response.write_eof()
         return "end"
 

@@ -67,7 +67,7 @@ class Link:
             if not self._cut:
                 await self._join(reader, writer)
         except (OSError, asyncio.CancelledError):
-            pass  # cancelled by `close` alone; asyncio's server would report it as an error
+            pass  # cancelled only by `close`; asyncio's server would report it as an error
         finally:
             writer.close()
 
@@ -84,7 +84,7 @@ class Link:
             from_node.close()
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError, RuntimeError):  # uvloop refuses a write to what `cut` has aborted
+        with contextlib.suppress(OSError, RuntimeError):  # uvloop refuses a write to a transport aborted by `cut`
             while data := await reader.read(READ):
                 if self.latency:
                     await asyncio.sleep(self.latency)

@@ -92,7 +92,7 @@ def _sequence(evidence: Evidence, left: Left, got: list[Got], places: Places) ->
 
 
 def _wanted(evidence: Evidence, left: Left) -> Iterator[tuple[str, int]]:
-    """Yield what the subscriber is to get: generations, and the index of the first accepted event of each."""
+    """Yield the expected generations, each with the index of its first expected event."""
     for name, told in evidence.told.items():
         if told.session == left.session and left.generation in (None, name):
             yield name, sum(entry.seq <= left.start for entry in told.accepted)

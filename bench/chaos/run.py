@@ -222,7 +222,7 @@ class Run:
         self._add(Healed(number=fault.number))
 
     async def _settle(self, broker: Broker) -> None:
-        """Wait until all has ended, been read and been booked, each with a bound, and record what there is then."""
+        """Wait, with time limits, until all generations are ended, read and booked; record the final state."""
         try:
             logged = await self._ended(broker)
             sessions: dict[str, int] = {}
@@ -245,7 +245,7 @@ class Run:
             self._add(record)
 
     async def _ended(self, broker: Broker) -> list[Logged]:
-        """Return the log once every request is gone from the queue and every generation has ended."""
+        """Return the log once the queue is empty and every generation has ended."""
         deadline = time.monotonic() + slow_for(self._patience)
         logged: list[Logged] = []
         while time.monotonic() < deadline:
@@ -264,7 +264,7 @@ class Run:
         return logged
 
     async def _booked(self, broker: Broker) -> list[AnyRecord]:
-        """Return the log and billing's rows once these hold all of it, and no more.
+        """Return the log and billing's rows once billing has booked the whole log, or after a time limit.
 
         Raises:
             Died: the log cannot be read.

@@ -190,7 +190,7 @@ def shape_of(nodes: int, kinds: Sequence[FaultKind] = (), targets: Sequence[str]
 
 
 def _befalls(kind: FaultKind, names: Sequence[str]) -> bool:
-    """Tell whether a kind of fault can befall any of the targets; links are those of services."""
+    """Return whether a kind of fault applies to any of the targets; only services have links."""
     if not names:
         return True
     nodes = [name.startswith("node-") for name in names]
@@ -247,7 +247,7 @@ def draw(seed: int, seconds: float, shape: Shape | None = None) -> Schedule:
 
 
 def _long(rng: random.Random, seconds: float) -> Ask:
-    """Return a request for more than what buffers take."""
+    """Return a request for an answer larger than the buffers."""
     at = _round(rng.uniform(0, 0.3 * seconds))
     return Ask(
         at=at,
@@ -262,7 +262,7 @@ def _long(rng: random.Random, seconds: float) -> Ask:
 
 
 def _stuck(rng: random.Random, index: int, ask: Ask) -> tuple[Watch, ...]:
-    """Return those who read it: one as it comes, and some that take nothing for a while, until they are sent away."""
+    """Return its subscribers: one that reads at once, and some that do not read until they are evicted."""
     patient = Watch(at=ask.at, ask=index, scope="generation", replicas=(rng.randrange(2),))
     late = [
         Watch(
@@ -278,7 +278,7 @@ def _stuck(rng: random.Random, index: int, ask: Ask) -> tuple[Watch, ...]:
 
 
 def _with_roll(rng: random.Random, faults: tuple[Fault, ...], seconds: float, shape: Shape) -> tuple[Fault, ...]:
-    """Return faults with a rolling restart among them, where there is time for one; deliveries have no other then."""
+    """Add a rolling restart to the faults if there is time for one, without other faults of deliveries meanwhile."""
     if not shape.rolls or seconds < 2 * ROLL_SECONDS or (shape.targets and not set(shape.targets) & set(DELIVERIES)):
         return faults
     begin = _round(rng.uniform(2.0, seconds - ROLL_SECONDS - 2.0))
@@ -345,7 +345,7 @@ def _faults(rng: random.Random, seconds: float, shape: Shape) -> tuple[Fault, ..
     if not shape.kinds:
         return ()
     healed = seconds - 2.0
-    free: dict[str, float] = {}  # until when a target, or all nodes as one, must be left alone
+    free: dict[str, float] = {}  # time until which a target, or all nodes together, gets no fault
     found: list[Fault] = []
     at = rng.uniform(1.0, 2.0)
     while at < healed - 1.0:
@@ -373,7 +373,7 @@ def _fault(rng: random.Random, number: int, at: float, shape: Shape, healed: flo
 
 
 def _lasting(rng: random.Random, kind: FaultKind) -> float:
-    """Return how long a fault lasts; pauses and held connections often outlast the lease."""
+    """Return the duration of a fault; pauses and held connections often exceed the lease."""
     match kind:
         case "pause" | "hold":
             return rng.choice((rng.uniform(0.3, 2.0), rng.uniform(LEASE + 0.3, LEASE + 3.0)))
@@ -384,7 +384,7 @@ def _lasting(rng: random.Random, kind: FaultKind) -> float:
 
 
 def _rest(fault: Fault) -> float:
-    """Return how long a target needs before it can be hit again without merely being absent."""
+    """Return the recovery time of a target, before another fault has an effect."""
     if fault.target.startswith("node"):
         return 6.0
     return 3.0 if fault.kind in ("kill", "drain") else 1.0

@@ -34,7 +34,7 @@ def check_services(evidence: Evidence) -> Iterator[Violation]:
 
 
 def _twice(who: str, firsts: list[str]) -> Iterator[Violation]:
-    """Nothing is called new twice."""
+    """No event has two first deliveries."""
     counts = Counter(firsts)
     again = [data for data, count in counts.items() if count > 1]
     if again:

@@ -35,7 +35,7 @@ async def shrink(items: Sequence[T], shows: Callable[[list[T]], Awaitable[bool]]
 
 
 def _candidates(items: list[T], parts: int) -> Iterator[list[T]]:
-    """Yield each of the parts, then the items without each of them; of one part, only nothing at all."""
+    """Yield each of the parts, then the items without each of them; for one part, only the empty list."""
     size = -(-len(items) // parts)
     chunks = [items[i : i + size] for i in range(0, len(items), size)]
     if parts > 1:

@@ -111,7 +111,7 @@ class Member:
     def look(self) -> None:
         """Record its peak memory."""
         if self.process is not None and self.process.code is None:
-            with contextlib.suppress(Exception):  # it may end at any moment
+            with contextlib.suppress(Exception):  # the process may end at any time
                 self.peak = max(self.peak, self.process.spent().peak)
 
 
@@ -157,7 +157,7 @@ class Stage:
             config = self.folder / f"{name}.conf"
             alone = len(self.node_ports) == 1
             config.write_text(render_config(port, store) if alone else render_node(index + 1, port, store, self.routes))
-            # Nodes do not tell of each other: services would go past the links.
+            # Nodes do not advertise each other, or services would bypass the links.
             command = [binary, "-c", str(config), *([] if alone else ["--no_advertise=true"])]
             found.append(Member(name, command, clean_environment(), self.folder))
         return found
@@ -220,7 +220,7 @@ class Stage:
         return found
 
     async def _all_ready(self, name: str) -> None:
-        """Wait until all processes that a target names are ready, for a while."""
+        """Wait, up to a time limit, until all processes of a target are ready."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(slow_for(ROLLED_SECONDS)):
                 for member in self.targets(name):

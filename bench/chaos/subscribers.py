@@ -102,7 +102,7 @@ class Subscriber:
                 opened(0)
 
     async def _take_nothing(self, seconds: float) -> None:
-        """Open a stream and leave it alone until the server has given it up, or should have."""
+        """Open a stream and do not read until the server has evicted it, or should have."""
         for tries in range(STUCK_TRIES):
             with contextlib.suppress(*AWAY):
                 ended = await read_late(self._wanted(self.watch.replicas[0] + tries, lambda _: None), seconds)
@@ -136,7 +136,7 @@ class Subscriber:
             self._complete = True
 
     def _over(self) -> None:
-        """Nothing follows what it has."""
+        """Mark the subscriber as complete."""
         self._complete = True
 
     def _say(self, event: str, data: str) -> None:

@@ -112,7 +112,7 @@ def summary_of(evidence: Evidence, violations: list[Violation]) -> Summary:
 
 
 def _resumes(evidence: Evidence) -> int:
-    """Return how many connections went on from an event: a last id beyond the one that the subscriber began with."""
+    """Return the number of connections that resumed after an event: with a last id after the subscriber's start."""
     seen: set[int] = set()
     count = 0
     for record in evidence.connected:

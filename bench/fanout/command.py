@@ -118,7 +118,7 @@ class TooFewDescriptors(Exception):
 
 
 class _Session:
-    """What all scenarios of one command share."""
+    """The state shared by all scenarios of one command."""
 
     def __init__(
         self,
@@ -173,7 +173,7 @@ def _exit(report: FanoutReport, strict: bool) -> NoReturn:
 
 
 def _prepare(streams: int) -> None:
-    """Allow a file descriptor for every connection, and stop in order on SIGTERM as on Ctrl-C.
+    """Raise the limit of file descriptors, and stop in order on SIGTERM as on Ctrl-C.
 
     Raises:
         TooFewDescriptors: the system does not allow it.

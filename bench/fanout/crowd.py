@@ -65,7 +65,7 @@ class Checker:
         self.differs = ""
         self.cursor = b""
         self.ended = False
-        self.cursors: list[bytes] | None = None  # of all events, where somebody wants them
+        self.cursors: list[bytes] | None = None  # of all events, if requested
         cells = number % plan.sessions * plan.events
         self._stamps = stamps[cells : cells + plan.events]
         self._events = plan.events
@@ -211,7 +211,7 @@ class Crowd:
             return
         self._poll.unregister(fd)
         connection.detach()
-        # The number stays taken, so that no other connection is counted under it.
+        # The number stays in use, so that no other connection is counted under it.
         self._opening.pop(fd, None)
         if self._counts[fd] < self.want:
             self._left -= 1

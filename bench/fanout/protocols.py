@@ -138,7 +138,7 @@ def frame(message: dict[str, Any]) -> bytes:
 
 
 def _payload(data: bytes) -> slice | None:
-    """Return where the first frame's payload lies (it may end beyond ``data``); ``None`` without a whole header."""
+    """Return the slice of the first frame's payload (it may end beyond ``data``), or ``None`` without a header."""
     if len(data) < 2:
         return None
     length, start = data[1] & 0x7F, 2

@@ -125,7 +125,7 @@ class PostSink(_Window, asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Count the responses."""
-        # What is kept of the read before is one byte shorter than what is looked for: nothing is counted twice.
+        # The remainder of the previous read is one byte shorter than the pattern, so nothing is counted twice.
         self.refused += sum((self._rest[-9:] + data).count(line) for line in (b"HTTP/1.1 4", b"HTTP/1.1 5"))
         self.acknowledged((self._rest + data).count(b"HTTP/1.1 20"))
         self._rest = (self._rest + data)[-10:]
@@ -135,7 +135,7 @@ class PostSink(_Window, asyncio.Protocol):
 
 
 async def _stamped(order: Order, sink: Sink, cells: memoryview) -> list[int]:
-    """Publish all events behind the history; return how late each was, in nanoseconds."""
+    """Publish all events after the history; return the delay of each in nanoseconds."""
     late: list[int] = []
     clock, wall = time.monotonic_ns, time.time
     begin = clock() + LEAD_NS
@@ -215,7 +215,7 @@ def main() -> None:
     unfinished.write_bytes(msgspec.json.encode(published))
     unfinished.rename(order.result)
     signal.alarm(LINGER)
-    signal.pause()  # our processor time is read from outside before we are stopped
+    signal.pause()  # the parent reads this process's processor time before stopping it
 
 
 if __name__ == "__main__":

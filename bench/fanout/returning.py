@@ -179,7 +179,7 @@ def storm(clients: Returning, deadline: float, ready: Callable[[], None], draw: 
 
 
 def _moves(clients: Returning, begin: float, draw: random.Random) -> list[tuple[float, int, bool]]:
-    """Return who leaves (False) and comes (True) when: with a history all are away already."""
+    """Return the times at which clients disconnect (False) and return (True); with a history all start disconnected."""
     within, moves = clients.plan.within, []
     for number in range(len(clients.checkers)):
         leaves = 0.0 if clients.plan.history else LEAD + draw.uniform(0, within / 2)
@@ -191,7 +191,7 @@ def _moves(clients: Returning, begin: float, draw: random.Random) -> list[tuple[
 
 
 def _scatter(clients: Returning, draw: random.Random) -> None:
-    """Read the history once, and give each client a different place in it from which to go on."""
+    """Read the history once, and assign each client a different position in it to continue from."""
     plan = clients.plan
     places: dict[int, list[bytes]] = {}
     for number in range(plan.base, plan.base + plan.sessions):

@@ -250,7 +250,7 @@ class Run:
         )
 
     def _seconds(self, order: Order, results: list[CrowdResult], marks: _Marks) -> float:
-        """Return the time from the first stamp (replays: from the signal) to the last client's last event."""
+        """Return the time from the first stamp (replays: from the signal) to the last event of the last client."""
         first = Stamps(Path(order.stamps)).first() or int(Path(order.go).stat().st_mtime_ns + _clock_offset())
         return max(0.0, max(r.last_ns for r in results) - first) / 1e9
 

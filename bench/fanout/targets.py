@@ -148,7 +148,7 @@ class Nchan:
         config = folder / "nginx.conf"
         config.write_text(
             _NCHAN.format(
-                user="user root;" if os.geteuid() == 0 else "",  # the folder is closed to everybody else
+                user="user root;" if os.geteuid() == 0 else "",  # the folder is private
                 module=NCHAN_MODULE,
                 folder=folder,
                 port=port,

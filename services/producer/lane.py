@@ -93,7 +93,7 @@ class Lane:
         if room <= 0 or not self._broker.is_connected or not (self._pulling is None or self._pulling.may_pull()):
             return
         self._forget()
-        # With a consumer for each pull a request can be told from that of an earlier one.
+        # A new consumer object for each pull distinguishes its requests from those of an earlier pull.
         pulling = PullConsumer(self._broker, REQUESTS, self._durable, lambda: self._receive(pulling, now))
         self._pulling, self._asked_at = pulling, now
         try:

@@ -187,7 +187,7 @@ class Worker:
                 is_buried = await self._dead.bury(msg, "max_deliver")
                 await self._publish(msg.reply, TERM if is_buried else _LATER)
                 return None
-            # Claim the request and run it to its terminal; whoever claims it last seals it and answers the queue.
+            # Claim the request and run it to its terminal; the last claimant seals it and answers the queue.
             await self._losses.learn(relay.address.partition)
             claim = await self._claims.claim(relay.address, delivery, before)
             await self.leases.begun(held, claim)

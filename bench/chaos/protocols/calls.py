@@ -25,9 +25,9 @@ _STATUS: Final = {
     grpc.StatusCode.INTERNAL: 500,
 }
 _QUIET: Final = 3 * SILENCE
-"""Seconds without an event after which the call is given up: gRPC shows no heartbeats."""
+"""Seconds without an event after which the call is aborted: gRPC shows no heartbeats."""
 _BROKEN: Final = "Internal error from Core"
-"""What gRPC's own client says when it writes into a connection that has just gone."""
+"""Error text of gRPC's client for a write to a connection that has just closed."""
 
 
 async def read_call(wanted: Wanted) -> None:
@@ -114,7 +114,7 @@ async def _items(call: Any, wanted: Wanted) -> AsyncIterator[Any]:
 
 
 def _take(wanted: Wanted, frames: Any) -> int:
-    """Take what a response brings; return how many events that were."""
+    """Handle a response; return the number of its events."""
     count = 0
     for frame in frames:
         match frame.WhichOneof("kind"):

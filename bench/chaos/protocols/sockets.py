@@ -71,7 +71,7 @@ async def _subscribe(socket: ClientConnection, wanted: Wanted) -> None:
 
 
 async def _take(socket: ClientConnection, wanted: Wanted, message: _Message) -> bool:
-    """Take one message; tell whether it was the last one."""
+    """Handle one message; return whether it was the last one."""
     match message.type:
         case "subscribed":
             wanted.opened(200)

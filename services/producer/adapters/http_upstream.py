@@ -67,7 +67,7 @@ def _socket_with_keepalive(address: aiohttp.AddrInfoType) -> socket.socket:
 
 
 def _without_cut(secret: str, message: str) -> str:
-    """Remove the beginning of a secret at the end of a truncated message."""
+    """Mask the beginning of a secret before the "…" of a truncated message."""
     cut = message.find("…")
     for length in range(min(len(secret) - 1, cut), _SHORTEST_SECRET - 1, -1):
         if message.endswith(secret[:length], 0, cut):

@@ -117,7 +117,7 @@ def lost_call(begun: Begun, request: Counted) -> AbandonedCall | None:
 def decide(begun: Begun, *, may_restart: bool) -> Decision:
     """Decide whether to ``run`` it, ``restart`` it in a new epoch or ``interrupt`` it, or that it is ``done``.
 
-    Without tokens it runs anew: no reader has seen text that must be revoked.
+    Without tokens it always begins again: no reader has seen text that must be revoked.
     """
     if begun.position.ended:
         return "done"

@@ -125,11 +125,11 @@ class OtherContent:
 
     def keep(self, field: str, value: Any, choice: int = 0, at: float | None = None) -> None:
         """Add an unknown field, unless its value is the same as before."""
-        said = hash(repr(value))
-        if self._last.get((choice, field)) == said:
+        digest = hash(repr(value))
+        if self._last.get((choice, field)) == digest:
             return
         if len(self._last) < _REMEMBERED or (choice, field) in self._last:
-            self._last[choice, field] = said
+            self._last[choice, field] = digest
         self._joined.add(ExtraPart(Extra(kind=field, data=value), choice, at))
 
     def _text(self, kind: type[Text | Reasoning | Refusal], text: str, choice: int, at: float | None) -> None:

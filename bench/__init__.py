@@ -1,1 +1,1 @@
-"""Measures the relay: a provider that stamps each token, the pipeline under test, and clients that check every text."""
+"""Measure the relay: a provider that stamps each token, the pipeline under test, and clients that verify every text."""

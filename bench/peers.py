@@ -1,4 +1,4 @@
-"""Other relays, measured by the same clients; installed on request into an environment of their own."""
+"""Other relays, measured by the same clients; installed on request into a separate environment."""
 
 import secrets
 import shutil
@@ -36,7 +36,7 @@ class LiteLLM:
         return self._environment / "bin" / "litellm"
 
     def install(self) -> None:
-        """Install it, unless that was done before.
+        """Install it, unless it is installed already.
 
         Raises:
             PeerNotInstalled: pip failed or took too long.
@@ -63,7 +63,7 @@ class LiteLLM:
             "--num_workers",
             "1",
         ]
-        key = f"sk-{secrets.token_hex(16)}"  # it does not start without one
+        key = f"sk-{secrets.token_hex(16)}"  # required at start
         env = {
             "LITELLM_MASTER_KEY": key,
             "LITELLM_LOCAL_MODEL_COST_MAP": "True",
@@ -76,7 +76,7 @@ class LiteLLM:
         return Endpoint("openai", port, "bench", {"authorization": f"Bearer {key}"})
 
     def settled(self) -> bool | None:
-        """There is nothing behind the clients."""
+        """Return ``None``: no work remains after the clients' end."""
         return None
 
 

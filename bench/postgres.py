@@ -1,4 +1,4 @@
-"""A PostgreSQL server for a measurement: its own, in a temporary folder, with its durability as it comes."""
+"""A separate PostgreSQL server for a measurement, in a temporary folder, with default durability."""
 
 import os
 import pwd
@@ -68,7 +68,7 @@ class Postgres:
             self._process.wait()
 
     def cpu(self) -> float:
-        """Return the processor seconds of the server's processes that run."""
+        """Return the processor seconds of the server's running processes."""
         spent = 0.0
         for process in [self._server, *self._server.children(recursive=True)]:
             try:

@@ -1,4 +1,4 @@
-"""Starting, watching and stopping the processes of a run; everything that was started is stopped."""
+"""Start, watch and stop the processes of a run; all started processes are stopped."""
 
 import contextlib
 import http.client
@@ -23,12 +23,12 @@ __all__ = ["STOP_SECONDS", "Died", "Process", "Processes", "Spent", "TooLate", "
 STOP_SECONDS: Final = 8.0
 POLL: Final = 0.02
 PORTS: Final = range(10_000, 32_000)
-_next_port = random.choice(PORTS)  # other processes look for theirs at the same time
+_next_port = random.choice(PORTS)  # other processes search at the same time
 _loopback = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class TooLate(Exception):
-    """Something did not happen within its time."""
+    """A condition did not hold in time."""
 
 
 class Died(Exception):
@@ -36,20 +36,20 @@ class Died(Exception):
 
 
 class Spent(msgspec.Struct, frozen=True):
-    """Processor seconds so far, and the highest resident memory so far in bytes, of a process with its children."""
+    """Processor seconds and peak resident memory in bytes of a process and its children so far."""
 
     cpu: float
     peak: int
 
 
 class Process:
-    """One process, its output in a file."""
+    """One process, with its output in a file."""
 
     def __init__(self, name: str, command: Sequence[str], folder: Path, env: dict[str, str]) -> None:
         self.name = name
         self.log = folder / f"{name}.log"
         with self.log.open("ab") as output:
-            # A session of its own: Ctrl-C reaches only us, and we stop the others in order.
+            # In a new session, so that Ctrl-C reaches only this process, which stops the others in order.
             self._popen = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=env, start_new_session=True
             )
@@ -58,7 +58,7 @@ class Process:
 
     @property
     def code(self) -> int | None:
-        """The exit code; ``None`` while it runs."""
+        """Return the exit code, or ``None`` while it runs."""
         return self._popen.poll()
 
     def spent(self) -> Spent:
@@ -72,11 +72,11 @@ class Process:
         return Spent(cpu, peak)
 
     def ending(self, lines: int = 15) -> str:
-        """Return the end of its output."""
+        """Return the last ``lines`` lines of its output."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
     def stop(self, signum: int = signal.SIGTERM, seconds: float = STOP_SECONDS) -> None:
-        """Ask it to end, and make it end together with its children if it does not within so many seconds."""
+        """Send ``signum``; kill the process and its children if it has not ended after ``seconds``."""
         if self.code is None:
             self._popen.send_signal(signum)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -87,7 +87,7 @@ class Process:
 
 
 class Processes:
-    """The processes of one run; leaving the block stops them, the last started first."""
+    """The processes of one run; leaving the block stops them in reverse order of start."""
 
     def __init__(self, folder: Path, env: dict[str, str]) -> None:
         self.folder = folder
@@ -110,17 +110,17 @@ class Processes:
         return process
 
     def check(self) -> None:
-        """Make sure that all processes are well.
+        """Check that no process has failed.
 
         Raises:
-            Died: one ended by itself with a failure.
+            Died: a process ended by itself with a failure.
         """
         for process in self.all.values():
             if process.code not in (None, 0):
                 raise Died(f"{process.name} ended with code {process.code}; its last output:\n{process.ending()}")
 
     def spent(self) -> dict[str, Spent]:
-        """Return what each process that still runs has used."""
+        """Return processor time and peak memory of each running process."""
         found: dict[str, Spent] = {}
         for name, process in self.all.items():
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -131,7 +131,7 @@ class Processes:
         """Wait until ``condition`` holds.
 
         Raises:
-            TooLate: it did not within ``seconds``.
+            TooLate: it did not hold within ``seconds``.
             Died: a process ended meanwhile.
         """
         deadline = time.monotonic() + seconds
@@ -157,10 +157,10 @@ def python(module: str, *arguments: str) -> list[str]:
 
 
 def free_port(row: int = 1) -> int:
-    """Return the first of ``row`` neighbouring loopback ports that were free just now.
+    """Return the first of ``row`` neighbouring loopback ports that are free now.
 
-    They are none of those that the system gives to whoever connects: a server that is away for a while finds its own
-    again. This process is not given them a second time soon.
+    They are outside the system's ephemeral range, so a server that restarts finds its port free again. Later calls in
+    this process return other ports.
     """
     global _next_port
     while True:
@@ -174,9 +174,9 @@ def free_port(row: int = 1) -> int:
 
 
 def fetch(url: str, *, method: str = "GET", timeout: float = 5.0) -> bytes | None:
-    """Return the body of a 200 answer from a loopback server; ``None`` for anything else."""
+    """Return the body of a 200 response from a loopback server, or ``None`` for any other result."""
     try:
         with _loopback.open(urllib.request.Request(url, method=method), timeout=timeout) as answer:
             return bytes(answer.read()) if answer.status == 200 else None
-    except (http.client.HTTPException, OSError):  # a server that is just starting or ending may answer with anything
+    except (http.client.HTTPException, OSError):  # a server that starts or ends may send anything
         return None

@@ -1,4 +1,4 @@
-"""The profile of one process while it streams, taken by py-spy from outside."""
+"""Profile one process with py-spy while it streams."""
 
 import shutil
 import signal
@@ -24,7 +24,7 @@ class ProfilerMissing(Exception):
 
 
 class Share(NamedTuple):
-    """A function's percent of the time: in itself, and with all that it calls."""
+    """A function's share of the time in percent: its own, and including the functions that it calls."""
 
     name: str
     own: float
@@ -32,7 +32,7 @@ class Share(NamedTuple):
 
 
 class Profile:
-    """Samples the process ``name`` into ``path`` as folded stacks (one a line, with its count)."""
+    """Sample the process ``name`` into ``path`` as folded stacks (one per line, with its count)."""
 
     def __init__(self, name: str, path: Path) -> None:
         self.name = name
@@ -41,7 +41,7 @@ class Profile:
         self._process: Process | None = None
 
     def start(self, processes: Mapping[str, Process]) -> None:
-        """Begin to sample; without effect when the target has no such process."""
+        """Begin to sample; do nothing if the target has no such process."""
         watched = processes.get(self.name)
         if watched is None:
             return
@@ -66,9 +66,9 @@ def _py_spy() -> str:
 
 
 def top_costs(path: Path, count: int = 25) -> list[Share]:
-    """Return where a profile's time went, the costliest first: functions of Python, then the C functions within.
+    """Return the costliest functions of a profile: Python functions, then the C functions that they call.
 
-    A Python function's own time includes the C functions that it calls. Samples in which a thread waited are left out.
+    A Python function's own time includes the C functions that it calls. Samples of a waiting thread are omitted.
     """
     python: Counter[str] = Counter()
     native: Counter[str] = Counter()

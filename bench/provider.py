@@ -1,8 +1,8 @@
-"""The provider: an OpenAI-compatible server that stamps every token, held until it is told to begin.
+"""The provider: an OpenAI-compatible server that stamps every token and holds its streams until a start command.
 
-Run as ``python -m bench.provider --port N --stamps FILE``. It costs little processor time, for it shares the machine
-with what it measures: each token is one prepared chunk and one write. ``GET /control`` says how many streams wait,
-``POST /control`` lets them begin together.
+Run as ``python -m bench.provider --port N --stamps FILE``. It shares the machine with the system under test, so it must
+use little processor time: each token is one prepared chunk and one write. ``GET /control`` returns the number of
+waiting streams, ``POST /control`` starts them together.
 """
 
 import argparse
@@ -33,8 +33,8 @@ HEAD: Final = (
 
 
 class ControlState(msgspec.Struct):
-    """``waiting``: streams held. ``finished``: streams sent to their end. ``late_ms``: how far behind its own schedule
-    the provider sent (it shares the processors; a late token is stamped when it is sent).
+    """State of the streams. ``waiting``: held. ``finished``: sent to their end. ``late_ms``: the delay of the
+    provider behind its schedule (it shares the processors; a late token is stamped when it is sent).
     """
 
     waiting: int
@@ -83,7 +83,7 @@ WORDS: Final = tuple(_content(word) for word in words())
 
 
 class Provider:
-    """All streams: those that are held, and the schedule of those that run."""
+    """All streams: the held ones, and the schedule of the running ones."""
 
     def __init__(self, stamps: Stamps) -> None:
         self.cells = stamps.cells
@@ -103,7 +103,7 @@ class Provider:
             heapq.heappush(self._due, (time.monotonic_ns() + stream.interval, stream.order.stream, stream))
 
     def begin(self) -> None:
-        """Let all held streams begin."""
+        """Start all held streams."""
         self.begun = True
         start = time.monotonic_ns() + LEAD_NS
         for stream in self.held:
@@ -131,7 +131,7 @@ class Provider:
         asyncio.get_running_loop().call_later(TICK, self._tick)
 
     def state(self) -> ControlState:
-        """Return what `ControlState` tells."""
+        """Return the control state."""
         late = sorted(self.lateness)
         p50, p99 = percentile(late, 50) / 1e6, percentile(late, 99) / 1e6
         return ControlState(len(self.held), self.finished, round(p50, 3), round(p99, 3))
@@ -152,7 +152,7 @@ class Stream:
         self._word = word_index(order.stream, 0)
 
     def send_one(self) -> bool:
-        """Stamp and send the next token; tell whether there are more."""
+        """Stamp and send the next token; return whether there are more."""
         index = self._index
         chunk = WORDS[(self._word + index) % len(WORDS)] if index else _content(token(self.order.stream, 0))
         self._provider.cells[self._first + index] = time.monotonic_ns()
@@ -164,7 +164,7 @@ class Stream:
         return False
 
     def pump(self) -> None:
-        """Send without pause until the transport's buffer is full, letting other streams in between."""
+        """Send without pause until the transport's buffer is full; yield to other streams in between."""
         for _ in range(BURST):
             if not self.send_one() or self.paused:
                 return
@@ -180,7 +180,7 @@ class Stream:
 
 
 class Connection(asyncio.Protocol):
-    """One client's connection; answers one request after the other."""
+    """One client's connection; it answers requests one after the other."""
 
     def __init__(self, provider: Provider) -> None:
         self._provider = provider
@@ -188,8 +188,8 @@ class Connection(asyncio.Protocol):
         self._stream: Stream | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Remember where to answer."""
-        self._transport = cast("asyncio.Transport", transport)  # uvloop's is one without inheriting
+        """Keep the transport."""
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's transport does not inherit from it
 
     def data_received(self, data: bytes) -> None:
         """Answer a request once it is complete."""
@@ -233,12 +233,12 @@ class Connection(asyncio.Protocol):
         self._transport.write(head.encode() + body)
 
     def pause_writing(self) -> None:
-        """Stop a stream without pace: the reader is behind."""
+        """Pause a stream without pace: the reader is behind."""
         if self._stream:
             self._stream.paused = True
 
     def resume_writing(self) -> None:
-        """Go on with it."""
+        """Resume the stream."""
         if self._stream and self._stream.paused:
             self._stream.paused = False
             if self._stream.order.rate is None:
@@ -257,7 +257,7 @@ async def serve(port: int, stamps: Path) -> None:
     loop = asyncio.get_running_loop()
     server = await loop.create_server(lambda: Connection(provider), "127.0.0.1", port, backlog=4_096)
     gc.freeze()
-    gc.disable()  # a collector's pause here would be taken for latency of the pipeline; runs are short
+    gc.disable()  # a garbage collection here would count as latency of the pipeline; runs are short
     async with server:
         await server.serve_forever()
 

@@ -1,9 +1,8 @@
 """Send times of tokens, shared by provider and clients through a mapped file.
 
-A stamp stands beside the stream and not in it: the pipeline carries, counts and stores natural text, and a stamp
-survives whatever is done to the stream (several tokens in one event, several events in one read), because the
-number of characters received says which tokens have arrived. Times are ``time.monotonic_ns``, one clock for all
-processes of a machine.
+Stamps are kept outside the stream, so that the pipeline relays, counts and stores natural text. They are independent of
+the chunking (several tokens in one event, several events in one read): the number of characters received determines
+which tokens have arrived. Times are ``time.monotonic_ns``, one clock for all processes of a machine.
 """
 
 import mmap
@@ -22,10 +21,10 @@ class Stamps:
 
     @staticmethod
     def create(path: Path, count: int) -> None:
-        """Make the file for ``count`` stamps."""
+        """Create the file for ``count`` stamps."""
         with path.open("wb") as file:
             file.truncate(max(count, 1) * 8)
 
     def first(self) -> int:
-        """Return the earliest send time, 0 without any."""
+        """Return the earliest send time, or 0 without any."""
         return min((stamp for stamp in self.cells if stamp), default=0)

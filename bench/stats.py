@@ -15,9 +15,9 @@ class Latency(msgspec.Struct):
 
 
 class Cost(msgspec.Struct):
-    """Of one process. ``cpu_s``: processor seconds while it streamed; ``start_cpu_s``: while the streams were opened.
+    """Cost of one process. ``cpu_s``: processor seconds of streaming; ``start_cpu_s``: of opening the streams.
 
-    ``peak_rss_mb``: highest resident memory since its start.
+    ``peak_rss_mb``: peak resident memory since its start.
     """
 
     cpu_s: float
@@ -27,7 +27,7 @@ class Cost(msgspec.Struct):
 
 
 class ClientResult(msgspec.Struct):
-    """What one client process saw. ``problems`` holds the first few in words."""
+    """Result of one client process. ``problems``: descriptions of the first few."""
 
     streams: int
     complete: int
@@ -42,7 +42,7 @@ class ClientResult(msgspec.Struct):
 
 
 class Outcome(msgspec.Struct, kw_only=True):
-    """One target measured once. Seconds, milliseconds and megabytes as named; tokens are the provider's."""
+    """Result of one measurement of a target. Units as in the names; tokens are the provider's."""
 
     target: str
     streams: int
@@ -66,12 +66,12 @@ class Outcome(msgspec.Struct, kw_only=True):
 
     @property
     def good(self) -> bool:
-        """Whether every client got exactly what the provider sent."""
+        """Return whether every client received exactly what the provider sent."""
         return self.mismatches == 0 and self.complete == self.streams and not self.problems
 
 
 def percentile(ordered: list[int], percent: float) -> int:
-    """Return the value below which ``percent`` of the sorted values lie (nearest rank); 0 without values."""
+    """Return the percentile of sorted values (nearest rank), or 0 without values."""
     if not ordered:
         return 0
     rank = -(-len(ordered) * percent // 100)
@@ -79,7 +79,7 @@ def percentile(ordered: list[int], percent: float) -> int:
 
 
 def latency(nanoseconds: list[int]) -> Latency:
-    """Return the percentiles of latencies given in nanoseconds."""
+    """Return the percentiles of latencies in nanoseconds."""
     ordered = sorted(nanoseconds)
     p50, p95, p99, highest = (round(percentile(ordered, p) / 1e6, 3) for p in (50, 95, 99, 100))
     return Latency(p50, p95, p99, highest)

@@ -1,4 +1,4 @@
-"""The text that the provider sends and the clients expect: natural words, a different one for each stream."""
+"""The text that the provider sends and the clients expect: natural words, different for each stream."""
 
 import re
 from functools import cache
@@ -25,17 +25,17 @@ PASSAGE: Final = """
 
 @cache
 def words() -> tuple[str, ...]:
-    """Return the passage cut into pieces as long as a language model's tokens usually are."""
+    """Return the passage split into pieces of the usual length of a language model's tokens."""
     return tuple(re.findall(r" ?[^ ]{1,7}", " ".join(PASSAGE.split())))
 
 
 def word_index(stream: int, index: int) -> int:
-    """Return which word token ``index`` (1, 2 …) of a stream is; streams begin at different places of the passage."""
+    """Return the word index of token ``index`` (1, 2 …) of a stream; streams start at different words."""
     return (stream * 31 + index) % len(words())
 
 
 def token(stream: int, index: int) -> str:
-    """Return one token. The first names the stream, so that an answer delivered to the wrong client is noticed."""
+    """Return one token. The first contains the stream's number, so that a misdelivered answer is detected."""
     return words()[word_index(stream, index)] if index else f"[{stream}]"
 
 
@@ -45,5 +45,5 @@ def tokens(stream: int, count: int) -> list[str]:
 
 
 def boundaries(pieces: list[str]) -> list[int]:
-    """Return for each token the number of characters up to its end: once that many arrived, the token has arrived."""
+    """Return for each token the number of characters up to its end, after which the token has arrived."""
     return list(accumulate(map(len, pieces)))

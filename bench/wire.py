@@ -1,4 +1,4 @@
-"""Reading an HTTP/1.1 response with server-sent events, push style and cheap; no input or output of its own."""
+"""Parse an HTTP/1.1 response with server-sent events, push style and cheap; no I/O."""
 
 __all__ = ["MalformedResponse", "Response", "request"]
 
@@ -18,7 +18,7 @@ def request(method: str, path: str, host: str, headers: dict[str, str], body: by
 class Response:
     """One response while it arrives. ``status`` and ``headers`` are set once the head is complete.
 
-    Events must end with an empty line made by line feeds alone, as all servers measured here do.
+    Events must end with an empty line and have only LF line ends, as from all servers measured here.
     """
 
     def __init__(self) -> None:
@@ -33,10 +33,10 @@ class Response:
         self._skip = 0
 
     def feed(self, data: bytes) -> list[bytes]:
-        """Take what one read gave and return the event blocks that it completed; the remainder stays in ``tail``.
+        """Add the data of one read; return the event blocks that it completes. The remainder stays in ``tail``.
 
         Raises:
-            MalformedResponse: this is not HTTP.
+            MalformedResponse: the data is not HTTP.
         """
         if self.ended:
             return []  # what is left of the last chunk's end

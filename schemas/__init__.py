@@ -1,4 +1,4 @@
-"""What two Tailrace processes must agree on: events, codec, acceptance rule, subjects, topology, cursors.
+"""Contracts between Tailrace processes: events, codec, acceptance rule, subjects, topology, cursors.
 
 Nothing in this package performs I/O or reads a clock.
 """

@@ -1,27 +1,27 @@
 """The one acceptance rule, shared by every reader of the log.
 
 An event is accepted iff it belongs to the highest epoch seen and its seq is the next expected one. A higher epoch takes
-over with ``restarted`` or a terminal at the next expected seq; the first event of all may be of any epoch. After a
+over with ``restarted`` or a terminal at the next expected seq; the first accepted event may have any epoch. After a
 terminal only ``usage`` is accepted, and only from the terminal's own epoch. So duplicates, repeats of a go-back-N
 writer and zombies never reach a client.
 
-The rule needs the log in its order and without loss: a reader of republished messages must find a lost one by its
-stream sequence and read it back before judging what follows, because a lost takeover would let a zombie through. Types
-that a reader does not know are judged like any other, by their header; they occupy a seq.
+The rule needs the log in order and without loss: a reader of republished messages must detect a missing message by its
+stream sequence and read it from the log before it judges later ones, because a lost takeover would let a zombie
+through. Events of an unknown type are judged by their header as well; they occupy a seq.
 
-`judge` is the rule itself. `Acceptance` is the reader of one generation that everything in this repository uses: it
-keeps the position, and joins a generation whose first events have expired at the highest epoch that the log keeps.
+`judge` is the rule itself. `Acceptance` is the reader of one generation that all services use: it keeps the position,
+and joins a generation whose first events have expired at the highest epoch that the log keeps.
 
-What the rule relies on from writers:
+Obligations of writers:
 
-- The first event of a writer is appended on the condition that the subject has not grown since it was read, and is
-  acknowledged before the writer publishes anything else. So at most one writer can hold an epoch.
+- A writer appends its first event on the condition that the subject has not grown since it was read, and waits for the
+  acknowledgement before it publishes anything else. So at most one writer can hold an epoch.
 - A writer's epoch is above every epoch in the log that it read.
-- A repeat is byte-identical, and goes from the first unacknowledged event through *all* later ones, also those that
-  were acknowledged: what was stored behind a missing event has been dropped by readers.
-- An acknowledgement counts only if its stream sequence is above that of the event before; one that answers an earlier
-  run may speak of a copy that readers dropped.
-- No broker-side deduplication (``Nats-Msg-Id``): it would swallow the repeats that readers wait for.
+- A repeat is byte-identical, and goes from the first unacknowledged event through *all* later ones, acknowledged ones
+  included: readers dropped the events stored behind a missing one.
+- An acknowledgement counts only if its stream sequence is above that of the previous event; an acknowledgement of an
+  earlier run may refer to a copy that readers dropped.
+- No broker-side deduplication (``Nats-Msg-Id``): it would suppress the repeats that readers wait for.
 - An append after the terminal (``usage``) is conditional too, unless it comes from the writer of the terminal.
 """
 
@@ -46,17 +46,17 @@ __all__ = [
 BEGINNING_EXPIRED: Final = "beginning_expired"
 """Reason of a gap: the log no longer keeps the first events of a generation."""
 EVENTS_EXPIRED: Final = "events_expired"
-"""Reason of a gap: events behind the last accepted one expired before they were read."""
+"""Reason of a gap: events after the last accepted one expired before they were read."""
 
 
 class Verdict(Enum):
-    """What the rule says of an event; everything but ``ACCEPTED`` is dropped and counted."""
+    """Result of judging an event; all but ``ACCEPTED`` are dropped and counted."""
 
     ACCEPTED = "accepted"
     DUPLICATE = "duplicate"
     """Its seq was accepted before (a repeat)."""
     GAP = "gap"
-    """Its seq is beyond the next expected one: its writer will repeat from the missing one."""
+    """Its seq is above the next expected one: its writer will repeat from the missing one."""
     ZOMBIE = "zombie"
     """Its epoch has been taken over, or it claims a new epoch without a takeover event."""
     ENDED = "ended"
@@ -64,7 +64,7 @@ class Verdict(Enum):
 
 
 class Position(NamedTuple):
-    """How far a generation has been accepted. ``next_seq`` is the seq expected next."""
+    """Position of the acceptance rule in a generation. ``next_seq``: the seq expected next."""
 
     epoch: int = 0
     next_seq: int = 0
@@ -94,21 +94,21 @@ def judge(position: Position, type_: str, epoch: int, seq: int) -> tuple[Positio
 
 
 class Acceptance:
-    """Applies the rule to the stored events of one generation, in log order.
+    """Apply the rule to the stored events of one generation, in log order.
 
-    ``epoch``, ``next_seq`` and ``ended`` are the position. ``through`` is the stream sequence of the last message that
-    was offered (or that the owner set it to). ``highest`` is the highest epoch seen, dropped events included.
-    ``headless``: at least one accepted event was preceded by events that the log no longer keeps. ``lost_beginning``:
-    the first offered event was not the generation's first one, so that the log has to be joined (`join`).
+    ``epoch``, ``next_seq`` and ``ended`` are the position. ``through``: stream sequence of the last offered message (or
+    as set by the owner). ``highest``: the highest epoch seen, dropped events included. ``headless``: at least one
+    accepted event follows a gap of expired events. ``lost_beginning``: the first offered event was not the generation's
+    first one, so the reader has to `join`.
 
-    Where events have expired, a streaming reader cannot know from the next event whether a later epoch has already
-    taken the generation over: that event may be a zombie's. So the protocol has two steps. When `lacks` is true of an
-    event, the reader finds out whether what precedes it has expired: nothing of this generation has been accepted yet,
-    or its oldest kept message lies above ``through``. If not, its writer will repeat it (`expect`). If so, the reader
-    looks through what the log keeps of the generation for the highest epoch (`highest_epoch`), calls `join`, and offers
-    the event again.
+    After expired events a streaming reader cannot tell from the next event whether a later epoch has taken over the
+    generation: that event may be a zombie's. So the protocol has two steps. When `lacks` is true for an event, the
+    reader determines whether the events before it have expired: nothing of the generation was accepted yet, or its
+    oldest kept message is above ``through``. If not, the writer will repeat the missing event (`expect`). If so, the
+    reader finds the highest epoch of the generation in the log (`highest_epoch`), calls `join`, and offers the event
+    again.
 
-    `offer` allocates nothing for the plain case, an event with the expected epoch and seq.
+    `offer` allocates nothing in the common case, an event with the expected epoch and seq.
     """
 
     __slots__ = (
@@ -136,28 +136,28 @@ class Acceptance:
         self._gap = ""
         self._joining = False
         self._expected = -1  # the next_seq at which `expect` was called
-        self._plain = not self.ended  # whether nothing but epoch and seq decides
+        self._plain = not self.ended  # whether epoch and seq alone decide
 
     @classmethod
     def joining(cls, highest: int) -> "Acceptance":
-        """Return a reader that begins with the oldest event of the epoch ``highest``, or of a later one."""
+        """Return a reader that starts at the first event whose epoch is at least ``highest``."""
         acceptance = cls()
         acceptance.join(highest)
         return acceptance
 
     @property
     def position(self) -> Position:
-        """The position as a value."""
+        """Return the position as a value."""
         return Position(self.epoch, self.next_seq, self.ended)
 
     @property
     def begun(self) -> bool:
-        """Whether any event has been accepted."""
+        """Return whether any event has been accepted."""
         return self.next_seq > 0
 
     @property
     def is_joining(self) -> bool:
-        """Whether `join` was called and no event has been accepted since."""
+        """Return whether `join` was called and no event has been accepted since."""
         return self._joining
 
     def copy(self) -> "Acceptance":
@@ -168,7 +168,7 @@ class Acceptance:
         return other
 
     def offer(self, header: Header, at: int = 0) -> Verdict:
-        """Judge the next event, whose stream sequence is ``at``; an accepted one advances the position."""
+        """Judge the next event, at stream sequence ``at``; an accepted event advances the position."""
         self.through = at
         if header.seq == self.next_seq and header.epoch == self.epoch and self._plain:
             self.next_seq = header.seq + 1
@@ -179,7 +179,7 @@ class Acceptance:
         return self._join(header, at) if self._joining else self._judge(header)
 
     def lacks(self, header: Header) -> bool:
-        """Tell whether an event is dropped for want of earlier ones, which may have expired."""
+        """Return whether `offer` would drop the event because earlier ones, possibly expired, are missing."""
         if self._joining or header.epoch < self.epoch or header.seq < self.next_seq or self.next_seq == self._expected:
             return False
         missing = header.seq > self.next_seq
@@ -188,14 +188,14 @@ class Acceptance:
         return missing or (header.epoch > self.epoch and header.seq > 0 and header.type not in _TAKEOVERS)
 
     def expect(self) -> None:
-        """Note that the next expected event has not expired: its writer will repeat it, or another one takes over."""
+        """Record that the next expected event has not expired: its writer repeats it, or another writer takes over."""
         self._expected = self.next_seq
 
     def join(self, highest: int) -> None:
-        """Go on at the next offered event whose epoch is at least ``highest`` and whose seq was not accepted before.
+        """Continue at the next offered event with an epoch of at least ``highest`` and a seq not accepted before.
 
-        ``highest``: the highest epoch that the log keeps of this generation; it does not matter to one that has ended,
-        of which only usage is still to come.
+        ``highest``: the highest epoch of this generation in the log; ignored after a terminal, where only usage can
+        follow.
         """
         if not self.ended:
             self.epoch = max(self.epoch, highest)
@@ -203,7 +203,7 @@ class Acceptance:
         self._joining, self._plain, self.lost_beginning = True, False, False
 
     def gap_before(self, at: int) -> str:
-        """Return the reason of the gap before the accepted event at the stream sequence ``at``; empty without one."""
+        """Return the reason of the gap before the accepted event at stream sequence ``at``, or an empty string."""
         return self._gap if self.joined_at == at else ""
 
     def _judge(self, header: Header) -> Verdict:
@@ -231,5 +231,5 @@ class Acceptance:
 
 
 def highest_epoch(headers: Iterable[Header]) -> int:
-    """Return the highest epoch among events; 0 without any."""
+    """Return the highest epoch among events, or 0 without any."""
     return max((header.epoch for header in headers), default=0)

@@ -1,4 +1,4 @@
-"""The AsyncAPI document of the subjects: which channels there are, and which messages pass on them."""
+"""Build the AsyncAPI document of the subjects: channels, operations and messages."""
 
 import inspect
 from typing import Any, Final, get_args
@@ -17,9 +17,9 @@ _EVENT_TAGS: Final = tuple(sorted(_EVENTS))
 _NAME: Final = f"One subject token: {NAME_PATTERN}"
 _PARAMETERS: Final = {
     "partition": "Stable hash of tenant and session modulo the number of partitions: 0 to 255.",
-    "tenant": f"Who owns the session. {_NAME}",
-    "session": f"The ordered log that people subscribe to. {_NAME}",
-    "generation": f"One answer by one model. {_NAME}",
+    "tenant": f"The owner of the session. {_NAME}",
+    "session": f"The ordered log that clients subscribe to. {_NAME}",
+    "generation": f"One answer of one model. {_NAME}",
     "pool": f"The producers that share a work queue. {_NAME}",
 }
 _CHANNELS: Final = {
@@ -31,26 +31,26 @@ _CHANNELS: Final = {
     ),
     "live": (
         "live.{partition}.{tenant}.{session}.{generation}",
-        "The log as it grows: each stored event is republished here unchanged. The headers Nats-Sequence and"
-        " Nats-Last-Sequence (the one before on the same subject) show a message that was missed.",
+        "The tail of the log: each stored event is republished here unchanged. The headers Nats-Sequence and"
+        " Nats-Last-Sequence (the previous one on the same subject) reveal a missed message.",
         _EVENT_TAGS,
     ),
     "requests": ("requests.{pool}.{generation}", "The work queue: requests that wait for a producer.", ("request",)),
     "dead": ("dead.{pool}.{generation}", "Requests that no producer could run, kept for inspection.", ("request",)),
     "delivered": (
         "delivered.{tenant}.{session}.{generation}",
-        "What delivery has sent of a generation, kept for billing. Each report has all that its counter has seen.",
+        "Delivery's reports of the events sent of a generation, kept for billing. Each report is cumulative.",
         ("delivered_report",),
     ),
     "control": (
         "control.{tenant}.{session}.{generation}",
-        "What the producer that runs a generation obeys. It answers `ok`; no responders: no producer runs it.",
+        "Control messages to the producer that runs a generation. It answers `ok`; no responders: no producer runs it.",
         ("cancel", "ok"),
     ),
     "presence": (
         "presence.{tenant}.{session}.{generation}",
-        "Interest in this subject tells that somebody listens. An empty request is sent here; no responders:"
-        " nobody does.",
+        "Interest in this subject shows that the generation has a subscriber. An empty request is sent here; no"
+        " responders: it has none.",
         ("empty",),
     ),
     "deleted": (
@@ -63,20 +63,20 @@ _OPERATIONS: Final = {
     "appendEvent": ("send", "tokens", "A producer appends an event to the log."),
     "readLog": ("receive", "tokens", "A reader reads the log back."),
     "followLive": ("receive", "live", "A reader follows the log as it grows."),
-    "queueRequest": ("send", "requests", "A generation is asked for."),
+    "queueRequest": ("send", "requests", "Delivery queues a request for a generation."),
     "takeRequest": ("receive", "requests", "A producer takes a request; redelivery is its lease."),
-    "buryRequest": ("send", "dead", "A producer puts a request aside that cannot run."),
-    "inspectRequest": ("receive", "dead", "What could not run is looked at, sent again as a new request, or removed."),
-    "reportDelivered": ("send", "delivered", "Delivery reports what it has sent."),
-    "settleDelivered": ("receive", "delivered", "Billing takes the reports."),
-    "cancel": ("send", "control", "A running generation is to stop."),
-    "askForListeners": ("send", "presence", "A producer asks whether anybody listens."),
-    "announceDeletion": ("send", "deleted", "A session was deleted."),
-    "hearDeletion": ("receive", "deleted", "The readers of a session that was deleted are told."),
+    "buryRequest": ("send", "dead", "A producer stores a dead request, which cannot run."),
+    "inspectRequest": ("receive", "dead", "Dead requests are shown, sent again as new requests, or removed."),
+    "reportDelivered": ("send", "delivered", "Delivery reports the events that it has sent."),
+    "settleDelivered": ("receive", "delivered", "Billing reads the reports."),
+    "cancel": ("send", "control", "A running generation is cancelled."),
+    "askForListeners": ("send", "presence", "A producer asks whether a generation has subscribers."),
+    "announceDeletion": ("send", "deleted", "A replica of delivery announces a deleted session."),
+    "hearDeletion": ("receive", "deleted", "The other replicas end the streams of the session's readers."),
 }
 _PLAIN: Final = {
     "cancel": ("Stop the generation.", {"type": "string", "const": "cancel"}),
-    "ok": ("It has been heard.", {"type": "string", "const": "ok"}),
+    "ok": ("The message was received.", {"type": "string", "const": "ok"}),
     "empty": ("No content.", {"type": "string", "maxLength": 0}),
 }
 
@@ -88,7 +88,7 @@ def asyncapi() -> dict[str, Any]:
         "info": {
             "title": "Tailrace on NATS",
             "version": str(VERSION),
-            "description": "The subjects on which Tailrace's services speak to each other, and what passes on them.",
+            "description": "The subjects and messages with which Tailrace's services communicate.",
             "license": {"name": "Apache-2.0"},
         },
         "defaultContentType": "application/json",

@@ -1,4 +1,4 @@
-"""What delivery and billing say to each other about budgets, before a generation may begin."""
+"""Messages between delivery and billing that reserve and release budget for a generation."""
 
 from typing import Final
 
@@ -13,7 +13,7 @@ RESERVE_SUBJECT: Final = "budgets.reserve"
 """Core subject on which billing answers a `Reserve` with a `Decision`."""
 
 RELEASE_SUBJECT: Final = "budgets.release"
-"""Core subject on which billing hears a `Release`, and answers with an empty message."""
+"""Core subject on which billing receives a `Release` and answers with an empty message."""
 
 
 def budgets_key(tenant: str) -> str:
@@ -22,9 +22,9 @@ def budgets_key(tenant: str) -> str:
 
 
 class Reserve(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A generation that is to begin, and the most that it may use, in tokens.
+    """A reservation for a new generation, with the most that it may use, in tokens.
 
-    ``key`` names the credential. ``models``: who may answer, as ``provider/model``. ``at`` in seconds since 1970.
+    ``key`` names the credential. ``models``: the candidates, as ``provider/model``. ``at``: seconds since 1970.
     """
 
     tenant: str
@@ -39,9 +39,10 @@ class Reserve(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Decision(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Whether it may begin; reserved then. ``budget`` names the one that refuses, or whose soft limit is passed.
+    """Answer to a `Reserve`: whether the generation may begin, and was reserved.
 
-    ``until``: when that one's period ends, in seconds since 1970.
+    ``budget``: the budget that refuses, or whose soft limit is passed. ``until``: end of that budget's period, in
+    seconds since 1970.
     """
 
     admitted: bool
@@ -52,7 +53,7 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Release(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A generation that was admitted and could not be queued."""
+    """Release of a reservation: the generation was admitted but could not be queued."""
 
     tenant: str
     session: str

@@ -1,7 +1,7 @@
-"""Events to stored bytes and back.
+"""Encode events to stored bytes and decode them.
 
-A reader judges an event by its header (`decode_header`) before it looks at the rest: an event of an unknown type, or a
-known one with a malformed body, still occupies its seq.
+A reader judges an event by its header (`decode_header`) before it decodes the rest: an event of an unknown type, or
+of a known type with a malformed body, still occupies its seq.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ __all__ = ["Header", "MalformedEvent", "UnknownEvent", "decode_event", "decode_h
 
 
 class Header(msgspec.Struct):
-    """The part of an event that the acceptance rule needs; cheaper to decode than the whole event."""
+    """The fields of an event that the acceptance rule needs; cheaper to decode than the whole event."""
 
     generation: str
     seq: Number
@@ -27,7 +27,7 @@ class Header(msgspec.Struct):
 class MalformedEvent(ValueError):
     """Bytes that are not an event: not JSON, or a known type with a wrong shape.
 
-    ``header`` is there in the second case.
+    ``header`` is set in the second case.
     """
 
     def __init__(self, message: str, header: Header | None = None) -> None:
@@ -36,7 +36,7 @@ class MalformedEvent(ValueError):
 
 
 class UnknownEvent(ValueError):
-    """A well-formed event of a type that this version does not know; readers skip and count it."""
+    """A well-formed event of an unknown type; readers skip and count it."""
 
     def __init__(self, type_: str, header: Header | None = None) -> None:
         self.type = type_
@@ -44,7 +44,7 @@ class UnknownEvent(ValueError):
         super().__init__(f"unknown event type {type_!r}: skipped by this version")
 
 
-# What msgspec raises for bytes from outside: besides its own errors, for bad UTF-8 and for nesting without end.
+# Errors of msgspec for untrusted bytes: its own, for invalid UTF-8, and for too deep nesting.
 _REFUSALS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _KNOWN = frozenset(t.__struct_config__.tag for t in AnyEvent.__args__)
 _encoder = msgspec.json.Encoder()
@@ -53,9 +53,9 @@ _header_decoder = msgspec.json.Decoder(Header)
 
 
 def encode_event(event: Event) -> bytes:
-    """Return the bytes that are stored and, unchanged, sent to native clients.
+    """Return the bytes of an event as stored and, unchanged, sent to native clients.
 
-    Halves of a surrogate pair, which no UTF-8 can hold, are joined where both are there, else become U+FFFD.
+    Lone surrogates, which UTF-8 cannot encode, become U+FFFD; two halves of a pair are joined.
     """
     try:
         return _encoder.encode(event)
@@ -64,11 +64,11 @@ def encode_event(event: Event) -> bytes:
 
 
 def decode_event(data: bytes) -> AnyEvent:
-    """Return the event that ``data`` holds.
+    """Decode a stored event.
 
     Raises:
-        UnknownEvent: the type is not known to this version.
-        MalformedEvent: anything else is wrong with it.
+        UnknownEvent: the type is unknown to this version.
+        MalformedEvent: ``data`` is not JSON, or has a wrong shape.
     """
     try:
         return _decoder.decode(data)
@@ -83,7 +83,7 @@ def decode_header(data: bytes) -> Header:
     """Return type, generation, epoch, seq and running token count of an event of any type, known or not.
 
     Raises:
-        MalformedEvent: it is not a JSON object with those fields.
+        MalformedEvent: ``data`` is not a JSON object with those fields.
     """
     try:
         return _header_decoder.decode(data)
@@ -92,7 +92,7 @@ def decode_header(data: bytes) -> Header:
 
 
 def _scalar(value: Any) -> Any:
-    """Return a JSON value whose texts hold Unicode scalar values only."""
+    """Return a JSON value whose strings contain only Unicode scalar values."""
     match value:
         case str():
             return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -1,11 +1,11 @@
 """Cursors: opaque positions in a session, issued by the log.
 
-A cursor names the stream's incarnation (a re-created stream is noticed), the session (a cursor of another session is
-noticed) and the stream sequence *after* which reading goes on. Cursors of one session and incarnation sort as text in
-the order of the log. Clients must not look inside.
+A cursor contains the stream's incarnation (to detect a re-created stream), the session (to detect a cursor of another
+session) and the stream sequence *after* which reading continues. Cursors of one session and incarnation sort as text in
+the order of the log. They are opaque to clients.
 
-A cursor may also lie inside a delta, where text is shown in other pieces than it is stored in: it then says how many
-characters of the event *behind* its stream sequence its holder has.
+When text is sent in other pieces than it is stored in, a cursor may lie inside a delta: it then has an offset, the
+number of characters already sent of the event *after* its stream sequence.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ _SHAPE: Final = re.compile(r"t1([0-9a-f]{2})([0-9a-f]{8})([0-9a-f]{8})([0-9a-f]{
 
 
 class InvalidCursor(ValueError):
-    """Text that no Tailrace has issued as a cursor."""
+    """Text that is not a Tailrace cursor."""
 
     def __init__(self, text: str) -> None:
         super().__init__(f"cursor {text[:60]!r} is not one that this service issues")
@@ -27,8 +27,8 @@ class InvalidCursor(ValueError):
 class Cursor(NamedTuple):
     """A parsed cursor.
 
-    ``seq`` is the stream sequence of the last event that its holder has; ``offset``: how many characters of the
-    event with the next stream sequence it has besides.
+    ``seq``: stream sequence of the last event received in full. ``offset``: characters received of the event with the
+    next stream sequence.
     """
 
     partition: int
@@ -39,10 +39,10 @@ class Cursor(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "Cursor":
-        """Return what ``text`` says.
+        """Parse a cursor.
 
         Raises:
-            InvalidCursor: it is not a cursor.
+            InvalidCursor: ``text`` is not a cursor.
         """
         match = _SHAPE.fullmatch(text)
         if match is None:
@@ -52,21 +52,21 @@ class Cursor(NamedTuple):
 
     @property
     def text(self) -> str:
-        """The cursor as it is given to clients."""
+        """Return the cursor as text for clients."""
         within = f".{self.offset:08x}" if self.offset else ""
         return f"t1{self.partition:02x}{self.incarnation}{self.session}{self.seq:012x}{within}"
 
 
 def session_mark(tenant: str, session: str) -> str:
-    """Return by what cursors tell sessions apart: 8 hexadecimal digits."""
+    """Return the hash that identifies a session in its cursors: 8 hexadecimal digits."""
     return hashlib.sha256(f"{tenant}.{session}".encode()).hexdigest()[:8]
 
 
 class CursorIssuer:
-    """Issues the cursors of one session in one incarnation of its stream.
+    """Issue the cursors of one session in one incarnation of its stream.
 
-    ``created`` is the stream's creation time as the broker prints it: it differs for a re-created stream.
-    ``partition`` is at most 255.
+    ``created``: the stream's creation time as the broker prints it, which changes when the stream is re-created.
+    ``partition``: 0 to 255.
     """
 
     __slots__ = ("incarnation", "partition", "prefix", "session")
@@ -80,5 +80,5 @@ class CursorIssuer:
         self.prefix = f"t1{partition:02x}{self.incarnation}{self.session}"
 
     def issue(self, seq: int) -> str:
-        """Return the cursor after the event with this stream sequence (0: before the first one)."""
+        """Return the cursor after the event with this stream sequence (0: before the first event)."""
         return f"{self.prefix}{seq:012x}"

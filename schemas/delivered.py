@@ -1,4 +1,4 @@
-"""What subscribers were sent of a generation, as delivery tells billing: coalesced, never per token."""
+"""Delivery reports to billing: counts of what subscribers were sent of a generation, coalesced, never per token."""
 
 from typing import Annotated, Final
 
@@ -14,15 +14,15 @@ Name = Annotated[str, msgspec.Meta(pattern=NAME_PATTERN)]
 
 
 class DeliveredReport(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What was sent of one generation so far, as one counter of a delivery replica saw it.
+    """What was sent of one generation so far, as counted by one counter of a delivery replica.
 
-    ``counter`` names the counter: another one for each replica and each time that it begins to count anew; a
-    generation's numbers are the sums over its counters. Each report has all that its counter has seen, and the highest
-    ``number`` (1, 2 …) holds, so that a lost or repeated one does no harm.
+    ``counter``: its name, a new one for each replica and each restart of counting; a generation's numbers are the sums
+    over its counters. Reports are cumulative and the one with the highest ``number`` (1, 2 …) is valid, so lost or
+    repeated reports do no harm.
 
-    ``subscribers``: streams that were sent anything of it. ``events`` and ``bytes``: to all of them together, bytes of
-    the events as stored. ``tokens``: the running count that the furthest of them has reached; ``sent_tokens``: those
-    sent to all of them together. ``at``: seconds since 1970.
+    ``subscribers``: streams that were sent any event of it. ``events`` and ``bytes``: sums over all streams, bytes of
+    the events as stored. ``tokens``: the highest running count sent to a stream; ``sent_tokens``: the sum over all
+    streams. ``at``: seconds since 1970.
     """
 
     tenant: Name
@@ -45,24 +45,24 @@ def delivered_subject(tenant: str, session: str, generation: str) -> str:
     """Return the subject of a generation's reports.
 
     Raises:
-        InvalidName: a name cannot stand in a subject.
+        InvalidName: a name is not a valid subject token.
     """
     names = (check_name("tenant", tenant), check_name("session", session), check_name("generation", generation))
     return ".".join(("delivered", *names))
 
 
 def encode_delivered(report: DeliveredReport) -> bytes:
-    """Return the bytes that are stored."""
+    """Return a report as stored."""
     return msgspec.json.encode(report)
 
 
 def decode_delivered(data: bytes) -> DeliveredReport:
-    """Return the report that ``data`` holds.
+    """Decode a stored report.
 
     Raises:
-        ValueError: it is none.
+        ValueError: ``data`` is not a report.
     """
     try:
         return _decoder.decode(data)
     except (msgspec.DecodeError, RecursionError) as error:
-        raise ValueError(f"not a report of what was delivered: {error}") from error
+        raise ValueError(f"not a delivery report: {error}") from error

@@ -1,8 +1,8 @@
 """Events of a generation: the records of the log.
 
 Every event is a tagged msgspec struct (``type`` names it) and carries its schema version ``v``. Unknown fields are
-ignored when read, so that a newer writer never breaks an older reader. An absent ``v`` means 1, for ever. What an older
-reader could misread is not a new version of a type but a new type, which it skips.
+ignored when read, so that a newer writer never breaks an older reader. An absent ``v`` always means 1. A change that an
+older reader could misread becomes a new type, which it skips, instead of a new version.
 """
 
 from typing import Annotated, Any
@@ -38,14 +38,14 @@ __all__ = [
 ]
 
 VERSION = 1
-"""The schema's version. As the default of ``v`` it is left out when written, so this default never changes."""
+"""The schema's version. It is the default of ``v`` and omitted when written, so it never changes."""
 
 
 class Event(msgspec.Struct, tag_field="type", kw_only=True, omit_defaults=True):
-    """What all events have.
+    """Fields of all events.
 
-    ``generation``: the generation's name. ``seq``: 0, 1, 2 … within it, without gaps. ``epoch``: 1, 2 …, which attempt
-    of a producer wrote the event. ``at``: when it was written, in seconds since 1970 (the producer's clock; never used
+    ``generation``: the generation's name. ``seq``: 0, 1, 2 … within it, without gaps. ``epoch``: 1, 2 …, the attempt
+    of a producer that wrote the event. ``at``: time of writing in seconds since 1970 (the producer's clock; never used
     to order events). ``v``: the schema's version.
     """
 
@@ -59,8 +59,8 @@ class Event(msgspec.Struct, tag_field="type", kw_only=True, omit_defaults=True):
 class Started(Event, tag="started"):
     """A producer has taken the request.
 
-    ``model`` is what was asked for; ``provider`` and ``upstream_model`` who answers. ``counted`` holds the input count.
-    ``metadata`` is the request's own, unchanged; ``key`` names the credential that asked.
+    ``model``: the requested model; ``provider`` and ``upstream_model``: the ones that answer. ``counted`` holds the
+    input count. ``metadata``: the request's own, unchanged. ``key`` names the credential of the request.
     """
 
     model: str
@@ -74,8 +74,8 @@ class Started(Event, tag="started"):
 class ToolCall(msgspec.Struct, kw_only=True, omit_defaults=True, frozen=True):
     """A fragment of one tool call.
 
-    Fragments of the same choice and ``index`` belong together, their ``arguments`` are joined as text. ``signature``:
-    opaque text that the provider wants back with this call when the conversation goes on.
+    Fragments of the same choice and ``index`` belong together; their ``arguments`` are joined as text. ``signature``:
+    opaque text to send back to the provider with this call when the conversation continues.
     """
 
     index: Number = 0
@@ -88,8 +88,8 @@ class ToolCall(msgspec.Struct, kw_only=True, omit_defaults=True, frozen=True):
 class Binary(msgspec.Struct, kw_only=True, omit_defaults=True, frozen=True):
     """Bytes that a model emitted (base64 in JSON), for instance audio or an image.
 
-    ``continues``: they follow the bytes of the choice's binary before, as in streamed audio or in a file that is too
-    large for one event.
+    ``continues``: the bytes continue the choice's previous binary, as in streamed audio or in a file that is too large
+    for one event.
     """
 
     media_type: str
@@ -100,9 +100,9 @@ class Binary(msgspec.Struct, kw_only=True, omit_defaults=True, frozen=True):
 class Annotation(msgspec.Struct, kw_only=True, omit_defaults=True, frozen=True):
     """A source of the answer.
 
-    ``kind`` is the provider's word (``url_citation``, ``search_result``, ``char_location`` …). ``quote``: the words of
-    the source. ``start`` and ``end``: the characters of the answer that rest on it. ``number``: by which the answer
-    refers to it, as in [1]. ``raw`` keeps the provider's own object unchanged.
+    ``kind``: the provider's term (``url_citation``, ``search_result``, ``char_location`` …). ``quote``: the quoted text
+    of the source. ``start`` and ``end``: the range of characters in the answer that it supports. ``number``: its number
+    in the answer, as in [1]. ``raw`` keeps the provider's own object unchanged.
     """
 
     kind: str
@@ -116,11 +116,11 @@ class Annotation(msgspec.Struct, kw_only=True, omit_defaults=True, frozen=True):
 
 
 class Signature(msgspec.Struct, kw_only=True, omit_defaults=True, frozen=True):
-    """Opaque text that a provider wants back, unchanged, when the conversation goes on.
+    """Opaque text to send back to the provider, unchanged, when the conversation continues.
 
-    ``thinking``, ``thinking_blocks``, ``reasoning.text``: the proof of the choice's reasoning since the last signature.
+    ``thinking``, ``thinking_blocks``, ``reasoning.text``: signs the choice's reasoning since the last signature.
     ``redacted_thinking``, ``reasoning.encrypted``: reasoning that only the provider can read. ``thought_signature``:
-    of the choice as a whole. ``details`` are further fields that go back with it.
+    signs the choice as a whole. ``details``: further fields to send back with it.
     """
 
     kind: str
@@ -129,7 +129,7 @@ class Signature(msgspec.Struct, kw_only=True, omit_defaults=True, frozen=True):
 
 
 class Extra(msgspec.Struct, kw_only=True, omit_defaults=True, frozen=True):
-    """Content for which there is no field: ``kind`` is the provider's word for it, ``data`` any JSON."""
+    """Content for which there is no field: ``kind`` is the provider's term for it, ``data`` any JSON."""
 
     kind: str
     data: Any = None
@@ -138,11 +138,11 @@ class Extra(msgspec.Struct, kw_only=True, omit_defaults=True, frozen=True):
 class Delta(Event, tag="delta"):
     """What the model emitted since the last delta: exactly one kind of content.
 
-    Text, reasoning, a refusal, a tool-call fragment, binary, an annotation, a signature, or something extra; a reader
-    skips the kinds that it does not know.
+    Text, reasoning, a refusal, a tool-call fragment, binary, an annotation, a signature, or extra content; a reader
+    skips unknown kinds.
 
     ``choice``: index of the alternative answer. ``tokens``: output tokens counted so far over the whole generation.
-    ``provider_at``: the provider's own time stamp of the chunk in seconds since 1970, where it gives one.
+    ``provider_at``: the provider's own time stamp of the chunk in seconds since 1970, if it has one.
     """
 
     choice: Number = 0
@@ -159,11 +159,11 @@ class Delta(Event, tag="delta"):
 
 
 class AbandonedCall(msgspec.Struct, kw_only=True, omit_defaults=True, frozen=True):
-    """A call whose answer had begun and did not become the generation's: it broke off, failed, or lost its producer.
+    """A call whose answer had begun and was abandoned: it broke off, failed, or lost its producer.
 
-    ``number`` counts these calls within the generation, from 1. ``code``: why it was abandoned, as in `Failed`, or
-    ``producer_lost``. ``counted``: our own count of this call alone. ``usage``: what its provider reported of it, and
-    ``source``, as in `UsageReported`, where that came from; both are left out where nothing was reported.
+    ``number`` counts these calls within the generation, from 1. ``code``: the reason, as in `Failed`, or
+    ``producer_lost``. ``counted``: Tailrace's own count of this call alone. ``usage``: the provider's report for this
+    call, and ``source`` its origin, as in `UsageReported`; both are omitted without a report.
     """
 
     number: Annotated[int, msgspec.Meta(ge=1, le=MAX_NUMBER)]
@@ -177,9 +177,9 @@ class AbandonedCall(msgspec.Struct, kw_only=True, omit_defaults=True, frozen=Tru
 
 
 class Notice(Event, tag="notice"):
-    """Something a watcher may want to know and need not act on; ``code`` is stable, ``message`` is for people.
+    """Information that requires no action; ``code`` is stable, ``message`` is for people.
 
-    ``call``: the call that a retry or failover leaves behind, where its answer had begun.
+    ``call``: the call that a retry or failover abandons, if its answer had begun.
     """
 
     code: str
@@ -192,9 +192,9 @@ class Notice(Event, tag="notice"):
 
 
 class Restarted(Event, tag="restarted"):
-    """The answer begins again in a new epoch: a client forgets what it has shown of this generation.
+    """The answer begins again in a new epoch: a client discards what it has shown of this generation.
 
-    ``call``: the call whose text is taken back.
+    ``call``: the abandoned call, whose text is void.
     """
 
     reason: str
@@ -204,9 +204,9 @@ class Restarted(Event, tag="restarted"):
 
 
 class UsageReported(Event, tag="usage"):
-    """The usage that the provider reported. The only event accepted after a terminal. The newest one holds.
+    """The usage that the provider reported. The only event accepted after a terminal. The newest one is valid.
 
-    ``call``: the number of the abandoned call that it is about; 0 for the call that the generation ended with.
+    ``call``: the number of the abandoned call that it belongs to; 0 for the call that the generation ended with.
     """
 
     usage: Usage
@@ -221,7 +221,7 @@ class Completed(Event, tag="completed"):
     """Terminal: the provider ended the answer, by its end marker or by a finish reason and a proper end of the body.
 
     ``finish_reason`` is normalised (``stop``, ``length``, ``tool_calls``, ``content_filter``, or the provider's own
-    word); ``finish_reasons`` gives it for each choice where there are several.
+    term); ``finish_reasons`` has it for each of several choices.
     """
 
     finish_reason: str
@@ -230,7 +230,7 @@ class Completed(Event, tag="completed"):
 
 
 class Failed(Event, tag="failed"):
-    """Terminal: it went wrong. ``code`` is stable and typed, ``recoverable`` says whether asking again may help."""
+    """Terminal: the generation failed. ``code`` is stable and typed; ``recoverable``: whether a retry may help."""
 
     code: str
     message: str = ""
@@ -240,14 +240,14 @@ class Failed(Event, tag="failed"):
 
 
 class Cancelled(Event, tag="cancelled"):
-    """Terminal: stopped by wish (``reason``: ``requested`` or ``disconnected``)."""
+    """Terminal: cancelled (``reason``: ``requested`` or ``disconnected``)."""
 
     reason: str
     counted: Counted = Counted()
 
 
 class Interrupted(Event, tag="interrupted"):
-    """Terminal: its producer was lost and another one closed it."""
+    """Terminal: its producer was lost and another producer closed it."""
 
     reason: str
     counted: Counted = Counted()
@@ -260,10 +260,10 @@ _TERMINALS = (Completed, Failed, Cancelled, Interrupted)
 
 
 def is_terminal(event: Event) -> bool:
-    """Tell whether ``event`` ends its generation."""
+    """Return whether ``event`` ends its generation."""
     return isinstance(event, _TERMINALS)
 
 
 def type_of(event: Event) -> str:
-    """Return the event's ``type`` as it stands in the log."""
+    """Return the event's ``type`` as stored in the log."""
     return str(type(event).__struct_config__.tag)

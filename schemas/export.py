@@ -1,7 +1,7 @@
-"""Writes what other languages need to speak with Tailrace: ``python -m schemas.export [--check]``.
+"""Export the schemas for clients in other languages: ``python -m schemas.export [--check]``.
 
 JSON Schemas (draft 2020-12) of events and records go into ``schemas/json``, the AsyncAPI document of the subjects into
-``schemas/asyncapi.json``. ``--check`` writes nothing and exits with 1 when a file is not what it would write.
+``schemas/asyncapi.json``. ``--check`` writes nothing and exits with 1 when a file is out of date.
 """
 
 import argparse
@@ -37,7 +37,7 @@ _TYPES: Final[dict[str, Any]] = {
 
 
 def documents() -> dict[str, str]:
-    """Return each exported file's text by its path within this folder; the same on every run."""
+    """Return the text of each exported file by its path in this folder; deterministic."""
     files = {f"json/{name}.json": _text(_schema(name, type_)) for name, type_ in sorted(_TYPES.items())}
     return {**files, "asyncapi.json": _text(asyncapi())}
 
@@ -54,7 +54,7 @@ def _schema(name: str, type_: Any) -> dict[str, Any]:
 
 
 def _tidy(value: Any) -> Any:
-    """Return a part of a schema with its docstrings' indentation removed."""
+    """Return a part of a schema with the indentation of its descriptions removed."""
     if isinstance(value, dict):
         return {
             k: inspect.cleandoc(v) if k == "description" and isinstance(v, str) else _tidy(v) for k, v in value.items()
@@ -67,7 +67,7 @@ def _text(document: dict[str, Any]) -> str:
 
 
 def stale(folder: Path) -> list[str]:
-    """Return the paths within ``folder`` that differ from what would be written, are missing, or are left over."""
+    """Return the paths in ``folder`` that are out of date, missing, or no longer exported."""
     wanted = documents()
     kept = {f"json/{path.name}" for path in (folder / "json").glob("*.json")}
     wrong = {path for path, text in wanted.items() if _read(folder / path) != text}

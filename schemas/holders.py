@@ -1,18 +1,18 @@
-"""Who runs a request: asked by a producer that is given one which another producer has begun."""
+"""Question of a producer, on redelivery of a request, whether the producer that claimed it still runs it."""
 
 from typing import Final
 
 __all__ = ["HELD", "asked_claim", "holder_question"]
 
 HELD: Final = b"held"
-"""The answer of the producer that has begun it and goes on with it. Nobody else answers."""
+"""Answer of the producer that holds the claim and still runs the request. No other producer answers."""
 
 
 def holder_question(claim: int) -> bytes:
-    """Return the question who has begun a request; ``claim``: stream sequence of the record that says so."""
+    """Return the question for the holder of a claim; ``claim``: stream sequence of the claim's record."""
     return b"%d" % claim
 
 
 def asked_claim(question: bytes) -> int | None:
-    """Return the claim that a question names; ``None`` for anything else."""
+    """Return the claim in a question, or ``None`` for any other message."""
     return int(question) if question.isdigit() else None

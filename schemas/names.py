@@ -1,4 +1,4 @@
-"""Names: those that may stand in a NATS subject, and those that people read."""
+"""Validate names: tokens of NATS subjects, and names shown to people."""
 
 import re
 
@@ -10,7 +10,7 @@ _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 class InvalidName(ValueError):
-    """A tenant, session, generation or pool name that cannot be one token of a subject."""
+    """A tenant, session, generation or pool name that is not a valid subject token."""
 
     def __init__(self, role: str, value: object) -> None:
         self.role = role
@@ -22,10 +22,10 @@ class InvalidName(ValueError):
 
 
 def check_name(role: str, value: str) -> str:
-    """Return ``value`` when it is safe as one subject token; ``role`` names it in the error.
+    """Return ``value`` if it is a valid subject token; ``role`` names it in the error.
 
     Raises:
-        InvalidName: it is empty, too long, or has a character outside ``[A-Za-z0-9_-]``.
+        InvalidName: ``value`` is empty, too long, or has a character outside ``[A-Za-z0-9_-]``.
     """
     if not isinstance(value, str) or _NAME.fullmatch(value) is None:
         raise InvalidName(role, value)
@@ -33,19 +33,19 @@ def check_name(role: str, value: str) -> str:
 
 
 class ControlCharacter(ValueError):
-    """A name that people read, in terminals, logs and tables, holds a control character or a line separator."""
+    """A name shown in terminals, logs and tables contains a control character or a line separator."""
 
     def __init__(self, role: str, value: str, character: str) -> None:
         self.role = role
         self.value = value
-        super().__init__(f"{role} {value[:80]!r} holds the control character U+{ord(character):04X}: names have none")
+        super().__init__(f"{role} {value[:80]!r} contains the control character U+{ord(character):04X}: remove it")
 
 
 def check_readable(role: str, value: str) -> str:
-    """Return ``value`` when it has no control characters; ``role`` names it in the error.
+    """Return ``value`` if it has no control characters; ``role`` names it in the error.
 
     Raises:
-        ControlCharacter: it has one.
+        ControlCharacter: ``value`` has one.
     """
     found = _CONTROL.search(value)
     if found is not None:

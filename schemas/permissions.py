@@ -1,7 +1,7 @@
-"""What each service may publish and hear on NATS, as data: exactly the subjects it needs. Pure.
+"""Permissions of each service on NATS, as data: exactly the subjects it needs. Pure.
 
-`users_config` writes them as the `authorization` block of a nats-server configuration. The services themselves neither
-create nor change streams: the user ``setup`` does (``tailrace topology apply``).
+`users_config` renders them as the `authorization` block of a nats-server configuration. The services themselves do not
+create or change streams: the user ``setup`` does (``tailrace topology apply``).
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,8 +41,8 @@ _PASSWORDS: Final = {user: f"NATS_{user.upper()}_PASSWORD" for user in USERS}
 class Permissions(msgspec.Struct, frozen=True):
     """Subjects that a user may publish to and subscribe to.
 
-    ``denied``: what it may not publish to, although ``publish`` covers it. ``replies``: whether it may answer a request
-    that it hears, under whatever subject that asks for.
+    ``denied``: exceptions from ``publish``. ``replies``: whether it may answer a received request on the request's
+    reply subject.
     """
 
     publish: tuple[str, ...]
@@ -101,7 +101,9 @@ def _delivery(topology: Topology) -> Permissions:
     return Permissions(
         publish=(
             *(f"{REQUESTS_PREFIX}.{lane}.*" for lane in _lanes(topology)),
-            *(f"$JS.API.STREAM.MSG.{verb}.{REQUESTS}" for verb in ("GET", "DELETE")),  # what was refused is taken back
+            *(
+                f"$JS.API.STREAM.MSG.{verb}.{REQUESTS}" for verb in ("GET", "DELETE")
+            ),  # a refused request is removed from the queue
             "control.*.*.*",
             RESERVE_SUBJECT,
             RELEASE_SUBJECT,
@@ -150,12 +152,12 @@ def _billing(topology: Topology) -> Permissions:
 
 
 def _consumers_reset(consumers: Sequence[tuple[str, str]]) -> list[str]:
-    """Make one's own consumers anew, when their position is beyond their stream."""
+    """Return the subjects to re-create the service's own consumers when their position is beyond their stream."""
     return [f"$JS.API.CONSUMER.{verb}.{stream}.{own}" for stream, own in consumers for verb in ("CREATE", "DELETE")]
 
 
 def _consumers_kept(streams: Sequence[str]) -> list[str]:
-    """Make, look at, pause, read and remove durable consumers of these streams."""
+    """Return the subjects to create, inspect, pause, read and delete durable consumers of these streams."""
     return [
         subject
         for stream in streams
@@ -168,7 +170,7 @@ def _consumers_kept(streams: Sequence[str]) -> list[str]:
 
 
 def _foreign_consumers(topology: Topology) -> tuple[str, ...]:
-    """Return what touches billing's consumers: a permission cannot name consumers by how their names begin."""
+    """Return the subjects of billing's consumers, listed one by one: a permission cannot match a name prefix."""
     consumers = [f"{token_stream(p)}.{billing_durable(p)}" for p in topology.logs]
     verbs = ("CREATE", "DELETE", "PAUSE", "MSG.NEXT")
     return tuple(
@@ -187,7 +189,7 @@ def _inbox(user: str) -> str:
 
 
 def _topology_read(topology: Topology) -> list[str]:
-    """See that everything exists, and how full it is."""
+    """Return the subjects to check that all streams exist, and to read their fill level."""
     return [
         "$JS.API.STREAM.NAMES",
         *(f"$JS.API.STREAM.INFO.{stream.name}" for stream in topology.streams()),
@@ -210,7 +212,7 @@ def _bucket_read(bucket: str) -> list[str]:
 
 
 def _bucket_watched(bucket: str) -> list[str]:
-    """Follow a bucket: through an ephemeral consumer that the client makes, asks about and deletes."""
+    """Return the subjects to watch a bucket through an ephemeral consumer that the client creates and deletes."""
     stream = bucket_stream(bucket)
     verbs = ("CREATE", "INFO", "DELETE")
     return [

@@ -1,4 +1,4 @@
-"""A request for a generation, as it waits in the work queue, and the look-up record of a generation."""
+"""A request for a generation, as queued, and the look-up record of a generation."""
 
 from typing import Annotated, Any, Final, Literal
 
@@ -24,20 +24,20 @@ __all__ = [
 ]
 
 ENVELOPE: Final = 65_536
-"""Bytes that a request may have in the work queue, or in a message of a WebSocket, beside the body of its client."""
+"""Bytes added to the client's body at most, in the work queue or in a WebSocket message."""
 LARGEST_PAYLOAD: Final = 64 * 1024 * 1024
-"""The largest ``max_payload`` that nats-server takes."""
+"""The largest ``max_payload`` that nats-server accepts."""
 GenerationState = Literal[
     "queued", "running", "cancelling", "completed", "failed", "cancelled", "interrupted", "deleted"
 ]
-"""``deleted``: its session was; the record stays for a while so that its name is not used again, and is not listed."""
+"""``deleted``: its session was deleted; the record is kept unlisted for a while so that its name is not reused."""
 
 
 class Message(msgspec.Struct, omit_defaults=True):
     """One message of the conversation. ``content`` is text, or a list of parts in the OpenAI chat form.
 
     ``tool_calls``, ``tool_call_id``, ``name``, ``refusal``, ``annotations`` and ``audio`` are those of the OpenAI chat
-    form; each provider's dialect translates. What a provider wants back of its own answers goes to it unchanged:
+    form; each provider's dialect translates. Parts of a provider's earlier answers are sent back to it unchanged:
     Anthropic's blocks as parts of ``content`` (``thinking`` with its ``signature``, ``redacted_thinking``, blocks of
     tools that it runs itself), ``reasoning_details`` (OpenRouter), ``reasoning_content`` or ``reasoning`` (DeepSeek,
     vLLM and others), ``thinking_blocks`` (LiteLLM), ``extra_content`` (Gemini, here and in ``tool_calls``),
@@ -61,7 +61,7 @@ class Message(msgspec.Struct, omit_defaults=True):
 
 
 class CancelAfter(msgspec.Struct, forbid_unknown_fields=True):
-    """Cancel the generation when nobody has listened for this many seconds."""
+    """Cancel the generation after this many seconds without a subscriber."""
 
     cancel_after: Annotated[float, msgspec.Meta(ge=0)]
 
@@ -75,7 +75,7 @@ class RequestDeadlines(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
     """A request's own deadlines in seconds, each within bounds; ``None`` keeps the model's.
 
     ``connect``: until the provider's answer begins. ``first_token``: from the call to the first token.
-    ``between_tokens``: between two tokens. ``total``: of the whole generation, retries included.
+    ``between_tokens``: between two tokens. ``total``: for the whole generation, retries included.
     """
 
     connect: Annotated[float, msgspec.Meta(ge=1, le=30)] | None = None
@@ -85,14 +85,14 @@ class RequestDeadlines(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
 
 
 class Request(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """What a producer needs to run a generation. ``created_at`` in seconds since 1970.
+    """A request with all that a producer needs to run the generation. ``created_at``: seconds since 1970.
 
-    ``partition`` keeps the session, as delivery decided; producers never work it out themselves.
+    ``partition``: the session's partition, as determined by delivery; producers never compute it.
 
-    ``key`` names the credential that asked, for bills and limits; ``request_hash`` goes into the look-up record.
-    ``on_producer_loss``: whether a begun answer whose producer or provider was lost is closed, or asked for again from
-    the beginning. ``priority``: who waits longer where something is scarce.
-    ``params`` are sampling and tool parameters in the OpenAI chat form (``temperature``, ``max_tokens``, ``tools`` …).
+    ``key`` names the credential of the request, for bills and limits; ``request_hash`` goes into the look-up record.
+    ``on_producer_loss``: whether a begun answer whose producer or provider was lost is closed, or requested again from
+    the beginning. ``priority``: which requests wait longer when capacity is scarce.
+    ``params``: sampling and tool parameters in the OpenAI chat form (``temperature``, ``max_tokens``, ``tools`` …).
     """
 
     tenant: str
@@ -114,9 +114,9 @@ class Request(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 
 class Announcement(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """What the producers of a pool can call: providers addressed as ``provider/model``, and aliases of such models.
+    """The models that the producers of a pool can call: as ``provider/model``, or by aliases of such models.
 
-    ``models`` lists all models of a provider whose models are fixed; those of any other provider only it knows.
+    ``models`` lists all models of a provider with fixed models; other providers are not listed.
     """
 
     aliases: dict[str, list[str]] = {}
@@ -125,7 +125,7 @@ class Announcement(msgspec.Struct, kw_only=True, omit_defaults=True):
     v: int = VERSION
 
     def knows(self, model: str) -> bool:
-        """Tell whether ``model`` can be resolved; whether the provider has it, only the provider knows."""
+        """Return whether ``model`` can be resolved; the provider may still reject it."""
         provider, slash, rest = model.partition("/")
         if model in self.aliases:
             return True
@@ -134,20 +134,20 @@ class Announcement(msgspec.Struct, kw_only=True, omit_defaults=True):
         return rest in self.models.get(provider, (rest,))
 
     def names(self) -> list[str]:
-        """Return what can be asked for: aliases, the models of providers that list them, and ``provider/…``."""
+        """Return the names to request: aliases, listed models, and ``provider/…`` for providers without a list."""
         listed = [f"{provider}/{model}" for provider, models in sorted(self.models.items()) for model in models]
         return [*sorted(self.aliases), *listed, *(f"{name}/…" for name in self.providers if name not in self.models)]
 
     def candidates(self, model: str) -> list[str]:
-        """Return who may answer to a model's name, as ``provider/model``."""
+        """Return the candidates for a model's name, as ``provider/model``."""
         return self.aliases.get(model) or ([model] if self.knows(model) else [])
 
 
 class GenerationRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """State of a generation for look-ups and lists; the log is the truth. Times in seconds since 1970.
+    """State of a generation for look-ups and lists; the log is authoritative. Times in seconds since 1970.
 
-    ``key`` names the credential that asked.
-    ``request_hash`` recognises a repeated ``Idempotency-Key`` that came with another body.
+    ``key`` names the credential of the request.
+    ``request_hash`` detects a repeated ``Idempotency-Key`` with another body.
     """
 
     tenant: str
@@ -171,10 +171,10 @@ class GenerationRecord(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 
 class DeletedSession(msgspec.Struct, kw_only=True):
-    """A session that was deleted, as the look-up bucket keeps it as long as the log would have kept its events.
+    """A deleted session. The look-up bucket keeps it as long as the log would have kept its events.
 
     ``partition`` and ``incarnation``: the stream that kept it; ``through``: the last stream sequence that may have been
-    one of its events. ``deleted_at`` in seconds since 1970.
+    one of its events. ``deleted_at``: seconds since 1970.
     """
 
     tenant: str

@@ -1,4 +1,4 @@
-"""How services find out, and tell each other, whether the broker stores what it is sent. Pure."""
+"""Subjects with which services detect, and report to each other, that the broker refuses to store. Pure."""
 
 from typing import Final
 
@@ -7,17 +7,17 @@ from schemas.topology import BUCKET, REGISTRY_BUCKET
 __all__ = ["REFUSED_SUBJECT", "probe_subjects", "probes"]
 
 REFUSED_SUBJECT: Final = "storage.refused"
-"""Core subject on which a service says that something it sent has not been stored."""
+"""Core subject on which a service reports that the broker has not stored its message."""
 _PROBE: Final = "$KV.{bucket}.probe.{service}"
 
 
 def probe_subjects(service: str) -> tuple[str, ...]:
-    """Return the subjects that a service writes to: one in each bucket that it may write."""
+    """Return the subjects of a service's probes: one in each bucket that it may write."""
     buckets = (REGISTRY_BUCKET,) if service == "billing" else (REGISTRY_BUCKET, BUCKET)
-    # Fewer tokens than a record's key has, so that no list of records finds it.
+    # Fewer tokens than a record's key, so that no list of records contains it.
     return tuple(_PROBE.format(bucket=bucket, service=service) for bucket in buckets)
 
 
 def probes(service: str) -> tuple[str, ...]:
-    """Return what a service publishes to for all of this."""
+    """Return all storage subjects that a service publishes to."""
     return (*probe_subjects(service), REFUSED_SUBJECT)

@@ -1,4 +1,4 @@
-"""Subjects: built, validated and parsed in this one place."""
+"""Build, validate and parse NATS subjects."""
 
 import hashlib
 import re
@@ -45,7 +45,7 @@ class InvalidSubject(ValueError):
 
 
 class Address(NamedTuple):
-    """Where a generation lives. ``partition`` follows from tenant and session (see `schemas.partitions`)."""
+    """The address of a generation. ``partition`` follows from tenant and session (see `schemas.partitions`)."""
 
     partition: int
     tenant: str
@@ -54,19 +54,19 @@ class Address(NamedTuple):
 
     @classmethod
     def of(cls, tenant: str, session: str, generation: str, partitions: int) -> "Address":
-        """Return the address of a generation where the number of partitions never changed, its names checked.
+        """Return the address of a generation under a constant number of partitions.
 
         Raises:
-            InvalidName: a name cannot stand in a subject.
+            InvalidName: a name is not a valid subject token.
         """
         return cls.at(partition_of(tenant, session, partitions), tenant, session, generation)
 
     @classmethod
     def at(cls, partition: int, tenant: str, session: str, generation: str) -> "Address":
-        """Return the address of a generation in a known partition, its names checked.
+        """Return the address of a generation in a known partition.
 
         Raises:
-            InvalidName: a name cannot stand in a subject.
+            InvalidName: a name is not a valid subject token.
         """
         check_name("tenant", tenant)
         check_name("session", session)
@@ -88,7 +88,7 @@ def token_subject(address: Address) -> str:
 
 
 def partition_filter(partition: int) -> str:
-    """Return the filter of all events that a partition's log keeps."""
+    """Return the filter of all events in a partition's log."""
     return f"tokens.{partition}.*.*.*"
 
 
@@ -96,7 +96,7 @@ def log_filter(partition: int, tenant: str, session: str, generation: str = "*")
     """Return the filter for the stored events of a session, or of one of its generations.
 
     Raises:
-        InvalidName: tenant or session is no name, or the generation neither a name nor ``*``.
+        InvalidName: tenant or session is not a valid name, or the generation is neither a name nor ``*``.
     """
     return f"tokens.{partition}.{_within_session(tenant, session, generation)}"
 
@@ -105,23 +105,23 @@ def live_filter(partition: int, tenant: str, session: str, generation: str = "*"
     """Return the core subject on which stored events of a session are republished.
 
     Raises:
-        InvalidName: tenant or session is no name, or the generation neither a name nor ``*``.
+        InvalidName: tenant or session is not a valid name, or the generation is neither a name nor ``*``.
     """
     return f"live.{partition}.{_within_session(tenant, session, generation)}"
 
 
 def _within_session(tenant: str, session: str, generation: str) -> str:
-    # A wildcard that came in from outside must never widen what is read beyond one session.
+    # A wildcard in untrusted input must never widen a filter beyond one session.
     if generation != "*":
         check_name("generation", generation)
     return f"{check_name('tenant', tenant)}.{check_name('session', session)}.{generation}"
 
 
 def parse_address(subject: str) -> Address:
-    """Return the address that a ``tokens.…`` or ``live.…`` subject names.
+    """Parse the address in a ``tokens.…`` or ``live.…`` subject.
 
     Raises:
-        InvalidSubject: it is not such a subject.
+        InvalidSubject: ``subject`` is not such a subject.
     """
     match = _ADDRESS.fullmatch(subject)
     if match is None:
@@ -131,32 +131,32 @@ def parse_address(subject: str) -> Address:
 
 
 def lane_of(pool: str, priority: str) -> str:
-    """Return the lane in which a pool's requests of a priority wait: the pool's own, or beside it that for batch."""
+    """Return the lane of a pool's requests of a priority: the pool's own, or its batch lane."""
     return pool if priority == "interactive" else f"{pool}-{priority}"
 
 
 def request_subject(pool: str, generation: str) -> str:
-    """Return the work-queue subject of one request; at most one message of a generation can wait there."""
+    """Return the work-queue subject of one request; it keeps at most one message per generation."""
     return f"{REQUESTS_PREFIX}.{check_name('pool', pool)}.{check_name('generation', generation)}"
 
 
 def dead_subject(pool: str, generation: str) -> str:
-    """Return the subject under which a request rests that no producer could run."""
+    """Return the subject of a dead request."""
     return f"dead.{check_name('pool', pool)}.{check_name('generation', generation)}"
 
 
 def dead_filter(pool: str) -> str:
-    """Return the filter of a pool's requests that no producer could run."""
+    """Return the filter of a pool's dead requests."""
     return f"dead.{check_name('pool', pool)}.*"
 
 
 def consumer_subject(kind: str, tenant: str, name: str, event: str) -> str:
-    """Return the subject of an event kept for a service's consumer: a ``dead`` one, or one to be given ``again``."""
+    """Return the subject of an event kept for a service's consumer: ``dead``, or to be delivered ``again``."""
     return f"consumers.{kind}.{_of_consumer(tenant, name)}.{check_name('event', event)}"
 
 
 def consumer_filter(kind: str, tenant: str, name: str) -> str:
-    """Return the filter of all events of a kind that are kept for a service's consumer."""
+    """Return the filter of all events of a kind kept for a service's consumer."""
     return f"consumers.{kind}.{_of_consumer(tenant, name)}.*"
 
 
@@ -170,10 +170,10 @@ def request_filter(pool: str) -> str:
 
 
 def control_subject(tenant: str, session: str, generation: str) -> str:
-    """Return the core subject on which the running producer of a generation hears control messages.
+    """Return the core subject on which the running producer of a generation receives control messages.
 
     Raises:
-        InvalidName: a name cannot stand in a subject.
+        InvalidName: a name is not a valid subject token.
     """
     return f"control.{_one_generation(tenant, session, generation)}"
 
@@ -182,16 +182,16 @@ def holder_subject(tenant: str, session: str, generation: str) -> str:
     """Return the core subject on which a producer is asked whether it runs a generation.
 
     Raises:
-        InvalidName: a name cannot stand in a subject.
+        InvalidName: a name is not a valid subject token.
     """
     return f"holder.{_one_generation(tenant, session, generation)}"
 
 
 def presence_subject(tenant: str, session: str, generation: str) -> str:
-    """Return the core subject whose interest tells that somebody listens to a generation.
+    """Return the core subject whose interest shows that a generation has a subscriber.
 
     Raises:
-        InvalidName: a name cannot stand in a subject.
+        InvalidName: a name is not a valid subject token.
     """
     return f"presence.{_one_generation(tenant, session, generation)}"
 
@@ -200,7 +200,7 @@ def presence_filter(tenant: str, session: str, generation: str = "*") -> str:
     """Return the presence subject of a generation, or of all generations of a session.
 
     Raises:
-        InvalidName: a name cannot stand in a subject.
+        InvalidName: a name is not a valid subject token.
     """
     if generation != "*":
         return presence_subject(tenant, session, generation)
@@ -211,7 +211,7 @@ def generation_key(tenant: str, session: str, generation: str) -> str:
     """Return the key of a generation in the look-up bucket.
 
     Raises:
-        InvalidName: a name cannot stand in a subject.
+        InvalidName: a name is not a valid subject token.
     """
     return _one_generation(tenant, session, generation)
 
@@ -220,16 +220,16 @@ def session_key(tenant: str, session: str) -> str:
     """Return the key of a deleted session in the look-up bucket.
 
     Raises:
-        InvalidName: a name cannot stand in a subject.
+        InvalidName: a name is not a valid subject token.
     """
     return f"{check_name('tenant', tenant)}.{check_name('session', session)}"
 
 
 def deleted_subject(tenant: str, session: str) -> str:
-    """Return the core subject on which replicas of delivery hear that a session was deleted.
+    """Return the core subject that notifies delivery's replicas of a deleted session.
 
     Raises:
-        InvalidName: a name cannot stand in a subject.
+        InvalidName: a name is not a valid subject token.
     """
     return f"deleted.{session_key(tenant, session)}"
 

@@ -1,4 +1,4 @@
-"""Streams, consumers and buckets as data; applied idempotently by whoever starts first."""
+"""Streams, consumers and buckets as data; the first process to start applies them idempotently."""
 
 from typing import Final
 
@@ -34,10 +34,10 @@ CONSUMERS: Final = "CONSUMERS"
 REGISTRY_BUCKET: Final = "registry"
 CREDENTIALS_BUCKET: Final = "credentials"
 COUNTERS: Final = "COUNTERS"
-COUNTED_SECONDS: Final = 600.0  # a counter that nothing has changed for so long is gone
+COUNTED_SECONDS: Final = 600.0  # counters expire after this time without a change
 DELIVERED: Final = "DELIVERED"
 DELIVERED_DURABLE: Final = "billing-delivered"
-"""Billing's durable consumer of what delivery reports to have sent."""
+"""Billing's durable consumer of the delivery reports."""
 DEAD: Final = "REQUESTS_DEAD"
 REQUESTS: Final = "REQUESTS"
 
@@ -48,7 +48,7 @@ def token_stream(partition: int) -> str:
 
 
 def token_partition(stream: str) -> int | None:
-    """Return the partition whose events a stream keeps; ``None`` for a stream of another kind."""
+    """Return the partition whose events a stream keeps, or ``None`` for another kind of stream."""
     prefix, _, number = stream.partition("_")
     return int(number) if prefix == "TOKENS" and number.isdecimal() else None
 
@@ -59,7 +59,7 @@ def bucket_stream(bucket: str) -> str:
 
 
 def producers_durable(pool: str) -> str:
-    """Return the name of the durable consumer that a pool of producers shares."""
+    """Return the name of the durable consumer shared by a pool of producers."""
     return f"producers-{pool}"
 
 
@@ -69,12 +69,12 @@ def billing_durable(partition: int) -> str:
 
 
 def service_durable(tenant: str, name: str) -> str:
-    """Return the name of a service's durable consumer; no two pairs of tenant and name have the same."""
+    """Return the name of a service's durable consumer, unique for each pair of tenant and name."""
     return f"svc-{len(tenant)}-{tenant}-{name}"
 
 
 def service_of(durable: str) -> tuple[str, str] | None:
-    """Return tenant and name of a service's durable consumer; ``None`` for one of another kind."""
+    """Return tenant and name of a service's durable consumer, or ``None`` for another kind of consumer."""
     kind, _, rest = durable.partition("-")
     length, _, names = rest.partition("-")
     if kind != "svc" or not length.isdecimal():
@@ -86,9 +86,9 @@ def service_of(durable: str) -> tuple[str, str] | None:
 class StreamSpec(msgspec.Struct, frozen=True, kw_only=True):
     """A JetStream stream. Ages in seconds, sizes in bytes; ``-1`` means no bound.
 
-    ``refuses``: a full stream refuses new messages; otherwise it drops its oldest ones. ``bucket``: it keeps the newest
-    message of each subject, as a key-value bucket does. ``counter``: each subject is a number that messages change; it
-    is kept in memory alone.
+    ``refuses``: a full stream refuses new messages instead of dropping its oldest ones. ``bucket``: keep only the
+    newest message of each subject, as a key-value bucket. ``counter``: each subject is a number that messages change,
+    kept only in memory.
     """
 
     name: str
@@ -122,10 +122,10 @@ class ConsumerSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Topology(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that must exist on the broker before a service can work.
+    """The streams, consumers and buckets that the services need on the broker.
 
-    ``kept``: partitions beyond the present count whose streams exist, from a time when there were more of them.
-    ``managed``: whether to create and change what is missing or different, or only to wait until all of it exists.
+    ``kept``: partitions above the present count whose streams still exist from a higher count.
+    ``managed``: create missing objects and update different ones; otherwise only wait until all exist.
     """
 
     partitions: int = 1
@@ -140,13 +140,13 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def logs(self) -> tuple[int, ...]:
-        """The partitions that there are: those of the present count, and those kept."""
+        """Return all partitions: those of the present count, and those kept."""
         return (*range(self.partitions), *(p for p in self.kept if p >= self.partitions))
 
     def streams(self) -> list[StreamSpec]:
-        """Return the streams: a log per partition, the work queue, what is dead or delivered, counters, and buckets.
+        """Return the streams: a log per partition, work queue, dead requests, delivery reports, counters, and buckets.
 
-        A log that is bounded in bytes refuses events when it is full: it never drops those of a running answer.
+        A log bounded in bytes refuses events when it is full, so it never drops those of a running answer.
         """
         logs = [
             StreamSpec(
@@ -196,9 +196,9 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
         ]
 
     def _consumed(self) -> StreamSpec:
-        """Return what keeps the events that a service could not handle, and those it is to be given again.
+        """Return the stream of the services' dead events, and of events to be delivered again.
 
-        A work queue: what is given again is removed when it is acknowledged; dead events have no consumer and stay.
+        It is a work queue: a redelivered event is removed when acknowledged; dead events have no consumer and stay.
         """
         return StreamSpec(
             name=CONSUMERS,
@@ -232,7 +232,7 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def consumers(self) -> list[ConsumerSpec]:
-        """Return the durable consumers: the producers' work queue, billing's of each partition and of deliveries."""
+        """Return the durable consumers: of the work queue, and billing's of each partition and of delivery reports."""
         return [*self.producers(), *(self.billing(p) for p in self.logs), self.delivered()]
 
     def producers(self) -> list[ConsumerSpec]:
@@ -249,7 +249,7 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
         ]
 
     def delivered(self) -> ConsumerSpec:
-        """Return billing's durable consumer of what was delivered."""
+        """Return billing's durable consumer of the delivery reports."""
         return ConsumerSpec(
             stream=DELIVERED,
             durable=DELIVERED_DURABLE,

@@ -1,8 +1,8 @@
 """Token usage, normalised over providers.
 
-The classes are nested in counting, as OpenAI reports them: ``input`` is *all* input tokens and includes
-``cached_input`` and ``cache_write``, which includes ``cache_write_1h``; ``output`` is *all* output tokens and includes
-``reasoning``. Dialects that count otherwise are converted when parsed.
+The token classes are nested, as OpenAI reports them: ``input`` is *all* input tokens and includes ``cached_input`` and
+``cache_write``, which includes ``cache_write_1h``; ``output`` is *all* output tokens and includes ``reasoning``.
+Dialects that count otherwise are converted when parsed.
 """
 
 from decimal import Decimal
@@ -29,13 +29,13 @@ __all__ = [
 ]
 
 MAX_NUMBER = 2**53 - 1
-"""The largest whole number that JSON carries exactly to every language; a database column holds it too."""
+"""The largest integer that JSON represents exactly in every language; it also fits a database column."""
 
 Number = Annotated[int, msgspec.Meta(ge=0, le=MAX_NUMBER)]
-"""A count or an index. Only reading checks the bounds."""
+"""A count or an index. The bounds are checked only when decoding."""
 
 Epoch = Annotated[int, msgspec.Meta(ge=1, le=MAX_NUMBER)]
-"""Which attempt of a producer: 1, 2 …"""
+"""The attempt of a producer: 1, 2 …"""
 
 UNREADABLE: Final = "usage_unreadable"
 INCONSISTENT: Final = "usage_inconsistent"
@@ -43,22 +43,22 @@ TOTAL: Final = "usage_total"
 SHRUNK: Final = "usage_shrunk"
 AUDIO: Final = "audio_tokens"
 USAGE_REASONS: Final = (UNREADABLE, INCONSISTENT, TOTAL, SHRUNK, AUDIO)
-"""Why a report may be wrong as it was read.
+"""Reasons why a parsed report may be wrong.
 
-``usage_unreadable``: something in it was no number in range and was left out. ``usage_inconsistent``: a class was
-larger than the one it is part of, which was raised to hold it. ``usage_total``: the provider's total is not the sum of
-its classes; what a larger total holds beyond them counts as reasoning. ``usage_shrunk``: a later report of the same
-answer told less; the larger numbers hold. ``audio_tokens``: it has audio tokens, which are priced as text.
+``usage_unreadable``: a value was not a number in range and was omitted. ``usage_inconsistent``: a class was larger than
+the class that contains it, which was raised. ``usage_total``: the provider's total is not the sum of its classes; the
+excess of a larger total counts as reasoning. ``usage_shrunk``: a later report of the same answer had smaller numbers;
+the larger ones are kept. ``audio_tokens``: it has audio tokens, which are priced as text.
 """
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a provider says that a generation used, in tokens.
+    """The usage of a generation as its provider reports it, in tokens.
 
     ``cache_write`` counts all tokens written to a prompt cache, ``cache_write_1h`` those of them that are kept for an
-    hour. ``cost`` is an exact decimal number in ``currency``, as text, where the provider states one (OpenRouter).
-    ``billed_input`` and ``billed_output`` are set where a provider bills other numbers than it processed (Cohere).
-    ``reasons``: out of `USAGE_REASONS`. ``raw`` keeps the provider's own object unchanged.
+    hour. ``cost`` is an exact decimal number in ``currency``, as text, if the provider states one (OpenRouter).
+    ``billed_input`` and ``billed_output`` are set if a provider bills other numbers than it processed (Cohere).
+    ``reasons``: a subset of `USAGE_REASONS`. ``raw`` keeps the provider's own object unchanged.
     """
 
     input: Number = 0
@@ -76,18 +76,18 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @property
     def blank(self) -> bool:
-        """Whether it counts nothing and states no cost."""
+        """Return whether all counts are zero and no cost is stated."""
         return self.cost is None and not (
             any(getattr(self, name) for name in COUNTS) or self.billed_input or self.billed_output
         )
 
 
 COUNTS: Final = ("input", "output", "cached_input", "cache_write", "cache_write_1h", "reasoning")
-"""Fields of `Usage` that count tokens processed."""
+"""Fields of `Usage` that count processed tokens."""
 
 
 def nested(usage: Usage) -> Usage:
-    """Return ``usage`` with every class at least as large as its parts; a change adds ``usage_inconsistent``."""
+    """Return ``usage`` with every class raised to at least its parts; a change adds ``usage_inconsistent``."""
     write = max(usage.cache_write, usage.cache_write_1h)
     held = usage.cached_input + write
     if usage.output >= usage.reasoning and usage.input >= held and write == usage.cache_write:
@@ -106,9 +106,9 @@ def nested(usage: Usage) -> Usage:
 
 
 def grown(earlier: Usage, later: Usage) -> Usage:
-    """Return two cumulative reports of one answer as one: each count is the larger one, the rest is the newest.
+    """Merge two cumulative reports of one answer: the larger of each count, everything else from the later report.
 
-    A count that is smaller later, and not 0, adds ``usage_shrunk``.
+    A count that is smaller in the later report, and not 0, adds ``usage_shrunk``.
     """
     if later.blank:
         return earlier
@@ -131,7 +131,7 @@ def grown(earlier: Usage, later: Usage) -> Usage:
 
 
 def with_reasons(reasons: tuple[str, ...], *more: str) -> tuple[str, ...]:
-    """Return ``reasons`` and those of ``more`` that are not among them, in the order in which they came."""
+    """Return ``reasons`` followed by those of ``more`` that are not among them, in order."""
     return tuple(dict.fromkeys((*reasons, *more)))
 
 
@@ -146,7 +146,7 @@ def _cost(usage: Usage) -> Decimal:
 class Counted(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Tailrace's own count of a generation, in tokens.
 
-    ``exact`` is true where ``encoding`` is the model's own; otherwise the number is an estimate made with ``encoding``.
+    ``exact``: true if ``encoding`` is the model's own; otherwise the count is an estimate made with ``encoding``.
     """
 
     input: Number = 0

@@ -1,8 +1,8 @@
-"""``python -m bench billing``: how many events a second one billing process folds into a database, and at what cost.
+"""``python -m bench billing``: measure throughput and processor time of one billing process folding a log.
 
-A log is filled first: generations that stream side by side, then their usage and their end. Then billing starts from
-nothing and reads all of it: fetch, fold, commit, acknowledge. The processor time of an event says more than events a
-second on a machine that does other things too.
+First a log is filled: generations that stream concurrently, then their usage and their end. Then billing starts with an
+empty database and reads the whole log: fetch, fold, commit, acknowledge. On a shared machine the processor time per
+event is more reliable than events per second.
 """
 
 import os
@@ -51,9 +51,9 @@ output = "10"
 
 
 class Folding(msgspec.Struct, kw_only=True):
-    """One run. ``…_us``: processor microseconds per event, of billing, of the database's server and of the broker.
+    """Result of one run. ``…_us``: processor microseconds per event of billing, the database server and the broker.
 
-    ``right``: as many generations, tokens and ledger entries were found as the log holds.
+    ``right``: the numbers of generations, tokens and ledger entries equal those of the log.
     """
 
     database: str
@@ -68,12 +68,17 @@ class Folding(msgspec.Struct, kw_only=True):
 
 
 @click.command()
-@click.option("--generations", default=3_000, show_default=True, type=click.IntRange(1), help="In the log.")
-@click.option("--deltas", default=60, show_default=True, type=click.IntRange(0), help="Events of each besides three.")
-@click.option("--abreast", default=300, show_default=True, type=click.IntRange(1), help="Streaming side by side.")
-@click.option("--database", "only", multiple=True, type=click.Choice(["sqlite", "postgresql"]), help="Only this.")
+@click.option("--generations", default=3_000, show_default=True, type=click.IntRange(1), help="Generations in the log.")
+@click.option("--deltas", default=60, show_default=True, type=click.IntRange(0), help="Deltas of each generation.")
+@click.option("--abreast", default=300, show_default=True, type=click.IntRange(1), help="Concurrent generations.")
 @click.option(
-    "--questions", type=click.IntRange(1), metavar="GENERATIONS", help="Instead: how long questions take over so many."
+    "--database", "only", multiple=True, type=click.Choice(["sqlite", "postgresql"]), help="Only this database."
+)
+@click.option(
+    "--questions",
+    type=click.IntRange(1),
+    metavar="GENERATIONS",
+    help="Measure queries over this many generations instead.",
 )
 @click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the result as JSON.")
 def billing(
@@ -84,9 +89,9 @@ def billing(
     questions: int | None,
     json_file: Path | None,
 ) -> None:
-    """Measure billing: events folded a second into SQLite and PostgreSQL, and the processor time of each.
+    """Measure billing: events per second folded into SQLite and PostgreSQL, and processor time per event.
 
-    Exit code: 0 all totals right, 1 not so, 2 it could not be run.
+    Exit code: 0 all totals right, 1 wrong totals, 2 the run was not possible.
     """
     shape = Shape(generations=generations, deltas=deltas, abreast=abreast)
     console = Console(width=None if sys.stdout.isatty() else 130)
@@ -105,7 +110,7 @@ def billing(
 
 
 def _question(console: Console, generations: int, databases: tuple[str, ...], json_file: Path | None) -> None:
-    """Show how long questions take, by database."""
+    """Show the latency of queries by database."""
     asked: dict[str, list[Asked]] = {}
     for database in databases:
         folder = Path(tempfile.mkdtemp(prefix="tailrace-bench-billing-"))
@@ -153,7 +158,7 @@ def _fold(database: str, shape: Shape, processes: Processes, server: Postgres | 
     process, port = _start(processes, url, nats)
     broker = processes.all["nats-server"]
     processes.wait(lambda: _position(port) > 0, READY_SECONDS, "billing reads", POLL)
-    # What it took to start does not count, nor what was folded before the first look.
+    # Exclude the start, and the events folded before the first poll.
     first, begun = _position(port), time.monotonic()
     spent = (process.spent().cpu, server.cpu() if server else 0.0, broker.spent().cpu)
     processes.wait(lambda: _position(port) >= shape.events, FOLD_SECONDS, "billing has read all", POLL)
@@ -188,7 +193,7 @@ def _start(processes: Processes, url: str, nats: str) -> tuple[Process, int]:
 
 
 def _position(port: int) -> int:
-    """Return the stream sequence up to which all is applied."""
+    """Return the stream sequence up to which all events are applied."""
     found = _POSITION.search(fetch(f"http://127.0.0.1:{port}/metrics") or b"")
     return int(float(found[1])) if found else 0
 

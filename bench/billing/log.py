@@ -1,4 +1,4 @@
-"""The log that billing is measured with: generations side by side, as producers write them."""
+"""Write the log for billing's measurement: concurrent generations, as producers write them."""
 
 from collections.abc import Iterator
 
@@ -19,7 +19,7 @@ ACKNOWLEDGED = 2_000
 
 
 class Shape(msgspec.Struct, frozen=True, kw_only=True):
-    """How many generations, events of each, and how many of them stream at the same time."""
+    """Number of generations, deltas per generation, and concurrent generations."""
 
     generations: int
     deltas: int
@@ -27,12 +27,12 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def events(self) -> int:
-        """All events of the log."""
+        """Return the number of events in the log."""
         return self.generations * (self.deltas + 3)
 
     @property
     def output(self) -> int:
-        """All output tokens."""
+        """Return the number of output tokens."""
         return self.generations * self.deltas * TOKENS
 
 
@@ -41,7 +41,7 @@ async def fill(broker: Broker, shape: Shape) -> None:
     await broker.apply(Topology())
     for number, (subject, data) in enumerate(_log(shape), 1):
         if number % ACKNOWLEDGED == 0 or number == shape.events:
-            # What the broker has not stored yet is bounded: beyond 10,000 messages it drops some.
+            # Bound the unacknowledged messages: beyond 10,000 the broker drops some.
             await broker.publish_stored(subject, data)
         else:
             await broker.publish(subject, data)

@@ -1,4 +1,4 @@
-"""How long billing's questions take over very many generations."""
+"""Measure the latency of billing's queries over very many generations."""
 
 import asyncio
 import random
@@ -24,16 +24,16 @@ ROUNDS: Final = 9
 CHUNK: Final = 20_000
 TENANTS: Final = 20
 BIG: Final = "t3"
-"""The tenant of nine generations out of ten."""
+"""The tenant of nine out of ten generations."""
 KEYS: Final = 5
-"""Credentials of each tenant."""
+"""Number of credentials per tenant."""
 MODELS: Final = 12
 DAYS: Final = 90
 _START: Final = round(datetime(2026, 1, 1, tzinfo=UTC).timestamp() * 1_000)
 
 
 class Asked(msgspec.Struct, kw_only=True):
-    """One question: the median and the slowest of some rounds, in milliseconds, and how many rows came."""
+    """Result of one query: median and slowest round in milliseconds, and the number of rows."""
 
     question: str
     median_ms: float
@@ -42,7 +42,7 @@ class Asked(msgspec.Struct, kw_only=True):
 
 
 async def ask_many(url: sa.URL, generations: int) -> list[Asked]:
-    """Fill an empty database and ask it: ``generations`` of 12 models over 90 days, nine out of ten of one tenant."""
+    """Fill an empty database and query it: ``generations`` of 12 models over 90 days, nine out of ten of one tenant."""
     async with open_engine(url) as engine:
         await migrate(engine)
         await _fill(engine, generations)

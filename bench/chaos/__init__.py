@@ -1,1 +1,1 @@
-"""A checker in the manner of Jepsen: random faults on the whole system, then proof that nothing promised was broken."""
+"""A Jepsen-style checker: inject random faults into the whole system, then verify its guarantees."""

@@ -1,4 +1,4 @@
-"""What billing was promised: its rows are what the log says, each generation in one status. Pure."""
+"""Check billing's guarantee: its rows agree with the log, each generation in one status. Pure."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ def check_bills(evidence: Evidence) -> Iterator[Violation]:
 
 
 class Call(msgspec.Struct):
-    """What the log tells of one call: our count, and what its provider reported, if anything."""
+    """One call in the log: our count, and its provider's report, if any."""
 
     counted_input: int = 0
     counted_output: int = 0
@@ -47,9 +47,9 @@ class Call(msgspec.Struct):
 
 
 def calls_of(told: Told) -> list[Call]:
-    """Return the generation's calls as the log determines them; the last one is the one that it ended with.
+    """Return the generation's calls according to the log; the generation ended with the last one.
 
-    A restart or a notice names the call that it leaves behind. One that names none leaves what was counted so far.
+    A restart or a notice names the call that it abandons. A restart without a call abandons the events counted so far.
     """
     left: list[Call] = []
     last = Call()
@@ -82,7 +82,7 @@ def _named(named: dict[str, Any]) -> Call:
 
 
 def expected_row(told: Told, exported: Exported | None = None) -> dict[str, Any]:
-    """Return the columns that the log determines, over all calls; an export outweighs what the last one reported."""
+    """Return the columns that the log determines, over all calls; an export overrides the last call's report."""
     row: dict[str, Any] = {"state": "running"}
     for entry in told.accepted:
         row["epoch"], row["next_seq"] = entry.place[0], entry.place[1] + 1

@@ -1,4 +1,4 @@
-"""The promises, each as a function from the evidence of a run to the violations of it. Pure."""
+"""The guarantees, each as a function from the evidence of a run to its violations. Pure."""
 
 import hashlib
 import signal
@@ -18,14 +18,14 @@ from bench.chaos.violation import Violation
 __all__ = ["BOUND", "REST", "RULES", "check", "end_times"]
 
 BOUND: Final = 15.0
-"""Seconds that an end may take beyond the provider's own time and the lease while nothing is broken (see `pace`)."""
+"""Seconds, beyond the provider's own time and the lease, for a generation to end without faults (see `pace`)."""
 REST: Final = 12.0
 """Seconds after a fault that count as disturbed: leaders are elected, processes start, refused requests wait."""
 DRAIN_BOUND: Final = 10.0
 STARTED: Final = 8.0
-"""Seconds after its start during which a process may not have learned yet what to do about SIGTERM."""
+"""Seconds after its start in which a process may not handle SIGTERM yet."""
 UNAVAILABLE: Final = 3
-"""Exit code of a service that starts while the broker is away."""
+"""Exit code of a service that starts while the broker is unavailable."""
 
 
 def check(evidence: Evidence) -> list[Violation]:
@@ -46,7 +46,7 @@ def _ends(evidence: Evidence) -> Iterator[Violation]:
 
 
 def _silence(evidence: Evidence) -> Iterator[Violation]:
-    """No writer goes on after its own terminal, but for usage."""
+    """No writer continues after its own terminal, except for usage."""
     for told in evidence.told.values():
         for terminal in told.terminals:
             epoch, seq = terminal.place
@@ -57,7 +57,7 @@ def _silence(evidence: Evidence) -> Iterator[Violation]:
 
 
 def _writers(evidence: Evidence) -> Iterator[Violation]:
-    """What is stored twice under one epoch and seq is the same, byte for byte: at most one writer has an epoch."""
+    """Messages with the same epoch and seq are byte-identical: at most one writer has an epoch."""
     for told in evidence.told.values():
         first: dict[tuple[int, int], str] = {}
         for entry in told.stored:
@@ -68,7 +68,7 @@ def _writers(evidence: Evidence) -> Iterator[Violation]:
 
 
 def _texts(evidence: Evidence) -> Iterator[Violation]:
-    """A completed answer is what the provider sent in one call, whole; any other is the beginning of it."""
+    """A completed answer is the whole text of one call at the provider; any other is the beginning of one."""
     for name, posted in evidence.posted.items():
         told = evidence.told.get(name)
         if told is None:
@@ -85,11 +85,11 @@ def _texts(evidence: Evidence) -> Iterator[Violation]:
 
 
 def _cancels(evidence: Evidence) -> Iterator[Violation]:
-    """Nothing is cancelled unless somebody asked, or wanted it so when nobody listens."""
+    """No generation is cancelled without a request to cancel it, or its own rule about missing subscribers."""
     asks = evidence.opened.schedule.asks
     asked = {record.generation for record in evidence.cancels}
     asked |= {name for name, posted in evidence.posted.items() if asks[posted.ask].grace is not None}
-    # Also where the client was refused: what is taken back later may have run meanwhile, and nobody listened.
+    # Include refused requests: one that is withdrawn later may have run meanwhile, without subscribers.
     asked |= {_generation(ask) for ask in asks if ask.grace is not None}
     for told in evidence.told.values():
         if told.generation not in asked and any(e.type == "cancelled" for e in told.terminals):
@@ -97,13 +97,13 @@ def _cancels(evidence: Evidence) -> Iterator[Violation]:
 
 
 def _generation(ask: Ask) -> str:
-    """Return the name that a request under this idempotency key gets, which is the same on every replica."""
+    """Return the generation's name under this idempotency key, which is the same on every replica."""
     digest = hashlib.sha256(f"default\0{ask.session}\0{ask.key}".encode()).digest()
     return "gen_" + b32encode(digest)[:26].decode().lower()
 
 
 def end_times(evidence: Evidence) -> dict[str, float]:
-    """Return for each accepted and ended generation how many undisturbed seconds it took to end."""
+    """Return the seconds without faults that each accepted and ended generation took to end."""
     found: dict[str, float] = {}
     for name, posted in evidence.posted.items():
         told = evidence.told.get(name)
@@ -123,7 +123,7 @@ def _deadlines(evidence: Evidence) -> Iterator[Violation]:
 
 
 def _processes(evidence: Evidence) -> Iterator[Violation]:
-    """No process fails by itself, each stops when it is asked to, and none grows beyond its bound."""
+    """No process fails by itself, each stops after SIGTERM, and none exceeds its memory bound."""
     for record in evidence.exited:
         if not record.asked and record.code != UNAVAILABLE:
             yield Violation("crash", record.process, f"exit code {record.code} by itself: {record.output[-600:]}")

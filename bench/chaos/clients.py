@@ -1,4 +1,4 @@
-"""Those who ask, with as much patience as a good client has."""
+"""Clients that request and cancel generations, with the retries of a good client."""
 
 import asyncio
 import contextlib
@@ -22,7 +22,7 @@ AWAY = (aiohttp.ClientError, OSError, TimeoutError)
 
 
 class Accepted(msgspec.Struct):
-    """The part of a 202 that is needed."""
+    """The fields used of a 202 response."""
 
     session: str
     generation: str
@@ -30,7 +30,7 @@ class Accepted(msgspec.Struct):
 
 
 class Client:
-    """Asks for generations and cancels them, at either replica of delivery; tells billing of exports.
+    """Request and cancel generations at any replica of delivery; send exports to billing.
 
     ``replicas``, ``calls`` and ``billings``: addresses for HTTP, for gRPC, and of billing.
     """
@@ -56,7 +56,7 @@ class Client:
         return self.replicas[replica % len(self.replicas)]
 
     async def ask(self, number: int, ask: Ask) -> Accepted | None:
-        """Ask until it is accepted, each time at another replica, with one idempotency key; ``None`` in the end."""
+        """Request until accepted, at alternating replicas and with one idempotency key; return ``None`` on failure."""
         order = Order(
             key=ask.key, tokens=ask.tokens, rate=ask.rate, ending=ask.ending, refusals=ask.refusals, size=ask.size
         )
@@ -100,7 +100,7 @@ class Client:
         return None
 
     async def cancel(self, cancel: Cancel, session: str, generation: str) -> None:
-        """Ask for a cancellation, a few times if it is not taken."""
+        """Request a cancellation; retry a few times if it is not accepted."""
         self.add(CancelAsked(generation=generation))
         for tries in range(10):
             url = f"{self.url(cancel.replica + tries)}/v1/sessions/{session}/generations/{generation}/cancel"
@@ -114,7 +114,7 @@ class Client:
             await asyncio.sleep(0.3)
 
     async def export(self, export: Export, generation: str) -> None:
-        """Bring billing what the provider says later; until it is taken, which may be twice."""
+        """Send a provider's export to billing until it is accepted; billing may accept it twice."""
         row = {"generation": generation, "input": export.input, "output": export.output}
         body = msgspec.json.encode([row])
         for tries in range(40):
@@ -132,7 +132,7 @@ class Client:
             await asyncio.sleep(0.5)
 
     async def set_budget(self, tokens: int) -> None:
-        """Give the tenant a budget, so that every request is asked for and settled; until it is confirmed."""
+        """Set a budget for the tenant, so that every generation is reserved and settled; retry until confirmed."""
         body = {"period": "month", "unit": "tokens", "hard": str(tokens)}
         for tries in range(60):
             url = f"{self._billings[tries % len(self._billings)]}/v1/budgets/all"

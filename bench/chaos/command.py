@@ -31,15 +31,15 @@ __all__ = ["chaos", "parse_seeds"]
 EXIT_WRONG = 1
 EXIT_NOT_RUN = 2
 RUN_BOUND = 600.0
-"""Seconds that a run may take beyond its schedule, before it is given up."""
+"""Seconds beyond its schedule after which a run is aborted."""
 SHOWN = 5
 
 
 def parse_seeds(text: str) -> list[int]:
-    """Return the seeds that ``1-5,9`` names.
+    """Parse seeds such as ``1-5,9``.
 
     Raises:
-        ValueError: it names none.
+        ValueError: ``text`` contains no seeds.
     """
     seeds: list[int] = []
     for part in text.split(","):
@@ -48,29 +48,33 @@ def parse_seeds(text: str) -> list[int]:
             raise ValueError(f"seeds {text!r}: use numbers and ranges like 1-5,9")
         seeds += range(int(first), int(last if dash else first) + 1)
     if not seeds:
-        raise ValueError(f"{text!r} names no seed")
+        raise ValueError(f"seeds {text!r}: there are none, use numbers and ranges like 1-5,9")
     return seeds
 
 
 @click.command(
-    help="""Break the system in random ways and check that it keeps its promises.
+    help="""Inject random faults into the system and check its guarantees.
 
 Each seed is a schedule of generations, subscribers that drop and resume, and faults: processes killed, frozen and
 drained, connections cut, held and slowed. The history is then checked. See docs/chaos.md.
 
-Exit code: 0 no violation, 1 violations, 2 it could not be run.
+Exit code: 0 no violation, 1 violations, 2 the run was not possible.
 """
 )
-@click.option("--seeds", default="1", show_default=True, help="Which schedules: 1-100, or 3,7.")
-@click.option("--seconds", default=60.0, show_default=True, type=click.FloatRange(5), help="How long faults go on.")
+@click.option("--seeds", default="1", show_default=True, help="Seeds of the schedules: 1-100, or 3,7.")
+@click.option("--seconds", default=60.0, show_default=True, type=click.FloatRange(5), help="Duration of the faults.")
 @click.option("--nodes", default="3", show_default=True, type=click.Choice(["1", "3"]), help="Nodes of the broker.")
 @click.option("--fault", "faults", multiple=True, type=click.Choice([*KINDS, "roll"]), help="Only faults of this kind.")
-@click.option("--on", "targets", multiple=True, help="Only faults of these: producer, delivery-0, node …")
+@click.option("--on", "targets", multiple=True, help="Only faults of these targets: producer, delivery-0, node …")
 @click.option("--planted", type=click.Choice(list(BUGS)), help="Start the services with this bug.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the summary as JSON.")
 @click.option("--keep", type=click.Path(path_type=Path), help="Keep histories and logs of all runs in this folder.")
-@click.option("--shrink", "shrink_runs", default=12, show_default=True, help="Runs to find a smaller schedule with.")
-@click.option("--check", "history", type=click.Path(path_type=Path, exists=True), help="Check a kept history again.")
+@click.option(
+    "--shrink", "shrink_runs", default=12, show_default=True, help="Largest number of runs to find a smaller schedule."
+)
+@click.option(
+    "--check", "history", type=click.Path(path_type=Path, exists=True), help="Check a kept history instead of a run."
+)
 def chaos(  # noqa: D103  # the text is that of the decorator
     seeds: str,
     seconds: float,
@@ -118,7 +122,7 @@ def chaos(  # noqa: D103  # the text is that of the decorator
 
 
 class Trial:
-    """Runs seeds and, on a violation, looks for the smallest schedule that shows it."""
+    """Run seeds and, on a violation, search for the smallest schedule that shows it."""
 
     def __init__(self, console: Console, folder: Path, planted: str, shrink_runs: int) -> None:
         self.console = console
@@ -128,7 +132,7 @@ class Trial:
         self._runs = 0
 
     def seed(self, schedule: Schedule) -> Summary:
-        """Run one schedule, check it, and shrink it if need be."""
+        """Run one schedule, check it, and shrink it on a violation."""
         begun = time.monotonic()
         path, evidence, violations = uvloop.run(self._run(schedule, f"seed-{schedule.seed}"))
         summary = summary_of(evidence, violations)
@@ -151,7 +155,7 @@ class Trial:
         return run.history.path, evidence, violations
 
     async def _shrink(self, schedule: Schedule, rule: str, found: Found) -> None:
-        """Look for fewer faults after which the same rule is broken."""
+        """Search for fewer faults that violate the same rule."""
 
         async def shows(faults: list[Fault]) -> bool:
             found.runs += 1
@@ -190,7 +194,7 @@ def _tell(
 
 
 def _stop_in_order() -> None:
-    """Let SIGTERM stop all that was started, as Ctrl-C does."""
+    """Stop all started processes on SIGTERM as on Ctrl-C."""
 
     def interrupt(_signum: int, _frame: object) -> NoReturn:
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""Credentials that expire soon, made anew for every connection."""
+"""Short-lived credentials, new for every connection."""
 
 import secrets
 import time
@@ -13,7 +13,7 @@ SCOPES: Final = "start read cancel consume usage admin"
 
 
 class Credentials:
-    """JSON web tokens that are valid for ``seconds``; ``None``: none are shown."""
+    """JSON web tokens that are valid for ``seconds``; ``None``: no credentials."""
 
     def __init__(self, folder: Path, seconds: float | None) -> None:
         self.seconds = seconds
@@ -23,13 +23,13 @@ class Credentials:
             self.file.write_text(self._secret)
 
     def settings(self) -> dict[str, str]:
-        """Return what services must know."""
+        """Return the services' settings for these credentials."""
         if self.seconds is None:
             return {}
         return {"TAILRACE_AUTH": "required", "TAILRACE_JWT_SECRET_FILE": str(self.file), "TAILRACE_JWT_LEEWAY": "0"}
 
     def headers(self, *, lasting: bool = False) -> dict[str, str]:
-        """Return the header of a request that is made now; ``lasting``: for one that waits long."""
+        """Return the headers of a request made now; ``lasting``: for a request that waits long."""
         if self.seconds is None:
             return {}
         claims = {
@@ -42,5 +42,5 @@ class Credentials:
         return {"Authorization": f"Bearer {jwt.encode(claims, self._secret, algorithm='HS256')}"}
 
     def has_expired(self, status: int, body: bytes) -> bool:
-        """Tell whether an answer says that credentials have expired on the way, as they may where a replica froze."""
+        """Return whether a response reports credentials that expired under way, as may happen at a paused replica."""
         return status == 401 and self.seconds is not None and b"has expired" in body

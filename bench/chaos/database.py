@@ -1,4 +1,4 @@
-"""What billing's database holds, read past billing."""
+"""Read billing's database directly."""
 
 import sqlite3
 from decimal import Decimal
@@ -10,11 +10,11 @@ from bench.chaos.history import Amounts
 __all__ = ["Found", "read_database"]
 
 PLACES: Final = 12
-"""SQLite keeps amounts as whole numbers of 10⁻¹²."""
+"""Decimal places of amounts, which SQLite stores as integers in units of 10⁻¹²."""
 
 
 class Found(NamedTuple):
-    """``applied``: up to where each partition is read. ``settled``: whether nothing waits to be settled."""
+    """Content of the database. ``applied``: position in each partition. ``settled``: nothing is pending."""
 
     applied: dict[int, int]
     rows: list[dict[str, Any]]
@@ -23,11 +23,11 @@ class Found(NamedTuple):
 
 
 def read_database(path: Path) -> Found:
-    """Return what the SQLite file at ``path`` holds; nothing while its tables are not there."""
+    """Return the content of the SQLite file at ``path``; empty while its tables do not exist."""
     connection = sqlite3.connect(path, timeout=10)
     try:
         connection.row_factory = sqlite3.Row
-        connection.execute("BEGIN")  # all of it as it was at one moment: billing goes on meanwhile
+        connection.execute("BEGIN")  # a consistent snapshot: billing continues meanwhile
         applied = {row["partition"]: row["applied"] for row in connection.execute("SELECT * FROM partitions")}
         rows = [dict(row) for row in connection.execute("SELECT * FROM generations")]
         amounts = Amounts(

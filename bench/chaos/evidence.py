@@ -1,4 +1,4 @@
-"""A history, sorted by what it speaks of. Pure."""
+"""The records of a history, grouped by subject. Pure."""
 
 from collections.abc import Iterable
 
@@ -34,14 +34,14 @@ __all__ = ["Call", "Evidence"]
 
 
 class Call(msgspec.Struct):
-    """One call at the provider: what it sent, and how it ended (``open`` while it had not)."""
+    """One call at the provider: the text sent, and how it ended (``open`` if it did not)."""
 
     text: str = ""
     how: str = "open"
 
 
 class Evidence(msgspec.Struct):
-    """All that is known of a run."""
+    """The evidence of a run."""
 
     opened: Opened
     calls: dict[str, dict[int, Call]] = {}
@@ -66,14 +66,14 @@ class Evidence(msgspec.Struct):
 
     @classmethod
     def of(cls, records: Iterable[AnyRecord]) -> "Evidence":
-        """Sort the records of one run.
+        """Group the records of one run.
 
         Raises:
             ValueError: the first record does not open a run.
         """
         every = list(records)
         if not every or not isinstance(every[0], Opened):
-            raise ValueError("this is not the history of a run: its first record must open it")
+            raise ValueError("not the history of a run: the first record must be `opened`")
         found = cls(every[0])
         logged: list[Logged] = []
         for record in every[1:]:
@@ -85,7 +85,7 @@ class Evidence(msgspec.Struct):
         return found
 
     def take(self, record: AnyRecord) -> None:
-        """Put one record to its place."""
+        """Add one record."""
         match record:
             case Sent():
                 self._call(record.key, record.call).text += record.text
@@ -134,7 +134,7 @@ class Evidence(msgspec.Struct):
         return self.calls.setdefault(key, {}).setdefault(number, Call())
 
     def undisturbed(self, begin: float, end: float, rest: float) -> float:
-        """Return how many seconds from ``begin`` to ``end`` no fault was there, nor healed less than ``rest`` ago."""
+        """Return the seconds from ``begin`` to ``end`` without a fault, or one healed less than ``rest`` before."""
         quiet, reached = 0.0, begin
         spans = sorted((hit.t, (end if healed is None else healed) + rest) for hit, healed in self.faults)
         for start, stop in spans:

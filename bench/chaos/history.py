@@ -36,13 +36,13 @@ __all__ = [
 
 
 class Record(msgspec.Struct, tag_field="kind", kw_only=True, omit_defaults=True):
-    """What all records have."""
+    """Fields of all records."""
 
     t: float = 0.0
 
 
 class Opened(Record, tag="opened"):
-    """The run begins; ``wall``: when, in seconds since 1970. ``lease`` and the checker's ``bounds`` follow."""
+    """The run begins at ``wall``, in seconds since 1970. With the ``lease`` and the checker's ``memory`` bounds."""
 
     schedule: Schedule
     wall: float
@@ -60,7 +60,7 @@ class Sent(Record, tag="sent"):
 
 
 class SentEnd(Record, tag="sent_end"):
-    """A call at the provider is over. ``how``: ``end`` (with its end marker), ``cut``, ``error``, ``refused``, or
+    """A call at the provider has ended. ``how``: ``end`` (with its end marker), ``cut``, ``error``, ``refused``, or
     ``left`` when the producer closed it.
     """
 
@@ -70,7 +70,7 @@ class SentEnd(Record, tag="sent_end"):
 
 
 class Posted(Record, tag="posted"):
-    """A request was accepted (202) at ``t``; ``seconds``: how long the provider needs for it."""
+    """A request was accepted (202) at ``t``; ``seconds``: the provider's time for it."""
 
     ask: int
     key: str
@@ -82,14 +82,14 @@ class Posted(Record, tag="posted"):
 
 
 class CancelAsked(Record, tag="cancel"):
-    """A cancellation was asked for (recorded before it is sent); ``status`` of the answer in a second record."""
+    """A cancellation was requested (recorded before it is sent); the response's ``status`` is in a second record."""
 
     generation: str
     status: int = 0
 
 
 class Connected(Record, tag="connected"):
-    """A subscriber has connected with its last id; ``status`` of the answer, 0 when there was none."""
+    """A subscriber has connected with its last id; ``status`` of the response, 0 without one."""
 
     watch: int
     replica: int
@@ -98,9 +98,9 @@ class Connected(Record, tag="connected"):
 
 
 class Got(Record, tag="got"):
-    """A subscriber received an event: its id and its data as they stood on the wire.
+    """A subscriber received an event: its id and its data as on the wire.
 
-    Where the wire has no JSON, ``data`` is empty, and the rest says which event it was, and its text.
+    For a protocol without JSON, ``data`` is empty, and the other fields identify the event and its text.
     """
 
     watch: int
@@ -114,7 +114,7 @@ class Got(Record, tag="got"):
 
 
 class Said(Record, tag="said"):
-    """A subscriber received a control event, or an answer that is none (``event``: ``status``)."""
+    """A subscriber received a control event, or an HTTP error (``event``: ``status``)."""
 
     watch: int
     event: str
@@ -122,14 +122,14 @@ class Said(Record, tag="said"):
 
 
 class Stuck(Record, tag="stuck"):
-    """A subscriber has read nothing of a connection for a while. ``ended``: the server had given it up meanwhile."""
+    """A subscriber has not read from a connection for a while. ``ended``: the server evicted it meanwhile."""
 
     watch: int
     ended: bool
 
 
 class Left(Record, tag="left"):
-    """A subscriber is done. ``complete``: it had everything that it came for, as far as it could tell."""
+    """A subscriber has finished. ``complete``: by its own judgement it received all expected events."""
 
     watch: int
     session: str
@@ -139,7 +139,7 @@ class Left(Record, tag="left"):
 
 
 class Served(Record, tag="served"):
-    """A worker received an event from its durable consumer, for the time ``deliveries``."""
+    """A worker received an event from its durable consumer, as delivery number ``deliveries``."""
 
     worker: int
     consumer: str
@@ -148,7 +148,7 @@ class Served(Record, tag="served"):
 
 
 class Worked(Record, tag="worked"):
-    """A worker's acknowledgements were confirmed: of so many events. ``done``: it is through, with nothing open."""
+    """A worker's acknowledgements were confirmed, with their number. ``done``: it has finished and acknowledged all."""
 
     worker: int
     consumer: str
@@ -157,7 +157,7 @@ class Worked(Record, tag="worked"):
 
 
 class Exported(Record, tag="exported"):
-    """A provider's export was taken (200) by billing."""
+    """A provider's export was accepted (200) by billing."""
 
     generation: str
     input: int
@@ -171,19 +171,19 @@ class Hit(Record, tag="fault"):
 
 
 class Healed(Record, tag="healed"):
-    """A fault is over: processes are started again, connections work."""
+    """A fault has been healed: processes run again, connections work."""
 
     number: int
 
 
 class Quiet(Record, tag="quiet"):
-    """The schedule is over; nothing is broken from here on. ``slowness``: of the machine then."""
+    """The schedule has ended; there are no faults after this. ``slowness``: of the machine at this time."""
 
     slowness: float = 1.0
 
 
 class Exited(Record, tag="exited"):
-    """A process ended. ``asked``: by SIGTERM, after ``seconds``; otherwise by itself. ``age``: how long it had run."""
+    """A process ended. ``asked``: after SIGTERM, within ``seconds``; otherwise by itself. ``age``: its run time."""
 
     process: str
     code: int
@@ -194,14 +194,14 @@ class Exited(Record, tag="exited"):
 
 
 class Memory(Record, tag="memory"):
-    """The highest resident memory of one process, in bytes."""
+    """The peak resident memory of one process, in bytes."""
 
     process: str
     peak: int
 
 
 class Logged(Record, tag="logged"):
-    """A message as the log keeps it in the end."""
+    """A message in the final log."""
 
     partition: int
     seq: int
@@ -210,13 +210,13 @@ class Logged(Record, tag="logged"):
 
 
 class Billed(Record, tag="billed"):
-    """A row of billing's table in the end."""
+    """A row of billing's final table."""
 
     row: dict[str, Any]
 
 
 class Amounts(Record, tag="amounts"):
-    """Billing's money in the end: entries of the ledger, sums of what was used, and what is still reserved."""
+    """Billing's final amounts: ledger entries, spending sums, and open reservations."""
 
     entries: list[dict[str, Any]]
     spending: list[dict[str, Any]]
@@ -251,7 +251,7 @@ _decoder: msgspec.json.Decoder[AnyRecord] = msgspec.json.Decoder(AnyRecord)
 
 
 class History:
-    """Records in memory and, as they come, in a file."""
+    """Records in memory and in a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -264,10 +264,10 @@ class History:
         self._file.write(_encoder.encode(record) + b"\n")
 
     def close(self) -> None:
-        """Write what is left; nothing can be added any more."""
+        """Flush and close the file."""
         self._file.close()
 
 
 def read_history(path: Path) -> list[AnyRecord]:
-    """Return the records of a file; a last line that is cut off is left out."""
+    """Return the records of a file, without a truncated last line."""
     return [_decoder.decode(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]

@@ -1,4 +1,4 @@
-"""Billing killed at random while a log is written; in the end its money is compared with a count over that log."""
+"""Kill billing at random while a log is written; then compare its amounts with a count over that log."""
 
 import asyncio
 import random
@@ -35,9 +35,9 @@ __all__ = ["Kills", "Outcome"]
 READY_SECONDS: Final = 60.0
 END_SECONDS: Final = 60.0
 ACKNOWLEDGED: Final = 200
-"""Messages in flight at most: beyond 10,000 the broker drops some."""
+"""Bound of unacknowledged messages: beyond 10,000 the broker drops some."""
 EXPORTED: Final = 100
-"""Of so many generations one is exported."""
+"""One of this many generations is exported."""
 WHILE_WORKING: Final = 0.8
 _SETTINGS: Final = {
     "TAILRACE_PARTITIONS": str(PARTITIONS),
@@ -50,9 +50,9 @@ _SETTINGS: Final = {
 
 
 class Outcome(msgspec.Struct, kw_only=True):
-    """One run. ``messages``: in the log; ``events``: accepted ones. ``amount`` and ``tokens``: what budgets know.
+    """Result of one run. ``messages``: in the log; ``events``: accepted ones. ``amount`` and ``tokens``: of budgets.
 
-    ``kills``: of billing processes, ``ended``: how often one ended by itself. ``refused``: what was said to exports.
+    ``kills``: of billing processes; ``ended``: number that ended by themselves. ``refused``: responses to exports.
     """
 
     seed: int
@@ -72,7 +72,7 @@ class Outcome(msgspec.Struct, kw_only=True):
 
 
 class Kills:
-    """One run in a folder. ``seconds``: how long the log is written and processes are killed."""
+    """One run in a folder. ``seconds``: duration of writing the log and killing processes."""
 
     def __init__(self, folder: Path, seed: int, generations: int, seconds: float) -> None:
         self.seed = seed
@@ -130,7 +130,7 @@ class Kills:
         return Member(name, python("services.billing"), clean_environment() | env, self._folder)
 
     async def _watch(self, members: list[Member]) -> None:
-        """Start again what ends by itself, as a supervisor does."""
+        """Restart processes that end by themselves, as a supervisor does."""
         while True:
             await asyncio.sleep(0.5)
             for member in members:
@@ -180,7 +180,7 @@ class Kills:
         written.set()
 
     async def _export(self, client: Client) -> None:
-        """Bring what the provider says later, of generations that may not be there yet, and of some twice."""
+        """Send exports of generations that may not be stored yet, some of them twice."""
         rng = random.Random(f"{self.seed}: exports")
         count = max(1, self.generations // EXPORTED)
         for number in sorted(rng.sample(range(self.generations), count)):
@@ -190,7 +190,7 @@ class Kills:
             await asyncio.sleep(self.seconds / (2 * count))
 
     async def _kill(self, members: list[Member], written: asyncio.Event) -> None:
-        """SIGKILL one or both again and again, at moments that nobody chose, mostly while one of them works."""
+        """Send SIGKILL to one or both repeatedly at random times, usually while one of them works."""
         rng = random.Random(f"{self.seed}: kills")
         while not written.is_set():
             with suppress(TimeoutError):
@@ -208,7 +208,7 @@ class Kills:
                 victim.start()
 
     async def _booked(self, broker: Broker) -> Found:
-        """Return what the database holds once that is all of the log, or patience has ended."""
+        """Return the database's content once it covers the whole log, or after a time limit."""
         deadline = time.monotonic() + slow_for(END_SECONDS)
         last = {p: (await broker.state(token_stream(p))).last_seq for p in range(PARTITIONS)}
         while True:

@@ -21,21 +21,24 @@ SHOWN = 10
 
 
 @click.command(
-    help="""Kill billing at random, and compare its money with a count over the log.
+    help="""Kill billing at random, and compare its amounts with a count over the log.
 
-Two billing processes on one SQLite database are killed (SIGKILL) and started again while generations are written
-straight into the log. In the end rows, ledger and sums must be what an independent fold of the log gives. See
-docs/chaos.md.
+Two billing processes on one SQLite database are killed (SIGKILL) and restarted while generations are written directly
+to the log. In the end rows, ledger and sums must equal those of an independent fold of the log. See docs/chaos.md.
 
-Exit code: 0 all totals equal, 1 not so, 2 it could not be run.
+Exit code: 0 all totals equal, 1 totals differ, 2 the run was not possible.
 """
 )
-@click.option("--generations", default=10_000, show_default=True, type=click.IntRange(1), help="In the log.")
-@click.option("--seconds", default=90.0, show_default=True, type=click.FloatRange(1), help="How long it is written.")
-@click.option("--seed", default=1, show_default=True, help="Of the log and of the kills.")
+@click.option(
+    "--generations", default=10_000, show_default=True, type=click.IntRange(1), help="Generations in the log."
+)
+@click.option(
+    "--seconds", default=90.0, show_default=True, type=click.FloatRange(1), help="Duration of writing the log."
+)
+@click.option("--seed", default=1, show_default=True, help="Seed of the log and of the kills.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the result as JSON.")
 @click.option(
-    "--keep", type=click.Path(path_type=Path, exists=False), help="Leave logs and database in this new folder."
+    "--keep", type=click.Path(path_type=Path, exists=False), help="Keep logs and database in this new folder."
 )
 def billing_kills(  # noqa: D103  # the text is that of the decorator
     generations: int, seconds: float, seed: int, json_file: Path | None, keep: Path | None

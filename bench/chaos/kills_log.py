@@ -1,4 +1,4 @@
-"""A log of many small generations with all that goes wrong in one, drawn from a seed. Pure."""
+"""Generate a log of many small generations with all kinds of irregularities from a seed. Pure."""
 
 import random
 from collections.abc import Iterator
@@ -22,13 +22,13 @@ from schemas.usage import Counted, Usage
 __all__ = ["ABREAST", "messages", "name_of"]
 
 ABREAST: Final = 50
-"""Generations that stream side by side."""
+"""Number of concurrent generations."""
 SESSIONS: Final = 40
 BEGUN: Final = 1_700_000_000.0
 REPEATED: Final = 0.05
-"""How often a writer sends again what is stored already."""
+"""Probability that a writer repeats stored events."""
 EARLY: Final = 0.02
-"""How often something is stored before what it follows; it is sent again."""
+"""Probability that an event is stored before its predecessor; it is repeated then."""
 
 
 def name_of(number: int) -> str:
@@ -37,7 +37,7 @@ def name_of(number: int) -> str:
 
 
 def messages(seed: int, generations: int, partitions: int) -> Iterator[tuple[str, bytes]]:
-    """Yield subjects and messages of the whole log, in the order in which they are stored."""
+    """Yield subjects and messages of the whole log, in storage order."""
     rng = random.Random(seed)
     running: list[tuple[str, Iterator[Event]]] = []
     number = 0
@@ -67,7 +67,7 @@ def _repeating(rng: random.Random, events: list[Event]) -> Iterator[Event]:
 
 
 def _events(rng: random.Random, number: int) -> Iterator[Event]:
-    """Yield one generation: told whole, begun anew or cut off, with usage in time, late, corrected or never."""
+    """Yield one generation: complete, restarted or cut off, with usage in time, late, corrected or missing."""
     writer = _Writer(number, rng.randint(5, 50))
     yield writer.started()
     yield from writer.deltas(rng.randint(1, 4))
@@ -81,13 +81,13 @@ def _events(rng: random.Random, number: int) -> Iterator[Event]:
         yield writer.usage(rng)
     yield writer.end(rng)
     if rng.random() < 0.03:
-        yield from writer.copy().deltas(1)  # a writer that did not know of the end
+        yield from writer.copy().deltas(1)  # a zombie that has not seen the end
     while reported and rng.random() < 0.3:
         yield writer.usage(rng)
 
 
 class _Writer:
-    """Knows which event follows."""
+    """Create events in sequence."""
 
     def __init__(self, number: int, inputs: int) -> None:
         self.number = number
@@ -97,14 +97,14 @@ class _Writer:
         self.epoch = 1
 
     def copy(self) -> "_Writer":
-        """Return one that does not know what follows."""
+        """Return an independent writer at the same position."""
         other = _Writer(self.number, self.inputs)
         other.seq, other.epoch, other.output = self.seq, self.epoch, self.output
         return other
 
     @property
     def counted(self) -> Counted:
-        """What was counted so far."""
+        """Return the count so far."""
         return Counted(input=self.inputs, output=self.output, exact=True, encoding="o200k_base")
 
     def _place(self) -> dict[str, object]:
@@ -119,18 +119,18 @@ class _Writer:
         return Started(**self._place(), model=model, provider="chaos", upstream_model=model, counted=counted)  # type: ignore[arg-type]  # its place
 
     def deltas(self, count: int) -> Iterator[Event]:
-        """Yield so many pieces of text."""
+        """Yield ``count`` pieces of text."""
         for _ in range(count):
             self.output += 7
             yield Delta(**self._place(), text=" a few words", tokens=self.output)  # type: ignore[arg-type]  # its place
 
     def restarted(self) -> Event:
-        """Begin anew in the next epoch."""
+        """Return ``restarted`` and begin the next epoch."""
         self.epoch += 1
         return Restarted(**self._place(), reason="producer_lost", provider="chaos")  # type: ignore[arg-type]  # its place
 
     def usage(self, rng: random.Random) -> Event:
-        """Return what the provider says: what was counted, or something near it."""
+        """Return the provider's usage: the count, or a similar number."""
         usage = Usage(input=self.inputs, output=self.output + rng.choice((0, 0, 0, 3, 40)))
         return UsageReported(**self._place(), usage=usage, provider="chaos")  # type: ignore[arg-type]  # its place
 

@@ -1,4 +1,4 @@
-"""The log and the work queue, read past the services."""
+"""Read the log and the work queue directly."""
 
 import msgspec
 
@@ -18,10 +18,10 @@ class _Info(msgspec.Struct):
 
 
 async def waiting(broker: Broker) -> int:
-    """Return how many requests are in the work queue, running ones included.
+    """Return the number of requests in the work queue, running ones included.
 
     Raises:
-        BrokerUnavailable: the broker does not say so.
+        BrokerUnavailable: the broker does not answer.
     """
     data = await broker.request(f"$JS.API.STREAM.INFO.{REQUESTS}")
     try:
@@ -31,7 +31,7 @@ async def waiting(broker: Broker) -> int:
 
 
 async def read_log(broker: Broker, partitions: int = PARTITIONS) -> list[Logged]:
-    """Return all that is stored, each partition in its order.
+    """Return all stored messages, each partition in its order.
 
     Raises:
         BrokerUnavailable: it cannot be read, or not to its end.

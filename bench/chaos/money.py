@@ -1,6 +1,6 @@
-"""What whoever pays was promised: the ledger's sums are the price of the final usage, and budgets know them. Pure.
+"""Check the ledger's guarantee: its sums are the price of the final usage, and budgets agree with it. Pure.
 
-The price is reckoned a second time here: a checker must not share the code that it checks.
+The price is computed independently here: a checker must not share the code that it checks.
 """
 
 from collections import Counter, defaultdict
@@ -27,7 +27,7 @@ _MILLION: Final = 1_000_000
 
 
 def check_money(evidence: Evidence) -> Iterator[Violation]:
-    """Compare the ledger with the log and the exports, and the sums with the ledger."""
+    """Compare the ledger with the log and the exports, and the spending sums with the ledger."""
     if evidence.amounts is None:
         return
     sums: dict[str, Decimal] = defaultdict(Decimal)
@@ -60,7 +60,7 @@ def _costs(told: Told, evidence: Evidence, name: str) -> Iterator[tuple[Decimal,
     """Yield what the generation may have cost, and in tokens: by the last export, where two were brought by either."""
     *left, last = calls_of(told)
     before, used = Decimal(0), 0
-    for call in left:  # charged as the provider would, if it said or reported anything at all
+    for call in left:  # charged as the provider would, if it sent or reported tokens
         inputs, outputs = _reported_or_counted(call)
         if call.output is not None or call.counted_output:
             before, used = before + _price(inputs, outputs), used + inputs + outputs
@@ -69,8 +69,8 @@ def _costs(told: Told, evidence: Evidence, name: str) -> Iterator[tuple[Decimal,
 
 
 def _last(told: Told, last: Call, exported: list[Exported]) -> Iterator[tuple[int, int]]:
-    """Yield the tokens that are paid for of the call that the generation ended with."""
-    if not any(entry.type == "completed" for entry in told.terminals):  # by what was counted, if anything was said
+    """Yield the billed tokens of the call that the generation ended with."""
+    if not any(entry.type == "completed" for entry in told.terminals):  # by our count, if there are tokens
         told_nothing = not last.counted_output and last.output is None and not exported
         yield (0, 0) if told_nothing else (last.counted_input, last.counted_output)
     elif exported:

@@ -1,4 +1,4 @@
-"""How slow a machine is that others use too: waiting takes longer there, and is not given up sooner for that."""
+"""Scale time limits by the load of a shared machine."""
 
 import os
 from typing import Final
@@ -6,17 +6,17 @@ from typing import Final
 __all__ = ["slow_for", "slowness"]
 
 MOST: Final = 4.0
-"""Beyond this nothing gets more time: who waits longer than that waits for something that does not come."""
+"""Upper bound of the factor: beyond it, a longer wait would not help."""
 OWN: Final = 2.0
-"""Runnable threads a core that a run has by itself."""
+"""Runnable threads per core of a run itself."""
 
 
 def slowness(load: float | None = None, cores: int | None = None) -> float:
-    """Return how many times longer things take than on a quiet machine, by the load of the last minute: 1 to 4."""
+    """Return the slowdown over a quiet machine, by the load of the last minute: 1 to 4."""
     load = os.getloadavg()[0] if load is None else load
     return min(MOST, max(1.0, load / (OWN * (cores or os.cpu_count() or 1))))
 
 
 def slow_for(seconds: float) -> float:
-    """Return what so many seconds of a quiet machine are on this one now."""
+    """Return ``seconds`` of a quiet machine, scaled to this machine's current load."""
     return seconds * slowness()

@@ -1,6 +1,6 @@
-"""Starts a service with a bug planted in it, to show that the checker finds it.
+"""Start a service with a planted bug, to show that the checker finds it.
 
-``python -m bench.chaos.planted BUG services.producer``. The product itself has no switch for any of this.
+``python -m bench.chaos.planted BUG services.producer``. The product itself has no switch for these bugs.
 """
 
 import runpy
@@ -16,7 +16,7 @@ __all__ = ["BUGS", "main"]
 
 
 def _acceptance() -> None:
-    """Readers accept whatever the log holds."""
+    """Let readers accept every event in the log."""
 
     def offer(self: Acceptance, header: Header, at: int = 0) -> Verdict:
         self.through = at
@@ -28,9 +28,9 @@ def _acceptance() -> None:
 
 
 def _go_back_n() -> None:
-    """A publisher takes what was not acknowledged in time for stored, and never sends anything again.
+    """Let publishers treat events without a timely acknowledgement as stored, and never repeat them.
 
-    Nor does the producer look whether the log still has what it takes for stored: it would begin the answer anew.
+    The producer also skips its comparison with the log, which would restart the answer.
     """
     from services.producer.adapters.publisher import LogWriter
     from services.producer.relay import Relay
@@ -48,7 +48,7 @@ def _go_back_n() -> None:
 
 
 def _takeover() -> None:
-    """A producer that takes a generation over appends unconditionally, in the epoch that is there already."""
+    """Let a producer that takes over a generation append unconditionally, in the existing epoch."""
     from services.producer import relay
     from services.producer.adapters.publisher import LogWriter
 

@@ -1,7 +1,7 @@
-"""An OpenAI-compatible provider that writes down what it sends.
+"""An OpenAI-compatible provider that records the text that it sends.
 
 Run as ``python -m bench.chaos.provider --port N --record FILE``. The last message's text is an `Order`. Each call's
-tokens name the call, so that text of two calls that got mixed is noticed.
+tokens contain the call's name, so that mixed text of two calls is detected.
 """
 
 import argparse
@@ -24,7 +24,7 @@ PADDING: Final = " and so it goes on"
 
 
 class Order(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What one generation wants of the provider; travels as the text of the user's message."""
+    """Instructions of one generation to the provider, sent as the text of the user's message."""
 
     key: str
     tokens: int
@@ -50,7 +50,7 @@ def text_of(key: str, call: int, first: int, count: int, size: int = 0) -> str:
 
 
 class Provider:
-    """Answers calls and records them."""
+    """Answer calls and record them."""
 
     def __init__(self, record: Path) -> None:
         self._file = record.open("ab", buffering=0)
@@ -60,7 +60,7 @@ class Provider:
         self._file.write(msgspec.json.encode(record) + b"\n")
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
-        """Answer one call as its order says."""
+        """Answer one call according to its order."""
         asked = msgspec.json.decode(await request.read(), type=_Asked)
         order = msgspec.json.decode(asked.messages[-1].content, type=Order)
         call = self._calls[order.key] = self._calls.get(order.key, 0) + 1
@@ -104,7 +104,7 @@ class Provider:
             n = order.tokens
             end += _chunk([], {"prompt_tokens": 20, "completion_tokens": n, "total_tokens": 20 + n})
         await response.write(end + b"data: [DONE]\n\n")
-        with contextlib.suppress(OSError):  # the producer may have read enough
+        with contextlib.suppress(OSError):  # the producer may have closed the connection
             await response.write_eof()
         return "end"
 

@@ -10,10 +10,10 @@ READ: Final = 65_536
 
 
 class Link:
-    """Listens on ``port`` and passes on to ``upstream``, another port.
+    """Listen on ``port`` and forward to ``upstream``, another port.
 
-    Held bytes wait, at most `READ` of them here and the rest in the kernel, and arrive when the link is released, even
-    if their sender has gone meanwhile: as a network does that was merely slow.
+    Held bytes, at most `READ` of them here and the rest in the kernel, arrive when the link is released, even if their
+    sender has gone meanwhile, as in a slow network.
     """
 
     def __init__(self, port: int, upstream: int) -> None:
@@ -28,11 +28,11 @@ class Link:
         self._writers: set[asyncio.StreamWriter] = set()
 
     async def open(self) -> None:
-        """Begin to listen."""
+        """Start listening."""
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", self.port)
 
     async def close(self) -> None:
-        """End everything."""
+        """Close all connections and stop listening."""
         if self._server is not None:
             self._server.close()
         for task in self._tasks:
@@ -40,13 +40,13 @@ class Link:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def cut(self) -> None:
-        """Break all connections and let none be made."""
+        """Break all connections and refuse new ones."""
         self._cut = True
         for writer in self._writers:
             writer.transport.abort()
 
     def hold(self) -> None:
-        """Pass nothing on, in either direction, until `heal`."""
+        """Forward nothing in either direction until `heal`."""
         self._flowing.clear()
 
     def slow(self, seconds: float) -> None:
@@ -54,7 +54,7 @@ class Link:
         self.latency = seconds
 
     def heal(self) -> None:
-        """End whatever was wrong."""
+        """End all faults of the link."""
         self._cut, self.latency = False, 0.0
         self._flowing.set()
 
@@ -67,7 +67,7 @@ class Link:
             if not self._cut:
                 await self._join(reader, writer)
         except (OSError, asyncio.CancelledError):
-            pass  # cancelled by `close` alone; asyncio's server would report it as an error
+            pass  # cancelled only by `close`; asyncio's server would report it as an error
         finally:
             writer.close()
 
@@ -84,7 +84,7 @@ class Link:
             from_node.close()
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError, RuntimeError):  # uvloop refuses a write to what `cut` has aborted
+        with contextlib.suppress(OSError, RuntimeError):  # uvloop refuses a write to a transport aborted by `cut`
             while data := await reader.read(READ):
                 if self.latency:
                     await asyncio.sleep(self.latency)

@@ -1,4 +1,4 @@
-"""What subscribers were promised: everything in the log's order, once, and to the end. Pure."""
+"""Check the subscribers' guarantee: all events in the log's order, once, and to the end. Pure."""
 
 from collections.abc import Iterator, Mapping
 from typing import Final
@@ -12,7 +12,7 @@ from schemas.cursor import Cursor
 __all__ = ["check_readers"]
 
 _PASSING: Final = ("503", "429", "401")
-"""Answers after which a client tries again: 401 when its credentials expired on the way."""
+"""Statuses after which a client retries: 401 when its credentials expired under way."""
 
 
 def check_readers(evidence: Evidence) -> Iterator[Violation]:
@@ -28,7 +28,7 @@ def check_readers(evidence: Evidence) -> Iterator[Violation]:
 
 
 class Places:
-    """Where events stand among the accepted ones of their generation."""
+    """Indexes of events among the accepted ones of their generation."""
 
     def __init__(self, told: Mapping[str, Told]) -> None:
         self._told = told
@@ -37,7 +37,7 @@ class Places:
         self._stored = {name: {e.data for e in t.stored} for name, t in told.items()}
 
     def of(self, name: str, record: Got) -> int | None:
-        """Return the index of what was received; ``None`` when it is none of the accepted events."""
+        """Return the index of a received event, or ``None`` if it is not an accepted event."""
         if record.data:
             return self._by_data[name].get(record.data)
         place = self._by_place[name].get((record.epoch, record.seq))
@@ -48,7 +48,7 @@ class Places:
         return place if same else None
 
     def stored(self, name: str, data: str) -> bool:
-        """Tell whether the log has it at all."""
+        """Return whether the log contains the event."""
         return data in self._stored[name]
 
 
@@ -92,7 +92,7 @@ def _sequence(evidence: Evidence, left: Left, got: list[Got], places: Places) ->
 
 
 def _wanted(evidence: Evidence, left: Left) -> Iterator[tuple[str, int]]:
-    """Yield what the subscriber is to get: generations, and the index of the first accepted event of each."""
+    """Yield the expected generations, each with the index of its first expected event."""
     for name, told in evidence.told.items():
         if told.session == left.session and left.generation in (None, name):
             yield name, sum(entry.seq <= left.start for entry in told.accepted)

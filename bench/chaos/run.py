@@ -1,4 +1,4 @@
-"""Runs a schedule against real processes and writes its history."""
+"""Run a schedule against real processes and write its history."""
 
 import asyncio
 import time
@@ -51,12 +51,12 @@ READERS_SECONDS: Final = 20.0
 WORKERS_SECONDS: Final = 30.0
 BILLING_SECONDS: Final = 25.0
 BUDGET: Final = 1_000_000_000
-"""Tokens a month: too many to refuse anything, so that every generation is reserved for and settled."""
+"""Tokens per month: too many to refuse a request, so that every generation is reserved and settled."""
 SLOW_SECONDS: Final = 0.15
 
 
 class Run:
-    """One run of a schedule in a folder of its own.
+    """One run of a schedule in a separate folder.
 
     ``planted``: a bug to start the services with. ``patience``: seconds after the last fault until all must have ended,
     on a quiet machine.
@@ -69,7 +69,7 @@ class Run:
         try:
             folder.mkdir(parents=True)
         except FileExistsError as error:
-            raise Died(f"{folder} is there already: a run needs a folder of its own") from error
+            raise Died(f"{folder} exists already: a run needs a new folder") from error
         self.schedule = schedule
         self.history = History(folder / "history.jsonl")
         self.credentials = Credentials(folder, schedule.tokens)
@@ -222,7 +222,7 @@ class Run:
         self._add(Healed(number=fault.number))
 
     async def _settle(self, broker: Broker) -> None:
-        """Wait until all has ended, been read and been booked, each with a bound, and record what there is then."""
+        """Wait, with time limits, until all generations are ended, read and booked; record the final state."""
         try:
             logged = await self._ended(broker)
             sessions: dict[str, int] = {}
@@ -245,7 +245,7 @@ class Run:
             self._add(record)
 
     async def _ended(self, broker: Broker) -> list[Logged]:
-        """Return the log once every request is gone from the queue and every generation has ended."""
+        """Return the log once the queue is empty and every generation has ended."""
         deadline = time.monotonic() + slow_for(self._patience)
         logged: list[Logged] = []
         while time.monotonic() < deadline:
@@ -264,7 +264,7 @@ class Run:
         return logged
 
     async def _booked(self, broker: Broker) -> list[AnyRecord]:
-        """Return the log and billing's rows once these hold all of it, and no more.
+        """Return the log and billing's rows once billing has booked the whole log, or after a time limit.
 
         Raises:
             Died: the log cannot be read.

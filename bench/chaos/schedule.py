@@ -1,4 +1,4 @@
-"""What happens in a run and when, drawn from a seed. Pure."""
+"""Draw the schedule of a run from a seed. Pure."""
 
 import random
 from collections.abc import Sequence
@@ -29,18 +29,18 @@ __all__ = [
 ]
 
 LEASE: Final = 3.0
-"""Seconds after which the queue gives a silent producer's request to another one, in these runs."""
+"""Seconds of a producer's lease in these runs, after which the queue redelivers its request."""
 PRODUCERS: Final = ("producer-0", "producer-1")
 DELIVERIES: Final = ("delivery-0", "delivery-1")
 BILLINGS: Final = ("billing-0", "billing-1")
 SERVICES: Final = (*PRODUCERS, *DELIVERIES, *BILLINGS)
 NODES: Final = "nodes"
 ROLLED: Final = "delivery"
-"""The target of a rolling restart: all deliveries, one after the other."""
+"""The target of a rolling restart: all replicas of delivery, one after the other."""
 ROLL_SECONDS: Final = 9.0
 LONG_TOKENS: Final = 600
 LONG_SIZE: Final = 10_000
-"""Tokens, and characters of each, of an answer that the buffers between delivery and a client cannot take whole."""
+"""Tokens, and characters per token, of an answer too large for the buffers between delivery and a client."""
 STUCK_SECONDS: Final = 6.0
 
 Ending = Literal["end", "cut", "error"]
@@ -56,19 +56,19 @@ KINDS: Final[dict[FaultKind, float]] = {
     "slow": 1.5,
     "outage": 0.4,
 }
-"""How often each kind is drawn, beside the others."""
+"""Relative weight of each kind."""
 
 PROTOCOLS: Final[dict[Protocol, float]] = {"sse": 4.0, "ndjson": 1.0, "websocket": 3.0, "grpc": 2.0}
 CONSUMERS: Final = 2
 
 
 class Ask(msgspec.Struct, frozen=True, kw_only=True):
-    """A generation is asked for ``at`` seconds from the start.
+    """A request for a generation ``at`` seconds from the start.
 
-    ``key`` recognises it at the provider, and is the idempotency key. ``rate``: tokens a second, ``None`` for all at
-    once. ``ending``: how the provider's stream ends. ``refusals``: how many calls the provider refuses before that.
-    ``restart``: whether it is asked for again when its producer is lost. ``grace``: it is cancelled when nobody has
-    listened for so many seconds. ``size``: characters of each token at least.
+    ``key`` identifies it at the provider, and is the idempotency key. ``rate``: tokens per second, ``None`` for all at
+    once. ``ending``: how the provider's stream ends. ``refusals``: number of calls that the provider refuses before.
+    ``restart``: whether it is requested again when its producer is lost. ``grace``: seconds without a subscriber after
+    which it is cancelled. ``size``: least characters per token.
     """
 
     at: float
@@ -85,17 +85,17 @@ class Ask(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def seconds(self) -> float:
-        """How long the provider streams."""
+        """Return the provider's streaming time in seconds."""
         return self.tokens / self.rate if self.rate else 0.5
 
 
 class Watch(msgspec.Struct, frozen=True, kw_only=True):
-    """A subscriber comes ``at`` seconds from the start, or once the request it watches is accepted, if that is later.
+    """A subscriber that connects ``at`` seconds from the start, or once its request is accepted, if that is later.
 
     ``ask``: index of that request. ``scope``: its generation alone, its session from that request's cursor on, or its
-    session from the beginning. ``stays``: how long each connection is kept before it is dropped; the last one is not.
-    ``window``: events that it lets come before it has dealt with them, where the protocol has such; ``None``: no bound.
-    ``stuck``: for how long it reads nothing of its first connection, whatever comes.
+    session from the beginning. ``stays``: seconds until each connection is dropped, except the last one. ``window``:
+    its flow control window in events, if the protocol has one; ``None``: no bound. ``stuck``: seconds for which it does
+    not read from its first connection.
     """
 
     at: float
@@ -109,10 +109,10 @@ class Watch(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Worker(msgspec.Struct, frozen=True, kw_only=True):
-    """A service that reads the durable consumer ``consumer`` from ``at`` on, sharing its events with the others there.
+    """A service that reads the durable consumer ``consumer`` from ``at`` on, and shares its events with other workers.
 
-    ``stays``: how long each of its connections is kept. ``forgets``: the share of events that it does not acknowledge
-    when they first come. It goes on until everything is acknowledged.
+    ``stays``: seconds of each of its connections. ``forgets``: the share of events that it does not acknowledge at
+    their first delivery. It continues until all events are acknowledged.
     """
 
     at: float
@@ -123,7 +123,7 @@ class Worker(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Export(msgspec.Struct, frozen=True, kw_only=True):
-    """The provider says later, by an export, what the generation of request ``ask`` used."""
+    """The provider's later export of the usage of request ``ask``."""
 
     at: float
     ask: int
@@ -132,7 +132,7 @@ class Export(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Cancel(msgspec.Struct, frozen=True, kw_only=True):
-    """The generation of request ``ask`` is cancelled."""
+    """A cancellation of request ``ask``."""
 
     at: float
     ask: int
@@ -140,12 +140,12 @@ class Cancel(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Fault(msgspec.Struct, frozen=True, kw_only=True):
-    """Something goes wrong ``at`` seconds from the start and is healed ``seconds`` later.
+    """A fault ``at`` seconds from the start that is healed ``seconds`` later.
 
-    ``kill``: SIGKILL. ``pause``: SIGSTOP. ``drain``: SIGTERM. ``roll``: SIGTERM of one after the other, each when the
-    one before is back, which lasts as long as it takes. ``cut``: connections break and none can be made. ``hold``: what
-    is sent arrives when it is over. ``slow``: every read is late. ``outage``: SIGKILL of all nodes.
-    ``node``: the index of the one node that a service loses; ``None`` for all.
+    ``kill``: SIGKILL. ``pause``: SIGSTOP. ``drain``: SIGTERM. ``roll``: SIGTERM of one process after the other, each
+    when the previous one is ready again, without a time limit. ``cut``: connections break and new ones are refused.
+    ``hold``: sent data arrives when the fault is over. ``slow``: every read is delayed. ``outage``: SIGKILL of all
+    nodes. ``node``: index of the node that a service loses; ``None`` for all.
     """
 
     number: int
@@ -157,8 +157,8 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Shape(msgspec.Struct, frozen=True, kw_only=True):
-    """How dense a run is. ``asks`` and ``faults`` a second; ``nodes`` of the broker; ``kinds`` of fault, with weights;
-    ``targets``: names that faults are limited to. ``rolls``: whether there is a rolling restart.
+    """Density of a run. ``asks`` and ``faults``: per second; ``nodes``: of the broker; ``kinds``: of fault, with
+    weights; ``targets``: names that faults are limited to. ``rolls``: whether there is a rolling restart.
     """
 
     nodes: int = 3
@@ -172,25 +172,25 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def shape_of(nodes: int, kinds: Sequence[FaultKind] = (), targets: Sequence[str] = ()) -> Shape:
-    """Return the shape with only these kinds of fault, of these targets, which may be beginnings of names.
+    """Return the shape with only these kinds of fault and these targets, which may be prefixes of names.
 
     Raises:
-        ValueError: nothing is called so, or none of these faults can befall any of these targets.
+        ValueError: a name is unknown, or none of these faults applies to any of these targets.
     """
     known = (*SERVICES, *(f"node-{n}" for n in range(nodes)))
     for target in targets:
         if not any(name.startswith(target) for name in known):
-            raise ValueError(f"nothing is called {target!r}: use one of {', '.join(known)}")
+            raise ValueError(f"target {target!r} is unknown: use one of {', '.join(known)}")
     names = tuple(name for name in known if name.startswith(tuple(targets))) if targets else ()
     weights = {kind: weight for kind, weight in KINDS.items() if kind in (kinds or KINDS) and _befalls(kind, names)}
     rolls = "roll" in (kinds or ("roll",)) and (not names or any(name in DELIVERIES for name in names))
     if not weights and not rolls:
-        raise ValueError(f"no fault of {', '.join(kinds)} can befall {', '.join(names)}")
+        raise ValueError(f"no fault of {', '.join(kinds)} applies to {', '.join(names)}")
     return Shape(nodes=nodes, kinds=weights, targets=names, rolls=rolls)
 
 
 def _befalls(kind: FaultKind, names: Sequence[str]) -> bool:
-    """Tell whether a kind of fault can befall any of the targets; links are those of services."""
+    """Return whether a kind of fault applies to any of the targets; only services have links."""
     if not names:
         return True
     nodes = [name.startswith("node-") for name in names]
@@ -198,7 +198,7 @@ def _befalls(kind: FaultKind, names: Sequence[str]) -> bool:
 
 
 class Schedule(msgspec.Struct, frozen=True, kw_only=True):
-    """All of a run. ``tokens``: how long credentials are valid, in seconds; ``None``: nobody is asked for any."""
+    """The schedule of a run. ``tokens``: validity of credentials in seconds; ``None``: none are required."""
 
     seed: int
     seconds: float
@@ -247,7 +247,7 @@ def draw(seed: int, seconds: float, shape: Shape | None = None) -> Schedule:
 
 
 def _long(rng: random.Random, seconds: float) -> Ask:
-    """Return a request for more than what buffers take."""
+    """Return a request for an answer larger than the buffers."""
     at = _round(rng.uniform(0, 0.3 * seconds))
     return Ask(
         at=at,
@@ -262,7 +262,7 @@ def _long(rng: random.Random, seconds: float) -> Ask:
 
 
 def _stuck(rng: random.Random, index: int, ask: Ask) -> tuple[Watch, ...]:
-    """Return those who read it: one as it comes, and some that take nothing for a while, until they are sent away."""
+    """Return its subscribers: one that reads at once, and some that do not read until they are evicted."""
     patient = Watch(at=ask.at, ask=index, scope="generation", replicas=(rng.randrange(2),))
     late = [
         Watch(
@@ -278,7 +278,7 @@ def _stuck(rng: random.Random, index: int, ask: Ask) -> tuple[Watch, ...]:
 
 
 def _with_roll(rng: random.Random, faults: tuple[Fault, ...], seconds: float, shape: Shape) -> tuple[Fault, ...]:
-    """Return faults with a rolling restart among them, where there is time for one; deliveries have no other then."""
+    """Add a rolling restart to the faults if there is time for one, without other faults of deliveries meanwhile."""
     if not shape.rolls or seconds < 2 * ROLL_SECONDS or (shape.targets and not set(shape.targets) & set(DELIVERIES)):
         return faults
     begin = _round(rng.uniform(2.0, seconds - ROLL_SECONDS - 2.0))
@@ -345,7 +345,7 @@ def _faults(rng: random.Random, seconds: float, shape: Shape) -> tuple[Fault, ..
     if not shape.kinds:
         return ()
     healed = seconds - 2.0
-    free: dict[str, float] = {}  # until when a target, or all nodes as one, must be left alone
+    free: dict[str, float] = {}  # time until which a target, or all nodes together, gets no fault
     found: list[Fault] = []
     at = rng.uniform(1.0, 2.0)
     while at < healed - 1.0:
@@ -373,7 +373,7 @@ def _fault(rng: random.Random, number: int, at: float, shape: Shape, healed: flo
 
 
 def _lasting(rng: random.Random, kind: FaultKind) -> float:
-    """Return how long a fault lasts; pauses and held connections often outlast the lease."""
+    """Return the duration of a fault; pauses and held connections often exceed the lease."""
     match kind:
         case "pause" | "hold":
             return rng.choice((rng.uniform(0.3, 2.0), rng.uniform(LEASE + 0.3, LEASE + 3.0)))
@@ -384,7 +384,7 @@ def _lasting(rng: random.Random, kind: FaultKind) -> float:
 
 
 def _rest(fault: Fault) -> float:
-    """Return how long a target needs before it can be hit again without merely being absent."""
+    """Return the recovery time of a target, before another fault has an effect."""
     if fault.target.startswith("node"):
         return 6.0
     return 3.0 if fault.kind in ("kill", "drain") else 1.0

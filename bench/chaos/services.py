@@ -1,4 +1,4 @@
-"""What services were promised: a durable consumer gives every accepted event at least once, and no other. Pure."""
+"""Check the services' guarantee: a durable consumer delivers every accepted event at least once, and no other. Pure."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ def check_services(evidence: Evidence) -> Iterator[Violation]:
 
 
 def _twice(who: str, firsts: list[str]) -> Iterator[Violation]:
-    """Nothing is called new twice."""
+    """No event has two first deliveries."""
     counts = Counter(firsts)
     again = [data for data, count in counts.items() if count > 1]
     if again:

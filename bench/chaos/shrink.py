@@ -1,4 +1,4 @@
-"""The smallest list of faults that still shows a violation (delta debugging, ddmin), in a bounded number of runs."""
+"""Find a smallest list of faults that still shows a violation (delta debugging, ddmin), in a bounded number of runs."""
 
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import TypeVar
@@ -9,10 +9,10 @@ T = TypeVar("T")
 
 
 async def shrink(items: Sequence[T], shows: Callable[[list[T]], Awaitable[bool]], runs: int) -> list[T]:
-    """Return a sublist of ``items`` for which ``shows`` held, after asking at most ``runs`` times.
+    """Return a sublist of ``items`` for which ``shows`` held, after at most ``runs`` calls of it.
 
-    ``shows`` is taken to hold for ``items``. Where it is a matter of luck, the result is the smallest list that was
-    seen to show it.
+    ``shows`` is assumed to hold for ``items``. If it is not deterministic, the result is the smallest list for which it
+    held once.
     """
     rest, parts = list(items), 1
     while rest and runs > 0:
@@ -35,7 +35,7 @@ async def shrink(items: Sequence[T], shows: Callable[[list[T]], Awaitable[bool]]
 
 
 def _candidates(items: list[T], parts: int) -> Iterator[list[T]]:
-    """Yield each of the parts, then the items without each of them; of one part, only nothing at all."""
+    """Yield each of the parts, then the items without each of them; for one part, only the empty list."""
     size = -(-len(items) // parts)
     chunks = [items[i : i + size] for i in range(0, len(items), size)]
     if parts > 1:

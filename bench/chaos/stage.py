@@ -47,7 +47,7 @@ _SETTINGS: Final = {
 
 
 class Member:
-    """One process of the system. While ``wanted``, it is started again when it ends by itself."""
+    """One process of the system. While ``wanted``, it is restarted when it ends by itself."""
 
     def __init__(self, name: str, command: list[str], env: Mapping[str, str], folder: Path) -> None:
         self.name = name
@@ -62,7 +62,7 @@ class Member:
         self._stopping = False
 
     def start(self) -> None:
-        """Start it, unless it runs; its output goes on in the same file. Who has it stopped starts it again."""
+        """Start it, unless it runs or is being stopped; its output is appended to the same file."""
         if self._stopping:
             return
         self.wanted = True
@@ -72,27 +72,27 @@ class Member:
         self.process = Process(self.name, self._command, self._folder, self._env)
 
     def pause(self) -> None:
-        """SIGSTOP, unless it was asked to end: it could not heed that in time."""
+        """Send SIGSTOP, unless it is being stopped: it could not end in time."""
         if self.process is not None and self.process.code is None and not self._stopping:
             self.paused = True
             os.kill(self.process.pid, signal.SIGSTOP)
 
     def resume(self) -> None:
-        """SIGCONT, if it was paused."""
+        """Send SIGCONT if it is paused."""
         if self.paused and self.process is not None:
             self.paused = False
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.process.pid, signal.SIGCONT)
 
     def kill(self) -> None:
-        """SIGKILL; it stays away until `start`."""
+        """Send SIGKILL; it is not restarted before `start`."""
         self.wanted = self.paused = self._stopping = False
         if self.process is not None:
             self.look()
             self.process.stop(signal.SIGKILL)
 
     async def stop(self) -> Exited | None:
-        """SIGTERM; return how it ended, or ``None`` when that does not tell: it had ended, or was killed meanwhile."""
+        """Send SIGTERM; return how it ended, or ``None`` if it had ended before or was killed meanwhile."""
         self.wanted = False
         process = self.process
         if process is None or process.code is not None or self._stopping:
@@ -109,16 +109,16 @@ class Member:
         return Exited(process=self.name, code=process.code or 0, asked=True, seconds=took, age=age)
 
     def look(self) -> None:
-        """Remember its memory."""
+        """Record its peak memory."""
         if self.process is not None and self.process.code is None:
-            with contextlib.suppress(Exception):  # it may end at any moment
+            with contextlib.suppress(Exception):  # the process may end at any time
                 self.peak = max(self.peak, self.process.spent().peak)
 
 
 class Stage:
-    """Everything that runs. Used as a context, it stops all of it in the end.
+    """All processes of a run; leaving the context stops them.
 
-    ``planted``: the name of a bug that the services are started with. ``credentials``: what services ask callers for.
+    ``planted``: name of a bug that the services are started with. ``credentials``: required by the services.
     """
 
     def __init__(self, folder: Path, nodes: int, credentials: Credentials, planted: str = "") -> None:
@@ -141,12 +141,12 @@ class Stage:
 
     @property
     def nats_url(self) -> str:
-        """The nodes themselves, past the links."""
+        """Return the addresses of the nodes themselves, without the links."""
         return ",".join(f"nats://127.0.0.1:{port}" for port in self.node_ports)
 
     @property
     def nodes(self) -> list[Member]:
-        """The broker's processes."""
+        """Return the broker's processes."""
         return [m for m in self.members.values() if m.name.startswith("node-")]
 
     def _nodes(self) -> list[Member]:
@@ -157,7 +157,7 @@ class Stage:
             config = self.folder / f"{name}.conf"
             alone = len(self.node_ports) == 1
             config.write_text(render_config(port, store) if alone else render_node(index + 1, port, store, self.routes))
-            # Nodes do not tell of each other: services would go past the links.
+            # Nodes do not advertise each other, or services would bypass the links.
             command = [binary, "-c", str(config), *([] if alone else ["--no_advertise=true"])]
             found.append(Member(name, command, clean_environment(), self.folder))
         return found
@@ -210,7 +210,7 @@ class Stage:
                 await asyncio.sleep(0.1)
 
     async def roll(self, name: str) -> list[Exited]:
-        """Restart every process that a target names, one after the other; return how those ended that tell."""
+        """Restart every process of a target, one after the other; return their exits (see `Member.stop`)."""
         found = []
         for member in self.targets(name):
             await self._all_ready(name)
@@ -220,7 +220,7 @@ class Stage:
         return found
 
     async def _all_ready(self, name: str) -> None:
-        """Wait until all processes that a target names are ready, for a while."""
+        """Wait, up to a time limit, until all processes of a target are ready."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(slow_for(ROLLED_SECONDS)):
                 for member in self.targets(name):
@@ -228,7 +228,7 @@ class Stage:
                         await asyncio.sleep(0.1)
 
     async def is_ready(self, name: str) -> bool:
-        """Tell whether a service says that it is ready."""
+        """Return whether a service reports that it is ready."""
         return await asyncio.to_thread(fetch, f"http://127.0.0.1:{self.ports[name]}/readyz", timeout=2) is not None
 
     async def __aexit__(self, *_: object) -> None:
@@ -239,7 +239,7 @@ class Stage:
                 await link.close()
 
     async def watch(self, add: Callable[[AnyRecord], None]) -> None:
-        """Start again what ends by itself, as a supervisor does, and look at memory; runs until cancelled."""
+        """Restart processes that end by themselves, as a supervisor does, and record memory; run until cancelled."""
         while True:
             await asyncio.sleep(0.5)
             for member in self.members.values():
@@ -250,14 +250,14 @@ class Stage:
                     member.start()
 
     async def stop(self) -> list[AnyRecord]:
-        """Stop services, then nodes, by SIGTERM; return how they ended and what memory all had needed."""
+        """Stop services, then nodes, by SIGTERM; return their exits and peak memory."""
         services = await asyncio.gather(*(self.members[name].stop() for name in SERVICES))
         await asyncio.gather(*(node.stop() for node in self.nodes))
         peaks = [Memory(process=m.name, peak=m.peak) for m in self.members.values()]
         return [*(e for e in services if e is not None), *peaks]
 
     def targets(self, name: str) -> list[Member]:
-        """Return the processes that a fault's target names."""
+        """Return the processes of a fault's target."""
         every = {NODES: self.nodes, ROLLED: [self.members[delivery] for delivery in DELIVERIES]}
         return every.get(name) or [self.members[name]]
 

@@ -1,4 +1,4 @@
-"""Those who read, over any protocol: they drop their connections, and come back with their last cursor elsewhere."""
+"""Subscribers over any protocol: they drop connections, and resume with their last cursor at another replica."""
 
 import asyncio
 import contextlib
@@ -30,7 +30,7 @@ STUCK_TRIES: Final = 30
 
 
 class Subscriber:
-    """Reads one generation to its terminal, or a session until `finish` has named the last cursor and it is there."""
+    """Read one generation to its terminal, or a session up to the last stream sequence set by `finish`."""
 
     def __init__(self, number: int, watch: Watch, accepted: Accepted, client: Client) -> None:
         self.number = number
@@ -45,11 +45,11 @@ class Subscriber:
         self._said_bye = False
 
     def finish(self, goal: int) -> None:
-        """The session has nothing more after the stream sequence ``goal``."""
+        """Set the session's last stream sequence, after which the subscriber ends."""
         self._goal = goal
 
     async def run(self) -> None:
-        """Read to the end; to be cancelled when patience has ended."""
+        """Read to the end; the caller cancels it after a time limit."""
         stays: list[float | None] = [*self.watch.stays, None]
         tries = 0
         try:
@@ -102,7 +102,7 @@ class Subscriber:
                 opened(0)
 
     async def _take_nothing(self, seconds: float) -> None:
-        """Open a stream and leave it alone until the server has given it up, or should have."""
+        """Open a stream and do not read until the server has evicted it, or should have."""
         for tries in range(STUCK_TRIES):
             with contextlib.suppress(*AWAY):
                 ended = await read_late(self._wanted(self.watch.replicas[0] + tries, lambda _: None), seconds)
@@ -136,7 +136,7 @@ class Subscriber:
             self._complete = True
 
     def _over(self) -> None:
-        """Nothing follows what it has."""
+        """Mark the subscriber as complete."""
         self._complete = True
 
     def _say(self, event: str, data: str) -> None:

@@ -1,4 +1,4 @@
-"""What runs amounted to, as numbers. Pure."""
+"""Summarise runs in numbers. Pure."""
 
 from collections import Counter
 
@@ -22,12 +22,12 @@ class Found(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 
 class Summary(msgspec.Struct, kw_only=True):
-    """Sums over runs; ``slowest_end`` and ``peak_mb`` are the largest of all.
+    """Sums over runs; ``slowest_end`` and ``peak_mb`` are maxima.
 
-    ``events``: accepted ones in the log. ``received``: events that subscribers got. ``resumes``: connections with a
-    last id. ``served``: events that workers got from durable consumers. ``evicted``: clients that took nothing and were
-    given up. ``entries``: of the ledger. ``slowest_machine``: how many times slower than a quiet one (see `pace`).
-    ``slowest_end``: seconds in which nothing was broken, from a request's acceptance to its terminal.
+    ``events``: accepted ones in the log. ``received``: events received by subscribers. ``resumes``: connections with a
+    last id. ``served``: events received by workers from durable consumers. ``evicted``: stuck clients that were
+    evicted. ``entries``: of the ledger. ``slowest_machine``: slowdown over a quiet machine (see `pace`).
+    ``slowest_end``: seconds without faults from a request's acceptance to its terminal.
     """
 
     runs: int = 0
@@ -112,7 +112,7 @@ def summary_of(evidence: Evidence, violations: list[Violation]) -> Summary:
 
 
 def _resumes(evidence: Evidence) -> int:
-    """Return how many connections went on from an event: a last id beyond the one that the subscriber began with."""
+    """Return the number of connections that resumed after an event: with a last id after the subscriber's start."""
     seen: set[int] = set()
     count = 0
     for record in evidence.connected:

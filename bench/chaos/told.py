@@ -1,6 +1,6 @@
-"""What the log tells of each generation, by the acceptance rule of the protocol's document. Pure.
+"""Apply the acceptance rule of the protocol's document to the generations of a log. Pure.
 
-Written a second time here on purpose: a checker must not share the code that it checks.
+An independent implementation on purpose: a checker must not share the code that it checks.
 """
 
 from collections import Counter
@@ -25,17 +25,17 @@ class Entry(msgspec.Struct):
 
     @property
     def type(self) -> str:
-        """The event's type."""
+        """Return the event's type."""
         return str(self.event["type"])
 
     @property
     def place(self) -> tuple[int, int]:
-        """Epoch and seq of the event."""
+        """Return epoch and seq of the event."""
         return self.event.get("epoch", 1), self.event["seq"]
 
 
 class Told(msgspec.Struct):
-    """One generation. ``stored``: every message; ``accepted``: those that count; ``dropped``: the others by reason."""
+    """One generation. ``stored``: all messages; ``accepted``: accepted events; ``dropped``: others by reason."""
 
     partition: int
     session: str
@@ -46,12 +46,12 @@ class Told(msgspec.Struct):
 
     @property
     def terminals(self) -> list[Entry]:
-        """The accepted terminals."""
+        """Return the accepted terminals."""
         return [e for e in self.accepted if e.type in TERMINALS]
 
     @property
     def text(self) -> str:
-        """The answer, as a client shows it in the end."""
+        """Return the final answer, as shown by a client."""
         pieces: list[str] = []
         for entry in self.accepted:
             if entry.type == "restarted":
@@ -62,12 +62,12 @@ class Told(msgspec.Struct):
 
     @property
     def takeovers(self) -> int:
-        """How often another producer went on."""
+        """Return the number of takeovers."""
         return sum(e.type in ("restarted", "interrupted") for e in self.accepted)
 
 
 def tell(messages: Iterable[Logged]) -> dict[str, Told]:
-    """Return the generations of a log by name, the messages of each partition being in their order."""
+    """Return the generations of a log by name; ``messages`` must be in order within each partition."""
     found: dict[str, Told] = {}
     for message in messages:
         _, partition, _, session, generation = message.subject.split(".")

@@ -1,4 +1,4 @@
-"""A promise that was broken."""
+"""A violated guarantee."""
 
 import msgspec
 
@@ -6,7 +6,7 @@ __all__ = ["Violation"]
 
 
 class Violation(msgspec.Struct, frozen=True):
-    """``rule``: which promise. ``where``: the generation, subscriber or process. ``detail``: what was seen."""
+    """``rule``: the guarantee. ``where``: generation, subscriber or process. ``detail``: the observation."""
 
     rule: str
     where: str

@@ -1,4 +1,4 @@
-"""Services that share the events of a durable consumer, and die and forget as services do."""
+"""Services that share the events of a durable consumer, drop connections, and omit acknowledgements."""
 
 import asyncio
 import contextlib
@@ -17,11 +17,11 @@ __all__ = ["ConsumerWorker", "create_consumer"]
 DEFINITION: Final = {"ack_wait": 3.0, "max_in_flight": 200, "max_deliver": 100}
 BATCH: Final = 50
 QUIET_PULLS: Final = 5
-"""Pulls of a second in a row that bring nothing: longer than it takes until what was forgotten is given again."""
+"""Empty pulls of a second in a row after which a worker ends: longer than the redelivery of an omitted event takes."""
 
 
 async def create_consumer(client: Client, name: str) -> None:
-    """Make a durable consumer over all sessions, from the first event on; until that is confirmed."""
+    """Create a durable consumer of all sessions from the first event on; retry until confirmed."""
     for tries in range(60):
         url = f"{client.url(tries)}/v1/consumers/{name}"
         with contextlib.suppress(*AWAY):
@@ -44,7 +44,7 @@ class _Batch(msgspec.Struct):
 
 
 class ConsumerWorker:
-    """Pulls batches, acknowledges them, drops connections and forgets some; goes on until it is told to stop."""
+    """Pull batches and acknowledge them, except for a share of the events; drop connections; run until stopped."""
 
     def __init__(self, number: int, worker: Worker, client: Client) -> None:
         self.number = number
@@ -54,7 +54,7 @@ class ConsumerWorker:
         self._quiet = 0
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Work until ``stop`` is set and nothing has come for a while; to be cancelled when patience has ended."""
+        """Work until ``stop`` is set and `QUIET_PULLS` were empty; the caller cancels it after a time limit."""
         stays: list[float | None] = [*self.worker.stays, None]
         tries = 0
         try:

@@ -1,1 +1,1 @@
-"""Many subscribers on one log: what delivery costs an event, how late events are, and what a subscriber takes."""
+"""Measure fan-out to many subscribers of one log: cost per event, latency, and memory per subscriber."""

@@ -1,4 +1,4 @@
-"""Subscribers over gRPC: whole messages are counted by a mark, a sample is decoded and compared."""
+"""Subscribers over gRPC: count messages by a mark; decode and compare a sample."""
 
 import asyncio
 import time
@@ -22,7 +22,7 @@ _MARK: Final = TEXT_MARK.encode()
 
 
 class Calls:
-    """The calls of one plan, over as few connections as their number allows."""
+    """The calls of one plan, over as few connections as possible."""
 
     def __init__(self, plan: Plan, stamps: memoryview) -> None:
         self.plan = plan
@@ -38,7 +38,7 @@ class Calls:
         self._finished = asyncio.Event()
 
     async def run(self, ready: Callable[[], None]) -> None:
-        """Read until every call has all its events, and a little longer, or until the plan's deadline."""
+        """Read until every call has all its events plus a grace time, or until the plan's deadline."""
         calls = [self._open(number) for number in self._counts]
         tasks = [asyncio.create_task(self._read(*call)) for call in calls]
         try:
@@ -115,7 +115,7 @@ class Calls:
             self.problems.append(what)
 
     def result(self) -> CrowdResult:
-        """Return what was seen so far."""
+        """Return the result so far."""
         want, counts = self.plan.events, self._counts.values()
         return CrowdResult(
             streams=len(counts),

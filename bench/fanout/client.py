@@ -1,8 +1,8 @@
 """A client process: many subscribers of one plan.
 
 Run as ``python -m bench.fanout.client PLAN`` with a `bench.fanout.scenarios.Plan` as JSON. It writes the file ``ready``
-when it is connected, and at the end ``result`` and the latencies (native 64-bit nanoseconds); it keeps its connections
-until it is stopped, so that the memory that they take can be read from outside.
+when it is connected, and at the end ``result`` and the latencies (native 64-bit nanoseconds). It keeps its connections
+until it is stopped, so that their memory can be measured from outside.
 """
 
 import asyncio
@@ -61,7 +61,7 @@ async def _call(plan: Plan, stamps: memoryview) -> tuple[CrowdResult, "array[int
 
 
 def _stick(plan: Plan) -> None:
-    """Connect, ask, and read nothing until stopped."""
+    """Connect, subscribe, and do not read until stopped."""
     held = []
     for number in range(plan.first, plan.stop):
         connection = connected(plan.port, SMALL)
@@ -79,7 +79,7 @@ def main() -> None:
     if plan.kind == "stuck":
         _stick(plan)
         return
-    gc.disable()  # a collector's pause here would be taken for latency of what is measured; runs are short
+    gc.disable()  # a garbage collection here would count as latency of the target; runs are short
     result, took = _run(plan, time.monotonic() + plan.deadline)
     with Path(plan.latencies).open("wb") as file:
         took.tofile(file)

@@ -1,7 +1,7 @@
-"""Many subscribers in one process: sockets and epoll alone, so that the clients cost little beside what is measured.
+"""Many subscribers in one process: only sockets and epoll, so that the clients cost little compared with the target.
 
-Most connections only count the events that arrive, by a byte that stands once in each of them; a sample reads
-everything, compares every text and takes the times.
+Most connections only count the events that arrive, by a byte that occurs once in each event; a sample reads everything,
+compares every text and measures latencies.
 """
 
 import select
@@ -34,7 +34,7 @@ _decode = msgspec.json.Decoder(_Delta).decode
 
 
 class CrowdResult(msgspec.Struct, kw_only=True):
-    """What one client process saw. ``missing`` and ``surplus`` are events; ``resumed_ms`` one time a reconnection."""
+    """Result of one client process. ``missing`` and ``surplus``: events; ``resumed_ms``: one time per reconnection."""
 
     streams: int
     complete: int
@@ -51,10 +51,10 @@ class CrowdResult(msgspec.Struct, kw_only=True):
 
 
 class Checker:
-    """One subscriber that reads everything: event after event the right one, none twice, none left out.
+    """One subscriber that checks all events: order, no duplicates, no gaps.
 
-    ``seen`` is the number of the next event, ``began`` that of the first one wanted. ``took`` holds the
-    latencies of those that carry a stamp.
+    ``seen``: the number of the next event; ``began``: that of the first expected one. ``took``: the latencies of
+    stamped events.
     """
 
     def __init__(self, plan: Plan, number: int, stamps: memoryview, took: "array[int]") -> None:
@@ -65,7 +65,7 @@ class Checker:
         self.differs = ""
         self.cursor = b""
         self.ended = False
-        self.cursors: list[bytes] | None = None  # of all events, where somebody wants them
+        self.cursors: list[bytes] | None = None  # of all events, if requested
         cells = number % plan.sessions * plan.events
         self._stamps = stamps[cells : cells + plan.events]
         self._events = plan.events
@@ -75,16 +75,16 @@ class Checker:
         self.stream = self._dialect.stream("", b"", False)
 
     def call(self) -> bytes:
-        """Return what is sent first on a new connection: it goes on behind the last event."""
+        """Return the request for a new connection, which continues after the last event."""
         self.stream = self._dialect.stream(session(self.number), self.cursor, self._live)
         return self._dialect.call(session(self.number), self.cursor, self._live)
 
     def stamped(self, index: int) -> bool:
-        """Tell whether an event has been published after the signal."""
+        """Return whether an event was published after the signal."""
         return bool(self._stamps[index])
 
     def take(self, data: bytes, now: int) -> int:
-        """Take what one read gave and return how many new events it brought."""
+        """Add the data of one read; return the number of new events."""
         before = self.seen
         for cursor, event in self.stream.feed(data):
             self.cursor = cursor or self.cursor
@@ -128,7 +128,7 @@ class Crowd:
         self.want = plan.events - plan.history if plan.live else plan.events
 
     def open(self) -> None:
-        """Open all connections, so many at a time, until each has its answer's head."""
+        """Open all connections, ``at_once`` at a time, until each has received its response head."""
         plan = self.plan
         for number in range(plan.first, plan.stop):
             self._connect(number)
@@ -158,7 +158,7 @@ class Crowd:
         self._poll.register(fd, select.EPOLLIN)
 
     def step(self, seconds: float) -> None:
-        """Read once from every connection that has something, waiting at most so long."""
+        """Read once from every readable connection; wait at most ``seconds``."""
         buffer, counts, sockets, want = self._buffer, self._counts, self._sockets, self.want
         checkers, opening = self._checkers, self._opening
         for fd, _ in self._poll.poll(seconds):
@@ -211,14 +211,14 @@ class Crowd:
             return
         self._poll.unregister(fd)
         connection.detach()
-        # The number stays taken, so that no other connection is counted under it.
+        # The number stays in use, so that no other connection is counted under it.
         self._opening.pop(fd, None)
         if self._counts[fd] < self.want:
             self._left -= 1
             self.problem(f"a connection ended after {self._counts[fd]} events: {why}")
 
     def run(self, deadline: float, grace: float, finished: Callable[[], bool] = bool) -> None:
-        """Read until every connection has all its events and then a little longer, or until the deadline."""
+        """Read until every connection has all its events, plus ``grace`` seconds, or until the deadline."""
         while self._left and time.monotonic() < deadline:
             self.step(0.2)
         if self._left:
@@ -228,12 +228,12 @@ class Crowd:
             self.step(0.05)
 
     def problem(self, what: str) -> None:
-        """Remember the first few."""
+        """Record a problem; only the first few are kept."""
         if len(self.problems) < PROBLEMS:
             self.problems.append(what)
 
     def result(self) -> CrowdResult:
-        """Return what was seen so far."""
+        """Return the result so far."""
         want = self.want
         counts = self._counts.values()
         wrong = [c for c in self._checkers.values() if c.differs or c.surplus]
@@ -256,7 +256,7 @@ class Crowd:
 
 
 def answer(connection: socket.socket, checker: Checker) -> None:
-    """Say what the stream wants to be said; it is short."""
+    """Send the stream's replies, which are short."""
     if checker.stream.replies:
         connection.sendall(checker.stream.replies)
         checker.stream.replies = b""

@@ -1,4 +1,4 @@
-"""The events that are published: natural words, each behind a mark by which it can be counted without being parsed."""
+"""The published events: natural words, each after a mark by which it can be counted without parsing."""
 
 from typing import Final
 
@@ -10,7 +10,7 @@ __all__ = ["MARK", "TEXT_MARK", "closing", "event", "generation", "opening", "se
 
 TEXT_MARK: Final = "☕"
 MARK: Final = TEXT_MARK.encode()[:1]
-"""One byte that stands once in every event and nowhere else in a stream: all the rest is ASCII."""
+"""A byte that occurs once in every event and nowhere else in a stream, which is ASCII otherwise."""
 
 
 def session(number: int) -> str:
@@ -36,7 +36,7 @@ def opening(number: int, at: float) -> bytes:
 
 
 def event(number: int, index: int, at: float) -> bytes:
-    """Return one event as it is stored, and as it is published to peers."""
+    """Return one event as stored, and as published to peers."""
     made = Delta(generation=generation(number), seq=index + 1, at=at, text=text(number, index), tokens=index + 1)
     return encode_event(made)
 

@@ -1,4 +1,4 @@
-"""Memory of a process and its children: resident, and where the kernel tells it, its proportional share."""
+"""Memory of a process and its children: resident, and, if the kernel reports it, proportional."""
 
 import contextlib
 from pathlib import Path
@@ -10,14 +10,14 @@ __all__ = ["Memory", "memory_of"]
 
 
 class Memory(msgspec.Struct, frozen=True):
-    """Bytes; ``pss`` counts a page shared by n processes as its nth part, and is 0 where it cannot be read."""
+    """Memory in bytes; ``pss`` counts 1/n of a page shared by n processes, and is 0 if it cannot be read."""
 
     rss: int
     pss: int
 
 
 def memory_of(pid: int) -> Memory:
-    """Return what a process and its children take now. What the kernel keeps for their sockets is not in it."""
+    """Return the current memory of a process and its children, without the kernel's socket buffers."""
     rss = pss = 0
     process = psutil.Process(pid)
     for each in (process, *process.children(recursive=True)):

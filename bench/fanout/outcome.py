@@ -11,12 +11,12 @@ __all__ = ["FanoutOutcome", "FanoutReport", "ScenarioOutcomes"]
 
 
 class FanoutOutcome(msgspec.Struct, kw_only=True):
-    """One target measured once.
+    """Result of one measurement of a target.
 
-    ``round`` names the part of a run that has several. Times in the units that the names give; ``cpu_us`` is processor
-    time in microseconds of each process, divided by the events that were delivered. ``latency_ms`` is from the
-    publisher's stamp to a subscriber's read (replays: the whole of one); ``caught_up_ms`` from a returning client's
-    connecting until it had everything. Memory per subscriber is the growth from before anybody had subscribed.
+    ``round`` names one part of a run with several parts. Units as in the names; ``cpu_us``: processor microseconds of
+    each process per delivered event. ``latency_ms``: from the publisher's stamp to a subscriber's read (replays: of a
+    whole replay); ``caught_up_ms``: from a returning client's connection until it had all events. Memory per subscriber
+    is the growth since before the first subscription.
     """
 
     target: str
@@ -52,12 +52,12 @@ class FanoutOutcome(msgspec.Struct, kw_only=True):
 
     @property
     def good(self) -> bool:
-        """Whether every subscriber got every event once, and those that were read had the right text."""
+        """Return whether every subscriber received every event once, and all checked texts were right."""
         return self.complete == self.streams and not (self.missing or self.surplus or self.mismatches or self.problems)
 
 
 class ScenarioOutcomes(msgspec.Struct):
-    """One scenario; ``not_measured`` says of a peer why it has no outcome."""
+    """Outcomes of one scenario; ``not_measured``: why a peer has no outcome."""
 
     scenario: Scenario
     outcomes: list[FanoutOutcome]
@@ -66,7 +66,7 @@ class ScenarioOutcomes(msgspec.Struct):
 
 
 class FanoutReport(msgspec.Struct):
-    """What one command measured. ``good``: all was run, and nothing was lost, doubled or changed (peers aside)."""
+    """Results of one command. ``good``: all ran, and no event was lost, duplicated or changed (peers excluded)."""
 
     at: str
     machine: Machine

@@ -1,4 +1,4 @@
-"""How a stream is asked for and read, protocol by protocol; no input or output of its own."""
+"""Request and parse a stream in each protocol; no I/O."""
 
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple, Protocol
@@ -18,27 +18,27 @@ class Arrived(NamedTuple):
 
 
 class Stream(Protocol):
-    """One answer while it arrives.
+    """One response while it arrives.
 
-    ``status`` is set once its head is there (200: it is as wished). ``replies`` is what is to be said to it; who has
-    sent that empties it.
+    ``status`` is set once its head has arrived (200: accepted). ``replies``: data to send to the server; the sender
+    clears it.
     """
 
     status: int | None
     replies: bytes
 
     def feed(self, data: bytes) -> list[Arrived]:
-        """Take what one read gave and return the events that it completed.
+        """Add the data of one read; return the events that it completes.
 
         Raises:
-            MalformedResponse: this is not the protocol.
+            MalformedResponse: the data does not follow the protocol.
         """
         ...
 
 
 class Dialect(NamedTuple):
-    """What is sent first, and what reads the answer: for a session, behind a cursor, else from its answer's beginning
-    or only what is new.
+    """The request and the parser of a protocol, for a session: after a cursor, else from the answer's beginning or only
+    live.
 
     ``counts``: events can be counted in the stream's bytes; otherwise every subscriber reads everything.
     """
@@ -57,10 +57,10 @@ class EventStream:
         self._response = Response()
 
     def feed(self, data: bytes) -> list[Arrived]:
-        """Take what one read gave; comments and named events are left out.
+        """Add the data of one read; skip comments and named events.
 
         Raises:
-            MalformedResponse: this is not HTTP.
+            MalformedResponse: the data is not HTTP.
         """
         blocks = self._response.feed(data)
         self.status = self._response.status
@@ -86,7 +86,7 @@ class _Message(msgspec.Struct):
 
 
 class SocketStream:
-    """A WebSocket's answer and then its messages, in the JSON notation."""
+    """A WebSocket: the handshake response and then messages in JSON."""
 
     def __init__(self, session: str, cursor: bytes, live: bool) -> None:
         self.status: int | None = None
@@ -96,10 +96,10 @@ class SocketStream:
         self._rest = b""
 
     def feed(self, data: bytes) -> list[Arrived]:
-        """Take what one read gave.
+        """Add the data of one read.
 
         Raises:
-            MalformedResponse: this is no WebSocket.
+            MalformedResponse: the data is not a WebSocket's.
         """
         data = self._rest + data
         if self.status is None:
@@ -131,14 +131,14 @@ _message = msgspec.json.Decoder(_Message).decode
 
 
 def frame(message: dict[str, Any]) -> bytes:
-    """Return a client's text frame of at most 125 bytes or 64 KB; its mask is zero, which leaves the text as it is."""
+    """Return a client's text frame of at most 125 bytes or 64 KB, with a zero mask that leaves the text unchanged."""
     data = msgspec.json.encode(message)
     length = bytes([0x80 | len(data)]) if len(data) < 126 else b"\xfe" + len(data).to_bytes(2, "big")
     return b"\x81" + length + b"\0\0\0\0" + data
 
 
 def _payload(data: bytes) -> slice | None:
-    """Return where the first frame's payload lies (it may end beyond ``data``); ``None`` without a whole header."""
+    """Return the slice of the first frame's payload (it may end beyond ``data``), or ``None`` without a header."""
     if len(data) < 2:
         return None
     length, start = data[1] & 0x7F, 2

@@ -1,4 +1,4 @@
-"""The publisher's process: writes events into the log, or posts the same bytes to a peer, and stamps each of them.
+"""The publisher's process: write events to the log, or post the same bytes to a peer, and stamp each event.
 
 Run as ``python -m bench.fanout.publisher ORDER`` with a `bench.fanout.scenarios.Order` as JSON.
 """
@@ -33,7 +33,7 @@ TENANT: Final = "default"
 
 
 class Published(msgspec.Struct):
-    """What was written after the signal, and how far behind its schedule that was (paced ones)."""
+    """Events written after the signal, and their delay behind the schedule (paced scenarios)."""
 
     events: int
     late_p50_ms: float
@@ -42,7 +42,7 @@ class Published(msgspec.Struct):
 
 
 class Sink(Protocol):
-    """Takes events for a session."""
+    """A destination of events by session."""
 
     refused: int
 
@@ -56,7 +56,7 @@ class Sink(Protocol):
 
 
 class _Window:
-    """Counts what is under way."""
+    """Count the unacknowledged events."""
 
     def __init__(self) -> None:
         self.refused = 0
@@ -80,7 +80,7 @@ class _Window:
 
 
 class LogSink(_Window):
-    """Appends to the log, pipelined."""
+    """Append to the log, pipelined."""
 
     def __init__(self, broker: Broker) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class LogSink(_Window):
         self._subjects: dict[int, str] = {}
 
     async def start(self) -> None:
-        """Begin to listen for acknowledgements."""
+        """Subscribe to acknowledgements."""
         await self._broker.listen(self._inbox, self._receive)
 
     def put(self, number: int, data: bytes) -> None:
@@ -108,7 +108,7 @@ class LogSink(_Window):
 
 
 class PostSink(_Window, asyncio.Protocol):
-    """Posts to Nchan over one connection that is kept, without waiting for each answer."""
+    """Post to Nchan over one persistent connection, without waiting for each response."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,18 +124,18 @@ class PostSink(_Window, asyncio.Protocol):
         self._transport.write(request("POST", f"/publish?id={session(number)}", "bench", {}, data))
 
     def data_received(self, data: bytes) -> None:
-        """Count the answers."""
-        # What is kept of the read before is one byte shorter than what is looked for: nothing is counted twice.
+        """Count the responses."""
+        # The remainder of the previous read is one byte shorter than the pattern, so nothing is counted twice.
         self.refused += sum((self._rest[-9:] + data).count(line) for line in (b"HTTP/1.1 4", b"HTTP/1.1 5"))
         self.acknowledged((self._rest + data).count(b"HTTP/1.1 20"))
         self._rest = (self._rest + data)[-10:]
 
     def connection_lost(self, error: Exception | None) -> None:
-        """Nothing more is acknowledged: who waits fails by its deadline."""
+        """Ignore the loss: no more acknowledgements arrive, so waiting calls fail at their deadline."""
 
 
 async def _stamped(order: Order, sink: Sink, cells: memoryview) -> list[int]:
-    """Publish all events behind the history; return how late each was, in nanoseconds."""
+    """Publish all events after the history; return the delay of each in nanoseconds."""
     late: list[int] = []
     clock, wall = time.monotonic_ns, time.time
     begin = clock() + LEAD_NS
@@ -215,7 +215,7 @@ def main() -> None:
     unfinished.write_bytes(msgspec.json.encode(published))
     unfinished.rename(order.result)
     signal.alarm(LINGER)
-    signal.pause()  # our processor time is read from outside before we are stopped
+    signal.pause()  # the parent reads this process's processor time before stopping it
 
 
 if __name__ == "__main__":

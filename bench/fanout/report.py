@@ -1,4 +1,4 @@
-"""The result of fan-out runs as text, and what was to be reached."""
+"""Report the results of fan-out runs as text, and check the targets."""
 
 from collections.abc import Sequence
 
@@ -19,7 +19,7 @@ STUCK_SHARE = 1.10
 
 
 def checks(scenario: Scenario, outcomes: Sequence[FanoutOutcome]) -> dict[str, bool]:
-    """Return which targets were met, by a text that names target and value; those of a peer only beside it."""
+    """Return whether each target was met, by a text with target and value; those against a peer need its outcome."""
     own = next((o for o in outcomes if o.target == "tailrace" and o.protocol == "sse"), None)
     peer = next((o for o in outcomes if o.target != "tailrace"), None)
     found: dict[str, bool] = {}

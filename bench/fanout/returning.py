@@ -1,4 +1,4 @@
-"""Clients that come back: a storm of reconnections, each with its own cursor, and cold replays of finished answers."""
+"""Returning clients: a storm of reconnections, each with its own cursor, and cold replays of finished answers."""
 
 import heapq
 import random
@@ -24,7 +24,7 @@ LEAD: Final = 2.0
 
 
 class Visit:
-    """A connection of a checker. ``goal``: with how many events it is level with what was published when it came."""
+    """A connection of a checker. ``goal``: number of events with which it has caught up with its time of connecting."""
 
     __slots__ = ("began", "checker", "goal", "socket")
 
@@ -36,7 +36,7 @@ class Visit:
 
 
 class Returning:
-    """Connections that are opened and closed one by one; all of them check everything."""
+    """Connections that are opened and closed one by one; all of them check all events."""
 
     def __init__(self, plan: Plan, stamps: memoryview) -> None:
         self.plan = plan
@@ -52,11 +52,11 @@ class Returning:
 
     @property
     def open(self) -> int:
-        """How many connections are open."""
+        """Return the number of open connections."""
         return len(self._visits)
 
     def visit(self, checker: Checker) -> None:
-        """Connect and go on behind the last event."""
+        """Connect and continue after the last event."""
         connection = connected(self.plan.port)
         goal = checker.seen
         while goal < self.plan.events and checker.stamped(goal):
@@ -68,7 +68,7 @@ class Returning:
         self._poll.register(connection, select.EPOLLIN)
 
     def scout(self, number: int) -> Checker:
-        """Send out a checker that is none of the clients and keeps every cursor of a session."""
+        """Connect an additional checker that keeps every cursor of a session."""
         scout = Checker(self.plan, number - self.plan.base, self._cells, array("q"))
         scout.cursors = []
         self.visit(scout)
@@ -82,7 +82,7 @@ class Returning:
             visit.socket.close()
 
     def step(self, seconds: float) -> Iterator[Checker]:
-        """Read once from every connection that has something; yield whoever got anything new."""
+        """Read once from every readable connection; yield the checkers with new events."""
         for fd, _ in self._poll.poll(seconds):
             visit = self._visits.get(fd)
             if visit is None:
@@ -119,12 +119,12 @@ class Returning:
         self.leave(checker)
 
     def problem(self, what: str) -> None:
-        """Remember the first few."""
+        """Record a problem; only the first few are kept."""
         if len(self.problems) < PROBLEMS:
             self.problems.append(what)
 
     def result(self) -> CrowdResult:
-        """Return what was seen so far."""
+        """Return the result so far."""
         want = self.plan.events
         for checker in self.checkers:
             if checker.differs or checker.surplus or checker.seen != want:
@@ -147,7 +147,7 @@ class Returning:
 
 
 def storm(clients: Returning, deadline: float, ready: Callable[[], None], draw: random.Random) -> None:
-    """Let everybody read, drop, and return within the plan's time; read on until each has everything."""
+    """Let all clients read, disconnect, and return within the plan's time; read on until each has all events."""
     plan = clients.plan
     if plan.history:
         _scatter(clients, draw)
@@ -179,7 +179,7 @@ def storm(clients: Returning, deadline: float, ready: Callable[[], None], draw: 
 
 
 def _moves(clients: Returning, begin: float, draw: random.Random) -> list[tuple[float, int, bool]]:
-    """Return who leaves (False) and comes (True) when: with a history all are away already."""
+    """Return the times at which clients disconnect (False) and return (True); with a history all start disconnected."""
     within, moves = clients.plan.within, []
     for number in range(len(clients.checkers)):
         leaves = 0.0 if clients.plan.history else LEAD + draw.uniform(0, within / 2)
@@ -191,7 +191,7 @@ def _moves(clients: Returning, begin: float, draw: random.Random) -> list[tuple[
 
 
 def _scatter(clients: Returning, draw: random.Random) -> None:
-    """Read the history once, and give each client a different place in it from which to go on."""
+    """Read the history once, and assign each client a different position in it to continue from."""
     plan = clients.plan
     places: dict[int, list[bytes]] = {}
     for number in range(plan.base, plan.base + plan.sessions):
@@ -207,7 +207,7 @@ def _scatter(clients: Returning, draw: random.Random) -> None:
 
 
 def replay(clients: Returning, deadline: float, ready: Callable[[], None]) -> None:
-    """Read every answer from its beginning to its end, so many at once; the times are those of whole replays."""
+    """Read every answer from beginning to end, ``at_once`` at a time; the times are of whole replays."""
     plan = clients.plan
     ready()
     _wait_for(Path(plan.go), clients, deadline)

@@ -1,4 +1,4 @@
-"""One run: start what is measured, connect the clients, publish, wait until everybody has everything."""
+"""One run: start the target, connect the clients, publish, and wait until all clients have all events."""
 
 import time
 from array import array
@@ -24,15 +24,15 @@ __all__ = ["Run"]
 OPEN_SECONDS: Final = 120.0
 SAMPLED: Final = 200
 SAMPLED_EVENTS: Final = 100_000
-"""Of a stream, at most so many subscribers, or subscribers times events, are read in full by the clients."""
+"""Bound of the subscribers, and of subscribers times events, that clients read in full."""
 AT_ONCE: Final = 64
 REPLAYS_AT_ONCE: Final = 100
 QUIET: Final = 1.5
-"""Seconds between the last connection and the first event, and before memory is read: sweeps and late work are over."""
+"""Seconds between the last connection and the first event, and before memory is read, for background work to end."""
 
 
 class _Marks(msgspec.Struct, frozen=True):
-    """What was used up at three moments: before anybody connected, when all had, when all was done."""
+    """Resources used at three times: before the first connection, when all were connected, and at the end."""
 
     opening: float
     spent: tuple[dict[str, Spent], dict[str, Spent], dict[str, Spent]]
@@ -42,7 +42,7 @@ class _Marks(msgspec.Struct, frozen=True):
 
 
 class _Round(msgspec.Struct, frozen=True):
-    """A part of a run: ``number`` keeps its sessions and files apart. ``stuck``: how many read nothing."""
+    """A part of a run. ``number`` separates its sessions and files. ``stuck``: number of clients that read nothing."""
 
     number: int
     name: str
@@ -50,9 +50,9 @@ class _Round(msgspec.Struct, frozen=True):
 
 
 class Run:
-    """Measures one target under one scenario with ``clients`` client processes.
+    """Measure one target under one scenario with ``clients`` client processes.
 
-    ``profile`` names a process whose profile is taken from the first event on. ``keep``: where to leave logs and data.
+    ``profile``: name of a process to profile from the first event on. ``keep``: folder in which to keep logs and data.
     """
 
     def __init__(
@@ -73,11 +73,11 @@ class Run:
         self.keep = keep
 
     def measure(self) -> list[FanoutOutcome]:
-        """Run it and return what was measured, round by round; everything started is stopped, whatever happens.
+        """Run it and return the outcomes by round; stop all started processes in any case.
 
         Raises:
-            Died: a process ended although it was needed.
-            TooLate: something did not happen in time.
+            Died: a required process ended.
+            TooLate: a step did not finish in time.
         """
         with processes_in(self.keep, f"{self.scenario.name}-{self.target.name}-{self.protocol}") as processes:
             place = self.target.start(processes, self.scenario)
@@ -241,7 +241,7 @@ class Run:
         )
 
     def _seconds(self, order: Order, results: list[CrowdResult], marks: _Marks) -> float:
-        """Return the time from the first stamp (replays: from the signal) to the last client's last event."""
+        """Return the time from the first stamp (replays: from the signal) to the last event of the last client."""
         first = Stamps(Path(order.stamps)).first() or int(Path(order.go).stat().st_mtime_ns + _clock_offset())
         return max(0.0, max(r.last_ns for r in results) - first) / 1e9
 

@@ -1,4 +1,4 @@
-"""What a run does: sessions, their subscribers and their pace, and what each of its processes is to do."""
+"""Scenarios of a run: sessions, subscribers and pace, and the tasks of its processes."""
 
 from typing import Final, Literal
 
@@ -10,11 +10,11 @@ Kind = Literal["live", "storm", "stuck", "replay"]
 
 
 class Scenario(msgspec.Struct, frozen=True, kw_only=True):
-    """``rate`` in events per second and session; ``None`` is as fast as the log takes them.
+    """One scenario. ``rate``: events per second and session; ``None``: as fast as the log accepts them.
 
-    ``events``: of each session. ``history``: of these, how many are in the log before anybody subscribes (``replay``:
-    all of them). ``stuck``: subscribers that read nothing, beside the others. ``feed_bytes``: delivery's bound of
-    events in memory for a session, 0 for its default. ``within``: seconds in which a storm's clients return.
+    ``events``: per session. ``history``: number of these in the log before the first subscription (``replay``: all).
+    ``stuck``: additional subscribers that read nothing. ``feed_bytes``: delivery's bound of a session's events in
+    memory, 0 for its default. ``within``: seconds in which a storm's clients return.
     """
 
     name: str
@@ -31,26 +31,26 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def streams(self) -> int:
-        """Subscribers in all."""
+        """Return the total number of subscribers."""
         return self.sessions * self.subscribers
 
     @property
     def deliveries(self) -> int:
-        """Events that all subscribers are to get together."""
+        """Return the total number of events that the subscribers must receive."""
         return self.streams * (self.events - self.history if self.kind == "stuck" else self.events)
 
     @property
     def seconds(self) -> float:
-        """The longest that it may take before it is given up."""
+        """Return the time limit, after which the run is aborted."""
         paced = (self.events - self.history) / self.rate if self.rate else 0.0
         return 60.0 + 2 * paced + self.deliveries / 20_000
 
 
 class Order(msgspec.Struct, frozen=True, kw_only=True):
-    """What the publisher writes: to sessions ``base``, ``base`` + 1 … the scenario's events.
+    """The task of the publisher: write the scenario's events to sessions ``base``, ``base`` + 1 …
 
     The events of ``history`` are written at once, the others when the file ``go`` appears. ``ends``: close every answer
-    behind its last event.
+    after its last event.
     """
 
     kind: Literal["log", "nchan"]
@@ -69,12 +69,12 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """What one client process does: connections ``first`` to ``stop``; connection n reads session n modulo
+    """The task of one client process: connections ``first`` to ``stop``; connection n reads session n modulo
     ``sessions``.
 
-    ``samples``: every so-manieth connection reads and checks every text and takes the times; the others count.
-    ``live``: leave the history out. ``at_once``: how many connections are opened at a time. When the file ``go``
-    appears, storms and replays begin. ``deadline`` in seconds from the start.
+    ``samples``: every ``samples``-th connection checks every text and measures latencies; the others count. ``live``:
+    skip the history. ``at_once``: number of connections opened at a time. Storms and replays begin when the file ``go``
+    appears. ``deadline``: seconds from the start.
     """
 
     kind: Kind
@@ -166,7 +166,7 @@ SCENARIOS: Final = {
             about="1,000 subscribers at 20 events/s, without and with 100 that read nothing",
             subscribers=1_000,
             events=8_000 + int(_SECONDS * 20),
-            history=8_000,  # what those who read nothing ask for, so that they are stuck from the beginning
+            history=8_000,  # requested by the stuck clients, so that they are stuck from the start
             rate=20.0,
             kind="stuck",
             stuck=100,

@@ -1,4 +1,4 @@
-"""What is measured: delivery in front of a real log, or Nchan. Each starts its processes and says where to ask."""
+"""Targets of a fan-out measurement: delivery with a real log, or Nchan. Each starts its processes."""
 
 import os
 import re
@@ -20,7 +20,7 @@ NCHAN_MODULE: Final = Path("/usr/lib/nginx/modules/ngx_nchan_module.so")
 
 
 class Place(msgspec.Struct, frozen=True):
-    """Where it is published (``kind`` says how), and by protocol where it is subscribed and what clients call that."""
+    """Addresses of a target: ``publish_port`` for ``kind``, and by protocol the port and the clients' dialect."""
 
     kind: Literal["log", "nchan"]
     publish_port: int
@@ -29,7 +29,7 @@ class Place(msgspec.Struct, frozen=True):
 
 
 class BrokerLoad(msgspec.Struct, frozen=True):
-    """What delivery's connection to the broker carried: messages to the broker (above all reads), and from it."""
+    """Traffic of delivery's connection to the broker: messages to it (mostly reads), and from it."""
 
     requests: int
     messages: int
@@ -37,24 +37,24 @@ class BrokerLoad(msgspec.Struct, frozen=True):
 
 
 class Target(Protocol):
-    """Something to measure; ``part`` is the process whose cost is compared."""
+    """A system to measure; ``part``: the process whose cost is compared."""
 
     @property
     def name(self) -> str:
-        """What the report calls it."""
+        """Return its name in the report."""
         ...
 
     @property
     def part(self) -> str:
-        """The process that serves the subscribers."""
+        """Return the name of the process that serves the subscribers."""
         ...
 
     def start(self, processes: Processes, scenario: Scenario) -> Place:
-        """Start what is needed and return where to ask once it is ready."""
+        """Start its processes; return their addresses once they are ready."""
         ...
 
     def load(self) -> BrokerLoad | None:
-        """Return what the broker has done for it so far; ``None`` where there is none."""
+        """Return the broker's load so far, or ``None`` without a broker."""
         ...
 
     def counts(self) -> dict[str, float]:
@@ -74,7 +74,7 @@ class _Connections(msgspec.Struct):
 
 
 class Tailrace:
-    """A nats-server with file storage, and delivery with its defaults; where ``grpc``, that too."""
+    """A nats-server with file storage, and delivery with its defaults; with ``grpc`` also over gRPC."""
 
     name: Final = "tailrace"
     part: Final = "delivery"
@@ -107,7 +107,7 @@ class Tailrace:
         return Place("log", nats, ports, {protocol: protocol for protocol in ports})
 
     def load(self) -> BrokerLoad | None:
-        """Return what the broker says of delivery's connection."""
+        """Return the broker's statistics of delivery's connection."""
         answer = fetch(f"http://127.0.0.1:{self._monitor}/connz")
         if answer is None:
             return None
@@ -131,7 +131,7 @@ class Nchan:
     part: Final = "nginx"
 
     def install(self) -> None:
-        """Make sure that it is there.
+        """Check that nginx with Nchan is installed.
 
         Raises:
             PeerNotInstalled: it is not.
@@ -148,7 +148,7 @@ class Nchan:
         config = folder / "nginx.conf"
         config.write_text(
             _NCHAN.format(
-                user="user root;" if os.geteuid() == 0 else "",  # the folder is closed to everybody else
+                user="user root;" if os.geteuid() == 0 else "",  # the folder is private
                 module=NCHAN_MODULE,
                 folder=folder,
                 port=port,
@@ -161,11 +161,11 @@ class Nchan:
         return Place("nchan", port, {"sse": port}, {"sse": "nchan-sse"})
 
     def load(self) -> BrokerLoad | None:
-        """There is no broker."""
+        """Return ``None``: there is no broker."""
         return None
 
     def counts(self) -> dict[str, float]:
-        """It counts nothing that is wanted here."""
+        """Return no counters."""
         return {}
 
 

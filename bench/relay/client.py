@@ -38,7 +38,7 @@ class Client:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.harvest = Harvest()
-        self._authority = f"{plan.host}:{plan.port}"  # without credentials delivery answers only to its own name
+        self._authority = f"{plan.host}:{plan.port}"  # without credentials delivery accepts only its own host name
         self._stamps = Stamps(Path(plan.stamps))
         self._gate = asyncio.Semaphore(OPENING)
         self._unopened = plan.generations
@@ -46,7 +46,7 @@ class Client:
 
     async def run(self) -> None:
         """Read every stream to its end, or until the deadline."""
-        gc.disable()  # a collector's pause here would be taken for latency of the pipeline; runs are short
+        gc.disable()  # a garbage collection here would count as latency of the pipeline; runs are short
         try:
             async with asyncio.timeout(self.plan.deadline), asyncio.TaskGroup() as group:
                 for order in self.plan.orders():
@@ -116,7 +116,7 @@ class Client:
         self.harvest.finish(order, reader)
 
     def result(self) -> ClientResult:
-        """Return what was seen so far."""
+        """Return the result so far."""
         h, plan = self.harvest, self.plan
         return ClientResult(
             streams=plan.generations * plan.subscribers,
@@ -133,12 +133,12 @@ class Client:
 
 
 def read_plan() -> Plan:
-    """Return the plan whose file is this process's argument."""
+    """Read the plan from the file named by this process's argument."""
     return msgspec.json.decode(Path(sys.argv[1]).read_bytes(), type=Plan)
 
 
 def finish(plan: Plan, result: ClientResult, latencies: "array[int]") -> None:
-    """Write what was measured, and wait to be stopped: processor time and memory are read from outside before."""
+    """Write the result, and wait to be stopped: processor time and memory are read from outside until then."""
     with Path(plan.latencies).open("wb") as file:
         latencies.tofile(file)
     unfinished = Path(plan.result + ".part")

@@ -1,4 +1,4 @@
-"""A client of the log alone: asks the producer past delivery, and reads what it stored when all is done.
+"""A client that bypasses delivery: queue requests for the producer directly, and read the log at the end.
 
 So one producer process is measured with nothing but a provider and a broker beside it. Run as
 ``python -m bench.relay.log_client PLAN``, like `bench.relay.client`. The stream ends when producers have acknowledged
@@ -41,7 +41,7 @@ class _Info(msgspec.Struct):
 
 
 class LogClient:
-    """Asks for the streams of a plan, waits for their end, and then compares every text."""
+    """Request the streams of a plan, wait for their end, and then compare every text."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -59,7 +59,7 @@ class LogClient:
         self._asking = asyncio.Semaphore(ASKING)
 
     async def run(self) -> None:
-        """Ask, wait, compare; all within the deadline."""
+        """Request, wait and compare within the deadline."""
         plan = self.plan
         try:
             async with (

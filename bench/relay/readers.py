@@ -1,4 +1,4 @@
-"""One subscriber's connection: takes the time of each read, follows the text, notices every difference."""
+"""One subscriber's connection: time each read, follow the text, and detect every difference."""
 
 import asyncio
 import time
@@ -44,7 +44,7 @@ _openai = msgspec.json.Decoder(_OpenAI).decode
 
 
 def native(block: bytes) -> tuple[str | None, str | None]:
-    """Return text and end of an event of the session's log: each may be ``None``."""
+    """Return text and end of an event of the session's log; each may be ``None``."""
     start = block.find(b"data: ")
     if start < 0 or block.startswith(b"event:") or block.find(b"\nevent:", 0, start) >= 0:
         return None, None
@@ -57,7 +57,7 @@ def native(block: bytes) -> tuple[str | None, str | None]:
 
 
 def openai(block: bytes) -> tuple[str | None, str | None]:
-    """Return text and end of a chunk of an OpenAI chat completion: each may be ``None``."""
+    """Return text and end of a chunk of an OpenAI chat completion; each may be ``None``."""
     if not block.startswith(b"data: "):
         return None, None
     if block == b"data: [DONE]":
@@ -69,7 +69,7 @@ def openai(block: bytes) -> tuple[str | None, str | None]:
 
 
 class Expected:
-    """What a stream's text must be, and where each token ends in it."""
+    """The expected text of a stream, and the end of each token in it."""
 
     def __init__(self, order: StreamOrder, cells: memoryview) -> None:
         pieces = tokens(order.stream, order.tokens)
@@ -79,7 +79,7 @@ class Expected:
 
 
 class Harvest:
-    """What all readers of a process have seen; latencies in nanoseconds."""
+    """Results of all readers of a process; latencies in nanoseconds."""
 
     def __init__(self) -> None:
         self.latencies: array[int] = array("q")
@@ -89,12 +89,12 @@ class Harvest:
         self.problems: list[str] = []
 
     def problem(self, text: str) -> None:
-        """Remember the first few."""
+        """Record a problem; only the first few are kept."""
         if len(self.problems) < PROBLEMS:
             self.problems.append(text)
 
     def finish(self, order: StreamOrder, reader: "Reader") -> None:
-        """Judge a reader that will receive no more."""
+        """Check a reader that has ended."""
         want = len(reader.expected.text)
         if reader.ended == "completed" and reader.position == want and not reader.differs:
             self.complete += 1
@@ -106,7 +106,7 @@ class Harvest:
 
 
 class Reader(asyncio.Protocol):
-    """Reads one response. ``closed`` is set when nothing more will come; ``cursor`` is the last event's id."""
+    """Read one response. ``closed`` is set at its end; ``cursor`` is the last event's id."""
 
     def __init__(self, expected: Expected, harvest: Harvest, parse: Parser, call: bytes) -> None:
         self.expected = expected
@@ -123,7 +123,7 @@ class Reader(asyncio.Protocol):
         self._call = call
 
     def again(self, headers: dict[str, str]) -> "Reader":
-        """Return a reader that goes on behind this one's last event."""
+        """Return a reader that continues after this one's last event."""
         line, _, rest = self._call.partition(b"\r\n")
         call = line + b"\r\nlast-event-id: " + self.cursor + b"\r\n" + rest
         reader = Reader(self.expected, self.harvest, self._parse, call)
@@ -132,11 +132,11 @@ class Reader(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Send the request."""
-        self._transport = cast("asyncio.Transport", transport)  # uvloop's is one without inheriting
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's transport does not inherit from it
         self._transport.write(self._call)
 
     def data_received(self, data: bytes) -> None:
-        """Take the time first, then look at what came."""
+        """Take the time first, then parse the data."""
         now = time.monotonic_ns()
         harvest = self.harvest
         harvest.reads += 1
@@ -163,7 +163,7 @@ class Reader(asyncio.Protocol):
             self.closed.set()
 
     def connection_lost(self, error: Exception | None) -> None:
-        """Nothing more will come."""
+        """Mark the reader as closed."""
         self.headed.set()
         self.closed.set()
 

@@ -1,4 +1,4 @@
-"""The result as text and as JSON."""
+"""Report the results as text and as JSON."""
 
 from collections.abc import Sequence
 
@@ -18,7 +18,7 @@ __all__ = ["Report", "ScenarioReport", "added", "checks", "show", "stored"]
 class ScenarioReport(msgspec.Struct, tag="closed", tag_field="loop"):
     """One scenario: the outcome of each target, and its latency beyond ``direct`` at the same percentiles.
 
-    ``not_measured`` says of a peer why it has no outcome.
+    ``not_measured``: why a peer has no outcome.
     """
 
     scenario: Scenario
@@ -29,7 +29,7 @@ class ScenarioReport(msgspec.Struct, tag="closed", tag_field="loop"):
 
 
 class Report(msgspec.Struct):
-    """What one command measured. ``good``: all was run, and every client got exactly what the provider sent."""
+    """Results of one command. ``good``: all ran, and every client received exactly what the provider sent."""
 
     at: str
     machine: Machine
@@ -38,14 +38,14 @@ class Report(msgspec.Struct):
 
 
 def added(outcome: Outcome, direct: Outcome) -> Latency:
-    """Return how much later tokens arrive than at clients of the provider itself, percentile by percentile."""
+    """Return the added latency over a direct connection to the provider, percentile by percentile."""
     a, b = outcome.latency_ms, direct.latency_ms
     differences = (round(x - y, 3) for x, y in ((a.p50, b.p50), (a.p95, b.p95), (a.p99, b.p99), (a.max, b.max)))
     return Latency(*differences)
 
 
 def stored(scenario: Scenario, outcome: Outcome) -> dict[str, bool]:
-    """Return which of the scenario's targets a producer alone met, by a text that names target and value."""
+    """Return whether a producer alone met each of the scenario's targets, by a text with target and value."""
     t = scenario.targets
     found: dict[str, bool] = {}
     if t.stored_tokens_per_s is not None:
@@ -58,7 +58,7 @@ def stored(scenario: Scenario, outcome: Outcome) -> dict[str, bool]:
 
 
 def checks(scenario: Scenario, outcome: Outcome, more: Latency | None) -> dict[str, bool]:
-    """Return which of the scenario's targets the pipeline met, by a text that names target and value."""
+    """Return whether the pipeline met each of the scenario's targets, by a text with target and value."""
     t = scenario.targets
     found: dict[str, bool] = {}
     if more and t.added_p50_ms is not None:
@@ -104,7 +104,7 @@ def _latencies(outcomes: Sequence[Outcome], more: dict[str, Latency]) -> Table:
 
 def _row(values: Latency) -> tuple[str, ...]:
     shown = (values.p50, values.p95, values.p99, values.max)
-    return tuple(f"{value:,.2f}" for value in shown) if any(shown) else ("-",) * len(shown)  # nobody read it live
+    return tuple(f"{value:,.2f}" for value in shown) if any(shown) else ("-",) * len(shown)  # no live readers
 
 
 def _processes(outcomes: Sequence[Outcome]) -> Table:

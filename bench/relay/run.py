@@ -1,4 +1,4 @@
-"""One run: start everything, open all streams, let them begin together, measure until the last client has finished."""
+"""One run: start all processes, open all streams, start them together, and measure until the last client finishes."""
 
 import os
 import time
@@ -22,11 +22,11 @@ __all__ = ["Run"]
 SETUP_SECONDS: Final = 60.0
 SETTLE_SECONDS: Final = 30.0
 READY_SECONDS: Final = 15.0
-QUIET: Final = 0.5  # lets what opening the streams left behind end, so that streaming is measured alone
+QUIET: Final = 0.5  # lets the after-effects of opening the streams end, so that only streaming is measured
 
 
 class _Marks(msgspec.Struct, frozen=True):
-    """What was used up before the streams were opened, when all were open, and when all was done. Times in seconds."""
+    """Resources used before the streams were opened, when all were open, and at the end. Times in seconds."""
 
     setup: float
     settled: float | None
@@ -36,10 +36,10 @@ class _Marks(msgspec.Struct, frozen=True):
 
 
 class Run:
-    """Measures one target under one scenario. ``clients``: how many client processes share the streams.
+    """Measure one target under one scenario. ``clients``: number of client processes that share the streams.
 
-    ``patience`` multiplies the time allowed. ``profile`` names a process whose profile is taken while it streams.
-    ``keep``: where to leave logs and data instead of removing them.
+    ``patience`` multiplies the time limit. ``profile``: name of a process to profile while it streams. ``keep``: folder
+    in which to keep logs and data instead of removing them.
     """
 
     def __init__(
@@ -60,10 +60,10 @@ class Run:
         self.keep = keep
 
     def measure(self) -> Outcome:
-        """Run it and return what was measured; everything started is stopped, whatever happens.
+        """Run it and return the outcome; stop all started processes in any case.
 
         Raises:
-            Died: a process ended although it was needed.
+            Died: a required process ended.
             TooLate: the streams were not open in time.
         """
         with processes_in(self.keep, f"{self.scenario.name}-{self.target.name}") as processes:

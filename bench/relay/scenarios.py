@@ -1,4 +1,4 @@
-"""What a run does: how many streams, how fast, how long; what each stream asks the provider for."""
+"""Scenarios of a run: number, rate and length of the streams, and each stream's request to the provider."""
 
 from typing import Final
 
@@ -8,9 +8,9 @@ __all__ = ["SCENARIOS", "Plan", "Scenario", "StreamOrder", "Targets"]
 
 
 class Targets(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What is expected on two cores. Latencies in milliseconds, added to connecting directly.
+    """Expected results on two cores. Latencies in milliseconds, added to a direct connection.
 
-    ``stored_…``: of the target ``producer``, which has neither readers nor billing; the rest is of the whole pipeline.
+    ``stored_…``: for the target ``producer``, without readers and billing; the others are for the whole pipeline.
     """
 
     added_p50_ms: float | None = None
@@ -22,7 +22,7 @@ class Targets(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Scenario(msgspec.Struct, frozen=True, kw_only=True):
-    """``rate`` in tokens per second and stream; ``None`` is as fast as the reader takes them."""
+    """One scenario. ``rate``: tokens per second and stream; ``None``: as fast as the reader accepts them."""
 
     name: str
     about: str
@@ -34,12 +34,12 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def produced(self) -> int:
-        """Tokens that the provider sends in all."""
+        """Return the total number of tokens that the provider sends."""
         return self.generations * self.tokens
 
     @property
     def seconds(self) -> float:
-        """The longest that streaming may take before the run is given up."""
+        """Return the time limit of streaming, after which the run is aborted."""
         paced = self.tokens / self.rate if self.rate else 0.0
         return 30.0 + 2 * paced + self.produced / 20_000
 
@@ -58,10 +58,10 @@ class StreamOrder(msgspec.Struct, frozen=True):
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """What one client process does. ``deadline`` in seconds from its start; ``first`` is its first stream's number.
+    """The task of one client process. ``deadline``: seconds from its start; ``first``: its first stream's number.
 
-    It makes the files ``ready`` when all its streams are open, ``ended`` when the last one has ended, if it has more to
-    do then, and ``result``.
+    It creates the files ``ready`` when all its streams are open, ``ended`` when the last one has ended, if work remains
+    then, and ``result``.
     """
 
     kind: str

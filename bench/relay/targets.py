@@ -1,4 +1,4 @@
-"""What is measured: the provider itself, the pipeline, a peer. Each starts its processes and says where to ask."""
+"""Targets of a measurement: the provider itself, the pipeline, a peer. Each starts its processes."""
 
 import asyncio
 import sys
@@ -17,10 +17,10 @@ READY_SECONDS: Final = 40.0
 
 
 class Endpoint(msgspec.Struct, frozen=True):
-    """Where the clients ask.
+    """The clients' address.
 
-    ``kind``: ``openai`` (the answer is the stream), ``tailrace`` (ask, then subscribe), or ``log`` (ask through the
-    work queue, and read the log in the end).
+    ``kind``: ``openai`` (the response is the stream), ``tailrace`` (request, then subscribe), or ``log`` (request
+    through the work queue, and read the log at the end).
     """
 
     kind: str
@@ -30,29 +30,29 @@ class Endpoint(msgspec.Struct, frozen=True):
 
 
 class Target(Protocol):
-    """Something to measure."""
+    """A system to measure."""
 
     @property
     def name(self) -> str:
-        """What the report calls it."""
+        """Return its name in the report."""
         ...
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The names of its processes."""
+        """Return the names of its processes."""
         ...
 
     def start(self, processes: Processes, provider: int) -> Endpoint:
-        """Start what is needed in front of the provider's port and return where to ask once it is ready."""
+        """Start its processes in front of the provider's port; return the clients' address once they are ready."""
         ...
 
     def settled(self) -> bool | None:
-        """Tell whether work behind the clients is done too; ``None`` where there is none."""
+        """Return whether the work after the clients' end is done too, or ``None`` if there is none."""
         ...
 
 
 class Direct:
-    """The clients at the provider itself: what everything else is compared with."""
+    """Clients connected to the provider itself: the baseline."""
 
     name: Final = "direct"
     parts: Final[tuple[str, ...]] = ()
@@ -62,7 +62,7 @@ class Direct:
         return Endpoint("openai", provider, "bench")
 
     def settled(self) -> bool | None:
-        """There is nothing behind the clients."""
+        """Return ``None``: no work remains after the clients' end."""
         return None
 
 
@@ -82,7 +82,7 @@ class Tailrace:
         return Endpoint("tailrace", ports["delivery"], "bench/bench")
 
     def settled(self) -> bool | None:
-        """Tell whether billing has booked everything that is in the log."""
+        """Return whether billing has booked all events of the log."""
         try:
             return asyncio.run(_pending(self._nats)) == 0
         except BrokerUnavailable as error:
@@ -90,23 +90,23 @@ class Tailrace:
 
 
 class Producer:
-    """One producer and a nats-server with file storage, and nothing that reads while it writes."""
+    """One producer and a nats-server with file storage, without readers."""
 
     name: Final = "producer"
     parts: Final[tuple[str, ...]] = ("nats-server", "producer")
 
     def start(self, processes: Processes, provider: int) -> Endpoint:
-        """Start broker and producer; the clients ask the broker."""
+        """Start broker and producer; the clients use the broker."""
         ports = start_services(processes, provider, self.parts)
         return Endpoint("log", ports["nats-server"], "bench/bench")
 
     def settled(self) -> bool | None:
-        """The clients wait until all is stored."""
+        """Return ``None``: the clients wait until all events are stored."""
         return None
 
 
 def start_services(processes: Processes, provider: int, parts: tuple[str, ...]) -> dict[str, int]:
-    """Start the broker, which is the first of the parts, and the services; return their ports once all are ready."""
+    """Start the broker, which is ``parts[0]``, and the services; return their ports once all are ready."""
     folder = processes.folder
     ports = {name: free_port() for name in parts}
     start_nats(processes, ports["nats-server"])
@@ -116,7 +116,7 @@ def start_services(processes: Processes, provider: int, parts: tuple[str, ...]) 
         "TAILRACE_NATS_URL": f"nats://127.0.0.1:{ports['nats-server']}",
         "TAILRACE_CONFIG": str(config),
         "TAILRACE_LOG_LEVEL": "warning",
-        "TAILRACE_PRODUCER_FIRST_TOKEN": "300",  # the provider holds the streams until all are open
+        "TAILRACE_PRODUCER_FIRST_TOKEN": "300",  # the provider holds all streams until the last one is open
         "TAILRACE_BILLING_DATABASE_URL": f"sqlite+aiosqlite:///{folder / 'billing.db'}",
         **{f"TAILRACE_{name.upper()}_PORT": str(ports[name]) for name in parts[1:]},
     }
@@ -129,7 +129,7 @@ def start_services(processes: Processes, provider: int, parts: tuple[str, ...]) 
 
 
 def start_nats(processes: Processes, port: int) -> None:
-    """Start the embedded nats-server with an empty store, and wait until it greets."""
+    """Start the embedded nats-server with an empty store, and wait until it is ready."""
     binary = Path(sys.executable).with_name("nats-server")
     store = processes.folder / "nats"
     command = [

@@ -1,1 +1,1 @@
-"""The wire of gRPC: `tailrace/v1/tailrace.proto`, and what protoc makes of it for Python."""
+"""The gRPC protocol: `tailrace/v1/tailrace.proto`, and its generated Python code."""

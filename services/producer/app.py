@@ -56,7 +56,7 @@ async def main(stop: Stop) -> None:
         await broker.keep(shared.topology())
         if broker.client.max_payload < LEAST_PAYLOAD:
             log.warning(
-                "message limit of the broker is too small: larger events would not be stored",
+                "message limit of the broker is too small for the largest events",
                 max_payload=broker.client.max_payload,
                 needed=LEAST_PAYLOAD,
             )
@@ -106,6 +106,6 @@ async def _work(shared: Shared, settings: Settings, context: RelayContext, stop:
         await worker.run(stop)
         await end(*background)
         await context.late_usage.close()
-        with suppress(TimeoutError):  # look-ups may be away; the log is the truth
+        with suppress(TimeoutError):  # the look-up bucket may be unavailable; the log is authoritative
             async with asyncio.timeout(min(FLUSH_SECONDS, stop.left(ANSWERS))):
                 await context.records.flush()

@@ -22,8 +22,8 @@ __all__ = ["Attempts"]
 class Attempts:
     """Make the calls of one generation until one brings a complete answer.
 
-    ``provider``: the last one that was called. ``abandoned``: calls that had begun to answer and were left for another
-    one, with their providers; at most as many as attempts are allowed.
+    ``provider``: the last one called. ``abandoned``: calls that were abandoned after their answer had begun, with their
+    providers; at most as many as attempts are allowed.
     """
 
     def __init__(
@@ -38,11 +38,11 @@ class Attempts:
         self._interruption = interruption
         self._clock = clock
         self._begun_at = clock.monotonic()
-        self._call: Call | None = None  # the one that runs, or the last one
-        self._made = 0  # calls that were really made; a limit or a circuit may prevent one
+        self._call: Call | None = None  # the running call, or the last one
+        self._made = 0  # calls made; a limit or a circuit may prevent a call
 
     def check_deadlines(self, now: float) -> None:
-        """Check the deadlines of the present call at ``now`` (monotonic seconds)."""
+        """Check the deadlines of the current call at ``now`` (monotonic seconds)."""
         if self._call is not None:
             self._call.check_deadlines(now)
 
@@ -88,7 +88,7 @@ class Attempts:
         return call
 
     async def _try_candidate(self, candidate: Candidate) -> UpstreamFailure | None:
-        """Call one candidate as often as the retry policy allows; return why it failed, or ``None``."""
+        """Call one candidate as often as the retry policy allows; return its failure, or ``None``."""
         policy = self._context.retry
 
         def may_retry(error: BaseException) -> bool:
@@ -135,7 +135,7 @@ class Attempts:
         return not self._generation.has_tokens or self._request.on_producer_loss == "restart"
 
     async def _announce_retry(self, candidate: Candidate, failure: UpstreamFailure, pause: float) -> None:
-        """Append a notice of the retry, or ``restarted`` in a new epoch where tokens have to be taken back."""
+        """Append a notice of the retry, or ``restarted`` in a new epoch if tokens must be revoked."""
         metrics.RETRIES.labels(candidate.provider.name, failure.code).inc()
         if self._generation.has_tokens:
             # The first append of an epoch is conditional on the end of the log, so that must be known.
@@ -154,7 +154,7 @@ class Attempts:
         await self._interruptible(asyncio.sleep(seconds))
 
     async def _interruptible(self, work: Awaitable[None]) -> None:
-        """Await something between two calls.
+        """Await ``work`` between two calls.
 
         Raises:
             Stopped: the generation was interrupted meanwhile.

@@ -47,7 +47,7 @@ class Call:
     """Call one candidate once and append its answer to the journal.
 
     ``begun_at``: when the generation began, on the monotonic clock; the total deadline counts from there.
-    ``was_made``: whether the provider was really called, and neither a limit nor a circuit prevented it.
+    ``was_made``: whether the provider was called; a limit or a circuit may prevent that.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Call:
         self._context = context
         self._interruption = interruption
         self._clock = clock
-        # The request's own deadlines override the configured ones; both are kept: a missed one of its own is no outage.
+        # The request's own deadlines override the configured ones. Keep both: missing one of its own is not an outage.
         self._configured = context.deadlines.overridden(candidate.deadlines)
         self._deadlines = self._configured.overridden(request.deadlines)
         self._permit: Permit | None = None
@@ -123,7 +123,7 @@ class Call:
             reason = self._interruption.take()
             if reason.kind != "attempt":
                 raise Stopped(reason) from None
-            # Only this call took too long: it fails like one that the provider has failed.
+            # Only this call took too long: it fails as if the provider had failed it.
             failure = UpstreamFailure(reason.code, deadline_message(reason.code), recoverable=True)
             self._report_failure(failure)
             raise self._failed(failure) from None
@@ -187,7 +187,7 @@ class Call:
         events = self._generation.absorb(parts, self._journal.now())
         if not events:
             return
-        # Notices alone are no token: they neither end the wait for the first one nor prove the model to work.
+        # Notices are not tokens: they neither end the wait for the first token nor prove that the model works.
         if isinstance(events[0], Notice) and all(isinstance(event, Notice) for event in events):
             phase = self._phase
             self._phase = "queued"
@@ -204,8 +204,8 @@ class Call:
                 self._permit.succeeded()
         self._stalled = False
         metrics.READS.inc()
-        # Append. This waits while the publishing window is full, which is backpressure and no silence of the provider:
-        # no deadline between tokens runs meanwhile.
+        # Append. This waits while the publishing window is full. That is backpressure, not silence of the provider: the
+        # deadline between tokens is suspended meanwhile.
         self._phase = "queued"
         await self._journal.append(events)
         self._phase = "streaming"
@@ -246,7 +246,7 @@ class Call:
         provider, model = self._provider.name, self._candidate.upstream_model
         metrics.UPSTREAM_ERRORS.labels(provider, failure.code).inc()
         if failure.code in REFUSED and not failure.recoverable:
-            # A model that the configuration does not name may be a caller's slip.
+            # A model that is not in the configuration may be a caller's mistake.
             if self._candidate.configured or failure.code != "upstream_not_found":
                 metrics.REFUSALS.labels(provider, failure.code).inc()
             log.warning(

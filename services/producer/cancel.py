@@ -61,7 +61,7 @@ class CancelListener:
         return await self._broker.subscribe(subject, control)
 
     def linger(self, subscription: Subscription) -> None:
-        """Keep answering for `LINGER_SECONDS` after the end: a request under way then must not run into a timeout."""
+        """Keep answering for `LINGER_SECONDS` after the end, so that a cancel request under way does not time out."""
 
         async def leave() -> None:
             try:

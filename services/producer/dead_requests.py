@@ -22,7 +22,7 @@ _REASON_LIMIT = 200  # characters of a header
 
 
 class _RequestAddress(msgspec.Struct):
-    """The address of a request, decoded from one that is otherwise unreadable."""
+    """The address of an otherwise unreadable request."""
 
     tenant: str
     session: str
@@ -53,9 +53,9 @@ class DeadRequests:
                 model="",
                 messages=[],
             )
-            await Relay(request, attempt, lease, self._context).fail_unrun(f"the request is not readable: {reason}")
+            await Relay(request, attempt, lease, self._context).fail_unrun(f"the request cannot be decoded: {reason}")
         except (msgspec.DecodeError, ValueError, RecursionError):
-            log.warning("address of an unreadable request is unreadable too", subject=msg.subject)
+            log.warning("address of an unreadable request not decoded", subject=msg.subject)
         except (ProducerError, BrokerUnavailable) as error:
             log.warning("request handed back", subject=msg.subject, detail=str(error))
             return False
@@ -68,6 +68,6 @@ class DeadRequests:
         try:
             await self._broker.publish_stored(subject, msg.data, headers=headers)
         except (BrokerUnavailable, APIError) as error:
-            log.warning("dead request not kept", detail=str(error))
+            log.warning("dead request not stored", detail=str(error))
             return False
         return True

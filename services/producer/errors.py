@@ -31,4 +31,4 @@ class LogRefused(GiveUp):
 
 
 class Fenced(GiveUp):
-    """The lease on the request is lost, or had run out before anything was written: another producer may own it."""
+    """The lease is lost, or expired before the first append: another producer may own the generation."""

@@ -28,17 +28,17 @@ class StopReason(NamedTuple):
 
     @property
     def allows_usage(self) -> bool:
-        """Whether the call may be read on for its usage: it was stopped on purpose, and nothing failed."""
+        """Return whether to read on for the call's usage: it was stopped on purpose, without a failure."""
         return self.kind in ("cancelled", "over_budget")
 
     @property
     def hands_over(self) -> bool:
-        """Whether another producer is to get the request at once."""
+        """Return whether to hand the request to another producer at once."""
         return self.kind in ("drain", "lease")
 
     @property
     def is_of_calls(self) -> bool:
-        """Whether it ends the present calls only; a generation that is read again then makes new ones."""
+        """Return whether it ends only the current calls; the generation is then read again and makes new ones."""
         return self.kind in ("overdue", "attempt")
 
 
@@ -85,7 +85,7 @@ class Interruption:
                 self._task.cancel()
 
     def resume(self) -> None:
-        """Forget the reason: the generation is read again and goes on from what the log has left of it."""
+        """Clear the reason: the generation is read again and continues from the events left in the log."""
         self.reason = None
 
     @contextmanager
@@ -119,7 +119,7 @@ class Interruption:
 
     @property
     def allows_usage(self) -> bool:
-        """Whether the covered task was cancelled for a reason after which the call may be read on for its usage."""
+        """Return whether the reason of the covered task's cancellation allows to read on for the call's usage."""
         return self._task is not None and self._pending is not None and self._pending.allows_usage
 
     async def postpone(self, work: Coroutine[Any, Any, None], seconds: float) -> None:
@@ -144,7 +144,7 @@ class Interruption:
         await asyncio.sleep(0)
 
     async def reading(self, work: Coroutine[Any, Any, T]) -> T:
-        """Await a read of the log, and end it early when the request is to be handed over.
+        """Await a read of the log, and end it early when the request must be handed over.
 
         Raises:
             TimeoutError: it was ended early.

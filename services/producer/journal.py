@@ -23,7 +23,7 @@ __all__ = ["Journal"]
 
 log = structlog.get_logger()
 FEW: Final = 2
-"""Events sent at once. One read of a picture becomes many large events: the next are sent as these are stored."""
+"""Events sent at once when they are large, as those of an image; the next ones wait until these are stored."""
 LARGE_BYTES: Final = 1024 * 1024
 """Unacknowledged bytes at which the next events wait; the client refuses more than 2 MB of unwritten data."""
 
@@ -31,9 +31,9 @@ LARGE_BYTES: Final = 1024 * 1024
 class Journal:
     """Append the events of a `Generation`. The first append is conditional on ``last_seq``, and acknowledged.
 
-    ``read`` reads what the log holds of the generation.
+    ``read`` reads the generation's events from the log.
 
-    Events enter the writer's window before anything can interrupt the caller, so that no seq is ever left out.
+    Events enter the writer's window before an interruption can reach the caller, so that no seq is ever missing.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Journal:
 
     @property
     def acknowledged(self) -> int:
-        """The seq below which the log has acknowledged all events."""
+        """Return the seq below which the log has acknowledged all events."""
         return self._next_seq - self._writer.unacknowledged
 
     def now(self) -> float:
@@ -69,8 +69,8 @@ class Journal:
 
         Raises:
             LogRefused: another producer has written since the log was read.
-            LogUnavailable: the log takes nothing.
-            Fenced: the lease is lost, or had run out before the first append.
+            LogUnavailable: the log accepts no events.
+            Fenced: the lease is lost, or expired before the first append.
         """
         if not events:
             return
@@ -84,7 +84,7 @@ class Journal:
                 self._enqueue(events)
                 raise
             self._appended([first])
-        # Events that were built have their seq: also after a cancellation they enter the window, or a gap would remain.
+        # Built events have their seq: they must enter the window even after a cancellation, or a gap would remain.
         while len(events) > FEW:
             few, events = events[:FEW], events[FEW:]
             self._enqueue(few)
@@ -101,7 +101,7 @@ class Journal:
 
         Raises:
             LogRefused: another producer has written since.
-            TryAgain: the log takes nothing, or cannot be read.
+            TryAgain: the log accepts no events, or cannot be read.
             BrokerUnavailable: the log cannot be read.
             Fenced: the lease is lost.
         """

@@ -32,9 +32,9 @@ class QueueMessage(NamedTuple):
 class Lane:
     """Pull the requests of one pool and priority.
 
-    ``room`` returns how many requests may be taken now. ``take`` gets each request with the time of its pull: the queue
-    cannot have delivered it earlier, however late it arrives. A ``patient`` lane leaves a pull open for requests to
-    come, at most for a quarter of the ``lease``; another one polls, so that it never holds room that it does not need.
+    ``room`` returns how many requests may be taken now. ``take`` receives each request with the time of its pull, the
+    earliest time at which the queue can have delivered it. A ``patient`` lane keeps a pull open for future requests, at
+    most for a quarter of the ``lease``; any other lane polls, so that it never reserves room that it does not need.
     """
 
     def __init__(
@@ -63,12 +63,12 @@ class Lane:
         self._wake.set()
 
     def is_idle(self) -> bool:
-        """Return whether all its requests are taken: an open pull would have delivered another one within a moment."""
+        """Return whether the lane is empty: an open pull would have delivered another request at once."""
         is_open = self._pulling is not None and self._pulling.is_open()
         return is_open and asyncio.get_running_loop().time() - self._asked_at >= POLL_INTERVAL
 
     async def run(self) -> None:
-        """Pull until cancelled; requests that are on their way then are still taken."""
+        """Pull until cancelled; then still take the requests that are under way."""
         try:
             while True:
                 await self._ask()
@@ -93,7 +93,7 @@ class Lane:
         if room <= 0 or not self._broker.is_connected or not (self._pulling is None or self._pulling.may_pull()):
             return
         self._forget()
-        # With a consumer for each pull a request can be told from that of an earlier one.
+        # A new consumer object for each pull distinguishes its requests from those of an earlier pull.
         pulling = PullConsumer(self._broker, REQUESTS, self._durable, lambda: self._receive(pulling, now))
         self._pulling, self._asked_at = pulling, now
         try:

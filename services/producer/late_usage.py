@@ -1,4 +1,4 @@
-"""Look up the usage of calls that were left before their end, and append it to the log behind the terminal."""
+"""Look up the usage of calls that were left before their end, and append it to the log after the terminal."""
 
 import asyncio
 from typing import Final, NamedTuple

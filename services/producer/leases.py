@@ -1,9 +1,9 @@
-"""Leases of the requests that a process holds: renew them, resume those that lapsed in a silence of the broker.
+"""Renew the leases of the requests that a process holds; resume those that lapsed while the broker was silent.
 
-The queue's redelivery is the lease, and a silence of the broker looks to it like the death of a producer. So a lease
-that has lapsed is not lost yet. While it is lapsed nothing is published; once the broker answers again, the last claim
-decides (`services.producer.adapters.claims`). A producer that gets a redelivered request asks the producer that has
-claimed it before it claims the request itself.
+The queue's redelivery is the lease, and the queue cannot tell a silent broker from a dead producer. So a lapsed lease
+is not lost yet: nothing is published while it is lapsed, and once the broker answers again, the last claim decides
+(`services.producer.adapters.claims`). A producer that receives a redelivered request asks the holder of its claim
+before it claims the request itself.
 """
 
 import asyncio

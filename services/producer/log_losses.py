@@ -20,17 +20,17 @@ POLL_SECONDS: Final = 1.0
 
 
 class LogLosses:
-    """Compare what the log has acknowledged of running answers with what it holds.
+    """Compare the acknowledged events of running answers with those in the log.
 
     A log that lost acknowledged events has a gap that no reader can pass: such an answer is interrupted and taken over
-    from what is left, as after the loss of its producer.
+    from the remaining events, as after the loss of its producer.
     """
 
     def __init__(self, broker: Broker, running: Callable[[], Sequence[Relay]]) -> None:
         self._broker = broker
         self._running = running
         self.logs = Logs(broker)
-        self._incarnations: dict[int, str] = {}  # of the logs that something has run in
+        self._incarnations: dict[int, str] = {}  # by partition, of logs in which a generation has run
 
     async def run(self) -> None:
         """Check the incarnations of the logs, and compare after each change or reconnection, until cancelled."""
@@ -61,8 +61,8 @@ class LogLosses:
         """Return the partitions whose log has another incarnation than before."""
         changed = set()
         for partition in partitions:
-            known, now = self._incarnations.get(partition), (await self.logs.state(partition)).incarnation
-            if known != now:
+            before, now = self._incarnations.get(partition), (await self.logs.state(partition)).incarnation
+            if before != now:
                 changed.add(partition)
         return changed
 

@@ -20,9 +20,9 @@ POLL_SECONDS: Final = 5.0
 
 
 class LogRepair:
-    """Read a log that has lost events once, and close each generation that has no terminal and no producer.
+    """Read a log once after it has lost events, and close each generation that has no terminal and no producer.
 
-    Their readers would otherwise wait for ever: for events behind a gap, or for a terminal that was lost.
+    Otherwise its readers would wait for ever, for events after a gap or for a lost terminal.
     """
 
     def __init__(self, context: RelayContext, logs: Logs, lost: LostRequests) -> None:
@@ -40,7 +40,7 @@ class LogRepair:
 
         Raises:
             BrokerUnavailable: the broker does not answer.
-            ProducerError: the log does not take a terminal now.
+            ProducerError: the log refuses a terminal now.
         """
         for partition in await self._broker.partitions():
             state = await self._logs.state(partition)
@@ -53,9 +53,9 @@ class LogRepair:
         async for batch in self._broker.read(token_stream(partition), partition_filter(partition)):
             for stored in batch:
                 begun.setdefault(stored.subject, Begun()).take(stored.data, stored.seq)
-        for subject in [subject for subject, known in begun.items() if known.lost_beginning]:
+        for subject in [subject for subject, state in begun.items() if state.lost_beginning]:
             begun[subject] = await read_begun(self._broker, token_stream(partition), subject)
-        open_ = [subject for subject, known in begun.items() if not known.position.ended]
+        open_ = [subject for subject, state in begun.items() if not state.position.ended]
         closed = 0
         for address in _addresses(open_):
             if not await self._lost.has_request(address):

@@ -27,8 +27,8 @@ OPEN: Final = 20_000
 AT_ONCE: Final = 100
 ENDED: Final = frozenset({"completed", "failed", "cancelled", "interrupted"})
 _MESSAGES: Final = {
-    REQUEST_LOST: "the request was lost before a producer had it, or together with its producer",
-    LOG_LOST: "the log has lost stored events of it",
+    REQUEST_LOST: "the request was lost before a producer received it, or together with its producer",
+    LOG_LOST: "the log has lost stored events of the generation",
 }
 _STREAM: Final = bucket_stream(BUCKET)
 _PREFIX: Final = f"$KV.{BUCKET}."
@@ -37,9 +37,10 @@ _PREFIX: Final = f"$KV.{BUCKET}."
 class LostRequests:
     """Follow the look-up records of all generations, and close those that have lost their request.
 
-    A request is lost with files of the queue; or where a start failed without a known outcome, and delivery ended
-    before it could withdraw it. A generation must be seen without a request twice. Every producer polls, and the log
-    lets one of them write. ``is_held``: whether this process holds a generation's request. ``lease`` in seconds.
+    A request is lost when the queue loses files, or when a start had an unknown outcome and delivery ended before it
+    could withdraw the request. A generation is closed after two polls without a request. Every producer polls; the
+    conditional append lets only one of them write. ``is_held``: whether this process holds a generation's request.
+    ``lease`` in seconds.
     """
 
     def __init__(self, context: RelayContext, is_held: Callable[[Address], bool], lease: float) -> None:
@@ -57,11 +58,11 @@ class LostRequests:
         await poll_every(POLL_SECONDS, self._broker, self.poll, "open generations not checked")
 
     async def poll(self) -> None:
-        """Read the changed records, and close generations that were without a request twice.
+        """Read the changed records, and close generations that had no request in two polls.
 
         Raises:
             BrokerUnavailable: the broker does not answer.
-            ProducerError: the log does not take a terminal now.
+            ProducerError: the log refuses a terminal now.
         """
         await self._follow()
         due = self._context.clock.wall() - self._patience
@@ -113,7 +114,7 @@ class LostRequests:
         return await self._broker.count(REQUESTS, f"{REQUESTS_PREFIX}.*.{address.generation}") > 0
 
     async def _address(self, record: GenerationRecord) -> Address:
-        """Return the address of a generation's events; without any, the one that the number of partitions gives."""
+        """Return the address of a generation's events; without events, the one by the number of partitions."""
         names = (record.tenant, record.session, record.generation)
         likely = partition_of(record.tenant, record.session, self._context.partitions)
         for partition in (likely, *(p for p in await self._broker.partitions() if p != likely)):
@@ -134,7 +135,7 @@ class LostRequests:
 
         Raises:
             BrokerUnavailable: the broker does not answer.
-            ProducerError: the log does not take it now, or another producer has written.
+            ProducerError: the log refuses it now, or another producer has written.
         """
         request = Request(
             tenant=record.tenant,
@@ -153,7 +154,7 @@ class LostRequests:
         return closed
 
     async def _terminal(self, address: Address) -> AnyEvent | None:
-        """Return the terminal that the log holds of a generation."""
+        """Return the terminal of a generation in the log."""
         position = BEGINNING
         found: AnyEvent | None = None
         async for batch in self._broker.read(token_stream(address.partition), token_subject(address)):

@@ -49,7 +49,7 @@ class UsageSource(Protocol):
     """A provider that reports the usage of an answer afterwards."""
 
     async def usage_of(self, upstream_id: str) -> Usage | None:
-        """Return the usage of an answer by the provider's identifier; ``None`` while it is not known."""
+        """Return the usage of an answer by the provider's identifier, or ``None`` while it is unknown."""
         ...
 
 
@@ -57,7 +57,7 @@ class Upstream(Protocol):
     """A provider that can be called. Leaving the context closes the connection to it at once."""
 
     def open(self, call: UpstreamRequest) -> AbstractAsyncContextManager[UpstreamStream]:
-        """Call the model and enter when its answer's headers are there.
+        """Call the model and enter when the headers of its answer have arrived.
 
         Raises:
             UpstreamRefused: no stream began.

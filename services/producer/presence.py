@@ -57,7 +57,7 @@ class Presence:
             subject = presence_subject(request.tenant, request.session, request.generation)
             answer = await self._broker.request(subject, timeout=ANSWER_SECONDS)
         except BrokerUnavailable:
-            self._absent.pop(request.generation, None)  # nothing is known, so nothing is done
+            self._absent.pop(request.generation, None)  # unknown: do not cancel
             return
         if answer is not None or now < self._settled_at:
             self._absent.pop(request.generation, None)

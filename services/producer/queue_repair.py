@@ -20,8 +20,8 @@ POLL_SECONDS: Final = 5.0
 class QueueRepair:
     """Recreate a lane's consumer that is missing, or has skipped requests that the queue still holds.
 
-    Damaged queue files cause that: the broker then reuses stream sequences that the consumer has passed. Running
-    requests are delivered once more; their producer ignores that, and anywhere else the log decides.
+    Cause: damaged queue files, after which the broker reuses stream sequences that the consumer has passed. Running
+    requests are delivered once more; their producer ignores that, and for any other producer the log decides.
     """
 
     def __init__(self, broker: Broker, lanes: Sequence[ConsumerSpec]) -> None:
@@ -58,11 +58,11 @@ class QueueRepair:
             return
         waiting = await self._broker.count(lane.stream, lane.filter)
         after = await self._durables.info(lane.stream, lane.durable)
-        known = max(info.num_pending + info.num_ack_pending for info in (before, after or before))
-        if waiting <= known:
+        counted = max(info.num_pending + info.num_ack_pending for info in (before, after or before))
+        if waiting <= counted:
             self._passed.discard(lane.durable)
         elif lane.durable not in self._passed:
-            self._passed.add(lane.durable)  # requests come and go meanwhile: it must be seen twice
+            self._passed.add(lane.durable)  # requests come and go meanwhile: confirm at the next check
         else:
             self._passed.discard(lane.durable)
             await self._durables.reset(lane)

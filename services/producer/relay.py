@@ -53,7 +53,7 @@ class RelayContext(msgspec.Struct):
 
 
 class HandBack(TryAgain):
-    """This process shuts down: the queue is to deliver the request to another producer at once."""
+    """This process shuts down: hand the request back to the queue for another producer."""
 
 
 class LeaseLost(GiveUp):
@@ -71,7 +71,7 @@ class Relay:
         self.address = _address(request, context.partitions)
         self.journal: Journal | None = None
         self.interruption = Interruption()
-        self.ended = False  # whether it has come to its terminal, here or before
+        self.ended = False  # whether the generation has its terminal, written here or before
         self._delivery = delivery
         self._lease = lease
         self._context = context
@@ -83,7 +83,7 @@ class Relay:
     def check(self, now: float) -> None:
         """Interrupt the generation if a deadline has passed at ``now`` (monotonic seconds) or its lease is lost.
 
-        A lapsed lease may be renewed for as long as a log may refuse events (``give_up``).
+        A lapsed lease may be renewed for ``give_up`` seconds, as long as a log may refuse events.
         """
         if self._lease.is_lost or now > self._lease.until + self._context.publisher.give_up:
             self.interruption.interrupt("lease", "lease_lost")
@@ -112,7 +112,7 @@ class Relay:
             last = await self._context.broker.last(stream, subject)
             if last is not None and _seq(last.data) >= acknowledged - 1:
                 return False
-        # Else read all: the log must begin at seq 0, unless that may have expired, and hold every acknowledged event.
+        # Otherwise read all: the log must hold every acknowledged event from seq 0, unless the first ones have expired.
         begun = await self._read_once()
         first = await self._context.broker.first(stream, subject)
         max_age = (await self._context.broker.state(stream)).max_age
@@ -124,7 +124,7 @@ class Relay:
         if has_lost:
             metrics.LOST_ANSWERS.inc()
             log.error(
-                "the log has lost events of a running answer",
+                "acknowledged events of a running answer lost by the log",
                 generation=self.request.generation,
                 acknowledged=acknowledged,
                 kept=begun.position.next_seq,
@@ -136,7 +136,7 @@ class Relay:
 
         Raises:
             TryAgain: the request must be delivered again.
-            GiveUp: another producer owns the generation; nothing more is written.
+            GiveUp: another producer owns the generation; stop writing.
         """
         for _ in range(_TAKEOVER_TRIES):
             begun = await self._read_log()
@@ -146,13 +146,13 @@ class Relay:
                 return needed
             except LogRefused as error:
                 log.info("generation read again", generation=self.request.generation, detail=str(error))
-        raise TryAgain(f"generation {self.request.generation} keeps changing under a takeover")
+        raise TryAgain(f"generation {self.request.generation} changed repeatedly during a takeover")
 
     async def fail_unrun(self, why: str) -> None:
         """Close the generation as failed (``poison``) without running it: no producer could.
 
         Raises:
-            TryAgain: the log does not take the terminal now.
+            TryAgain: the log refuses the terminal now.
         """
         begun = await self._read_log()
         if begun.position.ended:
@@ -169,8 +169,8 @@ class Relay:
         """Close a generation that no producer runs or will run; return ``False`` if it has ended already.
 
         Raises:
-            TryAgain: the log does not take the terminal now.
-            LogRefused: a producer runs it after all.
+            TryAgain: the log refuses the terminal now.
+            LogRefused: a producer does run it.
         """
         begun = await self._read_log()
         if begun.position.ended:
@@ -190,10 +190,10 @@ class Relay:
         return True
 
     async def _read_log(self) -> Begun:
-        """Read what the log holds of the generation, again while it has no leader or a lagging replica answers.
+        """Read the generation's events; retry while the log has no leader or a lagging replica answers.
 
         Raises:
-            HandBack: the request is to be handed over meanwhile.
+            HandBack: the request must be handed over.
             TryAgain: the log could not be read in time, or the generation was interrupted.
             BrokerUnavailable: likewise.
         """
@@ -221,11 +221,13 @@ class Relay:
             return Begun()
         begun = await read_begun(broker, stream, subject)
         if begun.last_seq < last.seq:
-            raise TryAgain(f"the log of {subject} ends at {begun.last_seq} and not at {last.seq} on this replica")
+            raise TryAgain(
+                f"this replica's log of {subject} ends at {begun.last_seq}, but the last event is {last.seq}"
+            )
         return begun
 
     async def _proceed(self, begun: Begun) -> bool:
-        """Run, restart or interrupt the generation, as the log decides; return ``False`` if it has ended already."""
+        """Run, restart or interrupt the generation according to the log; return ``False`` if it has ended already."""
         decision = decide(begun, may_restart=self.request.on_producer_loss == "restart")
         if decision == "done":
             return False
@@ -244,7 +246,7 @@ class Relay:
                 await self._begin(self.journal, candidates[0], begun if decision == "restart" else None)
                 await self.journal.append(await self._call(self.journal, candidates))
             await writer.drain()
-            # A broker that was away may have lost acknowledged events: the answer is then not complete.
+            # A broker that was unavailable may have lost acknowledged events: the answer is then incomplete.
             if reconnects != self._context.broker.reconnects and await self._has_lost(whole=True):
                 self._log_lost = True
                 raise LogRefused(f"the log has lost events of generation {self.request.generation}")
@@ -254,7 +256,7 @@ class Relay:
         return True
 
     def _look_up_usage(self) -> None:
-        """Start to look up the usage of incomplete calls, at providers that offer it."""
+        """Start look-ups of the usage of incomplete calls, at providers that offer it."""
         if self.journal is None:
             return
         generation = self.journal.generation
@@ -319,11 +321,11 @@ class Relay:
 
     @property
     def _loss(self) -> str:
-        """The reason to log where a begun answer is taken up again."""
+        """Return the reason to log when a begun answer is taken over."""
         return LOG_LOST if self._log_lost else "producer_lost"
 
     async def _begin(self, journal: Journal, candidate: Candidate, begun: Begun | None) -> None:
-        """Append the first event, ``restarted`` with what the log holds (``begun``) of an answer that begins again."""
+        """Append the first event: ``started``, or ``restarted`` for an answer that begins again after ``begun``."""
         request, generation, at = self.request, journal.generation, journal.now()
         upstream = (candidate.provider.name, candidate.upstream_model)
         if begun is not None:
@@ -357,7 +359,7 @@ class Relay:
 
         Raises:
             LogRefused: the log has lost events; the generation must be read again.
-            HandBack: the request is to be handed over.
+            HandBack: the request must be handed over.
             LeaseLost: another producer may own the generation.
         """
         generation, at = journal.generation, journal.now()
@@ -365,7 +367,7 @@ class Relay:
             case "cancelled":
                 return generation.cancel(reason.code, at)
             case "over_budget":
-                message = "a hard limit of the budget that pays for this was reached"
+                message = "the hard limit of a budget was reached"
                 return generation.fail(UpstreamFailure(reason.code, message), at)
             case "overdue":
                 failure = UpstreamFailure(reason.code, deadline_message(reason.code), recoverable=True)
@@ -377,11 +379,11 @@ class Relay:
             case "drain":
                 raise HandBack(f"generation {self.request.generation} is handed over")
             case _:
-                raise LeaseLost(f"generation {self.request.generation}: its lease is lost")
+                raise LeaseLost(f"generation {self.request.generation} lost its lease")
 
 
 async def read_begun(broker: Broker, stream: str, subject: str) -> Begun:
-    """Read what the log holds of a generation; join at the highest kept epoch where its first events have expired.
+    """Read a generation's events from the log; join at the highest kept epoch if its first events have expired.
 
     Raises:
         BrokerUnavailable: the log cannot be read.

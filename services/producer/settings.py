@@ -40,13 +40,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     circuit_seconds: Positive = 15.0
 
     def retry(self) -> RetryPolicy:
-        """Return how often and after which pauses a call is made again."""
+        """Return the retry policy of calls."""
         return RetryPolicy(
             max_attempts=self.retry_attempts, wait=self.retry_wait, base=self.retry_base, maximum=self.retry_maximum
         )
 
     def deadlines(self) -> Deadlines:
-        """Return the deadlines that hold where a model has none of its own."""
+        """Return the default deadlines, which a model's own override."""
         return Deadlines(
             connect=self.connect,
             first_token=self.first_token,
@@ -56,10 +56,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def load_producer_settings(env: Mapping[str, str]) -> tuple[Shared, Settings, Registry]:
-    """Return the shared settings, those of the producer, and the models that they name.
+    """Return the shared settings, those of the producer, and the model registry.
 
     Raises:
-        SettingsError: with all that is wrong in any of them.
+        SettingsError: with all problems in any of them.
     """
     problems: list[str] = []
     loaded = registry = None
@@ -71,7 +71,7 @@ def load_producer_settings(env: Mapping[str, str]) -> tuple[Shared, Settings, Re
         registry = Registry.load(read_config(env), env)
     except RegistryError as error:
         problems += error.problems
-    except SettingsError:  # the file cannot be read, and was reported above
+    except SettingsError:  # the file is unreadable; reported above
         pass
     if loaded is None or registry is None:
         raise SettingsError(problems)

@@ -66,7 +66,7 @@ class UpstreamLimiter:
         """Admit waiting calls in order, as many as both limits allow now."""
         while self._waiting and (self._max_streams is None or self._running < self._max_streams):
             admitted = self._waiting[0][3]
-            is_cancelled = admitted.done()  # and its task has not run yet
+            is_cancelled = admitted.done()  # its task has not run yet
             if not is_cancelled and not self._take_token():
                 break
             heappop(self._waiting)
@@ -76,7 +76,7 @@ class UpstreamLimiter:
         self._gauge.set(len(self._waiting))
 
     def _take_token(self) -> bool:
-        """Take a call out of the minute's; where there is none left, admit again when there is."""
+        """Take a token of the calls per minute; without one, schedule `_admit` for when there is one."""
         if self._bucket is None:
             return True
         loop = asyncio.get_running_loop()

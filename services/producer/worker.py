@@ -42,8 +42,8 @@ class Worker:
     """Run up to ``slots`` generations at once. Batch requests leave a tenth of the slots to interactive ones.
 
     The queue's redelivery is the lease: ``lease`` seconds after the last heartbeat another producer gets the request.
-    It is counted from the pull that asked for the request, which is never later than its delivery. A request that
-    ``max_deliver`` producers have begun in vain ends as poison.
+    It is counted from the pull, which is never later than the delivery. A request that ``max_deliver`` producers have
+    begun without success ends as poison.
     """
 
     def __init__(self, context: RelayContext, pool: str, slots: int, lease: float, max_deliver: int) -> None:
@@ -52,7 +52,7 @@ class Worker:
         self.slots = slots
         self._ack_wait = lease
         self.max_deliver = max_deliver
-        self.running: dict[str, Relay] = {}  # by acknowledgement subject; bounded by slots
+        self.running: dict[str, Relay] = {}  # by acknowledgement subject; bounded by the slots
         self._broker = context.broker
         self._claims = Claims(context.broker)
         self._cancels = CancelListener(context.broker)
@@ -85,16 +85,16 @@ class Worker:
                 await self._drain(stop)
                 await end(*watches)
         finally:
-            # An append whose outcome must be known may wait for a log without a leader: that is cut here.
+            # An append whose outcome must be known may wait for a log without a leader: end that wait here.
             await end(*self._tasks, *self._cancels.tasks)
 
     async def _drain(self, stop: Stop) -> None:
         await self._hand_over_waiting()
         if self._tasks:
-            log.warning("answers still run and have time to end", count=len(self._tasks), seconds=round(stop.left(), 1))
+            log.warning("waiting for running answers to end", count=len(self._tasks), seconds=round(stop.left(), 1))
             await self._tasks.wait(stop.left())
         if self.running:
-            log.warning("answers are cut and handed over", count=len(self.running))
+            log.warning("running answers interrupted and handed over", count=len(self.running))
         for relay in list(self.running.values()):
             relay.interruption.interrupt("drain", "drain")
         await self._tasks.wait(stop.left(HAND_OVER))
@@ -124,9 +124,9 @@ class Worker:
 
     async def _handle(self, msg: QueueMessage, lease: Lease) -> None:
         """Decode a request, hold it, run it once there is a slot, and answer the queue."""
-        if lease.is_over():  # it was long on its way, or this process was frozen: it may run elsewhere already
+        if lease.is_over():  # delivered late, or this process was frozen: it may run elsewhere already
             metrics.LEASES_LOST.inc()
-            log.warning("request came too late", subject=msg.subject)
+            log.warning("request received after its lease", subject=msg.subject)
             return
         if self._is_leaving:
             await self._publish(msg.reply, AT_ONCE)
@@ -138,21 +138,21 @@ class Worker:
             request = msgspec.json.decode(msg.data, type=Request)
             relay = Relay(request, delivery, lease, self.context)
         except (msgspec.DecodeError, ValueError, RecursionError) as error:
-            log.error("request is not readable", subject=msg.subject, detail=str(error))
+            log.error("request not decoded", subject=msg.subject, detail=str(error))
             is_buried = await self._dead.reject(msg, delivery, lease, str(error))
             await self._publish(msg.reply, TERM if is_buried else _LATER)
             return
-        # Hold it, so that its lease is renewed also while it waits for a slot.
+        # Hold it, so that its lease is renewed while it waits for a slot.
         held = self.leases.hold(relay.address, msg.reply, lease)
         if held is None:
-            log.info("request came again while it is held here", generation=request.generation)
+            log.info("redelivery of a held request ignored", generation=request.generation)
             return
         metrics.QUEUE_WAIT.observe(max(0.0, self.context.clock.wall() - request.created_at))
         answer = None
         try:
             async with self._slot:
                 if lease.is_over():
-                    return  # it waited too long; to begin it now would take it from its owner
+                    return  # it waited too long; beginning now would take it from its owner
                 self.running[msg.reply] = relay
                 metrics.ACTIVE.set(len(self.running))
                 answer = await self._run(relay, delivery, msg, held)
@@ -163,7 +163,7 @@ class Worker:
             if self.running.get(msg.reply) is relay:
                 del self.running[msg.reply]
             await self.leases.release(held)
-            # After the lease no answer is sent: the queue would take it for that of the producer that runs it now.
+            # After the lease, send no answer: the queue would attribute it to the producer that runs the request now.
             if answer is not None and not lease.is_over():
                 await self._publish(msg.reply, answer)
 
@@ -177,7 +177,7 @@ class Worker:
             before = await self._claims.last(relay.address, delivery)
             if delivery > 1 and await self.leases.is_held_elsewhere(relay.address, before):
                 metrics.LEFT_TO_HOLDERS.inc()
-                bound.info("request came again and is left to the producer that runs it")
+                bound.info("redelivered request left to the producer that runs it")
                 return None
             # Listen for cancels from here on, also while the generation is closed as poison.
             listening = await self._cancels.listen(request, relay.interruption, lambda: relay.ended)
@@ -187,7 +187,7 @@ class Worker:
                 is_buried = await self._dead.bury(msg, "max_deliver")
                 await self._publish(msg.reply, TERM if is_buried else _LATER)
                 return None
-            # Claim the request and run it to its terminal; whoever claims it last seals it and answers the queue.
+            # Claim the request and run it to its terminal; the last claimant seals it and answers the queue.
             await self._losses.learn(relay.address.partition)
             claim = await self._claims.claim(relay.address, delivery, before)
             await self.leases.begun(held, claim)
@@ -204,7 +204,7 @@ class Worker:
             bound.warning("request handed back", detail=str(error))
             await self._withdraw(relay, before, claim)
             return _LATER
-        except Exception as error:  # a fault of ours: others may have more luck, up to max_deliver
+        except Exception as error:  # our own bug: another producer may succeed, up to max_deliver
             bound.error("request failed", exc_info=error)
             return _LATER
         else:

@@ -1,1 +1,1 @@
-"""Everything in one process tree: embedded nats-server, SQLite, the three services and the command line."""
+"""Run everything in one process tree: embedded nats-server, SQLite, the three services and the command line."""

@@ -1,4 +1,4 @@
-"""Delivery's and billing's HTTP interfaces, as the command line uses them."""
+"""HTTP client of the services for the command line."""
 
 import os
 import uuid
@@ -17,16 +17,16 @@ T = TypeVar("T")
 _DEAD: Final = "/v1/requests/dead"
 _KEYS: Final = "/v1/keys"
 DELETING_SECONDS: Final = 60.0
-"""How long a deletion may take: it waits for what it cancels and for billing."""
+"""Timeout of a deletion: it waits for the cancelled generations and for billing."""
 _NO_ROUTE: Final = "Not Found"
-"""The detail of a problem whose path the service does not know at all."""
+"""The detail of a problem for a path that the service does not serve."""
 _ADDRESS_OPTIONS: Final = {"delivery": "--url, TAILRACE_URL", "billing": "--billing-url, TAILRACE_BILLING_URL"}
 Service = Literal["delivery", "billing"]
 _TIMEOUT = httpx.Timeout(15.0, connect=5.0)
 
 
 class Accepted(msgspec.Struct, frozen=True):
-    """A generation that has been queued. ``cursor``: its events come after it."""
+    """A queued generation. ``cursor``: the position just before its first event."""
 
     session: str
     generation: str
@@ -34,9 +34,9 @@ class Accepted(msgspec.Struct, frozen=True):
 
 
 class Api:
-    """One service at ``url``. Every method raises `Refused` for a problem and `Unreachable` when nothing answers.
+    """Client of one service at ``url``. Methods raise `Refused` for a problem and `Unreachable` when nothing answers.
 
-    ``key``: the API key or token to show; without it that of the variable ``TAILRACE_KEY``, if there is one.
+    ``key``: the API key or token to send; the variable ``TAILRACE_KEY`` when omitted.
     """
 
     service: Service = "delivery"
@@ -56,9 +56,9 @@ class Api:
         self.client.close()
 
     def ask(self, session: str, body: dict[str, Any], idempotency_key: str | None = None) -> Accepted:
-        """Request a generation; return its name and where to read it.
+        """Request a generation; return its name and the cursor to read it from.
 
-        A lost answer is asked for once more under the same idempotency key (a random one unless it is given), so that
+        Repeat the request once when the response is lost. The idempotency key (random by default) stays the same, so
         nothing is generated twice.
         """
         headers = {"idempotency-key": idempotency_key or uuid.uuid4().hex}
@@ -73,7 +73,7 @@ class Api:
         return self._content(answer, Accepted)
 
     def cancel(self, session: str, generation: str) -> dict[str, Any]:
-        """Cancel a generation; return its ``generation`` and ``state``. Harmless when it has ended."""
+        """Cancel a generation; return its ``generation`` and ``state``. An ended generation stays as it is."""
         return self._object("POST", f"/v1/sessions/{session}/generations/{generation}/cancel")
 
     def session(self, session: str) -> dict[str, Any]:
@@ -81,7 +81,7 @@ class Api:
         return self._object("GET", f"/v1/sessions/{session}")
 
     def delete_session(self, session: str, *, cancel: bool) -> None:
-        """Delete a session; with ``cancel`` what is queued or running in it is cancelled first."""
+        """Delete a session; with ``cancel`` first cancel its queued and running generations."""
         query = {"cancel": "true"} if cancel else {}
         answer = self._send("DELETE", f"/v1/sessions/{session}", params=query, timeout=DELETING_SECONDS)
         if answer.is_error:
@@ -92,11 +92,11 @@ class Api:
         return self._pages("/v1/sessions", "sessions", limit)
 
     def dead(self, limit: int) -> list[dict[str, Any]]:
-        """Return at most ``limit`` requests that no producer could run, oldest first, page by page."""
+        """Return at most ``limit`` dead requests, oldest first, page by page."""
         return self._pages(_DEAD, "requests", limit)
 
     def dead_request(self, generation: str) -> dict[str, Any]:
-        """Return a dead request as a whole."""
+        """Return a dead request with its content."""
         return self._object("GET", f"{_DEAD}/{generation}")
 
     def resend(self, generation: str) -> dict[str, Any]:
@@ -104,15 +104,15 @@ class Api:
         return self._object("POST", f"{_DEAD}/{generation}/resend")
 
     def drop(self, generation: str) -> None:
-        """Remove a dead request for good."""
+        """Remove a dead request permanently."""
         self._remove(f"{_DEAD}/{generation}")
 
     def create_key(self, spec: dict[str, Any]) -> dict[str, Any]:
-        """Make an API key; return it with its ``key``."""
+        """Create an API key; return it with its secret in ``key``."""
         return self._object("POST", _KEYS, json=spec)
 
     def keys(self) -> list[dict[str, Any]]:
-        """Return the API keys that there are, without their secrets."""
+        """Return the API keys without their secrets."""
         rows: list[dict[str, Any]] = self._object("GET", _KEYS).get("keys", [])
         return rows
 
@@ -121,7 +121,7 @@ class Api:
         self._remove(f"{_KEYS}/{key}")
 
     def is_open(self) -> bool:
-        """Tell whether the service serves callers without credentials."""
+        """Return whether the service accepts callers without credentials."""
         answer = self._send("GET", "/v1/sessions", params={"limit": "1"}, headers={"authorization": ""})
         return answer.is_success
 
@@ -160,9 +160,9 @@ class Api:
 
 
 def refusal(response: httpx.Response, service: Service = "delivery") -> Refused:
-    """Return the error that an HTTP error answer stands for; its body must have been read.
+    """Return the error for an HTTP error response, whose body must have been read.
 
-    ``service``: which service the address was taken to be of, for the advice when it is not.
+    ``service``: the service expected at this address; the error text of an unknown path names it.
     """
     try:
         problem = msgspec.json.decode(response.content, type=dict[str, Any])
@@ -188,7 +188,7 @@ def refusal(response: httpx.Response, service: Service = "delivery") -> Refused:
 def unreachable(url: str, error: Exception) -> CommandFailed:
     """Return the error to show for a failed connection to ``url``."""
     if isinstance(error, httpx.InvalidURL | httpx.UnsupportedProtocol):
-        return CommandFailed(f"{url!r} is not a usable address: {error}")
+        return CommandFailed(f"{url!r} is not a valid address: {error}")
     if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
-        return Unreachable(f"nothing answers at {url}: is `tailrace up` running, and the address right?")
-    return Unreachable(f"the connection to {url} broke: {error or type(error).__name__}")
+        return Unreachable(f"nothing answers at {url}: check that `tailrace up` is running and the address is right")
+    return Unreachable(f"the connection to {url} was lost: {error or type(error).__name__}")

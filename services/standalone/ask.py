@@ -1,4 +1,4 @@
-"""``tailrace ask``: its arguments."""
+"""Arguments of ``tailrace ask``."""
 
 import sys
 from typing import Any
@@ -25,19 +25,26 @@ __all__ = ["ask"]
     help="Session to write to [a new one]. Its earlier questions and answers are not sent to the model.",
 )
 @click.option("--system", help="System message.")
-@click.option("--max-tokens", type=click.IntRange(1), help="At most so many output tokens.")
+@click.option("--max-tokens", type=click.IntRange(1), help="Limit of output tokens.")
 @click.option(
     "--param",
     "params",
     metavar="NAME=VALUE",
     multiple=True,
     callback=pairs_of,
-    help="Parameter for the provider, its value as JSON or text; repeat.",
+    help="Parameter for the provider, its value as JSON or text; may be repeated.",
 )
 @click.option(
-    "--label", "labels", metavar="NAME=VALUE", multiple=True, callback=pairs_of, help="Label of the generation; repeat."
+    "--label",
+    "labels",
+    metavar="NAME=VALUE",
+    multiple=True,
+    callback=pairs_of,
+    help="Label of the generation; may be repeated.",
 )
-@click.option("--idempotency-key", metavar="KEY", help="The same key asks only once; it needs --session.")
+@click.option(
+    "--idempotency-key", metavar="KEY", help="Repeating the command with the same key asks only once; needs --session."
+)
 @json_option
 @url_option
 def ask(
@@ -55,18 +62,18 @@ def ask(
 ) -> int:
     """Ask QUESTION and print the answer as it arrives.
 
-    Without QUESTION, or with "-", it is read from standard input. The model is sent this one question, whatever else
-    the session holds. Ctrl-C cancels the generation; a second one leaves.
+    Without QUESTION, or with "-", it is read from standard input. The model receives only this question, not the rest
+    of the session. Ctrl-C cancels the generation; a second Ctrl-C exits.
     """
     if idempotency_key is not None and session is None:
-        raise click.UsageError("--idempotency-key needs --session: a key is one of a session")
+        raise click.UsageError("--idempotency-key needs --session: keys are scoped to a session")
     text = _question(question)
     messages = [{"role": "system", "content": system}] if system else []
     body: dict[str, Any] = {"model": model, "messages": [*messages, {"role": "user", "content": text}]}
-    wanted = {name: _json_or_text(value) for name, value in params.items()}
+    parameters = {name: _json_or_text(value) for name, value in params.items()}
     if max_tokens is not None:
-        wanted["max_tokens"] = max_tokens
-    body |= {name: value for name, value in (("params", wanted), ("metadata", labels)) if value}
+        parameters["max_tokens"] = max_tokens
+    body |= {name: value for name, value in (("params", parameters), ("metadata", labels)) if value}
     with Api(url) as api:
         return commands.ask(api, Terminal(), session, body, idempotency_key, as_json=as_json)
 
@@ -80,9 +87,9 @@ def _json_or_text(value: str) -> Any:
 
 def _question(argument: str | None) -> str:
     if argument is None and sys.stdin.isatty():
-        raise click.UsageError('say what to ask: tailrace ask "…", or pipe it in')
+        raise click.UsageError('no question: use tailrace ask "…", or pipe it into standard input')
     from_input = argument in {None, "-"}
     text = sys.stdin.read() if from_input else str(argument)
     if not text.strip():
-        raise click.UsageError(f"{'standard input' if from_input else 'QUESTION'} holds no question")
+        raise click.UsageError(f"{'standard input' if from_input else 'QUESTION'} is empty")
     return text.strip() if from_input else text

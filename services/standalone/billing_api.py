@@ -1,4 +1,4 @@
-"""Billing's HTTP interface, as the command line uses it."""
+"""HTTP client of billing for the command line."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -11,7 +11,7 @@ __all__ = ["BillingApi", "given"]
 
 
 class BillingApi(Api):
-    """Billing's HTTP interface."""
+    """Client of billing."""
 
     service: Service = "billing"
 
@@ -20,7 +20,7 @@ class BillingApi(Api):
         return self._object("GET", path, params=given(query))
 
     def text(self, path: str, query: Mapping[str, Any], media: str = "text/csv") -> httpx.Response:
-        """Return a report in another form."""
+        """Return a report in the media type ``media``."""
         answer = self._send("GET", path, params=given(query), headers={"accept": media})
         if answer.is_error:
             raise refusal(answer, self.service)
@@ -39,7 +39,7 @@ class BillingApi(Api):
                 return found[:limit]
 
     def csv_pages(self, path: str, query: Mapping[str, Any], limit: int) -> Iterable[str]:
-        """Yield the lines of a report as CSV, page by page, its header once."""
+        """Yield the CSV lines of a report, page by page, with one header."""
         left, url = limit, path
         params: Mapping[str, Any] | None = {**query, "limit": min(limit, 1_000)}
         while True:
@@ -53,14 +53,14 @@ class BillingApi(Api):
             url, params = following, None
 
     def send(self, method: str, path: str, **kwargs: Any) -> dict[str, Any]:
-        """Send a change; return what it has led to."""
+        """Send a change; return the response document."""
         return self._object(method, path, **kwargs)
 
     def remove(self, path: str) -> None:
-        """Remove a thing."""
+        """Delete the resource at ``path``."""
         self._remove(path)
 
 
 def given(query: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a query or body without what was not given."""
+    """Return a query or body without its empty values."""
     return {name: value for name, value in query.items() if value not in (None, (), [])}

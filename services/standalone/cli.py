@@ -35,15 +35,15 @@ def _version() -> str:
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="tailrace", prog_name="tailrace")
 def cli() -> None:
-    """Ask models, and watch durable, resumable answers arrive.
+    """Ask models, and follow durable, resumable answers.
 
     Exit codes: 0 completed, 1 failed, 2 wrong usage, 3 unreachable, 130 cancelled.
     """
 
 
-_data = click.option("--data", type=FOLDER, envvar="TAILRACE_DATA", help="Folder for all data [.tailrace].")
+_data = click.option("--data", type=FOLDER, envvar="TAILRACE_DATA", help="Data folder [.tailrace].")
 _config = click.option(
-    "--config", type=click.Path(path_type=Path, dir_okay=False), envvar="TAILRACE_CONFIG", help="Settings as TOML."
+    "--config", type=click.Path(path_type=Path, dir_okay=False), envvar="TAILRACE_CONFIG", help="TOML file of settings."
 )
 _cluster = click.option(
     "--cluster",
@@ -51,7 +51,7 @@ _cluster = click.option(
     envvar="TAILRACE_CLUSTER",
     default="1",
     show_default=True,
-    help="nats-servers that keep copies of everything; their ports follow one another, their data lies apart.",
+    help="Number of nats-servers, each with a copy of all data; their ports are consecutive, their folders separate.",
 )
 
 
@@ -69,14 +69,14 @@ _cluster = click.option(
     envvar="TAILRACE_PRODUCERS",
     default=1,
     show_default=True,
-    help="Producer processes; their ports follow one another.",
+    help="Number of producer processes; their ports are consecutive.",
 )
 @_cluster
 def up(data: Path | None, config: Path | None, producers: int, cluster: str, **flags: int | None) -> None:
-    """Run everything here: broker, producer, delivery, billing and the page.
+    """Run all services on this machine: broker, producer, delivery, billing and the page.
 
-    Ctrl-C stops all of it; the data stays in its folder, and the next start goes on with it. A port of 0 takes any
-    free one; ports without a flag are those of the settings (TAILRACE_DELIVERY_PORT and so on).
+    Ctrl-C stops them; the data is kept in its folder, and the next start continues with it. Port 0 means any free port;
+    ports without a flag come from the settings (TAILRACE_DELIVERY_PORT and so on).
     """
     from services.standalone.up import UpOptions
     from services.standalone.up import up as run
@@ -98,13 +98,13 @@ def up(data: Path | None, config: Path | None, producers: int, cluster: str, **f
 @cli.command()
 @session_argument
 @click.option(
-    "--from", "from_", type=click.Choice(["start", "live"]), help="Where to begin [the running or latest generation]."
+    "--from", "from_", type=click.Choice(["start", "live"]), help="Start position [the running or latest generation]."
 )
-@click.option("--after", metavar="CURSOR", help="Begin after this cursor.")
+@click.option("--after", metavar="CURSOR", help="Start after this cursor.")
 @json_option
 @url_option
 def tail(session: str, from_: str | None, after: str | None, as_json: bool, url: str) -> int:
-    """Follow SESSION: what it holds and what is added, until Ctrl-C."""
+    """Follow SESSION, its stored events and new ones, until Ctrl-C."""
     if from_ and after:
         raise click.UsageError("--from and --after exclude each other")
     with Api(url) as api:
@@ -117,18 +117,20 @@ def tail(session: str, from_: str | None, after: str | None, as_json: bool, url:
 @json_option
 @url_option
 def cancel(session: str, generation: str | None, as_json: bool, url: str) -> int:
-    """Cancel GENERATION, or everything that is queued or running in SESSION."""
+    """Cancel GENERATION, or all queued and running generations of SESSION."""
     with Api(url) as api:
         return commands.cancel(api, Terminal(), session, generation, as_json=as_json)
 
 
 @cli.group(invoke_without_command=True)
-@click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True, help="At most so many.")
+@click.option(
+    "--limit", type=click.IntRange(1, 10_000), default=50, show_default=True, help="Largest number of sessions."
+)
 @json_option
 @url_option
 @click.pass_context
 def sessions(ctx: click.Context, limit: int, as_json: bool, url: str) -> int:
-    """List sessions; or delete one."""
+    """List sessions, or delete one."""
     if ctx.invoked_subcommand is not None:
         return 0
     with Api(url) as api:
@@ -137,15 +139,15 @@ def sessions(ctx: click.Context, limit: int, as_json: bool, url: str) -> int:
 
 @sessions.command("delete")
 @session_argument
-@click.option("--yes", "sure", is_flag=True, help="Do not ask.")
-@click.option("--cancel", "cancelled", is_flag=True, help="Cancel first what is queued or running in it.")
+@click.option("--yes", "sure", is_flag=True, help="Do not ask for confirmation.")
+@click.option("--cancel", "cancelled", is_flag=True, help="First cancel its queued and running generations.")
 @url_option
 def delete_session(session: str, sure: bool, cancelled: bool, url: str) -> int:
-    """Delete SESSION: its events and records, for good. Bills stay."""
+    """Delete SESSION, its events and records, permanently. Bills are kept."""
     if not sure and not sys.stdin.isatty():
-        raise click.UsageError("nobody can be asked here: add --yes")
+        raise click.UsageError("standard input is not a terminal, so confirmation is not possible: add --yes")
     if not sure:
-        click.confirm(f"Delete session {session} for good?", abort=True, err=True)
+        click.confirm(f"Delete session {session} permanently?", abort=True, err=True)
     with Api(url) as api:
         return commands.delete_session(api, Terminal(), session, cancel=cancelled)
 
@@ -156,18 +158,20 @@ for _command in (ask, status, doctor, *money.COMMANDS):
 
 @cli.group()
 def requests() -> None:
-    """Requests that no producer could run: look at them, send them again, remove them."""
+    """Dead requests, which no producer could run: show, resend or remove them."""
 
 
 _dead_one = click.argument("generation", callback=named("generation"))
 
 
 @requests.command("dead")
-@click.option("--limit", type=click.IntRange(1, 10_000), default=50, show_default=True, help="At most so many.")
+@click.option(
+    "--limit", type=click.IntRange(1, 10_000), default=50, show_default=True, help="Largest number of requests."
+)
 @json_option
 @url_option
 def dead_(limit: int, as_json: bool, url: str) -> int:
-    """List them, oldest first, each with the reason."""
+    """List dead requests, oldest first, with the reasons."""
     with Api(url) as api:
         return dead.dead(api, Terminal(), limit, as_json=as_json)
 
@@ -176,7 +180,7 @@ def dead_(limit: int, as_json: bool, url: str) -> int:
 @_dead_one
 @url_option
 def show(generation: str, url: str) -> int:
-    """Show the whole request of GENERATION as JSON."""
+    """Show the request of GENERATION as JSON."""
     with Api(url) as api:
         return dead.show(api, Terminal(), generation)
 
@@ -195,7 +199,7 @@ def resend(generation: str, as_json: bool, url: str) -> int:
 @_dead_one
 @url_option
 def drop(generation: str, url: str) -> int:
-    """Remove the request of GENERATION for good."""
+    """Remove the request of GENERATION permanently."""
     with Api(url) as api:
         return dead.drop(api, Terminal(), generation)
 
@@ -205,7 +209,7 @@ cli.add_command(consumers)
 
 @cli.group("billing")
 def billing_() -> None:
-    """The ledger as a whole."""
+    """Maintenance of the ledger."""
 
 
 @billing_.command()
@@ -213,9 +217,9 @@ def billing_() -> None:
 @_config
 @_cluster
 def rebuild(data: Path | None, config: Path | None, cluster: str) -> int:
-    """Fold the log of a folder anew into its ledger; what differs is corrected.
+    """Rebuild the ledger of a data folder from its log; correct differences.
 
-    Nothing else may run in the folder meanwhile. Elsewhere, with billing stopped, use python -m services.billing
+    No other process may use the folder meanwhile. In other deployments stop billing and run python -m services.billing
     rebuild with billing's own settings.
     """
     from services.standalone.ports import PORTS
@@ -228,26 +232,33 @@ def rebuild(data: Path | None, config: Path | None, cluster: str) -> int:
 
 @cli.group("keys")
 def keys_() -> None:
-    """API keys: make, list and revoke them.
+    """Create, list and revoke API keys.
 
-    The variable TAILRACE_KEY holds the key or token that every command shows.
+    Every command sends the key or token in the variable TAILRACE_KEY.
     """
 
 
 @keys_.command()
 def bootstrap() -> int:
-    """Make the operator's key, and print it with the setting that lets it in."""
+    """Create the operator's key; print it with the setting that enables it."""
     return keys.bootstrap(Terminal())
 
 
 @keys_.command()
-@click.option("--name", default="", help="What it is for.")
+@click.option("--name", default="", help="Purpose of the key.")
 @click.option(
-    "--scope", "scopes", type=click.Choice(sorted(SCOPES)), multiple=True, required=True, help="What it may do; repeat."
+    "--scope",
+    "scopes",
+    type=click.Choice(sorted(SCOPES)),
+    multiple=True,
+    required=True,
+    help="Permission of the key; may be repeated.",
 )
-@click.option("--session", "patterns", multiple=True, help="Pattern with * of its sessions; repeat [all of them].")
-@click.option("--expires-in", type=click.FloatRange(min=1), metavar="SECONDS", help="When it ends [never].")
-@click.option("--tenant", callback=named("tenant"), help="Whose it is; only the operator may say [your own].")
+@click.option(
+    "--session", "patterns", multiple=True, help="Sessions that it may access, a pattern with *; may be repeated [all]."
+)
+@click.option("--expires-in", type=click.FloatRange(min=1), metavar="SECONDS", help="Validity of the key [unlimited].")
+@click.option("--tenant", callback=named("tenant"), help="Tenant of the key; only for the operator [your own].")
 @json_option
 @url_option
 def create(
@@ -260,7 +271,7 @@ def create(
     as_json: bool,
     url: str,
 ) -> int:
-    """Make a key and print it; it cannot be seen again."""
+    """Create a key and print it; it cannot be shown again."""
     given = {"sessions": list(patterns), "expires_in": expires_in, "tenant": tenant}
     spec = {"name": name, "scopes": list(scopes)} | {field: value for field, value in given.items() if value}
     with Api(url) as api:
@@ -280,22 +291,22 @@ def list_keys(as_json: bool, url: str) -> int:
 @click.argument("key", callback=named("key"))
 @url_option
 def revoke(key: str, url: str) -> int:
-    """Revoke the key with the id KEY; streams that it has opened end."""
+    """Revoke the key with the id KEY; the streams opened with it end."""
     with Api(url) as api:
         return keys.revoke(api, Terminal(), key)
 
 
 @cli.group()
 def topology() -> None:
-    """Streams on the broker, and its users.
+    """Streams and users of the broker.
 
-    The shared settings (TAILRACE_NATS_URL, TAILRACE_PARTITIONS, …) say which.
+    The shared settings (TAILRACE_NATS_URL, TAILRACE_PARTITIONS, …) determine them.
     """
 
 
 @topology.command()
 def apply() -> None:
-    """Create or change what the services need, as a user who may."""
+    """Create or update the streams, consumers and buckets that the services need; needs a permitted broker user."""
     from services.standalone.setup import apply_topology
 
     Terminal().show(apply_topology())
@@ -303,7 +314,7 @@ def apply() -> None:
 
 @topology.command("renew")
 def renew_topology() -> None:
-    """Begin a new era of all logs, after a store was put back from a copy: no cursor of before is taken."""
+    """Begin a new era of all logs, after a store was restored from a copy: earlier cursors become invalid."""
     from services.standalone.setup import renew
 
     Terminal().show(renew())
@@ -311,7 +322,7 @@ def renew_topology() -> None:
 
 @topology.command()
 def users() -> None:
-    """Print nats-server configuration: one user a service, with exactly the subjects it needs."""
+    """Print nats-server configuration: one user per service, with exactly the subjects it needs."""
     from services.standalone.setup import users as render
 
     click.echo(render(), nl=False)

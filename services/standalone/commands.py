@@ -1,4 +1,4 @@
-"""What the commands do, once their arguments are understood. Each returns the exit code."""
+"""Run the commands with parsed arguments. Each returns the exit code."""
 
 import os
 import secrets
@@ -35,7 +35,7 @@ def ask(
     *,
     as_json: bool,
 ) -> int:
-    """Request a generation and show it to its end. Ctrl-C cancels it, a second one leaves it running down."""
+    """Request a generation and show it to its end. Ctrl-C cancels it; a second Ctrl-C exits without waiting."""
     accepted = api.ask(session or f"ask-{secrets.token_hex(4)}", body, idempotency_key)
     start = Start(accepted.session, accepted.generation, accepted.cursor)
     screen = Screen(terminal, json=as_json)
@@ -50,9 +50,9 @@ def ask(
 
 @contextmanager
 def _cancelling(url: str, session: str, generation: str, terminal: Terminal) -> Iterator[None]:
-    """Let the first Ctrl-C cancel the generation and reading go on to its end; the second one interrupts.
+    """Cancel the generation on the first Ctrl-C and read on to its end; raise KeyboardInterrupt on the second.
 
-    The request runs in a thread: raising out of a read would lose the connection, and what it still brings.
+    The cancel request runs in a thread: an exception raised in a read would lose the connection and its last events.
     """
     pressed = False
 
@@ -61,7 +61,7 @@ def _cancelling(url: str, session: str, generation: str, terminal: Terminal) -> 
             with Api(url) as api:
                 api.cancel(session, generation)
         except CommandFailed as error:
-            terminal.complain(f"could not cancel: {error} (Ctrl-C again to leave)")
+            terminal.complain(f"could not cancel: {error} (Ctrl-C again to exit)")
 
     def on_interrupt(_signum: int, _frame: FrameType | None) -> None:
         nonlocal pressed
@@ -78,14 +78,14 @@ def _cancelling(url: str, session: str, generation: str, terminal: Terminal) -> 
 
 
 def tail(api: Api, terminal: Terminal, session: str, from_: str | None, after: str | None, *, as_json: bool) -> int:
-    """Show a session until Ctrl-C. One that does not exist yet is waited for."""
+    """Show a session until Ctrl-C; wait for a session that does not exist yet."""
     if after is None:
         try:
             api.session(session)
         except Refused as error:
             if error.status == HTTPStatus.NOT_FOUND:
-                terminal.remark(f"there is no session {session} yet: waiting for its first event (Ctrl-C to leave)")
-            elif error.status < HTTPStatus.INTERNAL_SERVER_ERROR:  # others may be over before following gives up
+                terminal.remark(f"there is no session {session} yet: waiting for its first event (Ctrl-C to exit)")
+            elif error.status < HTTPStatus.INTERNAL_SERVER_ERROR:  # a server error may pass before `follow` gives up
                 raise
     screen = Screen(terminal, json=as_json, headings=True)
     with _leaving(screen):
@@ -96,14 +96,14 @@ def tail(api: Api, terminal: Terminal, session: str, from_: str | None, after: s
 
 @contextmanager
 def _leaving(screen: Screen) -> Iterator[None]:
-    """Let Ctrl-C end the process at once.
+    """Exit the process at once on Ctrl-C.
 
-    An exception raised by a signal may fall into a library's destructor, where it is lost, or into its handling of a
-    broken connection, where it is taken for one: a reader that has nothing to tidy up needs no exception.
+    An exception from a signal handler may be lost in a library's destructor, or be handled as a broken connection. A
+    reader that has nothing to clean up needs no exception.
     """
 
     def on_interrupt(_signum: int, _frame: FrameType | None) -> None:
-        with suppress(RuntimeError):  # it came in the middle of a write: that one is flushed, or not, as it stands
+        with suppress(RuntimeError):  # the signal interrupted a write: that line may be incomplete
             screen.close()
             sys.stdout.flush()
         os._exit(EXIT_CANCELLED)
@@ -116,16 +116,16 @@ def _leaving(screen: Screen) -> Iterator[None]:
 
 
 def cancel(api: Api, terminal: Terminal, session: str, generation: str | None, *, as_json: bool) -> int:
-    """Cancel one generation, or all of a session that have not ended."""
-    wanted = [generation] if generation else _unfinished(api.session(session))
-    states = [api.cancel(session, name) for name in wanted]
+    """Cancel one generation, or every unfinished generation of a session."""
+    names = [generation] if generation else _unfinished(api.session(session))
+    states = [api.cancel(session, name) for name in names]
     if as_json:
         terminal.show(msgspec.json.encode(states).decode())
         return EXIT_OK
     for state in states:
         terminal.show(f"{state.get('generation')}  {state.get('state')}")
     if not states:
-        terminal.remark(f"nothing is queued or running in {session}")
+        terminal.remark(f"no queued or running generations in {session}")
     return EXIT_OK
 
 
@@ -134,7 +134,7 @@ def _unfinished(session: dict[str, Any]) -> list[str]:
 
 
 def delete_session(api: Api, terminal: Terminal, session: str, *, cancel: bool) -> int:
-    """Delete a session for good."""
+    """Delete a session permanently."""
     api.delete_session(session, cancel=cancel)
     terminal.remark(f"session {session} is deleted")
     return EXIT_OK

@@ -1,4 +1,4 @@
-"""``tailrace consumers``: durable consumers of services. Each command returns the exit code."""
+"""Commands of ``tailrace consumers``. Each returns the exit code."""
 
 import random
 import time
@@ -21,18 +21,18 @@ _PATH: Final = "/v1/consumers"
 WAIT_SECONDS: Final = 20
 BATCH: Final = 100
 MAX_FAILURES: Final = 8
-"""Answers lost in a row before `events` gives up (about 25 s)."""
+"""Failed requests in a row after which `events` gives up (about 25 s)."""
 
 
 class ConsumersApi(Api):
-    """Delivery's durable consumers."""
+    """Client of delivery's durable consumers."""
 
     def put(self, name: str, spec: dict[str, Any]) -> dict[str, Any]:
         """Create or change a consumer; return it."""
         return self._object("PUT", f"{_PATH}/{name}", json=spec)
 
     def all(self) -> list[dict[str, Any]]:
-        """Return all consumers, by name."""
+        """Return all consumers, ordered by name."""
         return list(self._object("GET", _PATH).get("consumers", []))
 
     def get(self, name: str) -> dict[str, Any]:
@@ -44,28 +44,28 @@ class ConsumersApi(Api):
         return self._object("POST", f"{_PATH}/{name}/{verb}", json=body)
 
     def drop(self, name: str) -> None:
-        """Remove a consumer for good."""
-        self._done("DELETE", f"{_PATH}/{name}")
+        """Remove a consumer permanently."""
+        self._send_checked("DELETE", f"{_PATH}/{name}")
 
     def batch(self, name: str, wait: int) -> list[dict[str, Any]]:
-        """Return events that are there, or that come within ``wait`` seconds."""
+        """Return at most `BATCH` pending events; wait up to ``wait`` seconds for the first."""
         query = {"batch": BATCH, "wait": wait}
         timeout = httpx.Timeout(wait + 15.0, connect=5.0)
         return list(self._object("GET", f"{_PATH}/{name}/events", params=query, timeout=timeout).get("events", []))
 
     def acknowledge(self, name: str, events: list[dict[str, Any]]) -> None:
-        """Say that events have been handled."""
+        """Acknowledge handled events."""
         self._object("POST", f"{_PATH}/{name}/acks", json={"acks": [event["token"] for event in events]})
 
     def dead_events(self, name: str) -> list[dict[str, Any]]:
         """Return the oldest dead events (200 at most)."""
         return list(self._object("GET", f"{_PATH}/{name}/dead", params={"limit": 200}).get("events", []))
 
-    def give_again(self, name: str, event: str) -> None:
-        """Give a dead event to the consumer again."""
-        self._done("POST", f"{_PATH}/{name}/dead/{event}/resend")
+    def redeliver(self, name: str, event: str) -> None:
+        """Deliver a dead event to the consumer again."""
+        self._send_checked("POST", f"{_PATH}/{name}/dead/{event}/resend")
 
-    def _done(self, method: str, path: str) -> None:
+    def _send_checked(self, method: str, path: str) -> None:
         answer = self._send(method, path)
         if answer.is_error:
             raise refusal(answer)
@@ -87,23 +87,25 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON for pro
 
 @click.group()
 def consumers() -> None:
-    """Durable consumers: named readers whose position the broker keeps."""
+    """Durable consumers: named readers whose position the broker stores."""
 
 
 @consumers.command()
 @_name
 @click.option("--session", callback=_checked, help="Read only this session [all].")
-@click.option("--type", "types", multiple=True, help="Give only events of this type; may be repeated [all].")
-@click.option("--new", is_flag=True, help="Begin with what comes from now on [what the log keeps].")
-@click.option("--after", metavar="CURSOR", help="Begin after this cursor of the session.")
-@click.option("--since", type=float, metavar="SECONDS", help="Begin at this time, in seconds since 1970.")
-@click.option("--ack-wait", type=float, metavar="SECONDS", help="When an event is given again [30].")
-@click.option("--max-in-flight", type=int, help="Events given and not acknowledged, at most [1000].")
-@click.option("--max-deliver", type=int, help="How often an event is given before it is put aside [5].")
+@click.option("--type", "types", multiple=True, help="Deliver only events of this type; may be repeated [all].")
+@click.option("--new", is_flag=True, help="Start with new events [the oldest event in the log].")
+@click.option("--after", metavar="CURSOR", help="Start after this cursor of the session.")
+@click.option("--since", type=float, metavar="SECONDS", help="Start at this time, in seconds since 1970.")
+@click.option(
+    "--ack-wait", type=float, metavar="SECONDS", help="Time until an unacknowledged event is redelivered [30]."
+)
+@click.option("--max-in-flight", type=int, help="Largest number of unacknowledged events [1000].")
+@click.option("--max-deliver", type=int, help="Deliveries of an event before it is dead [5].")
 @_json
 @_url
 def create(*, consumer: str, new: bool, types: tuple[str, ...], as_json: bool, url: str, **others: Any) -> int:
-    """Create CONSUMER, or change it."""
+    """Create or change CONSUMER."""
     spec = {name: value for name, value in others.items() if value is not None}
     spec |= ({"types": list(types)} if types else {}) | ({"start": "new"} if new else {})
     with ConsumersApi(url) as api:
@@ -114,7 +116,7 @@ def create(*, consumer: str, new: bool, types: tuple[str, ...], as_json: bool, u
 @_json
 @_url
 def list_(*, as_json: bool, url: str) -> int:
-    """List them by name."""
+    """List durable consumers by name."""
     terminal = Terminal()
     with ConsumersApi(url) as api:
         rows = api.all()
@@ -133,7 +135,7 @@ def list_(*, as_json: bool, url: str) -> int:
 @_json
 @_url
 def show(*, consumer: str, as_json: bool, url: str) -> int:
-    """Show how far CONSUMER is."""
+    """Show the state and position of CONSUMER."""
     with ConsumersApi(url) as api:
         return _show(Terminal(), api.get(consumer), as_json=as_json)
 
@@ -142,7 +144,7 @@ def show(*, consumer: str, as_json: bool, url: str) -> int:
 @_name
 @_url
 def delete(*, consumer: str, url: str) -> int:
-    """Remove CONSUMER with its position and its dead events."""
+    """Remove CONSUMER, its position and its dead events."""
     with ConsumersApi(url) as api:
         api.drop(consumer)
     Terminal().remark(f"{consumer} is removed")
@@ -151,11 +153,11 @@ def delete(*, consumer: str, url: str) -> int:
 
 @consumers.command()
 @_name
-@click.option("--seconds", type=float, help="How long [until it is resumed].")
+@click.option("--seconds", type=float, help="Duration [until it is resumed].")
 @_json
 @_url
 def pause(*, consumer: str, seconds: float | None, as_json: bool, url: str) -> int:
-    """Give CONSUMER no events for a time."""
+    """Stop delivering events to CONSUMER for a time."""
     with ConsumersApi(url) as api:
         return _show(Terminal(), api.call(consumer, "pause", {"seconds": seconds}), as_json=as_json)
 
@@ -165,29 +167,29 @@ def pause(*, consumer: str, seconds: float | None, as_json: bool, url: str) -> i
 @_json
 @_url
 def resume(*, consumer: str, as_json: bool, url: str) -> int:
-    """Give CONSUMER events again."""
+    """Deliver events to CONSUMER again."""
     with ConsumersApi(url) as api:
         return _show(Terminal(), api.call(consumer, "resume"), as_json=as_json)
 
 
 @consumers.command()
 @_name
-@click.option("--drain", is_flag=True, help="End when nothing is left, instead of waiting for more.")
+@click.option("--drain", is_flag=True, help="Exit when no event is pending, instead of waiting for more.")
 @_url
 def events(*, consumer: str, drain: bool, url: str) -> int:
     """Print the events of CONSUMER as lines of JSON, and acknowledge each batch when it has been printed.
 
-    What was printed and could not be acknowledged comes again.
+    Events that were printed but could not be acknowledged are printed again.
     """
     terminal, failures = Terminal(), 0
     with ConsumersApi(url) as api:
         while True:
             try:
-                given = api.batch(consumer, 0 if drain else WAIT_SECONDS)
-                for event in given:
+                batch = api.batch(consumer, 0 if drain else WAIT_SECONDS)
+                for event in batch:
                     terminal.write(msgspec.json.encode(event).decode() + "\n")
-                if given:
-                    api.acknowledge(consumer, given)
+                if batch:
+                    api.acknowledge(consumer, batch)
             except (Unreachable, Refused) as error:
                 failures += 1
                 if failures > MAX_FAILURES or (isinstance(error, Refused) and error.status < 500):
@@ -195,7 +197,7 @@ def events(*, consumer: str, drain: bool, url: str) -> int:
                 time.sleep(reconnect_delay(failures, random.random()))
                 continue
             failures = 0
-            if drain and not given:
+            if drain and not batch:
                 return EXIT_OK
 
 
@@ -204,7 +206,7 @@ def events(*, consumer: str, drain: bool, url: str) -> int:
 @_json
 @_url
 def dead(*, consumer: str, as_json: bool, url: str) -> int:
-    """List the events that were given to CONSUMER in vain, oldest first."""
+    """List the dead events of CONSUMER, oldest first."""
     terminal = Terminal()
     with ConsumersApi(url) as api:
         rows = api.dead_events(consumer)
@@ -224,10 +226,10 @@ def dead(*, consumer: str, as_json: bool, url: str) -> int:
 @click.argument("event", callback=_checked)
 @_url
 def resend(*, consumer: str, event: str, url: str) -> int:
-    """Give the dead EVENT (its id) to CONSUMER again."""
+    """Deliver the dead EVENT (its id) to CONSUMER again."""
     with ConsumersApi(url) as api:
-        api.give_again(consumer, event)
-    Terminal().remark(f"{event} will be given to {consumer} again")
+        api.redeliver(consumer, event)
+    Terminal().remark(f"{event} will be delivered to {consumer} again")
     return EXIT_OK
 
 
@@ -237,9 +239,9 @@ def _show(terminal: Terminal, view: dict[str, Any], *, as_json: bool) -> int:
         return EXIT_OK
     rows = [(name, _cell(value)) for name, value in view.items() if name != "position"]
     print_table(terminal, ["", ""], rows)
-    places = view.get("position", [])
-    if places:
-        print_table(terminal, list(places[0]), [list(place.values()) for place in places])
+    positions = view.get("position", [])
+    if positions:
+        print_table(terminal, list(positions[0]), [list(position.values()) for position in positions])
     return EXIT_OK
 
 

@@ -1,4 +1,4 @@
-"""``tailrace requests``: what no producer could run. Each function returns the exit code."""
+"""Commands of ``tailrace requests``, which handles dead requests. Each function returns the exit code."""
 
 from services.standalone.api import Api
 from services.standalone.errors import EXIT_OK
@@ -30,7 +30,7 @@ def _reason(row: dict[str, object]) -> str:
 
 
 def show(api: Api, terminal: Terminal, generation: str) -> int:
-    """Show a dead request as a whole, as JSON."""
+    """Show a dead request with its content, as JSON."""
     text = pretty(api.dead_request(generation))
     terminal.show(printable(text) if terminal.is_interactive else text)
     return EXIT_OK
@@ -47,7 +47,7 @@ def resend(api: Api, terminal: Terminal, generation: str, *, as_json: bool) -> i
 
 
 def drop(api: Api, terminal: Terminal, generation: str) -> int:
-    """Remove a dead request for good."""
+    """Remove a dead request permanently."""
     api.drop(generation)
     terminal.remark(f"{generation} is removed")
     return EXIT_OK

@@ -22,7 +22,7 @@ class DiskUse(NamedTuple):
 
 
 def disk_use(folder: Path) -> DiskUse | None:
-    """Return how full the disk of ``folder`` is; ``None`` where there is no such folder."""
+    """Return the disk use of ``folder``, or ``None`` when there is no such folder."""
     if not folder.is_dir():
         return None
     used = 0
@@ -31,13 +31,13 @@ def disk_use(folder: Path) -> DiskUse | None:
             try:
                 used += (Path(parent) / name).lstat().st_size
             except OSError:
-                continue  # removed meanwhile, or not ours to see
+                continue  # removed meanwhile, or not readable
     disk = shutil.disk_usage(folder)
     return DiskUse(str(folder), used, disk.free, disk.total)
 
 
 def human_bytes(count: int) -> str:
-    """Return a number of bytes in the unit that suits it, as in ``1.4 GiB``."""
+    """Return a number of bytes with a binary unit, as in ``1.4 GiB``."""
     size = float(count)
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if size < 1024:

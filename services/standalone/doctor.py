@@ -1,4 +1,4 @@
-"""``tailrace doctor``: what would keep Tailrace from running here, found before it does."""
+"""``tailrace doctor``: check this machine for problems that would prevent ``tailrace up`` from running."""
 
 import importlib
 import os
@@ -31,7 +31,7 @@ _FILES: Final = 4_096
 
 
 class Finding(NamedTuple):
-    """One thing that was looked at. ``level``: ``ok``, ``note`` (worth knowing), or ``problem`` (needs a change)."""
+    """The result of one check. ``level``: ``ok``, ``note`` (worth knowing), or ``problem`` (needs a change)."""
 
     level: str
     what: str
@@ -41,13 +41,13 @@ class Finding(NamedTuple):
 @click.command()
 @data_option
 @click.option(
-    "--config", type=click.Path(path_type=Path, dir_okay=False), envvar="TAILRACE_CONFIG", help="Settings as TOML."
+    "--config", type=click.Path(path_type=Path, dir_okay=False), envvar="TAILRACE_CONFIG", help="TOML file of settings."
 )
 @json_option
 def doctor(data: Path, config: Path | None, as_json: bool) -> int:
-    """Look for what would keep `tailrace up` from running here, and say what to change.
+    """Check this machine for problems that would prevent `tailrace up` from running, and print the remedies.
 
-    It changes nothing. Exit codes: 0 nothing in the way, 1 something is.
+    It changes nothing. Exit codes: 0 no problem, 1 at least one problem.
     """
     terminal = Terminal()
     env = dict(os.environ) | ({"TAILRACE_CONFIG": str(config)} if config else {})
@@ -90,7 +90,7 @@ def _nats_server() -> Iterator[Finding]:
 
 
 def _runtime() -> Iterator[Finding]:
-    """The C++ runtime is the one system library that a minimal image may lack."""
+    """Check the C++ runtime, the one system library that a minimal image may lack."""
     try:
         importlib.import_module("greenlet")
     except ImportError as error:
@@ -102,7 +102,7 @@ def _runtime() -> Iterator[Finding]:
 def _files() -> Iterator[Finding]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < _FILES:
-        advice = f"{soft} (ulimit -n): each client takes one; raise it to {_FILES} or more (the hard limit is {hard})"
+        advice = f"{soft} (ulimit -n): each client needs one; raise it to {_FILES} or more (the hard limit is {hard})"
         yield Finding("note", "open files", advice)
     else:
         yield Finding("ok", "open files", f"{soft} (ulimit -n)")
@@ -112,18 +112,18 @@ def _folder(data: Path) -> Iterator[Finding]:
     if not data.exists():
         parent = next(each for each in data.absolute().parents if each.exists())
         writable = os.access(parent, os.W_OK)
-        text = f"{data} does not exist yet; {'it will be made' if writable else f'{parent} cannot be written'}"
+        text = f"{data} does not exist yet; {'it will be created' if writable else f'{parent} is not writable'}"
         yield Finding("ok" if writable else "problem", "data folder", text)
         return
     if not os.access(data, os.W_OK | os.X_OK):
-        yield Finding("problem", "data folder", f"{data} cannot be written by this user")
+        yield Finding("problem", "data folder", f"{data} is not writable by this user")
         return
     if data.stat().st_mode & 0o077:
-        yield Finding("note", "data folder", f"{data} can be read by others: chmod 700 {data}")
+        yield Finding("note", "data folder", f"{data} is readable by other users: chmod 700 {data}")
     disk = disk_use(data)
     if disk is not None:
         low = disk.free < _LOW_DISK
-        advice = f"; less than {human_bytes(_LOW_DISK)} is free: the log refuses when the disk is full" if low else ""
+        advice = f"; less than {human_bytes(_LOW_DISK)} is free: the log refuses events on a full disk" if low else ""
         yield Finding("note" if low else "ok", "disk", f"{data}: {disk.text()}{advice}")
 
 
@@ -134,12 +134,12 @@ def _database(path: Path) -> Iterator[Finding]:
         with sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=5) as database:
             ((answer,),) = database.execute("PRAGMA quick_check(1)").fetchall()
     except sqlite3.OperationalError as error:
-        yield Finding("note", "billing.db", f"cannot be looked at now: {error}")
+        yield Finding("note", "billing.db", f"cannot be checked now: {error}")
     except sqlite3.DatabaseError as error:
         yield Finding("problem", "billing.db", f"{error}: restore {path}, or move it away and run: {_REBUILD}")
     else:
         if answer == "ok":
-            yield Finding("ok", "billing.db", "sound")
+            yield Finding("ok", "billing.db", "intact")
         else:
             yield Finding("problem", "billing.db", f"{answer}: restore {path}, or move it away and run: {_REBUILD}")
 
@@ -148,7 +148,7 @@ _REBUILD: Final = "tailrace billing rebuild"
 
 
 def _config(env: dict[str, str]) -> dict[str, Any]:
-    """Return the content of the file; one that cannot be read is reported among the settings."""
+    """Return the content of the TOML file, or nothing when it is unreadable (`_settings` reports that)."""
     try:
         return read_config(env)
     except SettingsError:
@@ -157,7 +157,7 @@ def _config(env: dict[str, str]) -> dict[str, Any]:
 
 def _ports(data: Path, env: dict[str, str]) -> Iterator[Finding]:
     if (holder := holder_of(data)) is not None:
-        yield Finding("note", "running", f"`tailrace up` runs in {data} ({holder}); its ports are not tried")
+        yield Finding("note", "running", f"`tailrace up` runs in {data} ({holder}); its ports are not checked")
         return
     config = _config(env)
     problems: list[str] = []
@@ -167,9 +167,9 @@ def _ports(data: Path, env: dict[str, str]) -> Iterator[Finding]:
         try:
             check_port("127.0.0.1", number)
         except PortTaken as error:
-            yield Finding("problem", f"port of {name}", f"{error}; choose another one with {PORTS[name].variable}")
+            yield Finding("problem", f"port of {name}", f"{error}; choose another port with {PORTS[name].variable}")
         else:
-            yield Finding("ok", f"port of {name}", f"{number} is free" if number else "any free one")
+            yield Finding("ok", f"port of {name}", f"{number} is free" if number else "any free port")
 
 
 def _settings(env: dict[str, str]) -> Iterator[Finding]:
@@ -178,8 +178,8 @@ def _settings(env: dict[str, str]) -> Iterator[Finding]:
     if problems:
         return
     yield from (Finding("note", "settings", line) for line in overruled(env, _config(env)))
-    where = env.get("TAILRACE_CONFIG")
-    yield Finding("ok", "settings", f"{where} can be used" if where else "from the environment alone")
+    file = env.get("TAILRACE_CONFIG")
+    yield Finding("ok", "settings", f"{file} is valid" if file else "only from the environment")
 
 
 def _keys(env: dict[str, str]) -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""The embedded nats-server: which binary, how it is configured, when it is ready."""
+"""Find, configure and probe the embedded nats-server."""
 
 import asyncio
 import json
@@ -27,11 +27,11 @@ __all__ = [
 ]
 
 MINIMUM: Final = (2, 12)
-"""Older servers lack what the log needs: republish, batched direct get and message expiry."""
+"""The log needs republish, batched direct get and message expiry, which older servers lack."""
 
 
 MAX_PAYLOAD: Final = 16 * 1024 * 1024 + ENVELOPE
-"""For requests of 16 MiB; a provider's event takes half of it at most."""
+"""Bytes for requests of 16 MiB; a provider's event takes at most half of it."""
 
 
 class NatsBinary(NamedTuple):
@@ -42,7 +42,7 @@ class NatsBinary(NamedTuple):
 
     @property
     def version_text(self) -> str:
-        """The version with dots."""
+        """Return the version as dotted numbers."""
         return ".".join(map(str, self.version))
 
 
@@ -85,14 +85,14 @@ def _version_of(path: Path) -> tuple[int, ...] | None:
 
 
 def payload_for(max_body: int) -> int:
-    """Return the ``max_payload`` that the broker needs for requests of so many bytes, `MAX_PAYLOAD` at least."""
+    """Return the ``max_payload`` that the broker needs for requests of ``max_body`` bytes, at least `MAX_PAYLOAD`."""
     return min(LARGEST_PAYLOAD, max(MAX_PAYLOAD, max_body + ENVELOPE))
 
 
 def render_config(port: int, store: Path, max_payload: int = MAX_PAYLOAD) -> str:
     """Return the configuration of a loopback-only server that keeps its streams in ``store``.
 
-    ``max_payload``: bytes of the largest message.
+    ``max_payload``: size of the largest message in bytes.
     """
     return (
         f'listen: "127.0.0.1:{port}"\n'
@@ -105,7 +105,7 @@ def render_config(port: int, store: Path, max_payload: int = MAX_PAYLOAD) -> str
 def render_node(number: int, port: int, store: Path, routes: Sequence[int], max_payload: int = MAX_PAYLOAD) -> str:
     """Return the configuration of the cluster's server ``number`` (from 1), whose route port is ``routes[number - 1]``.
 
-    A cluster knows its servers by name: the same number must find the same ``store`` again. Routes may change.
+    A cluster identifies its servers by name: a number must keep its ``store``. Routes may change.
     """
     others = ", ".join(f'"nats-route://127.0.0.1:{route}"' for route in routes)
     return (
@@ -118,7 +118,7 @@ def render_node(number: int, port: int, store: Path, routes: Sequence[int], max_
 
 
 async def answers(port: int) -> bool:
-    """Tell whether a NATS server greets on this loopback port; it does so only once its streams are recovered."""
+    """Return whether a NATS server sends INFO on this loopback port, which it does once its streams are recovered."""
     try:
         async with asyncio.timeout(2):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)

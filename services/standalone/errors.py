@@ -1,4 +1,4 @@
-"""What can go wrong on the command line, each with the exit code it ends with."""
+"""Errors of the command line and their exit codes."""
 
 from typing import Final
 
@@ -25,47 +25,47 @@ EXIT_CANCELLED: Final = 130
 
 
 class CommandFailed(Exception):
-    """A command cannot do what it was asked for; its text is for the person at the terminal."""
+    """A command failed; the text is for the person at the terminal."""
 
     exit_code = EXIT_FAILED
 
 
 class CannotStart(CommandFailed):
-    """Something must be changed before ``tailrace up`` can start; nothing has been started."""
+    """``tailrace up`` cannot start until the environment is corrected; nothing was started."""
 
     exit_code = EXIT_USAGE
 
 
 class PortsTaken(CannotStart):
-    """Ports are in use or given twice; ``problems`` names each."""
+    """Ports are in use or assigned twice; ``problems`` names each."""
 
     def __init__(self, problems: list[str]) -> None:
         self.problems = problems
         super().__init__(
             "cannot start, these ports are not free:\n"
             + "\n".join(f"  - {p}" for p in problems)
-            + "\nchoose others with the options named (0 takes any free port)"
+            + "\nchoose other ports with the named options (0 means any free port)"
         )
 
 
 class FolderInUse(CannotStart):
-    """Another ``tailrace up`` works on the same data folder; ``holder`` says which, where known."""
+    """Another ``tailrace up`` holds the data folder; ``holder`` describes it, or is empty."""
 
     def __init__(self, folder: str, holder: str) -> None:
         self.folder = folder
         self.holder = holder
         super().__init__(
             f"the data folder {folder} is in use by another `tailrace up`{f' ({holder})' if holder else ''}: "
-            "stop that one, or choose another folder with --data"
+            "stop it, or choose another folder with --data"
         )
 
 
 class StartFailed(CommandFailed):
-    """A service ended or did not become ready while everything was starting."""
+    """A service ended or did not become ready during startup."""
 
 
 class Unreachable(CommandFailed):
-    """No service answers at the address, or the connection was lost for good."""
+    """No service answers at the address, or reconnecting failed too often."""
 
     exit_code = EXIT_UNREACHABLE
 
@@ -73,7 +73,7 @@ class Unreachable(CommandFailed):
 class Refused(CommandFailed):
     """A service answered with a problem.
 
-    ``status`` is the HTTP status, ``kind`` the stable end of the problem's type.
+    ``status``: the HTTP status. ``kind``: the last segment of the problem's type.
     """
 
     def __init__(self, status: int, title: str, detail: str, kind: str = "") -> None:

@@ -1,4 +1,4 @@
-"""The data folder: everything that outlives a run, and the lock that keeps a second run out."""
+"""Lock the data folder, so that only one ``tailrace up`` uses it."""
 
 import fcntl
 import os
@@ -13,7 +13,7 @@ __all__ = ["holder_of", "locked"]
 
 
 def holder_of(folder: Path) -> str | None:
-    """Return what the process that holds the lock of ``folder`` says of itself; ``None`` where none does."""
+    """Return the description left by the process that holds the lock of ``folder``, or ``None`` when it is free."""
     try:
         descriptor = os.open(folder / "lock", os.O_RDONLY)
     except OSError:
@@ -30,14 +30,14 @@ def holder_of(folder: Path) -> str | None:
 
 @contextmanager
 def locked(folder: Path, warn: Callable[[str], None]) -> Iterator[Callable[[str], None]]:
-    """Create the folder where needed and hold its lock while the block runs. Nobody else may enter it.
+    """Create the folder if missing and hold its exclusive lock while the block runs.
 
-    Yields a function that sets what another process is told about this one. The kernel
-    drops the lock with its process, however that ends: a lock file alone never blocks.
+    Yields a function that sets the description of this process for others (`holder_of`). The kernel releases the lock
+    when the process ends for any reason, so a stale lock file never blocks.
 
     Raises:
         FolderInUse: another process holds the lock.
-        CannotStart: the folder cannot be made or written.
+        CannotStart: the folder cannot be created or written.
     """
     try:
         warnings = [private_folder(folder), private_folder(folder / "logs")]

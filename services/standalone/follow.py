@@ -1,4 +1,4 @@
-"""Following a session or a generation over SSE, across lost connections, without loss or doubling."""
+"""Follow a session or a generation over SSE; resume lost connections without loss or duplicates."""
 
 import random
 import time
@@ -19,14 +19,14 @@ from services.standalone.errors import CommandFailed, Unreachable
 __all__ = ["Received", "Start", "follow"]
 
 MAX_FAILURES: Final = 8
-"""Connections lost in a row, without an event between, before following gives up (about 25 s)."""
+"""Connections lost in a row, without an event between, after which `follow` gives up (about 25 s)."""
 SILENCE: Final = 45.0
-"""Seconds without even a heartbeat (one comes every 15 s) after which a connection counts as lost."""
+"""Seconds without a heartbeat (sent every 15 s) after which a connection counts as lost."""
 REMEMBERED: Final = 64
 
 
 class Received(NamedTuple):
-    """An accepted event: its cursor, its bytes as text, and what they say; ``None`` for a type not known here."""
+    """An accepted event: cursor, JSON text, header, and the decoded event (``None`` for an unknown type)."""
 
     cursor: str
     data: str
@@ -35,7 +35,7 @@ class Received(NamedTuple):
 
 
 class Start(NamedTuple):
-    """Where to begin: after a cursor, or ``start`` or ``live``; of the session, or of one generation until its end."""
+    """Start position: after a cursor, ``start`` or ``live``; of the session, or of one generation until its end."""
 
     session: str
     generation: str | None = None
@@ -43,23 +43,23 @@ class Start(NamedTuple):
     from_: str | None = None
 
     def query(self) -> dict[str, str]:
-        """Return the query of the first request."""
+        """Return the query parameters of the first request."""
         wanted = {"generation": self.generation, "after": self.after, "from": None if self.after else self.from_}
         return {name: value for name, value in wanted.items() if value}
 
 
 class _Session:
-    """Applies the acceptance rule to the newest generations of a session (64 are remembered).
+    """Apply the acceptance rule to the 64 most recent generations of a session.
 
-    A generation met in its middle, as after a cursor or behind a gap that delivery has told, is joined there: delivery
-    has looked for the highest epoch already.
+    A generation whose first received event is in its middle, after a cursor or after a gap that delivery reported, is
+    joined there: delivery has already determined the highest epoch.
     """
 
     def __init__(self) -> None:
         self._generations: dict[str, Acceptance] = {}
 
     def accepts(self, header: Header) -> bool:
-        """Tell whether an event counts, and remember that it came."""
+        """Record an event; return whether the acceptance rule accepts it."""
         acceptance = self._generations.pop(header.generation, None) or Acceptance.joining(header.epoch)
         self._generations[header.generation] = acceptance
         if len(self._generations) > REMEMBERED:
@@ -67,13 +67,13 @@ class _Session:
         return acceptance.offer(header) is Verdict.ACCEPTED
 
     def expect_gap(self) -> None:
-        """Go on in each generation with whatever comes next: what lies between is lost, and was said to be."""
+        """Let each generation continue with any next seq: the events between are lost, and the gap was reported."""
         for acceptance in self._generations.values():
             acceptance.join(acceptance.epoch)
 
 
 class _Line:
-    """The state that outlives a connection: the last id, what was accepted, and how often in a row it failed."""
+    """State kept across connections: last cursor, accepted positions, and failures in a row."""
 
     def __init__(self, start: Start, remark: Callable[[str], None]) -> None:
         self.start = start
@@ -87,13 +87,13 @@ class _Line:
 def follow(
     api: Api, start: Start, remark: Callable[[str], None], sleep: Callable[[float], None] = time.sleep
 ) -> Iterator[Received]:
-    """Yield accepted events as they come, reconnecting with the last id; ends after the terminal of a generation.
+    """Yield accepted events; reconnect with the last id; return after the terminal event of a single generation.
 
-    ``remark`` is told about lost connections and gaps.
+    ``remark`` receives a line for lost connections and gaps.
 
     Raises:
-        Unreachable: nothing answered the first time, or the connection was lost too often in a row.
-        Refused: the service does not serve this session from there.
+        Unreachable: the first connection failed, or too many were lost in a row.
+        Refused: the service rejected the request for this session or start position.
     """
     line = _Line(start, remark)
     connected_once = False
@@ -106,12 +106,12 @@ def follow(
             raise CommandFailed(f"{api.url} does not answer like Tailrace: {error}") from error
         except httpx.TransportError as error:
             if not connected_once and isinstance(error, httpx.ConnectError):
-                raise Unreachable(f"nothing answers at {api.url}: is `tailrace up` running?") from error
+                raise Unreachable(f"nothing answers at {api.url}: check that `tailrace up` is running") from error
         if line.finished:
             return
         line.failures += 1
         if line.failures > MAX_FAILURES:
-            hint = f"; go on with: tailrace tail {start.session} --after {line.cursor}" if line.cursor else ""
+            hint = f"; continue with: tailrace tail {start.session} --after {line.cursor}" if line.cursor else ""
             raise Unreachable(f"the connection to {api.url} was lost{hint}")
         if line.failures == 2:
             remark("connection lost, trying to resume …")
@@ -135,7 +135,7 @@ def _receive(source: httpx_sse.EventSource, line: _Line) -> Iterator[Received]:
         line.finished = True
         return
     if response.is_server_error or response.status_code == 429:
-        return  # it may be back in a moment
+        return  # temporary: retry
     if response.is_error:
         response.read()
         raise refusal(response)
@@ -143,7 +143,7 @@ def _receive(source: httpx_sse.EventSource, line: _Line) -> Iterator[Received]:
         if sse.event == "bye":
             return
         if sse.event == "gap":
-            line.remark(f"a part of the log is missing here: {sse.data}")
+            line.remark(f"gap: events are missing here: {sse.data}")
             line.session.expect_gap()
         if sse.event != "message" or not sse.data:  # the library also reports a lone "retry"
             continue

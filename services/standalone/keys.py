@@ -1,4 +1,4 @@
-"""``tailrace keys``: API keys made, listed, revoked. Each function returns the exit code."""
+"""Commands of ``tailrace keys``. Each function returns the exit code."""
 
 from typing import Any
 
@@ -12,26 +12,26 @@ __all__ = ["bootstrap", "create", "list_", "revoke"]
 
 
 def bootstrap(terminal: Terminal) -> int:
-    """Make the operator's key: print it, and the setting that lets it in."""
+    """Create the operator's key; print it and the setting that enables it."""
     made = mint()
-    terminal.remark("the operator's key, shown this once (TAILRACE_KEY for this command line):")
+    terminal.remark("the operator's key, shown only once (set TAILRACE_KEY to it for this command line):")
     terminal.show(made.text)
-    terminal.remark("its setting, for delivery and billing:")
+    terminal.remark("its setting for delivery and billing:")
     terminal.show(f"TAILRACE_ADMIN_KEY_HASH={made.id}.{made.hash}")
     return EXIT_OK
 
 
 def create(api: Api, terminal: Terminal, spec: dict[str, Any], *, as_json: bool) -> int:
-    """Make a key and print it: nobody will see it again."""
+    """Create a key and print it; its secret cannot be shown again."""
     made = api.create_key(spec)
     if as_json:
         terminal.show(pretty(made))
     else:
-        terminal.remark(f"key {made.get('id')} of tenant {made.get('tenant')}, shown this once:")
+        terminal.remark(f"key {made.get('id')} of tenant {made.get('tenant')}, shown only once:")
         terminal.show(str(made.get("key")))
     if api.is_open():
         terminal.remark(
-            "note: this service serves callers without a key: this one changes nothing until credentials are required"
+            "note: this service accepts callers without a key, so the key has no effect until credentials are required"
             " (TAILRACE_AUTH=required)"
         )
     return EXIT_OK

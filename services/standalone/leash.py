@@ -1,8 +1,8 @@
-"""Become another program that the kernel kills when the process that started it dies.
+"""Exec another program such that the kernel kills it when the process that started it dies.
 
-Run as a file by a bare interpreter: ``python -I -S leash.py <pid of the starter> <program> <arguments…>``. A child that
-is forked and prepared inside the starter would need Python code between fork and exec, which may deadlock; a program
-that prepares itself and then execs does not. It imports nothing but the standard library, to start in milliseconds.
+Run as a file by a bare interpreter: ``python -I -S leash.py <pid of the starter> <program> <arguments…>``. Preparing
+the child inside the starter would need Python code between fork and exec, which may deadlock; this program prepares
+itself and then execs. It imports only the standard library, to start in milliseconds.
 """
 
 import ctypes
@@ -21,9 +21,9 @@ def command(argv: tuple[str, ...]) -> list[str]:
 
 
 def die_with(starter: int) -> None:
-    """Ask the kernel (Linux) for SIGKILL when the starter dies; end at once if it has died already.
+    """Request SIGKILL from the kernel (Linux) when the starter dies; exit at once if it is dead already.
 
-    SIGKILL rather than SIGTERM: the starter is gone, so nobody is left to wait or to insist.
+    SIGKILL instead of SIGTERM: with the starter gone, no process could enforce a grace period.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

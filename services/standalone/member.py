@@ -1,4 +1,4 @@
-"""One service of the process tree: started, watched, started again after a crash, stopped."""
+"""Start, probe, restart and stop one service of the process tree."""
 
 import asyncio
 import signal
@@ -22,15 +22,14 @@ __all__ = ["Member"]
 READY_TIMEOUT: Final = 60.0
 PROBE_INTERVAL: Final = 0.05
 HOPELESS: Final = (2, 4)
-"""A service ends with these when its settings are wrong, its port is taken, or what it keeps is damaged: starting it
-again would not help."""
+"""Exit codes for wrong settings, a taken port or damaged data: a restart would not help."""
 
 
 class Member:
     """A service and its current process.
 
-    ``ready`` is set once it first became ready. ``on_lost`` is called, with the reason, when it cannot be kept running;
-    ``before_start`` before each start of a process.
+    ``ready`` is set when the service is ready for the first time. ``on_lost`` is called with the reason when it cannot
+    be kept running, ``before_start`` before each start of a process.
     """
 
     def __init__(
@@ -48,13 +47,13 @@ class Member:
         self._notify = notify
         self._on_lost = on_lost
         self._stop = asyncio.Event()
-        self._hurry = asyncio.Event()
-        self._again = asyncio.Event()
+        self._kill = asyncio.Event()
+        self._restart = asyncio.Event()
         self._output = OutputFile(logs / f"{spec.name}.log", self._show)
         self._crashes = Crashes()
 
     async def run(self) -> None:
-        """Keep the service running until `stop`, then end it. Returns early when it has been given up."""
+        """Keep the service running until `stop`, then end it. Return early when restarts are given up."""
         try:
             while not self._stop.is_set():
                 started = time.monotonic()
@@ -65,22 +64,22 @@ class Member:
                             f"{self.spec.name} {_describe(code)} while stopping; its log is {self._output.path}"
                         )
                     return
-                if self._again.is_set():
-                    self._again.clear()
+                if self._restart.is_set():
+                    self._restart.clear()
                     continue
                 delay = self._crashes.add(time.monotonic() - started)
                 if self._is_hopeless(code):
                     self._on_lost(f"{self.spec.name} {_describe(code)}; its log is {self._output.path}")
                     return
-                self._notify(f"{self.spec.name} {_describe(code)}; starting it again in {delay:g} s")
+                self._notify(f"{self.spec.name} {_describe(code)}; restarting it in {delay:g} s")
                 await first_of(delay, self._stop.wait())
         finally:
             self._output.close()
 
     async def restart(self) -> None:
-        """End the service's process and start another one; return when that is ready."""
+        """Replace the service's process; return when the new one is ready."""
         before = self.pid
-        self._again.set()
+        self._restart.set()
         async with httpx.AsyncClient(timeout=3, trust_env=False) as client:
             while self.pid in (None, before) or not await _is_ready(client, self.spec.ready):
                 if self._stop.is_set():
@@ -88,23 +87,23 @@ class Member:
                 await asyncio.sleep(PROBE_INTERVAL)
 
     def stop(self) -> None:
-        """Ask the service to end (SIGTERM); after its grace it is killed."""
+        """Send SIGTERM to the service, and SIGKILL after its grace."""
         self._stop.set()
 
-    def hurry(self) -> None:
-        """Kill the service now."""
+    def kill(self) -> None:
+        """Kill the service at once."""
         self._stop.set()
-        self._hurry.set()
+        self._kill.set()
 
     def _is_hopeless(self, code: int) -> bool:
         return not self.ready.is_set() or code in HOPELESS or self._crashes.count >= MAX_CRASHES
 
     def _show(self, line: str) -> None:
-        if not self._hurry.is_set():
+        if not self._kill.is_set():
             self._notify(f"{self.spec.name}: {line}")
 
     async def _run_once(self) -> int:
-        """Start one process, see it through to its end, and return its exit code (negative: a signal)."""
+        """Run one process until it ends or is stopped; return its exit code (negative: a signal)."""
         self._before_start(self.spec)
         process = await asyncio.create_subprocess_exec(
             *leash.command(self.spec.argv),
@@ -112,14 +111,14 @@ class Member:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
-            start_new_session=True,  # a Ctrl-C in the terminal reaches the supervisor alone
+            start_new_session=True,  # Ctrl-C in the terminal reaches only the supervisor
         )
         self.pid = process.pid
         try:
             async with asyncio.TaskGroup() as tasks:
                 probe = tasks.create_task(self._probe())
                 pump = tasks.create_task(self._pump(process))
-                await first_of(None, process.wait(), self._stop.wait(), self._again.wait())
+                await first_of(None, process.wait(), self._stop.wait(), self._restart.wait())
                 probe.cancel()
                 await self._end(process)
                 await first_of(1.0, asyncio.shield(pump))
@@ -137,11 +136,11 @@ class Member:
             self._output.feed(data)
 
     async def _probe(self) -> None:
-        """Set ``ready`` when the service is; report it lost when that takes too long the first time."""
+        """Set ``ready`` when the service is ready; call ``on_lost`` when the first start exceeds `READY_TIMEOUT`."""
         try:
             async with asyncio.timeout(READY_TIMEOUT):
                 async with httpx.AsyncClient(timeout=3, trust_env=False) as client:
-                    while not await _is_ready(client, self.spec.ready):  # noqa: ASYNC110  # it is another process
+                    while not await _is_ready(client, self.spec.ready):  # noqa: ASYNC110  # the condition is in another process
                         await asyncio.sleep(PROBE_INTERVAL)
             self.ready.set()
         except TimeoutError:
@@ -151,7 +150,7 @@ class Member:
                 )
 
     async def _end(self, process: asyncio.subprocess.Process) -> None:
-        if not await end_process(process, self.spec.grace, self._hurry) and not self._hurry.is_set():
+        if not await end_process(process, self.spec.grace, self._kill) and not self._kill.is_set():
             self._notify(f"{self.spec.name} did not end within {self.spec.grace:g} s and is killed")
 
 

@@ -1,4 +1,4 @@
-"""``tailrace usage``, ``ledger``, ``reconcile``, ``statement``, ``prices`` and ``budget``: what billing knows."""
+"""Billing commands: ``tailrace usage``, ``ledger``, ``reconcile``, ``statement``, ``prices`` and ``budget``."""
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -26,10 +26,10 @@ _billing_url = click.option(
 )
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 _csv = click.option("--csv", "as_csv", is_flag=True, help="Print CSV for spreadsheets.")
-_from = click.option("--from", "from_", metavar="TIME", help="Only from this time (ISO 8601) on.")
-_to = click.option("--to", metavar="TIME", help="Only before this time (ISO 8601).")
+_from = click.option("--from", "from_", metavar="TIME", help="Start of the period (ISO 8601), inclusive.")
+_to = click.option("--to", metavar="TIME", help="End of the period (ISO 8601), exclusive.")
 _limit = click.option(
-    "--limit", type=click.IntRange(1, 100_000), default=100, show_default=True, help="At most so many."
+    "--limit", type=click.IntRange(1, 100_000), default=100, show_default=True, help="Largest number of rows."
 )
 
 
@@ -54,11 +54,13 @@ def _dimension(_ctx: click.Context, _param: click.Parameter, value: str) -> str:
 
 @click.command()
 @click.argument("session", callback=_named, required=False)
-@click.option("--by", default="model", show_default=True, callback=_dimension, help="What to sum by, without SESSION.")
+@click.option(
+    "--by", default="model", show_default=True, callback=_dimension, help="Dimensions to sum by, without SESSION."
+)
 @_from
 @_to
-@click.option("--key", help="Only of this credential.")
-@click.option("--label", metavar="NAME=VALUE", help="Only with this label.")
+@click.option("--key", help="Only usage of this credential.")
+@click.option("--label", metavar="NAME=VALUE", help="Only usage with this label.")
 @_json
 @_csv
 @_billing_url
@@ -74,7 +76,7 @@ def usage(
     as_csv: bool,
     billing_url: str,
 ) -> int:
-    """Show what was used, by SESSION or summed: by model, or what --by says, such as month,key or label:team."""
+    """Show the usage of SESSION by generation, or sums by model or as in --by, such as month,key or label:team."""
     _one_form(as_json, as_csv)
     terminal = Terminal()
     query = {"group_by": by, "from": from_, "to": to, "key": key, "label": label}
@@ -85,28 +87,28 @@ def usage(
             return _lines(terminal, api.csv_pages("/v1/reconciliations", {"session": session}, 100_000))
         report = api.get(f"/v1/usage/sessions/{session}", {}) if session else api.get("/v1/usage", query)
     if as_json:
-        return _shown(terminal, report)
+        return _show_json(terminal, report)
     rows = [_group(row) for row in report.get("rows", [])] or [_generation(g) for g in report.get("generations", [])]
-    _table(terminal, rows, "nothing was used")
+    _table(terminal, rows, "no usage")
     if rows and (totals := report.get("totals")):
-        terminal.remark("in all: " + _in_all(totals))
+        terminal.remark("total: " + _total_line(totals))
     if report.get("next"):
-        terminal.remark("there is more: narrow it down with --from and --to, or see --csv")
+        terminal.remark("more rows exist: restrict the period with --from and --to, or use --csv")
     return EXIT_OK
 
 
 @click.command()
 @_from
 @_to
-@click.option("--session", callback=_named, help="Only of this session.")
-@click.option("--generation", callback=_named, help="Only of this generation.")
+@click.option("--session", callback=_named, help="Only entries of this session.")
+@click.option("--generation", callback=_named, help="Only entries of this generation.")
 @click.option("--kind", type=click.Choice(["charge", "correction", "reversal"]), help="Only entries of this kind.")
 @_limit
 @_json
 @_csv
 @_billing_url
 def ledger(*, from_: str | None, limit: int, as_json: bool, as_csv: bool, billing_url: str, **exact: Any) -> int:
-    """List the ledger's entries, the oldest first."""
+    """List the ledger's entries, oldest first."""
     query = {"from": from_, **exact}
     columns = ("created_at", "session", "generation", "kind", "amount", "currency", "source", "rule")
     return _listed("/v1/ledger", "entries", query, limit, billing_url, as_json, as_csv, lambda r: _only(r, columns))
@@ -117,12 +119,16 @@ def ledger(*, from_: str | None, limit: int, as_json: bool, as_csv: bool, billin
 @click.option(
     "--status",
     type=click.Choice(["running", "matched", "drift", "awaiting_provider", "provider_missing", "partial"]),
-    help="Only these.",
+    help="Only generations with this status.",
 )
-@click.option("--pricing", type=click.Choice(["pending", "charged", "unpriced", "waived"]), help="Only these.")
+@click.option(
+    "--pricing",
+    type=click.Choice(["pending", "charged", "unpriced", "waived"]),
+    help="Only generations with this state of pricing.",
+)
 @_from
 @_to
-@click.option("--model", help="Only of this model.")
+@click.option("--model", help="Only generations of this model.")
 @_limit
 @_json
 @_csv
@@ -130,7 +136,7 @@ def ledger(*, from_: str | None, limit: int, as_json: bool, as_csv: bool, billin
 def reconcile(
     ctx: click.Context, /, *, from_: str | None, limit: int, as_json: bool, as_csv: bool, billing_url: str, **exact: Any
 ) -> int:
-    """List generations with what was counted, reported and charged; `import` brings in a provider's export."""
+    """List generations with counted and reported tokens and charges; `import` reads a provider's export."""
     if ctx.invoked_subcommand is not None:
         return EXIT_OK
     query = {"from": from_, **exact}
@@ -139,25 +145,25 @@ def reconcile(
 
 @reconcile.command("import")
 @click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
-@click.option("--provider", default="", help="Whose it is, where its rows do not say.")
-@click.option("--dry-run", is_flag=True, help="Tell what it would change, and change nothing.")
+@click.option("--provider", default="", help="Provider of rows that do not name one.")
+@click.option("--dry-run", is_flag=True, help="Report the changes without making them.")
 @_billing_url
 def import_(file: Path, provider: str, dry_run: bool, billing_url: str) -> int:
-    """Bring in FILE (.csv or .json): what a provider says that generations used."""
+    """Import FILE (.csv or .json), a provider's export of the usage of generations."""
     query = {"provider": provider, "dry_run": str(dry_run).lower()}
     with BillingApi(billing_url) as api:
         done = api.send("POST", "/v1/provider-usage", params=query, **_content(file, (".csv", ".json")))
-    return _shown(Terminal(), done)
+    return _show_json(Terminal(), done)
 
 
 @click.command()
 @click.argument("month", metavar="YYYY-MM")
 @_json
 @_csv
-@click.option("--html", "as_html", is_flag=True, help="Print the page for printing.")
+@click.option("--html", "as_html", is_flag=True, help="Print a printable HTML page.")
 @_billing_url
 def statement(*, month: str, as_json: bool, as_csv: bool, as_html: bool, billing_url: str) -> int:
-    """Show what was used and charged in a month."""
+    """Show the usage and charges of a month."""
     if as_json + as_csv + as_html > 1:
         raise click.UsageError("--json, --csv and --html exclude each other")
     terminal = Terminal()
@@ -167,11 +173,11 @@ def statement(*, month: str, as_json: bool, as_csv: bool, as_html: bool, billing
             return _lines(terminal, text.splitlines())
         made = api.get(f"/v1/statements/{month}", {})
     if as_json:
-        return _shown(terminal, made)
+        return _show_json(terminal, made)
     rows = [{n: line[n] for n in ("provider", "model", "status")} | _totals(line["totals"]) for line in made["lines"]]
-    _table(terminal, rows, f"nothing was used in {month}")
+    _table(terminal, rows, f"no usage in {month}")
     unpriced = sum(line["totals"].get("unpriced", 0) for line in made["lines"])
-    terminal.remark(f"in all: {_amounts(made['amounts'], unpriced)}" + ("" if made["final"] else "; not final"))
+    terminal.remark(f"total: {_amounts(made['amounts'], unpriced)}" + ("" if made["final"] else "; not final"))
     return EXIT_OK
 
 
@@ -191,20 +197,20 @@ def prices(ctx: click.Context, as_json: bool, as_csv: bool, billing_url: str) ->
             return _lines(terminal, api.text("/v1/prices", {}).text.splitlines())
         book = api.get("/v1/prices", {})
     if as_json:
-        return _shown(terminal, book)
+        return _show_json(terminal, book)
     names = ("provider", "model", "class", "amount", "currency", "from", "until")
     return _table(terminal, [_only(row, names) for row in book["prices"]], "the price book is empty")
 
 
 @prices.command()
 @click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
-@click.option("--dry-run", is_flag=True, help="Tell what it would change, and change nothing.")
+@click.option("--dry-run", is_flag=True, help="Report the changes without making them.")
 @_billing_url
 def put(file: Path, dry_run: bool, billing_url: str) -> int:
-    """Make FILE (.toml, .csv or .json) the price book."""
+    """Replace the price book with FILE (.toml, .csv or .json)."""
     with BillingApi(billing_url) as api:
         done = api.send("PUT", "/v1/prices", params={"dry_run": str(dry_run).lower()}, **_content(file, tuple(_MEDIA)))
-    return _shown(Terminal(), done)
+    return _show_json(Terminal(), done)
 
 
 @click.group(invoke_without_command=True)
@@ -212,14 +218,14 @@ def put(file: Path, dry_run: bool, billing_url: str) -> int:
 @_json
 @_billing_url
 def budget(ctx: click.Context, as_json: bool, billing_url: str) -> int:
-    """List budgets and where they stand; `set` and `remove` change them."""
+    """List budgets with their spending; `set` and `remove` change them."""
     if ctx.invoked_subcommand is not None:
         return EXIT_OK
     terminal = Terminal()
     with BillingApi(billing_url) as api:
         report = api.get("/v1/budgets", {})
     if as_json:
-        return _shown(terminal, report)
+        return _show_json(terminal, report)
     return _budgets(terminal, report["budgets"])
 
 
@@ -227,16 +233,16 @@ def budget(ctx: click.Context, as_json: bool, billing_url: str) -> int:
 @click.argument("name", callback=_named)
 @click.option("--period", type=click.Choice(["day", "month"]), default="month", show_default=True)
 @click.option("--unit", default="USD", show_default=True, help="A currency, or tokens.")
-@click.option("--soft", help="Past this everybody is told.")
-@click.option("--hard", help="This is not passed.")
-@click.option("--key", default="", help="Only what this credential uses.")
+@click.option("--soft", help="Soft limit: passing it logs a warning.")
+@click.option("--hard", help="Hard limit: generations that could pass it are refused.")
+@click.option("--key", default="", help="Only for the usage of this credential.")
 @_json
 @_billing_url
 def set_(*, name: str, as_json: bool, billing_url: str, **spec: Any) -> int:
-    """Set the budget NAME, and show where it stands."""
+    """Set the budget NAME, and show its spending."""
     with BillingApi(billing_url) as api:
         made = api.send("PUT", f"/v1/budgets/{name}", json=given(spec))
-    return _shown(Terminal(), made) if as_json else _budgets(Terminal(), [made])
+    return _show_json(Terminal(), made) if as_json else _budgets(Terminal(), [made])
 
 
 @budget.command()
@@ -272,21 +278,21 @@ def _listed(
             return _lines(terminal, api.csv_pages(path, query, limit))
         rows = api.pages(path, query, name, limit)
     if as_json:
-        return _shown(terminal, {name: rows})
-    return _table(terminal, [cells(row) for row in rows], "nothing was found")
+        return _show_json(terminal, {name: rows})
+    return _table(terminal, [cells(row) for row in rows], "no matching rows")
 
 
 def _content(file: Path, allowed: tuple[str, ...]) -> dict[str, Any]:
     media = _MEDIA.get(file.suffix.lower())
     if file.suffix.lower() not in allowed or media is None:
-        raise click.UsageError(f"{file.name}: the name must end in {' or '.join(allowed)}")
+        raise click.UsageError(f"{file.name}: the file name must end in {' or '.join(allowed)}")
     try:
         return {"content": file.read_bytes(), "headers": {"content-type": media}}
     except OSError as error:
         raise CommandFailed(f"{file} cannot be read: {error.strerror}") from error
 
 
-def _shown(terminal: Terminal, document: Any) -> int:
+def _show_json(terminal: Terminal, document: Any) -> int:
     terminal.show(pretty(document))
     return EXIT_OK
 
@@ -297,9 +303,9 @@ def _lines(terminal: Terminal, lines: Iterable[str]) -> int:
     return EXIT_OK
 
 
-def _table(terminal: Terminal, rows: list[dict[str, Any]], nothing: str) -> int:
+def _table(terminal: Terminal, rows: list[dict[str, Any]], remark_if_empty: str) -> int:
     if not rows:
-        terminal.remark(nothing)
+        terminal.remark(remark_if_empty)
         return EXIT_OK
     columns = columns_of(rows)
     print_table(terminal, [_words(c) for c in columns], [[row.get(name) for name in columns] for row in rows])
@@ -336,14 +342,14 @@ def _generation(record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _in_all(totals: dict[str, Any]) -> str:
-    """Return the sums as one line: what was used, then what it came to."""
+def _total_line(totals: dict[str, Any]) -> str:
+    """Return the totals as one line: tokens used, then amounts."""
     used = [f"{_words(name)} {_value(value)}" for name, value in totals.items() if not isinstance(value, dict)]
     return ", ".join([*used, f"amount {_amounts(totals.get('amounts') or {}, totals.get('unpriced', 0))}"])
 
 
 def _amounts(amounts: dict[str, Any], unpriced: int) -> str:
-    """Return sums of money, and how many generations have no price and so are not in them."""
+    """Return the amounts, and the number of unpriced generations that they leave out."""
     missing = f"{unpriced:,} generation{'' if unpriced == 1 else 's'} without a price (see: tailrace prices)"
     if not unpriced:
         return _value(amounts) or "nothing"

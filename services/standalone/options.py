@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share."""
+"""Arguments and options shared by several commands."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +27,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON f
 
 
 def complete_session(ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Complete the name of a session that delivery knows; nothing where it does not answer."""
+    """Complete session names from delivery's list; return none when delivery does not answer."""
     try:
         with Api(ctx.params.get("url") or "http://127.0.0.1:8080") as api:
             names = [str(row.get("session")) for row in api.sessions(100)]
@@ -37,7 +37,7 @@ def complete_session(ctx: click.Context, _param: click.Parameter, incomplete: st
 
 
 def named(role: str) -> Callable[[click.Context, click.Parameter, str | None], str | None]:
-    """Return a check that an argument is a valid name; ``role`` is what the error calls it."""
+    """Return a click callback that validates a name; the error text calls it ``role``."""
 
     def check(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:
         try:
@@ -49,7 +49,7 @@ def named(role: str) -> Callable[[click.Context, click.Parameter, str | None], s
 
 
 def pairs_of(_ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
-    """Read a repeated option ``NAME=VALUE``."""
+    """Parse a repeated option ``NAME=VALUE``."""
     pairs: dict[str, str] = {}
     for value in values:
         name, equals, text = value.partition("=")

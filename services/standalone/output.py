@@ -1,4 +1,4 @@
-"""What a child process writes: kept in bounded files, and warnings shown on the terminal. Lines are judged purely."""
+"""Write the output of child processes to bounded log files and show its warnings on the terminal."""
 
 import json
 import logging
@@ -16,19 +16,19 @@ FILES_KEPT: Final = 2
 _NATS: Final = re.compile(r"\[\d+\] \S+ \S+ \[(?P<level>[A-Z]{3})\] (?P<text>.*)")
 _CALM: Final = re.compile(r"(INFO|DEBUG)\b")
 _KNOWN: Final = "Maximum payloads over"
-"""What nats-server warns of because requests may be large, which is wanted."""
+"""Start of nats-server's warning about a large ``max_payload``, which is intended here."""
 _LOUD: Final = frozenset({"warning", "error", "critical", "exception"})
 _OMITTED: Final = frozenset({"event", "level", "timestamp", "service", "exception"})
 
 
 class LineSplitter:
-    """Cuts bytes into lines. A line longer than ``MAX_LINE`` bytes is cut, so that memory stays bounded."""
+    """Split bytes into lines; cut lines at ``MAX_LINE`` bytes to bound memory."""
 
     def __init__(self) -> None:
         self._rest = b""
 
     def feed(self, data: bytes) -> list[str]:
-        """Return the lines that are complete now."""
+        """Add ``data``; return the lines completed by it."""
         *lines, self._rest = (self._rest + data).split(b"\n")
         if len(self._rest) > MAX_LINE:
             lines.append(self._rest)
@@ -36,15 +36,15 @@ class LineSplitter:
         return [line[:MAX_LINE].decode(errors="replace").rstrip("\r") for line in lines]
 
     def finish(self) -> list[str]:
-        """Return the last line when no line end came after it."""
+        """Return the last line if it has no line end."""
         rest, self._rest = self._rest, b""
         return [rest[:MAX_LINE].decode(errors="replace")] if rest else []
 
 
 def brief(line: str) -> str | None:
-    """Return what the terminal shows of a log line; ``None`` for one that stays in the file.
+    """Return the terminal's text for a log line, or ``None`` for a line that goes only to the file.
 
-    Shown are warnings and worse, and plain text: a service writes it only when it could not log in its own form.
+    Warnings and worse are shown, and so is plain text: a service writes it only when structured logging failed.
     """
     if match := _NATS.fullmatch(line):
         is_known = match["text"].startswith(_KNOWN)
@@ -65,14 +65,14 @@ def _brief_record(record: dict[str, Any]) -> str:
 
 
 class _Handler(RotatingFileHandler):
-    """Loses lines that the disk does not take, instead of writing a traceback for each to the terminal."""
+    """Drop lines that cannot be written to disk, instead of printing a traceback for each."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # the library's name
-        """Let it be: what matters is shown on the terminal too."""
+        """Ignore the error: warnings are shown on the terminal as well."""
 
 
 class OutputFile:
-    """The log file of one service: appended to, and rotated when it grows beyond 8 MiB (two old ones are kept)."""
+    """Append-only log file of one service, rotated at 8 MiB; two old files are kept."""
 
     def __init__(self, path: Path, show: Callable[[str], None]) -> None:
         self.path = path
@@ -81,11 +81,11 @@ class OutputFile:
         self._splitter = LineSplitter()
 
     def feed(self, data: bytes) -> None:
-        """Take what the process wrote."""
+        """Add output of the process."""
         self._write(self._splitter.feed(data))
 
     def finish(self) -> None:
-        """Take the end of the process's output."""
+        """Write the last line, after the process's output has ended."""
         self._write(self._splitter.finish())
 
     def close(self) -> None:

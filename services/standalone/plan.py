@@ -1,4 +1,4 @@
-"""What ``tailrace up`` runs: processes, their environment and their order, as data. Pure."""
+"""Plan the processes of ``tailrace up``, their environment and their order, as data. Pure."""
 
 import sys
 from collections.abc import Mapping
@@ -25,13 +25,13 @@ __all__ = [
 
 NATS: Final = "nats-server"
 DRAIN: Final = 2.0
-"""Seconds for which what runs may go on after Ctrl-C, unless a setting says otherwise: somebody waits for it."""
+"""Default drain of the services in seconds after Ctrl-C: short, because a person is waiting."""
 BROKER_GRACE: Final = 10.0
 BEYOND_MARGIN: Final = 1.0
 _OWN_VARIABLES: Final = frozenset(
     {"TAILRACE_URL", "TAILRACE_BILLING_URL", "TAILRACE_PRODUCERS", "TAILRACE_CLUSTER", "TAILRACE_KEY"}
 )
-"""Variables of the command line itself, which the services would report as unknown."""
+"""Variables of the command line, which the services would reject as unknown."""
 _DRAINING: Final = ("producer", "delivery", "billing")
 _CREDENTIALS: Final = ("admin_key_hash", "jwt_secret_file", "jwt_public_keys", "jwt_jwks_url")
 _SCRIPTED: Final = ("scripted/story", "scripted/reasoning", "scripted/tools")
@@ -44,13 +44,13 @@ _KEYED: Final = {
 
 
 PROVIDER_KEYS: Final = tuple(_KEYED)
-"""Variables that hold the keys of providers, as the providers' own SDKs name them."""
+"""Variables of provider keys, as the providers' own SDKs name them."""
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """What the person asked for. Ports of the further producers follow ``producer_ports[0]``; ``data`` is absolute.
+    """Resolved options of ``tailrace up``. ``data`` is absolute; further producers' ports follow ``producer_ports[0]``.
 
-    ``node_ports``: client ports of a cluster's further nats-servers; ``route_ports``: where all of them meet.
+    ``node_ports``: client ports of a cluster's further nats-servers. ``route_ports``: route ports of all its servers.
     """
 
     data: Path
@@ -65,7 +65,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Addresses(msgspec.Struct, frozen=True, kw_only=True):
-    """Where everything is, as URLs; ``nats`` lists all servers of a cluster by commas."""
+    """URLs of the services; ``nats`` lists all servers of a cluster, separated by commas."""
 
     page: str
     billing: str
@@ -74,7 +74,7 @@ class Addresses(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, options: Options) -> "Addresses":
-        """Return the loopback addresses that these options lead to."""
+        """Return the loopback addresses for these options."""
         return cls(
             page=f"http://127.0.0.1:{options.delivery_port}",
             billing=f"http://127.0.0.1:{options.billing_port}",
@@ -84,11 +84,11 @@ class Addresses(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """One process: what to run, when it is ready, and its place in the order.
+    """One process: command, environment, readiness address, and start and stop order.
 
-    ``start_phase`` and ``stop_phase``: lower ones go first, equal ones together. ``ready``: an ``http://…`` address
-    that answers 200 when the service is ready, or ``nats://127.0.0.1:<port>``. ``grace``: seconds between SIGTERM and
-    SIGKILL, longer than the service's own bound.
+    ``start_phase`` and ``stop_phase``: lower phases first, processes of one phase together. ``ready``: an ``http://…``
+    address that answers 200 when the service is ready, or ``nats://127.0.0.1:<port>``. ``grace``: seconds between
+    SIGTERM and SIGKILL, longer than the service's own bound.
     """
 
     name: str
@@ -101,12 +101,12 @@ class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def without_own_variables(env: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment without the command line's own variables, which services do not know."""
+    """Return the environment without the variables of the command line."""
     return {name: value for name, value in env.items() if name not in _OWN_VARIABLES}
 
 
 def console_models(env: Mapping[str, str], config: Mapping[str, Any]) -> list[str]:
-    """Return the models worth offering: those the configuration names, those with a key, and the scripted ones."""
+    """Return the models that the console offers: configured aliases, models whose key is set, and the scripted ones."""
     configured = config.get("models")
     aliases = list(configured) if isinstance(configured, dict) else []
     keyed = [model for variable, model in _KEYED.items() if env.get(variable)]
@@ -114,12 +114,12 @@ def console_models(env: Mapping[str, str], config: Mapping[str, Any]) -> list[st
 
 
 def has_key(env: Mapping[str, str]) -> bool:
-    """Tell whether a provider other than the scripted one can be reached by the conventional variables."""
+    """Return whether a conventional variable configures a provider other than the scripted one."""
     return any(env.get(variable) for variable in (*_KEYED, "OPENAI_BASE_URL", "ANTHROPIC_BASE_URL"))
 
 
 def asks_for_credentials(env: Mapping[str, str], config: Mapping[str, Any]) -> bool:
-    """Tell whether the services, which listen on loopback, will ask their callers for credentials."""
+    """Return whether the services, which listen on loopback, will require credentials."""
     table = config.get("shared")
     given = {name: env.get(f"TAILRACE_{name.upper()}") or (table or {}).get(name) for name in _CREDENTIALS}
     auth = env.get("TAILRACE_AUTH") or (table or {}).get("auth")
@@ -129,10 +129,10 @@ def asks_for_credentials(env: Mapping[str, str], config: Mapping[str, Any]) -> b
 def plan_services(
     options: Options, env: Mapping[str, str], config: Mapping[str, Any], nats_server: str
 ) -> list[ServiceSpec]:
-    """Return the processes to run. ``env`` is the caller's environment, ``config`` the content of its TOML file.
+    """Return the processes to run. ``env``: the caller's environment. ``config``: the content of its TOML file.
 
-    Order: the broker, then producers and billing, then delivery. To stop: delivery and producers, which drain, then
-    billing, which books what they still wrote, then the broker.
+    Start order: brokers, then producers and billing, then delivery. Stop order: delivery and producers, which drain,
+    then billing, which books their last events, then the brokers.
     """
     addresses = Addresses.of(options)
     child_env = _child_env(options, env, config)
@@ -171,7 +171,7 @@ def plan_services(
 
 
 def node_files(options: Options) -> dict[str, Path]:
-    """Return the configuration file of each nats-server by the server's name; its streams are beside it."""
+    """Return the configuration file of each nats-server by server name; its store has the same path without suffix."""
     if not options.node_ports:
         return {NATS: options.data / "nats.conf"}
     return {f"nats-{n}": options.data / f"nats-{n}.conf" for n in range(1, len(options.node_ports) + 2)}
@@ -199,9 +199,9 @@ def _python_service(
 
 
 def _grace(service: str, env: Mapping[str, str], config: Mapping[str, Any]) -> float:
-    """Return the seconds after which a service that was told to stop is killed: more than it takes in any case.
+    """Return the seconds between SIGTERM and SIGKILL of a service: its drain and a margin.
 
-    Delivery with workers has their bound and its own.
+    Delivery with workers has two margins: one for the workers, one for its supervisor.
     """
     drain = _number(env, config, service, "drain", DRAIN)
     has_workers = service == "delivery" and _number(env, config, service, "workers", 1) > 1
@@ -209,7 +209,7 @@ def _grace(service: str, env: Mapping[str, str], config: Mapping[str, Any]) -> f
 
 
 def _number(env: Mapping[str, str], config: Mapping[str, Any], service: str, field: str, default: float) -> float:
-    """Return a setting as the service will read it; ``default`` for one that is missing, or that it will refuse."""
+    """Return a numeric setting as the service reads it, or ``default`` when it is missing or not a number."""
     section = config.get(service)
     value = env.get(f"TAILRACE_{service.upper()}_{field.upper()}")
     if value is None and isinstance(section, dict):
@@ -221,7 +221,7 @@ def _number(env: Mapping[str, str], config: Mapping[str, Any], service: str, fie
 
 
 def _child_env(options: Options, env: Mapping[str, str], config: Mapping[str, Any]) -> dict[str, str]:
-    """The caller's environment without the command line's own variables, with the wiring; settings made by hand win."""
+    """Return the caller's environment with the services' addresses and defaults; explicit settings replace defaults."""
     child = without_own_variables(env)
     addresses = Addresses.of(options)
     defaults = {
@@ -256,7 +256,7 @@ def _child_env(options: Options, env: Mapping[str, str], config: Mapping[str, An
 def summary(
     options: Options, nats_version: str, env: Mapping[str, str], config: Mapping[str, Any] | None = None
 ) -> list[tuple[str, str]]:
-    """Return what the terminal shows once everything runs, as pairs of label and text; an empty label is a hint."""
+    """Return the lines to show once all services are ready, as pairs of label and text; a hint has an empty label."""
     addresses = Addresses.of(options)
     rows = [
         ("page", addresses.page),
@@ -268,10 +268,10 @@ def summary(
         ("data", f"{options.data}  (logs in {options.data / 'logs'})"),
     ]
     if not asks_for_credentials(env, config or {}):
-        rows.append(("", "only this machine gets in, and nobody is asked for a key"))
+        rows.append(("", "reachable only from this machine; no credentials required"))
     if options.config is None and not has_key(env):
         rows.append(("", "no API key set: the scripted provider answers"))
     port = "" if options.delivery_port == 8080 else f" --url {addresses.page}"
     rows.append(("", f'try: tailrace ask "what is a tailrace?"{port}'))
-    rows.append(("", "Ctrl-C stops everything; the data stays"))
+    rows.append(("", "Ctrl-C stops everything; the data is kept"))
     return rows

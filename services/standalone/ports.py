@@ -1,4 +1,4 @@
-"""Ports for ``tailrace up``: all checked before anything starts, all problems said together."""
+"""Resolve and check the ports of ``tailrace up`` before anything starts; report all problems together."""
 
 import socket
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ __all__ = ["PORTS", "WantedPort", "read_ports", "settle_ports"]
 
 
 class _Port(NamedTuple):
-    """Where the port of a part is set, and what it is otherwise."""
+    """The settings key, variable and default of a port."""
 
     table: str
     key: str
@@ -30,7 +30,7 @@ PORTS: Final = {
 
 
 class WantedPort(msgspec.Struct, frozen=True):
-    """A port to bind: ``0`` takes any free one. ``option`` says how to choose another."""
+    """A port to bind; ``0`` means any free port. ``option``: the flag or variable that sets it, for error texts."""
 
     name: str
     port: int
@@ -40,9 +40,9 @@ class WantedPort(msgspec.Struct, frozen=True):
 def read_ports(
     flags: Mapping[str, int | None], env: Mapping[str, str], config: Mapping[str, Any], problems: list[str]
 ) -> dict[str, int]:
-    """Return the port of each part by flag, else by variable, else from the file, else the default.
+    """Return the port of each part: its flag, else its variable, else the file, else the default.
 
-    What is no port is added to ``problems``.
+    Invalid values are added to ``problems``.
     """
     ports: dict[str, int] = {}
     for name, (table, key, variable, default) in PORTS.items():
@@ -56,15 +56,15 @@ def read_ports(
         try:
             ports[name] = msgspec.convert(value, Annotated[int, msgspec.Meta(ge=0, le=65_535)], strict=False)
         except msgspec.ValidationError:
-            problems.append(f"{source}: must be a port number, 0 for any free one, not {value!r}")
+            problems.append(f"{source}: must be a port number (0 for any free port), not {value!r}")
     return ports
 
 
 def settle_ports(wanted_ports: Sequence[WantedPort]) -> list[int]:
-    """Return a free loopback port for each wish, in order.
+    """Return a free loopback port for each of ``wanted_ports``, in order.
 
     Raises:
-        PortsTaken: some are in use, not allowed, or wanted twice.
+        PortsTaken: a port is in use, not permitted, or wanted twice.
     """
     problems: list[str] = []
     owners: dict[int, str] = {}

@@ -1,4 +1,4 @@
-"""Events as a person reads them."""
+"""Print events for a person."""
 
 from schemas.events import (
     Annotation,
@@ -27,10 +27,11 @@ def exit_code(type_: str) -> int:
 
 
 class Screen:
-    """Shows the events of a session, one generation after the other.
+    """Show the events of a session, one generation after the other.
 
-    The answer goes to standard output, all else beside it. With ``json`` events are printed as they are stored, one a
-    line. ``headings`` names each generation as it starts. Of several choices the first one is shown.
+    The answer goes to standard output, everything else through `Terminal.aside` or to standard error. With ``json``
+    events are printed as stored, one per line. ``headings`` prints the name of each generation as it starts. Only the
+    first of several choices is shown.
     """
 
     def __init__(self, terminal: Terminal, *, json: bool = False, headings: bool = False) -> None:
@@ -49,7 +50,7 @@ class Screen:
             self._show(received.event)
 
     def close(self) -> None:
-        """Show the file that has come, and end the line that has been begun, if any."""
+        """Show the pending file, and end an open line."""
         if self._file is not None:
             (media_type, size), self._file = self._file, None
             self._put("file", f"[{media_type}, {size:,} bytes]")
@@ -67,7 +68,7 @@ class Screen:
             case Notice():
                 self._notify(event.message or event.code)
             case Restarted():
-                self._notify(f"↻ the answer begins again ({event.reason}): what stands above is void")
+                self._notify(f"↻ the answer begins again ({event.reason}): the text above is void")
             case Completed() | Failed() | Cancelled() | Interrupted():
                 self._end(event)
             case _:
@@ -92,7 +93,7 @@ class Screen:
             self._notify(f"[{delta.extra.kind}]")
 
     def _show_binary(self, binary: Binary) -> None:
-        """Note a file; it is shown when something else comes, with the size of all of its pieces."""
+        """Add a piece to the pending file, which is shown with its total size before the next other output."""
         if not binary.continues or self._file is None:
             self.close()
             self._file = (binary.media_type, 0)
@@ -126,8 +127,8 @@ class Screen:
         self.close()
         match event:
             case Failed():
-                again = "; asking again may help" if event.recoverable else ""
-                self._terminal.complain(f"{event.code}: {event.message or 'the generation failed'}{again}")
+                hint = "; a retry may help" if event.recoverable else ""
+                self._terminal.complain(f"{event.code}: {event.message or 'the generation failed'}{hint}")
             case Interrupted():
                 self._terminal.complain(f"interrupted ({event.reason}) after {tokens}")
             case Cancelled():

@@ -1,4 +1,4 @@
-"""Reads the settings of all services before any of them is started, and says what `tailrace up` decides itself."""
+"""Validate the settings of all services before one starts; list the settings that `tailrace up` overrides."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -10,21 +10,21 @@ from services.standalone.ports import PORTS
 __all__ = ["overruled", "wrong_settings"]
 
 _OVERRULED: Final = {
-    "nats_url": "it runs a broker of its own",
-    "nats_ca": "its own broker is reached without TLS, on this machine alone",
-    "nats_cert": "its own broker is reached without TLS, on this machine alone",
-    "nats_key": "its own broker is reached without TLS, on this machine alone",
+    "nats_url": "it runs its own broker",
+    "nats_ca": "its broker listens without TLS and only on this machine",
+    "nats_cert": "its broker listens without TLS and only on this machine",
+    "nats_key": "its broker listens without TLS and only on this machine",
     "manage_streams": "its services create the streams",
-    "log_format": "logs go into files, as JSON",
-    "host": "its services listen on this machine alone",
-    "tls_cert": "its services are served without TLS, on this machine alone",
-    "tls_key": "its services are served without TLS, on this machine alone",
+    "log_format": "it logs to files, as JSON",
+    "host": "its services listen only on this machine",
+    "tls_cert": "its services listen without TLS and only on this machine",
+    "tls_key": "its services listen without TLS and only on this machine",
 }
-"""Settings that `tailrace up` decides itself, with the reason."""
+"""Settings that `tailrace up` overrides, with the reason."""
 
 
 def wrong_settings(env: Mapping[str, str]) -> list[str]:
-    """Return all that is wrong in the settings of any service, each with its variable or key; ports left aside."""
+    """Return the problems in the settings of all services, each with its variable or key; ports are not checked."""
     services = without_own_variables(env) | {port.variable: str(port.default) for port in PORTS.values()}
     problems: list[str] = []
     for load in _loaders():
@@ -32,11 +32,11 @@ def wrong_settings(env: Mapping[str, str]) -> list[str]:
             load(services)
         except SettingsError as error:
             problems += error.problems
-    return list(dict.fromkeys(problems))  # what the services share is wrong for each of them
+    return list(dict.fromkeys(problems))  # each service reports the shared settings
 
 
 def overruled(env: Mapping[str, str], config: Mapping[str, Any]) -> list[str]:
-    """Return a line for each setting that was made and that `tailrace up` does not follow."""
+    """Return a line for each explicit setting that `tailrace up` overrides."""
     lines = [
         f"{variable} is not used by `tailrace up`: {_OVERRULED[field]}"
         for variable, field in _variables().items()
@@ -54,7 +54,7 @@ def overruled(env: Mapping[str, str], config: Mapping[str, Any]) -> list[str]:
 
 
 def _variables() -> dict[str, str]:
-    """Return the variables of the settings that `tailrace up` decides, with the field of each."""
+    """Return the variable of each overridden setting, mapped to its field."""
     names = {f"TAILRACE_{field.upper()}": field for field in _OVERRULED if field not in ("host", "tls_cert", "tls_key")}
     for service in SERVICES:
         names |= {f"TAILRACE_{service.upper()}_{field.upper()}": field for field in ("host", "tls_cert", "tls_key")}
@@ -62,7 +62,7 @@ def _variables() -> dict[str, str]:
 
 
 def _loaders() -> list[Callable[[Mapping[str, str]], object]]:
-    # Only here: what the services' settings need takes a while to load.
+    # Imported here: the modules of the services' settings are slow to load.
     from services.billing.settings import Settings as Billing
     from services.delivery.settings import Settings as Delivery
     from services.producer.settings import load_producer_settings

@@ -1,4 +1,4 @@
-"""``tailrace topology``: what must exist on the broker, made by a user who may, and the users who may not."""
+"""``tailrace topology``: create streams, consumers and buckets on the broker, and render the broker's users."""
 
 import asyncio
 import os
@@ -23,15 +23,15 @@ CONNECT_SECONDS: Final = 5.0
 
 
 class _Nothing(msgspec.Struct):
-    """The setup has no settings of its own."""
+    """Empty struct: the setup has no settings of its own."""
 
 
 def apply_topology() -> str:
-    """Create or change streams, consumers and buckets as the shared settings say; return what there is now.
+    """Create or update streams, consumers and buckets from the shared settings; return a summary line.
 
     Raises:
-        CannotStart: settings are wrong.
-        Unreachable: the broker does not answer, or refuses.
+        CannotStart: settings are invalid.
+        Unreachable: the broker does not answer, or rejects the request.
     """
     shared = _shared()
     configure_logging("setup", "warning", shared.log_format)
@@ -51,11 +51,11 @@ async def _apply(shared: Shared) -> str:
 
 
 def renew() -> str:
-    """Have all logs begin a new era, after a store was put back or the machine went down; return which do.
+    """Begin a new era in all logs, after a store was restored or the machine crashed; return a summary line.
 
     Raises:
-        CannotStart: settings are wrong.
-        Unreachable: the broker does not answer, or refuses.
+        CannotStart: settings are invalid.
+        Unreachable: the broker does not answer, or rejects the request.
     """
     shared = _shared()
     try:
@@ -64,11 +64,11 @@ def renew() -> str:
         raise CannotStart(str(error)) from error
     except BrokerUnavailable as error:
         raise Unreachable(str(error)) from error
-    return f"new era: {', '.join(begun)}" if begun else "nothing is stored"
+    return f"new era: {', '.join(begun)}" if begun else "no log has events"
 
 
 async def begin_new_eras(nats_url: str, tls: ssl.SSLContext | None = None) -> list[str]:
-    """Have all logs that hold something begin a new era; return their streams.
+    """Begin a new era in all non-empty logs; return their streams.
 
     Raises:
         BrokerUnavailable: the broker does not answer.
@@ -83,10 +83,10 @@ async def begin_new_eras(nats_url: str, tls: ssl.SSLContext | None = None) -> li
 
 
 def users() -> str:
-    """Return the users of the broker with their permissions, for a nats-server configuration.
+    """Return the users of the broker with their permissions, as nats-server configuration.
 
     Raises:
-        CannotStart: settings are wrong.
+        CannotStart: settings are invalid.
     """
     return users_config(_shared().topology())
 

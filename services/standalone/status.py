@@ -1,4 +1,4 @@
-"""``tailrace status``: what runs, in which version, how far behind, and with which settings."""
+"""``tailrace status``: show state, version, lag and settings of the services."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -36,7 +36,10 @@ _FIGURES: Final = {
 
 
 class Report(NamedTuple):
-    """What one service tells of itself. ``state``: ``ok``, ``not ready``, or ``unreachable``."""
+    """State and metrics of one service. ``state``: ``ok``, ``not ready``, ``unreachable``, or a description.
+
+    ``failed``: names of the failed readiness checks.
+    """
 
     service: str
     url: str
@@ -46,7 +49,7 @@ class Report(NamedTuple):
     figures: dict[str, float]
 
     def document(self) -> dict[str, Any]:
-        """Return it for programs."""
+        """Return the report as a dict for JSON."""
         return self._asdict()
 
 
@@ -65,10 +68,10 @@ class Report(NamedTuple):
 @data_option
 @json_option
 def status(*, url: str, billing_url: str, producer_url: str, data: Path, as_json: bool) -> int:
-    """Show what runs: services, versions, lag, disk, and the settings that matter.
+    """Show the state of the services: versions, lag, disk, and important settings.
 
-    It asks the services' own ports: an edge does not show readiness and metrics. Exit codes: 0 all are ready, 1 one is
-    not, 3 none answers.
+    It queries the services' own ports: an edge proxy hides readiness and metrics. Exit codes: 0 all services are ready,
+    1 a service is not ready, 3 no service answers.
     """
     terminal = Terminal()
     addresses = {"delivery": url, "billing": billing_url, "producer": producer_url}
@@ -97,7 +100,7 @@ def _show(terminal: Terminal, reports: list[Report]) -> None:
         terminal.show("")
         print_table(terminal, ["service", "figure", "now"], [[s, n, _number(v)] for s, n, v in figures])
     settings = [
-        [name, *(r.info[name] for r in reports if name in r.info)] for name in _SETTINGS if _given(name, reports)
+        [name, *(r.info[name] for r in reports if name in r.info)] for name in _SETTINGS if _is_reported(name, reports)
     ]
     if settings:
         terminal.show("")
@@ -105,7 +108,7 @@ def _show(terminal: Terminal, reports: list[Report]) -> None:
         print_table(terminal, ["setting", *names], settings)
 
 
-def _given(name: str, reports: Iterable[Report]) -> bool:
+def _is_reported(name: str, reports: Iterable[Report]) -> bool:
     return any(name in report.info for report in reports)
 
 
@@ -133,7 +136,7 @@ class _Readiness(msgspec.Struct):
 
 
 def _metrics(client: httpx.Client, service: str, url: str) -> tuple[dict[str, str], dict[str, float]]:
-    """Return the service's information and the sums of the figures that `status` shows."""
+    """Return the labels of ``tailrace_service_info`` and the sums of the metrics in `_FIGURES`."""
     try:
         answer = client.get(f"{url}/metrics")
     except httpx.HTTPError:

@@ -1,4 +1,4 @@
-"""The embedded broker's files: what of them nats-server would stumble over, and whether the machine went down."""
+"""Repair the embedded broker's store before a start, and detect a crash of the machine."""
 
 import shutil
 import time
@@ -14,15 +14,15 @@ _VERSIONS: Final = (1, 2)
 _BOOT: Final = Path("/proc/sys/kernel/random/boot_id")
 _HIGH: Final = 1 << 63
 SMALL_BYTES: Final = 256 * 1024 * 1024
-"""Bound of a stream that is read over at each start."""
+"""Largest stream whose messages are read again at each start."""
 
 
 def is_position(data: bytes) -> bool:
-    """Tell whether nats-server can read these bytes as a consumer's position (``o.dat``); an empty file is one.
+    """Return whether nats-server can read these bytes as a consumer's position (``o.dat``); an empty file is valid.
 
     Format: magic and version, acknowledged and delivered sequences, pending and redelivered messages, all as varints
-    (nats-server, ``decodeConsumerState``). With a file that it cannot read the server has no such consumer and makes
-    none of that name.
+    (nats-server, ``decodeConsumerState``). With an unreadable file the server neither loads nor creates a consumer of
+    that name.
     """
     if not data:
         return True
@@ -52,9 +52,9 @@ def _varints(data: bytes) -> Iterator[int]:
 
 
 def set_aside_unreadable(store: Path, aside: Path) -> list[str]:
-    """Move the positions of consumers that nats-server could not read out of its store; return whose they were.
+    """Move unreadable consumer positions from nats-server's store to ``aside``; return the names of the consumers.
 
-    Such a consumer begins again with what its stream keeps. To be called while the server does not run.
+    Such a consumer restarts at the beginning of its stream. Call this only while the server does not run.
     """
     moved = []
     for path in sorted(store.glob("jetstream/*/streams/*/obs/*/o.dat")):
@@ -65,49 +65,49 @@ def set_aside_unreadable(store: Path, aside: Path) -> list[str]:
             aside.mkdir(parents=True, exist_ok=True)
             shutil.move(path, aside / f"{time.time_ns()}-{stream}-{consumer}-o.dat")
         except OSError:
-            continue  # the server says what is wrong with it
+            continue  # the server logs the problem
         moved.append(f"{consumer} of {stream}")
     return moved
 
 
 def drop_indexes(store: Path) -> None:
-    """Remove the indexes of small streams from a nats-server's store, so that it reads their messages over.
+    """Remove the indexes of small streams from a nats-server's store, so that the server reads their messages again.
 
-    It believes an index; where the messages behind it are damaged it then loses new ones, or answers nobody. To be
-    called while the server does not run.
+    The server trusts an index; when the indexed messages are damaged, it loses new messages or stops answering. Call
+    this only while the server does not run.
     """
     for index in store.glob("jetstream/*/streams/*/msgs/index.db"):
         try:
             if sum(block.stat().st_size for block in index.parent.glob("*.blk")) <= SMALL_BYTES:
                 index.unlink()
         except OSError:
-            continue  # the server says what is wrong with it
+            continue  # the server logs the problem
 
 
 def free_bytes(folder: Path) -> int:
-    """Return how many bytes can be written below a folder."""
+    """Return the free bytes of the file system of a folder."""
     return shutil.disk_usage(folder).free
 
 
 @contextmanager
 def running_mark(data: Path) -> Iterator[bool]:
-    """Keep a file while the block runs; yield whether the machine went down while it was kept the last time.
+    """Keep a marker file while the block runs; yield whether the machine crashed during the previous run.
 
-    What had not been written to disk by then is lost, and the log may end earlier than its readers have come.
+    Such a crash loses unsynced writes, so the log may end before its readers' positions.
     """
     path, boot = data / "running", _boot()
     try:
         before = path.read_text().strip()
     except OSError:
         before = ""
-    with suppress(OSError):  # a full disk: then nothing is known the next time
+    with suppress(OSError):  # on a full disk the next crash goes undetected
         path.write_text(boot)
     yield bool(before and boot and before != boot)
     path.unlink(missing_ok=True)
 
 
 def _boot() -> str:
-    """Return what names this start of the machine; empty where that cannot be known."""
+    """Return the kernel's boot id, or an empty string when it is unreadable."""
     try:
         return _BOOT.read_text().strip()
     except OSError:

@@ -1,4 +1,4 @@
-"""The process tree of ``tailrace up``: started in order, kept running, stopped in order."""
+"""Start the process tree of ``tailrace up`` in order, keep it running, and stop it in order."""
 
 import asyncio
 import signal
@@ -14,14 +14,14 @@ from services.standalone.plan import ServiceSpec
 __all__ = ["Supervisor"]
 
 QUIET_SECONDS: Final = 0.5
-"""How long services may take to stop before the terminal shows what is waited for."""
+"""Seconds of stopping after which the terminal lists the services that are still running."""
 
 
 class Supervisor:
-    """Runs services until it is told to stop or one of them cannot be kept running.
+    """Run services until `stop` is called or one of them cannot be kept running.
 
-    ``notify`` shows one line to the person at the terminal. ``logs`` is an existing folder. ``before_start`` is called
-    before each start of a process.
+    ``notify`` shows a line on the terminal. ``logs``: an existing folder. ``before_start`` is called before each start
+    of a process.
     """
 
     def __init__(
@@ -41,21 +41,21 @@ class Supervisor:
         self,
         on_ready: Callable[[], None],
         on_brokers: Callable[[], Awaitable[None]] | None = None,
-        beside: Callable[[], Coroutine[None, None, None]] | None = None,
+        while_ready: Callable[[], Coroutine[None, None, None]] | None = None,
     ) -> None:
-        """Start everything, call ``on_ready``, and return when everything has been stopped.
+        """Start all services, call ``on_ready``, and return when all have been stopped.
 
-        ``on_brokers`` is awaited when the first phase is ready; ``beside`` runs from when all is until the end.
+        ``on_brokers`` is awaited when the first phase is ready; ``while_ready`` runs while all services are ready.
 
         Raises:
             StartFailed: a service did not become ready.
-            CommandFailed: a service kept ending and was given up.
+            CommandFailed: a service crashed too often or could not be restarted.
         """
         async with asyncio.TaskGroup() as group:
             started = await self._start(group, on_brokers)
             if started:
                 on_ready()
-            watch = group.create_task(beside()) if started and beside is not None else None
+            watch = group.create_task(while_ready()) if started and while_ready is not None else None
             await self._ending.wait()
             if watch is not None:
                 watch.cancel()
@@ -64,10 +64,10 @@ class Supervisor:
             raise (CommandFailed if started else StartFailed)("\n".join(self._lost))
 
     def stop(self) -> None:
-        """Stop everything in order; asked for again, kill everything at once."""
+        """Stop all services in order; kill them at once on the second call."""
         if self._ending.is_set():
             for member in self._tasks:
-                member.hurry()
+                member.kill()
             return
         self._ending.set()
         self._notify("stopping (Ctrl-C again to stop at once)")
@@ -80,11 +80,11 @@ class Supervisor:
 
     @property
     def pids(self) -> dict[str, int]:
-        """The process ids of the services that run now, by name."""
+        """Return the process ids of the running services by name."""
         return {member.spec.name: member.pid for member in self._members if member.pid is not None}
 
     async def restart(self, names: Sequence[str]) -> None:
-        """Start services anew, one after another."""
+        """Restart the named services, one after another."""
         for member in self._members:
             if member.spec.name in names and not self._ending.is_set():
                 await member.restart()
@@ -94,7 +94,7 @@ class Supervisor:
         self._ending.set()
 
     async def _start(self, group: asyncio.TaskGroup, on_brokers: Callable[[], Awaitable[None]] | None) -> bool:
-        """Start phase after phase; tell whether all became ready before the end was asked for."""
+        """Start the services phase by phase; return whether all became ready before a stop."""
         for phase in sorted({member.spec.start_phase for member in self._members}):
             members = [member for member in self._members if member.spec.start_phase == phase]
             for member in members:

@@ -1,4 +1,4 @@
-"""Lists as aligned tables."""
+"""Print lists as aligned tables."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
@@ -22,12 +22,12 @@ def moment(seconds: object) -> str:
 
 
 def columns_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return the names that rows have, in the order in which they come."""
+    """Return the column names of all rows in order of first appearance."""
     return list(dict.fromkeys(name for row in rows for name in row))
 
 
 def print_table(terminal: Terminal, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table; numbers stand to the right. In a pipe nothing is cut or wrapped."""
+    """Print a table with right-aligned numbers. In a pipe nothing is cut or wrapped."""
     rows = [list(row) for row in rows]
     console = Console(
         file=terminal.out,

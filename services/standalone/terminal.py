@@ -1,4 +1,4 @@
-"""The terminal: where text goes, with colours only where somebody watches."""
+"""Write to the terminal, with colours only when it is interactive."""
 
 import os
 import sys
@@ -14,7 +14,7 @@ _CONTROLS: Final = {code: "�" for code in (*range(0x20), 0x7F, *range(0x80, 0x
 
 
 def printable(text: str) -> str:
-    """Return ``text`` without control characters, so that no answer can steer the terminal it is shown on."""
+    """Return ``text`` without control characters, so that an answer cannot control the terminal."""
     return text.translate(_CONTROLS)
 
 
@@ -24,9 +24,9 @@ def pretty(document: object) -> str:
 
 
 class Terminal:
-    """Standard output for results and standard error for remarks.
+    """Write results to standard output and remarks to standard error.
 
-    ``NO_COLOR`` switches colours off; a stream that is no terminal never gets any.
+    Colours are off with ``NO_COLOR`` and on a stream that is not a terminal.
     """
 
     def __init__(self, out: TextIO | None = None, err: TextIO | None = None) -> None:
@@ -38,12 +38,12 @@ class Terminal:
         self._colour_err = coloured and self.err.isatty()
 
     def write(self, text: str) -> None:
-        """Write a piece of an answer at once: unchanged into a pipe or file, printable on a terminal."""
+        """Write a piece of an answer and flush: unchanged to a pipe or file, printable to a terminal."""
         self.out.write(printable(text) if self.is_interactive else text)
         self.out.flush()
 
     def aside(self, text: str) -> None:
-        """Write a piece of text that is not the answer: dim, inline on a terminal, otherwise on standard error."""
+        """Write text that is not part of the answer: inline and dim on a terminal, otherwise to standard error."""
         stream, colour = (self.out, self.is_coloured) if self.is_interactive else (self.err, self._colour_err)
         stream.write(click.style(printable(text), dim=True) if colour else printable(text))
         stream.flush()
@@ -54,22 +54,22 @@ class Terminal:
         self.out.flush()
 
     def remark(self, line: str) -> None:
-        """Print a line about what happens, on standard error; one that it does not take is no reason to stop."""
+        """Print a status line on standard error; ignore write errors."""
         line = printable(line)
-        with suppress(OSError):  # a file on a full disk
+        with suppress(OSError):  # standard error may be a file on a full disk
             self.err.write((click.style(line, dim=True) if self._colour_err else line) + "\n")
             self.err.flush()
 
     def complain(self, line: str) -> None:
-        """Print what went wrong, on standard error."""
+        """Print an error on standard error."""
         label = click.style("error:", fg="red", bold=True) if self._colour_err else "error:"
         self.err.write(f"{label} {printable(line)}\n")
         self.err.flush()
 
     def bold(self, text: str) -> str:
-        """Return ``text`` bold where the output has colours."""
+        """Return ``text`` in bold if the output has colours."""
         return click.style(text, bold=True) if self.is_coloured else text
 
     def dim(self, text: str) -> str:
-        """Return ``text`` dim where the output has colours."""
+        """Return ``text`` dimmed if the output has colours."""
         return click.style(text, dim=True) if self.is_coloured else text

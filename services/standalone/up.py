@@ -1,4 +1,4 @@
-"""``tailrace up`` and ``tailrace billing rebuild``: from options to running processes and back to nothing."""
+"""Run ``tailrace up`` and ``tailrace billing rebuild``: resolve the options, then start and stop the processes."""
 
 import asyncio
 import os
@@ -28,7 +28,7 @@ DEFAULT_DATA: Final = ".tailrace"
 
 
 class UpOptions:
-    """Hold the flags of ``tailrace up``; a variable, the file or the default decides where one is ``None``."""
+    """Hold the flags of ``tailrace up``; ``None`` means the variable, the file or the default."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class UpOptions:
 
 
 class _Prepared(NamedTuple):
-    """What is about to run, in a folder that nobody else uses meanwhile."""
+    """The plan of a run in a locked data folder."""
 
     options: Options
     specs: list[ServiceSpec]
@@ -57,7 +57,7 @@ class _Prepared(NamedTuple):
 
 
 def up(up_options: UpOptions, version: str, terminal: Terminal) -> None:
-    """Run everything until it is told to stop.
+    """Run all services until a signal stops them.
 
     Raises:
         CannotStart: a port, the folder, the configuration or nats-server is not usable; nothing was started.
@@ -70,7 +70,7 @@ def up(up_options: UpOptions, version: str, terminal: Terminal) -> None:
 
 
 def rebuild(up_options: UpOptions, terminal: Terminal) -> int:
-    """Fold the log of a folder anew into its ledger, with nothing else running; return the exit code.
+    """Rebuild the ledger of a data folder from its log, with only the brokers running; return the exit code.
 
     Raises:
         CannotStart: the folder is in use, or it, the configuration or nats-server is not usable.
@@ -96,10 +96,10 @@ def _prepared(up_options: UpOptions, terminal: Terminal) -> Iterator[_Prepared]:
         terminal.remark(line)
     binary = find_nats_server()
     data = Path(up_options.data or _section(config, "shared").get("data") or DEFAULT_DATA).expanduser().absolute()
-    os.umask(UMASK)  # also of what is started: nats-server keeps its streams in there
+    os.umask(UMASK)  # inherited by nats-server, which writes its store
     with locked(data, terminal.remark) as describe:
         describe(f"process {os.getpid()}")
-        options = _settle(up_options, data, ports)
+        options = _resolve_options(up_options, data, ports)
         try:
             _write_node_files(options, payload_for(wanted_body(env, config)))
         except OSError as error:
@@ -109,7 +109,7 @@ def _prepared(up_options: UpOptions, terminal: Terminal) -> Iterator[_Prepared]:
 
 
 def wanted_body(env: Mapping[str, str], config: dict[str, Any]) -> int:
-    """Return how large a request may be, for the broker; a value that is none is left to delivery to report."""
+    """Return the largest request body in bytes, or 0 for an unset or invalid value, which delivery reports."""
     value = env.get("TAILRACE_DELIVERY_MAX_BODY") or _section(config, "delivery").get("max_body")
     try:
         return int(value or 0)
@@ -130,7 +130,7 @@ def _write_node_files(options: Options, max_payload: int) -> None:
 async def _run(ready: _Prepared, terminal: Terminal, on_ready: Callable[[], None]) -> None:
     specs, data = ready.specs, ready.options.data
     brokers = [spec.name for spec in specs if spec.start_phase == 0]
-    supervisor = Supervisor(specs, data / "logs", terminal.remark, _care_of(data, terminal))
+    supervisor = Supervisor(specs, data / "logs", terminal.remark, _store_repair(data, terminal))
     supervisor.stop_on_signals()
     terminal.remark(f"starting (data in {data})")
 
@@ -143,30 +143,30 @@ async def _run(ready: _Prepared, terminal: Terminal, on_ready: Callable[[], None
 
         async def begin_eras() -> None:
             if has_gone_down:
-                terminal.remark("the machine went down last time: the logs begin a new era")
+                terminal.remark("the machine crashed during the last run: the logs begin a new era")
                 await begin_new_eras(Addresses.of(ready.options).nats)
 
         await supervisor.run(on_ready, begin_eras, watch.run)
     terminal.remark("stopped")
 
 
-def _care_of(data: Path, terminal: Terminal) -> Callable[[ServiceSpec], None]:
-    """Return what keeps a broker from stumbling over its files, before each start of it."""
+def _store_repair(data: Path, terminal: Terminal) -> Callable[[ServiceSpec], None]:
+    """Return a function that repairs a broker's store before each start."""
 
-    def care(spec: ServiceSpec) -> None:
+    def repair(spec: ServiceSpec) -> None:
         if spec.start_phase == 0:
             store = data / spec.name.replace(NATS, "nats")
             drop_indexes(store)
             for consumer in set_aside_unreadable(store, data / "damaged"):
-                terminal.remark(f"the position of consumer {consumer} was not readable: it begins again")
+                terminal.remark(f"the position of consumer {consumer} was unreadable: it restarts at the beginning")
 
-    return care
+    return repair
 
 
 async def _rebuild(ready: _Prepared, terminal: Terminal) -> int:
     (billing,) = (spec for spec in ready.specs if spec.name == "billing")
     data, brokers = ready.options.data, [spec for spec in ready.specs if spec.start_phase == 0]
-    supervisor = Supervisor(brokers, data / "logs", _hush, _care_of(data, terminal))
+    supervisor = Supervisor(brokers, data / "logs", _discard, _store_repair(data, terminal))
     supervisor.stop_on_signals()
     rebuilding: list[asyncio.Task[int]] = []
 
@@ -183,8 +183,8 @@ async def _rebuild(ready: _Prepared, terminal: Terminal) -> int:
     return await rebuilding[0] if rebuilding else EXIT_FAILED
 
 
-def _hush(_line: str) -> None:
-    """Say nothing of a broker that runs only meanwhile; what it logs is in its file."""
+def _discard(_line: str) -> None:
+    """Discard the line of a temporary broker; its log file has it."""
 
 
 def _announce(terminal: Terminal, head: str, rows: list[tuple[str, str]]) -> None:
@@ -193,7 +193,7 @@ def _announce(terminal: Terminal, head: str, rows: list[tuple[str, str]]) -> Non
         terminal.show(f"  {terminal.dim(f'{label:<8}')}  {text}" if label else f"  {terminal.dim(text)}")
 
 
-def _settle(up_options: UpOptions, data: Path, wanted: Mapping[str, int]) -> Options:
+def _resolve_options(up_options: UpOptions, data: Path, wanted: Mapping[str, int]) -> Options:
     first_producer = wanted["producer"]
     producers = [
         WantedPort(
@@ -229,7 +229,7 @@ def _settle(up_options: UpOptions, data: Path, wanted: Mapping[str, int]) -> Opt
 
 
 def _node_ports(cluster: int, first: int) -> list[WantedPort]:
-    """The client ports of a cluster's further servers, and a route port for each server."""
+    """Return the client ports of a cluster's further servers, and a route port for each server."""
     if cluster == 1:
         return []
     clients = [

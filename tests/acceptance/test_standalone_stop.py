@@ -62,8 +62,8 @@ def test_ctrl_c_says_what_is_waited_for_and_the_next_start_ends_the_answer_that_
         assert time.monotonic() - begun < DRAIN + MARGIN + LOADED
         shown = up.shown.read_text()
         assert "waiting for producer, 8 s at most (Ctrl-C again to stop at once)" in shown
-        assert "producer: answers still run and have time to end  count=1 seconds=2.0" in shown
-        assert "producer: answers are cut and handed over  count=1" in shown
+        assert "producer: waiting for running answers to end  count=1 seconds=2.0" in shown
+        assert "producer: running answers interrupted and handed over  count=1" in shown
         assert "killed" not in shown
     finally:
         up.close()

@@ -212,7 +212,7 @@ def test_answer_goes_on_when_delivery_is_killed(tmp_path: Path) -> None:
         answer = begun + asking.stdout.read()
         assert asking.wait(60) == 0
         assert answer == undisturbed.stdout
-        assert "delivery was ended by SIGKILL; starting it again" in running.shown.read_text()
+        assert "delivery was ended by SIGKILL; restarting it" in running.shown.read_text()
         assert running.interrupt() == 0
 
 
@@ -233,7 +233,7 @@ def test_a_broker_whose_consumers_were_damaged_starts_and_says_so(tmp_path: Path
     (position,) = (tmp_path / "data" / "nats").glob("jetstream/*/streams/TOKENS_0/obs/billing-0/o.dat")
     position.write_bytes(os.urandom(60))
     with up(tmp_path) as second:
-        assert "the position of consumer billing-0 of TOKENS_0 was not readable" in second.shown.read_text()
+        assert "the position of consumer billing-0 of TOKENS_0 was unreadable" in second.shown.read_text()
         assert tailrace("ask", "rivers", "--url", second.address("page")).returncode == 0
         assert second.interrupt() == 0
     assert len(list((tmp_path / "data" / "damaged").iterdir())) == 1
@@ -247,7 +247,7 @@ def test_after_the_machine_went_down_the_logs_begin_a_new_era(tmp_path: Path) ->
         assert first.interrupt() == 0
     (tmp_path / "data" / "running").write_text("another-boot")
     with up(tmp_path) as second:
-        assert "the machine went down last time: the logs begin a new era" in second.shown.read_text()
+        assert "the machine crashed during the last run: the logs begin a new era" in second.shown.read_text()
         page = second.address("page")
         answer = httpx.get(f"{page}/v1/sessions/kept/events", params={"after": cursor}, timeout=20)
         assert answer.status_code == 410

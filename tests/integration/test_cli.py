@@ -96,7 +96,7 @@ def test_ask_reads_the_question_from_standard_input(delivery: Delivery, argv: li
 def test_ask_without_any_question_is_wrong_usage(delivery: Delivery) -> None:
     result = tailrace("ask", "--url", delivery.url, stdin="")
     assert result.returncode == 2
-    assert "holds no question" in result.stderr
+    assert "standard input is empty" in result.stderr
     assert delivery.asked == []
 
 
@@ -104,7 +104,7 @@ def test_ask_without_any_question_is_wrong_usage(delivery: Delivery) -> None:
 def test_an_empty_question_is_wrong_usage(delivery: Delivery, question: str) -> None:
     result = tailrace("ask", question, "--url", delivery.url)
     assert result.returncode == 2
-    assert "QUESTION holds no question" in result.stderr
+    assert "QUESTION is empty" in result.stderr
     assert delivery.asked == []
 
 
@@ -317,7 +317,7 @@ def test_server_that_is_not_tailrace_is_said(delivery: Delivery) -> None:
 def test_unusable_address_and_name_are_wrong_usage() -> None:
     assert tailrace("tail", "a.b").returncode == 2
     result = tailrace("sessions", "--url", "nonsense")
-    assert "is not a usable address" in result.stderr
+    assert "is not a valid address" in result.stderr
     assert "Traceback" not in result.stderr
 
 
@@ -486,7 +486,7 @@ def test_usage_is_summed_by_model_or_listed_for_a_session(delivery: Delivery) ->
     ]
     listed = tailrace("usage", "chat", "--billing-url", delivery.url)
     assert listed.stdout.splitlines()[1].split() == ["gen_1", "m", "completed", "matched", "8", "300"]
-    assert "in all: generations 2, output 1,500" in listed.stderr
+    assert "total: generations 2, output 1,500" in listed.stderr
     as_json = tailrace("usage", "--json", "--billing-url", delivery.url)
     assert json.loads(as_json.stdout) == delivery.documents["/v1/usage"]
 

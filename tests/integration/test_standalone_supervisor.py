@@ -123,7 +123,7 @@ async def test_crashed_service_is_started_again_and_the_others_stay(tree: Tree) 
         await until(lambda: "delivery" in supervisor.pids)
         assert supervisor.pids["billing"] == before["billing"]
         assert supervisor.pids["delivery"] != before["delivery"]
-    assert "delivery ended with exit code 1; starting it again in 0.25 s" in tree.said
+    assert "delivery ended with exit code 1; restarting it in 0.25 s" in tree.said
 
 
 async def test_killed_service_is_started_again(tree: Tree) -> None:

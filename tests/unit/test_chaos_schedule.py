@@ -54,9 +54,9 @@ def test_targets_may_be_named_by_their_beginning() -> None:
     assert set(shape.kinds) == {"cut", "hold"}
     assert shape.targets == ("producer-0", "producer-1", "node-2")
     assert shape_of(1) == Shape(nodes=1)
-    with pytest.raises(ValueError, match="nothing is called 'producers'"):
+    with pytest.raises(ValueError, match="target 'producers' is unknown"):
         shape_of(3, (), ("producers",))
-    with pytest.raises(ValueError, match="no fault of cut can befall node-0"):
+    with pytest.raises(ValueError, match="no fault of cut applies to node-0"):
         shape_of(1, ("cut",), ("node",))
 
 

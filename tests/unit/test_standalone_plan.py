@@ -85,7 +85,7 @@ def test_offered_models_follow_the_keys_and_the_configuration() -> None:
 def test_summary_says_when_nobody_is_asked_for_a_key(
     tmp_path: Path, env: dict[str, str], config: dict[str, Any], asked: bool
 ) -> None:
-    hint = ("", "only this machine gets in, and nobody is asked for a key")
+    hint = ("", "reachable only from this machine; no credentials required")
     assert (hint in summary(options(tmp_path), "2.15.1", env, config)) is not asked
 
 

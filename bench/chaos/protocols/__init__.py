@@ -1,1 +1,1 @@
-"""Reading one connection, a module for each kind of wire."""
+"""Read one connection; one module per protocol."""

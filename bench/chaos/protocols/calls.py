@@ -1,4 +1,4 @@
-"""gRPC: a stream of its own, or a subscription on a call with credit."""
+"""gRPC: a server stream, or a subscription on a bidirectional call with credit."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -25,13 +25,13 @@ _STATUS: Final = {
     grpc.StatusCode.INTERNAL: 500,
 }
 _QUIET: Final = 3 * SILENCE
-"""Seconds without an event after which the call is given up: gRPC shows no heartbeats."""
+"""Seconds without an event after which the call is aborted: gRPC shows no heartbeats."""
 _BROKEN: Final = "Internal error from Core"
-"""What gRPC's own client says when it writes into a connection that has just gone."""
+"""Error text of gRPC's client for a write to a connection that has just closed."""
 
 
 async def read_call(wanted: Wanted) -> None:
-    """Read until the server ends it, or everything is there."""
+    """Read until the server ends the stream, or all expected events have arrived."""
     metadata = [(name.lower(), value) for name, value in wanted.headers.items()]
     async with grpc.aio.insecure_channel(wanted.call, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
@@ -114,7 +114,7 @@ async def _items(call: Any, wanted: Wanted) -> AsyncIterator[Any]:
 
 
 def _take(wanted: Wanted, frames: Any) -> int:
-    """Take what a response brings; return how many events that were."""
+    """Handle a response; return the number of its events."""
     count = 0
     for frame in frames:
         match frame.WhichOneof("kind"):

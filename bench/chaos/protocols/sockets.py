@@ -34,7 +34,7 @@ class _Message(msgspec.Struct):
 
 
 async def read_socket(wanted: Wanted) -> None:
-    """Read one subscription until it ends, or everything is there."""
+    """Read one subscription until it ends, or all expected events have arrived."""
     address = wanted.url.replace("http://", "ws://") + "/v1/ws"
     try:
         async with connect(
@@ -71,7 +71,7 @@ async def _subscribe(socket: ClientConnection, wanted: Wanted) -> None:
 
 
 async def _take(socket: ClientConnection, wanted: Wanted, message: _Message) -> bool:
-    """Take one message; tell whether it was the last one."""
+    """Handle one message; return whether it was the last one."""
     match message.type:
         case "subscribed":
             wanted.opened(200)

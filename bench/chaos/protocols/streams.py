@@ -14,7 +14,7 @@ __all__ = ["EventLines", "read_lines", "read_sse"]
 
 
 async def read_sse(wanted: Wanted) -> None:
-    """Read server-sent events until the server ends them, or everything is there."""
+    """Read server-sent events until the server ends the stream, or all expected events have arrived."""
     lines = EventLines(wanted)
     async with _opened(wanted, "text/event-stream") as response:
         async for line in response.content:
@@ -24,7 +24,7 @@ async def read_sse(wanted: Wanted) -> None:
 
 
 class EventLines:
-    """Takes bytes as they come; what is no line of an event, as those of a chunk or a head, is passed over."""
+    """Parse bytes as they arrive; skip lines that do not belong to an event, as those of a chunk or a head."""
 
     def __init__(self, wanted: Wanted) -> None:
         self._wanted = wanted
@@ -32,7 +32,7 @@ class EventLines:
         self._block: list[str] = []
 
     def feed(self, data: bytes) -> None:
-        """Take the next bytes."""
+        """Add the next bytes."""
         *lines, self._rest = (self._rest + data).split(b"\n")
         for line in lines:
             text = line.decode().rstrip("\r")
@@ -58,7 +58,7 @@ class _Line(msgspec.Struct):
 
 
 async def read_lines(wanted: Wanted) -> None:
-    """Read lines of JSON until the server ends them, or everything is there."""
+    """Read lines of JSON until the server ends the stream, or all expected events have arrived."""
     async with _opened(wanted, "application/x-ndjson") as response:
         async for line in response.content:
             if not line.strip():

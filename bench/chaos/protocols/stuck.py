@@ -1,4 +1,4 @@
-"""A client that opens a stream and reads nothing: the server must give it up, and it must be able to go on."""
+"""A client that opens a stream and does not read: the server must evict it, and it must be able to resume."""
 
 import asyncio
 import contextlib
@@ -13,18 +13,18 @@ from bench.chaos.protocols.wanted import Wanted
 __all__ = ["read_late"]
 
 BUFFER: Final = 4_096
-"""Bytes that the kernel takes for this client: as few as it lets one have."""
+"""Receive buffer of this client in bytes: the kernel's minimum."""
 AWAKE: Final = 1 << 20
 LEFT: Final = 4.0
-"""Seconds for what is on its way; somebody who was not given up gets more for ever."""
+"""Seconds to read the data under way; a client that was not evicted would receive more for ever."""
 PIECE: Final = 65_536
 
 
 async def read_late(wanted: Wanted, seconds: float) -> bool:
-    """Ask for server-sent events, read nothing for so long, then what is there; tell whether the server ended it.
+    """Request server-sent events, read only after ``seconds``; return whether the server ended the stream.
 
     Raises:
-        OSError: there is no connection.
+        OSError: the connection failed.
     """
     loop = asyncio.get_running_loop()
     address = urlsplit(wanted.url)

@@ -1,4 +1,4 @@
-"""What one connection is to bring, and whom to tell."""
+"""The request of one connection, and its callbacks."""
 
 from collections.abc import Callable
 from typing import Final, NamedTuple
@@ -12,12 +12,12 @@ from bench.chaos.history import Got
 __all__ = ["AWAY", "SILENCE", "Refused", "Wanted"]
 
 SILENCE: Final = 4.0
-"""Seconds without even a heartbeat after which a subscriber tries elsewhere, on a quiet machine."""
+"""Seconds without a heartbeat after which a subscriber tries another replica, on a quiet machine."""
 AWAY: Final = (aiohttp.ClientError, OSError, TimeoutError, EOFError, WebSocketException, grpc.aio.AioRpcError)
 
 
 class Refused(Exception):
-    """The service says no, by a status of HTTP."""
+    """The service refused the request with an HTTP status."""
 
     def __init__(self, status: int, detail: str) -> None:
         self.status = status
@@ -26,8 +26,9 @@ class Refused(Exception):
 
 
 class Wanted(NamedTuple):
-    """``url`` and ``call`` are the addresses for HTTP and gRPC. ``opened`` takes the status of the answer, ``got`` an
-    event, ``said`` what is no event, and ``over`` is called when nothing follows; ``there`` tells whether to leave.
+    """A connection's request and callbacks. ``url`` and ``call``: addresses for HTTP and gRPC. ``opened`` receives the
+    response's status, ``got`` an event, ``said`` any other message; ``over`` is called at the end of the stream.
+    ``there`` returns whether to leave.
     """
 
     http: aiohttp.ClientSession

@@ -1,1 +1,1 @@
-"""Adapters of the producer: providers, the log, and the buckets beside it."""
+"""Adapters of the producer: providers, the log, and the key-value buckets."""

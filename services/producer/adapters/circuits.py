@@ -1,8 +1,7 @@
 """Circuit breakers, shared by all producers: one for each provider's connections, one for each of its models.
 
-A change here is stored in the registry bucket, and a change elsewhere is taken over from there, so that a fleet does
-not learn the same outage one by one. Only circuits with failures are kept, so names of models that callers make up cost
-nothing.
+A state change is stored in the registry bucket, and the changes of other producers are adopted from there, so that one
+producer's outage is known to all. Only circuits with failures are kept, so invented model names cost nothing.
 """
 
 import asyncio
@@ -30,9 +29,9 @@ log = structlog.get_logger()
 _PREFIX: Final = "circuit."
 _STATES: Final[dict[CircuitState, int]] = {"closed": 0, "half-open": 1, "open": 2}
 _REOPEN_WATCH: Final = 1.0
-WATCH_SECONDS: Final = 60.0  # a watch that has died silently is noticed after this time
+WATCH_SECONDS: Final = 60.0  # a silently dead watch is detected after this time
 SLOTS: Final = 256
-"""Keys of a provider's models in the bucket; of two models that share one, the newer change is kept."""
+"""Keys of a provider's models in the bucket; of two models that share a key, the newer change is kept."""
 MODEL_LIMIT: Final = 120
 """Characters of a model's name in a log line."""
 KEPT: Final = 1_000
@@ -53,14 +52,14 @@ COUNTED: Final = frozenset(
 
 
 class _Key(NamedTuple):
-    """A circuit; ``model`` is ``None`` for that of the provider's connections."""
+    """The key of a circuit; ``model`` is ``None`` for the provider's connections."""
 
     provider: str
     model: str | None
 
 
 class _Shared(msgspec.Struct, omit_defaults=True):
-    """A circuit as producers share it. ``by``: the process that changed it; ``blocked``: until when, by tenant."""
+    """A shared circuit. ``by``: the process that changed it; ``blocked``: end of the block by tenant."""
 
     by: str
     provider: str
@@ -87,12 +86,12 @@ class Permit:
         self._circuits.note(self._model, lambda circuit, _now: circuit.succeed())
 
     def failed(self, failure: UpstreamFailure, *, connected: bool) -> None:
-        """Report a failure before the first token that the caller did not cause. ``connected``: with a connection."""
+        """Report a failure before the first token that the caller did not cause. ``connected``: after connecting."""
         if failure.code not in COUNTED:
             self.left()
         elif connected:
             self._circuits.note(self._model, lambda circuit, now: circuit.fail(self._tenant, now, self), creating=True)
-        else:  # no caller can cause that, so tenants are not kept apart
+        else:  # no caller can cause that, so it counts for all tenants
             self._circuits.note(self._connection, lambda circuit, now: circuit.fail("", now, self), creating=True)
         self.left()
 
@@ -105,7 +104,7 @@ class Permit:
 
 
 class Circuits:
-    """The circuits of all upstreams as this process knows them.
+    """The circuits of all upstreams in this process.
 
     After ``threshold`` failures in a row a circuit opens; ``seconds`` later one call at a time may try again.
     """
@@ -122,14 +121,16 @@ class Circuits:
         """Return whether no call may be made now, without taking a permit."""
         now = time.time()
         keys = ((_Key(provider, None), ""), (_Key(provider, model), tenant))
-        return any((c := self.known(key)) is not None and c.state(who, now) == "open" for key, who in keys)
+        return any(
+            (c := self.known(key)) is not None and c.state(tenant_of_key, now) == "open" for key, tenant_of_key in keys
+        )
 
     def admit(self, provider: str, model: str, tenant: str) -> Permit | None:
-        """Return the permit for a call; ``None`` where a circuit is open, or half open with a call under way."""
+        """Return the permit for a call, or ``None`` if a circuit is open, or half open with a call under way."""
         permit, now = Permit(self, provider, model, tenant), time.time()
-        for key, who in ((_Key(provider, None), ""), (_Key(provider, model), tenant)):
+        for key, tenant_of_key in ((_Key(provider, None), ""), (_Key(provider, model), tenant)):
             circuit = self.known(key)
-            if circuit is not None and not circuit.admits(who, now, permit):
+            if circuit is not None and not circuit.admits(tenant_of_key, now, permit):
                 permit.left()
                 return None
         metrics.CIRCUIT.labels(provider)  # present from the first call on
@@ -163,7 +164,7 @@ class Circuits:
             self._share(_Shared(self._name, *key, dict(circuit.blocked), circuit.for_all))
 
     async def follow(self) -> None:
-        """Take over the changes of other producers, until cancelled."""
+        """Adopt the changes of other producers, until cancelled."""
         while True:
             try:
                 bucket = await self._broker.bucket(REGISTRY_BUCKET)
@@ -200,16 +201,16 @@ class Circuits:
             del self._circuits[key]
         self._measure(key.provider)
         model = None if key.model is None else key.model[:MODEL_LIMIT]
-        log.info("circuit changed elsewhere", provider=key.provider, model=model, blocked=len(live))
+        log.info("circuit changed by another producer", provider=key.provider, model=model, blocked=len(live))
 
     def _make_room(self) -> None:
-        """Forget one circuit at the bound: the oldest closed one, else the oldest."""
+        """Drop one circuit at the bound: the oldest closed one, else the oldest."""
         if len(self._circuits) >= KEPT:
             oldest = next((k for k, c in self._circuits.items() if c.is_closed), next(iter(self._circuits)))
             del self._circuits[oldest]
 
     def _forget(self) -> None:
-        """Forget circuits that no call has tried for long."""
+        """Drop circuits that no call has tried for `FORGOTTEN` times their open time."""
         expired = time.time() - FORGOTTEN * self._seconds
         for key, circuit in list(self._circuits.items()):
             if circuit.blocked and max(circuit.blocked.values()) < expired:

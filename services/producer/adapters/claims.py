@@ -1,6 +1,6 @@
-"""Claims: which producer may run a request, and how many have begun it.
+"""Claims: the producer that may run a request, and the number of producers that have begun it.
 
-The queue's own delivery count also holds deliveries that no producer could begin.
+The queue's own delivery count includes deliveries that no producer could begin.
 """
 
 import asyncio
@@ -22,18 +22,18 @@ WITHDRAW_SECONDS: Final = 1.0
 
 
 class Claim(NamedTuple):
-    """How many producers have begun a request, and the stream sequence of the record of that (0: no record)."""
+    """The number of producers that have begun a request, and the stream sequence of its record (0: no record)."""
 
     begun: int
     seq: int
 
 
 class Claims:
-    """Keep the claim of each request beside its look-up record.
+    """Store the claim of each request in the look-up bucket.
 
-    The claim of a first delivery is not stored: a redelivered request without a record was begun once. The producer
-    that claimed a request last is the only one that may answer the queue for it (`seal`), for the queue accepts the
-    answer of every producer to which it has ever delivered the request.
+    The claim of a first delivery is not stored: a redelivered request without a record was begun once. Only the last
+    claimant may answer the queue for a request (`seal`), because the queue accepts the answer of every producer to
+    which it has ever delivered it.
     """
 
     def __init__(self, broker: Broker) -> None:
@@ -63,7 +63,7 @@ class Claims:
         return Claim(before.begun + 1, await self._write(address, before.begun + 1))
 
     async def is_last(self, address: Address, claim: Claim) -> bool:
-        """Return whether no producer has claimed the request after ``claim``, as far as the bucket's leader knows.
+        """Return whether ``claim`` is the last claim on the request, by the bucket's leader.
 
         Raises:
             BrokerUnavailable: the bucket does not answer.
@@ -74,14 +74,14 @@ class Claims:
     async def seal(self, address: Address, claim: Claim) -> None:
         """Invalidate all earlier claims by a conditional write.
 
-        A read would not do: a node that no longer leads may answer a read as if it did.
+        A read is not enough: a node that is no longer the leader may still answer it.
 
         Raises:
-            GiveUp: another producer has claimed the request after ``claim``; it has the last word.
+            GiveUp: another producer has claimed the request after ``claim``.
             BrokerUnavailable: the bucket does not take it.
         """
         if await self._write(address, claim.begun, claim.seq) is None:
-            raise GiveUp(f"another producer has begun {address.generation} meanwhile")
+            raise GiveUp(f"another producer has claimed {address.generation}")
 
     async def withdraw(self, address: Address, before: Claim, claim: Claim) -> None:
         """Restore the count of ``before``, at most for a second, unless another producer has claimed the request."""
@@ -96,16 +96,16 @@ class Claims:
     @overload
     async def _write(self, address: Address, begun: int, after: int) -> int | None: ...
     async def _write(self, address: Address, begun: int, after: int | None = None) -> int | None:
-        """Store a count and return its stream sequence; ``None`` if ``after`` is not the last sequence any more."""
+        """Store a count and return its stream sequence, or ``None`` if ``after`` is no longer the last sequence."""
         headers = None if after is None else expecting(after)
         try:
             return await self._broker.publish_stored(_subject(address), b"%d" % begun, headers=headers)
         except APIError as error:
             if error.is_wrong_last_sequence:
                 return None
-            raise BrokerUnavailable(f"the bucket refuses: {error.description}") from error
+            raise BrokerUnavailable(f"the bucket refused the write: {error.description}") from error
 
 
 def _subject(address: Address) -> str:
-    # One token more than a record's key has, so that no list of records finds it.
+    # One token more than a record's key, so that no list of records contains it.
     return f"$KV.{BUCKET}.{generation_key(address.tenant, address.session, address.generation)}.tries"

@@ -1,4 +1,4 @@
-"""aiohttp connections without the work that the library does for each chunk in vain."""
+"""aiohttp connections without the library's needless work for each chunk."""
 
 import asyncio
 import functools
@@ -13,8 +13,8 @@ __all__ = ["StreamConnector"]
 class _Handler(ResponseHandler):
     """A connection that resumes reading only after it was paused.
 
-    The library (3.14) resumes after every chunk that is read; each time it feeds its parser nothing and calls the
-    transport, which raises. That is an eighth of the cost of a token in the producer. The contract is tested by
+    The library (3.14) resumes after every chunk read; each time it feeds nothing to its parser and calls the transport,
+    which raises. That is an eighth of the cost of a token in the producer. The contract is tested by
     ``tests/integration/test_http_upstream.py``.
     """
 

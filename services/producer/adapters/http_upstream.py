@@ -1,4 +1,4 @@
-"""A provider over HTTP: open a stream, read the parts that have arrived, and map failures to `UpstreamFailure`."""
+"""Call a provider over HTTP: open a stream, read the arrived parts, and map failures to `UpstreamFailure`."""
 
 import contextlib
 import socket
@@ -56,7 +56,7 @@ def upstream_session(limit: int = 0) -> aiohttp.ClientSession:
 
 
 def _socket_with_keepalive(address: aiohttp.AddrInfoType) -> socket.socket:
-    # A peer that vanished silently is noticed after about two minutes, even where no deadline runs.
+    # TCP keep-alive detects a silently lost peer after about two minutes, even without a deadline.
     family, kind, protocol, _, _ = address
     made = socket.socket(family=family, type=kind, proto=protocol)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -67,7 +67,7 @@ def _socket_with_keepalive(address: aiohttp.AddrInfoType) -> socket.socket:
 
 
 def _without_cut(secret: str, message: str) -> str:
-    """Return a message without the beginning of a secret where the message was cut within it."""
+    """Mask the beginning of a secret before the "…" of a truncated message."""
     cut = message.find("…")
     for length in range(min(len(secret) - 1, cut), _SHORTEST_SECRET - 1, -1):
         if message.endswith(secret[:length], 0, cut):
@@ -76,12 +76,12 @@ def _without_cut(secret: str, message: str) -> str:
 
 
 async def _beginning(response: aiohttp.ClientResponse) -> bytes:
-    """Read the first bytes of a body whose media type is not that of an answer; return none where it is."""
+    """Read the first bytes of a body if its media type is not that of an answer; otherwise return none."""
     media_type = response.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type in _ANSWER_TYPES or media_type.endswith("+json"):
         return b""
     begun = b""
-    with contextlib.suppress(aiohttp.ClientError, OSError):  # then the bytes that came decide
+    with contextlib.suppress(aiohttp.ClientError, OSError):  # then the received bytes decide
         while len(begun) < _ERROR_BODY_LIMIT and (data := await response.content.readany()):
             begun += data
             if len(begun.lstrip(_IGNORED)) >= _LONGEST_BEGIN:
@@ -100,14 +100,14 @@ class HttpUpstream:
 
     @asynccontextmanager
     async def open(self, call: UpstreamRequest) -> AsyncIterator["HttpStream"]:
-        """Call the model and enter when the headers of an answer are there.
+        """Call the model and enter when the headers of an answer have arrived.
 
         The body decides, not its media type: an event stream or JSON is an answer under any type.
 
         Leaving closes the connection at once, unless the answer was read to its end.
 
         Raises:
-            UpstreamRefused: no stream began; its cause is the library's error, where there was one.
+            UpstreamRefused: no stream began; its cause is the library's error, if any.
         """
         wire = self._wire(call)
         # ``connect`` covers name resolution, TCP and TLS; waiting for headers is the caller's deadline.
@@ -122,7 +122,7 @@ class HttpUpstream:
             begun = await _beginning(response)
             if begun and not begun.lstrip(_IGNORED).startswith(_ANSWER_BEGINS):
                 raise UpstreamRefused(await self._refusal(response, begun))
-            yield HttpStream(response, self._dialect.parser(response.headers), self._shown, begun)
+            yield HttpStream(response, self._dialect.parser(response.headers), self._scrub, begun)
         finally:
             response.close()
 
@@ -141,10 +141,10 @@ class HttpUpstream:
             return None
 
     def scrubbed(self, failure: UpstreamFailure) -> UpstreamFailure:
-        """Return ``failure`` without anything secret in its message: providers like to quote the key they were sent."""
+        """Return ``failure`` without secrets in its message: some providers quote the key that they received."""
         return msgspec.structs.replace(failure, message=self._scrubbed_text(failure.message))
 
-    def _shown(self, part: Part, headers: Mapping[str, str]) -> Part:
+    def _scrub(self, part: Part, headers: Mapping[str, str]) -> Part:
         """Return a part without secrets; a failure gets the ``Retry-After`` of the response."""
         if isinstance(part, NoticePart):
             return msgspec.structs.replace(part, message=self._scrubbed_text(part.message))
@@ -186,7 +186,7 @@ class HttpUpstream:
 
     @contextmanager
     def _unreachable(self, call: UpstreamRequest) -> Iterator[None]:
-        """Map the library's errors before any answer; all of them are worth another try."""
+        """Map the library's errors before an answer; all of them are retryable."""
         try:
             yield
         except TimeoutError as error:
@@ -209,13 +209,13 @@ class HttpStream:
         self,
         response: aiohttp.ClientResponse,
         parser: Parser,
-        shown: Callable[[Part, Mapping[str, str]], Part],
-        begun: bytes = b"",
+        scrub: Callable[[Part, Mapping[str, str]], Part],
+        first_bytes: bytes = b"",
     ) -> None:
         self._response = response
         self._parser = parser
-        self._shown = shown
-        self._begun = begun
+        self._scrub = scrub
+        self._first_bytes = first_bytes
         self._ended = False
 
     async def read(self) -> list[Part] | None:
@@ -223,7 +223,7 @@ class HttpStream:
         if self._ended:
             return None
         try:
-            data, self._begun = self._begun or await self._response.content.readany(), b""
+            data, self._first_bytes = self._first_bytes or await self._response.content.readany(), b""
         except (aiohttp.ClientError, OSError) as error:
             self._ended = True
             parts = self._parser.finish(broken=f"{error}" or type(error).__name__)
@@ -232,5 +232,5 @@ class HttpStream:
             parts = self._parser.feed(data) if data else self._parser.finish()
         # a part with a message is the last one or precedes the ending, so checking the last part is enough
         if parts and isinstance(parts[-1], _RARE):
-            parts = [self._shown(part, self._response.headers) for part in parts]
+            parts = [self._scrub(part, self._response.headers) for part in parts]
         return parts if parts or not self._ended else None

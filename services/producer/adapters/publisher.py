@@ -1,10 +1,10 @@
-"""Appending to the log: pipelined, bounded, go-back-N.
+"""Append to the log: pipelined, bounded, go-back-N.
 
-One `Publisher` serves a connection: a single inbox takes all acknowledgements. Each generation has a `LogWriter` with
-a window of unacknowledged events. A full window makes `LogWriter.publish` wait, so backpressure reaches the provider.
-When an acknowledgement is refused or does not come, everything from the first unacknowledged event on is sent again;
-readers drop the repeats by the acceptance rule. A log that is merely slow must not be flooded with repeats: an
-acknowledgement of an earlier run shows that the later one is still queued, and without any answer repeats get rarer.
+One `Publisher` serves a connection: a single inbox receives all acknowledgements. Each generation has a `LogWriter`
+with a window of unacknowledged events. A full window makes `LogWriter.publish` wait, so backpressure reaches the
+provider. After a refusal or a missing acknowledgement all events from the first unacknowledged one on are sent again;
+readers drop the repeats by the acceptance rule. A slow log must not be flooded with repeats: an acknowledgement of an
+earlier run shows that the later run is still queued, and without any answer the repeats become less frequent.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ WINDOW_BYTES: Final = 4 * 1024 * 1024
 LAPSED_PAUSE: Final = 0.1
 STUCK_SECONDS: Final = 6.0
 RARER: Final = 3
-"""How often the pause between two repeats doubles."""
+"""Number of times that the pause between two repeats doubles."""
 
 
 class _Refusal(msgspec.Struct):
@@ -42,7 +42,7 @@ class _Refusal(msgspec.Struct):
 class Lease:
     """The right to publish, until ``until`` (event-loop time). Renewed by the queue's heartbeat.
 
-    A lease that has run out has lapsed, and can be renewed; ``is_lost``: another producer has claimed the request.
+    An expired lease has lapsed, and can be renewed; ``is_lost``: another producer has claimed the request.
     """
 
     __slots__ = ("is_lost", "until")
@@ -57,7 +57,7 @@ class Lease:
 
 
 class Publisher:
-    """Route acknowledgements to the writers of one connection, and go back where they stay out.
+    """Route acknowledgements to the writers of one connection; let writers go back when they are missing.
 
     ``ack_timeout``: seconds without progress after which a writer goes back first. ``give_up``: seconds without any
     progress after which it raises `LogUnavailable`.
@@ -78,7 +78,7 @@ class Publisher:
         self.broker.on_reconnect(self._go_back_all)
 
     async def watch(self) -> None:
-        """Go back where acknowledgements stay out; runs until cancelled."""
+        """Let writers without acknowledgements go back; run until cancelled."""
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(self.ack_timeout / 4)
@@ -88,14 +88,14 @@ class Publisher:
                     writer.go_back(now)
 
     def resume(self, lease: Lease) -> None:
-        """Send the events that waited in the windows of a lapsed lease."""
+        """Send the events held back in the windows while the lease was lapsed."""
         now = asyncio.get_running_loop().time()
         for writer in list(self._writers.values()):
             if writer.lease is lease and writer.unacknowledged:
                 writer.go_back(now)
 
     def is_stuck(self) -> bool:
-        """Return whether the log has acknowledged nothing of some answer for a while, with the broker connected."""
+        """Return whether a writer has had no acknowledgement for `STUCK_SECONDS` while the broker is connected."""
         now = asyncio.get_running_loop().time()
         return self.broker.is_connected and any(w.stuck_for(now) > STUCK_SECONDS for w in self._writers.values())
 
@@ -151,8 +151,8 @@ class LogWriter:
         self._broker = publisher.broker
         self._name = name
         self._reply = f"{publisher.inbox}.{name}.0."
-        self._run = 0  # how often the writer has gone back
-        self._repeats = 0  # how often since the log has last answered
+        self._run = 0  # number of times the writer has gone back
+        self._repeats = 0  # number of times since the log's last answer
         self._subject = subject
         self.lease = lease
         self._window: deque[bytes] = deque()  # bounded by WINDOW_EVENTS and WINDOW_BYTES
@@ -166,16 +166,16 @@ class LogWriter:
 
     @property
     def unacknowledged(self) -> int:
-        """How many events are under way."""
+        """Return the number of unacknowledged events."""
         return len(self._window)
 
     @property
     def patience(self) -> float:
-        """Seconds without progress after which the writer goes back."""
+        """Return the seconds without progress after which the writer goes back."""
         return self._publisher.ack_timeout * 2.0 ** min(self._repeats, RARER)
 
     def stuck_for(self, now: float) -> float:
-        """Return for how many seconds the log has acknowledged nothing, while something is under way."""
+        """Return the seconds without an acknowledgement while events are under way."""
         return now - self._stuck_since if self._window and self._stuck_since is not None else 0.0
 
     async def publish(self, data: bytes) -> None:
@@ -217,8 +217,8 @@ class LogWriter:
     async def publish_first(self, data: bytes, last_seq: int) -> None:
         """Append ``data`` only if ``last_seq`` is still the last stream sequence of this subject (0: no message).
 
-        Retry while the log is full or has no leader. Where only the acknowledgement was lost, the repetition is
-        refused, and the caller finds its own event in the log.
+        Retry while the log is full or has no leader. If only the acknowledgement was lost, the repetition is refused,
+        and the caller finds its own event in the log.
 
         Raises:
             LogRefused: another producer has written in between.
@@ -228,7 +228,7 @@ class LogWriter:
         headers = expecting(last_seq)
         began = self._loop.time()
         while True:
-            # After its lease a producer may have read its successor's events: the condition alone would not stop it.
+            # After its lease a producer may have read its successor's events: the condition alone is not a fence.
             self._check_lease()
             try:
                 await self._broker.publish_stored(self._subject, data, headers=headers)
@@ -246,20 +246,20 @@ class LogWriter:
 
     def _check_lost(self) -> None:
         if self.lease.is_lost:
-            raise Fenced("the lease is lost: another producer has begun the request")
+            raise Fenced("the lease is lost: another producer has claimed the request")
 
     def _check_lease(self) -> None:
         self._check_lost()
         if self.lease.is_over():
-            raise Fenced(f"lease ran out {self._loop.time() - self.lease.until:.1f} s ago")
+            raise Fenced(f"the lease expired {self._loop.time() - self.lease.until:.1f} s ago")
 
     def _may_send(self) -> bool:
         return self._broker.is_connected and not self.lease.is_over()
 
     async def drain(self) -> None:
-        """Wait until all events are acknowledged while the lease holds: no other producer has written before them.
+        """Wait until all events are acknowledged under a valid lease: no other producer has written before them.
 
-        A lease that has lapsed meanwhile is waited for as long as for the log.
+        Wait for a lapsed lease as long as for the log.
 
         Raises:
             Fenced: the lease is lost, or stayed lapsed.
@@ -281,8 +281,8 @@ class LogWriter:
     def acknowledge(self, run: int, number: int) -> None:
         """Take an acknowledgement: the log has stored event ``number`` as sent in ``run``.
 
-        An acknowledgement from before the last going back does not count: it may speak of a copy that was stored behind
-        a missing event, which readers have dropped. But the log is at work, so there is no need to send again.
+        An acknowledgement of an earlier run does not count: it may refer to a copy stored after a missing event, which
+        readers have dropped. But it shows that the log works, so there is no need to send again.
         """
         if run == self._run and not self._base <= number < self._base + len(self._window):
             return

@@ -23,7 +23,7 @@ class Records:
     """Keep the look-up records of generations.
 
     `put` notes the newest record of a generation; `write` stores the noted records. Without the bucket look-ups are
-    stale, but no stream is: the log is the truth.
+    stale, but streams are not: the log is authoritative.
     """
 
     def __init__(self, broker: Broker) -> None:
@@ -48,13 +48,13 @@ class Records:
             self._noted[key] = record
             self._wake.set()
         else:
-            log.warning("look-up record given up: too many wait", key=key)
+            log.warning("look-up record dropped: too many are pending", key=key)
 
     async def announce(self, pool: str, announcement: Announcement) -> None:
-        """Announce to delivery which models this pool can call.
+        """Announce the models of this pool to delivery.
 
         Raises:
-            BrokerUnavailable: the bucket does not take it.
+            BrokerUnavailable: the bucket does not store it.
         """
         bucket = await self._broker.bucket(REGISTRY_BUCKET)
         await bucket.put(f"pool.{pool}", msgspec.json.encode(announcement))
@@ -77,7 +77,7 @@ class Records:
                 await asyncio.sleep(min(_LONGEST_PAUSE, 0.1 * 2.0 ** min(failures, 6)))
                 continue
             failures = 0
-            if self._noted.get(key) is record:  # else a newer one has been noted meanwhile
+            if self._noted.get(key) is record:  # otherwise a newer one has been noted meanwhile
                 del self._noted[key]
 
     async def _store(self, key: str, value: bytes) -> bool:
@@ -85,7 +85,7 @@ class Records:
             bucket = await self._broker.bucket()
             await bucket.put(key, value)
         except MessageTooLarge:
-            log.warning("look-up record given up: it is too large", key=key)
+            log.warning("look-up record dropped: it is too large", key=key)
         except BrokerUnavailable as error:
             log.debug("look-up record not stored yet", key=key, error=str(error))
             return False

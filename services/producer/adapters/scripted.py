@@ -29,7 +29,7 @@ class ScriptedUpstream:
         """Begin the script.
 
         Raises:
-            UpstreamRefused: the script is to refuse, or there is no such one.
+            UpstreamRefused: the script refuses the call, or does not exist.
         """
         failure = refusal(call)
         if failure is not None:
@@ -38,7 +38,7 @@ class ScriptedUpstream:
 
 
 class ScriptedStream:
-    """Implement `services.producer.ports.UpstreamStream`. Steps that are due together come in one read."""
+    """Implement `services.producer.ports.UpstreamStream`. One read returns all steps that are due."""
 
     def __init__(self, steps: Iterator[Step], clock: Clock) -> None:
         self._steps = steps
@@ -47,12 +47,12 @@ class ScriptedStream:
         self._next = self._advance()
 
     async def read(self) -> list[Part] | None:
-        """Wait until something is due and return it; ``None`` after the last step."""
+        """Wait for the next step and return all that are due, or ``None`` after the last step."""
         if self._next is None:
             return None
         if math.isinf(self._due):
-            await asyncio.get_running_loop().create_future()  # for ever: only cancelling ends it
-        # Sleeping for nothing still lets others run, however fast the script is.
+            await asyncio.get_running_loop().create_future()  # wait until cancelled
+        # A sleep of 0 lets other tasks run even when the script is fast.
         await asyncio.sleep(max(0.0, self._due - self._clock.monotonic()))
         parts: list[Part] = []
         characters = 0

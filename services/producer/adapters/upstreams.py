@@ -1,4 +1,4 @@
-"""Builds the upstream of every provider in the registry, over one shared HTTP session."""
+"""Build the upstreams of all providers in the registry over one shared HTTP session."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager

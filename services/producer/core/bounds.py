@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 EVENT_BYTES: Final = 1024 * 1024
-"""No event of an answer is larger than this, in bytes as stored; clients of WebSockets often take no more at once."""
+"""Largest event of an answer, in bytes as stored; a common message limit of WebSocket clients."""
 PIECE_CHARS: Final = 96 * 1024
 """Longer text is split: a character takes up to 6 bytes in JSON."""
 PIECE_BYTES: Final = 384 * 1024
@@ -46,7 +46,7 @@ _T = TypeVar("_T", str, bytes)
 
 
 def number(value: object) -> int | None:
-    """Return a count or an index as the log takes it (0 to 2^53 - 1); ``None`` for all else. ``10.0`` is 10."""
+    """Return a count or an index in the log's range (0 to 2^53 - 1), or ``None`` for anything else. ``10.0`` is 10."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_NUMBER:
@@ -92,7 +92,7 @@ def fits(value: Any) -> bool:
 
 
 def usable(usage: Usage) -> Usage | None:
-    """Return ``usage`` without a provider's own object that is too large; ``None`` where a number is out of bounds."""
+    """Return ``usage``, without ``raw`` if that is too large, or ``None`` if a number is out of bounds."""
     if usage.raw is not None and not fits(usage.raw):
         usage = msgspec.structs.replace(usage, raw=None)
     required = (

@@ -6,7 +6,7 @@ __all__ = ["Circuit", "CircuitState"]
 
 CircuitState = Literal["closed", "half-open", "open"]
 BLOCKED_LIMIT: Final = 8
-"""Bound of the tenants that one circuit keeps apart: once two are blocked, it is open for all."""
+"""Bound of the tenants that one circuit tracks separately: once two are blocked, it is open for all."""
 
 
 class Circuit:
@@ -23,14 +23,14 @@ class Circuit:
         self.threshold = threshold
         self.seconds = seconds
         self.failures = 0
-        self.blocked: dict[str, float] = {}  # until when, by tenant; bounded by BLOCKED_LIMIT
-        self.for_all = False  # whether it was open for all tenants, and no call has succeeded since
-        self._failed: dict[str, float] = {}  # when calls failed in a row, by tenant; the last two of them
+        self.blocked: dict[str, float] = {}  # end of the block by tenant; bounded by BLOCKED_LIMIT
+        self.for_all = False  # open for all tenants, and no call has succeeded since
+        self._failed: dict[str, float] = {}  # time of the last failure in a row by tenant; only two tenants
         self._trial: object | None = None
 
     @property
     def is_closed(self) -> bool:
-        """Whether it rejects no tenant's calls."""
+        """Return whether it admits the calls of all tenants."""
         return not self.blocked and not self.for_all
 
     def state(self, tenant: str, now: float) -> CircuitState:
@@ -77,12 +77,12 @@ class Circuit:
         return True
 
     def leave(self, call: object) -> None:
-        """End a call without an outcome: if it was the trial, admit another one."""
+        """End a call without an outcome; if it was the trial, admit another trial."""
         if self._trial is call:
             self._trial = None
 
     def adopt(self, blocked: dict[str, float], *, for_all: bool, now: float) -> None:
-        """Take over the blocked tenants of another producer's circuit, and until when each is blocked."""
+        """Adopt the blocked tenants of another producer's circuit, with the end of each block."""
         newest = sorted(blocked.items(), key=lambda item: item[1])[-BLOCKED_LIMIT:]
         self.blocked = {tenant: min(until, now + self.seconds) for tenant, until in newest}
         self.for_all = for_all

@@ -1,7 +1,7 @@
 """Count tokens of streamed text, by the model's own byte-pair encoding where it is public.
 
-Tokens do not end where chunks end, so counts per chunk must not be summed. A counter works on the joined text: what
-lies before the last place that no token can span is settled for good, and only the tail behind it is counted again.
+Tokens do not end where chunks end, so counts per chunk must not be summed. A counter works on the joined text: the
+count up to the last position that no token can span is final, and only the tail after it is counted again.
 """
 
 import re
@@ -31,7 +31,7 @@ _SAFE: Final = re.compile(
     r"(?<=[^\W_])[\n,.;:!?()\[\]{}\"<>=+/\u2026\u3002\uff0c\u3001\uff01\uff1f\uff1b\uff1a\uff08\uff09\u300c\u300d]|(?<=[A-Za-z])[0-9]|(?<=[0-9])[A-Za-z]"
 )
 _SMALL: Final = 256
-"""Characters up to which a tail is counted again at every read; a longer one each time it has grown by an eighth."""
+"""Characters up to which a tail is counted again at every read; a longer tail each time it has grown by an eighth."""
 
 # From the accounting that OpenAI publishes for chat completions.
 _PER_MESSAGE: Final = 3
@@ -40,7 +40,7 @@ _PRIMING: Final = 3
 
 
 def count_text(text: str, encoding: str) -> int:
-    """Return the number of tokens of ``text``; the names of special tokens in it count as the ordinary text they are.
+    """Return the number of tokens of ``text``; names of special tokens in it count as ordinary text.
 
     An encoding's vocabulary is loaded once in a process, by the first count (about half a second).
 
@@ -59,7 +59,7 @@ def count_text(text: str, encoding: str) -> int:
 def encoding_of(model: str) -> tuple[str, bool]:
     """Return the encoding to count ``model`` with, and whether it is the model's own.
 
-    Prefixes of a provider or of a fine-tuned model (``openai/gpt-4o``, ``ft:gpt-4o:org``) are looked through.
+    Prefixes of a provider or of a fine-tuned model (``openai/gpt-4o``, ``ft:gpt-4o:org``) are ignored.
     """
     name = model.rsplit("/", 1)[-1].removeprefix("ft:").lower()
     for pattern, encoding in _ENCODINGS:
@@ -71,8 +71,8 @@ def encoding_of(model: str) -> tuple[str, bool]:
 class TokenCounter:
     """Count one text while it grows.
 
-    ``count`` is the running count; between two recounts of a long tail without a safe place it lags behind by less than
-    an eighth of that tail. ``exact``: ``encoding`` is the model's own.
+    ``count``: the running count; between two recounts of a long tail it lags by less than an eighth of that tail.
+    ``exact``: ``encoding`` is the model's own.
     """
 
     __slots__ = ("_counted", "_last", "_length", "_pieces", "_settled", "_tail", "encoding", "exact")
@@ -108,7 +108,7 @@ class TokenCounter:
         return self.count
 
     def total(self) -> int:
-        """Return the exact count of all that was added."""
+        """Return the exact count of the whole text."""
         if self._counted != self._length:
             self._recount()
         return self.count
@@ -128,7 +128,7 @@ class TokenCounter:
 
 
 def _last_safe(before: str, text: str) -> int:
-    """Return the last index of ``text`` before which no token can run on (``before``: the character ahead); else -1."""
+    """Return the last index of ``text`` that no token can span, or -1 (``before``: the character before ``text``)."""
     cut = text.rfind(" ")
     while cut >= 0:
         ahead = text[cut - 1] if cut else before
@@ -175,8 +175,8 @@ class GenerationCounter:
 def count_input(messages: list[Message], params: dict[str, Any], encoding: str) -> tuple[int, bool]:
     """Return the tokens of a chat request, and whether the accounting is exact.
 
-    It is an estimate where providers do not publish how they render the request: tools, tool calls, response formats,
-    and parts that are not text (their size is not in the count).
+    It is an estimate for elements whose rendering providers do not publish: tools, tool calls, response formats, and
+    parts that are not text (their size is not in the count).
     """
     total, exact = _PRIMING, True
     for message in messages:

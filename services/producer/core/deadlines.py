@@ -29,8 +29,8 @@ class Deadlines(msgspec.Struct, frozen=True, kw_only=True):
 def overdue(deadlines: Deadlines, phase: Phase, *, now: float, begun: float, called: float, token: float) -> str | None:
     """Return the code of the deadline that has passed at ``now``, or ``None``.
 
-    ``begun``, ``called`` and ``token`` are when the generation began, the provider was called and the last token came,
-    all on the same clock as ``now``.
+    ``begun``, ``called`` and ``token``: times of the generation's start, the call and the last token, on the clock of
+    ``now``.
     """
     if now - begun > deadlines.total:
         return "deadline_total"

@@ -76,7 +76,7 @@ class Generation:
     """Build the events of one generation with gapless seqs in one epoch.
 
     ``ending``: the end marker or the failure with which the provider has ended the answer, if it has.
-    ``abandoned`` counts the calls, of all producers, whose answer had begun and that were left for another one.
+    ``abandoned`` counts the calls of all producers that were abandoned after their answer had begun.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Generation:
         self._exact = exact
         self._encoding = encoding
         self._finish: dict[int, str] = {}
-        self._odd: set[str] = set()
+        self._notice_codes: set[str] = set()
         self._named: set[tuple[int, int]] = set()  # calls whose function's name has been counted
         self._omitted: set[str] = set()  # kinds of content that were announced as left out; at most `_KINDS`
 
@@ -140,7 +140,7 @@ class Generation:
     def restart(
         self, reason: str, provider: str, upstream_model: str, at: float, call: AbandonedCall | None = None
     ) -> Restarted:
-        """Return the event by which a new epoch begins the answer anew; it takes back the text of ``call``."""
+        """Return the event that restarts the answer in a new epoch and revokes the text of ``call``."""
         self.provider, self.upstream_model = provider, upstream_model
         self.abandoned = self.abandoned if call is None else call.number
         return Restarted(
@@ -155,16 +155,16 @@ class Generation:
         )
 
     def begin_anew(self, reason: str, call: AbandonedCall | None, at: float) -> Restarted:
-        """Return the event that takes the text back; the same producer calls again in a new epoch."""
+        """Return the event that revokes the text; the same producer calls again in a new epoch."""
         self.epoch += 1
         return self.restart(reason, self.provider, self.upstream_model, at, call)
 
     def begin_answer(self) -> None:
-        """Record that the provider has begun to answer the call: from here on it may charge for it."""
+        """Record that the provider has begun to answer the call, and may charge for it."""
         self._answering = True
 
     def abandon_call(self, failure: UpstreamFailure) -> AbandonedCall | None:
-        """Abandon the present call for another one and reset its state; return its count and usage.
+        """Abandon the current call and reset its state; return its count and usage.
 
         ``None``: its answer had not begun, so it costs nothing.
         """
@@ -178,7 +178,7 @@ class Generation:
         self._counter = self._new_counter()
         self._named.clear()
         self._omitted.clear()
-        self._odd.clear()
+        self._notice_codes.clear()
         self._usage_left_out = False
         return call
 
@@ -206,7 +206,7 @@ class Generation:
         delay: float | None = None,
         call: AbandonedCall | None = None,
     ) -> Notice:
-        """Return a notice, which names the present provider."""
+        """Return a notice that names the current provider."""
         return Notice(
             generation=self.name,
             seq=self._take(),
@@ -224,7 +224,7 @@ class Generation:
     def absorb(self, parts: list[Part], at: float) -> list[AnyEvent]:
         """Return the events for the parts of one read; adjacent text of one kind and choice becomes one delta.
 
-        Every event is within the bounds of the broker and of all readers, whatever the parts hold.
+        Every event is within the bounds of the broker and of all readers.
         """
         events: list[AnyEvent] = []
         last: Delta | None = None
@@ -260,7 +260,7 @@ class Generation:
         return events
 
     def end(self, at: float) -> list[AnyEvent]:
-        """Return the closing events for the provider's ending; without an end marker the generation has failed."""
+        """Return the closing events for the provider's ending; the generation has failed without an end marker."""
         ending = self.ending or CUT_OFF
         if isinstance(ending, UpstreamFailure):
             return self.fail(ending, at)
@@ -347,9 +347,9 @@ class Generation:
         return events
 
     def _notify(self, part: NoticePart, events: list[AnyEvent], at: float) -> None:
-        """Append a notice about an oddity of the stream, once a generation for each code."""
-        if part.code not in self._odd:
-            self._odd.add(part.code)
+        """Append a notice about an irregularity of the stream, once per code and generation."""
+        if part.code not in self._notice_codes:
+            self._notice_codes.add(part.code)
             events.append(self.notice(part.code, part.message, at))
 
     def _remember(self, part: Part) -> None:
@@ -408,7 +408,7 @@ class Generation:
         kind = omitted.kind[:NAME_CHARS]
         if kind not in self._omitted and len(self._omitted) < _KINDS:
             self._omitted.add(kind)
-            events.append(self.notice("content_omitted", f"{kind} was left out: {omitted.reason[:NAME_CHARS]}", at))
+            events.append(self.notice("content_omitted", f"{kind} was omitted: {omitted.reason[:NAME_CHARS]}", at))
 
     def _delta(self, choice: int, at: float, provider_at: float | None, tokens: int | None) -> Delta:
         self.has_tokens = True

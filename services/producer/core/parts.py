@@ -29,7 +29,7 @@ __all__ = [
 
 
 class Text(msgspec.Struct, frozen=True):
-    """Answer text. ``at``: the provider's time stamp of the chunk in seconds since 1970, where it gives one."""
+    """Answer text. ``at``: the provider's time stamp of the chunk in seconds since 1970, if it has one."""
 
     text: str
     choice: int = 0
@@ -77,7 +77,7 @@ class AnnotationPart(msgspec.Struct, frozen=True):
 
 
 class SignaturePart(msgspec.Struct, frozen=True):
-    """Opaque text that the provider wants back when the conversation goes on."""
+    """Opaque text to send back to the provider when the conversation continues."""
 
     signature: Signature
     choice: int = 0
@@ -93,33 +93,33 @@ class ExtraPart(msgspec.Struct, frozen=True):
 
 
 class Omitted(msgspec.Struct, frozen=True):
-    """Content that came and cannot be kept, of this kind, and why."""
+    """Content of this kind that cannot be stored, and the reason."""
 
     kind: str
     reason: str
 
 
 class Finish(msgspec.Struct, frozen=True):
-    """One choice ended. ``reason``: ``stop``, ``length``, ``tool_calls``, ``content_filter`` or the provider's word."""
+    """One choice ended. ``reason``: ``stop``, ``length``, ``tool_calls``, ``content_filter`` or the provider's term."""
 
     reason: str
     choice: int = 0
 
 
 class UsagePart(msgspec.Struct, frozen=True):
-    """Usage as the provider reports it so far; of several reports of one answer the larger counts hold."""
+    """Usage as reported so far; of several reports of one answer the larger counts are kept."""
 
     usage: Usage
 
 
 class UsageLeftOut(msgspec.Struct, frozen=True):
-    """The provider sent a report of usage that could not be read. ``reasons``: out of `schemas.usage.USAGE_REASONS`."""
+    """An unreadable usage report. ``reasons``: a subset of `schemas.usage.USAGE_REASONS`."""
 
     reasons: tuple[str, ...]
 
 
 class UsageBegun(msgspec.Struct, frozen=True):
-    """Usage as the provider states it before it answers: its input is final. It holds where no other one follows."""
+    """Usage as reported before the answer: its input is final. It is used if no other report follows."""
 
     usage: Usage
 
@@ -130,7 +130,7 @@ class UpstreamFailure(msgspec.Struct, frozen=True):
     ``code`` is ours and stable: ``upstream_unauthorized``, ``upstream_bad_request``, ``upstream_not_found``,
     ``upstream_rate_limited``, ``upstream_overloaded``, ``upstream_error``, ``upstream_malformed``,
     ``upstream_cut_off``, ``upstream_unreachable``, ``context_length_exceeded``, ``content_filtered``.
-    ``retry_after`` in seconds, where the provider asks for a pause.
+    ``retry_after``: seconds, if the provider requests a pause.
     """
 
     code: str
@@ -141,25 +141,25 @@ class UpstreamFailure(msgspec.Struct, frozen=True):
 
 
 class Identity(msgspec.Struct, frozen=True):
-    """The provider's own name of the answer, for later look-ups, and the model that really answers."""
+    """The provider's identifier of the answer, for later look-ups, and the model that answers."""
 
     upstream_id: str | None = None
     model: str | None = None
 
 
 class NoticePart(msgspec.Struct, frozen=True):
-    """Something odd in the provider's stream that did not end the answer; ``code`` is stable."""
+    """An irregularity in the provider's stream that did not end the answer; ``code`` is stable."""
 
     code: str
     message: str
 
 
 class Alive(msgspec.Struct, frozen=True):
-    """A sign of life without a token: a comment or ping. It never counts as a token for deadlines."""
+    """A comment or ping: the connection is alive. It never counts as a token for deadlines."""
 
 
 class End(msgspec.Struct, frozen=True):
-    """The answer is complete: its end marker came, or its finish reasons and a proper end of the HTTP body."""
+    """The answer is complete: by its end marker, or by its finish reasons and a proper end of the HTTP body."""
 
 
 Part = (

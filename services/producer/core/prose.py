@@ -74,5 +74,5 @@ def sentences(topic: str, rng: random.Random) -> Iterator[str]:
 
 
 def pieces(text: str) -> list[str]:
-    """Return ``text`` cut about where a tokenizer cuts: before words, and at punctuation."""
+    """Split ``text`` approximately like a tokenizer: before words, and at punctuation."""
     return re.findall(r"\s*\w+|\s*[^\w\s]+|\s+$", text)

@@ -1,7 +1,7 @@
-"""Which providers there are, and which of them a model's name means.
+"""Configured providers and aliases, and the resolution of model names to candidates.
 
-A provider is a dialect at an address with a key; an alias is an ordered list of candidates ``provider/model``. Both
-stand in the configuration file; without providers there, the conventional variables make them.
+A provider is a dialect at an address with a key; an alias is an ordered list of candidates ``provider/model``. Both are
+defined in the configuration file; without providers there, the conventional variables define them.
 """
 
 import re
@@ -39,7 +39,7 @@ class _Convention(msgspec.Struct, frozen=True):
     base_url_env: str | None = None
 
 
-# The variables that the providers' own SDKs read, and where each API is found.
+# The variables that the providers' own SDKs read, and the address of each API.
 _CONVENTIONS: Final = {
     "openai": _Convention("https://api.openai.com/v1", "OPENAI_API_KEY", "OPENAI_BASE_URL"),
     "anthropic": _Convention("https://api.anthropic.com", "ANTHROPIC_API_KEY", "ANTHROPIC_BASE_URL"),
@@ -49,7 +49,7 @@ _CONVENTIONS: Final = {
 
 
 class RegistryError(ValueError):
-    """The configuration of providers or models is wrong; ``problems`` names each with its place."""
+    """The configuration of providers or models is invalid; ``problems`` names each with its location."""
 
     def __init__(self, problems: list[str]) -> None:
         self.problems = problems
@@ -61,11 +61,11 @@ class UnknownModel(LookupError):
 
     def __init__(self, model: str, hint: str) -> None:
         self.model = model
-        super().__init__(f"model {model[:120]!r} is not known: {hint}")
+        super().__init__(f"model {model[:120]!r} is unknown: {hint}")
 
 
 class Secret:
-    """A value that never shows itself by accident."""
+    """A value that is hidden in ``repr`` and ``str``; `reveal` returns it."""
 
     __slots__ = ("_value",)
 
@@ -96,11 +96,11 @@ class DeadlineOverrides(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Provider(msgspec.Struct, frozen=True, kw_only=True):
-    """How to call a provider. ``headers`` may hold secrets as well, so they are not shown either.
+    """A configured provider. ``headers`` may contain secrets as well, so they are hidden too.
 
-    ``max_streams`` and ``requests_per_minute`` bound the calls of one producer process. ``after_cancel``: how usage
-    is found when an answer is cancelled: by our own count (``estimate``), by reading on for up to ``drain_seconds``
-    until the provider's usage comes (``drain``), or by asking the provider afterwards (``lookup``).
+    ``max_streams`` and ``requests_per_minute`` bound the calls of one producer process. ``after_cancel``: the source of
+    a cancelled answer's usage: our own count (``estimate``), the provider's report, read for up to ``drain_seconds``
+    (``drain``), or a later query of the provider (``lookup``).
     """
 
     name: str
@@ -119,10 +119,10 @@ class Provider(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Candidate(msgspec.Struct, frozen=True, kw_only=True):
-    """One way to answer. ``encoding`` names the exact tokenizer where the configuration knows it.
+    """A provider and model that may answer. ``encoding``: the exact tokenizer, if configured.
 
-    ``failover``: whether it may replace a failed candidate before it. ``configured``: whether the
-    configuration names this model, and not the caller.
+    ``failover``: whether it may replace a failed candidate before it. ``configured``: whether the configuration
+    contains this model; otherwise the caller named it.
     """
 
     provider: Provider
@@ -169,7 +169,7 @@ class Registry:
 
     @classmethod
     def load(cls, config: Mapping[str, Any], env: Mapping[str, str]) -> "Registry":
-        """Return the registry that the parsed configuration file and the environment describe.
+        """Build the registry from the parsed configuration file and the environment.
 
         Raises:
             RegistryError: with every problem found.
@@ -204,10 +204,10 @@ class Registry:
         return Announcement(aliases=aliases, providers=sorted(self.providers), models=models)
 
     def resolve(self, model: str) -> list[Candidate]:
-        """Return the candidates for a model's name, the first to be tried first; an alias wins over ``provider/model``.
+        """Return the candidates for a model's name in order of trial; an alias has priority over ``provider/model``.
 
         Raises:
-            UnknownModel: nothing answers to this name.
+            UnknownModel: no alias or provider has this name.
         """
         if model in self.aliases:
             return self.aliases[model]
@@ -217,12 +217,12 @@ class Registry:
         raise UnknownModel(model, self._hint(name))
 
     def _hint(self, name: str) -> str:
-        ways = []
+        options = []
         if self.aliases:
-            ways.append(f"one of {', '.join(sorted(self.aliases))}")
+            options.append(f"one of {', '.join(sorted(self.aliases))}")
         if self.providers:
-            ways.append(f"<provider>/<model> with a provider out of {', '.join(sorted(self.providers))}")
-        hint = "use " + ", or ".join(ways) if ways else "no provider is configured"
+            options.append(f"<provider>/<model> with a provider out of {', '.join(sorted(self.providers))}")
+        hint = "use " + ", or ".join(options) if options else "no provider is configured"
         if name in _CONVENTIONS and name not in self.providers:
             hint += f" (set {_CONVENTIONS[name].key_env} to use {name})"
         return hint
@@ -286,7 +286,7 @@ def _scripted_is_on(table: Any, problems: list[str]) -> bool:
 def _provider(name: str, table: Any, env: Mapping[str, str], problems: list[str]) -> Provider | None:
     table_name = f"[providers.{name}]"
     if not _NAME.fullmatch(name):
-        problems.append(f"{table_name}: a provider's name has 1 to 64 letters, digits, '_', '.' and '-'")
+        problems.append(f"{table_name}: a provider's name must be 1 to 64 letters, digits, '_', '.' and '-'")
     described: _ProviderTable | None = _convert(_ProviderTable, table_name, table, problems)
     if described is None or not described.enabled:
         return None
@@ -297,7 +297,7 @@ def _provider(name: str, table: Any, env: Mapping[str, str], problems: list[str]
     base_url = described.base_url or convention.base_url
     if fault := _fault_of(base_url):
         problems.append(f"{table_name} base_url: {fault}")
-    # An address of its own (a local server) may need no key; the provider's official one always does.
+    # A custom address (a local server) may need no key; the provider's official address always does.
     key_env = described.key_env or (None if described.base_url else convention.key_env)
     key = env.get(key_env, "").strip() if key_env else ""
     if key_env and not key:
@@ -325,7 +325,7 @@ def _fault_of(base_url: str) -> str | None:
     if not valid:
         return "must be a URL like https://host/v1"
     if parts.username or parts.password:
-        return "must not hold credentials: name the key's variable in key_env"
+        return "must not contain credentials: name the key's variable in key_env"
     return None
 
 

@@ -21,11 +21,11 @@ _DEFAULT_ON: Final = (
 
 
 REFUSED: Final = frozenset({"upstream_unauthorized", "upstream_not_found", "upstream_rate_limited"})
-"""Failures that the candidate causes and not the request: key, balance, permission, model, quota."""
+"""Failures caused by the candidate, not by the request: key, balance, permission, model, quota."""
 
 
 def helps_elsewhere(failure: UpstreamFailure) -> bool:
-    """Return whether another candidate may succeed after this failure: not where the request itself is at fault."""
+    """Return whether another candidate may succeed after this failure: not if the request itself is at fault."""
     return failure.recoverable or failure.code in REFUSED
 
 
@@ -41,8 +41,8 @@ class RetryPolicy(msgspec.Struct, frozen=True, kw_only=True):
     """Limits and pauses of the calls to one candidate.
 
     ``wait``: ``exponential`` draws each pause at random below a bound that doubles from ``base`` (full jitter);
-    ``linear`` lets pauses grow by ``base`` each, half of it at random. ``maximum`` bounds a pause; a provider that asks
-    for a longer one (``Retry-After``) is not called again. ``on``: codes of failures that are worth another call.
+    ``linear`` increases pauses by ``base`` each, half of it at random. ``maximum`` bounds a pause; a provider that
+    requests a longer one (``Retry-After``) is not called again. ``on``: codes of failures to retry.
     """
 
     max_attempts: int = 3

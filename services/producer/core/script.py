@@ -1,7 +1,7 @@
-"""The scripted provider: answers without a model, the same for the same call, at a realistic pace.
+"""The scripted provider: deterministic answers without a model, at a realistic pace.
 
-For the demo, tests and measurements. A script is a sequence of (delay in seconds, parts), which ends like a provider's
-stream does: after its end marker, or, where it is asked to, without one.
+For the demo, tests and measurements. A script is a sequence of (delay in seconds, parts). It ends with an end marker
+like a provider's stream, or without one if a knob requests that.
 """
 
 import math
@@ -56,7 +56,7 @@ _MAX_TOKENS: Final = 200_000
 
 
 class Knobs(msgspec.Struct, frozen=True, kw_only=True):
-    """Knobs of a script in ``params``. ``tokens_per_second`` 0 means as fast as possible; the rest counts tokens."""
+    """Knobs of a script in ``params``. ``tokens_per_second`` 0: as fast as possible; the others are token counts."""
 
     tokens_per_second: float = _TOKENS_PER_SECOND
     tokens: int | None = None
@@ -82,7 +82,7 @@ class Knobs(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def refusal(call: UpstreamRequest) -> UpstreamFailure | None:
-    """Return the failure with which the provider refuses this call before any stream, if it does."""
+    """Return the failure of a call that the script refuses before the stream, or ``None``."""
     if call.model == "refuse":
         return UpstreamFailure(
             code="upstream_rate_limited",
@@ -101,7 +101,7 @@ def refusal(call: UpstreamRequest) -> UpstreamFailure | None:
 
 
 def play(call: UpstreamRequest) -> Iterator[Step]:
-    """Yield the answer to a call step by step; a delay of infinity means that nothing more ever comes."""
+    """Yield the steps of the answer to a call; an infinite delay means that the stream stays silent for ever."""
     knobs = Knobs.of(call)
     seed = zlib.crc32(msgspec.json.encode((call.model, call.messages)))
     rng = random.Random(seed)
@@ -115,7 +115,7 @@ def play(call: UpstreamRequest) -> Iterator[Step]:
             yield math.inf, []
             return
         if count == knobs.error_after:
-            message = "the scripted provider fails here, as asked"
+            message = "the scripted provider fails here, as requested"
             yield pause, [UpstreamFailure(code="upstream_error", message=message, recoverable=True)]
             return
         yield pause * rng.uniform(0.5, 1.5), [part]
@@ -176,7 +176,7 @@ def _json(topic: str, rng: random.Random) -> str:
 
 
 def _tool_calls(params: dict[str, Any], topic: str) -> list[Part]:
-    """Return two calls of the offered tools, or of a search where none is offered, in fragments."""
+    """Return two calls, in fragments, of the offered tools or of a search if none is offered."""
     names = [(tool.get("function") or {}).get("name") for tool in params.get("tools") or () if isinstance(tool, dict)]
     offered = [name for name in names if isinstance(name, str)] or ["search"]
     parts: list[Part] = []

@@ -1,6 +1,6 @@
 """A push decoder of server-sent events, after the WHATWG HTML standard, section 9.2.6.
 
-Bytes go in as they arrive, events come out as soon as their blank line is there, wherever the bytes were split.
+It accepts bytes in any chunking and returns each event as soon as its blank line has arrived.
 """
 
 from typing import Final
@@ -8,7 +8,7 @@ from typing import Final
 __all__ = ["COMMENT", "MAX_EVENT_BYTES", "STRAY", "OversizedEvent", "SseDecoder"]
 
 MAX_EVENT_BYTES: Final = 16 * 1024 * 1024
-"""An image comes as one event; large content is split before it is stored."""
+"""Bound of one event: an image arrives as one event; large content is split before it is stored."""
 COMMENT: Final = b"\n:"
 """The name under which a comment is reported; its data is the comment's text. No event can have it: it has a LF."""
 STRAY: Final = b"\n?"
@@ -29,7 +29,7 @@ class OversizedEvent(ValueError):
 class SseDecoder:
     """Decode one stream. Keep no more than one unfinished event of at most ``limit`` bytes.
 
-    Line ends (CRLF, CR, LF) are made LF first, so that the rest only ever cuts at blank lines.
+    Line ends (CRLF, CR, LF) are normalised to LF first, so that events can be split at blank lines.
     """
 
     __slots__ = ("_ends_line", "_held", "_limit", "_pieces", "_skip_lf", "_start")
@@ -43,10 +43,10 @@ class SseDecoder:
         self._start: bytes | None = b""
 
     def feed(self, data: bytes) -> list[tuple[bytes, bytes]]:
-        """Return the (name, data) of every event that ``data`` completes; name is empty where the event has none.
+        """Return the (name, data) of every event that ``data`` completes; the name of an unnamed event is empty.
 
-        Comments are reported in their place under the name `COMMENT`, unknown lines of an event under `STRAY` ahead
-        of it. Data stays bytes: JSON decoders want them so.
+        Comments are reported in order under the name `COMMENT`, unknown lines of an event under `STRAY` before it. Data
+        stays bytes, as JSON decoders expect.
 
         Raises:
             OversizedEvent: an event is longer than the limit.

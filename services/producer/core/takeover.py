@@ -1,4 +1,4 @@
-"""Decide how to take a generation over, from the events that the log already holds of it."""
+"""Decide how to take over a generation, from its events in the log."""
 
 from typing import Literal
 
@@ -17,12 +17,12 @@ Decision = Literal["run", "restart", "interrupt", "done"]
 class Begun(msgspec.Struct):
     """The state of a generation in the log, folded message by message with `take`.
 
-    ``tokens`` is the running count of the last accepted delta; ``has_tokens`` whether there is any, or may have been
-    among events that have expired. ``provider`` and ``upstream_model``: those of the last call; ``usage``: its
-    report; ``abandoned``: how many calls were abandoned before.
+    ``tokens``: the running count of the last accepted delta. ``has_tokens``: whether there is a token, or may have been
+    among expired events. ``provider`` and ``upstream_model``: those of the last call; ``usage``: its report;
+    ``abandoned``: number of calls abandoned before.
 
-    A log that no longer keeps the generation's beginning is read twice: the first time shows that (`lost_beginning`)
-    and which epoch is the highest, the second time begins with `joining` that epoch.
+    A log that no longer keeps the generation's beginning is read twice: the first pass detects that (`lost_beginning`)
+    and finds the highest epoch, the second pass starts with `joining` that epoch.
     """
 
     acceptance: Acceptance = msgspec.field(default_factory=Acceptance)
@@ -35,26 +35,26 @@ class Begun(msgspec.Struct):
 
     @classmethod
     def joining(cls, highest: int) -> "Begun":
-        """Return an empty state that begins with the oldest kept event of the epoch ``highest``."""
+        """Return an empty state that joins at the oldest kept event of the epoch ``highest``."""
         return cls(Acceptance.joining(highest))
 
     @property
     def position(self) -> Position:
-        """The position behind the last accepted event."""
+        """Return the position after the last accepted event."""
         return self.acceptance.position
 
     @property
     def last_seq(self) -> int:
-        """The stream sequence of the last stored message of any kind, for a conditional append."""
+        """Return the stream sequence of the last stored message of any kind, for a conditional append."""
         return self.acceptance.through
 
     @property
     def lost_beginning(self) -> bool:
-        """Whether the first events have expired."""
+        """Return whether the first events have expired."""
         return self.acceptance.lost_beginning
 
     def take(self, data: bytes, stream_seq: int) -> None:
-        """Fold the next stored message; one that is no event only moves the stream sequence."""
+        """Fold the next stored message; a message that is not an event only advances the stream sequence."""
         try:
             header = decode_header(data)
         except MalformedEvent:
@@ -94,9 +94,9 @@ class Begun(msgspec.Struct):
 
 
 def lost_call(begun: Begun, request: Counted) -> AbandonedCall | None:
-    """Return the call that lost its producer, as far as it was logged; ``None`` if nothing was.
+    """Return the logged part of the call that lost its producer, or ``None`` if nothing was logged.
 
-    ``request`` counts its input. The numbers are an estimate, unless its provider had reported already.
+    ``request``: the count of its input. The numbers are an estimate, unless its provider had reported already.
     """
     if not begun.has_tokens and begun.usage is None:
         return None
@@ -117,7 +117,7 @@ def lost_call(begun: Begun, request: Counted) -> AbandonedCall | None:
 def decide(begun: Begun, *, may_restart: bool) -> Decision:
     """Decide whether to ``run`` it, ``restart`` it in a new epoch or ``interrupt`` it, or that it is ``done``.
 
-    Without tokens it runs anew: no reader has seen text that must be taken back.
+    Without tokens it always begins again: no reader has seen text that must be revoked.
     """
     if begun.position.ended:
         return "done"

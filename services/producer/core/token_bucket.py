@@ -6,7 +6,7 @@ __all__ = ["TokenBucket"]
 
 
 class TokenBucket:
-    """Hold at most ``capacity`` tokens and refill ``capacity`` of them in ``period`` seconds. It begins full."""
+    """Hold at most ``capacity`` tokens and refill ``capacity`` of them in ``period`` seconds. It starts full."""
 
     __slots__ = ("_at", "_capacity", "_rate", "_tokens")
 
@@ -17,7 +17,7 @@ class TokenBucket:
         self._at = -math.inf
 
     def take(self, now: float) -> float:
-        """Take a token and return 0, or take none and return the seconds until there is one."""
+        """Take a token and return 0, or return the seconds until the next one."""
         self._tokens = min(self._capacity, self._tokens + (now - self._at) * self._rate)
         self._at = now
         if self._tokens >= 1.0:

@@ -88,7 +88,7 @@ OUT_OF_EVENTS: list[tuple[bytes, str, str]] = [
     (b'event: error\ndata: {"message":"boom"}\n\n', ERROR, "boom"),
     (b"event: error\ndata: Rate limit exceeded\n\n", LIMITED, "Rate limit exceeded"),
     (b"event: error\n\n", ERROR, "error"),
-    (b"event: stream_error\ndata:\n\n", ERROR, "the provider reported an error without saying which"),
+    (b"event: stream_error\ndata:\n\n", ERROR, "the provider reported an error without details"),
     (b'{"error":{"message":"raw","code":401}}\n\n', UNAUTHORIZED, "raw"),
     (b'{\n  "error": {\n    "message": "raw"\n  }\n}\n\n', ERROR, "raw"),
     (b'[{"error":{"message":"raw"}}]\n\n', ERROR, "raw"),

@@ -159,11 +159,11 @@ def test_anthropic_takes_images_as_data_or_address() -> None:
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        (call(n=2), "one answer"),
-        (call([Message("user", [{"type": "input_audio"}])]), "'input_audio' is not understood"),
+        (call(n=2), "only n=1"),
+        (call([Message("user", [{"type": "input_audio"}])]), "'input_audio' is not supported"),
         (call([Message("user", [{"type": "image_url", "image_url": {"url": "data:,x"}}])]), "base64"),
         (call([Message("assistant", tool_calls=[{"function": {"arguments": "{"}}])]), "not JSON"),
-        (call(tools=[TOOL], tool_choice="perhaps"), "'perhaps' is not known"),
+        (call(tools=[TOOL], tool_choice="perhaps"), "'perhaps' is unknown"),
     ],
 )
 def test_anthropic_refuses_what_cannot_be_said(asked: UpstreamRequest, said: str) -> None:

@@ -13,9 +13,9 @@ MARK = Mark(created="c", seq=100, stamp=7)
         ("c", 100, 7, None),
         ("c", 150, 7, None),
         ("c", 150, None, None),
-        ("c", 99, None, "it ends at 99, and reached 100 before"),
-        ("c", 150, 8, "it holds another message at 100 than before"),
-        ("d", 150, 7, "the stream was created anew"),
+        ("c", 99, None, "it ends at 99, but had reached 100"),
+        ("c", 150, 8, "its message at 100 has changed"),
+        ("d", 150, 7, "the stream was re-created"),
     ],
 )
 def test_a_log_is_compared_with_its_mark(created: str, last_seq: int, stamp: int | None, why: str | None) -> None:

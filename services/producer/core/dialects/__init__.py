@@ -16,9 +16,9 @@ DIALECTS: Final[tuple[str, ...]] = get_args(DialectName)
 
 
 def dialect_of(name: DialectName, include_usage: bool = True, base_url: str = "") -> Dialect:
-    """Return the dialect of this name. ``include_usage`` off suits servers that refuse ``stream_options``.
+    """Return the dialect of this name. ``include_usage``: off for servers that reject ``stream_options``.
 
-    ``base_url``: the provider's address, which decides how it counts usage.
+    ``base_url``: the provider's address, which determines its `UsageRules`.
     """
     match name:
         case "openai":

@@ -96,7 +96,7 @@ class Anthropic:
         return AnthropicParser()
 
     def refusal(self, status: int, headers: Mapping[str, str], body: bytes, now: float) -> UpstreamFailure:
-        """Return the failure that an error response means."""
+        """Return the failure of an error response."""
         return refusal_of(status, headers, body, now)
 
 
@@ -120,7 +120,7 @@ class AnthropicParser(EventParser[_Event]):
         return message_events(tree)
 
     def read(self, event: _Event, payload: bytes) -> None:
-        """Take one event; its ``type`` is in the data, so the event's name is not needed."""
+        """Handle one event; its ``type`` is in the data, so the event's name is not needed."""
         if event.error:
             self.unknown(payload)
             return
@@ -147,7 +147,7 @@ class AnthropicParser(EventParser[_Event]):
                 self.unknown(payload)
 
     def end(self, part: End | UpstreamFailure) -> None:
-        """Add the last part, behind the ends of blocks that had none."""
+        """End the open blocks, then add the last part."""
         if isinstance(part, End):
             self._blocks.stop_all()
         super().end(part)

@@ -1,7 +1,7 @@
 """The content blocks of an Anthropic message: tool calls, thinking with its signature, and blocks of other kinds.
 
-Tools that Anthropic runs itself (web search, code execution, MCP) come as blocks like those of the caller's tools, and
-their results as blocks that are whole at once. No client is to call them, so they are kept as they are, for readers to
+Tools that Anthropic runs itself (web search, code execution, MCP) arrive as blocks like those of the caller's tools,
+and their results as complete blocks. Clients must not call them, so these blocks are stored unchanged, for readers to
 show and for the next request.
 """
 
@@ -19,7 +19,7 @@ from services.producer.core.parts import AnnotationPart, ExtraPart, Omitted, Rea
 __all__ = ["Blocks"]
 
 _BLOCKS: Final = 1_000
-"""Bound of the blocks that are open at once."""
+"""Bound of the open blocks."""
 
 
 class _Block:
@@ -30,7 +30,7 @@ class _Block:
     def __init__(self, kind: str, fields: dict[str, Any]) -> None:
         self.kind = kind
         self.fields = fields
-        self.json: list[str] = []  # of a block that is kept as it is; at most `JSON_BYTES` characters
+        self.json: list[str] = []  # of a block that is stored unchanged; at most `JSON_BYTES` characters
         self.size = 0
         self.signature = ""
 
@@ -44,7 +44,7 @@ class Blocks:
         self._open: dict[object, _Block] = {}
 
     def start(self, index: object, fields: dict[str, Any]) -> None:
-        """Begin a block; one that is still open under the same index ends.
+        """Begin a block; end a block that is still open under the same index.
 
         Raises:
             ValueError: too many blocks are open.
@@ -70,7 +70,7 @@ class Blocks:
                     self._joined.add(SignaturePart(Signature(kind=kind, data=data)))
 
     def json(self, index: object, fragment: str) -> None:
-        """Take a fragment of a block's input."""
+        """Add a fragment of a block's input."""
         block = self._open.get(_key(index))
         if block is None or block.kind == "tool_use":
             for call in self._calls.take(0, index, None, None, fragment):
@@ -82,7 +82,7 @@ class Blocks:
             block.json.append(fragment)
 
     def sign(self, index: object, signature: str) -> None:
-        """Take a fragment of a thinking block's signature."""
+        """Add a fragment of a thinking block's signature."""
         block = self._open.get(_key(index))
         if block is None:
             self._joined.add(SignaturePart(Signature(kind="thinking", data=signature)))
@@ -90,7 +90,7 @@ class Blocks:
             block.signature += signature
 
     def extend(self, index: object, delta: dict[str, Any]) -> None:
-        """Take a delta of an unknown kind: texts are joined to the block's own, all else replaces it."""
+        """Add a delta of an unknown kind: append its texts to the block's, replace all other fields."""
         block = self._open.get(_key(index))
         if block is None or block.kind in ("text", "thinking", "tool_use"):
             self._joined.add(ExtraPart(Extra(kind=str(delta.get("type")), data=delta)))
@@ -106,7 +106,7 @@ class Blocks:
                 block.fields[name] = value
 
     def stop(self, index: object, *, cut: bool = False) -> None:
-        """End a block, if one is open under ``index``; ``cut``: its answer was cut off there."""
+        """End the block that is open under ``index``, if any; ``cut``: the answer was cut off there."""
         block = self._open.pop(_key(index), None)
         if block is None:
             return
@@ -122,7 +122,7 @@ class Blocks:
                 self._keep(kind, block)
 
     def stop_all(self, *, cut: bool = False) -> None:
-        """End all blocks that are open."""
+        """End all open blocks."""
         for index in list(self._open):
             self.stop(index, cut=cut)
 
@@ -134,7 +134,7 @@ class Blocks:
             self._joined.add(AnnotationPart(annotation(citation)))
 
     def _end_call(self, index: object, block: _Block, cut: bool) -> None:
-        """End a call. Some servers send its input whole, with the block's start."""
+        """End a call. Some servers send its whole input in the block's start."""
         given = block.fields.get("input")
         if given and not block.size:
             fragments = self._calls.take(0, index, None, None, given)
@@ -144,7 +144,7 @@ class Blocks:
             self._joined.tool_call(fragment)
 
     def _keep(self, kind: str, block: _Block) -> None:
-        """Keep a block as it is."""
+        """Store a block unchanged."""
         if block.size > JSON_BYTES:
             self._joined.add(Omitted(kind, f"larger than {JSON_BYTES} bytes"))
             return

@@ -1,4 +1,4 @@
-"""The OpenAI chat form, translated to Anthropic messages."""
+"""Translate requests in the OpenAI chat form to Anthropic messages."""
 
 import re
 from collections.abc import Iterator
@@ -15,19 +15,19 @@ __all__ = ["DEFAULT_MAX_TOKENS", "is_own_block", "messages_body"]
 DEFAULT_MAX_TOKENS: Final = 4096
 _SAME: Final = ("temperature", "top_p", "top_k", "metadata", "thinking", "service_tier", "output_config")
 _OWN: Final = re.compile(r"redacted_thinking|(server|mcp)_tool_use|[a-z_]+_tool_result|container_upload|compaction")
-"""Blocks that only this provider can read, for instance of tools that it runs itself: they go back as they came."""
+"""Blocks that only this provider can read, such as those of its own tools: they are sent back unchanged."""
 _TOOL_CHOICES: Final = {"auto": "auto", "none": "none", "required": "any"}
 
 
 def messages_body(call: UpstreamRequest) -> dict[str, Any]:
-    """Return the body of a streamed request; parameters that only other providers know are left out.
+    """Return the body of a streamed request, without parameters that only other providers know.
 
     Raises:
-        UntranslatableCall: several choices, or content that this API does not take.
+        UntranslatableCall: several choices, or content that this API does not accept.
     """
     params = call.params
     if params.get("n") not in (None, 1):
-        raise UntranslatableCall(f"this provider gives one answer, not n={params['n']}")
+        raise UntranslatableCall(f"this provider supports only n=1, not n={params['n']}")
     body = {name: params[name] for name in _SAME if params.get(name) is not None}
     limit = params.get("max_completion_tokens") or params.get("max_tokens") or DEFAULT_MAX_TOKENS
     body |= {"model": call.model, "max_tokens": limit, "messages": _messages(call.messages), "stream": True}
@@ -99,7 +99,7 @@ def _blocks(message: Message) -> Iterator[dict[str, Any]]:
 
 
 def _thoughts(message: Message) -> Iterator[dict[str, Any]]:
-    """Yield thinking from beside the content, LiteLLM's form, unless the content has its own."""
+    """Yield the thinking in LiteLLM's ``thinking_blocks``, unless the content has its own."""
     content = message.content if isinstance(message.content, list) else ()
     if not any(part.get("type") in ("thinking", "redacted_thinking") for part in content):
         for block in message.thinking_blocks or ():
@@ -107,7 +107,7 @@ def _thoughts(message: Message) -> Iterator[dict[str, Any]]:
 
 
 def _content(content: str | list[dict[str, Any]] | None) -> Iterator[dict[str, Any]]:
-    """Yield content blocks; empty texts are left out, the API refuses them."""
+    """Yield content blocks; omit empty texts, which the API rejects."""
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     for part in content or ():
@@ -116,7 +116,7 @@ def _content(content: str | list[dict[str, Any]] | None) -> Iterator[dict[str, A
                 if text := part.get("text") or part.get("refusal"):
                     yield {"type": "text", "text": text}
             case "thinking":
-                # Without its signature the API refuses a thought, and thoughts of others have none.
+                # The API rejects a thought without its signature; thoughts of other providers have none.
                 if isinstance(part.get("thinking"), str) and part.get("signature"):
                     yield {"type": "thinking", "thinking": part["thinking"], "signature": part["signature"]}
             case kind if is_own_block(kind):
@@ -126,13 +126,13 @@ def _content(content: str | list[dict[str, Any]] | None) -> Iterator[dict[str, A
                 yield {"type": "image", "source": _source(image.get("url") if isinstance(image, dict) else image)}
             case other:
                 raise UntranslatableCall(
-                    f"content of type {other!r} is not understood by this provider: use text, image_url"
+                    f"content of type {other!r} is not supported by this provider: use text, image_url"
                 )
 
 
 def _source(url: Any) -> dict[str, str]:
     if not isinstance(url, str):
-        raise UntranslatableCall("image_url must hold a url")
+        raise UntranslatableCall("image_url must contain a url")
     if not url.startswith("data:"):
         return {"type": "url", "url": url}
     media_type, mark, data = url.removeprefix("data:").partition(";base64,")
@@ -171,7 +171,7 @@ def _tool_choice(params: dict[str, Any]) -> dict[str, Any] | None:
     elif choice is None:
         translated = {"type": "auto"}
     else:
-        raise UntranslatableCall(f"tool_choice {choice!r} is not known: use auto, none, required or a function")
+        raise UntranslatableCall(f"tool_choice {choice!r} is unknown: use auto, none, required or a function")
     if single and translated["type"] != "none":
         translated["disable_parallel_tool_use"] = True
     return translated if choice is not None or single else None

@@ -1,4 +1,4 @@
-"""Cohere v2 chat: request and stream."""
+"""The Cohere v2 chat dialect: request and stream."""
 
 from collections.abc import Mapping
 from typing import Any, Final
@@ -82,7 +82,7 @@ class _ToolCall(msgspec.Struct):
 
 
 class _Message(msgspec.Struct):
-    # message-start brings empty lists where the later events bring one object
+    # message-start has empty lists where later events have one object
     content: _Content | list[Any] | None = None
     tool_plan: str | None = None
     tool_calls: _ToolCall | list[Any] | None = None
@@ -124,14 +124,14 @@ class Cohere:
         return CohereParser()
 
     def refusal(self, status: int, headers: Mapping[str, str], body: bytes, now: float) -> UpstreamFailure:
-        """Return the failure that an error response means."""
+        """Return the failure of an error response."""
         return refusal_of(status, headers, body, now)
 
 
 def _body(call: UpstreamRequest) -> dict[str, Any]:
     params = call.params
     if params.get("n") not in (None, 1):
-        raise UntranslatableCall(f"this provider gives one answer, not n={params['n']}")
+        raise UntranslatableCall(f"this provider supports only n=1, not n={params['n']}")
     body = {name: params[name] for name in _SAME if params.get(name) is not None}
     body |= {theirs: params[ours] for ours, theirs in _RENAMED.items() if params.get(ours) is not None}
     body |= {"model": call.model, "messages": [_message(m) for m in call.messages], "stream": True}
@@ -152,7 +152,7 @@ def _message(message: Message) -> dict[str, Any]:
     elif not message.tool_calls:
         translated["content"] = ""
     if message.tool_calls:
-        # signatures are those of other providers
+        # signatures belong to other providers
         known = ("id", "type", "function")
         translated["tool_calls"] = [{n: call[n] for n in known if n in call} for call in message.tool_calls]
     if message.tool_plan:
@@ -188,13 +188,13 @@ def _response_format(format_: Any) -> Any:
 
 
 def _tools(tools: list[dict[str, Any]], choice: Any) -> dict[str, Any]:
-    """Return tools and choice; a single named function is required by offering only that one."""
+    """Return tools and tool choice; a single required function is expressed by offering only that one."""
     if choice in (None, "auto"):
         return {"tools": tools}
     if choice in ("required", "none"):
         return {"tools": tools, "tool_choice": choice.upper()}
     if not isinstance(choice, dict):
-        raise UntranslatableCall(f"tool_choice {choice!r} is not known: use auto, none, required or a function")
+        raise UntranslatableCall(f"tool_choice {choice!r} is unknown: use auto, none, required or a function")
     name = (choice.get("function") or {}).get("name")
     return {"tools": [t for t in tools if (t.get("function") or {}).get("name") == name], "tool_choice": "REQUIRED"}
 
@@ -214,7 +214,7 @@ class CohereParser(EventParser[_Event]):
         return chat_events(tree)
 
     def read(self, event: _Event, payload: bytes) -> None:
-        """Take one event; its ``type`` is in the data, so the event's name is not needed."""
+        """Handle one event; its ``type`` is in the data, so the event's name is not needed."""
         if event.error:
             self.unknown(payload)
             return
@@ -282,7 +282,7 @@ class CohereParser(EventParser[_Event]):
 
 
 def _annotation(citation: Any) -> Annotation:
-    """Return a citation: characters of the answer, and the first of the sources that they rest on."""
+    """Return a citation: a range of characters of the answer, and the first of its sources."""
     cited = annotation(citation)
     sources = citation.get("sources") if isinstance(citation, dict) else None
     first = next((source for source in sources or () if isinstance(source, dict)), {})

@@ -26,12 +26,12 @@ __all__ = [
 MESSAGE_LIMIT: Final = 500
 _QUOTED: Final = 300
 _NO_MARKER: Final = "the provider's stream ended without its end marker"
-_UNSAID: Final = "the provider reported an error without saying which"
+_NO_DETAILS: Final = "the provider reported an error without details"
 _EMPTY: Final = "the provider ended the answer without content, finish reason or usage"
 
 
 def refusal_of(status: int, headers: Mapping[str, str], body: bytes, now: float) -> UpstreamFailure:
-    """Return the failure that a response with an error status, or one that is no event stream, means."""
+    """Return the failure of a response with an error status or without an event stream."""
     error, stated = _error_in(body)
     if status < 400 and not stated:
         kind = headers.get("content-type", "no content type")
@@ -51,21 +51,21 @@ def refusal_of(status: int, headers: Mapping[str, str], body: bytes, now: float)
 
 
 def failure_in_stream(error: Any) -> UpstreamFailure:
-    """Return the failure that an error inside a stream means, from its event, or only an error object or text."""
+    """Return the failure of an error inside a stream. ``error``: its event, or only an error object or text."""
     reported = described(error)
     code, recoverable = _meaning(reported, reported.status)
     return UpstreamFailure(
         code=code,
-        message=_bounded(reported.message) or _bounded(_shown(error)) or _UNSAID,
+        message=_bounded(reported.message) or _bounded(_error_text(error)) or _NO_DETAILS,
         upstream_status=reported.status,
         recoverable=recoverable,
     )
 
 
 def malformed(reason: object, data: bytes = b"") -> UpstreamFailure:
-    """Return the failure of a stream that does not follow its dialect. ``data``: the unreadable input.
+    """Return the failure of a stream that violates its dialect. ``data``: the unreadable input.
 
-    A text that is no JSON is matched with known messages: a proxy's "rate limit exceeded".
+    Text that is not JSON is matched with known messages, such as a proxy's "rate limit exceeded".
     """
     if data and data.lstrip()[:1] not in b'{["' and (meaning := meaning_of_text(data.decode(errors="replace"))):
         return _from_text(meaning, data)
@@ -76,19 +76,19 @@ def malformed(reason: object, data: bytes = b"") -> UpstreamFailure:
 def cut_off(rest: bytes, broken: str = "", instead: bool = False) -> UpstreamFailure:
     """Return the failure of a stream that ended before its answer did.
 
-    ``rest``: unreadable input, or input behind its last event. ``broken``: why the connection broke, empty where the
-    body ended properly. ``instead``: ``rest`` is all that came, and complete.
+    ``rest``: unreadable input, or input after its last event. ``broken``: why the connection broke, empty if the body
+    ended properly. ``instead``: ``rest`` is the whole body.
     """
     if rest and instead:
         if meaning := meaning_of_text(rest.decode(errors="replace")):
             return _from_text(meaning, rest)
-        return UpstreamFailure("upstream_malformed", _bounded(f"answered with what is no answer: {quoted(rest)}"))
+        return UpstreamFailure("upstream_malformed", _bounded(f"the body is not an answer: {quoted(rest)}"))
     text = f"the connection broke: {broken}" if broken else _NO_MARKER
     return UpstreamFailure("upstream_cut_off", _with_rest(text, rest), recoverable=True)
 
 
 def empty(rest: bytes) -> UpstreamFailure:
-    """Return the failure of an answer that was ended without anything in it. ``rest``: the input beside events."""
+    """Return the failure of an answer that ended without content. ``rest``: the input outside of events."""
     meaning = meaning_of_text(rest.decode(errors="replace")) if rest else None
     if meaning is not None:
         return _from_text(meaning, rest)
@@ -96,7 +96,7 @@ def empty(rest: bytes) -> UpstreamFailure:
 
 
 def retry_after(headers: Mapping[str, str], now: float) -> float | None:
-    """Return for how many seconds the provider asks to pause (RFC 9110 section 10.2.3, or ``retry-after-ms``)."""
+    """Return the pause that the provider requests in seconds (RFC 9110 section 10.2.3, or ``retry-after-ms``)."""
     for name, scale in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         value = headers.get(name, "").strip()
         if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", value):
@@ -140,8 +140,8 @@ def _error_in(body: bytes) -> tuple[Reported, bool]:
     return (stated, True) if stated is not None else (described(decoded), False)
 
 
-def _shown(error: Any) -> str:
-    """Return an error object that has no message as it came."""
+def _error_text(error: Any) -> str:
+    """Return the text of an error object without a message: the object itself."""
     if not error or not isinstance(error, dict | list):
         return ""
     try:

@@ -17,10 +17,10 @@ Events = list[tuple[bytes, bytes]]
 
 
 class Framing:
-    """Split one body. The first byte that is no white space decides: a JSON document begins with a brace or bracket.
+    """Split one body. The first byte other than white space decides: a JSON document begins with a brace or bracket.
 
-    ``feed`` takes bytes as they arrive and returns (name, data) of the events that they complete; it may raise
-    `OversizedEvent`. ``head``: how a body of JSON documents begins, empty for server-sent events.
+    ``feed`` takes bytes as they arrive and returns the (name, data) of each completed event; it may raise
+    `OversizedEvent`. ``head``: the beginning of a body of JSON documents, empty for server-sent events.
     """
 
     __slots__ = ("_decoder", "_start", "feed")
@@ -32,7 +32,7 @@ class Framing:
 
     @property
     def head(self) -> bytes:
-        """How a body of JSON documents begins."""
+        """Return the beginning of a body of JSON documents."""
         return self._decoder.head if isinstance(self._decoder, _Documents) else b""
 
     def finish(self) -> Events:
@@ -56,7 +56,7 @@ class Framing:
 
 
 class _Documents:
-    """Split JSON documents: one on a line at once, one over several lines at the end. Holds at most ``limit`` bytes."""
+    """Split JSON documents: on one line at once, on several lines at the end. Holds at most ``limit`` bytes."""
 
     def __init__(self, limit: int = MAX_EVENT_BYTES) -> None:
         self.head = b""
@@ -125,7 +125,7 @@ def documents(data: bytes) -> Events:
 
 
 def _line(line: bytes) -> tuple[bytes, bytes] | None:
-    """Return the event on a line of its own, ``None`` where it is none or only the beginning of one."""
+    """Return the event on a line, or ``None`` if the line is not a complete event."""
     line = line.strip()
     if line.startswith(b"data:"):
         return b"", line[5:].strip()

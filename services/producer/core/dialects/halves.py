@@ -1,4 +1,4 @@
-"""Joins halves of surrogate pairs that a provider has split over two events."""
+"""Join halves of surrogate pairs that a provider has split over two events."""
 
 from typing import Final, Literal
 
@@ -10,9 +10,9 @@ _ALONE: Final = "\ufffd"
 
 
 class Halves:
-    """Hold the half that ends a text until the next text of the same lane; one that stays alone becomes U+FFFD.
+    """Hold the half at the end of a text until the next text of the same lane; a lone half becomes U+FFFD.
 
-    At most one character a lane is held.
+    At most one character per lane is held.
     """
 
     __slots__ = ("_held",)
@@ -21,7 +21,7 @@ class Halves:
         self._held: dict[Lane, str] = {}
 
     def mended(self, lane: Lane, text: str) -> str:
-        """Return ``text`` with the half that was held before it, and without one that ends it; maybe empty."""
+        """Prepend the held half to ``text`` and hold back a half at its end; return the result, maybe empty."""
         if not text:
             return text
         held = self._held.pop(lane, "")
@@ -38,7 +38,7 @@ class Halves:
         return text
 
     def left(self) -> list[tuple[Lane, str]]:
-        """Return replacement characters for the halves that are still held, and forget them."""
+        """Return replacement characters for the halves still held, and drop these."""
         lanes = list(self._held)
         self._held.clear()
         return [(lane, _ALONE) for lane in lanes]

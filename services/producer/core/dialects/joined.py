@@ -1,4 +1,4 @@
-"""Joins adjacent fragments that one socket read brought, so that a read becomes few parts."""
+"""Join adjacent fragments of one socket read, so that a read becomes few parts."""
 
 import msgspec
 
@@ -23,9 +23,9 @@ __all__ = ["Joined", "join"]
 class Joined:
     """Collect parts in order; neighbours of the same kind and choice (and tool call) become one.
 
-    The joined part keeps the time stamp of its first fragment. Reports of usage, which some providers repeat with every
-    token, become one report behind everything but the end. ``halves``: where texts may hold halves of surrogate pairs.
-    ``begun`` and ``finished``: the choices that have content and a finish reason. ``has_usage``: usage was reported.
+    The joined part keeps the time stamp of its first fragment. Usage reports, which some providers repeat with every
+    token, become one report before the end. ``halves``: set when texts may contain halves of surrogate pairs. ``begun``
+    and ``finished``: the choices that have content and a finish reason. ``has_usage``: usage was reported.
     """
 
     __slots__ = (
@@ -68,7 +68,7 @@ class Joined:
         self._texts = [text]
 
     def tool_call(self, fragment: ToolCall, choice: int = 0, at: float | None = None) -> None:
-        """Add a fragment of a tool call. One that brings more than arguments begins a part of its own."""
+        """Add a fragment of a tool call. A fragment with more than arguments begins a new part."""
         if self.halves is not None:
             fragment = _mended(fragment, self.halves, choice)
         tool = self._tool
@@ -114,7 +114,7 @@ class Joined:
                 self.text(kind, text, choice)
 
     def take(self) -> list[Part]:
-        """Return the collected parts, and begin anew."""
+        """Return and clear the collected parts."""
         self._flush()
         self._flush_usage()
         parts, self._parts = self._parts, []

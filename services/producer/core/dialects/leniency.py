@@ -1,4 +1,4 @@
-"""Reads JSON that a strict decoder refuses: fields of a wrong type, values and texts that are no JSON."""
+"""Read JSON that a strict decoder rejects: fields of a wrong type, values and strings that are not JSON."""
 
 import functools
 import json
@@ -17,7 +17,7 @@ T = TypeVar("T", bound=msgspec.Struct)
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
 _INNER_SURROGATE: Final = re.compile("(?<!^)[\udc00-\udfff]|[\ud800-\udbff](?!\\Z)")
 _LONGEST_INT: Final = 19
-# Fields that make up an answer: where one of these has an unusable type, a piece of the answer would be missing.
+# Fields that make up an answer: without one of these (an unusable type) a piece of the answer would be missing.
 _NEEDED: Final = frozenset(
     {
         "arguments",
@@ -48,8 +48,8 @@ class Misfit(ValueError):
 class Fitted(NamedTuple):
     """An event that was read leniently.
 
-    ``payload``: the event as strict JSON. ``left_out``: paths of omitted fields. ``halves``: texts begin or end with
-    half of a surrogate pair; the other half may be in a neighbouring event.
+    ``payload``: the event as strict JSON. ``left_out``: paths of omitted fields. ``halves``: a text begins or ends with
+    half of a surrogate pair, whose other half may be in a neighbouring event.
     """
 
     event: Any
@@ -65,12 +65,12 @@ def shape_of(expected: object) -> inspect.Type:
 
 
 def loads(payload: bytes) -> Any:
-    """Return the value of JSON that may hold NaN, infinities, raw control characters and halves of surrogate pairs.
+    """Decode JSON that may contain NaN, infinities, raw control characters and halves of surrogate pairs.
 
-    Bytes that are no UTF-8 are U+FFFD; other numbers than finite ones are None.
+    Invalid UTF-8 becomes U+FFFD; numbers that are not finite become None.
 
     Raises:
-        ValueError: it is no JSON.
+        ValueError: ``payload`` is not JSON.
         RecursionError: it is nested too deeply.
     """
     return _lenient.decode(payload.decode("utf-8", "replace"))
@@ -82,7 +82,7 @@ def dumped(value: Any) -> bytes:
 
 
 def fitted(tree: dict[str, Any], expected: type, shape: inspect.Type) -> Fitted:
-    """Return ``tree`` as the struct ``expected``: convertible values are converted, others are left out.
+    """Return ``tree`` as the struct ``expected``: convertible values are converted, others are omitted.
 
     Raises:
         Misfit: a misfit field is part of the answer itself.
@@ -145,7 +145,7 @@ class _Fitting:
         raise _Unfit
 
     def _union(self, value: Any, shape: inspect.UnionType, path: str, needed: bool) -> Any:
-        # members that take the value as it is go before those that would have to convert it
+        # try members that accept the value as it is before those that convert it
         members = sorted(shape.types, key=lambda member: not _is_natural(value, member))
         for member in members:
             try:
@@ -180,11 +180,11 @@ class _Fitting:
         if value is None:
             return
         if needed:
-            raise Misfit(f"{path} is of the type {_kind(value)}")
+            raise Misfit(f"{path} has the type {_kind(value)}")
         self.left_out.append(path)
 
     def _tree(self, value: Any) -> Any:
-        """Return a part of the answer that has no declared shape; halves at the ends of its texts stay."""
+        """Return a part of the answer without a declared shape; halves at the ends of its texts are kept."""
         if isinstance(value, str):
             return self._string(value, needed=True)
         if isinstance(value, dict):
@@ -263,7 +263,7 @@ def _is_natural(value: Any, member: inspect.Type) -> bool:
 
 
 def plain(value: Any) -> Any:
-    """Return a value without anything that strict JSON cannot express."""
+    """Return a value reduced to what strict JSON can express."""
     if isinstance(value, str):
         return _SURROGATE.sub("\ufffd", value)
     if isinstance(value, dict):

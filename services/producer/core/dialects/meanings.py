@@ -7,7 +7,7 @@ from typing import Final
 __all__ = ["Meaning", "meaning_of", "meaning_of_text"]
 
 Meaning = tuple[str, bool]
-"""The code, and whether the same request may succeed when it is made again."""
+"""The code, and whether a retry of the same request may succeed."""
 
 _TOO_LONG: Final = ("context_length_exceeded", False)
 _FILTERED: Final = ("content_filtered", False)
@@ -166,7 +166,7 @@ _EXACT: Final[tuple[tuple[Meaning, tuple[str, ...]], ...]] = (
     (_REFUSED, ("request_too_large",)),
 )
 _WORDS: Final[dict[str, Meaning]] = {word: meaning for meaning, words in _EXACT for word in words}
-# Words that some servers put on everything: a status is more specific.
+# Words that some servers use for every error: a status is more specific.
 _LOOSE_WORDS: Final[dict[str, Meaning]] = dict.fromkeys(
     (
         "bad_request",
@@ -247,8 +247,8 @@ _TEXT_LIMIT: Final = 4_000
 def meaning_of(words: Iterable[str], text: str, status: int | None) -> Meaning:
     """Return the code of an error: an exact word first, then its text, then the status, then a loose word.
 
-    ``status``: of the HTTP answer or in the error itself, where there is one. A text never overrules a status that is
-    exact itself, apart from those of a prompt that is too long or a balance that is spent.
+    ``status``: of the HTTP response or in the error itself, if any. A text never overrides a status that is exact
+    itself, except texts about a too long prompt or a spent balance.
     """
     words = [word.lower() for word in words]
     for word in words:
@@ -271,7 +271,7 @@ def meaning_of(words: Iterable[str], text: str, status: int | None) -> Meaning:
 
 
 def meaning_of_text(text: str) -> Meaning | None:
-    """Return the code of a text without status and words; ``None`` for an unknown text."""
+    """Return the code of a text without status and words, or ``None`` for an unknown text."""
     text = text[:_TEXT_LIMIT]
     if _LENGTH_TEXT.search(text):
         return _TOO_LONG

@@ -1,4 +1,4 @@
-"""Content as providers write it, in terms of parts: images and other files, sources, texts in lists."""
+"""Convert providers' content to parts: images and other files, sources, texts in lists."""
 
 import base64
 import urllib.parse
@@ -20,7 +20,7 @@ _URL_SAFE: Final = str.maketrans("-_", "+/")
 
 
 def text_of(value: Any) -> str:
-    """Return the text in a value: itself, or that of a part or a list of parts (Mistral)."""
+    """Return the text of a value: a string, a part, or a list of parts (Mistral)."""
     match value:
         case str():
             return value
@@ -35,7 +35,7 @@ def text_of(value: Any) -> str:
 
 
 def file_part(kind: str, value: Any, choice: int = 0, at: float | None = None) -> BinaryPart | ExtraPart:
-    """Return an image or another file: its bytes where they are here (a data URL, base64), else as it was sent."""
+    """Return an image or another file: its bytes if included (a data URL, base64), else the object as sent."""
     found = _address(value)
     binary = None
     if found is not None:
@@ -54,16 +54,16 @@ def from_base64(data: str) -> bytes:
     """Decode base64, in either alphabet, with or without padding and line ends.
 
     Raises:
-        ValueError: it is not base64.
+        ValueError: ``data`` is not base64.
     """
     data = "".join(data.split()).rstrip("=").translate(_URL_SAFE)
     return base64.b64decode(data + "=" * (-len(data) % 4), validate=True)
 
 
 def annotation(raw: Any, kind: str = "citation", mark: int | None = None) -> Annotation:
-    """Return a source in whichever form: OpenAI's and OpenRouter's annotations, Perplexity's, Anthropic's, Cohere's.
+    """Return a source from any form: OpenAI's and OpenRouter's annotations, Perplexity's, Anthropic's, Cohere's.
 
-    ``mark``: the number by which the answer refers to it.
+    ``mark``: its number in the answer.
     """
     if not isinstance(raw, dict):
         return Annotation(kind=kind, url=raw if isinstance(raw, str) else None, number=mark, raw=raw)

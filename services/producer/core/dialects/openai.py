@@ -1,4 +1,4 @@
-"""OpenAI chat completions, and every server that speaks them."""
+"""The dialect of OpenAI chat completions, which many other servers implement."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -42,7 +42,7 @@ _FINISH: Final = {"function_call": "tool_calls"}
 _PLAIN: Final = frozenset({"content", "role"})
 _CALLS_ALONE: Final = ["tool_calls"]
 _CUT: Final = frozenset({"length", "content_filter", "error"})
-"""Finish reasons behind which a tool call without arguments may have had some."""
+"""Finish reasons after which a tool call without arguments may be incomplete."""
 
 
 class _Choice(msgspec.Struct, gc=False):  # a tree from JSON has no cycles for a collector to find
@@ -75,7 +75,7 @@ _MOST_CHOICES: Final = 128
 
 
 class OpenAI:
-    """The chat completions API. ``include_usage`` asks for the usage frame; some servers refuse the option.
+    """The chat completions API. ``include_usage`` requests the usage frame; some servers reject the option.
 
     ``rules``: how the provider counts.
     """
@@ -87,7 +87,7 @@ class OpenAI:
     def request(
         self, call: UpstreamRequest, base_url: str, key: str | None, extra_headers: Mapping[str, str]
     ) -> HttpCall:
-        """Return the POST to ``/chat/completions``; parameters go through unchanged."""
+        """Return the POST to ``/chat/completions``; parameters are passed unchanged."""
         own = {"authorization": f"Bearer {key}" if key else None}
         return post(
             f"{base_url.rstrip('/')}/chat/completions", chat_body(call, self._include_usage), own, extra_headers
@@ -98,7 +98,7 @@ class OpenAI:
         return OpenAIParser(rules=self._rules)
 
     def refusal(self, status: int, headers: Mapping[str, str], body: bytes, now: float) -> UpstreamFailure:
-        """Return the failure that an error response means."""
+        """Return the failure of an error response."""
         return refusal_of(status, headers, body, now)
 
 
@@ -112,7 +112,7 @@ def chat_body(call: UpstreamRequest, include_usage: bool) -> dict[str, Any]:
 
 
 def _message(message: Message) -> Message:
-    """Return a message without the parts that only Anthropic can read: thoughts with their proof, its own tools."""
+    """Return a message without the parts that only Anthropic can read: signed thoughts, and its own tools."""
     content = message.content
     if not isinstance(content, list) or not any(_foreign(part) for part in content):
         return message
@@ -127,8 +127,8 @@ def _foreign(part: dict[str, Any]) -> bool:
 class OpenAIParser(EventParser[_Chunk]):
     """Parse a stream of chat completion chunks, which ends with ``[DONE]``.
 
-    ``upstream_id``: the answer's identifier from a response header; without one that of the chunks. Usage is beside the
-    choices or in one, in ``x_groq`` (Groq), or as counts of llama.cpp or Ollama; some send it with every chunk.
+    ``upstream_id``: the answer's identifier from a response header, else from the chunks. Usage is in the chunk, in a
+    choice, in ``x_groq`` (Groq), or in counts of llama.cpp or Ollama; some servers send it with every chunk.
     """
 
     __slots__ = ("_by_choice", "_calls", "_identified", "_newest", "_other", "_rules", "_upstream_id")
@@ -154,7 +154,7 @@ class OpenAIParser(EventParser[_Chunk]):
         return parts
 
     def end(self, part: End | UpstreamFailure) -> None:
-        """Add the last part, behind usage and the ends of tool calls in choices without an end of their own."""
+        """Add usage, the ends of tool calls in unfinished choices, and then the last part."""
         if isinstance(part, End):
             for choice in self._calls.choices:
                 self._end_calls(choice)
@@ -170,7 +170,7 @@ class OpenAIParser(EventParser[_Chunk]):
         return chunks_of(tree, self.joined.begun)
 
     def read(self, chunk: _Chunk, payload: bytes) -> None:
-        """Take one chunk."""
+        """Handle one chunk."""
         choices = chunk.choices
         if choices and choices[0].delta is None and self._take_whole(payload):
             return
@@ -195,10 +195,10 @@ class OpenAIParser(EventParser[_Chunk]):
             self._other.sources("citations", chunk.citations or [])
         has_usage = self._find_usage(chunk, payload)
         if chunk.error or failed or chunk.base_resp or not (choices or has_usage):
-            self._beside_content(payload, failed)
+            self._read_chunk_fields(payload, failed)
 
-    def _beside_content(self, payload: bytes, failed: str) -> None:
-        """Take the fields of a chunk apart from its choices. ``failed``: a finish reason that means a failure."""
+    def _read_chunk_fields(self, payload: bytes, failed: str) -> None:
+        """Handle the fields of a chunk other than its choices. ``failed``: a finish reason that means a failure."""
         tree = loads(payload)
         known = bool(tree.get("choices") or tree.get("usage"))
         if not known and "choices" not in tree and tree.get("object") != "chat.completion.chunk":
@@ -218,13 +218,13 @@ class OpenAIParser(EventParser[_Chunk]):
                 self._tool_calls(delta["tool_calls"], choice, at)
                 return
             if fields or (content.__class__ is not str and content is not None):
-                self._rich(delta, content, choice, at)
+                self._read_delta(delta, content, choice, at)
                 return
         if content:
             self.joined.text(Text, content, choice, at)
 
-    def _rich(self, delta: dict[str, Any], content: Any, choice: int, at: float | None) -> None:
-        """Take a delta that holds more than text, or anything else."""
+    def _read_delta(self, delta: dict[str, Any], content: Any, choice: int, at: float | None) -> None:
+        """Handle a delta that contains more than text."""
         for name in REASONING:
             if reasoning := text_of(delta.get(name)):
                 self.joined.text(Reasoning, reasoning, choice, at)
@@ -305,7 +305,7 @@ class OpenAIParser(EventParser[_Chunk]):
             raw = {"prompt_eval_count": chunk.prompt_eval_count, "eval_count": chunk.eval_count}
         if raw is None:
             return False
-        if self._newest is not None and not _goes_on(self._newest[0], raw):
+        if self._newest is not None and not _continues(self._newest[0], raw):
             self._report()
         self._newest = raw, payload
         return True
@@ -333,8 +333,8 @@ class OpenAIParser(EventParser[_Chunk]):
             self.joined.add(UsageLeftOut(reasons))
 
 
-def _goes_on(earlier: Any, later: Any) -> bool:
-    """Return whether a report only counts on from an earlier one, which it then makes needless."""
+def _continues(earlier: Any, later: Any) -> bool:
+    """Return whether a report continues the counts of an earlier one, and so replaces it."""
     if not (isinstance(earlier, dict) and isinstance(later, dict) and len(earlier) <= len(later)):
         return False
     before, after = ((r.get("prompt_tokens"), r.get("completion_tokens")) for r in (earlier, later))

@@ -1,7 +1,7 @@
-"""Everything but plain text and tool calls that a delta of a chat completion can hold, in terms of parts.
+"""Convert the content of chat completion deltas other than plain text and tool calls to parts.
 
-Servers that speak the form of OpenAI add fields of their own. Those that are common become parts of their kind; others
-that hold texts, lists or objects are kept as they are. A field with the same value in every chunk is kept once.
+Compatible servers add their own fields. Common ones become parts of their kind; other texts, lists and objects are kept
+unchanged. A field with the same value in every chunk is kept once.
 """
 
 from typing import Any, Final
@@ -23,7 +23,7 @@ from services.producer.core.parts import (
 __all__ = ["REASONING", "OtherContent", "is_thought", "thought_signature"]
 
 REASONING: Final = ("reasoning_content", "reasoning", "reasoning_text", "thinking")
-"""The names under which servers send reasoning; where there are several, they hold the same."""
+"""Names of the reasoning field; if a delta has several, they have the same value."""
 _ELSEWHERE: Final = frozenset({"content", "refusal", "tool_calls", "function_call", *REASONING})
 _NO_CONTENT: Final = frozenset(
     {
@@ -48,13 +48,13 @@ _CITATIONS: Final = ("reference", "citation", "url_citation", "file_citation")
 _AUDIO: Final = "audio/pcm"
 """Media type of streamed audio (16 bits, 24,000 a second, one channel): OpenAI streams no other format."""
 _SOURCES: Final = 1_000
-"""Bound of the sources that are remembered, so that each source of a growing list is returned once."""
+"""Bound of the remembered sources, which let each source of a growing list be returned once."""
 _REMEMBERED: Final = 100
 """Bound of the fields with a remembered last value."""
 
 
 class OtherContent:
-    """Add the content of deltas and chunks beside text and tool calls to ``joined``."""
+    """Add the content of deltas and chunks other than text and tool calls to ``joined``."""
 
     def __init__(self, joined: Joined) -> None:
         self._joined = joined
@@ -63,7 +63,7 @@ class OtherContent:
         self._last: dict[tuple[int, str], int] = {}  # hash of the last value
 
     def delta(self, delta: dict[str, Any], choice: int, at: float | None) -> None:
-        """Take the fields of a delta that are neither text nor tool calls."""
+        """Add the fields of a delta that are neither text nor tool calls."""
         spoken = any(isinstance(delta.get(name), str) and delta[name] for name in REASONING)
         for field, value in delta.items():
             if not value or field in _ELSEWHERE or field in _NO_CONTENT or isinstance(value, bool | int | float):
@@ -77,7 +77,7 @@ class OtherContent:
                     for file in value if isinstance(value, list) else [value]:
                         self._joined.add(file_part(_kind(file, field.removesuffix("s")), file, choice, at))
                 case "audio":
-                    self._sound(value, choice, at)
+                    self._add_audio(value, choice, at)
                 case "annotations" | "citations" | "search_results":
                     self.sources(field, value, choice, at)
                 case "extra_content":
@@ -86,7 +86,7 @@ class OtherContent:
                     self.keep(field, value, choice, at)
 
     def parts(self, parts: Any, choice: int, at: float | None) -> None:
-        """Take content that is a list of parts, as Mistral's, or no text at all."""
+        """Add content that is a list of parts, as Mistral's, or another value that is not text."""
         for part in parts if isinstance(parts, list) else [parts]:
             if not isinstance(part, dict):
                 self._text(Text, text_of(part), choice, at)
@@ -109,10 +109,10 @@ class OtherContent:
                 self._joined.add(file_part(_kind(part, "content"), part, choice, at))
 
     def sources(self, field: str, value: Any, choice: int = 0, at: float | None = None) -> None:
-        """Take a list of sources; those that were there before are not repeated."""
+        """Add a list of sources; sources seen before are not repeated."""
         kind = {"annotations": "annotation", "search_results": "search_result"}.get(field, "citation")
         for position, raw in enumerate(value if isinstance(value, list) else [value], 1):
-            # Text refers to the entries of lists by their place, but not to annotations.
+            # Text refers to the entries of lists by position, but not to annotations.
             source = annotation(raw, kind, None if field == "annotations" else position)
             name = source.url if source.url and field != "annotations" else hash(repr(raw))
             if (choice, name) in self._sources:
@@ -124,12 +124,12 @@ class OtherContent:
             self._joined.add(AnnotationPart(source, choice, at))
 
     def keep(self, field: str, value: Any, choice: int = 0, at: float | None = None) -> None:
-        """Take a field without a known meaning, unless its value is the same as before."""
-        said = hash(repr(value))
-        if self._last.get((choice, field)) == said:
+        """Add an unknown field, unless its value is the same as before."""
+        digest = hash(repr(value))
+        if self._last.get((choice, field)) == digest:
             return
         if len(self._last) < _REMEMBERED or (choice, field) in self._last:
-            self._last[choice, field] = said
+            self._last[choice, field] = digest
         self._joined.add(ExtraPart(Extra(kind=field, data=value), choice, at))
 
     def _text(self, kind: type[Text | Reasoning | Refusal], text: str, choice: int, at: float | None) -> None:
@@ -140,7 +140,7 @@ class OtherContent:
         self._joined.add(SignaturePart(Signature(kind=kind, data=data, details=details), choice, at))
 
     def _reasoning_details(self, value: Any, spoken: bool, choice: int, at: float | None) -> None:
-        """Take OpenRouter's form: text (mostly in ``reasoning`` too), signatures, encrypted reasoning."""
+        """Add OpenRouter's form: text (usually also in ``reasoning``), signatures, encrypted reasoning."""
         for detail in value if isinstance(value, list) else [value]:
             if not isinstance(detail, dict):
                 continue
@@ -155,7 +155,7 @@ class OtherContent:
                 self._sign(kind, proof, kept, choice, at)
 
     def _thinking_blocks(self, value: Any, choice: int, at: float | None) -> None:
-        """Take LiteLLM's form of Anthropic's blocks; their text is in ``reasoning_content`` too."""
+        """Add LiteLLM's form of Anthropic's blocks; their text is also in ``reasoning_content``."""
         for block in value if isinstance(value, list) else [value]:
             if not isinstance(block, dict):
                 continue
@@ -164,8 +164,8 @@ class OtherContent:
             if isinstance(proof, str) and proof:
                 self._sign("thinking_blocks", proof, {"type": kind}, choice, at)
 
-    def _sound(self, value: Any, choice: int, at: float | None) -> None:
-        """Take a chunk of audio: bytes, transcript, and the provider's identifier of it."""
+    def _add_audio(self, value: Any, choice: int, at: float | None) -> None:
+        """Add a chunk of audio: bytes, transcript, and the provider's identifier."""
         if not isinstance(value, dict):
             self.keep("audio", value, choice, at)
             return
@@ -182,7 +182,7 @@ class OtherContent:
             self.keep("audio", named, choice, at)
 
     def _extra_content(self, value: Any, choice: int, at: float | None) -> None:
-        """Take Gemini's additions: the signature of the answer, and whether its text is a thought."""
+        """Add Gemini's extension: the signature of the answer, and whether its text is a thought."""
         if signature := thought_signature(value):
             self._sign("thought_signature", signature, {}, choice, at)
         elif not is_thought(value):

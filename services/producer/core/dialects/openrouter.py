@@ -1,4 +1,4 @@
-"""OpenRouter: chat completions with comments, errors inside chunks, a name in a header, cost, and later look-ups."""
+"""The OpenRouter dialect: chat completions with comments, errors in chunks, an id in a header, cost, and look-ups."""
 
 from collections.abc import Mapping
 from decimal import Decimal
@@ -19,7 +19,7 @@ _exact: Final = msgspec.json.Decoder(dict[str, Any], float_hook=Decimal)
 
 
 class OpenRouter(OpenAI):
-    """OpenRouter's chat completions. Look-ups want the name in ``X-Generation-Id``."""
+    """OpenRouter's chat completions. Look-ups need the identifier in ``X-Generation-Id``."""
 
     def parser(self, headers: Mapping[str, str] = NO_HEADERS) -> Parser:
         """Return a fresh parser, which also reads the cost."""
@@ -27,9 +27,9 @@ class OpenRouter(OpenAI):
 
 
 def late_usage(body: bytes) -> Usage | None:
-    """Return the usage in an answer of ``GET /generation?id=``: native counts, else normalised ones.
+    """Return the usage in a response of ``GET /generation?id=``: native counts, else normalised ones.
 
-    ``None`` while there is none; all counts zero are none.
+    ``None`` while there is no usage, or all counts are zero.
     """
     try:
         reported = _exact.decode(body)

@@ -1,4 +1,4 @@
-"""Find the error in a provider's event or body, whatever its shape."""
+"""Find the error in a provider's event or body of any shape."""
 
 import re
 from typing import Any, Final
@@ -59,9 +59,9 @@ class Reported(msgspec.Struct, frozen=True):
 
 
 def reported(event: dict[str, Any], known: bool = False) -> Reported | None:
-    """Return the error in an event, ``None`` where there is none.
+    """Return the error in an event, or ``None``.
 
-    ``known``: the event has fields of an answer, so that only an explicit error in it counts.
+    ``known``: the event has fields of an answer, so only an explicit error in it counts.
     """
     if _TOLD.isdisjoint(event):
         return None
@@ -71,7 +71,7 @@ def reported(event: dict[str, Any], known: bool = False) -> Reported | None:
 
 
 def described(error: Any, depth: int = 0) -> Reported:
-    """Return the error of any shape, objects within it first."""
+    """Return the error in a value of any shape; nested objects have priority."""
     if isinstance(error, list):
         error = next((item for item in error if item), "")
     if not isinstance(error, dict):
@@ -127,7 +127,7 @@ def _implied(event: dict[str, Any]) -> bool:
 
 
 def _validation(details: Any) -> Reported | None:
-    """Return FastAPI's list of errors of a request, joined."""
+    """Return FastAPI's list of request errors as one error."""
     if not isinstance(details, list):
         return None
     reported = [item for item in details if isinstance(item, dict) and isinstance(item.get("msg"), str)]

@@ -1,4 +1,4 @@
-"""The loop that every dialect's parser shares: bytes to events to parts, until the answer ends."""
+"""Base of the dialects' parsers: bytes to events to parts, until the answer ends."""
 
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Final, Generic, TypeVar
@@ -34,10 +34,10 @@ FAILED_REASONS: Final = frozenset(
 _PINGS: Final = ("ping", "heartbeat", "keepalive", "keep-alive", "keep_alive")
 _DONE: Final = b"[DONE]"
 _REST_LIMIT: Final = 2_000
-"""Bytes of input beside events that are kept for the message of a failure."""
+"""Bytes of input outside of events that are kept for the message of a failure."""
 _LONGEST_ARRAY: Final = 10_000
-"""Events in one array, so that one read does not take seconds."""
-_LF: Final = 0x0A  # begins the names of input that is no event
+"""Bound of the events in one array, so that one read does not take seconds."""
+_LF: Final = 0x0A  # first byte of the names of input that is not an event
 _ERRORS: Final = (b"error", b"errors", b"exception")
 E = TypeVar("E")
 
@@ -45,9 +45,9 @@ E = TypeVar("E")
 class EventParser(ABC, Generic[E]):
     """Pass each event to `read`, which adds parts to ``joined`` and calls `end` at the end marker.
 
-    Events are decoded strictly as ``event_type``; one that is refused is read leniently: fields of a wrong type are
-    converted or left out with a notice, unless the answer consists of them. Nothing is passed over in silence: an error
-    of any shape ends the answer as failed, an event or a line that is not known becomes a notice, one of each code.
+    Events are decoded strictly as ``event_type``; a rejected event is read leniently: fields of a wrong type are
+    converted, or omitted with a notice unless they are part of the answer itself. No input is dropped silently: an
+    error of any shape ends the answer as failed; an unknown event or line becomes a notice, one per code.
     """
 
     __slots__ = (
@@ -82,20 +82,20 @@ class EventParser(ABC, Generic[E]):
 
     @abstractmethod
     def read(self, event: E, payload: bytes) -> None:
-        """Take one event. ``payload``: the same as JSON.
+        """Handle one event. ``payload``: its JSON.
 
         Raises:
-            ValueError: the event is none of the dialect.
+            ValueError: the event does not belong to the dialect.
         """
 
     @abstractmethod
     def whole(self, tree: dict[str, Any]) -> list[dict[str, Any]]:
-        """Return the events of a stream that are equivalent to a whole answer; empty where ``tree`` is none."""
+        """Return the stream events equivalent to a whole answer; none if ``tree`` is not one."""
 
     def end(self, part: End | UpstreamFailure) -> None:
-        """Add the last part; whatever follows is ignored.
+        """Add the last part; ignore all later input.
 
-        An end marker alone is no answer and fails; so does one behind text beside the events, without a finish reason.
+        An end marker without content fails; so does one after text outside of events, without a finish reason.
         """
         self._ended = True
         joined = self.joined
@@ -124,8 +124,8 @@ class EventParser(ABC, Generic[E]):
     def finish(self, broken: str = "") -> list[Part]:
         """Return the remaining parts at the end of the body, with the end or a failure as the last one.
 
-        ``broken``: why the connection broke; empty where the body ended properly. Then a finish reason for each choice
-        ends the answer too; without its end marker nothing else does.
+        ``broken``: why the connection broke; empty if the body ended properly. Only then does a finish reason for each
+        choice end the answer without its end marker.
         """
         if self._ended:
             return []
@@ -136,7 +136,7 @@ class EventParser(ABC, Generic[E]):
         return self._taken()
 
     def unknown(self, payload: bytes) -> None:
-        """Take an event of no known kind: an error, a whole answer, or an oddity for a notice."""
+        """Handle an unknown event: an error, a whole answer, or an irregularity for a notice."""
         tree = loads(payload)
         if not isinstance(tree, dict):
             raise ValueError("an event is no object")
@@ -149,10 +149,10 @@ class EventParser(ABC, Generic[E]):
             self.joined.add(Alive())
         elif not self._take_whole(payload):
             self._remember(payload)
-            self.notice(UNKNOWN_EVENT, f"an event of no known kind was passed over: {quoted(payload)}")
+            self.notice(UNKNOWN_EVENT, f"an unknown event was skipped: {quoted(payload)}")
 
     def _take_whole(self, payload: bytes) -> bool:
-        """Take a whole answer event by event; return whether it is one."""
+        """Handle a whole answer event by event; return whether ``payload`` is one."""
         events = self.whole(loads(payload))
         for event in events:
             if not self._ended:
@@ -160,7 +160,7 @@ class EventParser(ABC, Generic[E]):
         return bool(events)
 
     def notice(self, code: str, message: str) -> None:
-        """Add a notice, the first one of its code."""
+        """Add a notice, unless there was one with this code."""
         if code not in self._noticed:
             self._noticed.add(code)
             self._notices.append(NoticePart(code, message))
@@ -168,7 +168,7 @@ class EventParser(ABC, Generic[E]):
     def _taken(self) -> list[Part]:
         parts = self.joined.take()
         if self._notices:
-            # the last part or right ahead of the ending, where its reader looks
+            # the last part or directly before the ending, as `Parser.feed` promises
             at = len(parts) - self._ended
             parts[at:at] = self._notices
             self._notices = []
@@ -183,7 +183,7 @@ class EventParser(ABC, Generic[E]):
                 try:
                     event = decode(payload)
                 except (ValueError, RecursionError) as error:
-                    self._oddly(payload, error)
+                    self._read_leniently(payload, error)
                 else:
                     try:
                         self.read(event, payload)
@@ -193,16 +193,16 @@ class EventParser(ABC, Generic[E]):
                 break
 
     def _named(self, name: bytes, payload: bytes) -> None:
-        """Take input known by its name alone: comments, lines beside events, and events named as errors."""
+        """Handle input identified by its name: comments, lines outside of events, and events named as errors."""
         if name == COMMENT:
             self.joined.add(Alive())
         elif name == STRAY:
-            self._stray(payload)
+            self._read_stray(payload)
         else:
             self.end(failure_in_stream(_value(payload)))
 
-    def _oddly(self, payload: bytes, error: Exception) -> None:
-        """Take an event that the strict decoder refuses."""
+    def _read_leniently(self, payload: bytes, error: Exception) -> None:
+        """Handle an event that the strict decoder rejects."""
         if payload.strip().upper() == _DONE:
             self._done()
             return
@@ -223,7 +223,7 @@ class EventParser(ABC, Generic[E]):
             self._unreadable(payload, error)
 
     def _fit(self, tree: dict[str, Any], error: Exception | None = None) -> None:
-        """Take an event with fields of other types than the dialect has."""
+        """Handle an event whose fields have other types than in the dialect."""
         try:
             event, payload, left_out, halves = fitted(tree, self.event_type, shape_of(self.event_type))
             if halves and self.joined.halves is None:
@@ -236,10 +236,10 @@ class EventParser(ABC, Generic[E]):
                 self.end(malformed(error or misfit, dumped(tree)))
             return
         if left_out:
-            self.notice(MALFORMED_FIELDS, f"fields of an unexpected type were left out: {', '.join(left_out[:5])}")
+            self.notice(MALFORMED_FIELDS, f"fields of an unexpected type were omitted: {', '.join(left_out[:5])}")
 
-    def _stray(self, text: bytes) -> None:
-        """Take lines that are no event: JSON without framing, ``error:`` lines, or text."""
+    def _read_stray(self, text: bytes) -> None:
+        """Handle lines that are not an event: JSON without framing, ``error:`` lines, or text."""
         if text.lstrip().startswith((b"{", b"[")):
             events = documents(text)
             if events[0][0] != STRAY:
@@ -265,7 +265,7 @@ class EventParser(ABC, Generic[E]):
             if self._closing:
                 self._truncated = self._truncated or line.lstrip().startswith((b"{", b"["))
             else:
-                self.notice(UNKNOWN_EVENT, f"a line that is no event was passed over: {quoted(line)}")
+                self.notice(UNKNOWN_EVENT, f"a line that is not an event was skipped: {quoted(line)}")
 
     def _done(self) -> None:
         if self.done_is_marker:
@@ -274,7 +274,7 @@ class EventParser(ABC, Generic[E]):
             self._end_with_body("")
 
     def _end_with_body(self, broken: str) -> None:
-        """End the answer where its body ends."""
+        """End the answer at the end of its body."""
         joined = self.joined
         answered = bool(joined.begun or joined.finished or joined.has_usage)
         if joined.finished >= joined.begun and joined.finished and not broken and not self._trailing:
@@ -285,7 +285,7 @@ class EventParser(ABC, Generic[E]):
             self.end(cut_off(rest, broken, instead))
 
     def _keep(self, rest: bytes) -> None:
-        """Keep input beside events; behind a finish reason it takes the place of the end marker."""
+        """Keep input outside of events; after a finish reason it replaces the end marker."""
         self._has_lines = True
         self._trailing = self._trailing or self._closing or bool(self.joined.finished)
         self._remember(rest)
@@ -304,7 +304,7 @@ class EventParser(ABC, Generic[E]):
 
 
 def _value(payload: bytes) -> Any:
-    """Return the JSON in an error line, or its text."""
+    """Return the JSON value of an error line, or its text."""
     try:
         return loads(payload)
     except (ValueError, RecursionError):
@@ -312,7 +312,7 @@ def _value(payload: bytes) -> Any:
 
 
 def _encodable(part: Part) -> Part:
-    """Return a part without halves of surrogate pairs, wherever a text is not joined."""
+    """Return a part whose texts, where they are not joined, have no halves of surrogate pairs."""
     try:
         msgspec.json.encode(part)
     except UnicodeEncodeError:

@@ -1,7 +1,7 @@
-"""Identify the tool calls of an answer, also where a provider's indexes and ids are unreliable.
+"""Identify the tool calls of an answer, even if a provider's indexes and ids are unreliable.
 
-OpenAI numbers parallel calls. Servers with its API send the index 0 for all calls, or none; repeat id and name with
-every fragment, or leave the id empty; send arguments as an object, or nothing where a tool takes no parameters.
+OpenAI numbers parallel calls. Some compatible servers send index 0 for all calls, or no index; repeat id and name with
+every fragment, or leave the id empty; send arguments as an object, or nothing for a tool without parameters.
 """
 
 import re
@@ -23,7 +23,7 @@ _INSIDE: Final = re.compile(r'["\\]')
 class ToolCalls:
     """Assign every call an index of its own within its choice: 0, 1 … in the order in which calls begin.
 
-    A new id begins a new call; without ids a new name does, or a new object behind complete arguments. A fragment
+    A new id begins a new call; without ids a new name does, or a new object after complete arguments. A fragment
     without an id belongs to the newest call of the provider's index, or to the call that began last. Id and name are
     returned once for each call.
     """
@@ -46,7 +46,7 @@ class ToolCalls:
     ) -> list[ToolCall]:
         """Return a provider's fragment with our index; ``index`` is the provider's.
 
-        ``beside``: it follows a fragment of another call in one list, so with a name it begins a call.
+        ``beside``: it follows a fragment of another call in the same list, so a name begins a new call.
 
         Raises:
             ValueError: there are more than `CALLS` calls.
@@ -74,7 +74,7 @@ class ToolCalls:
                 taken.append(fragment)
             if whole:
                 return taken
-            # A second object behind the first one: the same function is called again.
+            # A second object after the first one: the same function is called again.
             text, function, signature = text[cut:], call.name, None
             call = self._begin(choice, position)
 
@@ -84,17 +84,17 @@ class ToolCalls:
         return [] if call is None else call.end()
 
     def end_all(self, choice: int) -> list[ToolCall]:
-        """End all calls of a choice that has come to its end."""
+        """End all calls of a finished choice."""
         return [fragment for call in self._choices.get(choice, ()) for fragment in call.end()]
 
     def abandon(self, choice: int) -> None:
-        """Leave the calls of a choice as they are: it was cut off."""
+        """Mark the calls of a cut-off choice as ended, without completing their arguments."""
         for call in self._choices.get(choice, ()):
             call.ended = True
 
     @property
     def choices(self) -> list[int]:
-        """The choices that call tools."""
+        """Return the choices that call tools."""
         return list(self._choices)
 
     def _begin(self, choice: int, position: int | None) -> "_Call":
@@ -123,7 +123,7 @@ class _Call:
         self._texts: list[str] = []
 
     def repeated(self, id_: str, text: str) -> bool:
-        """Return whether ``text`` is all of the arguments once more, as some servers send them at the end."""
+        """Return whether ``text`` repeats the whole arguments, as some servers do at the end."""
         return id_ == self.id and self.arguments.complete and bool(text) and text == "".join(self._texts)
 
     def fragment(self, id_: str | None, name: str | None, text: str, signature: str | None) -> ToolCall | None:
@@ -139,7 +139,7 @@ class _Call:
         return ToolCall(index=self.number, id=new_id, name=new_name, arguments=text, signature=signature)
 
     def end(self) -> list[ToolCall]:
-        """Return an empty object where no arguments came."""
+        """Return an empty object if no arguments came."""
         ended, self.ended = self.ended, True
         return [] if ended or not self.arguments.blank else [ToolCall(index=self.number, arguments="{}")]
 
@@ -147,7 +147,7 @@ class _Call:
 class _Json:
     """Follow a JSON text over its fragments.
 
-    ``blank``: nothing but white space came. ``complete``: an object or list has ended.
+    ``blank``: only white space so far. ``complete``: an object or list has ended.
     """
 
     __slots__ = ("_depth", "_escaped", "_quoted", "blank", "complete")
@@ -160,7 +160,7 @@ class _Json:
         self.complete = False
 
     def feed(self, text: str) -> int:
-        """Take a fragment; return where in it a new object begins behind a complete value, else its length."""
+        """Add a fragment; return the index in it at which a new object follows a complete value, else its length."""
         if self.blank:
             self.blank = not text or text.isspace()
         at, end = 0, len(text)
@@ -188,7 +188,7 @@ class _Json:
 def _find(
     calls: list[_Call], newest: _Call | None, position: int | None, id_: str | None, name: str | None, text: str
 ) -> _Call | None:
-    """Return the call that a fragment continues; ``None``: it begins a new one.
+    """Return the call that a fragment continues, or ``None`` if it begins a new one.
 
     ``newest``: the call that began last under the provider's index.
     """
@@ -202,13 +202,13 @@ def _find(
                 return call
         return newest if newest is not None and _takes_id(newest, name, text) else None
     if newest is None:
-        # Neither id nor name, under an index that began nothing: it continues the open call.
+        # Neither id nor name, under an index without a call: it continues the open call.
         return calls[-1] if name is None and not calls[-1].arguments.complete else None
     return newest if name is None or newest.name in (None, name) else None
 
 
 def _takes_id(call: _Call, name: str | None, text: str) -> bool:
-    """Return whether an id that was not seen before comes late for ``call``, or anew with each of its fragments."""
+    """Return whether an unseen id belongs to ``call``: the id came late, or each fragment has a new id."""
     if name is not None and call.name not in (None, name):
         return False
     if call.id is None:
@@ -217,7 +217,7 @@ def _takes_id(call: _Call, name: str | None, text: str) -> bool:
 
 
 def _position(index: object) -> int | None:
-    """Return a provider's index, which may be below 0: it only identifies calls."""
+    """Return a provider's index; it may be negative because it only identifies calls."""
     return index if isinstance(index, int) else number(index)
 
 

@@ -1,7 +1,7 @@
-"""Usage objects of all providers, in one reading: lenient, and consistent with the provider's own total.
+"""Read the usage objects of all providers leniently, and consistently with the provider's own total.
 
-Whatever an object holds, reading it raises nothing: a value that is no number in range is omitted with a reason.
-Names of fields show how most providers count; elsewhere `UsageRules` of the provider or the total decide.
+Reading never raises: a value that is not a number in range is omitted with a reason. Field names show how most
+providers count; otherwise the provider's `UsageRules` or the total decide.
 """
 
 import math
@@ -19,10 +19,10 @@ __all__ = ["STANDARD", "UsageReading", "UsageRules", "read_usage", "rules_of", "
 
 
 class UsageRules(msgspec.Struct, frozen=True, kw_only=True):
-    """How a provider counts where names of fields do not show it.
+    """A provider's rules of counting that its field names do not show.
 
-    ``reasoning_beside``: the output count leaves out reasoning. ``thoughts_in_total``: reasoning is in the total alone.
-    ``currency``: of a cost in its usage object; without one a cost means nothing.
+    ``reasoning_beside``: the output count excludes reasoning. ``thoughts_in_total``: reasoning is only in the total.
+    ``currency``: of a cost in its usage object; without one a cost is ignored.
     """
 
     reasoning_beside: bool = False
@@ -39,7 +39,7 @@ _RULES: Final[dict[str, UsageRules]] = {
     "aiplatform.googleapis.com": _GEMINI,
     "openrouter.ai": UsageRules(currency="USD"),
 }
-"""By the host's name or one that it is below."""
+"""By host name or a parent domain of it."""
 
 
 class UsageReading(NamedTuple):
@@ -50,13 +50,13 @@ class UsageReading(NamedTuple):
 
 
 def rules_of(base_url: str) -> UsageRules:
-    """Return the rules of the provider at an address; those of most providers where it is not a known one."""
+    """Return the rules of the provider at an address; the standard rules for an unknown one."""
     host = urlsplit(base_url).hostname or ""
     return next((rules for name, rules in _RULES.items() if host == name or host.endswith(f".{name}")), STANDARD)
 
 
 class _Shape(NamedTuple):
-    """Names of the input and output counts, and the counts these exclude: cached tokens, reasoning."""
+    """Names of the input and output counts, and whether these exclude cached tokens and reasoning."""
 
     input: str
     output: str
@@ -111,7 +111,7 @@ _ROLES: Final[_Roles] = {
     "completion_tokens_details": _OUTPUT_DETAILS,
     "output_tokens_details": _OUTPUT_DETAILS,
 }
-"""The meaning of each count by its name; below the name of an object, again names."""
+"""The meaning of each count by its name; nested for the fields of an object."""
 _COHERE: Final[_Roles] = {
     "billed_units": {"input_tokens": "billed_input", "output_tokens": "billed_output"},
     "tokens": {"input_tokens": "input", "output_tokens": "output"},
@@ -119,7 +119,7 @@ _COHERE: Final[_Roles] = {
 }
 _BILLED: Final[tuple[str, ...]] = ("billed_input", "billed_output")
 _APART: Final = ("cache_read_input_tokens", "cache_creation_input_tokens", "cache_creation")
-"""Beside ``input_tokens`` these are Anthropic's, which excludes them from its input."""
+"""Together with ``input_tokens`` these are Anthropic's fields, which its input excludes."""
 _COSTS: Final = ("cost", "total_cost", "estimated_cost")
 _TEXT: Final = re.compile(r"\s*\+?([0-9]{1,16})(\.0*)?\s*")
 _encoder: Final = msgspec.json.Encoder(decimal_format="number")
@@ -128,7 +128,7 @@ _RAW_LIMIT: Final = 8 * 1024
 
 
 class _Object:
-    """A usage object as it is read: counts by their role, and reasons to doubt them."""
+    """A usage object while it is read: counts by role, and reasons to doubt them."""
 
     __slots__ = ("counts", "raw", "reasons")
 
@@ -151,21 +151,21 @@ class _Object:
             if number is None or (isinstance(value, float | Decimal) and number != value):
                 self.doubt(UNREADABLE)
             if number is not None and number >= self.counts.get(role, 0):
-                self.counts[role] = number  # of several names for one thing the largest holds
+                self.counts[role] = number  # of several names for one count the largest is kept
 
     def doubt(self, reason: str) -> None:
         """Add a reason why the report may be wrong."""
         self.reasons = with_reasons(self.reasons, reason)
 
     def of(self, role: str) -> int:
-        """Return a count, 0 where there is none."""
+        """Return a count, or 0 without one."""
         return self.counts.get(role, 0)
 
 
 def read_usage(raw: object, rules: UsageRules = STANDARD) -> UsageReading:
     """Read a provider's usage object and normalise it.
 
-    A missing or empty object is no fault; one with neither a count nor a cost is.
+    A missing or empty object is not an error; an object with neither a count nor a cost is.
     """
     if not raw:
         return UsageReading(None)
@@ -191,7 +191,7 @@ def read_usage(raw: object, rules: UsageRules = STANDARD) -> UsageReading:
 
 
 def together(usages: Iterable[Usage]) -> Usage:
-    """Sum the usage of choices that report it one by one: they share the input."""
+    """Sum the usage of choices that report it separately; they share the input."""
     several = list(usages)
     summed = {
         name: min(MAX_NUMBER, sum(getattr(usage, name) for usage in several))
@@ -204,7 +204,7 @@ def together(usages: Iterable[Usage]) -> Usage:
 
 
 class _Counts(NamedTuple):
-    """Counts as in the object; ``held``: cached tokens and those written to a cache."""
+    """Counts as in the object. ``held``: cached tokens and those written to a cache."""
 
     input: int | None
     output: int | None
@@ -244,14 +244,14 @@ def _counts(read: _Object, rules: UsageRules) -> dict[str, int] | None:
 
 
 def _shape(counts: dict[str, int]) -> _Shape:
-    """Return the first shape that has a number other than 0, else the first that has any."""
+    """Return the first shape with a number other than 0, else the first with any number."""
     there = [shape for shape in _SHAPES if shape.input in counts or shape.output in counts]
     reported = (shape for shape in there if counts.get(shape.input) or counts.get(shape.output))
     return next(reported, there[0] if there else _SHAPES[0])
 
 
 def _writes(read: _Object) -> tuple[int, int]:
-    """Return tokens written to a cache, and those of them that are kept for an hour."""
+    """Return the tokens written to a cache, and how many of them are kept for an hour."""
     reported, long = read.of("written"), read.of("written_1h")
     parts = read.of("written_5m") + long
     if 0 < reported < parts:
@@ -260,10 +260,10 @@ def _writes(read: _Object) -> tuple[int, int]:
 
 
 def _fitted(read: _Object, counts: _Counts, apart: bool, beside: bool, thoughts_in_total: bool) -> tuple[int, int, int]:
-    """Return input, output and reasoning that agree with their parts and, where it can be, with the total.
+    """Return input, output and reasoning that agree with their parts and, if possible, with the total.
 
-    A count may leave out its parts (cached tokens, reasoning) or not: the reading of which the sum is the total is
-    right; without one the provider's usual reading is, unless a part is larger than the whole.
+    A count may include its parts (cached tokens, reasoning) or not: the reading whose sum is the total is right;
+    without one the provider's usual reading is, unless a part is larger than the whole.
     """
     held, total = counts.held, counts.total
     inputs = _readings(counts.input or 0, held, apart)
@@ -289,7 +289,7 @@ def _fitted(read: _Object, counts: _Counts, apart: bool, beside: bool, thoughts_
 
 
 def _readings(count: int, part: int, left_out: bool) -> list[int]:
-    """Return the possible meanings of a count that may include a part or not, the likeliest first."""
+    """Return the possible values of a count that may include a part or not, the likeliest first."""
     if count < part:
         return [count + part]
     return [count + part, count] if left_out else [count, count + part]
@@ -305,7 +305,7 @@ def _cohere(read: _Object) -> dict[str, int] | None:
 
 
 def _number(value: object) -> int | None:
-    """Return a count: a whole number, also as text or as a float; part of a token counts as one."""
+    """Return a count: an integer, possibly as text or float; a fraction of a token counts as one."""
     if type(value) is int:
         return value if 0 <= value <= MAX_NUMBER else None
     if isinstance(value, str):
@@ -313,7 +313,7 @@ def _number(value: object) -> int | None:
         value = int(found[1]) if found else None
     if isinstance(value, bool) or not isinstance(value, int | float | Decimal):
         return None
-    # compared before it is rounded: a decimal number with an absurd exponent would be written out in full
+    # compare before rounding: a decimal number with an absurd exponent would be written out in full
     finite = value.is_finite() if isinstance(value, Decimal) else math.isfinite(value)
     return math.ceil(value) if finite and 0 <= value <= MAX_NUMBER else None
 
@@ -332,21 +332,21 @@ def _cost(read: _Object) -> str | None:
 
 
 def _decimal(value: object) -> str | None:
-    """Return a cost as exact decimal text; ``None`` if it is no cost."""
+    """Return a cost as exact decimal text, or ``None`` if it is not a cost."""
     if isinstance(value, bool) or not isinstance(value, int | float | str | Decimal):
         return None
     try:
         cost = Decimal(str(value).strip())
     except InvalidOperation:
         return None
-    # An absurd exponent would be written out in full, so it is no cost.
+    # An absurd exponent would be written out in full, so it does not count as a cost.
     if not cost.is_finite() or cost < 0 or abs(cost.adjusted()) > 30 or len(cost.as_tuple().digits) > 40:
         return None
     return f"{abs(cost):f}"
 
 
 def _kept(read: _Object) -> dict[str, Any] | None:
-    """Return the object as the log can hold it, or ``None`` where it cannot."""
+    """Return the object in a form that the log can store, or ``None`` if that is not possible."""
     try:
         data = _encoder.encode(read.raw)
         if len(data) <= _RAW_LIMIT:

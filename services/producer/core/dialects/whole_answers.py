@@ -10,9 +10,9 @@ Tree = dict[str, Any]
 
 
 def chunks_of(tree: Tree, begun: set[int]) -> list[Tree]:
-    """Return a chat completion as one chunk; empty where no choice has a message or text.
+    """Return a chat completion as one chunk; empty if no choice has a message or text.
 
-    ``begun``: choices that have content already. A last event with the whole message only repeats it (MiniMax).
+    ``begun``: choices that have content already; for them a last event with the whole message is a repeat (MiniMax).
     """
     choices = tree.get("choices")
     if not isinstance(choices, list):
@@ -44,7 +44,7 @@ def _delta(message: Tree) -> Tree:
 
 
 def message_events(tree: Tree) -> list[Tree]:
-    """Return an Anthropic message as the events of its stream; empty where ``tree`` is none."""
+    """Return an Anthropic message as the events of its stream; empty if ``tree`` is not one."""
     blocks = tree.get("content")
     if tree.get("type") != "message" or not isinstance(blocks, list):
         return []
@@ -57,7 +57,7 @@ def message_events(tree: Tree) -> list[Tree]:
 
 
 def _block(block: Tree) -> list[Tree]:
-    """Return the events of one content block: content that streams in deltas is moved out of its start."""
+    """Return the events of one content block; content that is streamed in deltas is moved from its start to a delta."""
     deltas: list[Tree] = []
     start = dict(block)
     for field, kind in (("text", "text_delta"), ("thinking", "thinking_delta"), ("signature", "signature_delta")):
@@ -78,7 +78,7 @@ def _block(block: Tree) -> list[Tree]:
 
 
 def chat_events(tree: Tree) -> list[Tree]:
-    """Return a Cohere v2 chat answer as the events of its stream; empty where ``tree`` is none."""
+    """Return a Cohere v2 chat answer as the events of its stream; empty if ``tree`` is not one."""
     message = tree.get("message")
     if not isinstance(message, dict) or "type" in tree:
         return []

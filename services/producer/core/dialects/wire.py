@@ -35,7 +35,7 @@ class Parser(Protocol):
     def feed(self, data: bytes) -> list[Part]:
         """Return the parts that ``data`` completes, adjacent fragments of one kind joined.
 
-        An ``End`` or an ``UpstreamFailure`` is the last part a parser ever returns; whatever follows is ignored. A
+        An ``End`` or an ``UpstreamFailure`` is the last part a parser ever returns; later input is ignored. A
         ``NoticePart`` is the last part of a list or directly before the ending.
         """
         ...
@@ -43,7 +43,7 @@ class Parser(Protocol):
     def finish(self, broken: str = "") -> list[Part]:
         """Return the remaining parts at the end of the body; the last one is the ending, unless `feed` has returned it.
 
-        ``broken``: why the connection broke; empty where the body ended properly.
+        ``broken``: why the connection broke; empty if the body ended properly.
         """
         ...
 
@@ -54,7 +54,7 @@ class Dialect(Protocol):
     def request(
         self, call: UpstreamRequest, base_url: str, key: str | None, extra_headers: Mapping[str, str]
     ) -> HttpCall:
-        """Return the HTTP call that asks for a streamed answer. ``extra_headers`` win over the dialect's own.
+        """Return the HTTP call that requests a streamed answer. ``extra_headers`` override the dialect's own.
 
         Raises:
             UntranslatableCall: the request cannot be expressed in the provider's API.
@@ -66,19 +66,19 @@ class Dialect(Protocol):
         ...
 
     def refusal(self, status: int, headers: Mapping[str, str], body: bytes, now: float) -> UpstreamFailure:
-        """Return the failure that an error response means. ``now``: seconds since 1970, for dates in ``Retry-After``.
+        """Return the failure of an error response. ``now``: seconds since 1970, for dates in ``Retry-After``.
 
-        The message is the provider's own text: it must be scrubbed before it is shown.
+        The message is the provider's own text, which must be scrubbed before it is shown.
         """
         ...
 
 
 @contextmanager
 def translating() -> Iterator[None]:
-    """Translate within: a parameter of an untranslatable shape is the caller's fault.
+    """Convert errors of a translation to `UntranslatableCall`: an unexpected shape is the caller's mistake.
 
     Raises:
-        UntranslatableCall: something in the call has the wrong type.
+        UntranslatableCall: a value in the call has the wrong type.
     """
     try:
         yield
@@ -93,7 +93,7 @@ def endpoint(base_url: str, version: str, path: str) -> str:
 
 
 def post(url: str, body: dict[str, Any], own: Mapping[str, str | None], extra: Mapping[str, str]) -> HttpCall:
-    """Return the POST of a JSON body that asks for an uncompressed event stream; ``None`` headers are left out."""
+    """Return the POST of a JSON body that requests an uncompressed event stream; ``None`` headers are omitted."""
     headers = {
         "content-type": "application/json",
         "accept": "text/event-stream",

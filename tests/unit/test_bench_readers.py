@@ -14,7 +14,7 @@ from bench.stats import percentile
 from bench.text import boundaries, tokens
 from bench.wire import MalformedResponse, Response
 
-ORDER = StreamOrder(stream=1, tokens=12, rate=None, phase=0.0)
+ORDER = StreamOrder(stream=1, tokens=12, rate=None, phase=0.0, cell=12)
 PIECES = tokens(ORDER.stream, ORDER.tokens)
 
 

@@ -37,6 +37,7 @@ from services.delivery.requests.deleted_sessions import DeletedSessions
 from services.delivery.requests.deletion import Deletion
 from services.delivery.requests.generations import Lookups
 from services.delivery.requests.intake import Intake
+from services.delivery.requests.recent_starts import RecentStarts
 from services.delivery.requests.size_limit import request_limit
 from services.delivery.requests.start_limits import StartLimits
 from services.delivery.settings import Settings
@@ -136,6 +137,8 @@ class Replica:
         self.feeds = Feeds(broker, clock, self.states, self.supervisor, self.deleted, settings, counts)
         self.lookups = Lookups(broker, clock, self.states.partition)
         self.starts = StartLimits(broker, clock, settings)
+        self.recent = RecentStarts(clock)
+        self.deleted.on_deleted(self.recent.forget)
         self.admission = BudgetReservations(
             broker, clock, output=settings.budget_output, fallback=settings.budget_fallback
         )
@@ -147,10 +150,11 @@ class Replica:
             self.lookups,
             self.deleted,
             self.starts,
+            self.recent,
             self.admission,
             shared.pool,
         )
-        self.streams = Streams(self.feeds, self.states, self.supervisor, self.presence, self.lookups)
+        self.streams = Streams(self.feeds, self.states, self.supervisor, self.presence, self.lookups, self.recent)
         self.consumers = Consumers(broker, clock, self.states, self.supervisor, settings)
         self.deletion = Deletion(
             broker,
@@ -276,7 +280,7 @@ def build_app(replica: Replica, authenticator: Authenticator) -> Any:
         await sockets(scope, receive, send)
 
     handlers: list[Any] = [
-        router(replica.intake, replica.lookups, completion, replica.deletion),
+        router(replica.intake, replica.lookups, events, completion, replica.deletion),
         dead_router(replica.intake, replica.broker, replica.pool),
         keys_router(authenticator, replica.clock),
         tickets_router(authenticator, replica.clock, settings.ticket),

@@ -8,11 +8,12 @@ import structlog
 
 from services.kit.shutdown import END_SECONDS, end
 
-__all__ = ["BackgroundTasks", "SingleFlight", "first_of", "wait_for_event"]
+__all__ = ["BackgroundTasks", "SingleFlight", "first_of", "together", "wait_for_event"]
 
 log = structlog.get_logger()
 K = TypeVar("K")
 T = TypeVar("T")
+U = TypeVar("U")
 
 
 class BackgroundTasks:
@@ -107,6 +108,23 @@ async def wait_for_event(event: asyncio.Event, seconds: float) -> bool:
     except TimeoutError:
         pass
     return event.is_set()
+
+
+async def together(first: Coroutine[Any, Any, T], second: Coroutine[Any, Any, U]) -> tuple[T, U]:
+    """Run two coroutines at the same time; return both results.
+
+    Raises:
+        Exception: the first exception of either; the other coroutine is cancelled, and has ended by then.
+    """
+    tasks = (asyncio.create_task(first), asyncio.create_task(second))
+    try:
+        await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
+    return tasks[0].result(), tasks[1].result()
 
 
 async def first_of(seconds: float | None, *waits: Awaitable[object]) -> None:

@@ -13,6 +13,7 @@ from schemas.topology import token_stream
 from schemas.usage import Counted
 from services.kit.clock import Clock
 from services.kit.jetstream.broker import Broker, BrokerUnavailable
+from services.kit.tasks import together
 from services.producer import metrics
 from services.producer.adapters.publisher import Lease, LogWriter, Publisher
 from services.producer.adapters.records import Records
@@ -138,14 +139,16 @@ class Relay:
             TryAgain: the request must be delivered again.
             GiveUp: another producer owns the generation; stop writing.
         """
+        # A first delivery finds nothing in the log; its first append is conditional on that, so no read is needed.
+        begun = Begun() if self._delivery == 1 and self.interruption.reason is None else await self._read_log()
         for _ in range(_TAKEOVER_TRIES):
-            begun = await self._read_log()
             try:
                 needed = await self._proceed(begun)
                 self.ended = True
                 return needed
             except LogRefused as error:
                 log.info("generation read again", generation=self.request.generation, detail=str(error))
+            begun = await self._read_log()
         raise TryAgain(f"generation {self.request.generation} changed repeatedly during a takeover")
 
     async def fail_unrun(self, why: str) -> None:
@@ -334,8 +337,9 @@ class Relay:
             event: AnyEvent = generation.restart(self._loss, *upstream, at, lost)
         else:
             event = generation.start(request, *upstream, at)
-        await journal.append([event])
-        stored = await self._context.records.get(request.tenant, request.session, request.generation)
+        stored, _ = await together(
+            self._context.records.get(request.tenant, request.session, request.generation), journal.append([event])
+        )
         if stored is not None:
             journal.record = stored
             obey_noted_cancel(stored, self.interruption)

@@ -103,7 +103,7 @@ class Feed:
         """
         subject = live_filter(self.issuer.partition, self.tenant, self.session)
         self._subscription = await self._broker.listen(subject, self._live)
-        await self._broker.flush()
+        # The broker processes a connection's input in order: it knows the subscription when it answers the first read.
         async with self._reading:
             await self._read_latest()
             await self._join()

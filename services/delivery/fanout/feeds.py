@@ -18,7 +18,7 @@ from services.delivery.settings import Settings
 from services.kit.clock import Clock
 from services.kit.jetstream.broker import Broker, BrokerUnavailable, StreamState
 from services.kit.shutdown import end
-from services.kit.tasks import SingleFlight
+from services.kit.tasks import SingleFlight, together
 
 __all__ = ["Feeds"]
 
@@ -128,9 +128,8 @@ class Feeds:
     async def _open(self, tenant: str, session: str) -> Feed:
         issuer = await self._states.issuer(tenant, session)
         feed = Feed(self._broker, self._clock, self._states, issuer, tenant, session, self._settings, self._counts)
-        feed.deleted_through = await self._deleted.through(tenant, session, issuer)
         try:
-            await feed.open()
+            feed.deleted_through, _ = await together(self._deleted.through(tenant, session, issuer), feed.open())
         except BaseException:
             await feed.close()
             raise
@@ -172,10 +171,10 @@ class Feeds:
         return True
 
     async def _check_logs(self) -> None:
-        """Close the feeds of a stream that was deleted and re-created: no live message reveals that."""
+        """Refresh the states of the logs in use, and close the feeds of a log that was deleted and re-created."""
         for partition in self._states.bounded() | {feed.issuer.partition for feed in self._feeds.values()}:
             try:
-                state = await self._states.state(partition)
+                state = await self._states.state(partition, fresh=True)
             except BrokerUnavailable:
                 continue
             for feed in self.all():

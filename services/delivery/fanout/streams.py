@@ -1,6 +1,7 @@
 """Open and serve event streams for every protocol."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NamedTuple
 
 from schemas.names import InvalidName, check_name
@@ -22,6 +23,7 @@ from services.delivery.formats.format import Format
 from services.delivery.formats.granularity import TOKEN, Granularity, Position, parse_granularity
 from services.delivery.log.states import LogStates
 from services.delivery.requests.generations import ENDED, Lookups
+from services.delivery.requests.recent_starts import RecentStart, RecentStarts
 from services.kit.auth.principal import Principal, authorize
 from services.kit.jetstream.broker import BrokerUnavailable
 from services.kit.problem import Problem
@@ -88,13 +90,20 @@ class Streams:
     """Open streams and serve them, for every protocol."""
 
     def __init__(
-        self, feeds: Feeds, states: LogStates, supervisor: Supervisor, presence: Presence, lookups: Lookups
+        self,
+        feeds: Feeds,
+        states: LogStates,
+        supervisor: Supervisor,
+        presence: Presence,
+        lookups: Lookups,
+        recent: RecentStarts,
     ) -> None:
         self._feeds = feeds
         self._states = states
         self._supervisor = supervisor
         self._presence = presence
         self._lookups = lookups
+        self._recent = recent
 
     async def open(self, principal: Principal, options: ReadOptions) -> Stream:
         """Return a stream that can be served.
@@ -102,8 +111,7 @@ class Streams:
         Raises:
             Problem: the stream cannot be opened: 400, 403, 404, 410, 429 or 503.
         """
-        authorize(principal, "read", options.session)
-        self._supervisor.check(principal)
+        self.check(principal, options.session)
         try:
             feed, position = await self._locate(principal.tenant, options)
         except DeliveryError as error:
@@ -111,6 +119,20 @@ class Streams:
         except BrokerUnavailable as error:
             raise unreachable("the log") from error
         return Stream(feed, options, principal, *(position or (None, 0)))
+
+    def check(self, principal: Principal, session: str) -> None:
+        """Check that a principal may open a stream of a session now.
+
+        Raises:
+            Problem: 403, 429 or 503.
+        """
+        authorize(principal, "read", session)
+        self._supervisor.check(principal)
+
+    async def prepare(self, tenant: str, session: str) -> None:
+        """Open the session's feed for a reader who comes in a moment; a failure is left to that reader."""
+        with suppress(DeliveryError, BrokerUnavailable):
+            await self._feeds.feed(tenant, session)
 
     async def serve(
         self,
@@ -141,9 +163,14 @@ class Streams:
 
     async def _locate(self, tenant: str, options: ReadOptions) -> tuple[Feed, Position | None]:
         """Return the feed and the position after which to read; ``None`` when nothing follows."""
-        record = None
+        record = recent = None
         if options.generation is not None:
-            record = await self._lookups.require(tenant, options.session, options.generation)
+            recent = self._recent.get(tenant, options.session, options.generation)
+            record = (
+                await self._lookups.require(tenant, options.session, options.generation)
+                if recent is None
+                else recent.record
+            )
         feed = await self._feeds.feed(tenant, options.session)
         if options.cursor is not None:
             position = await self._check(options.cursor, feed)
@@ -153,7 +180,7 @@ class Streams:
         else:
             if options.generation is None and feed.deleted_through:
                 await self._require_anew(feed, feed.deleted_through)
-            position = Position(await self._beginning(feed, options.generation, options.start))
+            position = Position(await self._beginning(feed, options.generation, options.start, recent))
             if options.start.where != "live":
                 if await self._has_expired(feed, record, position.seq):
                     raise CursorExpired(
@@ -196,13 +223,17 @@ class Streams:
         reader = self._states.reader(feed.tenant, feed.session, feed.issuer.partition)
         return (await reader.before(generation, seq + 1)).ended
 
-    async def _beginning(self, feed: Feed, generation: str | None, start: StartPosition) -> int:
+    async def _beginning(
+        self, feed: Feed, generation: str | None, start: StartPosition, recent: RecentStart | None
+    ) -> int:
         if start.where == "live":
             return feed.last_seq
         if generation is not None:
             span = feed.tail.spans.get(generation)
             if span is not None and span.first > feed.tail.floor:
                 return span.first - 1
+            if recent is not None and recent.issuer.prefix == feed.issuer.prefix:
+                return recent.seq
             seen = feed.last_seq  # before the look-up: events stored meanwhile must not be skipped
             first = await self._states.reader(feed.tenant, feed.session, feed.issuer.partition).first_of(generation)
             return seen if first is None else first - 1

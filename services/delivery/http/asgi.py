@@ -50,17 +50,25 @@ async def send_whole(
 NOTHING_FOLLOWS: Final = whole(204, b"", "")
 
 
-def streaming(streams: Streams, stream: Stream, format_: Format, media_type: bytes, *, gzip: bool = False) -> ASGIApp:
+def streaming(
+    streams: Streams,
+    stream: Stream,
+    format_: Format,
+    media_type: bytes,
+    *,
+    gzip: bool = False,
+    headers: Iterable[tuple[bytes, bytes]] = (),
+) -> ASGIApp:
     """Return the answer that shows a stream over HTTP; 204 when nothing follows.
 
-    ``gzip``: it goes out compressed, and ``format_`` is a `Gzipped` one.
+    ``gzip``: it goes out compressed, and ``format_`` is a `Gzipped` one. ``headers``: sent besides the usual ones.
     """
     if stream.seq is None:
         return NOTHING_FOLLOWS
 
     async def answer(scope: Any, receive: Any, send: Any) -> None:
-        headers = [(b"content-type", media_type), *STREAM_HEADERS, *([GZIPPED] if gzip else [])]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        own = [(b"content-type", media_type), *STREAM_HEADERS, *([GZIPPED] if gzip else []), *headers]
+        await send({"type": "http.response.start", "status": 200, "headers": own})
         rests: list[Rest] | None = scope.get(RESTS)
         if rests is None:
             await rest(receive, send)

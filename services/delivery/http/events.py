@@ -1,12 +1,13 @@
 """Events over HTTP: one resource, several forms, negotiate by what the client accepts."""
 
+from collections.abc import Awaitable
 from typing import Any, Final
 
 import msgspec
 from litestar.types import ASGIApp
 
 from services.delivery.errors import named, reach
-from services.delivery.fanout.streams import Streams
+from services.delivery.fanout.streams import ReadOptions, Streams
 from services.delivery.formats.format import Format
 from services.delivery.formats.gzip import Gzipped, takes_gzip
 from services.delivery.formats.multiplex import MULTIPLEX_NDJSON, MULTIPLEX_SSE, MultiplexFormat
@@ -18,12 +19,14 @@ from services.delivery.http.completion import Completion
 from services.delivery.http.long_poll import BATCH_EVENTS, MAX_EVENTS, polling
 from services.delivery.http.multiplex import open_several, streaming_several
 from services.delivery.http.read_request import COMPLETE, ReadRequest, header, read_options_of
+from services.delivery.http.responses import start_headers
 from services.delivery.requests.generations import Lookups
 from services.delivery.requests.views import view_of
 from services.kit.auth.principal import Principal, principal_of
 from services.kit.problem import Problem
+from services.kit.tasks import together
 
-__all__ = ["SessionEvents"]
+__all__ = ["SessionEvents", "start_form"]
 
 _JSON: Final = "application/json"
 _STREAMS: Final[dict[str, tuple[Format, MultiplexFormat, bytes]]] = {
@@ -79,6 +82,41 @@ class SessionEvents:
             return streaming(self._streams, stream, _GZIPPED[format_], content_type, gzip=True)
         return streaming(self._streams, stream, format_, content_type)
 
+    def check(self, principal: Principal, session: str) -> None:
+        """Check that a principal may open a stream of a session now, before a request is queued for it.
+
+        Raises:
+            Problem: 403, 429 or 503.
+        """
+        self._streams.check(principal, session)
+
+    async def of_start(
+        self, scope: Any, session: str, media_type: str, options: ReadOptions, accept: Awaitable[tuple[str, str, bool]]
+    ) -> ASGIApp:
+        """Return the answer to a start whose response is the stream of its generation.
+
+        The feed is opened while ``accept`` queues the request. ``accept`` returns the generation, the cursor before it,
+        and whether the start is a repeat.
+
+        Raises:
+            Problem: the start is refused, or the stream cannot be opened.
+        """
+        principal = principal_of(scope)
+
+        async def accepting() -> tuple[str, str, bool]:
+            return await reach(accept)
+
+        (generation, cursor, repeated), _ = await together(
+            accepting(), self._streams.prepare(principal.tenant, session)
+        )
+        stream = await self._streams.open(principal, options._replace(generation=generation))
+        format_, _, content_type = _STREAMS[media_type]
+        headers = start_headers(session, generation, cursor, repeated)
+        gzip = self._compress and takes_gzip(header(scope, b"accept-encoding"))
+        if gzip:
+            return streaming(self._streams, stream, _GZIPPED[format_], content_type, gzip=True, headers=headers)
+        return streaming(self._streams, stream, format_, content_type, headers=headers)
+
     async def of_several(self, scope: Any, ask: ReadRequest) -> ASGIApp:
         """Return the answer to a request for the events of several sessions.
 
@@ -96,6 +134,12 @@ class SessionEvents:
         ended = await self._completion.wait(principal, session, ask.generation, receive)
         view = await reach(view_of(self._lookups, principal.tenant, session, ask.generation))
         return whole(200 if ended else 202, msgspec.json.encode(view), _JSON)
+
+
+def start_form(scope: Any) -> str | None:
+    """Return the media type of the stream that a request to start asks for, or ``None`` if it asks for JSON."""
+    media_type = negotiate(header(scope, b"accept"), [_JSON, *_STREAMS])
+    return media_type if media_type in _STREAMS else None
 
 
 def _form(scope: Any, offered: list[str]) -> str:

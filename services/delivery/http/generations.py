@@ -11,8 +11,10 @@ from litestar.params import Body, FromPath, FromQuery, HeaderParameter, QueryPar
 
 from schemas.requests import GenerationRecord
 from services.delivery.errors import gone, named, reach
+from services.delivery.fanout.streams import ReadOptions
 from services.delivery.http.completion import Completion
-from services.delivery.http.responses import PROBLEMS, QueuedRequest, accepted, own
+from services.delivery.http.events import SessionEvents, start_form
+from services.delivery.http.responses import PROBLEMS, QueuedRequest, StreamedResponse, accepted, own
 from services.delivery.requests.deletion import Deletion
 from services.delivery.requests.generations import Lookups
 from services.delivery.requests.intake import GenerationRequest, Intake
@@ -71,21 +73,32 @@ class CancelState(msgspec.Struct):
     state: str
 
 
-def router(intake: Intake, lookups: Lookups, completion: Completion, deletion: Deletion) -> Router:
+def router(
+    intake: Intake, lookups: Lookups, events: SessionEvents, completion: Completion, deletion: Deletion
+) -> Router:
     """Return the routes of sessions and generations under ``/v1``."""
     return Router(
-        "/v1", route_handlers=[*_requests(intake, lookups, completion), *_views(lookups, completion, deletion)]
+        "/v1", route_handlers=[*_requests(intake, lookups, events, completion), *_views(lookups, completion, deletion)]
     )
 
 
-def _requests(intake: Intake, lookups: Lookups, completion: Completion) -> list[HTTPRouteHandler]:
+def _requests(
+    intake: Intake, lookups: Lookups, events: SessionEvents, completion: Completion
+) -> list[HTTPRouteHandler]:
     @post(
         "/sessions/{session:str}/generations",
         status_code=202,
         summary="Ask a model",
         operation_id="createGeneration",
         responses=PROBLEMS
-        | {200: ResponseSpec(GenerationView, description="`wait=complete`: the generation has ended")},
+        | {
+            200: ResponseSpec(
+                GenerationView,
+                description="`wait=complete`: the generation has ended. With `Accept: text/event-stream` or "
+                "`application/x-ndjson` the answer is the stream of the generation; the headers `Tailrace-Generation` "
+                "and `Tailrace-Cursor` name it and the cursor before it.",
+            )
+        },
         exception_handlers={UnicodeDecodeError: _unreadable, RecursionError: _unreadable},
         tags=["generations"],
         **needs("start"),
@@ -96,11 +109,23 @@ def _requests(intake: Intake, lookups: Lookups, completion: Completion) -> list[
         data: Annotated[GenerationRequest, Body(examples=[Example(summary="A question", value=_EXAMPLE)])],
         idempotency_key: Annotated[str | None, HeaderParameter(name="Idempotency-Key", required=False)] = None,
         wait: FromQuery[Literal["complete"] | None] = None,
+        granularity: FromQuery[str | None] = None,
+        coalesce: FromQuery[int | None] = None,
     ) -> Response[QueuedRequest | GenerationView]:
         principal = caller(request)
         own(principal, session)
         if idempotency_key is not None and not 0 < len(idempotency_key) <= _KEY_LIMIT:
             raise Problem(400, f"Idempotency-Key must have 1 to {_KEY_LIMIT} characters")
+        form = start_form(request.scope)
+        if form is not None:
+            if wait is not None:
+                raise Problem(400, "wait=complete is answered as JSON: accept application/json, or leave wait out")
+            options = ReadOptions.read(session, from_="start", granularity=granularity, coalesce=coalesce)
+            events.check(principal, session)
+            accept = intake.accept(principal, session, data, idempotency_key)
+            return StreamedResponse(await events.of_start(request.scope, session, form, options, accept))
+        if granularity is not None or coalesce is not None:
+            raise Problem(400, "granularity and coalesce shape a stream: accept text/event-stream or NDJSON")
         found = await reach(intake.accept(principal, session, data, idempotency_key))
         answer = accepted(session, *found)
         if wait is None:

@@ -1,17 +1,18 @@
 """Answers that several routes of the HTTP API give."""
 
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 from litestar import Response
 from litestar.openapi.datastructures import ResponseSpec
+from litestar.types import ASGIApp
 
 from services.delivery.errors import named
 from services.kit.auth.principal import Principal
 from services.kit.auth.rules import REFUSALS
 from services.kit.problem import Problem, ProblemDetails
 
-__all__ = ["PROBLEMS", "QueuedRequest", "Links", "accepted", "own"]
+__all__ = ["PROBLEMS", "Links", "QueuedRequest", "StreamedResponse", "accepted", "own", "start_headers"]
 
 PROBLEMS: Final = {
     400: ResponseSpec(ProblemDetails, description="Not valid", media_type="application/problem+json"),
@@ -51,6 +52,28 @@ def accepted(session: str, generation: str, cursor: str, repeated: bool) -> Resp
     )
     headers = {"Location": links.generation} | ({"Idempotency-Replayed": "true"} if repeated else {})
     return Response(QueuedRequest(session, generation, cursor, "queued", links), headers=headers, status_code=202)
+
+
+def start_headers(session: str, generation: str, cursor: str, repeated: bool) -> list[tuple[bytes, bytes]]:
+    """Return the headers of a stream that answers a start: what the body of `accepted` would say."""
+    headers = [
+        (b"location", f"/v1/sessions/{session}/generations/{generation}".encode()),
+        (b"tailrace-generation", generation.encode()),
+        (b"tailrace-cursor", cursor.encode()),
+    ]
+    return [*headers, (b"idempotency-replayed", b"true")] if repeated else headers
+
+
+class StreamedResponse(Response[Any]):
+    """Answer with a raw ASGI application, from a handler that otherwise returns a body."""
+
+    def __init__(self, answer: ASGIApp) -> None:
+        super().__init__(None)
+        self._answer = answer
+
+    def to_asgi_response(self, *_: Any, **__: Any) -> Any:
+        """Return the application."""
+        return self._answer
 
 
 def own(principal: Principal, session: str) -> str:

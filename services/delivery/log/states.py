@@ -14,8 +14,8 @@ from services.kit.tasks import SingleFlight
 
 __all__ = ["LogStates"]
 
-STATE_SECONDS: Final = 1.0
-"""Age in seconds up to which a partition's state is reused."""
+STATE_SECONDS: Final = 2.0
+"""Age in seconds up to which a partition's state is reused; those in use are read again every second."""
 
 
 class LogStates:
@@ -36,7 +36,7 @@ class LogStates:
         self._cache = ReadCache(broker)
 
     async def state(self, partition: int, *, fresh: bool = False) -> StreamState:
-        """Return a partition's bounds and incarnation, at most a second old.
+        """Return a partition's bounds and incarnation, at most `STATE_SECONDS` old.
 
         Raises:
             BrokerUnavailable: the broker does not answer.

@@ -27,6 +27,7 @@ from services.delivery.log.states import LogStates
 from services.delivery.requests.budgets import BudgetReservations
 from services.delivery.requests.deleted_sessions import DeletedSessions
 from services.delivery.requests.generations import ENDED, Lookups
+from services.delivery.requests.recent_starts import RecentStarts
 from services.delivery.requests.start_limits import StartLimits
 from services.delivery.requests.withdrawals import Start, Withdrawals
 from services.kit.auth.principal import Principal
@@ -35,6 +36,7 @@ from services.kit.jetstream.broker import Broker, BrokerUnavailable
 from services.kit.jetstream.errors import APIError
 from services.kit.jetstream.storage import Storage
 from services.kit.problem import Problem
+from services.kit.tasks import together
 
 __all__ = ["GenerationRequest", "Intake"]
 
@@ -83,6 +85,7 @@ class Intake:
         lookups: Lookups,
         deleted: DeletedSessions,
         starts: StartLimits,
+        recent: RecentStarts,
         admission: BudgetReservations,
         pool: str,
     ) -> None:
@@ -91,6 +94,7 @@ class Intake:
         self._storage = storage
         self._deleted = deleted
         self._starts = starts
+        self._recent = recent
         self._admission = admission
         self._lookups = lookups
         self._clock = clock
@@ -120,7 +124,6 @@ class Intake:
         models = await self._candidates(request.model)
         generation = _name(tenant, session, key)
         issuer = await self._states.issuer(tenant, session)
-        cursor = await self._cursor(tenant, session, issuer, generation if key else None)
         body = msgspec.json.encode(request)
         record = GenerationRecord(
             tenant=tenant,
@@ -135,12 +138,15 @@ class Intake:
         )
         await self._check_room(issuer.partition, record)
         start = Start(record, None, lane_of(self._pool, request.priority), key is not None)
+        # No event of the generation can be stored before its request is queued.
+        end = self._end(tenant, session, issuer, generation if key else None)
         try:
-            created = await self._lookups.create(record)
+            created, before = await together(self._lookups.create(record), end)
         except BrokerUnavailable:
             self._withdrawals.add(start)
             raise
         start = start._replace(created=created)
+        cursor = issuer.issue(before)
         if created is None and not await self._is_waiting_repeat(record):
             return generation, cursor, True
         try:
@@ -151,6 +157,8 @@ class Intake:
             raise
         await self._enqueue(start, request, issuer.partition)
         self._starts.began(record)
+        if created is not None:
+            self._recent.add(record, issuer, before)
         return generation, cursor, created is None
 
     async def cancel(self, tenant: str, session: str, generation: str) -> str:
@@ -214,14 +222,16 @@ class Intake:
                 headers={"Retry-After": str(LOG_FULL_RETRY_SECONDS)},
             )
 
-    async def _cursor(self, tenant: str, session: str, issuer: CursorIssuer, repeated: str | None) -> str:
-        """Return the cursor before a new generation, or before the existing one of a repeated request."""
+    async def _end(self, tenant: str, session: str, issuer: CursorIssuer, repeated: str | None) -> int:
+        """Return the stream sequence before a new generation, or before the existing one of a repeated request."""
         reader = self._states.reader(tenant, session, issuer.partition)
-        last = await self._broker.last(reader.stream, reader.filter)
+        last, deleted = await together(
+            self._broker.last(reader.stream, reader.filter), self._deleted.through(tenant, session, issuer)
+        )
         first = await reader.first_of(repeated) if last and repeated else None
         if first is not None:
-            return issuer.issue(first - 1)
-        return issuer.issue(last.seq if last else await self._deleted.through(tenant, session, issuer))
+            return first - 1
+        return last.seq if last else deleted
 
     async def _is_waiting_repeat(self, record: GenerationRecord) -> bool:
         """Return whether an earlier request under the same key may not have reached the queue.

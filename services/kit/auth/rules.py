@@ -60,6 +60,13 @@ def cors(origins: Sequence[str], methods: Sequence[str]) -> CORSConfig | None:
         allow_methods=list(methods),  # type: ignore[arg-type]  # names of methods
         allow_headers=["Accept", "Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID"],
         allow_credentials="*" not in origins,
-        expose_headers=["Location", "Idempotency-Replayed", "Retry-After", "WWW-Authenticate"],
+        expose_headers=[
+            "Location",
+            "Idempotency-Replayed",
+            "Retry-After",
+            "Tailrace-Cursor",
+            "Tailrace-Generation",
+            "WWW-Authenticate",
+        ],
         max_age=600,
     )

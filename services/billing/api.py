@@ -39,7 +39,7 @@ from services.billing.statements import statement
 from services.billing.terms import CurrentTerms
 from services.billing.views import GenerationTrail, SessionUsage, UsageReport, UsageRow, trail, view
 from services.kit.api_docs import documented
-from services.kit.auth.rules import caller, cors, needs
+from services.kit.auth.guards import caller, cors, needs
 from services.kit.clock import SystemClock
 from services.kit.http import Check, probes
 from services.kit.problem import EXCEPTION_HANDLERS, Problem

@@ -30,9 +30,9 @@ from services.billing.errors import LedgerUnavailable
 from services.billing.price_loading import load_price_file, load_shipped_prices
 from services.billing.settings import Settings
 from services.billing.terms import CurrentTerms
-from services.kit.auth.entrance import entering
-from services.kit.auth.setup import authenticating
-from services.kit.bodies import reading_bodies
+from services.kit.auth.config import authenticating
+from services.kit.auth.middleware import entering
+from services.kit.body_limit import reading_bodies
 from services.kit.clock import SystemClock
 from services.kit.http import serving
 from services.kit.jetstream.broker import Broker, BrokerUnavailable

@@ -16,8 +16,8 @@ from services.billing.adapters.budgets import Budgets
 from services.billing.admission import Admission
 from services.billing.core.budgets import Budget, Period, Standing, period_at
 from services.billing.core.money import render
+from services.kit.auth.guards import REFUSALS, caller, needs
 from services.kit.auth.principal import Principal
-from services.kit.auth.rules import REFUSALS, caller, needs
 from services.kit.jetstream.broker import BrokerUnavailable
 from services.kit.problem import Problem, ProblemDetails
 

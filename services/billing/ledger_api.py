@@ -23,8 +23,8 @@ from services.billing.core.question import (
 )
 from services.billing.responses import PROBLEMS, answer, only
 from services.billing.views import GenerationUsage, LedgerEntry, entry_view, view
+from services.kit.auth.guards import caller, needs
 from services.kit.auth.principal import Principal
-from services.kit.auth.rules import caller, needs
 from services.kit.problem import Problem
 
 __all__ = ["ENTRY_COLUMNS", "entry_rows", "ledger", "reconciliations"]

@@ -18,8 +18,8 @@ from services.billing.core.question import Filters
 from services.billing.core.spending import DAY, OPEN
 from services.billing.errors import LedgerUnavailable
 from services.billing.responses import PROBLEMS, only
+from services.kit.auth.guards import caller, needs
 from services.kit.auth.principal import is_still_valid
-from services.kit.auth.rules import caller, needs
 from services.kit.clock import Clock
 from services.kit.problem import Problem
 

@@ -17,7 +17,7 @@ from services.billing.core.price_file import COLUMNS, BadPrices, render_moment, 
 from services.billing.core.provider_export import BadExport, parse_export
 from services.billing.price_loading import parse_prices
 from services.billing.terms import CurrentTerms
-from services.kit.auth.rules import REFUSALS, caller, needs
+from services.kit.auth.guards import REFUSALS, caller, needs
 from services.kit.problem import Problem, ProblemDetails
 
 __all__ = ["put_prices", "put_usage", "show_prices"]

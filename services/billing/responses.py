@@ -11,7 +11,7 @@ import msgspec
 from litestar import Request, Response
 from litestar.openapi import ResponseSpec
 
-from services.kit.auth.rules import REFUSALS
+from services.kit.auth.guards import REFUSALS
 from services.kit.problem import Problem, ProblemDetails
 
 __all__ = ["NOT_FOUND", "PROBLEMS", "answer", "only", "wants_csv"]

@@ -18,7 +18,7 @@ from services.billing.adapters.reports import Reports, Totals
 from services.billing.core.money import render
 from services.billing.core.question import BadQuestion, Filters
 from services.billing.responses import PROBLEMS, answer, only
-from services.kit.auth.rules import caller, needs
+from services.kit.auth.guards import caller, needs
 from services.kit.problem import Problem
 
 __all__ = ["StatementLine", "Statement", "statement"]

@@ -13,7 +13,7 @@ from litestar.openapi.plugins import OpenAPIRenderPlugin
 from litestar.params import FromPath
 from swagger_ui_bundle import swagger_ui_path
 
-from services.kit.auth.rules import SECURITY
+from services.kit.auth.guards import SECURITY
 
 __all__ = ["ASSETS", "documented"]
 

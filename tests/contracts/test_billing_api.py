@@ -15,7 +15,7 @@ from services.billing.adapters.reports import Reports
 from services.billing.adapters.worklist import Money
 from services.billing.api import build_api
 from services.billing.core.spending import steps
-from services.kit.auth.entrance import entering
+from services.kit.auth.middleware import entering
 from services.kit.auth.principal import Principal
 from services.kit.http import serving
 from tests.billing_histories import START

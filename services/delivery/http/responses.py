@@ -7,8 +7,8 @@ from litestar import Response
 from litestar.openapi.datastructures import ResponseSpec
 
 from services.delivery.errors import named
+from services.kit.auth.guards import REFUSALS
 from services.kit.auth.principal import Principal
-from services.kit.auth.rules import REFUSALS
 from services.kit.problem import Problem, ProblemDetails
 
 __all__ = ["PROBLEMS", "QueuedRequest", "Links", "accepted", "own"]

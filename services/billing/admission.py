@@ -1,4 +1,4 @@
-"""Budgets at work: decides what may begin, and stops what runs beyond a hard limit."""
+"""Budget admission: decide which generations may begin, and stop those beyond a hard limit."""
 
 import asyncio
 from contextlib import suppress
@@ -36,9 +36,9 @@ T = TypeVar("T")
 
 
 class Admission:
-    """Answers delivery's questions on the broker; every replica of billing takes part.
+    """Answer delivery's reservation requests on the broker; the replicas of billing share them.
 
-    ``keep``: seconds after which what was reserved for a generation that never began is given back.
+    ``keep``: seconds until the reservation of a generation that never began is released.
     """
 
     def __init__(self, broker: Broker, budgets: Budgets, terms: CurrentTerms, clock: Clock, *, keep: float) -> None:
@@ -50,7 +50,7 @@ class Admission:
         self._asked: asyncio.Queue[tuple[Message, Reserve]] = asyncio.Queue(WAITING)
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Answer and watch until ``stop`` is set."""
+        """Serve requests and watch running generations until ``stop`` is set."""
         subscriptions = [
             await self._broker.subscribe(RESERVE_SUBJECT, self._ask, queue=QUEUE),
             await self._broker.subscribe(RELEASE_SUBJECT, self._release, queue=QUEUE),
@@ -67,7 +67,7 @@ class Admission:
                 await self._broker.unsubscribe(subscription)
 
     async def notify(self, tenant: str, *, has_budgets: bool) -> None:
-        """Tell delivery whether it must ask for this tenant.
+        """Publish whether delivery must request reservations for this tenant.
 
         Raises:
             BrokerUnavailable: the broker does not answer, or does not store it.
@@ -102,7 +102,7 @@ class Admission:
             log.info("reservations given back: nothing had begun", rows=count)
 
     async def stop_beyond(self) -> None:
-        """Stop what runs beyond a hard limit; a generation that ends meanwhile is none the worse."""
+        """Stop running generations beyond a hard limit; one that ends in the meantime is not affected."""
         running = await self._budgets.running()
         for tenant in sorted({r.generation.tenant for r in running}):
             own = [r for r in running if r.generation.tenant == tenant]
@@ -149,7 +149,7 @@ class Admission:
             log.warning("no decision on a reservation", generation=reserve.generation, error="too many wait for one")
 
     async def _decide(self) -> None:
-        """Decide, in one transaction for each tenant, on all that has been asked meanwhile."""
+        """Decide on all waiting requests, with one transaction per tenant."""
         while True:
             asked = [await self._asked.get()]
             while len(asked) < BATCH and not self._asked.empty():

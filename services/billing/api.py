@@ -1,4 +1,4 @@
-"""The HTTP API: questions about usage."""
+"""The HTTP API: usage queries."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Final
@@ -171,7 +171,7 @@ async def usage(
     after = parse_page((filters, dimensions), cursor, [int if d in BUCKETS else str for d in dimensions])
     if session is None and not principal.reaches_all:
         raise Problem(403, "the credentials reach only some sessions: ask with session=")
-    # What another tenant used is not told, and not even whether there is one.
+    # Reveal neither another tenant's usage nor whether that tenant exists.
     foreign = tenant not in (None, principal.tenant) or (session is not None and not principal.reaches(session))
     report = UsageReport(group_by=list(dimensions), rows=[], next=None)
     if not foreign:
@@ -191,7 +191,7 @@ async def _report(
 
 
 def _usage_rows(report: UsageReport) -> Iterable[Sequence[object]]:
-    """Return one row for each group and currency: numbers of tokens stand in the first of a group's rows."""
+    """Return one row for each group and currency; token counts are in the first row of a group."""
     for row in report.rows:
         keys = [row.key[name] for name in report.group_by]
         numbers = [getattr(row.totals, name) for name in _SUMS[:-2]]
@@ -244,9 +244,9 @@ def build_api(
     terms: CurrentTerms | None = None,
     admission: Admission | None = None,
 ) -> Litestar:
-    """Return the ASGI application, to stand behind an entrance that tells who calls; ``checks`` make up readiness.
+    """Return the ASGI application, for use behind the authentication middleware; ``checks`` make up readiness.
 
-    ``terms``: those that the service settles by, for what an export would change. ``admission``: what tells delivery
+    ``terms``: the service's settlement terms, to compute the effect of an export. ``admission``: publishes to delivery
     which tenants have budgets.
     """
     prices = Prices(reports.engine)
@@ -254,8 +254,8 @@ def build_api(
     money |= {"budgets": Budgets(reports.engine), "admission": admission, "entries": Entries(reports.engine)}
     money["live"] = Live(reports, SystemClock())
     return Litestar(
-        logging_config=None,  # logs are set up once, by the service
-        request_max_body_size=None,  # bodies are bounded where they are read
+        logging_config=None,  # the service sets up logging once
+        request_max_body_size=None,  # `services.kit.body_limit` bounds bodies
         route_handlers=[
             Router("/v1/usage", route_handlers=[generation_usage, session_usage, live_usage, usage]),
             Router("/v1/budgets", route_handlers=[list_budgets, show_budget, put_budget, delete_budget]),

@@ -1,4 +1,4 @@
-"""Takes delivery's reports of what subscribers were sent."""
+"""Consume delivery's reports of the events sent to subscribers."""
 
 import asyncio
 from collections.abc import Iterable
@@ -23,16 +23,16 @@ __all__ = ["DeliveryReports"]
 log = structlog.get_logger()
 BATCH: Final = 1_000
 LOOK_SECONDS: Final = 5.0
-"""How often the consumer's position is compared with its stream."""
+"""Seconds between comparisons of the consumer's position with its stream."""
 WAIT_SECONDS: Final = 1.0
-"""How long a pull waits for reports: what comes within it is written together."""
+"""Seconds that a pull waits for reports: those that arrive within it are written together."""
 _PAUSE: Final = 1.0
 
 
 class DeliveryReports:
-    """Fetches reports, writes them, acknowledges them. Any number of processes may do so at once.
+    """Pull reports, write them, and acknowledge them. Any number of processes may do so at once.
 
-    A report is written before it is acknowledged, and the newest one of a counter holds: repeats change nothing.
+    A report is written before it is acknowledged, and the newest one of a counter wins: repeats change nothing.
     """
 
     def __init__(self, broker: Broker, deliveries: Deliveries, spec: ConsumerSpec) -> None:
@@ -42,7 +42,7 @@ class DeliveryReports:
         self._stop = asyncio.Event()
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Take reports until ``stop`` is set."""
+        """Consume reports until ``stop`` is set."""
         self._stop = stop
         while not stop.is_set():
             try:
@@ -64,7 +64,7 @@ class DeliveryReports:
                     await durables.mend(self._spec)
                 messages = await consumer.fetch(BATCH, wait=WAIT_SECONDS)
                 await self._deliveries.put(_reports(messages))
-                # Also those whose generation billing had not seen when they came.
+                # Also reports whose generation was unknown to billing when they arrived.
                 await self._deliveries.position()
                 for _, reply, _ in messages:
                     await self._broker.publish(reply.decode(), ACK)

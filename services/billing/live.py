@@ -1,4 +1,4 @@
-"""Running totals as they grow: one question a tenant and moment, however many listen."""
+"""Live running totals: one database query per tenant and period, for any number of listeners."""
 
 import asyncio
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ __all__ = ["Live", "LiveTotals", "live_usage"]
 
 log = structlog.get_logger()
 PERIOD: Final = 0.4
-"""Seconds between two reads of the database; the counts there are at most half a second old."""
+"""Seconds between two reads of the database; the totals are at most half a second old."""
 LISTENERS: Final = 1_000
 HEARTBEAT: Final = 15.0
 
@@ -45,20 +45,20 @@ class LiveTotals(msgspec.Struct, kw_only=True):
 
 
 class Live:
-    """Looks for every tenant that somebody listens to; at most `LISTENERS` at once."""
+    """Share the totals of each tenant among its listeners; at most `LISTENERS` at once."""
 
     def __init__(self, reports: Reports, clock: Clock) -> None:
         self._reports = reports
         self._clock = clock
         self._listeners = 0
-        self._newest: dict[str, tuple[float, asyncio.Task[LiveTotals]]] = {}  # by tenants that somebody listens to
+        self._newest: dict[str, tuple[float, asyncio.Task[LiveTotals]]] = {}  # by tenants with listeners
         self._counts: dict[str, int] = {}
 
     def enter(self, tenant: str) -> None:
-        """Begin to listen.
+        """Add a listener.
 
         Raises:
-            Problem: 503, too many listen.
+            Problem: 503, too many listeners.
         """
         if self._listeners >= LISTENERS:
             raise Problem(503, f"{LISTENERS} listen already", headers={"Retry-After": "5"})
@@ -66,7 +66,7 @@ class Live:
         self._counts[tenant] = self._counts.get(tenant, 0) + 1
 
     def leave(self, tenant: str) -> None:
-        """Listen no longer."""
+        """Remove a listener."""
         self._listeners -= 1
         self._counts[tenant] -= 1
         if not self._counts[tenant]:
@@ -74,7 +74,7 @@ class Live:
             self._newest.pop(tenant, None)
 
     async def totals(self, tenant: str) -> LiveTotals:
-        """Return the totals of a moment ago, asked for once for all who want them.
+        """Return the latest totals, from one query shared by all listeners of the tenant.
 
         Raises:
             LedgerUnavailable: the database did not answer.
@@ -117,7 +117,7 @@ def _add(to: Totals, totals: Totals) -> None:
     **needs("usage"),
 )
 async def live_usage(request: Request[Any, Any, Any], state: State) -> ServerSentEvent:
-    """Server-sent events: running totals (`LiveTotals`) whenever they have changed, within a second of the token."""
+    """Server-sent events: running totals (`LiveTotals`) after each change, within a second of the token."""
     only(request, ())
     principal = caller(request)
     if not principal.reaches_all:

@@ -1,4 +1,4 @@
-"""What billing tells Prometheus."""
+"""Billing's Prometheus metrics."""
 
 from typing import Final
 

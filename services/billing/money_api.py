@@ -1,4 +1,4 @@
-"""The HTTP API: the price book, and providers' exports."""
+"""The HTTP API: the price book, and imports of provider exports."""
 
 import hashlib
 import time
@@ -43,7 +43,7 @@ _PROBLEMS: Final = {
 class PriceView(msgspec.Struct, kw_only=True, rename={"from_": "from", "class_": "class"}):
     """One row: amount per 1,000,000 tokens (``per_request``: per request), valid from ``from`` up to ``until``.
 
-    ``revision`` of the book brought it; ``withdrawn`` is the one that took it out, if any.
+    ``revision`` of the book added it; ``withdrawn`` is the one that withdrew it, if any.
     """
 
     id: int
@@ -66,7 +66,9 @@ class PriceList(msgspec.Struct, kw_only=True):
 
 
 class ImportView(msgspec.Struct, kw_only=True):
-    """What an export of a provider brought or, on a dry run, would bring. ``difference``: amounts by currency."""
+    """The result of an import of a provider's export or, on a dry run, the expected result. ``difference``: amounts by
+    currency.
+    """
 
     rows: int
     new: int
@@ -85,7 +87,9 @@ async def show_prices(
     state: State,
     history: Annotated[bool, QueryParameter(description="With the rows that hold no more")] = False,
 ) -> Response[Any]:
-    """Return the rows that hold, or all that ever did. As CSV (``Accept: text/csv``) it can be put back as it is."""
+    """Return the current rows, or all rows ever stored. The CSV form (``Accept: text/csv``) can be uploaded again
+    unchanged.
+    """
     prices: Prices = state.prices
     rows = [row for row in await prices.history() if history or row.withdrawn is None]
     if "text/csv" in request.headers.get("accept", "") and not history:
@@ -103,9 +107,9 @@ async def show_prices(
     **needs("admin"),
 )
 async def put_prices(request: Request[Any, Any, Any], state: State, dry_run: DryRun = False) -> Change:
-    """Make the body (TOML, CSV or JSON) the whole price book. Rows that are the same stay; the others are withdrawn.
+    """Replace the price book by the body (TOML, CSV or JSON). Equal rows stay; the others are withdrawn.
 
-    Generations that the change concerns are settled anew: those without a price get theirs, others a correction.
+    Generations that the change concerns are settled again: those without a price get one, others a correction.
     """
     if not caller(request).operator:
         raise Problem(403, "the price book is every tenant's: only the operator changes it")
@@ -135,9 +139,9 @@ async def put_usage(
     provider: Annotated[str, QueryParameter(max_length=200, description="Where a row names none")] = "",
     dry_run: DryRun = False,
 ) -> ImportView:
-    """Take rows of usage (JSON or CSV), each named by our generation or the provider's id; all of them or none.
+    """Import rows of usage (JSON or CSV), each named by our generation or the provider's id; all rows or none.
 
-    A row that was brought before changes nothing. What differs from what was charged becomes corrections.
+    A repeated row changes nothing. Differences from the charged amount become corrections.
     """
     principal = caller(request)
     if not principal.reaches_all:

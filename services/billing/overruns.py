@@ -1,4 +1,4 @@
-"""Usage beyond its reservation: counted, logged, and an alarm where it has passed a hard limit."""
+"""Overruns: usage beyond its reservation is counted and logged, with an alarm if it exceeds a hard limit."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ log = structlog.get_logger()
 
 
 async def report_overruns(budgets: Budgets, found: Sequence[Overrun]) -> None:
-    """Count and log settlements that used more than was reserved, and hard limits that are passed with them."""
+    """Count and log settlements that used more than their reservation, and the hard limits they exceed."""
     for one in found:
         kind = "tokens" if one.unit == TOKENS else "money"
         metrics.OVERRUNS.labels(kind).inc()
@@ -26,7 +26,7 @@ async def report_overruns(budgets: Budgets, found: Sequence[Overrun]) -> None:
 
 
 async def report_limits(budgets: Budgets, found: Sequence[Overrun]) -> None:
-    """Count and log hard limits that are passed with this usage."""
+    """Count and log the hard limits exceeded by this usage."""
     for one in found:
         try:
             await _look_at(budgets, one)

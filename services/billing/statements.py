@@ -1,4 +1,4 @@
-"""Statements: what a tenant used in a month, by model, as JSON, CSV and a page to print."""
+"""Statements: a tenant's usage in a month, by model, as JSON, CSV and a page to print."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -54,7 +54,7 @@ p{margin:.3rem 0}
 
 
 class StatementLine(msgspec.Struct, kw_only=True):
-    """One model of one provider, and how its generations ended up (`status` of reconciliation)."""
+    """One model of one provider and the `status` of its generations after reconciliation."""
 
     provider: str
     model: str
@@ -63,9 +63,9 @@ class StatementLine(msgspec.Struct, kw_only=True):
 
 
 class Statement(msgspec.Struct, kw_only=True):
-    """What a tenant's generations that started in a month used and cost. Times in RFC 3339, UTC.
+    """The usage and cost of a tenant's generations that started in a month. Times in RFC 3339, UTC.
 
-    ``final``: whether the month is over and everything of it has settled; later corrections change it still.
+    ``final``: whether the month is over and all of its generations have settled; later corrections still change it.
     """
 
     tenant: str

@@ -145,7 +145,7 @@ class Consumer:
         try:
             while not self._stop.is_set():
                 pulled = await (ahead or self.tail.pull())
-                # If more events wait, pull while this batch is written: one pull ahead, so at most two batches are held.
+                # If more events wait, pull while this batch is written: one pull ahead, at most two batches in memory.
                 ahead = asyncio.create_task(self.tail.pull()) if pulled.full else None
                 sure = await self._take(pulled)
                 await self._renew()

@@ -1,4 +1,4 @@
-"""What is measured of credentials, the same in every service."""
+"""Metrics of credentials, the same in every service."""
 
 from typing import Final
 

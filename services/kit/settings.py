@@ -1,8 +1,8 @@
-"""Settings: frozen structs read once from the environment and, below it, from the TOML file.
+"""Settings: frozen structs, read once from the environment and the TOML file.
 
 A field ``port`` of the struct for the service ``delivery`` is the variable ``TAILRACE_DELIVERY_PORT`` and the key
 ``port`` of the table ``[delivery]`` in the file that ``TAILRACE_CONFIG`` names; fields of `Shared` are
-``TAILRACE_<FIELD>`` and stand in ``[shared]``. The environment wins. All problems are reported together.
+``TAILRACE_<FIELD>`` and keys of ``[shared]``. The environment takes precedence. All problems are reported together.
 """
 
 import ssl

@@ -1,12 +1,12 @@
-"""The way out of a process: how long what runs may go on, and what ends it when a part does not.
+"""The shutdown of a process: its deadlines, and a watchdog that enforces them.
 
-A service has two bounds: its drain time, for which what runs may go on, and `MARGIN` seconds beyond it. The margin is
-shared by all that is left to do, each step until a point of its own, so that steps cannot add up:
+A service has two deadlines: its drain time, during which work may continue, and `MARGIN` seconds beyond it. The margin
+is shared by the remaining steps, each with a deadline of its own, so that their times cannot add up:
 
 ========================= ===========================================
-seconds beyond the drain  what has ended by then
+seconds beyond the drain  ended by then
 ========================= ===========================================
-`HAND_OVER`               what was cut is handed over or reported
+`HAND_OVER`               interrupted work is handed over or reported
 `ANSWERS`                 open answers of HTTP and gRPC
 `CUT`                     the service is cancelled, wherever it waits
 `MARGIN`                  the process, by `watch_over`

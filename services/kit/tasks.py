@@ -1,4 +1,4 @@
-"""Tasks beside the caller: tracked background tasks, one shared call per key, and waits with a time limit."""
+"""Concurrent tasks: tracked background tasks, one shared call per key, and waits with a time limit."""
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterator

@@ -96,6 +96,4 @@ def nak(delay: float = 0.0) -> bytes:
 
 
 AT_ONCE: Final = nak(1e-9)
-"""Redeliver now. With a delay, however short, the server persists the release of the message, so that it survives a
-restart.
-"""
+"""Redeliver now. With any delay, the server persists the release of the message, so that it survives a restart."""

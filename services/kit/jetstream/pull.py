@@ -1,19 +1,19 @@
-"""The pull consumer: asks one durable consumer of the broker for messages, and tells how each pull has ended.
+"""The pull consumer: request messages from one durable consumer of the broker, and report the end of each pull.
 
 A pull (``$JS.API.CONSUMER.MSG.NEXT.<stream>.<consumer>``) asks for up to ``batch`` messages. The server delivers them
 to the pull's inbox, each under its own subject, with an acknowledgement subject as its reply subject (`ack`). A pull
-that brings less than it asked for ends with a status message, which has no reply subject. For all users a status means:
+that brings less than its batch ends with a status message, which has no reply subject. For all users a status means:
 
 - 404 No Messages (of a pull that does not wait), 408 Request Timeout (of one that has waited): `End.EMPTY`.
 - 409 Batch Completed, 409 Message Size Exceeds MaxBytes: `End.FULL`. The bound in bytes is reached, and more waits.
-- 409 Consumer Deleted, 409 Consumer is push based, 503 No Responders: `End.GONE`. The consumer is to be looked at.
+- 409 Consumer Deleted, 409 Consumer is push based, 503 No Responders: `End.GONE`. The user must check the consumer.
 - Any other, such as 409 Exceeded MaxWaiting, 409 Leadership Change, 409 Server Shutdown: `End.REFUSED`.
 - 100 Idle Heartbeat: no end. No pull asks for heartbeats: a pull waits for some seconds at most, and its end is a sign
   of life. One whose end is `PATIENCE` seconds late, or whose connection has been replaced, is lost.
 
-After `End.GONE` and `End.REFUSED` a pull consumer rests for `REST_SECONDS`: asking on makes neither a missing leader
-nor too many waiting pulls better. A status of an earlier pull is ignored. A message of an earlier pull that was taken
-for lost is kept, and counts as one of the present pull: a message does not name the pull that it answers.
+After `End.GONE` and `End.REFUSED` a pull consumer pauses for `REST_SECONDS`: more pulls help neither a missing leader
+nor too many waiting pulls. A status of an earlier pull is ignored. A message of an earlier pull that was considered
+lost is kept, and counts for the current pull: a message does not name its pull.
 """
 
 import asyncio

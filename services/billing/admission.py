@@ -91,7 +91,7 @@ class Admission:
                     await self._expire()
                 await self.stop_beyond()
             except (LedgerUnavailable, BrokerUnavailable) as error:
-                log.warning("budgets not looked at", error=str(error))
+                log.warning("budgets not checked", error=str(error))
             with suppress(TimeoutError):
                 async with asyncio.timeout(WATCH_SECONDS):
                     await stop.wait()
@@ -99,7 +99,7 @@ class Admission:
     async def _expire(self) -> None:
         count = await self._budgets.expire(self._now())
         if count:
-            log.info("reservations given back: nothing had begun", rows=count)
+            log.info("expired reservations released", rows=count)
 
     async def stop_beyond(self) -> None:
         """Stop running generations beyond a hard limit; one that ends in the meantime is not affected."""
@@ -146,7 +146,9 @@ class Admission:
             self._asked.put_nowait((msg, reserve))
         except asyncio.QueueFull:
             metrics.RESERVATIONS.labels("unanswered").inc()
-            log.warning("no decision on a reservation", generation=reserve.generation, error="too many wait for one")
+            log.warning(
+                "no decision on a reservation", generation=reserve.generation, error="too many requests are waiting"
+            )
 
     async def _decide(self) -> None:
         """Decide on all waiting requests, with one transaction per tenant."""
@@ -180,7 +182,7 @@ class Admission:
         try:
             await self._budgets.release(reserve)
         except LedgerUnavailable as error:
-            log.warning("reservation not given back yet", generation=reserve.generation, error=str(error))
+            log.warning("reservation not released yet", generation=reserve.generation, error=str(error))
             return
         await self._answer(msg, None)
 
@@ -189,7 +191,7 @@ class Admission:
             try:
                 await self._broker.publish(msg.reply, b"" if decision is None else msgspec.json.encode(decision))
             except BrokerUnavailable as error:
-                log.warning("decision not told", error=str(error))
+                log.warning("decision not sent", error=str(error))
 
     def _now(self) -> int:
         return round(self._clock.wall() * 1_000)
@@ -199,7 +201,7 @@ def _read(msg: Message, type_: type[T]) -> T | None:
     try:
         return msgspec.json.decode(msg.data, type=type_)
     except msgspec.DecodeError as error:
-        log.error("a question about budgets is not readable", subject=msg.subject, error=str(error))
+        log.error("budget request not readable", subject=msg.subject, error=str(error))
         return None
 
 

@@ -49,9 +49,9 @@ __all__ = ["build_api"]
 DEFAULT_LIMIT: Final = 100
 Text = Annotated[str | None, QueryParameter(max_length=200, pattern=r"^[^\x00]*$")]
 Limit = Annotated[
-    int, QueryParameter(ge=1, le=1_000, description="Most rows of one page", examples=[Example(value=100)])
+    int, QueryParameter(ge=1, le=1_000, description="Maximum number of rows in a page", examples=[Example(value=100)])
 ]
-Cursor = Annotated[str | None, QueryParameter(max_length=2_000, description="`next` of the page before")]
+Cursor = Annotated[str | None, QueryParameter(max_length=2_000, description="`next` of the previous page")]
 _FILTERS: Final = ("from", "to", "tenant", "model", "provider", "status", "session", "key", "label")
 _SUMS: Final = (*(name for name in Totals.__struct_fields__ if name != "amounts"), "amount", "currency")
 _MOMENTS: Final = [Example(summary="a day, UTC", value="2026-01-31"), Example(value="2026-01-31T12:00:00Z")]

@@ -157,7 +157,7 @@ async def _existing(broker: Broker) -> set[int]:
     try:
         return set(await broker.partitions())
     except BrokerUnavailable as error:
-        log.warning("partitions not looked at", error=str(error))
+        log.warning("partitions not listed", error=str(error))
         return set()
 
 

@@ -92,7 +92,7 @@ async def list_budgets(request: Request[Any, Any, Any], state: State) -> BudgetL
 
 @get(
     "/{name:str}",
-    summary="One budget and where it stands",
+    summary="One budget and its usage",
     operation_id="show_budget",
     tags=["budgets"],
     responses={**_PROBLEMS, **_NOT_FOUND},
@@ -159,7 +159,7 @@ def _tenant_of_all(principal: Principal) -> str:
         Problem: 403.
     """
     if not principal.reaches_all:
-        raise Problem(403, "the credentials reach only some sessions, and a budget is about all of them")
+        raise Problem(403, "the credentials reach only some sessions, and a budget covers all of them")
     return principal.tenant
 
 
@@ -170,7 +170,7 @@ async def _notify(state: State, tenant: str) -> None:
     try:
         await admission.notify(tenant, has_budgets=bool(await _budgets(state).standings(tenant, _now())))
     except BrokerUnavailable as error:
-        raise Problem(503, "the budget is kept, but delivery does not know of it yet: set it again") from error
+        raise Problem(503, "the budget is stored, but delivery has not been notified: set it again") from error
 
 
 def _budgets(state: State) -> Budgets:

@@ -134,7 +134,7 @@ class Consumer:
             async with asyncio.timeout(RELEASE_SECONDS):
                 await self.ledger.release(self.partition)
         except (LedgerUnavailable, LedgerUnusable, TimeoutError) as error:
-            log.warning("hold not given up; it expires", partition=self.partition, error=str(error))
+            log.warning("hold not released, it expires by itself", partition=self.partition, error=str(error))
 
     async def _follow(self) -> None:
         # Events delivered to a process that died are redelivered late, after newer ones: read them from the log now.

@@ -75,7 +75,7 @@ class Continuity:
         unread = max(0, state.lost - max(before.applied, state.base)) if state.reused else 0
         metrics.GAP.labels(str(self._partition)).inc(unread)
         log.error(
-            "the log is another one, or has lost its end, and is read anew",
+            "the log was replaced or has lost its end, and is read again",
             partition=self._partition,
             applied=before.applied,
             kept_up_to=state.base,
@@ -100,7 +100,7 @@ class Continuity:
         seen, self._seen = self._seen, (applied, state.last_seq)
         if seen is None or seen[0] != applied or seen[1] <= applied:
             return None
-        log.error("the consumer does not deliver what the log holds", partition=self._partition, applied=applied)
+        log.error("the consumer did not deliver stored events", partition=self._partition, applied=applied)
         metrics.LAG.labels(str(self._partition)).set(seen[1] - applied)
         await self._tail.reset(seen[1])
         return seen[1]

@@ -69,7 +69,7 @@ class DeliveryReports:
                 for _, reply, _ in messages:
                     await self._broker.publish(reply.decode(), ACK)
                 if consumer.end in (End.GONE, End.REFUSED):
-                    raise BrokerUnavailable(f"no reports come: {consumer.reason}")
+                    raise BrokerUnavailable(f"no delivery reports arrive: {consumer.reason}")
         finally:
             await consumer.close(0.0)
 
@@ -81,6 +81,6 @@ def _reports(messages: Iterable[Arrived]) -> list[DeliveredReport]:
             found.append(decode_delivered(data))
         except ValueError as error:
             metrics.DELIVERY_REPORTS.labels("malformed").inc()
-            log.warning("a report of deliveries cannot be read", subject=subject.decode(), error=str(error))
+            log.warning("delivery report not readable", subject=subject.decode(), error=str(error))
     metrics.DELIVERY_REPORTS.labels("taken").inc(len(found))
     return found

@@ -31,8 +31,8 @@ __all__ = ["ENTRY_COLUMNS", "entry_rows", "ledger", "reconciliations"]
 
 DEFAULT_LIMIT: Final = 100
 Text = Annotated[str | None, QueryParameter(max_length=200, pattern=r"^[^\x00]*$")]
-Limit = Annotated[int, QueryParameter(ge=1, le=1_000, description="Most rows of one page")]
-Cursor = Annotated[str | None, QueryParameter(max_length=2_000, description="`next` of the page before")]
+Limit = Annotated[int, QueryParameter(ge=1, le=1_000, description="Maximum number of rows in a page")]
+Cursor = Annotated[str | None, QueryParameter(max_length=2_000, description="`next` of the previous page")]
 From = Annotated[
     str | None, QueryParameter(name="from", description="Inclusive", examples=[Example(value="2026-01-31")])
 ]

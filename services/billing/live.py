@@ -61,7 +61,7 @@ class Live:
             Problem: 503, too many listeners.
         """
         if self._listeners >= LISTENERS:
-            raise Problem(503, f"{LISTENERS} listen already", headers={"Retry-After": "5"})
+            raise Problem(503, f"there are {LISTENERS} listeners already", headers={"Retry-After": "5"})
         self._listeners += 1
         self._counts[tenant] = self._counts.get(tenant, 0) + 1
 
@@ -121,7 +121,7 @@ async def live_usage(request: Request[Any, Any, Any], state: State) -> ServerSen
     only(request, ())
     principal = caller(request)
     if not principal.reaches_all:
-        raise Problem(403, "the credentials reach only some sessions, and this is about all of them")
+        raise Problem(403, "the credentials reach only some sessions, and the totals cover all of them")
     live: Live = state.live
     live.enter(principal.tenant)
     return ServerSentEvent(_events(live, principal.tenant, request.scope))
@@ -136,7 +136,7 @@ async def _events(live: Live, tenant: str, scope: Mapping[str, Any]) -> Any:
             try:
                 found = await live.totals(tenant)
             except LedgerUnavailable as error:
-                log.warning("live totals not told", error=str(error))
+                log.warning("live totals not sent", error=str(error))
                 yield ServerSentEventMessage(event="bye", data='{"reason":"unavailable"}', retry=2_000)
                 return
             if not is_still_valid(scope):

@@ -85,7 +85,7 @@ class ImportView(msgspec.Struct, kw_only=True):
 async def show_prices(
     request: Request[Any, Any, Any],
     state: State,
-    history: Annotated[bool, QueryParameter(description="With the rows that hold no more")] = False,
+    history: Annotated[bool, QueryParameter(description="Include the rows that are no longer valid")] = False,
 ) -> Response[Any]:
     """Return the current rows, or all rows ever stored. The CSV form (``Accept: text/csv``) can be uploaded again
     unchanged.
@@ -112,7 +112,7 @@ async def put_prices(request: Request[Any, Any, Any], state: State, dry_run: Dry
     Generations that the change concerns are settled again: those without a price get one, others a correction.
     """
     if not caller(request).operator:
-        raise Problem(403, "the price book is every tenant's: only the operator changes it")
+        raise Problem(403, "the price book applies to every tenant: only the operator may change it")
     data = await request.body()
     try:
         rows = parse_prices(_kind(request, ("toml", "csv", "json")), data)
@@ -136,7 +136,7 @@ async def put_prices(request: Request[Any, Any, Any], state: State, dry_run: Dry
 async def put_usage(
     request: Request[Any, Any, Any],
     state: State,
-    provider: Annotated[str, QueryParameter(max_length=200, description="Where a row names none")] = "",
+    provider: Annotated[str, QueryParameter(max_length=200, description="Default for rows that name none")] = "",
     dry_run: DryRun = False,
 ) -> ImportView:
     """Import rows of usage (JSON or CSV), each named by our generation or the provider's id; all rows or none.
@@ -145,7 +145,7 @@ async def put_usage(
     """
     principal = caller(request)
     if not principal.reaches_all:
-        raise Problem(403, "the credentials reach only some sessions, and an export is about all of them")
+        raise Problem(403, "the credentials reach only some sessions, and an export covers all of them")
     try:
         rows = parse_export(_kind(request, ("csv", "json")), await request.body(), provider.replace("\0", ""))
     except BadExport as error:

@@ -31,7 +31,7 @@ async def report_limits(budgets: Budgets, found: Sequence[Overrun]) -> None:
         try:
             await _look_at(budgets, one)
         except LedgerUnavailable as error:
-            log.warning("budgets not looked at", generation=one.generation.generation, error=str(error))
+            log.warning("budgets not checked", generation=one.generation.generation, error=str(error))
 
 
 async def _look_at(budgets: Budgets, one: Overrun) -> None:

@@ -96,7 +96,7 @@ async def statement(
     only(request, ())
     principal = caller(request)
     if not principal.reaches_all:
-        raise Problem(403, "the credentials reach only some sessions, and a statement is about all of them")
+        raise Problem(403, "the credentials reach only some sessions, and a statement covers all of them")
     since, until = _bounds(month)
     reports: Reports = state.reports
     filters = Filters(tenant=principal.tenant, start=_ms(since), end=_ms(until))

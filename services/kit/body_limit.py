@@ -92,7 +92,7 @@ class _Bodies:
         except TimeoutError:
             return Problem(
                 408,
-                f"the body must be there within {self._seconds:g} seconds, and a second for each {LEAST_RATE} bytes",
+                f"the body must arrive within {self._seconds:g} seconds, and a second for each {LEAST_RATE} bytes",
                 slug="too-slow",
                 title="The request takes too long",
                 headers={"Connection": "close"},

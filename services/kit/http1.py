@@ -29,9 +29,7 @@ DRAIN_SECONDS: Final = 10.0
 PIPELINED: Final = 32  # requests that wait for earlier responses
 _PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"  # RFC 9113, 3.4
 _CLOSE: Final = {"Connection": "close"}
-_MALFORMED: Final = Problem(
-    400, "this is not HTTP/1.1 or HTTP/2 as this server understands it", slug="malformed", headers=_CLOSE
-)
+_MALFORMED: Final = Problem(400, "this is not valid HTTP/1.1 or HTTP/2", slug="malformed", headers=_CLOSE)
 _TOO_LARGE: Final = Problem(431, f"the request's line and headers have more than {HEAD_BYTES} bytes", headers=_CLOSE)
 _BUSY: Final = Problem(503, "too many requests are under way", headers={"Retry-After": "1", **_CLOSE})
 _FAILED: Final = Problem(500, "the error has been logged", headers=_CLOSE)

@@ -85,7 +85,7 @@ def _see_to_the_end(task: asyncio.Future[None], stop: Stop) -> None:
 
     def overdue() -> None:
         if not task.done():
-            log.warning("service did not end in time and is cut", drain=stop.drain)
+            log.warning("service did not end in time and was cancelled", drain=stop.drain)
             cut(CUT_AGAIN)
 
     if stop.heeded:

@@ -153,7 +153,7 @@ class CounterStorage(Storage, SlidingWindowCounterSupport):
                 return here.shared + here.own
             except (BrokerUnavailable, TimeoutError, ValueError) as error:
                 self._blind_until = self._clock.monotonic() + BLIND_SECONDS
-                log.warning("counters do not answer: this replica counts for itself", detail=str(error))
+                log.warning("rate counters did not answer, counting locally", detail=str(error))
         self._on_silence()
         here.own += amount
         here.told_at = self._clock.monotonic()

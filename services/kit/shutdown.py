@@ -91,7 +91,7 @@ async def until_drained(stop: Stop, work: Coroutine[Any, Any, None], *, seconds:
         if not task.done():
             await asyncio.wait({task}, timeout=stop.left())
         if not task.done():
-            log.warning("work did not end within the drain time and is cut", drain=stop.drain)
+            log.warning("work did not end within the drain time and was cancelled", drain=stop.drain)
     finally:
         await end(task, asked, seconds=seconds)
     if task.done() and not task.cancelled():
@@ -138,7 +138,7 @@ def _watch(loop: asyncio.AbstractEventLoop, seconds: Callable[[], float]) -> Non
         _write(_tasks(loop))
         written.set()
 
-    log.error("service did not end in time and is ended", exit_code=EXIT_STUCK)
+    log.error("service did not end in time and was killed", exit_code=EXIT_STUCK)
     try:
         loop.call_soon_threadsafe(write)
         written.wait(_REPORT_SECONDS)  # bounded: the event loop itself may be stuck

@@ -161,8 +161,8 @@ async def migrate(engine: AsyncEngine) -> None:
             raise LedgerUnusable(str(origin), "let billing write the file and its folder") from error
         raise
     except CommandError as error:
-        remedy = "run the version of Tailrace that made it, or a newer one"
-        raise LedgerUnusable(f"its schema is not known here ({error})", remedy) from error
+        remedy = "run the version of Tailrace that created it, or a newer one"
+        raise LedgerUnusable(f"its schema version is unknown ({error})", remedy) from error
 
 
 async def _check(connection: AsyncConnection) -> None:
@@ -176,7 +176,7 @@ async def _check(connection: AsyncConnection) -> None:
     tables = set((await connection.execute(sa.text("SELECT name FROM sqlite_master WHERE type = 'table'"))).scalars())
     if tables and "alembic_version" not in tables:
         raise LedgerUnusable(
-            f"it is a database of something else, with {sorted(tables)[0]!r} in it", "name another file"
+            f"it is another application's database, with {sorted(tables)[0]!r} in it", "name another file"
         )
     pages = (await connection.execute(sa.text("PRAGMA page_count"))).scalar_one()
     size = (await connection.execute(sa.text("PRAGMA page_size"))).scalar_one()

@@ -56,9 +56,9 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         limits = [limit for limit in (self.soft, self.hard) if limit is not None]
         if not limits:
-            raise ValueError("a budget has a soft or a hard limit, or both")
+            raise ValueError("a budget must have a soft or a hard limit, or both")
         if any(not limit.is_finite() or limit < 0 for limit in limits):
-            raise ValueError("a limit is not negative")
+            raise ValueError("a limit must not be negative")
         if self.soft is not None and self.hard is not None and self.soft > self.hard:
             raise ValueError(f"the soft limit {self.soft} is above the hard limit {self.hard}")
 

@@ -86,7 +86,7 @@ def parse_toml(text: str) -> list[Price]:
         shared = {"currency": document.get("currency"), **{k: v for k, v in table.items() if k not in CLASSES}}
         classes = [c for c in CLASSES if c in table]
         if not classes:
-            faults.append(Fault(line, f"no price stands in this table; classes: {_classes()}"))
+            faults.append(Fault(line, f"this table has no price; classes: {_classes()}"))
         models = table["model"] if isinstance(table.get("model"), list) else [table.get("model")]
         if not models:
             faults.append(Fault(_line_of(lines, line, "model"), "model: the list is empty"))

@@ -104,7 +104,7 @@ def _csv(data: bytes) -> Iterator[Mapping[str, Any]]:
         reader = csv.DictReader(io.StringIO(data.decode("utf-8-sig")), restkey="", strict=True)
         for number, record in enumerate(reader, 1):
             if "" in record or None in record.values():
-                raise BadExport([ExportFault(number, "not as many cells as the header has")])
+                raise BadExport([ExportFault(number, "the row and the header have different numbers of cells")])
             yield record
     except (UnicodeDecodeError, csv.Error) as error:
         raise BadExport([ExportFault(1, f"not valid CSV: {error}")]) from error

@@ -127,7 +127,7 @@ def parse_group_by(values: Sequence[str] | None) -> tuple[str, ...]:
         if name not in DIMENSIONS:
             raise BadQuestion(f"group_by: {name[:40]!r} is not one of {', '.join(DIMENSIONS)}, label:<name>")
     if len(set(names)) != len(names):
-        raise BadQuestion("group_by: a dimension stands twice")
+        raise BadQuestion("group_by: a dimension is repeated")
     return names
 
 
@@ -161,7 +161,7 @@ def parse_page(question: object, text: str | None, types: Sequence[type]) -> Pag
     except (ValueError, TypeError, binascii.Error) as error:
         raise BadQuestion("cursor: it is not one that this service issues") from error
     if digest != _digest(question):
-        raise BadQuestion("cursor: it belongs to another question; keep the other parameters as they were")
+        raise BadQuestion("cursor: it belongs to another query; keep the other parameters unchanged")
     if len(key) != len(types) or not all(_fits(v, t) for v, t in zip(key, types, strict=True)):
         raise BadQuestion("cursor: it is not one that this service issues")
     return tuple(key)

@@ -137,9 +137,9 @@ class Authenticator:
     async def _check_source(self, principal: Principal) -> None:
         """Refuse a ticket whose source credential is no longer valid."""
         if principal.expires_at is not None and principal.expires_at <= self._clock.wall():
-            raise CredentialRefused("ticket_expired", "the credential that the ticket was asked for with has expired")
+            raise CredentialRefused("ticket_expired", "the credential that issued the ticket has expired")
         if (
             principal.key.startswith(KEY_PREFIX)
             and await self.keys.find(principal.key.removeprefix(KEY_PREFIX)) is None
         ):
-            raise CredentialRefused("revoked", "the API key that the ticket was asked for with is revoked")
+            raise CredentialRefused("revoked", "the API key that issued the ticket is revoked")

@@ -20,12 +20,14 @@ SECURITY: Final = Components(
         _CREDENTIALS: SecurityScheme(
             type="http",
             scheme="bearer",
-            description="An API key or a JSON web token; the scopes stand at each operation.",
+            description="An API key or a JSON web token; each operation names its scope.",
         )
     }
 )
 REFUSALS: Final = {
-    401: ResponseSpec(ProblemDetails, description="Who calls?", media_type="application/problem+json"),
+    401: ResponseSpec(
+        ProblemDetails, description="The credentials are missing or not valid", media_type="application/problem+json"
+    ),
     403: ResponseSpec(ProblemDetails, description="Not allowed", media_type="application/problem+json"),
 }
 

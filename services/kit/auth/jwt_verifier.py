@@ -150,7 +150,7 @@ def _words(value: object) -> list[str]:
         return value.split()
     if isinstance(value, list | tuple) and all(isinstance(each, str) for each in value):
         return list(value)
-    raise ValueError("scope and sessions must be text with blanks, or lists of text")
+    raise ValueError("scope and sessions must be text separated by spaces, or lists of text")
 
 
 class PublishedKeys(Protocol):
@@ -192,7 +192,7 @@ class JwtVerifier:
         if not keys and self._published is not None:
             keys = self._fitting(await self._published.keys(kid), algorithm, kid)
         if not keys:
-            raise CredentialRefused("key", "the token is not signed with a key that is known here")
+            raise CredentialRefused("key", "the token is not signed with a known key")
         return principal_from(self._claims(token, algorithm, keys[:KEYS_TRIED]), self._policy)
 
     async def close(self) -> None:

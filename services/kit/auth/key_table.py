@@ -103,7 +103,7 @@ class KeyTable:
             await self._look_again()
         if self._ticket_secret is None:
             if not await self._store(_TICKET_SECRET, base64.b64encode(secrets.token_bytes(32))):
-                log.debug("another replica made the secret of tickets")
+                log.debug("ticket secret created by another replica")
             await self.poll()
         if self._ticket_secret is None:
             raise BrokerUnavailable("the secret of tickets cannot be read")
@@ -115,7 +115,7 @@ class KeyTable:
             try:
                 await self.poll()
             except BrokerUnavailable as error:
-                log.warning("API keys not compared", detail=str(error))
+                log.warning("API keys not refreshed", detail=str(error))
             if self._looked_at is not None:
                 metrics.KEYS_STALE.set(self._clock.monotonic() - self._looked_at)
             await asyncio.sleep(POLL_SECONDS)
@@ -182,5 +182,5 @@ def _record(data: bytes) -> KeyRecord | None:
     try:
         return msgspec.json.decode(data, type=KeyRecord)
     except msgspec.DecodeError:
-        log.warning("an API key is not readable and lets nobody in")
+        log.warning("stored API key not readable and ignored")
         return None

@@ -109,7 +109,7 @@ async def _apply_stream(broker: Requester, spec: StreamSpec, *, managed: bool) -
     found = await _ask(broker, f"STREAM.INFO.{spec.name}", missing_is_fine=True)
     if found is None:
         if not managed:
-            raise NotReady(f"stream {spec.name} does not exist, and this service is not to create it")
+            raise NotReady(f"stream {spec.name} does not exist, and this service may not create it")
         await _ask(broker, f"STREAM.CREATE.{spec.name}", wanted)
         return
     differing = _differing(found.config, wanted)
@@ -131,7 +131,7 @@ async def _apply_consumer(broker: Requester, spec: ConsumerSpec, *, managed: boo
         operation = f"CONSUMER.DURABLE.CREATE.{spec.stream}.{spec.durable}"
         await _ask(broker, operation, {"stream_name": spec.stream, "config": wanted})
     elif found is None:
-        raise NotReady(f"consumer {spec.durable} does not exist, and this service is not to create it")
+        raise NotReady(f"consumer {spec.durable} does not exist, and this service may not create it")
 
 
 async def _extend_history(broker: Requester, count: int, before: tuple[int, ...]) -> None:

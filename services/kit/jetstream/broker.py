@@ -437,7 +437,7 @@ class Broker(Connection):
         try:
             await self.apply(topology)
         except BrokerUnavailable as error:
-            log.error("streams not looked after since the reconnection", detail=str(error))
+            log.error("streams not verified after the reconnection", detail=str(error))
 
     async def partitions(self) -> list[int]:
         """Return the partitions that have a stream, including those beyond the configured number.

@@ -101,4 +101,4 @@ async def _stop(watcher: Any) -> None:
     try:
         await watcher.stop()
     except AWAY as error:
-        raise BrokerUnavailable(f"a watch has not been ended: {error!r}") from error
+        raise BrokerUnavailable(f"cannot end a watch: {error!r}") from error

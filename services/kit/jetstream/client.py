@@ -78,7 +78,7 @@ class RelayClient(Client):
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
         # Without TLS on the server, the library would continue in plain text and send it the password.
         if initial_connection and self.options.get("tls") is not None and not info.get("tls_required"):
-            raise nats.errors.Error("this server offers no TLS, which is demanded")
+            raise nats.errors.Error("this server offers no TLS, which is required")
         await super()._process_info(info, initial_connection)
 
     async def request(self, *args: Any, **kwargs: Any) -> Msg:

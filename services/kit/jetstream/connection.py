@@ -260,7 +260,7 @@ async def _close(client: RelayClient) -> None:
             if not client.is_closed:
                 await client.close()
     except TimeoutError:
-        log.warning("broker did not take the last of what was written to it")
+        log.warning("broker did not read the last written data")
     except (nats.errors.Error, OSError, RuntimeError):
         return  # a connection being lost accepts no write
     except asyncio.CancelledError:

@@ -18,7 +18,7 @@ __all__ = ["DurableInfo", "Durables", "Place"]
 log = structlog.get_logger()
 T = TypeVar("T")
 RESET: Final = Counter(
-    "tailrace_consumers_reset_total", "Consumers made anew because their position was beyond their stream", ["consumer"]
+    "tailrace_consumers_reset_total", "Consumers recreated because their position was beyond their stream", ["consumer"]
 )
 
 NUDGE_SECONDS: Final = 0.5
@@ -122,7 +122,7 @@ class Durables:
         await self.delete(spec.stream, spec.durable)
         await self.create(spec.stream, config)
         RESET.labels(spec.durable).inc()
-        log.error("consumer made anew", stream=spec.stream, consumer=spec.durable, after=after)
+        log.error("consumer recreated", stream=spec.stream, consumer=spec.durable, after=after)
 
     async def mend(self, spec: ConsumerSpec) -> None:
         """Recreate a consumer of the topology that is missing, or whose position is beyond its stream's end.

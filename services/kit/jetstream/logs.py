@@ -21,7 +21,7 @@ __all__ = ["Logs"]
 
 log = structlog.get_logger()
 REGRESSIONS: Final = Counter(
-    "tailrace_log_regressions_total", "Times that a log was found to have lost its end, or made anew", ["partition"]
+    "tailrace_log_regressions_total", "Times that a log had lost its end or been recreated", ["partition"]
 )
 LOST: Final = Counter("tailrace_log_lost_events_total", "Stream sequences that a log has lost", ["partition"])
 LOOK_SECONDS: Final = 5.0
@@ -84,7 +84,7 @@ class Logs:
             mark = Mark(created=state.created)
         if msgspec.structs.replace(state, era=mark.era).incarnation == incarnation:
             seen = msgspec.structs.replace(mark, seq=seq, stamp=stamp or mark.stamp)
-            reason = f"a reader had come to {seq}, or had another message there"
+            reason = f"a reader was at {seq}, or had read another message there"
             await self._confirmed(partition, seen, state, reason)
             await self._renew(partition, seen, revision, state, reason)
 
@@ -142,7 +142,7 @@ class Logs:
             return f"{state.holes - mark.holes} messages are missing in its middle"
         age = time.time() - mark.stamp / 1e9
         if state.first_seq > mark.seq >= mark.first > 0 and (not state.max_age or age < state.max_age):
-            return "all that it held is gone"
+            return "all of its messages are gone"
         return None
 
     def _is_to_compare(self, partition: int, mark: Mark, state: StreamState) -> bool:
@@ -174,7 +174,7 @@ class Logs:
             self._suspected.clear()
         since = self._suspected.setdefault((partition, mark.seq), now)
         if now - since < self._confirm:
-            raise BrokerUnavailable(f"{token_stream(partition)} is not what it was yet: {reason}")
+            raise BrokerUnavailable(f"{token_stream(partition)}: the loss is not confirmed yet: {reason}")
 
     async def _renew(self, partition: int, mark: Mark, revision: int, state: StreamState, reason: str) -> None:
         """Write the mark of a new era, unless another process was faster."""
@@ -226,7 +226,7 @@ class Logs:
             try:
                 await self._write(partition, mark, revision)
             except BrokerUnavailable as error:
-                log.warning("mark of the log not moved on", partition=partition, detail=str(error))
+                log.warning("log mark not advanced", partition=partition, detail=str(error))
             finally:
                 del self._marking[partition]
 

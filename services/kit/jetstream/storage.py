@@ -16,7 +16,7 @@ from services.kit.jetstream.errors import APIError
 __all__ = ["Storage"]
 
 log = structlog.get_logger()
-STORES: Final = Gauge("tailrace_log_writable", "Whether the broker stores what it is sent (1) or not (0)")
+STORES: Final = Gauge("tailrace_log_writable", "Whether the broker stores messages (1) or not (0)")
 PROBE_SECONDS: Final = 5.0
 PROBE_TIMEOUT: Final = 3.0
 DOUBT_SECONDS: Final = 15.0
@@ -87,9 +87,9 @@ class Storage:
         now = self.stores()
         STORES.set(now)
         if before and not now:
-            log.error("the broker does not store what it is sent: its disk may be full")
+            log.error("the broker stopped storing messages: its disk may be full")
         elif now and not before:
-            log.info("the broker stores again")
+            log.info("the broker stores messages again")
 
     async def _write(self, subject: str) -> None:
         reconnects = self._broker.reconnects

@@ -127,8 +127,8 @@ class Admission:
 
     async def _stop(self, key: tuple[str, str, str], standing: Standing) -> None:
         tenant, session, generation = key
-        heard = await self._broker.request(control_subject(tenant, session, generation), OVER_BUDGET)
-        if heard == HEARD:
+        answer = await self._broker.request(control_subject(tenant, session, generation), OVER_BUDGET)
+        if answer == HEARD:
             metrics.OVER_BUDGET.inc()
             log.warning(
                 "stopped at a hard limit",

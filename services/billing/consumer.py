@@ -147,10 +147,10 @@ class Consumer:
                 pulled = await (ahead or self.tail.pull())
                 # If more events wait, pull while this batch is written: one pull ahead, at most two batches in memory.
                 ahead = asyncio.create_task(self.tail.pull()) if pulled.full else None
-                sure = await self._take(pulled)
+                is_same_log = await self._take(pulled)
                 await self._renew()
                 await self._sweep()
-                if pulled.doubtful or not sure or not await self._look():
+                if pulled.doubtful or not is_same_log or not await self._poll_log():
                     return
         finally:
             if ahead is not None:
@@ -175,7 +175,7 @@ class Consumer:
             self._lag.set(0)
         return True
 
-    async def _look(self) -> bool:
+    async def _poll_log(self) -> bool:
         """Read events that the consumer does not deliver; return False if the log has another incarnation."""
         read_up_to = await self.continuity.poll(self.incarnation, self.applied, self.clock.monotonic())
         if read_up_to:
@@ -190,15 +190,15 @@ class Consumer:
         count = 0
         async for records in self.tail.between(first, last):
             for before, after in holes(self.applied, records):
-                await self._miss(before, after)
+                await self._record_gap(before, after)
             count += len(records)
             await self._apply(records, records[-1].seq)
-        await self._miss(self.applied + 1, last)
+        await self._record_gap(self.applied + 1, last)
         if self.applied < last:
             await self._apply([], last)
         log.info("caught up from the log", partition=self.partition, first=first, last=last, kept=count)
 
-    async def _miss(self, first: int, last: int) -> None:
+    async def _record_gap(self, first: int, last: int) -> None:
         """Record the stream sequences from ``first`` to ``last`` as a gap, unless the range is empty."""
         if first > last:
             return

@@ -11,7 +11,7 @@ from services.billing.adapters.tail import LogState, Tail
 __all__ = ["Begun", "Continuity"]
 
 log = structlog.get_logger()
-LOOK_SECONDS: Final = 2.0
+POLL_SECONDS: Final = 2.0
 """Seconds between comparisons of the log's end with the consumer's deliveries."""
 
 
@@ -32,7 +32,7 @@ class Continuity:
         self._partition = partition
         self._tail = tail
         self._ledger = ledger
-        self._looked_at = 0.0
+        self._polled_at = 0.0
         self._seen: tuple[int, int] | None = None  # position and the log's end at the last poll
 
     async def begin(self, now: int) -> Begun | None:
@@ -91,9 +91,9 @@ class Continuity:
         Raises:
             BrokerUnavailable: the broker does not answer.
         """
-        if now - self._looked_at < LOOK_SECONDS:
+        if now - self._polled_at < POLL_SECONDS:
             return None
-        self._looked_at = now
+        self._polled_at = now
         state = await self._tail.state()
         if state.incarnation != incarnation:
             return 0

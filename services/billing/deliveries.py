@@ -22,7 +22,7 @@ __all__ = ["DeliveryReports"]
 
 log = structlog.get_logger()
 BATCH: Final = 1_000
-LOOK_SECONDS: Final = 5.0
+COMPARE_SECONDS: Final = 5.0
 """Seconds between comparisons of the consumer's position with its stream."""
 WAIT_SECONDS: Final = 1.0
 """Seconds that a pull waits for reports: those that arrive within it are written together."""
@@ -54,13 +54,13 @@ class DeliveryReports:
                         await stop.wait()
 
     async def _follow(self) -> None:
-        durables, looked_at = Durables(self._broker), -LOOK_SECONDS
+        durables, compared_at = Durables(self._broker), -COMPARE_SECONDS
         consumer = PullConsumer(self._broker, self._spec.stream, self._spec.durable)
         try:
             while not self._stop.is_set():
                 now = asyncio.get_running_loop().time()
-                if now - looked_at >= LOOK_SECONDS:
-                    looked_at = now
+                if now - compared_at >= COMPARE_SECONDS:
+                    compared_at = now
                     await durables.mend(self._spec)
                 messages = await consumer.fetch(BATCH, wait=WAIT_SECONDS)
                 await self._deliveries.put(_reports(messages))

@@ -129,8 +129,8 @@ async def live_usage(request: Request[Any, Any, Any], state: State) -> ServerSen
 
 async def _events(live: Live, tenant: str, scope: Mapping[str, Any]) -> Any:
     loop = asyncio.get_running_loop()
-    said: tuple[Totals, Totals] | None = None
-    said_at = loop.time()
+    sent: tuple[Totals, Totals] | None = None
+    sent_at = loop.time()
     try:
         while True:
             try:
@@ -142,11 +142,11 @@ async def _events(live: Live, tenant: str, scope: Mapping[str, Any]) -> Any:
             if not is_still_valid(scope):
                 yield ServerSentEventMessage(event="bye", data='{"reason":"expired"}')
                 return
-            if (found.totals, found.running) != said:
-                said, said_at = (found.totals, found.running), loop.time()
+            if (found.totals, found.running) != sent:
+                sent, sent_at = (found.totals, found.running), loop.time()
                 yield ServerSentEventMessage(data=msgspec.json.encode(found).decode())
-            elif loop.time() - said_at > HEARTBEAT:
-                said_at = loop.time()
+            elif loop.time() - sent_at > HEARTBEAT:
+                sent_at = loop.time()
                 yield ServerSentEventMessage(comment="hb")
             await asyncio.sleep(PERIOD)
     finally:

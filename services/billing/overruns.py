@@ -29,12 +29,12 @@ async def report_limits(budgets: Budgets, found: Sequence[Overrun]) -> None:
     """Count and log the hard limits exceeded by this usage."""
     for one in found:
         try:
-            await _look_at(budgets, one)
+            await _report_limit(budgets, one)
         except LedgerUnavailable as error:
             log.warning("budgets not checked", generation=one.generation.generation, error=str(error))
 
 
-async def _look_at(budgets: Budgets, one: Overrun) -> None:
+async def _report_limit(budgets: Budgets, one: Overrun) -> None:
     g = one.generation
     for budget, spent, _reserved in await budgets.standings(g.tenant, g.started_at):
         if budget.hard is None or budget.unit != one.unit or not budget.covers(g.credential) or spent <= budget.hard:

@@ -28,7 +28,7 @@ __all__ = ["Held", "Rebuild", "Rebuilt"]
 
 NAMED: Final = 1_000
 """Bound of generations named in a report."""
-_TOLD: Final = ("calls", "usage", "usage_source", "reported_at")
+_EXPORTED: Final = ("calls", "usage", "usage_source", "reported_at")
 """Columns that an export may have set; their values are not in the log."""
 
 
@@ -164,15 +164,17 @@ def _bare(row: Generation | None, balance: Balance, one: Group) -> Generation:
     if row is not None and (header is None or header.seq > 0):
         # The log has lost its head: the stored state stays, and its events are repeats.
         return msgspec.structs.replace(row, **money)
-    kept: dict[str, Any] = {} if row is None else {name: getattr(row, name) for name in (*_TOLD, "tokens")}
+    kept: dict[str, Any] = {} if row is None else {name: getattr(row, name) for name in (*_EXPORTED, "tokens")}
     g = Generation(**one.key._asdict(), partition=one.address.partition, **money, **kept)
     forget_events(g)
     return g
 
 
-_APART: Final = frozenset({*DELIVERED, "log_seq", "entries", "duplicates", "gaps", "zombies", "late", "settle_at"})
+_NOT_COMPARED: Final = frozenset(
+    {*DELIVERED, "log_seq", "entries", "duplicates", "gaps", "zombies", "late", "settle_at"}
+)
 
 
 def _numbers(g: Generation) -> int:
     """Return a digest of the fields that a rebuild compares: all but positions and counts of dropped events."""
-    return hash(tuple(getattr(g, name) for name in Generation.__struct_fields__ if name not in _APART))
+    return hash(tuple(getattr(g, name) for name in Generation.__struct_fields__ if name not in _NOT_COMPARED))

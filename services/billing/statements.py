@@ -170,12 +170,12 @@ def _page(made: Statement) -> str:
         f"Generations without a price, which are not in the amounts: {made.unpriced}." if made.unpriced else "",
         "" if made.final else "This statement is not final.",
     ]
-    said = "".join(f"<p>{escape(note)}</p>" for note in notes if note)
+    paragraphs = "".join(f"<p>{escape(note)}</p>" for note in notes if note)
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Statement {made.month}</title>'
         f"<style>{_STYLE}</style><h1>Statement {made.month}</h1>"
         f"<p>Tenant <b>{escape(made.tenant)}</b>, generations started from {made.since} up to {made.until}</p>"
-        f"<p>In all: <b>{escape(total)}</b></p>{said}"
+        f"<p>In all: <b>{escape(total)}</b></p>{paragraphs}"
         f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></html>"
     )
 

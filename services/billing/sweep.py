@@ -66,7 +66,7 @@ class Sweep:
         if not due and not resettling and not exports:
             return False
         before = {g.key: g for g in (*due, *resettling, *(e.generation for e in exports))}
-        waiting = _told(before, exports)
+        waiting = _with_exports(before, exports)
         terms = self.terms.now
         changed: list[Generation] = []
         entries: list[Entry] = []
@@ -91,7 +91,7 @@ class Sweep:
         return max(len(due), len(resettling), len(exports)) >= AT_ONCE
 
 
-def _told(before: Mapping[Key, Generation], exports: Iterable[Export]) -> dict[Key, Generation]:
+def _with_exports(before: Mapping[Key, Generation], exports: Iterable[Export]) -> dict[Key, Generation]:
     """Return the generations with the reports of exports applied, the newest last."""
     found = dict(before)
     for export in exports:

@@ -116,7 +116,7 @@ class _Connection(HttpToolsProtocol):
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._head_is_there()
+        self._head_arrived()
         self._stop_draining()
         self._unset_keepalive_if_required()
         answers = [cycle for cycle, _ in self.pipeline]
@@ -147,7 +147,7 @@ class _Connection(HttpToolsProtocol):
                 return
             self._begun = None
             if data.startswith(_PREFACE):
-                self._leave(data)
+                self._hand_over(data)
                 return
         if self.transport.is_closing() or (self._drain is not None and not self._drain.take(data)):
             return
@@ -158,8 +158,8 @@ class _Connection(HttpToolsProtocol):
         if self._unread > HEAD_BYTES and self.parser is not None:
             self._refuse(_TOO_LARGE)
 
-    def _leave(self, data: bytes) -> None:
-        self._head_is_there()
+    def _hand_over(self, data: bytes) -> None:
+        self._head_arrived()
         self.connections.discard(self)
         self._owner.hand_over(self.transport, data)
 
@@ -167,7 +167,7 @@ class _Connection(HttpToolsProtocol):
         if self._deadline is None:
             self._deadline = self.loop.call_later(HEAD_SECONDS, self.transport.close)
 
-    def _head_is_there(self) -> None:
+    def _head_arrived(self) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
@@ -199,7 +199,7 @@ class _Connection(HttpToolsProtocol):
             self._refusal = refusal
             raise ValueError("a head that is not taken")
         self._unread = 0
-        self._head_is_there()
+        self._head_arrived()
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
@@ -208,7 +208,7 @@ class _Connection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._unread = 0
-        self._head_is_there()
+        self._head_arrived()
         self._stop_draining()
         super().on_message_complete()
 
@@ -217,7 +217,7 @@ class _Connection(HttpToolsProtocol):
 
     def _refuse(self, problem: Problem) -> None:
         """Send an error response, unless another response has begun; then close."""
-        self._head_is_there()
+        self._head_arrived()
         if self.transport.is_closing():
             return
         if self._answering is not None and not self._answering.response_complete:
@@ -256,7 +256,7 @@ class _Connection(HttpToolsProtocol):
         if self._owner.is_busy:
             self._refuse(_BUSY)
             return
-        self._head_is_there()
+        self._head_arrived()
         super().handle_websocket_upgrade()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:

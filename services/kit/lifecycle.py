@@ -49,16 +49,16 @@ def run_service(main: Callable[[Stop], Awaitable[None]]) -> NoReturn:
     loop = uvloop.new_event_loop()
     asyncio.set_event_loop(loop)
     try:
-        _leave(loop.run_until_complete(_run(main)))
+        _exit(loop.run_until_complete(_run(main)))
     except Exception:
         sys.excepthook(*sys.exc_info())
-        _leave(EXIT_FAILED)
+        _exit(EXIT_FAILED)
 
 
 async def _run(main: Callable[[Stop], Awaitable[None]]) -> int:
     stop = Stop()
     task = asyncio.ensure_future(main(stop))
-    stop.on_set(lambda: _see_to_the_end(task, stop))
+    stop.on_set(lambda: _enforce_deadline(task, stop))
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, lambda: task.cancel() if stop.is_set() else stop.set())
@@ -71,7 +71,7 @@ async def _run(main: Callable[[Stop], Awaitable[None]]) -> int:
             await loop.shutdown_asyncgens()
 
 
-def _see_to_the_end(task: asyncio.Future[None], stop: Stop) -> None:
+def _enforce_deadline(task: asyncio.Future[None], stop: Stop) -> None:
     """Cancel ``task`` when its time is over, repeatedly: a cancellation can get lost in a library."""
     loop = asyncio.get_running_loop()
     if not stop.heeded:
@@ -132,7 +132,7 @@ def _notify(error: BaseException, code: int) -> int:
     return code
 
 
-def _leave(code: int) -> NoReturn:
+def _exit(code: int) -> NoReturn:
     """End the process now, without waiting for threads of libraries, such as name resolution."""
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):

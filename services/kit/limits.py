@@ -35,11 +35,11 @@ class _Ack(msgspec.Struct):
 class _Window:
     """The cached count of one key in one window."""
 
-    __slots__ = ("own", "shared", "told_at")
+    __slots__ = ("own", "shared", "updated_at")
 
     def __init__(self) -> None:
         self.shared = 0  # the last sum from the broker
-        self.told_at = -math.inf
+        self.updated_at = -math.inf
         self.own = 0  # counted locally while the broker did not answer
 
 
@@ -73,7 +73,7 @@ class CounterStorage(Storage, SlidingWindowCounterSupport):
         before = weight * await self._sum(key, expiry, window - 1)
         here = self._window(key, expiry, window)
         is_full = before + here.shared + here.own + amount > limit
-        if is_full and self._clock.monotonic() - here.told_at < FULL_SECONDS:
+        if is_full and self._clock.monotonic() - here.updated_at < FULL_SECONDS:
             return False
         if before + await self._add(key, expiry, window, amount) <= limit:
             return True
@@ -149,14 +149,14 @@ class CounterStorage(Storage, SlidingWindowCounterSupport):
         if self._clock.monotonic() >= self._blind_until:
             try:
                 here.shared = await self._ask(_subject(key, expiry, window), amount)
-                here.told_at = self._clock.monotonic()
+                here.updated_at = self._clock.monotonic()
                 return here.shared + here.own
             except (BrokerUnavailable, TimeoutError, ValueError) as error:
                 self._blind_until = self._clock.monotonic() + BLIND_SECONDS
                 log.warning("rate counters did not answer, counting locally", detail=str(error))
         self._on_silence()
         here.own += amount
-        here.told_at = self._clock.monotonic()
+        here.updated_at = self._clock.monotonic()
         return here.shared + here.own
 
     async def _ask(self, subject: str, amount: int) -> int:

@@ -118,10 +118,10 @@ class Prices:
         # Locked to the end: a batch reads this row too, so each is priced by the old book or the new one, never both.
         before = await _revision(connection, lock=True)
         present = await _present(connection)
-        ours = {p.says() for p in wanted}
-        theirs = {p.says() for p in present}
-        added = [p for p in wanted if p.says() not in theirs]
-        withdrawn = [p for p in present if p.says() not in ours]
+        ours = {p.content() for p in wanted}
+        theirs = {p.content() for p in present}
+        added = [p for p in wanted if p.content() not in theirs]
+        withdrawn = [p for p in present if p.content() not in ours]
         # A loaded file is recorded even without changes, so that it is not loaded again. So is the user's
         # first own book: the shipped prices never replace it.
         claims = source == FILE or (source != SHIPPED and not await _owned(connection))

@@ -104,8 +104,8 @@ class Worklist:
             async with reading(self.engine) as connection:
                 rows = (await connection.execute(waiting)).mappings().all()
             for row in rows:
-                usage = msgspec.json.decode(row["told"], type=Usage)
-                export = Export(row["row"], _generation(row), usage, row["told_at"], row["call"])
+                usage = msgspec.json.decode(row["export_usage"], type=Usage)
+                export = Export(row["row"], _generation(row), usage, row["export_created_at"], row["call"])
                 found.setdefault(export.id, export)  # of several with one name, the latest
         return [found[id_] for id_ in sorted(found)]
 
@@ -116,8 +116,8 @@ class Worklist:
 
 
 def _exported(call: sa.ColumnElement[int]) -> sa.Select[tuple[object, ...]]:
-    told = (U.c.id.label("row"), U.c.usage.label("told"), U.c.created_at.label("told_at"))
-    return sa.select(G, *told, call.label("call"))
+    columns = (U.c.id.label("row"), U.c.usage.label("export_usage"), U.c.created_at.label("export_created_at"))
+    return sa.select(G, *columns, call.label("call"))
 
 
 def _generation(row: sa.RowMapping) -> Generation:

@@ -252,11 +252,11 @@ def _priced(bills: Sequence[_Bill], at: int, book: PriceBook, rule: str) -> _Tar
     currencies: set[str] = set()
     for bill in bills:
         rows = book.rows(bill.provider, bill.model, at)
-        spoken = [rows[c].currency for c in _SPOKEN if c in rows]
-        if not spoken or any(c not in rows and getattr(bill.tokens, c) for c in TOKEN_CLASSES):
+        base = [rows[c].currency for c in _REQUIRED if c in rows]
+        if not base or any(c not in rows and getattr(bill.tokens, c) for c in TOKEN_CLASSES):
             return unpriced
         used = [(c, p) for c, p in rows.items() if getattr(bill.tokens, c)]
-        currencies |= {p.currency for _, p in used} or set(spoken)
+        currencies |= {p.currency for _, p in used} or set(base)
         try:
             lines += [_line(c, getattr(bill.tokens, c), p, bill.call) for c, p in used]
         except AmountTooLarge:
@@ -267,7 +267,7 @@ def _priced(bills: Sequence[_Bill], at: int, book: PriceBook, rule: str) -> _Tar
     return _Target("charged", source, rule, amount, currencies.pop(), tuple(lines), tokens)
 
 
-_SPOKEN: Final[tuple[TokenClass, ...]] = ("input", "output")
+_REQUIRED: Final[tuple[TokenClass, ...]] = ("input", "output")
 """A model without a price for one of these classes has no price, however few tokens it used."""
 
 

@@ -174,7 +174,7 @@ def _take(g: Generation, event: Event, at: int) -> None:
                 abandon(g, event.call)
             _name_upstream(g, event.provider or "", event.upstream_model or "")
         case UsageReported() if event.call:
-            report(g, _told(event))
+            report(g, _reported_call(event))
         case UsageReported():
             _take_usage(g, event, at)
         case Completed():
@@ -230,7 +230,7 @@ def take_export(g: Generation, call: int, usage: Usage) -> None:
         take_usage(g, usage, EXPORT)
 
 
-def _told(event: UsageReported) -> AbandonedCall:
+def _reported_call(event: UsageReported) -> AbandonedCall:
     return AbandonedCall(
         number=event.call,
         provider=event.provider,

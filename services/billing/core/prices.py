@@ -64,7 +64,7 @@ class Price(msgspec.Struct, frozen=True, kw_only=True):
         """Return its key."""
         return PriceKey(self.provider, self.model, self.token_class, self.valid_from)
 
-    def says(self) -> tuple[object, ...]:
+    def content(self) -> tuple[object, ...]:
         """Return the fields that make two rows equal."""
         return (*self.key, self.currency, self.amount.normalize(), self.valid_until)
 

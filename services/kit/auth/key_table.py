@@ -50,9 +50,9 @@ class KeyTable:
         self._ticket_secret: bytes | None = None
         self._incarnation = ""
         self._seq = 0
-        self._looked_at: float | None = None
+        self._refreshed_at: float | None = None
         self._tried_at: float | None = None
-        self._looking = asyncio.Lock()
+        self._refreshing = asyncio.Lock()
         self._revoked: list[Callable[[frozenset[str]], None]] = []
 
     def on_revoked(self, callback: Callable[[frozenset[str]], None]) -> None:
@@ -67,7 +67,7 @@ class KeyTable:
         """Return a key, polling the broker if it is unknown; concurrent misses share one poll."""
         record = self.get(id_)
         if record is None:
-            await self._look_again()
+            await self._refresh_again()
             record = self.get(id_)
         return record
 
@@ -100,7 +100,7 @@ class KeyTable:
         ``again``: poll for a newer one first, unless another caller has just polled.
         """
         if again or self._ticket_secret is None:
-            await self._look_again()
+            await self._refresh_again()
         if self._ticket_secret is None:
             if not await self._store(_TICKET_SECRET, base64.b64encode(secrets.token_bytes(32))):
                 log.debug("ticket secret created by another replica")
@@ -116,32 +116,32 @@ class KeyTable:
                 await self.poll()
             except BrokerUnavailable as error:
                 log.warning("API keys not refreshed", detail=str(error))
-            if self._looked_at is not None:
-                metrics.KEYS_STALE.set(self._clock.monotonic() - self._looked_at)
+            if self._refreshed_at is not None:
+                metrics.KEYS_STALE.set(self._clock.monotonic() - self._refreshed_at)
             await asyncio.sleep(POLL_SECONDS)
 
     async def poll(self) -> None:
         """Update the cache from the broker."""
-        async with self._looking:
-            await self._look()
+        async with self._refreshing:
+            await self._refresh()
 
-    async def _look_again(self) -> None:
+    async def _refresh_again(self) -> None:
         """Poll again, shared by concurrent callers; everything stored before the call is then known.
 
         Raises:
             BrokerUnavailable: the broker did not answer this poll or the shared one.
         """
         asked_at = self._clock.monotonic()
-        async with self._looking:
+        async with self._refreshing:
             if self._tried_at is not None and self._tried_at > asked_at:
-                if self._looked_at is None or self._looked_at < self._tried_at:
+                if self._refreshed_at is None or self._refreshed_at < self._tried_at:
                     raise BrokerUnavailable("the API keys cannot be read")
                 return
             if self._tried_at is not None:
                 await asyncio.sleep(max(0.0, self._tried_at + UNKNOWN_SECONDS - asked_at))
-            await self._look()
+            await self._refresh()
 
-    async def _look(self) -> None:
+    async def _refresh(self) -> None:
         self._tried_at = self._clock.monotonic()
         state = await self._broker.state(_STREAM)
         is_same = state.created == self._incarnation and state.last_seq >= self._seq
@@ -152,7 +152,7 @@ class KeyTable:
                 entries |= {stored.subject.removeprefix(_PREFIX): stored.data for stored in batch}
                 seq = batch[-1].seq
         self._incarnation, self._seq = state.created, max(seq, state.last_seq)
-        self._looked_at = self._clock.monotonic()
+        self._refreshed_at = self._clock.monotonic()
         if entries != self._entries:
             self._take({name: data for name, data in entries.items() if data})  # an empty value marks a deletion
 

@@ -24,7 +24,7 @@ REGRESSIONS: Final = Counter(
     "tailrace_log_regressions_total", "Times that a log had lost its end or been recreated", ["partition"]
 )
 LOST: Final = Counter("tailrace_log_lost_events_total", "Stream sequences that a log has lost", ["partition"])
-LOOK_SECONDS: Final = 5.0
+COMPARE_SECONDS: Final = 5.0
 """Seconds between comparisons of the message at the mark; a new connection compares it at once."""
 CONFIRM_SECONDS: Final = 15.0
 """Seconds for which a replicated log must look truncated: a new leader may answer before it has applied all messages.
@@ -154,7 +154,7 @@ class Logs:
         known = self._compared.get(partition)
         if known is None or known[0] != connection or known[2] != f"{mark.created} {mark.era}":
             return True
-        return now - known[1] > LOOK_SECONDS
+        return now - known[1] > COMPARE_SECONDS
 
     def _now(self) -> tuple[int, float]:
         return self._broker.reconnects, asyncio.get_running_loop().time()

@@ -21,7 +21,7 @@ PROBE_SECONDS: Final = 5.0
 PROBE_TIMEOUT: Final = 3.0
 DOUBT_SECONDS: Final = 15.0
 """Seconds for which an unacknowledged write counts against the broker, unless another one is acknowledged."""
-HEARD_SECONDS: Final = 12.0
+REPORT_SECONDS: Final = 12.0
 """Seconds for which another service's report counts; each repeats it while it is valid."""
 
 
@@ -43,7 +43,7 @@ class Storage:
         self._is_stuck = is_stuck
         self._name = secrets.token_bytes(8)
         self._refused: set[str] = set()  # subjects that were not stored
-        self._heard_at: float | None = None
+        self._reported_at: float | None = None
         self._probed_at = 0.0
         self._listens = False
         STORES.set(1)
@@ -51,7 +51,7 @@ class Storage:
     def stores(self) -> bool:
         """Return whether the broker stores messages, as far as known."""
         now = asyncio.get_running_loop().time()
-        return not self._has_seen(now) and (self._heard_at is None or now - self._heard_at > HEARD_SECONDS)
+        return not self._has_seen(now) and (self._reported_at is None or now - self._reported_at > REPORT_SECONDS)
 
     def _has_seen(self, now: float) -> bool:
         """Return whether this service has seen a failed write."""
@@ -79,7 +79,7 @@ class Storage:
         if not self._listens:
             self._listens = True
             self._broker.on_reconnect(self._forget)
-            await self._broker.subscribe(REFUSED_SUBJECT, self._hear)
+            await self._broker.subscribe(REFUSED_SUBJECT, self._receive_report)
         before = self.stores()
         await asyncio.gather(*(self._write(subject) for subject in self._subjects))
         if self._has_seen(asyncio.get_running_loop().time()) and self._broker.is_connected:
@@ -101,12 +101,12 @@ class Storage:
         else:
             self._refused.discard(subject)
 
-    async def _hear(self, msg: Message) -> None:
+    async def _receive_report(self, msg: Message) -> None:
         if msg.data != self._name:
-            self._heard_at = asyncio.get_running_loop().time()
+            self._reported_at = asyncio.get_running_loop().time()
 
     async def _forget(self) -> None:
         """Reset the evidence after a reconnection: the broker may have restarted."""
         self._refused.clear()
-        self._heard_at = None
+        self._reported_at = None
         self._broker.unstored_at = None

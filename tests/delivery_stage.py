@@ -20,7 +20,7 @@ from services.delivery.app import Replica, build_app
 from services.delivery.reports.counting import DeliveryCounts
 from services.delivery.reports.reporter import DeliveryReporter
 from services.delivery.settings import Settings
-from services.kit.auth.setup import build_authenticator
+from services.kit.auth.config import build_authenticator
 from services.kit.clock import SystemClock
 from services.kit.http import serving
 from services.kit.jetstream.broker import Broker

@@ -1,1 +1,1 @@
-"""Billing: settles every generation of the log against its provider report, and serves the usage."""
+"""Billing: settle every generation of the log against its provider report, and serve the usage."""

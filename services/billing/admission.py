@@ -1,4 +1,4 @@
-"""Budgets at work: decides what may begin, and stops what runs beyond a hard limit."""
+"""Budget admission: decide which generations may begin, and stop those beyond a hard limit."""
 
 import asyncio
 from contextlib import suppress
@@ -36,9 +36,9 @@ T = TypeVar("T")
 
 
 class Admission:
-    """Answers delivery's questions on the broker; every replica of billing takes part.
+    """Answer delivery's reservation requests on the broker; the replicas of billing share them.
 
-    ``keep``: seconds after which what was reserved for a generation that never began is given back.
+    ``keep``: seconds until the reservation of a generation that never began is released.
     """
 
     def __init__(self, broker: Broker, budgets: Budgets, terms: CurrentTerms, clock: Clock, *, keep: float) -> None:
@@ -50,7 +50,7 @@ class Admission:
         self._asked: asyncio.Queue[tuple[Message, Reserve]] = asyncio.Queue(WAITING)
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Answer and watch until ``stop`` is set."""
+        """Serve requests and watch running generations until ``stop`` is set."""
         subscriptions = [
             await self._broker.subscribe(RESERVE_SUBJECT, self._ask, queue=QUEUE),
             await self._broker.subscribe(RELEASE_SUBJECT, self._release, queue=QUEUE),
@@ -67,7 +67,7 @@ class Admission:
                 await self._broker.unsubscribe(subscription)
 
     async def notify(self, tenant: str, *, has_budgets: bool) -> None:
-        """Tell delivery whether it must ask for this tenant.
+        """Publish whether delivery must request reservations for this tenant.
 
         Raises:
             BrokerUnavailable: the broker does not answer, or does not store it.
@@ -91,7 +91,7 @@ class Admission:
                     await self._expire()
                 await self.stop_beyond()
             except (LedgerUnavailable, BrokerUnavailable) as error:
-                log.warning("budgets not looked at", error=str(error))
+                log.warning("budgets not checked", error=str(error))
             with suppress(TimeoutError):
                 async with asyncio.timeout(WATCH_SECONDS):
                     await stop.wait()
@@ -99,10 +99,10 @@ class Admission:
     async def _expire(self) -> None:
         count = await self._budgets.expire(self._now())
         if count:
-            log.info("reservations given back: nothing had begun", rows=count)
+            log.info("expired reservations released", rows=count)
 
     async def stop_beyond(self) -> None:
-        """Stop what runs beyond a hard limit; a generation that ends meanwhile is none the worse."""
+        """Stop running generations beyond a hard limit; one that ends in the meantime is not affected."""
         running = await self._budgets.running()
         for tenant in sorted({r.generation.tenant for r in running}):
             own = [r for r in running if r.generation.tenant == tenant]
@@ -127,8 +127,8 @@ class Admission:
 
     async def _stop(self, key: tuple[str, str, str], standing: Standing) -> None:
         tenant, session, generation = key
-        heard = await self._broker.request(control_subject(tenant, session, generation), OVER_BUDGET)
-        if heard == HEARD:
+        answer = await self._broker.request(control_subject(tenant, session, generation), OVER_BUDGET)
+        if answer == HEARD:
             metrics.OVER_BUDGET.inc()
             log.warning(
                 "stopped at a hard limit",
@@ -146,10 +146,12 @@ class Admission:
             self._asked.put_nowait((msg, reserve))
         except asyncio.QueueFull:
             metrics.RESERVATIONS.labels("unanswered").inc()
-            log.warning("no decision on a reservation", generation=reserve.generation, error="too many wait for one")
+            log.warning(
+                "no decision on a reservation", generation=reserve.generation, error="too many requests are waiting"
+            )
 
     async def _decide(self) -> None:
-        """Decide, in one transaction for each tenant, on all that has been asked meanwhile."""
+        """Decide on all waiting requests, with one transaction per tenant."""
         while True:
             asked = [await self._asked.get()]
             while len(asked) < BATCH and not self._asked.empty():
@@ -180,7 +182,7 @@ class Admission:
         try:
             await self._budgets.release(reserve)
         except LedgerUnavailable as error:
-            log.warning("reservation not given back yet", generation=reserve.generation, error=str(error))
+            log.warning("reservation not released yet", generation=reserve.generation, error=str(error))
             return
         await self._answer(msg, None)
 
@@ -189,7 +191,7 @@ class Admission:
             try:
                 await self._broker.publish(msg.reply, b"" if decision is None else msgspec.json.encode(decision))
             except BrokerUnavailable as error:
-                log.warning("decision not told", error=str(error))
+                log.warning("decision not sent", error=str(error))
 
     def _now(self) -> int:
         return round(self._clock.wall() * 1_000)
@@ -199,7 +201,7 @@ def _read(msg: Message, type_: type[T]) -> T | None:
     try:
         return msgspec.json.decode(msg.data, type=type_)
     except msgspec.DecodeError as error:
-        log.error("a question about budgets is not readable", subject=msg.subject, error=str(error))
+        log.error("budget request not readable", subject=msg.subject, error=str(error))
         return None
 
 

@@ -1,4 +1,4 @@
-"""The HTTP API: questions about usage."""
+"""The HTTP API: usage queries."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Final
@@ -39,7 +39,7 @@ from services.billing.statements import statement
 from services.billing.terms import CurrentTerms
 from services.billing.views import GenerationTrail, SessionUsage, UsageReport, UsageRow, trail, view
 from services.kit.api_docs import documented
-from services.kit.auth.rules import caller, cors, needs
+from services.kit.auth.guards import caller, cors, needs
 from services.kit.clock import SystemClock
 from services.kit.http import Check, probes
 from services.kit.problem import EXCEPTION_HANDLERS, Problem
@@ -49,9 +49,9 @@ __all__ = ["build_api"]
 DEFAULT_LIMIT: Final = 100
 Text = Annotated[str | None, QueryParameter(max_length=200, pattern=r"^[^\x00]*$")]
 Limit = Annotated[
-    int, QueryParameter(ge=1, le=1_000, description="Most rows of one page", examples=[Example(value=100)])
+    int, QueryParameter(ge=1, le=1_000, description="Maximum number of rows in a page", examples=[Example(value=100)])
 ]
-Cursor = Annotated[str | None, QueryParameter(max_length=2_000, description="`next` of the page before")]
+Cursor = Annotated[str | None, QueryParameter(max_length=2_000, description="`next` of the previous page")]
 _FILTERS: Final = ("from", "to", "tenant", "model", "provider", "status", "session", "key", "label")
 _SUMS: Final = (*(name for name in Totals.__struct_fields__ if name != "amounts"), "amount", "currency")
 _MOMENTS: Final = [Example(summary="a day, UTC", value="2026-01-31"), Example(value="2026-01-31T12:00:00Z")]
@@ -171,7 +171,7 @@ async def usage(
     after = parse_page((filters, dimensions), cursor, [int if d in BUCKETS else str for d in dimensions])
     if session is None and not principal.reaches_all:
         raise Problem(403, "the credentials reach only some sessions: ask with session=")
-    # What another tenant used is not told, and not even whether there is one.
+    # Reveal neither another tenant's usage nor whether that tenant exists.
     foreign = tenant not in (None, principal.tenant) or (session is not None and not principal.reaches(session))
     report = UsageReport(group_by=list(dimensions), rows=[], next=None)
     if not foreign:
@@ -191,7 +191,7 @@ async def _report(
 
 
 def _usage_rows(report: UsageReport) -> Iterable[Sequence[object]]:
-    """Return one row for each group and currency: numbers of tokens stand in the first of a group's rows."""
+    """Return one row for each group and currency; token counts are in the first row of a group."""
     for row in report.rows:
         keys = [row.key[name] for name in report.group_by]
         numbers = [getattr(row.totals, name) for name in _SUMS[:-2]]
@@ -244,9 +244,9 @@ def build_api(
     terms: CurrentTerms | None = None,
     admission: Admission | None = None,
 ) -> Litestar:
-    """Return the ASGI application, to stand behind an entrance that tells who calls; ``checks`` make up readiness.
+    """Return the ASGI application, for use behind the authentication middleware; ``checks`` make up readiness.
 
-    ``terms``: those that the service settles by, for what an export would change. ``admission``: what tells delivery
+    ``terms``: the service's settlement terms, to compute the effect of an export. ``admission``: publishes to delivery
     which tenants have budgets.
     """
     prices = Prices(reports.engine)
@@ -254,8 +254,8 @@ def build_api(
     money |= {"budgets": Budgets(reports.engine), "admission": admission, "entries": Entries(reports.engine)}
     money["live"] = Live(reports, SystemClock())
     return Litestar(
-        logging_config=None,  # logs are set up once, by the service
-        request_max_body_size=None,  # bodies are bounded where they are read
+        logging_config=None,  # the service sets up logging once
+        request_max_body_size=None,  # `services.kit.body_limit` bounds bodies
         route_handlers=[
             Router("/v1/usage", route_handlers=[generation_usage, session_usage, live_usage, usage]),
             Router("/v1/budgets", route_handlers=[list_budgets, show_budget, put_budget, delete_budget]),

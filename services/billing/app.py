@@ -1,4 +1,4 @@
-"""Billing assembled: settings, and the running service."""
+"""Assemble billing from its settings and run it."""
 
 import asyncio
 import os
@@ -30,9 +30,9 @@ from services.billing.errors import LedgerUnavailable
 from services.billing.price_loading import load_price_file, load_shipped_prices
 from services.billing.settings import Settings
 from services.billing.terms import CurrentTerms
-from services.kit.auth.entrance import entering
-from services.kit.auth.setup import authenticating
-from services.kit.bodies import reading_bodies
+from services.kit.auth.config import authenticating
+from services.kit.auth.middleware import entering
+from services.kit.body_limit import reading_bodies
 from services.kit.clock import SystemClock
 from services.kit.http import serving
 from services.kit.jetstream.broker import Broker, BrokerUnavailable
@@ -45,7 +45,7 @@ from services.kit.telemetry import configure_logging, describe_service
 __all__ = ["main"]
 
 log = structlog.get_logger()
-IMPORT_SECONDS: Final = 300.0  # for the body of a provider's export
+IMPORT_SECONDS: Final = 300.0  # time for the body of a provider's export
 PARTITIONS_SECONDS: Final = 10.0
 
 
@@ -68,7 +68,7 @@ async def main(stop: Stop, env: Mapping[str, str] = os.environ) -> None:
         raise SettingsError([f"{url.database} cannot be created: {error.strerror}"]) from error
     async with open_engine(url) as engine, Broker.connect(shared.nats_url, "billing", tls=shared.tls()) as broker:
         broker.on_reconnect(_count_reconnect)
-        await broker.keep(shared.topology())  # who calls is looked up there from the first request on
+        await broker.keep(shared.topology())  # needed for authentication from the first request on
         ledger = Ledger(engine, _holder(), hold=settings.hold)
         migrated = asyncio.Event()
 
@@ -118,7 +118,7 @@ async def main(stop: Stop, env: Mapping[str, str] = os.environ) -> None:
 
 @asynccontextmanager
 async def _running(work: Coroutine[object, object, None]) -> AsyncIterator[None]:
-    """Run ``work`` beside the block, and end it with the block."""
+    """Run ``work`` beside the block, and cancel it at the end of the block."""
     task = asyncio.create_task(work)
     try:
         yield
@@ -127,7 +127,7 @@ async def _running(work: Coroutine[object, object, None]) -> AsyncIterator[None]
 
 
 async def _load_prices(prices: Prices, settings: Settings) -> None:
-    """Bring the price book up to date with the settings: a file of the user's own wins over what is shipped."""
+    """Load the price book of the settings: the user's own file takes precedence over the shipped prices."""
     if settings.prices is not None:
         await load_price_file(prices, Path(settings.prices), SystemClock())
     await load_shipped_prices(prices, SystemClock(), wanted=settings.shipped_prices and settings.prices is None)
@@ -136,7 +136,7 @@ async def _load_prices(prices: Prices, settings: Settings) -> None:
 async def _consume(
     broker: Broker, ledger: Ledger, shared: Shared, settings: Settings, terms: CurrentTerms, stop: Stop
 ) -> None:
-    """Read every partition that there is: also those beyond the present number, and those that appear later."""
+    """Consume every existing partition, including those beyond the configured number and those created later."""
     topology = shared.topology()
     wanted = {*range(topology.partitions), *await _existing(broker)}
     read: set[int] = set()
@@ -157,12 +157,12 @@ async def _existing(broker: Broker) -> set[int]:
     try:
         return set(await broker.partitions())
     except BrokerUnavailable as error:
-        log.warning("partitions not looked at", error=str(error))
+        log.warning("partitions not listed", error=str(error))
         return set()
 
 
 async def _prepared(engine: AsyncEngine, prices: Prices, settings: Settings, stop: Stop) -> bool:
-    """Bring schema and price book up to date, waiting for the database; ``False`` when stopped before.
+    """Bring schema and price book up to date, waiting for the database; return False if stopped before.
 
     Raises:
         SettingsError: the price file cannot be used.

@@ -1,4 +1,4 @@
-"""The HTTP API: budgets, and where they stand."""
+"""The HTTP API: budgets and their standings."""
 
 import time
 from decimal import Decimal, InvalidOperation
@@ -16,8 +16,8 @@ from services.billing.adapters.budgets import Budgets
 from services.billing.admission import Admission
 from services.billing.core.budgets import Budget, Period, Standing, period_at
 from services.billing.core.money import render
+from services.kit.auth.guards import REFUSALS, caller, needs
 from services.kit.auth.principal import Principal
-from services.kit.auth.rules import REFUSALS, caller, needs
 from services.kit.jetstream.broker import BrokerUnavailable
 from services.kit.problem import Problem, ProblemDetails
 
@@ -35,10 +35,11 @@ Name = Annotated[str, PathParameter(examples=[Example(value="monthly")])]
 
 
 class BudgetSpec(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """A bound on what may be used in each day or month (UTC).
+    """A limit on usage in each day or month (UTC).
 
-    ``unit``: ``tokens``, or a currency such as ``USD``. Limits are decimal numbers as text; past ``soft`` everybody is
-    told, ``hard`` is not passed. ``key``: only what this credential uses; empty: the whole tenant.
+    ``unit``: ``tokens``, or a currency such as ``USD``. Limits are decimal numbers as text; above ``soft`` generations
+    begin with a warning, above ``hard`` they are refused. ``key``: only this credential's usage; empty: the whole
+    tenant's.
     """
 
     period: Period
@@ -49,9 +50,10 @@ class BudgetSpec(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class BudgetView(msgspec.Struct, kw_only=True):
-    """A budget and where it stands: ``spent`` is settled, ``reserved`` for what has not ended, ``left`` of ``hard``.
+    """A budget and its usage: ``spent`` is settled, ``reserved`` for generations that have not ended, ``left`` of
+    ``hard``.
 
-    ``since`` and ``until`` bound the present period, in seconds since 1970.
+    ``since`` and ``until`` bound the current period, in seconds since 1970.
     """
 
     name: str
@@ -68,7 +70,7 @@ class BudgetView(msgspec.Struct, kw_only=True):
 
 
 class BudgetList(msgspec.Struct):
-    """A tenant's budgets by name."""
+    """A tenant's budgets, sorted by name."""
 
     budgets: list[BudgetView]
 
@@ -82,7 +84,7 @@ class BudgetList(msgspec.Struct):
     **needs("usage"),
 )
 async def list_budgets(request: Request[Any, Any, Any], state: State) -> BudgetList:
-    """All budgets of the tenant. Credentials that reach only some sessions see only those of their own."""
+    """All budgets of the tenant. Credentials restricted to some sessions see only their own budgets."""
     principal, now = caller(request), _now()
     standings = await _budgets(state).standings(principal.tenant, now)
     return BudgetList([_view(s, now) for s in standings if _sees(principal, s.budget)])
@@ -90,14 +92,14 @@ async def list_budgets(request: Request[Any, Any, Any], state: State) -> BudgetL
 
 @get(
     "/{name:str}",
-    summary="One budget and where it stands",
+    summary="One budget and its usage",
     operation_id="show_budget",
     tags=["budgets"],
     responses={**_PROBLEMS, **_NOT_FOUND},
     **needs("usage"),
 )
 async def show_budget(request: Request[Any, Any, Any], state: State, name: Name) -> BudgetView:
-    """What is settled, and what is reserved for generations that have not ended."""
+    """The settled usage, and the reservations of generations that have not ended."""
     principal, now = caller(request), _now()
     standings = await _budgets(state).standings(principal.tenant, now, _name(name))
     if not standings or not _sees(principal, standings[0].budget):
@@ -119,7 +121,7 @@ async def put_budget(
     name: Name,
     data: Annotated[BudgetSpec, Body(examples=[Example(summary="100 dollars a month", value=_EXAMPLE)])],
 ) -> Response[BudgetView]:
-    """Holds for what is asked for from now on; what runs beyond a lowered hard limit is stopped."""
+    """Takes effect for requests from now on; generations beyond a lowered hard limit are stopped."""
     tenant, now = _tenant_of_all(caller(request)), _now()
     budget = _budget(tenant, _name(name), data)
     is_new = await _budgets(state).put(budget, now)
@@ -138,7 +140,7 @@ async def put_budget(
     **needs("admin"),
 )
 async def delete_budget(request: Request[Any, Any, Any], state: State, name: Name) -> None:
-    """What was reserved and spent goes on to be counted, for other budgets and for one that is set later."""
+    """Reservations and usage are still counted, for other budgets and for one set later."""
     tenant = _tenant_of_all(caller(request))
     if not await _budgets(state).delete(tenant, _name(name)):
         raise Problem(404, f"there is no budget {name!r}")
@@ -146,18 +148,18 @@ async def delete_budget(request: Request[Any, Any, Any], state: State, name: Nam
 
 
 def _sees(principal: Principal, budget: Budget) -> bool:
-    """Tell whether a budget is about what the caller may see: all that its tenant uses, or what it uses itself."""
+    """Return whether the caller may see a budget: its own, or any if it may see the whole tenant."""
     return principal.reaches_all or budget.key == principal.key != ""
 
 
 def _tenant_of_all(principal: Principal) -> str:
-    """Return the tenant of a caller who may change what bounds all of its sessions.
+    """Return the tenant of a caller that may change limits on all of its sessions.
 
     Raises:
         Problem: 403.
     """
     if not principal.reaches_all:
-        raise Problem(403, "the credentials reach only some sessions, and a budget is about all of them")
+        raise Problem(403, "the credentials reach only some sessions, and a budget covers all of them")
     return principal.tenant
 
 
@@ -168,7 +170,7 @@ async def _notify(state: State, tenant: str) -> None:
     try:
         await admission.notify(tenant, has_budgets=bool(await _budgets(state).standings(tenant, _now())))
     except BrokerUnavailable as error:
-        raise Problem(503, "the budget is kept, but delivery does not know of it yet: set it again") from error
+        raise Problem(503, "the budget is stored, but delivery has not been notified: set it again") from error
 
 
 def _budgets(state: State) -> Budgets:

@@ -1,9 +1,9 @@
-"""Reading one partition of the log into the ledger.
+"""Consume one partition of the log into the ledger.
 
-There is one way to recover, whatever went wrong: forget, and begin again from the position that the database holds. The
-position moves in the transaction that writes the rows, over the log in its order and without holes. So a crash at any
-point, a redelivery, a lost acknowledgement and a second process cost time and never a number. The durable consumer says
-what is new and how much waits; what it does not deliver in order is read from the log directly.
+There is one way to recover from any error: drop the memory and restart from the position in the database. The position
+moves in the transaction that writes the rows, over the log in order and without holes. So a crash at any point, a
+redelivery, a lost acknowledgement and a second process cost time but never change a number. The durable consumer
+signals new events and the backlog; events that it does not deliver in order are read from the log directly.
 """
 
 import asyncio
@@ -39,16 +39,16 @@ __all__ = ["Consumer"]
 
 log = structlog.get_logger()
 CACHED: Final = 50_000
-"""Bound of running generations kept in memory between batches; others are loaded when an event of theirs comes."""
+"""Bound of running generations cached between batches; others are loaded with their next event."""
 SWEEP_SECONDS: Final = 2.0
 _BACKOFF: Final = tenacity.wait_random_exponential(multiplier=0.2, max=5.0)
 _PAUSE: Final = 0.5
 RELEASE_SECONDS: Final = 1.0
-"""How long giving up the hold may take; after that it expires by itself."""
+"""Timeout for releasing the hold; afterwards it expires by itself."""
 
 
 class Consumer:
-    """Follows one partition while this process holds it; otherwise waits to take over."""
+    """Follow one partition while this process holds it; otherwise wait to take over."""
 
     def __init__(self, partition: int, tail: Tail, ledger: Ledger, terms: CurrentTerms, clock: Clock) -> None:
         self.partition = partition
@@ -71,7 +71,7 @@ class Consumer:
         self._position = metrics.POSITION.labels(str(partition))
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Read until ``stop`` is set; the batch at hand is finished, the hold given up."""
+        """Consume until ``stop`` is set; then finish the current batch and release the hold."""
         self._stop = stop
         await self.tail.open()
         try:
@@ -117,7 +117,7 @@ class Consumer:
             return
 
     async def _begin(self) -> bool:
-        """Take the partition at the position that the database holds; ``False`` while another process has it."""
+        """Take the partition at the position in the database; return False while another process holds it."""
         await self.terms.refresh()
         begun = await self.continuity.begin(self._now())
         if begun is None:
@@ -134,34 +134,34 @@ class Consumer:
             async with asyncio.timeout(RELEASE_SECONDS):
                 await self.ledger.release(self.partition)
         except (LedgerUnavailable, LedgerUnusable, TimeoutError) as error:
-            log.warning("hold not given up; it expires", partition=self.partition, error=str(error))
+            log.warning("hold not released, it expires by itself", partition=self.partition, error=str(error))
 
     async def _follow(self) -> None:
-        # What was delivered to a process that died comes again late, after newer events: it is read at once instead.
+        # Events delivered to a process that died are redelivered late, after newer ones: read them from the log now.
         await self._catch_up(self._read_up_to)
-        if self._lost:  # also after a crash between the two
+        if self._lost:  # also after a crash between noting the gap and scheduling the check
             await self.ledger.watch_unheard(self.partition, self._lost, self._now())
         ahead: asyncio.Task[Pulled] | None = None
         try:
             while not self._stop.is_set():
                 pulled = await (ahead or self.tail.pull())
-                # Where more waits, it comes while this is written: one pull ahead, so at most two batches are held.
+                # If more events wait, pull while this batch is written: one pull ahead, at most two batches in memory.
                 ahead = asyncio.create_task(self.tail.pull()) if pulled.full else None
-                sure = await self._take(pulled)
+                is_same_log = await self._take(pulled)
                 await self._renew()
                 await self._sweep()
-                if pulled.doubtful or not sure or not await self._look():
+                if pulled.doubtful or not is_same_log or not await self._poll_log():
                     return
         finally:
             if ahead is not None:
                 await end(ahead)
 
     async def _take(self, pulled: Pulled) -> bool:
-        """Apply and acknowledge a pull; ``False`` when the stream has been made anew."""
+        """Apply and acknowledge a pull; return False if the stream has been recreated."""
         joined = join(self.applied, pulled.records())
         if joined.repeats:
             metrics.REPEATS.inc(joined.repeats)
-            # A stream that was made anew counts from 1 again: its events would look like repeats.
+            # A recreated stream counts from 1 again: its events would look like repeats.
             if (await self.tail.state()).incarnation != self.incarnation:
                 return False
         if joined.read_up_to is not None:
@@ -175,31 +175,31 @@ class Consumer:
             self._lag.set(0)
         return True
 
-    async def _look(self) -> bool:
-        """Read what the consumer holds back; ``False`` when the log is another one."""
+    async def _poll_log(self) -> bool:
+        """Read events that the consumer does not deliver; return False if the log has another incarnation."""
         read_up_to = await self.continuity.poll(self.incarnation, self.applied, self.clock.monotonic())
         if read_up_to:
             await self._catch_up(read_up_to)
         return read_up_to != 0
 
     async def _catch_up(self, last: int) -> None:
-        """Apply what the log keeps up to the stream sequence ``last``."""
+        """Apply the events in the log up to the stream sequence ``last``."""
         if last <= self.applied:
             return
         first = self.applied + 1
         count = 0
         async for records in self.tail.between(first, last):
             for before, after in holes(self.applied, records):
-                await self._miss(before, after)
+                await self._record_gap(before, after)
             count += len(records)
             await self._apply(records, records[-1].seq)
-        await self._miss(self.applied + 1, last)
+        await self._record_gap(self.applied + 1, last)
         if self.applied < last:
             await self._apply([], last)
         log.info("caught up from the log", partition=self.partition, first=first, last=last, kept=count)
 
-    async def _miss(self, first: int, last: int) -> None:
-        """Say what the log no longer keeps, if that is anything."""
+    async def _record_gap(self, first: int, last: int) -> None:
+        """Record the stream sequences from ``first`` to ``last`` as a gap, unless the range is empty."""
         if first > last:
             return
         log.warning("events had expired or were lost unread", partition=self.partition, first=first, last=last)
@@ -237,7 +237,7 @@ class Consumer:
         reached: tuple[int, int],
         highest: Mapping[Key, int],
     ) -> Batch:
-        """Fold, settle and write; by new prices again when they have changed meanwhile."""
+        """Fold, settle and write a batch; repeat with new prices if they changed meanwhile."""
         terms = self.terms.now
         while True:
             batch = fold_batch(groups, known, now, terms, self._lost, highest)
@@ -278,7 +278,7 @@ class Consumer:
             self._running.popitem(last=False)
 
     async def _renew(self) -> None:
-        """Keep the hold over idle times; commits renew it by themselves."""
+        """Renew the hold when idle; commits renew it by themselves."""
         if self.clock.monotonic() - self._renewed < self.ledger.hold / 3:
             return
         if await self.ledger.acquire(self.partition, self.incarnation, self._now()) != self.applied:
@@ -286,7 +286,7 @@ class Consumer:
         self._renewed = self.clock.monotonic()
 
     async def _sweep(self) -> None:
-        """Settle what waits for something else than events."""
+        """Settle generations that wait for something other than events."""
         if self.clock.monotonic() - self._swept < SWEEP_SECONDS:
             return
         self._swept = self.clock.monotonic()

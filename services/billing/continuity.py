@@ -1,4 +1,4 @@
-"""Whether the log is still the one that the database's position is in, and whether its consumer brings all of it."""
+"""Check that the log is still the one of the position in the database, and that its consumer delivers all of it."""
 
 from typing import Final, NamedTuple
 
@@ -11,12 +11,14 @@ from services.billing.adapters.tail import LogState, Tail
 __all__ = ["Begun", "Continuity"]
 
 log = structlog.get_logger()
-LOOK_SECONDS: Final = 2.0
-"""How often the log's end is compared with what the consumer has brought."""
+POLL_SECONDS: Final = 2.0
+"""Seconds between comparisons of the log's end with the consumer's deliveries."""
 
 
 class Begun(NamedTuple):
-    """A partition taken: its log, the position in it, and up to where the log is to be read directly at first."""
+    """A partition taken: its incarnation, the applied position, and the stream sequence up to which to read directly
+    first.
+    """
 
     incarnation: str
     applied: int
@@ -24,17 +26,17 @@ class Begun(NamedTuple):
 
 
 class Continuity:
-    """Compares a partition's log, the broker's consumer of it, and the position that the ledger keeps."""
+    """Compare a partition's log, the broker's consumer of it, and the position in the ledger."""
 
     def __init__(self, partition: int, tail: Tail, ledger: Ledger) -> None:
         self._partition = partition
         self._tail = tail
         self._ledger = ledger
-        self._looked_at = 0.0
-        self._seen: tuple[int, int] | None = None  # position and the log's end, when it was looked at last
+        self._polled_at = 0.0
+        self._seen: tuple[int, int] | None = None  # position and the log's end at the last poll
 
     async def begin(self, now: int) -> Begun | None:
-        """Take the partition, at a position that is one of the log as it is; ``None`` while another process has it.
+        """Take the partition at a valid position of the current log; return None while another process holds it.
 
         Raises:
             BrokerUnavailable: the broker does not answer.
@@ -50,16 +52,16 @@ class Continuity:
         if before is not None and is_new and before.applied:
             self._notify(before, state)
         if applied and not await self._continues(state, await self._ledger.position(self._partition)):
-            return await self.begin(now)  # in the era that has begun with it
+            return await self.begin(now)  # in the new incarnation
         delivered = state.delivered_seq
         if delivered > state.last_seq:
             await self._tail.reset(applied)
         return Begun(state.incarnation, applied, state.last_seq if is_new else min(delivered, state.last_seq))
 
     async def _continues(self, state: LogState, position: LogPosition | None) -> bool:
-        """Tell whether the log holds at the position what was applied there; if not, a new era has begun."""
+        """Return whether the log still holds the applied message at the position; if not, report a new incarnation."""
         if position is None or position.incarnation != state.incarnation:
-            return True  # somebody else has taken it meanwhile: the next transaction finds out
+            return True  # another process has taken it meanwhile: the next transaction fails
         stamp: int | None = None
         if position.stamp and position.applied <= state.last_seq:
             stamp = await self._tail.stamp(position.applied)
@@ -69,11 +71,11 @@ class Continuity:
         return False
 
     def _notify(self, before: LogPosition, state: LogState) -> None:
-        # What is missing in the middle is found and counted when it is read over.
+        # Losses in the middle are found and counted when they are read.
         unread = max(0, state.lost - max(before.applied, state.base)) if state.reused else 0
         metrics.GAP.labels(str(self._partition)).inc(unread)
         log.error(
-            "the log is another one, or has lost its end, and is read anew",
+            "the log was replaced or has lost its end, and is read again",
             partition=self._partition,
             applied=before.applied,
             kept_up_to=state.base,
@@ -82,23 +84,23 @@ class Continuity:
         )
 
     async def poll(self, incarnation: str, applied: int, now: float) -> int | None:
-        """Return up to where the log is to be read because its consumer does not bring it; ``None`` when all is well.
+        """Return the stream sequence up to which to read the log because its consumer is stuck, or None if it is not.
 
-        To be called between pulls; ``now`` in monotonic seconds. 0: another incarnation, begin again.
+        Call it between pulls; ``now`` in monotonic seconds. 0 means another incarnation: begin again.
 
         Raises:
             BrokerUnavailable: the broker does not answer.
         """
-        if now - self._looked_at < LOOK_SECONDS:
+        if now - self._polled_at < POLL_SECONDS:
             return None
-        self._looked_at = now
+        self._polled_at = now
         state = await self._tail.state()
         if state.incarnation != incarnation:
             return 0
         seen, self._seen = self._seen, (applied, state.last_seq)
         if seen is None or seen[0] != applied or seen[1] <= applied:
             return None
-        log.error("the consumer does not deliver what the log holds", partition=self._partition, applied=applied)
+        log.error("the consumer did not deliver stored events", partition=self._partition, applied=applied)
         metrics.LAG.labels(str(self._partition)).set(seen[1] - applied)
         await self._tail.reset(seen[1])
         return seen[1]

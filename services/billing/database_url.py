@@ -1,4 +1,4 @@
-"""Which database the ledger is in, as a URL with its asynchronous driver."""
+"""The URL of the ledger's database, with its asynchronous driver."""
 
 from typing import Final
 
@@ -17,10 +17,10 @@ _DRIVERS: Final = {
 
 
 def database_url(text: str) -> URL:
-    """Return the URL with its asynchronous driver.
+    """Parse a database URL and set its asynchronous driver.
 
     Raises:
-        ValueError: it is not a URL, or that of another database than SQLite and PostgreSQL.
+        ValueError: it is not a URL, or names another database than SQLite and PostgreSQL.
     """
     try:
         url = make_url(text)

@@ -1,4 +1,4 @@
-"""Takes delivery's reports of what subscribers were sent."""
+"""Consume delivery's reports of the events sent to subscribers."""
 
 import asyncio
 from collections.abc import Iterable
@@ -22,17 +22,17 @@ __all__ = ["DeliveryReports"]
 
 log = structlog.get_logger()
 BATCH: Final = 1_000
-LOOK_SECONDS: Final = 5.0
-"""How often the consumer's position is compared with its stream."""
+COMPARE_SECONDS: Final = 5.0
+"""Seconds between comparisons of the consumer's position with its stream."""
 WAIT_SECONDS: Final = 1.0
-"""How long a pull waits for reports: what comes within it is written together."""
+"""Seconds that a pull waits for reports: those that arrive within it are written together."""
 _PAUSE: Final = 1.0
 
 
 class DeliveryReports:
-    """Fetches reports, writes them, acknowledges them. Any number of processes may do so at once.
+    """Pull reports, write them, and acknowledge them. Any number of processes may do so at once.
 
-    A report is written before it is acknowledged, and the newest one of a counter holds: repeats change nothing.
+    A report is written before it is acknowledged, and the newest one of a counter wins: repeats change nothing.
     """
 
     def __init__(self, broker: Broker, deliveries: Deliveries, spec: ConsumerSpec) -> None:
@@ -42,7 +42,7 @@ class DeliveryReports:
         self._stop = asyncio.Event()
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Take reports until ``stop`` is set."""
+        """Consume reports until ``stop`` is set."""
         self._stop = stop
         while not stop.is_set():
             try:
@@ -54,22 +54,22 @@ class DeliveryReports:
                         await stop.wait()
 
     async def _follow(self) -> None:
-        durables, looked_at = Durables(self._broker), -LOOK_SECONDS
+        durables, compared_at = Durables(self._broker), -COMPARE_SECONDS
         consumer = PullConsumer(self._broker, self._spec.stream, self._spec.durable)
         try:
             while not self._stop.is_set():
                 now = asyncio.get_running_loop().time()
-                if now - looked_at >= LOOK_SECONDS:
-                    looked_at = now
+                if now - compared_at >= COMPARE_SECONDS:
+                    compared_at = now
                     await durables.mend(self._spec)
                 messages = await consumer.fetch(BATCH, wait=WAIT_SECONDS)
                 await self._deliveries.put(_reports(messages))
-                # Also those whose generation billing had not seen when they came.
+                # Also reports whose generation was unknown to billing when they arrived.
                 await self._deliveries.position()
                 for _, reply, _ in messages:
                     await self._broker.publish(reply.decode(), ACK)
                 if consumer.end in (End.GONE, End.REFUSED):
-                    raise BrokerUnavailable(f"no reports come: {consumer.reason}")
+                    raise BrokerUnavailable(f"no delivery reports arrive: {consumer.reason}")
         finally:
             await consumer.close(0.0)
 
@@ -81,6 +81,6 @@ def _reports(messages: Iterable[Arrived]) -> list[DeliveredReport]:
             found.append(decode_delivered(data))
         except ValueError as error:
             metrics.DELIVERY_REPORTS.labels("malformed").inc()
-            log.warning("a report of deliveries cannot be read", subject=subject.decode(), error=str(error))
+            log.warning("delivery report not readable", subject=subject.decode(), error=str(error))
     metrics.DELIVERY_REPORTS.labels("taken").inc(len(found))
     return found

@@ -1,4 +1,4 @@
-"""What can go wrong in billing, grouped by what the caller must do."""
+"""Billing's errors, grouped by what the caller must do."""
 
 from services.kit.endings import CannotRun
 
@@ -6,11 +6,11 @@ __all__ = ["BillingError", "Fenced", "LedgerUnavailable", "LedgerUnusable", "Sta
 
 
 class BillingError(Exception):
-    """Any error of billing's own."""
+    """The base class of billing's errors."""
 
 
 class LedgerUnavailable(BillingError):
-    """The database cannot be reached or refused for now: try the same again later. Nothing is known to be written."""
+    """The database is unreachable or refused temporarily: retry later. The outcome of a write is unknown."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"the database does not answer: {reason}")
@@ -24,7 +24,7 @@ class LedgerUnusable(BillingError, CannotRun):
 
 
 class Fenced(BillingError):
-    """Another process has taken the partition or moved its position: forget all and begin from its row."""
+    """Another process has taken the partition or moved its position: drop the memory and restart from its row."""
 
     def __init__(self, partition: int) -> None:
         self.partition = partition
@@ -32,7 +32,7 @@ class Fenced(BillingError):
 
 
 class StalePrices(BillingError):
-    """The price book has changed since a batch was reckoned: read it again and reckon the batch anew."""
+    """The price book has changed since a batch was priced: read it again and price the batch again."""
 
     def __init__(self, revision: int) -> None:
         self.revision = revision

@@ -1,4 +1,4 @@
-"""The HTTP API: the ledger's entries, and generations by how they were reconciled."""
+"""The HTTP API: ledger entries, and generations by the outcome of their reconciliation."""
 
 from typing import Annotated, Any, Final
 
@@ -23,16 +23,16 @@ from services.billing.core.question import (
 )
 from services.billing.responses import PROBLEMS, answer, only
 from services.billing.views import GenerationUsage, LedgerEntry, entry_view, view
+from services.kit.auth.guards import caller, needs
 from services.kit.auth.principal import Principal
-from services.kit.auth.rules import caller, needs
 from services.kit.problem import Problem
 
 __all__ = ["ENTRY_COLUMNS", "entry_rows", "ledger", "reconciliations"]
 
 DEFAULT_LIMIT: Final = 100
 Text = Annotated[str | None, QueryParameter(max_length=200, pattern=r"^[^\x00]*$")]
-Limit = Annotated[int, QueryParameter(ge=1, le=1_000, description="Most rows of one page")]
-Cursor = Annotated[str | None, QueryParameter(max_length=2_000, description="`next` of the page before")]
+Limit = Annotated[int, QueryParameter(ge=1, le=1_000, description="Maximum number of rows in a page")]
+Cursor = Annotated[str | None, QueryParameter(max_length=2_000, description="`next` of the previous page")]
 From = Annotated[
     str | None, QueryParameter(name="from", description="Inclusive", examples=[Example(value="2026-01-31")])
 ]
@@ -41,14 +41,14 @@ _KINDS: Final = ("charge", "correction", "reversal")
 
 
 class LedgerPage(msgspec.Struct, kw_only=True):
-    """Entries, the oldest first; ``next`` is the cursor of the page after."""
+    """Entries, the oldest first; ``next`` is the cursor of the next page."""
 
     entries: list[LedgerEntry]
     next: str | None
 
 
 class ReconciliationPage(msgspec.Struct, kw_only=True):
-    """Generations in the order of their start; ``next`` is the cursor of the page after."""
+    """Generations in the order of their start; ``next`` is the cursor of the next page."""
 
     generations: list[GenerationUsage]
     next: str | None
@@ -88,7 +88,9 @@ async def ledger(
     limit: Limit = DEFAULT_LIMIT,
     cursor: Cursor = None,
 ) -> Response[LedgerPage]:
-    """Every amount, with what it was reckoned by. Entries are never changed: what was wrong is corrected by another."""
+    """Every amount, with the numbers and prices behind it. Entries never change: an error is corrected by another
+    entry.
+    """
     only(request, ("from", "to", "session", "generation", "kind", "limit", "cursor"))
     principal = caller(request)
     _reach(principal, session)
@@ -110,7 +112,7 @@ def _key(entry: Entry) -> tuple[str | int, ...]:
 
 
 def entry_rows(page: Any) -> Any:
-    """Return the rows of whatever has ``entries``."""
+    """Return the CSV rows of a page with ``entries``."""
     return ([getattr(entry, name) for name in ENTRY_COLUMNS] for entry in page.entries)
 
 
@@ -165,7 +167,7 @@ async def reconciliations(
     limit: Limit = DEFAULT_LIMIT,
     cursor: Cursor = None,
 ) -> Response[ReconciliationPage]:
-    """Counted, reported and delivered numbers of each generation, what differs and why."""
+    """Counted, reported and delivered numbers of each generation, and the reasons for differences."""
     names = ("status", "pricing", "from", "to", "session", "model", "provider", "key", "label", "limit", "cursor")
     only(request, names)
     principal = caller(request)

@@ -1,4 +1,4 @@
-"""Running totals as they grow: one question a tenant and moment, however many listen."""
+"""Live running totals: one database query per tenant and period, for any number of listeners."""
 
 import asyncio
 from collections.abc import Mapping
@@ -18,8 +18,8 @@ from services.billing.core.question import Filters
 from services.billing.core.spending import DAY, OPEN
 from services.billing.errors import LedgerUnavailable
 from services.billing.responses import PROBLEMS, only
+from services.kit.auth.guards import caller, needs
 from services.kit.auth.principal import is_still_valid
-from services.kit.auth.rules import caller, needs
 from services.kit.clock import Clock
 from services.kit.problem import Problem
 
@@ -27,7 +27,7 @@ __all__ = ["Live", "LiveTotals", "live_usage"]
 
 log = structlog.get_logger()
 PERIOD: Final = 0.4
-"""Seconds between two reads of the database; the counts there are at most half a second old."""
+"""Seconds between two reads of the database; the totals are at most half a second old."""
 LISTENERS: Final = 1_000
 HEARTBEAT: Final = 15.0
 
@@ -45,28 +45,28 @@ class LiveTotals(msgspec.Struct, kw_only=True):
 
 
 class Live:
-    """Looks for every tenant that somebody listens to; at most `LISTENERS` at once."""
+    """Share the totals of each tenant among its listeners; at most `LISTENERS` at once."""
 
     def __init__(self, reports: Reports, clock: Clock) -> None:
         self._reports = reports
         self._clock = clock
         self._listeners = 0
-        self._newest: dict[str, tuple[float, asyncio.Task[LiveTotals]]] = {}  # by tenants that somebody listens to
+        self._newest: dict[str, tuple[float, asyncio.Task[LiveTotals]]] = {}  # by tenants with listeners
         self._counts: dict[str, int] = {}
 
     def enter(self, tenant: str) -> None:
-        """Begin to listen.
+        """Add a listener.
 
         Raises:
-            Problem: 503, too many listen.
+            Problem: 503, too many listeners.
         """
         if self._listeners >= LISTENERS:
-            raise Problem(503, f"{LISTENERS} listen already", headers={"Retry-After": "5"})
+            raise Problem(503, f"there are {LISTENERS} listeners already", headers={"Retry-After": "5"})
         self._listeners += 1
         self._counts[tenant] = self._counts.get(tenant, 0) + 1
 
     def leave(self, tenant: str) -> None:
-        """Listen no longer."""
+        """Remove a listener."""
         self._listeners -= 1
         self._counts[tenant] -= 1
         if not self._counts[tenant]:
@@ -74,7 +74,7 @@ class Live:
             self._newest.pop(tenant, None)
 
     async def totals(self, tenant: str) -> LiveTotals:
-        """Return the totals of a moment ago, asked for once for all who want them.
+        """Return the latest totals, from one query shared by all listeners of the tenant.
 
         Raises:
             LedgerUnavailable: the database did not answer.
@@ -117,11 +117,11 @@ def _add(to: Totals, totals: Totals) -> None:
     **needs("usage"),
 )
 async def live_usage(request: Request[Any, Any, Any], state: State) -> ServerSentEvent:
-    """Server-sent events: running totals (`LiveTotals`) whenever they have changed, within a second of the token."""
+    """Server-sent events: running totals (`LiveTotals`) after each change, within a second of the token."""
     only(request, ())
     principal = caller(request)
     if not principal.reaches_all:
-        raise Problem(403, "the credentials reach only some sessions, and this is about all of them")
+        raise Problem(403, "the credentials reach only some sessions, and the totals cover all of them")
     live: Live = state.live
     live.enter(principal.tenant)
     return ServerSentEvent(_events(live, principal.tenant, request.scope))
@@ -129,24 +129,24 @@ async def live_usage(request: Request[Any, Any, Any], state: State) -> ServerSen
 
 async def _events(live: Live, tenant: str, scope: Mapping[str, Any]) -> Any:
     loop = asyncio.get_running_loop()
-    said: tuple[Totals, Totals] | None = None
-    said_at = loop.time()
+    sent: tuple[Totals, Totals] | None = None
+    sent_at = loop.time()
     try:
         while True:
             try:
                 found = await live.totals(tenant)
             except LedgerUnavailable as error:
-                log.warning("live totals not told", error=str(error))
+                log.warning("live totals not sent", error=str(error))
                 yield ServerSentEventMessage(event="bye", data='{"reason":"unavailable"}', retry=2_000)
                 return
             if not is_still_valid(scope):
                 yield ServerSentEventMessage(event="bye", data='{"reason":"expired"}')
                 return
-            if (found.totals, found.running) != said:
-                said, said_at = (found.totals, found.running), loop.time()
+            if (found.totals, found.running) != sent:
+                sent, sent_at = (found.totals, found.running), loop.time()
                 yield ServerSentEventMessage(data=msgspec.json.encode(found).decode())
-            elif loop.time() - said_at > HEARTBEAT:
-                said_at = loop.time()
+            elif loop.time() - sent_at > HEARTBEAT:
+                sent_at = loop.time()
                 yield ServerSentEventMessage(comment="hb")
             await asyncio.sleep(PERIOD)
     finally:

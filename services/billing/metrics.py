@@ -1,4 +1,4 @@
-"""What billing tells Prometheus."""
+"""Billing's Prometheus metrics."""
 
 from typing import Final
 
@@ -50,19 +50,19 @@ ENTRIES: Final = Counter(
 )
 CHARGED: Final = Counter("tailrace_billing_charged_total", "Amounts charged and corrected upwards", ["currency"])
 CREDITED: Final = Counter("tailrace_billing_credited_total", "Amounts reversed and corrected downwards", ["currency"])
-UNPRICED: Final = Counter("tailrace_billing_unpriced_total", "Generations that found no price when they settled")
+UNPRICED: Final = Counter("tailrace_billing_unpriced_total", "Generations without a price at their settlement")
 GAP: Final = Counter("tailrace_billing_gap_events_total", "Stream sequences that had expired unread", ["partition"])
 DELIVERY_REPORTS: Final = Counter(
-    "tailrace_billing_delivery_reports_total", "Reports of what subscribers were sent, by outcome", ["outcome"]
+    "tailrace_billing_delivery_reports_total", "Delivery reports, by outcome", ["outcome"]
 )
-RESERVATIONS: Final = Counter("tailrace_billing_reservations_total", "Asked-for reservations, by answer", ["answer"])
+RESERVATIONS: Final = Counter("tailrace_billing_reservations_total", "Reservation requests, by answer", ["answer"])
 OVERRUNS: Final = Counter(
     "tailrace_billing_reservation_overruns_total", "Settlements that used more than was reserved, by kind", ["kind"]
 )
 OVERRUN_AMOUNT: Final = Counter(
-    "tailrace_billing_reservation_overrun_amount_total", "Tokens or money beyond what was reserved for them", ["unit"]
+    "tailrace_billing_reservation_overrun_amount_total", "Tokens or money beyond their reservation", ["unit"]
 )
 LIMITS_PASSED: Final = Counter(
-    "tailrace_billing_hard_limits_passed_total", "Settlements beyond their reservation that left a hard limit passed"
+    "tailrace_billing_hard_limits_passed_total", "Settlements beyond their reservation that exceeded a hard limit"
 )
 OVER_BUDGET: Final = Counter("tailrace_billing_over_budget_total", "Generations stopped at a hard limit")

@@ -1,4 +1,4 @@
-"""The HTTP API: the price book, and providers' exports."""
+"""The HTTP API: the price book, and imports of provider exports."""
 
 import hashlib
 import time
@@ -17,7 +17,7 @@ from services.billing.core.price_file import COLUMNS, BadPrices, render_moment, 
 from services.billing.core.provider_export import BadExport, parse_export
 from services.billing.price_loading import parse_prices
 from services.billing.terms import CurrentTerms
-from services.kit.auth.rules import REFUSALS, caller, needs
+from services.kit.auth.guards import REFUSALS, caller, needs
 from services.kit.problem import Problem, ProblemDetails
 
 __all__ = ["put_prices", "put_usage", "show_prices"]
@@ -43,7 +43,7 @@ _PROBLEMS: Final = {
 class PriceView(msgspec.Struct, kw_only=True, rename={"from_": "from", "class_": "class"}):
     """One row: amount per 1,000,000 tokens (``per_request``: per request), valid from ``from`` up to ``until``.
 
-    ``revision`` of the book brought it; ``withdrawn`` is the one that took it out, if any.
+    ``revision`` of the book added it; ``withdrawn`` is the one that withdrew it, if any.
     """
 
     id: int
@@ -66,7 +66,9 @@ class PriceList(msgspec.Struct, kw_only=True):
 
 
 class ImportView(msgspec.Struct, kw_only=True):
-    """What an export of a provider brought or, on a dry run, would bring. ``difference``: amounts by currency."""
+    """The result of an import of a provider's export or, on a dry run, the expected result. ``difference``: amounts by
+    currency.
+    """
 
     rows: int
     new: int
@@ -83,9 +85,11 @@ class ImportView(msgspec.Struct, kw_only=True):
 async def show_prices(
     request: Request[Any, Any, Any],
     state: State,
-    history: Annotated[bool, QueryParameter(description="With the rows that hold no more")] = False,
+    history: Annotated[bool, QueryParameter(description="Include the rows that are no longer valid")] = False,
 ) -> Response[Any]:
-    """Return the rows that hold, or all that ever did. As CSV (``Accept: text/csv``) it can be put back as it is."""
+    """Return the current rows, or all rows ever stored. The CSV form (``Accept: text/csv``) can be uploaded again
+    unchanged.
+    """
     prices: Prices = state.prices
     rows = [row for row in await prices.history() if history or row.withdrawn is None]
     if "text/csv" in request.headers.get("accept", "") and not history:
@@ -103,12 +107,12 @@ async def show_prices(
     **needs("admin"),
 )
 async def put_prices(request: Request[Any, Any, Any], state: State, dry_run: DryRun = False) -> Change:
-    """Make the body (TOML, CSV or JSON) the whole price book. Rows that are the same stay; the others are withdrawn.
+    """Replace the price book by the body (TOML, CSV or JSON). Equal rows stay; the others are withdrawn.
 
-    Generations that the change concerns are settled anew: those without a price get theirs, others a correction.
+    Generations that the change concerns are settled again: those without a price get one, others a correction.
     """
     if not caller(request).operator:
-        raise Problem(403, "the price book is every tenant's: only the operator changes it")
+        raise Problem(403, "the price book applies to every tenant: only the operator may change it")
     data = await request.body()
     try:
         rows = parse_prices(_kind(request, ("toml", "csv", "json")), data)
@@ -132,16 +136,16 @@ async def put_prices(request: Request[Any, Any, Any], state: State, dry_run: Dry
 async def put_usage(
     request: Request[Any, Any, Any],
     state: State,
-    provider: Annotated[str, QueryParameter(max_length=200, description="Where a row names none")] = "",
+    provider: Annotated[str, QueryParameter(max_length=200, description="Default for rows that name none")] = "",
     dry_run: DryRun = False,
 ) -> ImportView:
-    """Take rows of usage (JSON or CSV), each named by our generation or the provider's id; all of them or none.
+    """Import rows of usage (JSON or CSV), each named by our generation or the provider's id; all rows or none.
 
-    A row that was brought before changes nothing. What differs from what was charged becomes corrections.
+    A repeated row changes nothing. Differences from the charged amount become corrections.
     """
     principal = caller(request)
     if not principal.reaches_all:
-        raise Problem(403, "the credentials reach only some sessions, and an export is about all of them")
+        raise Problem(403, "the credentials reach only some sessions, and an export covers all of them")
     try:
         rows = parse_export(_kind(request, ("csv", "json")), await request.body(), provider.replace("\0", ""))
     except BadExport as error:

@@ -1,4 +1,4 @@
-"""Usage beyond its reservation: counted, logged, and an alarm where it has passed a hard limit."""
+"""Overruns: usage beyond its reservation is counted and logged, with an alarm if it exceeds a hard limit."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ log = structlog.get_logger()
 
 
 async def report_overruns(budgets: Budgets, found: Sequence[Overrun]) -> None:
-    """Count and log settlements that used more than was reserved, and hard limits that are passed with them."""
+    """Count and log settlements that used more than their reservation, and the hard limits they exceed."""
     for one in found:
         kind = "tokens" if one.unit == TOKENS else "money"
         metrics.OVERRUNS.labels(kind).inc()
@@ -26,15 +26,15 @@ async def report_overruns(budgets: Budgets, found: Sequence[Overrun]) -> None:
 
 
 async def report_limits(budgets: Budgets, found: Sequence[Overrun]) -> None:
-    """Count and log hard limits that are passed with this usage."""
+    """Count and log the hard limits exceeded by this usage."""
     for one in found:
         try:
-            await _look_at(budgets, one)
+            await _report_limit(budgets, one)
         except LedgerUnavailable as error:
-            log.warning("budgets not looked at", generation=one.generation.generation, error=str(error))
+            log.warning("budgets not checked", generation=one.generation.generation, error=str(error))
 
 
-async def _look_at(budgets: Budgets, one: Overrun) -> None:
+async def _report_limit(budgets: Budgets, one: Overrun) -> None:
     g = one.generation
     for budget, spent, _reserved in await budgets.standings(g.tenant, g.started_at):
         if budget.hard is None or budget.unit != one.unit or not budget.covers(g.credential) or spent <= budget.hard:

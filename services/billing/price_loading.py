@@ -1,4 +1,4 @@
-"""Price files from disk into the price book."""
+"""Load price files from disk into the price book."""
 
 import hashlib
 from collections.abc import Callable
@@ -21,7 +21,7 @@ FORMATS: Final[dict[str, Callable[[str], list[Price]]]] = {"toml": parse_toml, "
 
 
 def parse_prices(kind: str, data: bytes) -> list[Price]:
-    """Return the rows of a price file of a kind: ``toml``, ``csv`` or ``json``.
+    """Parse a price file of kind ``toml``, ``csv`` or ``json``.
 
     Raises:
         BadPrices: it has faults; all of them.
@@ -36,7 +36,7 @@ def parse_prices(kind: str, data: bytes) -> list[Price]:
 
 
 def read_price_file(path: Path) -> tuple[list[Price], str]:
-    """Return the rows of a file, its kind told by the end of its name, and the digest of its content.
+    """Read a price file, whose suffix gives its kind; return its rows and the digest of its content.
 
     Raises:
         SettingsError: it cannot be read, or has faults; all of them with their lines.
@@ -57,9 +57,9 @@ def read_price_file(path: Path) -> tuple[list[Price], str]:
 
 
 async def load_price_file(prices: Prices, path: Path, clock: Clock) -> Change | None:
-    """Make a file the price book, unless its content is what was last loaded from a file; then ``None``.
+    """Make a file the price book and return the change, or None if its content is that of the last file loaded.
 
-    So a book put over HTTP since then outlives a restart.
+    So a book uploaded over HTTP since then survives a restart.
 
     Raises:
         SettingsError: the file cannot be used.
@@ -74,9 +74,9 @@ async def load_price_file(prices: Prices, path: Path, clock: Clock) -> Change | 
 
 
 async def load_shipped_prices(prices: Prices, clock: Clock, *, wanted: bool) -> Change | None:
-    """Make the prices that come with Tailrace the price book, or without ``wanted`` take them out of it again.
+    """Make the shipped prices the price book or, without ``wanted``, withdraw them; return the change.
 
-    A price book that was put over HTTP or came from a file of the user's own stays as it is; then ``None``.
+    A price book uploaded over HTTP or loaded from the user's own file is unchanged; then return None.
 
     Raises:
         LedgerUnavailable: the database did not answer.

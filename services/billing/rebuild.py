@@ -1,8 +1,8 @@
-"""Rebuilding from the log: everything that it still keeps is folded anew, and what differs is set right.
+"""Rebuild from the log: fold all events it still has again, and correct the differences.
 
-The ledger stays: where the numbers come out otherwise, the difference is a correction. Generations older than the log
-are left as they are. Other processes wait meanwhile, because the partition is held; after a crash in the middle the
-running service goes on from there.
+The ledger stays: where the result differs, the difference is a correction. Generations older than the log are
+unchanged. Other processes wait meanwhile, because the partition is held; after a crash in the middle the running
+service continues from there.
 """
 
 from collections.abc import Sequence
@@ -28,8 +28,8 @@ __all__ = ["Held", "Rebuild", "Rebuilt"]
 
 NAMED: Final = 1_000
 """Bound of generations named in a report."""
-_TOLD: Final = ("calls", "usage", "usage_source", "reported_at")
-"""Columns of which exports may have told something, which is not in the log."""
+_EXPORTED: Final = ("calls", "usage", "usage_source", "reported_at")
+"""Columns that an export may have set; their values are not in the log."""
 
 
 class Held(BillingError):
@@ -41,10 +41,10 @@ class Held(BillingError):
 
 
 class Rebuilt(msgspec.Struct, kw_only=True):
-    """What a rebuild of one partition found. ``first`` and ``last`` bound what the log keeps, as stream sequences.
+    """The result of rebuilding one partition. ``first`` and ``last`` bound the log, as stream sequences.
 
-    ``missing_before``: the log has lost what came before ``first``, so generations of that time were left as they were.
-    ``changed`` generations had other numbers than the log tells, the first of them by name; ``entries``: corrections.
+    ``missing_before``: the log has lost the events before ``first``, so generations of that time are unchanged.
+    ``changed`` generations differed from the log, the first of them by name; ``entries``: corrections.
     """
 
     partition: int
@@ -59,7 +59,7 @@ class Rebuilt(msgspec.Struct, kw_only=True):
 
 
 class Rebuild:
-    """Folds one partition's log anew, into the database that ``ledger`` writes to."""
+    """Fold one partition's log again, into the database of ``ledger``."""
 
     def __init__(self, partition: int, tail: Tail, ledger: Ledger, terms: CurrentTerms, clock: Clock) -> None:
         self._partition = partition
@@ -69,10 +69,10 @@ class Rebuild:
         self._terms = terms
         self._clock = clock
         self._running: dict[Key, Generation] = {}
-        self._numbers: dict[Key, tuple[int, int]] = {}  # of each generation of the log: before, and now
+        self._numbers: dict[Key, tuple[int, int]] = {}  # digests of each generation in the log: before, and now
 
     async def run(self) -> Rebuilt:
-        """Fold all that the log keeps by now; afterwards the partition's position is its end.
+        """Fold all events now in the log; afterwards the partition's position is its end.
 
         Raises:
             Held: another process has the partition.
@@ -118,7 +118,7 @@ class Rebuild:
                 spending=steps(before, batch.whole),
                 released=released(before, batch.whole),
             )
-            # What moved only on is written whole too: the row may be lost, or another one.
+            # Rows with mere progress are written whole too: the stored row may be missing or differ.
             written = [*batch.whole, *batch.progress]
             try:
                 moved = (position, records[-1].seq)
@@ -136,9 +136,9 @@ class Rebuild:
                 self._running[g.key] = g
 
     async def _known(self, groups: Sequence[Group]) -> tuple[dict[Key, Generation], dict[Key, Generation]]:
-        """Return generations as the database has them, and what their events are folded onto.
+        """Return generations as stored in the database, and the states onto which their events are folded.
 
-        That is what this rebuild has made of them, or where they are new to it nothing but their money.
+        The latter are this rebuild's results so far; for generations new to it, rows with only their money.
         """
         again = [one.key for one in groups if one.key in self._numbers]
         new = [one for one in groups if one.key not in self._numbers]
@@ -158,21 +158,23 @@ class Rebuild:
 
 
 def _bare(row: Generation | None, balance: Balance, one: Group) -> Generation:
-    """Return a generation as if none of its events were known, with what does not come from the log."""
+    """Return a generation with none of its events applied, keeping the fields that do not come from the log."""
     money = msgspec.structs.asdict(balance)
     header = one.records[0].header
     if row is not None and (header is None or header.seq > 0):
-        # The log has lost its head: what is known of it stays, and its events are repeats.
+        # The log has lost its head: the stored state stays, and its events are repeats.
         return msgspec.structs.replace(row, **money)
-    kept: dict[str, Any] = {} if row is None else {name: getattr(row, name) for name in (*_TOLD, "tokens")}
+    kept: dict[str, Any] = {} if row is None else {name: getattr(row, name) for name in (*_EXPORTED, "tokens")}
     g = Generation(**one.key._asdict(), partition=one.address.partition, **money, **kept)
     forget_events(g)
     return g
 
 
-_APART: Final = frozenset({*DELIVERED, "log_seq", "entries", "duplicates", "gaps", "zombies", "late", "settle_at"})
+_NOT_COMPARED: Final = frozenset(
+    {*DELIVERED, "log_seq", "entries", "duplicates", "gaps", "zombies", "late", "settle_at"}
+)
 
 
 def _numbers(g: Generation) -> int:
-    """Return a digest of what a rebuild compares: all but positions, and how often events were repeated."""
-    return hash(tuple(getattr(g, name) for name in Generation.__struct_fields__ if name not in _APART))
+    """Return a digest of the fields that a rebuild compares: all but positions and counts of dropped events."""
+    return hash(tuple(getattr(g, name) for name in Generation.__struct_fields__ if name not in _NOT_COMPARED))

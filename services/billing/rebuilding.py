@@ -1,4 +1,4 @@
-"""``python -m services.billing rebuild``: every partition folded anew from the log, while billing is stopped."""
+"""``python -m services.billing rebuild``: fold every partition again from the log, while billing is stopped."""
 
 import os
 import secrets
@@ -25,7 +25,7 @@ __all__ = ["describe", "main", "rebuild_all"]
 
 
 async def main(_stop: Stop, env: Mapping[str, str] = os.environ) -> None:
-    """Rebuild, and write a line for each partition.
+    """Rebuild, and print a line for each partition.
 
     Raises:
         SettingsError: settings are not usable.
@@ -43,7 +43,7 @@ async def main(_stop: Stop, env: Mapping[str, str] = os.environ) -> None:
 
 
 async def rebuild_all(broker: Broker, engine: AsyncEngine, shared: Shared, settings: Settings) -> list[Rebuilt]:
-    """Fold every partition's log anew into a migrated database; return what was found in each.
+    """Fold every partition's log again into a migrated database; return the result of each.
 
     Raises:
         BrokerUnavailable: no broker answers.
@@ -60,7 +60,7 @@ async def rebuild_all(broker: Broker, engine: AsyncEngine, shared: Shared, setti
 
 
 def describe(found: Rebuilt) -> str:
-    """Return a line that tells what a rebuild found."""
+    """Format a rebuild's result as one line."""
     reach = "nothing" if found.last < found.first else f"{found.first} to {found.last}"
     lost = "; what came before is no longer in the log and was left as it was" if found.missing_before else ""
     return (

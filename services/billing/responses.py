@@ -1,4 +1,4 @@
-"""Answers that can be had as JSON or CSV, and that tell whether anything has changed (``ETag``)."""
+"""Responses as JSON or CSV by content negotiation, with an ``ETag``."""
 
 import csv
 import hashlib
@@ -11,7 +11,7 @@ import msgspec
 from litestar import Request, Response
 from litestar.openapi import ResponseSpec
 
-from services.kit.auth.rules import REFUSALS
+from services.kit.auth.guards import REFUSALS
 from services.kit.problem import Problem, ProblemDetails
 
 __all__ = ["NOT_FOUND", "PROBLEMS", "answer", "only", "wants_csv"]
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 def wants_csv(request: Request[Any, Any, Any]) -> bool:
-    """Tell whether the client asks for CSV, and not for JSON."""
+    """Return whether the client prefers CSV to JSON."""
     accept = request.headers.get("accept", "")
     return "text/csv" in accept and "application/json" not in accept
 
@@ -39,9 +39,9 @@ def answer(
     rows: Callable[[T], Iterable[Sequence[object]]],
     following: str | None = None,
 ) -> Response[Any]:
-    """Return ``report`` as JSON, or its ``rows`` as CSV; 304 when the client has this already.
+    """Return ``report`` as JSON, or its ``rows`` as CSV; 304 if the client's ``ETag`` is current.
 
-    ``following``: cursor of the page after, which CSV has no place for: it stands in ``Link``.
+    ``following``: cursor of the next page; with CSV it is in the ``Link`` header.
     """
     is_csv = wants_csv(request)
     body = _as_csv(columns, rows(report)) if is_csv else msgspec.json.encode(report)
@@ -64,7 +64,7 @@ def _as_csv(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes:
 
 
 def _cell(value: object) -> object:
-    """Return a cell; what a spreadsheet would take for a formula is made plain text."""
+    """Return a cell; escape text that a spreadsheet would take for a formula."""
     if value is None:
         return ""
     if isinstance(value, str) and value[:1] in ("=", "+", "@", "\t", "\r"):
@@ -73,7 +73,7 @@ def _cell(value: object) -> object:
 
 
 def only(request: Request[Any, Any, Any], known: Sequence[str]) -> None:
-    """Refuse parameters that are none.
+    """Reject unknown query parameters.
 
     Raises:
         Problem: 400.

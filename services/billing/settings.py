@@ -1,4 +1,4 @@
-"""Settings of billing."""
+"""Settings of billing, from environment variables."""
 
 from typing import Annotated, Final, cast, get_args
 
@@ -20,19 +20,19 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ``tls_cert`` and ``tls_key``: files for TLS.
     ``database_url``: ``sqlite:///…`` or ``postgresql://…``; without one a file ``billing.db`` in the data folder.
     ``tolerance_absolute`` and ``tolerance_relative``: counted and reported match when they differ by no more than the
-    larger of the two. ``grace``: how long a provider may take to report. ``batch``, ``interval``: a transaction holds
-    at most so many events and begins at most so long after the first of them. ``hold``: how long after a crash of the
-    process that reads a partition another one takes over. ``max_body``: bytes of a price file or an export. ``drain``:
-    how long the batch at hand may take after SIGTERM.
+    larger of the two. ``grace``: how long a provider may take to report. ``batch``, ``interval``: bound of a
+    transaction in events, and time between pulls. ``hold``: time after a crash until another process takes over its
+    partitions. ``max_body``: bound of a price file or an export in bytes. ``drain``: time for the current batch after
+    SIGTERM.
 
-    ``reservation``: how long what was reserved in a budget waits for a generation that does not begin.
+    ``reservation``: time until the budget reservation of a generation that does not begin is released.
 
-    ``prices``: a price file (TOML or CSV) that becomes the price book when its content is a new one.
-    ``shipped_prices``: whether the prices that come with Tailrace hold until there is a price book of one's own.
-    ``partial``: by which numbers generations are charged that failed, were cancelled or interrupted; ``abandoned``: the
-    same for calls that did not become the answer; ``tenant_partial``: both for single tenants, as ``tenant=policy``.
-    ``missing``: the same for completed ones whose provider never reported.
-    ``tolerances``: other tolerances for some models, as ``provider/model=absolute/relative`` with ``*`` and ``?``.
+    ``prices``: a price file (TOML or CSV) that becomes the price book when its content has changed.
+    ``shipped_prices``: use the prices shipped with Tailrace until there is another price book.
+    ``partial``: charging policy of generations that failed, were cancelled or interrupted; ``abandoned``: of calls that
+    did not become the answer; ``tenant_partial``: overrides of both for single tenants, as ``tenant=policy``.
+    ``missing``: charging policy of completed generations without a provider report.
+    ``tolerances``: tolerances of some models, as ``provider/model=absolute/relative`` with ``*`` and ``?``.
     """
 
     host: str = "127.0.0.1"
@@ -69,10 +69,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         self.charging()
 
     def policy(self) -> Policy:
-        """Return what reconciliation goes by.
+        """Return the reconciliation policy.
 
         Raises:
-            ValueError: a tolerance is not one.
+            ValueError: a tolerance is malformed.
         """
         return Policy(
             absolute=self.tolerance_absolute,
@@ -82,10 +82,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def charging(self) -> Charging:
-        """Return by whose numbers is charged.
+        """Return the charging policy.
 
         Raises:
-            ValueError: a tenant's policy is not one.
+            ValueError: a tenant's policy is malformed.
         """
         pairs = [text.partition("=") for text in self.tenant_partial]
         wrong = [text for text, (_, _, basis) in zip(self.tenant_partial, pairs, strict=True) if basis not in BASES]

@@ -1,4 +1,4 @@
-"""Statements: what a tenant used in a month, by model, as JSON, CSV and a page to print."""
+"""Statements: a tenant's usage in a month, by model, as JSON, CSV and a page to print."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -18,7 +18,7 @@ from services.billing.adapters.reports import Reports, Totals
 from services.billing.core.money import render
 from services.billing.core.question import BadQuestion, Filters
 from services.billing.responses import PROBLEMS, answer, only
-from services.kit.auth.rules import caller, needs
+from services.kit.auth.guards import caller, needs
 from services.kit.problem import Problem
 
 __all__ = ["StatementLine", "Statement", "statement"]
@@ -54,7 +54,7 @@ p{margin:.3rem 0}
 
 
 class StatementLine(msgspec.Struct, kw_only=True):
-    """One model of one provider, and how its generations ended up (`status` of reconciliation)."""
+    """One model of one provider and the `status` of its generations after reconciliation."""
 
     provider: str
     model: str
@@ -63,9 +63,9 @@ class StatementLine(msgspec.Struct, kw_only=True):
 
 
 class Statement(msgspec.Struct, kw_only=True):
-    """What a tenant's generations that started in a month used and cost. Times in RFC 3339, UTC.
+    """The usage and cost of a tenant's generations that started in a month. Times in RFC 3339, UTC.
 
-    ``final``: whether the month is over and everything of it has settled; later corrections change it still.
+    ``final``: whether the month is over and all of its generations have settled; later corrections still change it.
     """
 
     tenant: str
@@ -96,7 +96,7 @@ async def statement(
     only(request, ())
     principal = caller(request)
     if not principal.reaches_all:
-        raise Problem(403, "the credentials reach only some sessions, and a statement is about all of them")
+        raise Problem(403, "the credentials reach only some sessions, and a statement covers all of them")
     since, until = _bounds(month)
     reports: Reports = state.reports
     filters = Filters(tenant=principal.tenant, start=_ms(since), end=_ms(until))
@@ -170,12 +170,12 @@ def _page(made: Statement) -> str:
         f"Generations without a price, which are not in the amounts: {made.unpriced}." if made.unpriced else "",
         "" if made.final else "This statement is not final.",
     ]
-    said = "".join(f"<p>{escape(note)}</p>" for note in notes if note)
+    paragraphs = "".join(f"<p>{escape(note)}</p>" for note in notes if note)
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Statement {made.month}</title>'
         f"<style>{_STYLE}</style><h1>Statement {made.month}</h1>"
         f"<p>Tenant <b>{escape(made.tenant)}</b>, generations started from {made.since} up to {made.until}</p>"
-        f"<p>In all: <b>{escape(total)}</b></p>{said}"
+        f"<p>In all: <b>{escape(total)}</b></p>{paragraphs}"
         f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></html>"
     )
 

@@ -1,4 +1,4 @@
-"""Settling what waits for something else than events: a grace that ends, new prices, a provider's export."""
+"""Settle generations that wait for something other than events: a grace period, new prices, a provider's export."""
 
 from collections.abc import Iterable, Mapping
 from typing import Final
@@ -25,11 +25,11 @@ __all__ = ["Sweep", "notify"]
 
 log = structlog.get_logger()
 ROUNDS: Final = 20
-"""How often a sweep goes on while it finds its list full, before events have their turn again."""
+"""Bound of rounds in one sweep while its list is full, before events are read again."""
 
 
 class Sweep:
-    """The settlements of one partition, done by the process that holds it."""
+    """The queued settlements of one partition, done by the process that holds it."""
 
     def __init__(self, partition: int, ledger: Ledger, terms: CurrentTerms) -> None:
         self.partition = partition
@@ -39,9 +39,9 @@ class Sweep:
         self._budgets = Budgets(ledger.engine)
 
     async def run(self, applied: int, now: int, lost: int = 0) -> list[Key]:
-        """Settle what waits at ``now`` (milliseconds since 1970); ``applied`` is the partition's position.
+        """Settle all that is due at ``now`` (milliseconds since 1970); ``applied`` is the partition's position.
 
-        ``lost``: the last stream sequence that had expired unread; what was running before it may have ended there.
+        ``lost``: the last stream sequence that expired unread; generations running before it may have ended there.
         Returns the generations that were written.
 
         Raises:
@@ -66,7 +66,7 @@ class Sweep:
         if not due and not resettling and not exports:
             return False
         before = {g.key: g for g in (*due, *resettling, *(e.generation for e in exports))}
-        waiting = _told(before, exports)
+        waiting = _with_exports(before, exports)
         terms = self.terms.now
         changed: list[Generation] = []
         entries: list[Entry] = []
@@ -91,8 +91,8 @@ class Sweep:
         return max(len(due), len(resettling), len(exports)) >= AT_ONCE
 
 
-def _told(before: Mapping[Key, Generation], exports: Iterable[Export]) -> dict[Key, Generation]:
-    """Return the generations with what exports say of them, the newest last."""
+def _with_exports(before: Mapping[Key, Generation], exports: Iterable[Export]) -> dict[Key, Generation]:
+    """Return the generations with the reports of exports applied, the newest last."""
     found = dict(before)
     for export in exports:
         g = msgspec.structs.replace(found[export.generation.key])
@@ -103,14 +103,14 @@ def _told(before: Mapping[Key, Generation], exports: Iterable[Export]) -> dict[K
 
 
 def _closed(g: Generation, now: int, lost: int) -> Generation:
-    """Return a generation that has not been heard of since the log lost events as one that was interrupted."""
+    """Return a generation without events since the log lost some as an interrupted one."""
     if g.ended or g.settle_at is None or g.settle_at > now or g.log_seq > lost:
         return g
     return msgspec.structs.replace(g, state="interrupted", code="log_expired", ended_at=g.started_at)
 
 
 def notify(generations: Iterable[Generation], before: Mapping[Key, Generation], entries: Iterable[Entry] = ()) -> None:
-    """Count changes of status and money; say in the log how a generation settled."""
+    """Count changes of status and money, and log the outcome of each settlement."""
     for entry in entries:
         metrics.ENTRIES.labels(entry.kind, entry.currency).inc()
         metrics.CHARGED.labels(entry.currency).inc(max(0.0, float(entry.amount)))

@@ -1,4 +1,4 @@
-"""The terms by which a running service settles: its settings, and the price book in the database."""
+"""The terms of settlement in a running service: its settings, and the price book in the database."""
 
 from services.billing.adapters.prices import Prices
 from services.billing.core.charging import Charging
@@ -9,14 +9,14 @@ __all__ = ["CurrentTerms"]
 
 
 class CurrentTerms:
-    """Terms that all partitions of a process share; ``now`` holds until `refresh` finds a newer price book."""
+    """Terms shared by all partitions of a process; ``now`` is valid until `refresh` finds a newer price book."""
 
     def __init__(self, prices: Prices, policy: Policy | None = None, charging: Charging | None = None) -> None:
         self._prices = prices
         self.now = Terms(policy=policy or Policy(), charging=charging or Charging())
 
     async def refresh(self) -> Terms:
-        """Read the price book again where it has changed.
+        """Read the price book again if it has changed.
 
         Raises:
             LedgerUnavailable: the database did not answer.

@@ -1,4 +1,4 @@
-"""The shapes of the API's answers."""
+"""The response shapes of the API."""
 
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -37,7 +37,7 @@ __all__ = [
 
 
 class CountedTokens(msgspec.Struct, kw_only=True):
-    """Tailrace's own count; ``exact`` when ``encoding`` is the model's own, otherwise an estimate made with it."""
+    """Tailrace's own count; ``exact`` if ``encoding`` is the model's own, otherwise an estimate made with it."""
 
     input: int
     output: int
@@ -46,10 +46,10 @@ class CountedTokens(msgspec.Struct, kw_only=True):
 
 
 class ReportedTokens(msgspec.Struct, kw_only=True):
-    """What the provider reported, normalised: ``input`` includes cached tokens, ``output`` includes reasoning, and
+    """The provider's report, normalised: ``input`` includes cached tokens, ``output`` includes reasoning, and
     ``cache_write`` includes ``cache_write_1h``.
 
-    ``cost`` is the provider's own amount in ``currency`` where it states one; ``raw`` its own object, unchanged.
+    ``cost`` is the provider's own amount in ``currency`` if it reports one; ``raw`` its own object, unchanged.
     """
 
     input: int
@@ -66,10 +66,10 @@ class ReportedTokens(msgspec.Struct, kw_only=True):
 
 
 class CallUsage(msgspec.Struct, kw_only=True):
-    """One call that did not become the answer: its own count, and what its provider reported of it.
+    """One call that did not become the answer: its own count, and its provider's report.
 
     ``number`` counts a generation's calls; ``code``: why it was abandoned. ``estimated``: its provider has not reported
-    what it used in the end, so the numbers are ours.
+    its final usage, so the numbers are ours.
     """
 
     number: int
@@ -85,16 +85,16 @@ class CallUsage(msgspec.Struct, kw_only=True):
 
 
 class Drift(msgspec.Struct, kw_only=True):
-    """Reported minus counted tokens; ``input`` is null where input was not counted."""
+    """Reported minus counted tokens; ``input`` is null if input was not counted."""
 
     input: int | None
     output: int | None
 
 
 class Delivered(msgspec.Struct, kw_only=True):
-    """What subscribers were sent, as far as delivery has reported.
+    """Delivery to subscribers, as far as delivery has reported.
 
-    ``tokens``: as many as the subscriber that came furthest; events and bytes are those of all subscribers together.
+    ``tokens``: those of the furthest subscriber; events and bytes are sums over all subscribers.
     """
 
     subscribers: int
@@ -104,9 +104,8 @@ class Delivered(msgspec.Struct, kw_only=True):
 
 
 class Charge(msgspec.Struct, kw_only=True):
-    """What it costs: the sum of its entries in the ledger. ``status``: ``unpriced`` while no price is known for it,
-    ``waived`` where the tenant's policy asks for nothing, ``pending`` before it has settled. ``tokens``: of all calls,
-    as they were priced.
+    """Its cost: the sum of its entries in the ledger. ``status``: ``unpriced`` while no price is known for it,
+    ``waived`` by the tenant's policy, ``pending`` before it has settled. ``tokens``: of all calls, as they were priced.
     """
 
     status: Pricing
@@ -117,7 +116,7 @@ class Charge(msgspec.Struct, kw_only=True):
 
 
 class Dropped(msgspec.Struct, kw_only=True):
-    """Events of the generation that the acceptance rule dropped, and accepted ones that could not be read."""
+    """Events of the generation that the acceptance rule dropped, and accepted ones that could not be decoded."""
 
     duplicates: int
     gaps: int
@@ -128,12 +127,11 @@ class Dropped(msgspec.Struct, kw_only=True):
 
 
 class GenerationUsage(msgspec.Struct, kw_only=True):
-    """What billing knows of one generation. Times in RFC 3339, UTC.
+    """Billing's numbers of one generation. Times in RFC 3339, UTC.
 
     ``state``: ``running``, or how it ended. ``status``: how counted and reported compare. ``counted`` runs while the
-    generation streams; ``reported`` is null until the provider has said what it used. Both are those of the call that
-    it ended with; ``abandoned_calls`` holds those made before. ``settles_at``: when a report that is waited for is
-    given up.
+    generation streams; ``reported`` is null until the provider has reported its usage. Both are those of its last call;
+    ``abandoned_calls`` holds the earlier ones. ``settles_at``: when billing stops waiting for a report.
     """
 
     generation: str
@@ -163,9 +161,9 @@ class GenerationUsage(msgspec.Struct, kw_only=True):
 
 
 class LedgerLine(msgspec.Struct, kw_only=True, rename={"class_": "class"}):
-    """One class of tokens on the bill: how many, at which row of the price book, for how much.
+    """One token class of a bill: its count, its row of the price book, and its amount.
 
-    ``call``: the number of the abandoned call that used them; 0 for the one that the generation ended with.
+    ``call``: the number of the abandoned call that used them; 0 for the last call.
     """
 
     class_: str
@@ -177,9 +175,9 @@ class LedgerLine(msgspec.Struct, kw_only=True, rename={"class_": "class"}):
 
 
 class LedgerEntry(msgspec.Struct, kw_only=True):
-    """One amount. ``source``: whose numbers; ``rule``: why they hold; ``revision``: of the price book.
+    """One amount. ``source``: the source of the numbers; ``rule``: why they apply; ``revision``: of the price book.
 
-    ``lines``: the bill that the amount leads to, from what was entered before.
+    ``lines``: the bill that the generation's entries sum to.
     """
 
     session: str
@@ -196,7 +194,7 @@ class LedgerEntry(msgspec.Struct, kw_only=True):
 
 
 class GenerationTrail(GenerationUsage, kw_only=True):
-    """All that billing knows of one generation: its numbers, and every entry of the ledger that they led to.
+    """All numbers of one generation, and every ledger entry that follows from them.
 
     ``events``: how many of its events were accepted.
     """
@@ -206,7 +204,7 @@ class GenerationTrail(GenerationUsage, kw_only=True):
 
 
 class SessionUsage(msgspec.Struct, kw_only=True):
-    """Sums over a session and a page of its generations; ``next`` is the cursor of the page after."""
+    """Sums over a session and a page of its generations; ``next`` is the cursor of the next page."""
 
     session: str
     tenant: str
@@ -223,7 +221,7 @@ class UsageRow(msgspec.Struct, kw_only=True):
 
 
 class UsageReport(msgspec.Struct, kw_only=True):
-    """Sums by group, in the order of their keys; ``next`` is the cursor of the page after."""
+    """Sums by group, in the order of their keys; ``next`` is the cursor of the next page."""
 
     group_by: list[str]
     rows: list[UsageRow]
@@ -231,7 +229,7 @@ class UsageReport(msgspec.Struct, kw_only=True):
 
 
 def view(g: Generation) -> GenerationUsage:
-    """Return the API's shape of a generation."""
+    """Convert a generation to its response shape."""
     last = last_call(g)
     return GenerationUsage(
         generation=g.generation,
@@ -279,7 +277,7 @@ def view(g: Generation) -> GenerationUsage:
 
 
 def entry_view(entry: Entry) -> LedgerEntry:
-    """Return the API's shape of an entry."""
+    """Convert an entry to its response shape."""
     lines = msgspec.json.decode(entry.lines, type=list[Line])
     return LedgerEntry(
         session=entry.session,
@@ -307,7 +305,7 @@ def entry_view(entry: Entry) -> LedgerEntry:
 
 
 def trail(g: Generation, entries: Iterable[Entry]) -> GenerationTrail:
-    """Return everything about a generation."""
+    """Convert a generation and its entries to their response shape."""
     usage = view(g)
     shown = {name: getattr(usage, name) for name in usage.__struct_fields__}
     return GenerationTrail(**shown, events=g.next_seq, entries=[entry_view(e) for e in entries])
@@ -357,7 +355,7 @@ def _tokens(report: Usage) -> ReportedTokens:
 
 
 def moment(milliseconds: int | None) -> str | None:
-    """Return a time in milliseconds since 1970 as RFC 3339, UTC."""
+    """Format milliseconds since 1970 as RFC 3339, UTC."""
     if milliseconds is None:
         return None
     return datetime.fromtimestamp(milliseconds / 1_000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -44,10 +44,10 @@ from services.delivery.settings import Settings
 from services.delivery.websocket.handler import WebSockets
 from services.kit.api_docs import documented
 from services.kit.auth.authenticator import Authenticator
-from services.kit.auth.entrance import entering
-from services.kit.auth.rules import cors
-from services.kit.auth.setup import authenticating
-from services.kit.bodies import reading_bodies
+from services.kit.auth.config import authenticating
+from services.kit.auth.guards import cors
+from services.kit.auth.middleware import entering
+from services.kit.body_limit import reading_bodies
 from services.kit.clock import Clock, SystemClock
 from services.kit.http import Check, probes, serving
 from services.kit.jetstream.broker import Broker

@@ -1,4 +1,4 @@
-"""The documentation page of an HTTP API: Swagger UI out of a locked package, served by ourselves, and nothing else."""
+"""The documentation page of an HTTP API: Swagger UI from a pinned package, served locally without other sources."""
 
 import functools
 from html import escape
@@ -13,7 +13,7 @@ from litestar.openapi.plugins import OpenAPIRenderPlugin
 from litestar.params import FromPath
 from swagger_ui_bundle import swagger_ui_path
 
-from services.kit.auth.rules import SECURITY
+from services.kit.auth.guards import SECURITY
 
 __all__ = ["ASSETS", "documented"]
 
@@ -24,7 +24,7 @@ ASSETS: Final[dict[str, tuple[Path, str]]] = {
     "api_docs.js": (Path(__file__).with_name("api_docs.js"), "text/javascript"),
     "api_docs.css": (Path(__file__).with_name("api_docs.css"), "text/css"),
 }
-"""What the page loads, by name: file and media type."""
+"""Assets of the page, by name: file and media type."""
 _POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -50,7 +50,7 @@ _PAGE: Final = """<!doctype html>
 
 
 def documented(title: str, description: str, path: str) -> OpenAPIConfig:
-    """Return the configuration of an API: its documentation is at ``path``, the document at ``openapi.json`` below."""
+    """Return the OpenAPI configuration of an API: page at ``path``, document at ``openapi.json`` below it."""
     headers = {"Content-Security-Policy": _POLICY, "Cache-Control": "no-cache"}
     router = Router(
         path,
@@ -71,18 +71,18 @@ def documented(title: str, description: str, path: str) -> OpenAPIConfig:
 
 
 class _SwaggerUi(OpenAPIRenderPlugin):
-    """The page, and what it loads."""
+    """Serve the page and its assets."""
 
     def __init__(self, path: str) -> None:
         super().__init__(path="/")
         self._path = path
 
     def render(self, request: Request[Any, Any, Any], openapi_schema: dict[str, Any]) -> bytes:
-        """Return the page."""
+        """Render the page."""
         return _PAGE.format(title=escape(openapi_schema["info"]["title"]), path=self._path).encode()
 
     def receive_router(self, router: Router) -> None:
-        """Add what the page loads."""
+        """Register the asset routes."""
         router.register(_asset)
 
 

@@ -7,7 +7,7 @@ __all__ = ["Clock", "SystemClock"]
 
 
 class Clock(Protocol):
-    """Both times in seconds."""
+    """Wall and monotonic time, both in seconds."""
 
     def wall(self) -> float:
         """Return seconds since 1970."""

@@ -1,10 +1,10 @@
-"""Why a service ends by itself."""
+"""The error with which a service ends by itself."""
 
 __all__ = ["CannotRun"]
 
 
 class CannotRun(Exception):
-    """What a service keeps or needs must be mended by a person first: starting it again would not help.
+    """The service's data or a dependency must be repaired by a person first: a restart would not help.
 
-    The text says what is wrong and what to do.
+    The text names the problem and the remedy.
     """

@@ -1,4 +1,4 @@
-"""Serving an ASGI application on a port inside our own event loop, and the probes that every service answers."""
+"""Serve an ASGI application on a port in our own event loop, and the probes of every service."""
 
 import asyncio
 import socket
@@ -18,9 +18,9 @@ __all__ = ["Check", "HEAD_BYTES", "PortTaken", "RAW_SEND", "check_port", "probes
 
 Check = Callable[[], Awaitable[bool]]
 Grace = Callable[[], float]
-"""Returns for how many seconds more open answers may go on; asked when they are to end."""
+"""Return the seconds that open responses may still take; called at shutdown."""
 RAW_SEND: Final = "tailrace.send"
-"""Key of an ASGI scope: the server's own `send`, past what wraps it for ordinary answers."""
+"""ASGI scope key of the server's own `send`, without the wrappers of ordinary responses."""
 HANDSHAKE_SECONDS: Final = 10.0
 GRACE_SECONDS: Final = 10.0
 UNSENT_BYTES: Final = 128 * 1024
@@ -36,7 +36,7 @@ class PortTaken(Exception):
 
 
 def check_port(host: str, port: int, *, shared: bool = False) -> None:
-    """Find out whether an address is free; ``shared``: or had by processes that share it.
+    """Check that an address is free; ``shared``: or bound by processes that share it.
 
     Raises:
         PortTaken: it is not.
@@ -58,12 +58,12 @@ async def serving(
 ) -> AsyncIterator[None]:
     """Serve ``app`` (ASGI) over HTTP/1.1, WebSockets and HTTP/2 while the block runs.
 
-    HTTP/2 is chosen by ALPN with ``tls``, and by prior knowledge without. ``shared``: other processes have the port
-    too, and the kernel spreads connections over them. On leaving, no new connection is accepted and open answers may
-    end within what ``grace`` returns then: the application must have told its streams to end before. ``connections``
+    HTTP/2 is chosen by ALPN with ``tls``, and by prior knowledge without. ``shared``: other processes bind the port
+    too, and the kernel distributes connections over them. At the end of the block no new connection is accepted, and
+    open responses may take ``grace`` seconds more: the application must have ended its streams before. ``connections``
     bounds concurrent requests. A request's line and headers have at most `HEAD_BYTES` together in HTTP/1.1, and headers
-    `services.kit.http2.HEADER_BYTES` in HTTP/2: more is answered with 431. Neither bounds bodies.
-    ``message_bytes``: the largest message of a WebSocket.
+    `services.kit.http2.HEADER_BYTES` in HTTP/2: more is answered with 431. Neither bounds bodies. ``message_bytes``:
+    the largest message of a WebSocket.
 
     Raises:
         PortTaken: the address is in use.
@@ -92,7 +92,7 @@ async def serving(
 
 
 def _bound(host: str, port: int, *, shared: bool) -> socket.socket:
-    """Return a socket with that address; ``shared``: that others may have too.
+    """Return a bound socket; ``shared``: other processes may bind the same address.
 
     Raises:
         PortTaken: the address is in use.
@@ -100,7 +100,7 @@ def _bound(host: str, port: int, *, shared: bool) -> socket.socket:
     bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT if shared else socket.SO_REUSEADDR, 1)
-        # The kernel holds so much for a client that does not read, and not megabytes; connections inherit it.
+        # Bound the kernel's send buffer for a client that does not read; connections inherit it.
         bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
         bound.bind((host, port))
     except OSError as error:

@@ -1,4 +1,4 @@
-"""HTTP/1.1 and WebSockets: uvicorn's protocols, with bounded heads, and answers framed once for all who get them."""
+"""HTTP/1.1 and WebSockets: uvicorn's protocols, with bounded heads, and messages framed once for all recipients."""
 
 import asyncio
 import time
@@ -22,27 +22,24 @@ __all__ = ["HEAD_BYTES", "Http1Server"]
 log = structlog.get_logger()
 HEAD_BYTES: Final = 16_384
 HEAD_SECONDS: Final = 10.0
-IDLE_SECONDS: Final = 75  # longer than proxies keep theirs, so that none sends a request into a closing connection
+IDLE_SECONDS: Final = 75  # longer than that of proxies, so that none sends a request into a closing connection
 LINGER_SECONDS: Final = 5.0
-DRAIN_BYTES: Final = 64 * 1024 * 1024  # of a body that nobody reads any more
+DRAIN_BYTES: Final = 64 * 1024 * 1024  # of a body that is no longer read
 DRAIN_SECONDS: Final = 10.0
-PIPELINED: Final = 32  # requests that wait for the answers before theirs
+PIPELINED: Final = 32  # requests that wait for earlier responses
 _PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"  # RFC 9113, 3.4
 _CLOSE: Final = {"Connection": "close"}
-_MALFORMED: Final = Problem(
-    400, "this is not HTTP/1.1 or HTTP/2 as this server understands it", slug="malformed", headers=_CLOSE
-)
+_MALFORMED: Final = Problem(400, "this is not valid HTTP/1.1 or HTTP/2", slug="malformed", headers=_CLOSE)
 _TOO_LARGE: Final = Problem(431, f"the request's line and headers have more than {HEAD_BYTES} bytes", headers=_CLOSE)
 _BUSY: Final = Problem(503, "too many requests are under way", headers={"Retry-After": "1", **_CLOSE})
 _FAILED: Final = Problem(500, "the error has been logged", headers=_CLOSE)
 
 
 class Http1Server:
-    """Serves ``app`` (ASGI) on connections that are made elsewhere; `protocol` is a factory of protocols for them.
+    """Serve ``app`` (ASGI) on connections accepted elsewhere; `protocol` is their protocol factory.
 
-    A connection on which HTTP/2 is spoken goes to ``hand_over``, with what has been read of it. ``limit``: requests and
-    WebSockets under way at once; what comes beyond it is answered with 503. ``message_bytes``: the largest message of
-    a WebSocket.
+    A connection that speaks HTTP/2 goes to ``hand_over``, with the bytes already read. ``limit``: concurrent requests
+    and WebSockets; further ones get 503. ``message_bytes``: the largest message of a WebSocket.
     """
 
     def __init__(
@@ -60,7 +57,7 @@ class Http1Server:
             interface="asgi3",
             lifespan="off",
             log_config=None,
-            log_level="error",  # below it, addresses are logged with what stands behind their question marks
+            log_level="error",  # below it, URLs are logged with their query
             access_log=False,
             proxy_headers=False,
             timeout_keep_alive=IDLE_SECONDS,
@@ -73,13 +70,13 @@ class Http1Server:
         return _Connection(self)
 
     async def keep_date(self) -> None:
-        """Keep the ``Date`` of answers right, until cancelled."""
+        """Keep the ``Date`` header current, until cancelled."""
         while True:
             self.state.default_headers = [(b"date", formatdate(time.time(), usegmt=True).encode())]
             await asyncio.sleep(1.0)
 
     async def close(self, seconds: float) -> None:
-        """Close connections that are idle, wait for the answers of the others so long, then close those too."""
+        """Close idle connections, wait up to ``seconds`` for open responses, then close the rest."""
         for connection in tuple(self.state.connections):
             connection.shutdown()
         if self.state.tasks:
@@ -95,20 +92,20 @@ class Http1Server:
 
     @property
     def is_busy(self) -> bool:
-        """Whether as much is under way as may be."""
+        """Return whether the limit of concurrent requests is reached."""
         return len(self.state.tasks) >= self.limit
 
 
 class _Connection(HttpToolsProtocol):
-    """One connection, until it turns out to be one of HTTP/2 or a WebSocket."""
+    """One connection, until it turns out to be HTTP/2 or a WebSocket."""
 
     def __init__(self, server: Http1Server) -> None:
         super().__init__(server.config, server.state, {})
         self._owner = server
-        self._begun: bytes | None = b""  # of a connection whose protocol is not known yet
-        self._unread = 0  # bytes since anything has been complete
-        self._head = 0  # bytes of line and headers
-        self._refusal = _MALFORMED  # what is said of a head that cannot be taken
+        self._begun: bytes | None = b""  # bytes of a connection whose protocol is not known yet
+        self._unread = 0  # bytes since the last complete event
+        self._head = 0  # bytes of the request line and headers
+        self._refusal = _MALFORMED  # the response to an invalid head
         self._drain: _Drain | None = None
         self._answering: RequestResponseCycle | None = None
         self._sender: Sender | None = None
@@ -119,7 +116,7 @@ class _Connection(HttpToolsProtocol):
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._head_is_there()
+        self._head_arrived()
         self._stop_draining()
         self._unset_keepalive_if_required()
         answers = [cycle for cycle, _ in self.pipeline]
@@ -138,7 +135,7 @@ class _Connection(HttpToolsProtocol):
         super().pause_writing()
 
     def _shut(self) -> None:
-        """Let no piece of a stream pass without a look."""
+        """Close the fast path: every piece of a stream is checked again."""
         if self._sender is not None:
             self._sender.is_open = False
 
@@ -150,7 +147,7 @@ class _Connection(HttpToolsProtocol):
                 return
             self._begun = None
             if data.startswith(_PREFACE):
-                self._leave(data)
+                self._hand_over(data)
                 return
         if self.transport.is_closing() or (self._drain is not None and not self._drain.take(data)):
             return
@@ -161,8 +158,8 @@ class _Connection(HttpToolsProtocol):
         if self._unread > HEAD_BYTES and self.parser is not None:
             self._refuse(_TOO_LARGE)
 
-    def _leave(self, data: bytes) -> None:
-        self._head_is_there()
+    def _hand_over(self, data: bytes) -> None:
+        self._head_arrived()
         self.connections.discard(self)
         self._owner.hand_over(self.transport, data)
 
@@ -170,7 +167,7 @@ class _Connection(HttpToolsProtocol):
         if self._deadline is None:
             self._deadline = self.loop.call_later(HEAD_SECONDS, self.transport.close)
 
-    def _head_is_there(self) -> None:
+    def _head_arrived(self) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
@@ -202,7 +199,7 @@ class _Connection(HttpToolsProtocol):
             self._refusal = refusal
             raise ValueError("a head that is not taken")
         self._unread = 0
-        self._head_is_there()
+        self._head_arrived()
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
@@ -211,7 +208,7 @@ class _Connection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._unread = 0
-        self._head_is_there()
+        self._head_arrived()
         self._stop_draining()
         super().on_message_complete()
 
@@ -219,8 +216,8 @@ class _Connection(HttpToolsProtocol):
         self._refuse(self._refusal)
 
     def _refuse(self, problem: Problem) -> None:
-        """Answer what cannot be taken, unless another answer is on its way; then close."""
-        self._head_is_there()
+        """Send an error response, unless another response has begun; then close."""
+        self._head_arrived()
         if self.transport.is_closing():
             return
         if self._answering is not None and not self._answering.response_complete:
@@ -230,18 +227,18 @@ class _Connection(HttpToolsProtocol):
         self._drain_and_close()
 
     def _leave_unread(self, cycle: RequestResponseCycle) -> None:
-        """Read on, without keeping it, what is still sent of a request that is answered; then close where asked to.
+        """Read and discard the rest of an answered request; then close if requested.
 
-        A connection that is closed while its client sends is reset, and the client may never see the answer.
+        Closing while the client sends would reset the connection, and the client might never see the response.
         """
         if cycle.keep_alive:
             self._drain = _Drain(self.transport)  # until the end of the request
         else:
-            cycle.keep_alive = True  # only so that the connection is not closed with the answer
+            cycle.keep_alive = True  # only so that uvicorn does not close the connection with the response
             cycle.on_response = self._drain_and_close
 
     def _drain_and_close(self) -> None:
-        """Let the client see that nothing more comes, and close the connection when it has closed its own end."""
+        """Close our sending side, and the connection when the client has closed its own."""
         self._stop_draining()
         if self.transport.is_closing():
             return
@@ -259,13 +256,13 @@ class _Connection(HttpToolsProtocol):
         if self._owner.is_busy:
             self._refuse(_BUSY)
             return
-        self._head_is_there()
+        self._head_arrived()
         super().handle_websocket_upgrade()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._answering = cycle
         if not self.parser.should_upgrade():
-            self.headers = []  # streams last: what the request said is kept by nobody but the application
+            self.headers = []  # streams last long: only the application keeps the request's data
         task = self.loop.create_task(self._answer(cycle, _busy if self._owner.is_busy else app))
         task.add_done_callback(self.tasks.discard)
         self.tasks.add(task)
@@ -284,15 +281,15 @@ class _Connection(HttpToolsProtocol):
             sender.is_open = False
             cycle.on_response = _nothing
             if not cycle.response_complete:
-                self.transport.abort()  # the client must not take what it has for the whole
+                self.transport.abort()  # the client must not take a partial response for the whole
             elif self.transport.is_closing() and self.transport.get_write_buffer_size():
                 self.loop.call_later(LINGER_SECONDS, self.transport.abort)
 
 
 class _Drain:
-    """The rest of a request that nobody reads: bounded in bytes and time, and the connection is cut beyond.
+    """The discarded rest of a request: bounded in bytes and time; beyond them the connection is cut.
 
-    ``closing``: nothing that still comes is looked at, not even for its end.
+    ``closing``: further data is not parsed, not even for its end.
     """
 
     __slots__ = ("_closing", "_end", "_size", "_transport")
@@ -304,7 +301,7 @@ class _Drain:
         self._end = asyncio.get_running_loop().call_later(DRAIN_SECONDS, transport.abort)
 
     def take(self, data: bytes) -> bool:
-        """Count what has come; tell whether it is to be parsed."""
+        """Count received bytes; return whether to parse them."""
         self._size += len(data)
         if self._size > DRAIN_BYTES:
             self._transport.abort()
@@ -312,7 +309,7 @@ class _Drain:
         return not self._closing
 
     def stop(self) -> None:
-        """Forget about the bounds."""
+        """Cancel the bounds."""
         self._end.cancel()
 
 
@@ -322,7 +319,7 @@ class _Socket(WebSocketsSansIOProtocol):
     def shutdown(self) -> None:
         if self.handshake_complete:
             super().shutdown()
-        # Else the application still has to say whether it takes it.
+        # Otherwise the application has yet to accept it.
 
     async def send(self, message: Any) -> None:
         if message["type"] != "websocket.send" or not self.handshake_complete or self.close_sent:
@@ -336,20 +333,20 @@ class _Socket(WebSocketsSansIOProtocol):
 
     def handle_ping(self) -> None:
         pong = b"".join(self.conn.data_to_send())
-        if self.writable.is_set():  # who takes nothing is owed no more answers
+        if self.writable.is_set():  # a client that does not read gets no more messages
             self.transport.write(pong)
 
     def on_task_complete(self, task: asyncio.Task[None]) -> None:
         super().on_task_complete(task)
-        self.loop.call_later(LINGER_SECONDS, self.transport.abort)  # where the client does not close it
+        self.loop.call_later(LINGER_SECONDS, self.transport.abort)  # if the client does not close it
 
 
 def _nothing() -> None:
-    """Stand for a call that is not wanted any more."""
+    """Do nothing, in place of a callback that is no longer needed."""
 
 
 def _whole(problem: Problem, headers: list[tuple[bytes, bytes]]) -> bytes:
-    """Return a whole answer, after which the connection is closed."""
+    """Encode a complete response, after which the connection is closed."""
     body = problem_bytes(problem)
     lines = [f"HTTP/1.1 {problem.status} {problem.details.title}".encode()]
     lines += [name + b": " + value for name, value in [*headers, *problem_headers(problem, body)]]

@@ -1,4 +1,4 @@
-"""What answers are on the wire: chunks and frames made once for all who get them, and the ``send`` that writes them."""
+"""The wire form of responses: chunks and frames encoded once for all recipients, and the ``send`` that writes them."""
 
 from collections.abc import Callable
 from typing import Any, Final
@@ -9,7 +9,7 @@ __all__ = ["CHUNKS", "FRAMES", "Framing", "Sender"]
 
 
 class Framing:
-    """What a message is on the wire, made once for all connections that get the same one."""
+    """The wire form of a message, encoded once for all connections that receive it."""
 
     __slots__ = ("_framed", "_make", "_message")
 
@@ -32,7 +32,7 @@ def _chunk(message: Any) -> bytes:
 
 
 def _frame(message: Any) -> bytes:
-    """Return a message as one frame of a WebSocket (RFC 6455, 5.2), unmasked, as servers send it."""
+    """Encode a message as one frame of a WebSocket (RFC 6455, 5.2), unmasked, as servers send it."""
     text = message.get("text")
     kind, payload = (b"\x82", message["bytes"]) if text is None else (b"\x81", text.encode())
     size = len(payload)
@@ -48,10 +48,10 @@ FRAMES: Final = Framing(_frame)
 
 
 class Sender:
-    """The ``send`` of an answer. The pieces of a stream take a short way, everything else uvicorn's.
+    """The ``send`` of a response. The pieces of a stream take a fast path, everything else uvicorn's.
 
-    ``is_open``: a stream is under way, and its client reads. ``unread`` is called before an answer ends whose request
-    has not been read to its end.
+    ``is_open``: a stream is in progress, and its client reads. ``unread`` is called before the end of a response whose
+    request has not been read to its end.
     """
 
     __slots__ = ("_cycle", "_unread", "_until_closed", "_write", "is_open")
@@ -64,7 +64,7 @@ class Sender:
         self.is_open = False
 
     def offer(self, message: Any) -> bool:
-        """Take a piece of a stream; tell whether it could be taken at once. The last one never is.
+        """Write a piece of a stream; return whether it could be written at once. The last piece never is.
 
         The same message object must mean the same piece for all streams.
         """
@@ -74,7 +74,7 @@ class Sender:
         return False
 
     async def __call__(self, message: Any) -> None:
-        """Take an ASGI message; wait while the client does not read.
+        """Send an ASGI message; wait while the client does not read.
 
         Raises:
             ConnectionResetError: the client is gone.
@@ -96,7 +96,7 @@ class Sender:
         await cycle.send(message)
 
     def _frame_for_http_1_0(self, message: Any) -> None:
-        """A client of HTTP/1.0 knows no chunks: an answer whose length is not known ends with the connection."""
+        """HTTP/1.0 has no chunks: a response of unknown length ends with the connection."""
         cycle = self._cycle
         if message["type"] == "http.response.start":
             self._until_closed = all(name.lower() != b"content-length" for name, _ in message.get("headers", ()))

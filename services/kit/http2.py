@@ -1,4 +1,4 @@
-"""HTTP/2: granian on a socket of its own that only this process reaches, and the connections that are led to it."""
+"""HTTP/2: granian on a private Unix socket of this process, and a proxy that forwards connections to it."""
 
 import asyncio
 import logging
@@ -24,93 +24,93 @@ LAST_SECONDS: Final = 0.5
 
 
 class Http2Server:
-    """Leads connections to the server behind ``path``."""
+    """Forward connections to the server behind ``path``."""
 
     def __init__(self, path: Path, server: Server, task: asyncio.Task[None]) -> None:
         self._path = str(path)
         self._server = server
         self._task = task
         self._loop = asyncio.get_running_loop()
-        self._ways: set[_Way] = set()  # both ends of each connection; bounded by the process's open files
+        self._ends: set[_ProxyEnd] = set()  # both ends of each connection; bounded by the process's open files
         self._joining: set[asyncio.Task[None]] = set()
         self._is_closed = False
 
     def take(self, transport: asyncio.Transport, data: bytes) -> None:
-        """Lead a connection on; ``data`` has been read from it."""
+        """Forward a connection; ``data`` has already been read from it."""
         transport.pause_reading()
-        way = _Way(self._ways)
-        transport.set_protocol(way)
-        way.connection_made(transport)
-        task = self._loop.create_task(self._lead(way, data))
+        end = _ProxyEnd(self._ends)
+        transport.set_protocol(end)
+        end.connection_made(transport)
+        task = self._loop.create_task(self._forward(end, data))
         self._joining.add(task)
         task.add_done_callback(self._joining.discard)
 
-    async def _lead(self, client: "_Way", data: bytes) -> None:
+    async def _forward(self, client: "_ProxyEnd", data: bytes) -> None:
         try:
-            await self._loop.create_unix_connection(lambda: _WayIn(self._ways, client, data), self._path)
+            await self._loop.create_unix_connection(lambda: _UpstreamEnd(self._ends, client, data), self._path)
         except OSError:
             client.transport.abort()
 
     async def close(self, seconds: float) -> None:
-        """Take no more, tell clients so, and wait for open answers so long; then close what is left."""
+        """Accept no more, notify clients, wait up to ``seconds`` for open responses; then close the rest."""
         if self._is_closed:
             return
         self._is_closed = True
         self._server.stop()  # type: ignore[no-untyped-call]  # granian ships no annotation for it
         await asyncio.wait({self._task}, timeout=seconds)
         self._task.cancel()
-        await asyncio.wait({self._task}, timeout=LAST_SECONDS)  # it may heed neither; we leave anyway
-        for way in tuple(self._ways):
-            way.transport.abort()
+        await asyncio.wait({self._task}, timeout=LAST_SECONDS)  # it may ignore stop and cancellation; continue anyway
+        for end in tuple(self._ends):
+            end.transport.abort()
 
 
-class _Way(asyncio.Protocol):
-    """One end of a connection that is led on: what it reads, the other end writes."""
+class _ProxyEnd(asyncio.Protocol):
+    """One end of a forwarded connection: the data it reads is written to the other end."""
 
-    def __init__(self, ways: set["_Way"]) -> None:
-        self._ways = ways
-        self.other: _Way | None = None
-        self.transport: asyncio.Transport = cast(asyncio.Transport, None)  # until it is made
+    def __init__(self, ends: set["_ProxyEnd"]) -> None:
+        self._ends = ends
+        self.other: _ProxyEnd | None = None
+        self.transport: asyncio.Transport = cast(asyncio.Transport, None)  # until it is connected
         self.is_lost = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
-        self._ways.add(self)
+        self._ends.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.is_lost = True
-        self._ways.discard(self)
-        if (other := self._there()) is not None:
+        self._ends.discard(self)
+        if (other := self._peer()) is not None:
             other.transport.close()
 
     def data_received(self, data: bytes) -> None:
-        if (other := self._there()) is not None:
+        if (other := self._peer()) is not None:
             other.transport.write(data)
 
     def pause_writing(self) -> None:
-        if (other := self._there()) is not None:
+        if (other := self._peer()) is not None:
             other.transport.pause_reading()
 
     def resume_writing(self) -> None:
-        if (other := self._there()) is not None:
+        if (other := self._peer()) is not None:
             other.transport.resume_reading()
 
-    def _there(self) -> "_Way | None":
-        """Return the other end while it is open."""
+    def _peer(self) -> "_ProxyEnd | None":
+        """Return the other end if it is open."""
         return None if self.other is None or self.other.is_lost else self.other
 
 
-class _WayIn(_Way):
-    """The end at the server, which may speak before it has heard anything: it is joined when it is made."""
+class _UpstreamEnd(_ProxyEnd):
+    """The end at the server, which may send first: it is joined when it is connected."""
 
-    def __init__(self, ways: set[_Way], client: _Way, data: bytes) -> None:
-        super().__init__(ways)
+    def __init__(self, ends: set[_ProxyEnd], client: _ProxyEnd, data: bytes) -> None:
+        super().__init__(ends)
         self.other = client
         self._data = data
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        client = self._there()
+        client = self._peer()
         if client is None:
             self.transport.close()
             return
@@ -121,10 +121,10 @@ class _WayIn(_Way):
 
 @asynccontextmanager
 async def serving_http2(app: Any, limit: int, *, grace: Callable[[], float], scheme: str) -> AsyncIterator[Http2Server]:
-    """Serve ``app`` (ASGI) while the block runs; ``limit``: requests at once; ``scheme``: what clients came by.
+    """Serve ``app`` (ASGI) while the block runs; ``limit``: concurrent requests; ``scheme``: the clients' scheme.
 
-    A connection has at most `STREAMS_OF_A_CONNECTION` streams, a request headers of `HEADER_BYTES`. On leaving, open
-    answers may end within what ``grace`` returns then, in seconds.
+    A connection has at most `STREAMS_OF_A_CONNECTION` streams, a request headers of `HEADER_BYTES`. At the end of the
+    block, open responses may take ``grace`` seconds more.
     """
 
     def led(scope: Any, receive: Any, send: Any) -> Awaitable[None]:

@@ -1,4 +1,4 @@
-"""Running a service: event loop, signals, exit codes."""
+"""Run a service: event loop, signals, exit codes."""
 
 import asyncio
 import atexit
@@ -33,31 +33,32 @@ GENERATORS_SECONDS: Final = 0.3
 
 
 def run_service(main: Callable[[Stop], Awaitable[None]]) -> NoReturn:
-    """Run ``main(stop)`` to its end and exit; SIGTERM and SIGINT set ``stop``, and ``main`` then ends by itself.
+    """Run ``main(stop)`` to its end and exit; SIGTERM and SIGINT set ``stop``, on which ``main`` returns.
 
-    It has ``stop.drain`` and `CUT` seconds for that; then it is cancelled. A second signal cancels it at once. While
-    ``main`` still starts, and so does not wait for ``stop`` yet, the first signal does. The process ends within
+    It has ``stop.drain`` and `CUT` seconds for that; then it is cancelled. A second signal cancels it at once, and so
+    does the first one during start, while ``main`` does not wait for ``stop`` yet. The process ends within
     ``stop.drain`` and `MARGIN` seconds after the signal in any case.
 
-    Files that it creates are its user's alone.
+    Files that it creates are private to its user.
 
-    Exit codes: 0 stopped by wish, 1 a fault, 2 wrong settings or a taken port, 3 a part that it needs does not answer,
-    4 what it keeps is damaged or of a newer version, `services.kit.shutdown.EXIT_STUCK` it did not end by itself.
+    Exit codes: 0 stopped on request, 1 an internal error, 2 wrong settings or a taken port, 3 a dependency does not
+    answer, 4 the stored data is damaged or of a newer version, `services.kit.shutdown.EXIT_STUCK` it did not end by
+    itself.
     """
     os.umask(UMASK)
     loop = uvloop.new_event_loop()
     asyncio.set_event_loop(loop)
     try:
-        _leave(loop.run_until_complete(_run(main)))
+        _exit(loop.run_until_complete(_run(main)))
     except Exception:
         sys.excepthook(*sys.exc_info())
-        _leave(EXIT_FAILED)
+        _exit(EXIT_FAILED)
 
 
 async def _run(main: Callable[[Stop], Awaitable[None]]) -> int:
     stop = Stop()
     task = asyncio.ensure_future(main(stop))
-    stop.on_set(lambda: _see_to_the_end(task, stop))
+    stop.on_set(lambda: _enforce_deadline(task, stop))
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, lambda: task.cancel() if stop.is_set() else stop.set())
@@ -70,8 +71,8 @@ async def _run(main: Callable[[Stop], Awaitable[None]]) -> int:
             await loop.shutdown_asyncgens()
 
 
-def _see_to_the_end(task: asyncio.Future[None], stop: Stop) -> None:
-    """Cancel ``task`` when its time is over, again and again: a cancellation can get lost in a library."""
+def _enforce_deadline(task: asyncio.Future[None], stop: Stop) -> None:
+    """Cancel ``task`` when its time is over, repeatedly: a cancellation can get lost in a library."""
     loop = asyncio.get_running_loop()
     if not stop.heeded:
         stop.drain = 0.0  # nothing runs yet
@@ -84,12 +85,12 @@ def _see_to_the_end(task: asyncio.Future[None], stop: Stop) -> None:
 
     def overdue() -> None:
         if not task.done():
-            log.warning("service did not end in time and is cut", drain=stop.drain)
+            log.warning("service did not end in time and was cancelled", drain=stop.drain)
             cut(CUT_AGAIN)
 
     if stop.heeded:
         loop.call_later(stop.left(CUT), overdue)
-    else:  # a broker that does not answer would be waited for, up to half a minute
+    else:  # during start: do not wait for a broker that does not answer, up to half a minute
         cut(STARTING_CUT_AGAIN)
 
 
@@ -114,7 +115,7 @@ async def _code(task: asyncio.Future[None], stop: Stop) -> int:
 
 
 def _is_only(error: BaseException, *kinds: type[Exception]) -> bool:
-    """Tell whether an error, or each one in a group of them, is of these kinds."""
+    """Return whether an error, or each one in a group of them, is of these kinds."""
     if isinstance(error, BaseExceptionGroup):
         return all(_is_only(each, *kinds) for each in error.exceptions)
     return isinstance(error, kinds)
@@ -131,11 +132,11 @@ def _notify(error: BaseException, code: int) -> int:
     return code
 
 
-def _leave(code: int) -> NoReturn:
-    """End the process now: threads that libraries left behind, as one that resolves a name, are not waited for."""
+def _exit(code: int) -> NoReturn:
+    """End the process now, without waiting for threads of libraries, such as name resolution."""
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # nobody reads it any more
+        with suppress(OSError, ValueError):  # the stream may be closed
             stream.flush()
     os._exit(code)
 
@@ -148,7 +149,7 @@ async def _at_most(seconds: float) -> AsyncIterator[None]:
 
 
 def _settle_garbage_collection() -> None:
-    """Leave what the imports made out of every later collection, and collect the young less often.
+    """Exempt imported objects from garbage collection, and collect the young generation less often.
 
     Streams make few reference cycles; the collector's default pace cost about 5 % of a busy process.
     """

@@ -1,7 +1,7 @@
-"""Rates that all replicas of a service count together: a storage for the library `limits` on JetStream's counters.
+"""Rate limits counted by all replicas together: a storage for the library `limits` on JetStream's counters.
 
-A count is one message with ``Nats-Incr``, whose acknowledgement holds the sum: exact, whoever counts at the same time.
-When the broker does not answer in time, the replica counts for itself, so that a slow broker refuses nobody.
+A count is one message with ``Nats-Incr``, whose acknowledgement holds the sum: exact under concurrent counts. If the
+broker does not answer in time, the replica counts locally, so that a slow broker refuses no request.
 """
 
 import asyncio
@@ -24,8 +24,8 @@ __all__ = ["CounterStorage"]
 log = structlog.get_logger()
 ANSWER_SECONDS: Final = 0.25
 FULL_SECONDS: Final = 1.0
-BLIND_SECONDS: Final = 1.0  # so long after a silence the broker is not asked
-WINDOWS: Final = 20_000  # that are remembered here; beyond it, those of the past are forgotten
+BLIND_SECONDS: Final = 1.0  # after a timeout, count locally for this long
+WINDOWS: Final = 20_000  # cached; beyond it, past windows are dropped
 
 
 class _Ack(msgspec.Struct):
@@ -33,14 +33,14 @@ class _Ack(msgspec.Struct):
 
 
 class _Window:
-    """What is known here of one key in one window."""
+    """The cached count of one key in one window."""
 
-    __slots__ = ("own", "shared", "told_at")
+    __slots__ = ("own", "shared", "updated_at")
 
     def __init__(self) -> None:
-        self.shared = 0  # the sum when the broker last told it
-        self.told_at = -math.inf
-        self.own = 0  # what this replica counted while the broker said nothing
+        self.shared = 0  # the last sum from the broker
+        self.updated_at = -math.inf
+        self.own = 0  # counted locally while the broker did not answer
 
 
 class CounterStorage(Storage, SlidingWindowCounterSupport):
@@ -61,19 +61,19 @@ class CounterStorage(Storage, SlidingWindowCounterSupport):
 
     @property
     def base_exceptions(self) -> type[Exception]:
-        """The errors of the broker."""
+        """Return the error type of the storage."""
         return BrokerUnavailable
 
     async def acquire_sliding_window_entry(self, key: str, limit: int, expiry: int, amount: int = 1) -> bool:
-        """Count, and tell whether the weighted sum of this window and the one before is within ``limit``.
+        """Count, and return whether the weighted sum of this window and the previous one is within ``limit``.
 
-        While it is full the broker is asked no more than once a second.
+        While the window is full, the broker is asked at most once a second.
         """
         window, weight = self._now(expiry)
         before = weight * await self._sum(key, expiry, window - 1)
         here = self._window(key, expiry, window)
         is_full = before + here.shared + here.own + amount > limit
-        if is_full and self._clock.monotonic() - here.told_at < FULL_SECONDS:
+        if is_full and self._clock.monotonic() - here.updated_at < FULL_SECONDS:
             return False
         if before + await self._add(key, expiry, window, amount) <= limit:
             return True
@@ -81,20 +81,20 @@ class CounterStorage(Storage, SlidingWindowCounterSupport):
         return False
 
     async def get_sliding_window(self, key: str, expiry: int) -> tuple[int, float, int, float]:
-        """Return count and remaining seconds of the window before, and of this one."""
+        """Return count and remaining seconds of the previous window, and of this one."""
         window, weight = self._now(expiry)
         left = weight * expiry
         return await self._sum(key, expiry, window - 1), left, self._known(key, expiry, window), left + expiry
 
     async def clear_sliding_window(self, key: str, expiry: int) -> None:
-        """Set the count of this window and of the one before back to nothing."""
+        """Reset the counts of this window and the previous one."""
         window, _ = self._now(expiry)
         for each in (window - 1, window):
             counted = await self._add(key, expiry, each, 0)
             await self._add(key, expiry, each, -counted)
 
     async def incr(self, key: str, expiry: int, amount: int = 1) -> int:
-        """Count in a fixed window, and return the sum."""
+        """Count in a fixed window and return the sum."""
         return await self._add(key, expiry, self._now(expiry)[0], amount)
 
     async def get(self, key: str) -> int:
@@ -102,26 +102,26 @@ class CounterStorage(Storage, SlidingWindowCounterSupport):
         return max((w.shared + w.own for (name, _, _), w in self._windows.items() if name == key), default=0)
 
     async def get_expiry(self, key: str) -> float:
-        """Return when the present window of a key ends, in seconds since 1970."""
+        """Return the end of a key's current window, in seconds since 1970."""
         spans = [expiry * (window + 1) for (name, expiry, window) in self._windows if name == key]
         return float(max(spans, default=self._clock.wall()))
 
     async def check(self) -> bool:
-        """Tell whether the broker is there."""
+        """Return whether the broker is connected."""
         return self._broker.is_connected
 
     async def reset(self) -> int | None:
-        """Forget what is known here; the broker's counters stay."""
+        """Drop all cached counts; the broker's counters stay."""
         self._windows.clear()
         return None
 
     async def clear(self, key: str) -> None:
-        """Forget what is known here of a key."""
+        """Drop the cached counts of a key."""
         for known in [name for name in self._windows if name[0] == key]:
             del self._windows[known]
 
     def _now(self, expiry: int) -> tuple[int, float]:
-        """Return the number of the present window, and the share of the one before that still counts."""
+        """Return the number of the current window, and the weight of the previous one."""
         position = self._clock.wall() / expiry
         return math.floor(position), 1 - position % 1
 
@@ -139,7 +139,7 @@ class CounterStorage(Storage, SlidingWindowCounterSupport):
         return found.shared + found.own if found is not None else 0
 
     async def _sum(self, key: str, expiry: int, window: int) -> int:
-        """Return a window's count; asked for once, for the past does not change."""
+        """Return a window's count; a past window is fetched only once, because it does not change."""
         if (key, expiry, window) not in self._windows:
             await self._add(key, expiry, window, 0)
         return max(0, self._known(key, expiry, window))
@@ -149,14 +149,14 @@ class CounterStorage(Storage, SlidingWindowCounterSupport):
         if self._clock.monotonic() >= self._blind_until:
             try:
                 here.shared = await self._ask(_subject(key, expiry, window), amount)
-                here.told_at = self._clock.monotonic()
+                here.updated_at = self._clock.monotonic()
                 return here.shared + here.own
             except (BrokerUnavailable, TimeoutError, ValueError) as error:
                 self._blind_until = self._clock.monotonic() + BLIND_SECONDS
-                log.warning("counters do not answer: this replica counts for itself", detail=str(error))
+                log.warning("rate counters did not answer, counting locally", detail=str(error))
         self._on_silence()
         here.own += amount
-        here.told_at = self._clock.monotonic()
+        here.updated_at = self._clock.monotonic()
         return here.shared + here.own
 
     async def _ask(self, subject: str, amount: int) -> int:

@@ -1,4 +1,4 @@
-"""Which addresses only this machine reaches."""
+"""Recognise addresses that only this machine reaches."""
 
 from ipaddress import ip_address
 
@@ -6,7 +6,7 @@ __all__ = ["is_address", "is_loopback"]
 
 
 def is_address(host: str) -> bool:
-    """Tell whether a host is written as an address, so that no resolver has a say in where it leads."""
+    """Return whether a host is a literal address, which needs no resolver."""
     try:
         ip_address(host.strip("[]"))
     except ValueError:
@@ -15,7 +15,7 @@ def is_address(host: str) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether a host name or address is this machine's own, whatever resolves names."""
+    """Return whether a host name or address is this machine's own, independent of any resolver."""
     host = host.strip("[]").lower()
     if host == "localhost":
         return True

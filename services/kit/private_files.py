@@ -1,4 +1,4 @@
-"""Files and folders that belong to the user alone: 0600 and 0700, whatever the umask and whatever they were before."""
+"""Private files and folders: modes 0600 and 0700, whatever the umask and their previous modes."""
 
 import os
 import stat
@@ -8,11 +8,11 @@ from typing import Final
 __all__ = ["UMASK", "private_file", "private_folder", "tighten"]
 
 UMASK: Final = 0o077
-"""What processes that write files run with, so that the files which libraries create are private too."""
+"""Umask of processes that write files, so that files created by libraries are private too."""
 
 
 def private_folder(path: Path) -> str | None:
-    """Create a folder where needed, and let nobody else enter it; return what `tighten` does.
+    """Create a folder if missing, and make it private; return the warning of `tighten`.
 
     Raises:
         OSError: it cannot be created.
@@ -22,7 +22,7 @@ def private_folder(path: Path) -> str | None:
 
 
 def private_file(path: Path) -> str | None:
-    """Create an empty file where there is none, and let nobody else read it; return what `tighten` does.
+    """Create an empty file if missing, and make it private; return the warning of `tighten`.
 
     Raises:
         OSError: it cannot be created.
@@ -32,9 +32,9 @@ def private_file(path: Path) -> str | None:
 
 
 def tighten(path: Path) -> str | None:
-    """Take from everybody else what they may do with a file or folder; return a warning where that is not possible.
+    """Remove all permissions of group and others; return a warning if that is not possible.
 
-    A file that is not there, and a symbolic link, are left as they are.
+    A missing file and a symbolic link are unchanged.
     """
     try:
         found = path.lstat()

@@ -54,7 +54,7 @@ class ProblemDetails(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 
 class Problem(Exception):
-    """An error with its HTTP answer. ``slug`` is the stable end of the problem's ``type``."""
+    """An error with its HTTP response. ``slug`` is the stable end of the problem's ``type``."""
 
     def __init__(
         self,
@@ -80,12 +80,12 @@ class Problem(Exception):
 
 
 def problem_bytes(problem: Problem) -> bytes:
-    """Return the JSON body of a problem, for answers that do not pass through Litestar."""
+    """Encode a problem as JSON, for responses that do not pass through Litestar."""
     return msgspec.json.encode(problem.details)
 
 
 def problem_headers(problem: Problem, body: bytes) -> list[tuple[bytes, bytes]]:
-    """Return the headers of an answer with that body, as ASGI has them."""
+    """Return the ASGI headers of a problem response with that body."""
     return [
         (b"content-type", MEDIA_TYPE.encode()),
         (b"content-length", str(len(body)).encode()),
@@ -94,7 +94,7 @@ def problem_headers(problem: Problem, body: bytes) -> list[tuple[bytes, bytes]]:
 
 
 async def send_problem(send: Any, problem: Problem, kind: str = "http") -> None:
-    """Answer with a problem from a raw ASGI application; ``kind``: what its messages' types begin with."""
+    """Send a problem from a raw ASGI application; ``kind``: prefix of its message types."""
     body = problem_bytes(problem)
     headers = problem_headers(problem, body)
     await send({"type": f"{kind}.response.start", "status": problem.status, "headers": headers})

@@ -1,4 +1,4 @@
-"""What the head of a request tells before its body is read: no single host, and bodies that are not taken."""
+"""Check the head of a request before its body is read: its host, transfer coding and body size."""
 
 from collections.abc import Iterable
 from typing import Any, Final, NamedTuple
@@ -12,23 +12,23 @@ _HTTP_1_1: Final = "1.1"
 
 
 class BodyLimit(NamedTuple):
-    """The most bytes that a body may have, and the setting that changes it."""
+    """The maximum size of a body in bytes, and the setting that changes it."""
 
     size: int
     setting: str
 
     def exceeded(self, size: int | None = None) -> Problem:
-        """Return the refusal of a body of ``size`` bytes; ``None``: it has not been read to its end."""
+        """Return the problem of a body of ``size`` bytes; ``None``: its size is unknown."""
         found = "more than" if size is None else f"{size} bytes, and at most"
         detail = f"the body has {found} {self.size} bytes" + ("" if size is None else " are taken")
         return Problem(413, f"{detail}: {self.setting} sets the limit")
 
 
 def wrong_host(headers: Iterable[tuple[bytes, bytes]], version: str) -> Problem | None:
-    """Return the refusal of a request that does not name one host; ``version``: its version of HTTP.
+    """Return the problem of a request that does not name one host, or None; ``version``: its version of HTTP.
 
-    RFC 9112, 3.2: with no ``Host`` or several of them it is not known whom the request is for. An empty one is allowed
-    in HTTP/1.1; in HTTP/2 it stands for a missing ``:authority``.
+    RFC 9112, 3.2: a missing or repeated ``Host`` is ambiguous. An empty one is allowed in HTTP/1.1; in HTTP/2 it
+    represents a missing ``:authority``.
     """
     hosts = [value for name, value in headers if name == b"host"]
     if len(hosts) > 1:
@@ -40,9 +40,9 @@ def wrong_host(headers: Iterable[tuple[bytes, bytes]], version: str) -> Problem 
 
 
 def wrong_coding(headers: Iterable[tuple[bytes, bytes]]) -> Problem | None:
-    """Return the refusal of a request of HTTP/1 whose body comes in another transfer coding than ``chunked``.
+    """Return the problem of an HTTP/1 request whose transfer coding is not ``chunked``, or None.
 
-    RFC 9112, 6.1 and 6.3: where its body ends is not known for sure.
+    RFC 9112, 6.1 and 6.3: the end of its body is uncertain.
     """
     codings = [value.strip().lower() for name, value in headers if name == b"transfer-encoding"]
     if not codings or codings == [b"chunked"]:
@@ -52,7 +52,7 @@ def wrong_coding(headers: Iterable[tuple[bytes, bytes]]) -> Problem | None:
 
 
 def refused_body(scope: Any, limit: BodyLimit) -> Problem | None:
-    """Return the refusal of a body that is announced as too large or as encoded; ``None`` when it may be read."""
+    """Return the problem of a body announced as too large or as encoded; ``None`` when it may be read."""
     announced, encodings = 0, []
     for name, value in scope["headers"]:
         if name == b"content-length":
@@ -66,6 +66,6 @@ def refused_body(scope: Any, limit: BodyLimit) -> Problem | None:
         return Problem(
             415,
             f"Content-Encoding {unknown[0][:40]!r} is not understood: send the body as it is",
-            headers={"Accept-Encoding": "identity"},  # RFC 9110, 12.5.3: what a request's body may be encoded with
+            headers={"Accept-Encoding": "identity"},  # RFC 9110, 12.5.3: the accepted codings of a request's body
         )
     return None

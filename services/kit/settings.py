@@ -1,8 +1,8 @@
-"""Settings: frozen structs read once from the environment and, below it, from the TOML file.
+"""Settings: frozen structs, read once from the environment and the TOML file.
 
 A field ``port`` of the struct for the service ``delivery`` is the variable ``TAILRACE_DELIVERY_PORT`` and the key
 ``port`` of the table ``[delivery]`` in the file that ``TAILRACE_CONFIG`` names; fields of `Shared` are
-``TAILRACE_<FIELD>`` and stand in ``[shared]``. The environment wins. All problems are reported together.
+``TAILRACE_<FIELD>`` and keys of ``[shared]``. The environment takes precedence. All problems are reported together.
 """
 
 import ssl
@@ -36,14 +36,13 @@ class SettingsError(Exception):
 
 
 class Shared(msgspec.Struct, frozen=True, kw_only=True):
-    """Settings that all services must agree on. Ages in seconds, sizes in bytes.
+    """Settings shared by all services. Ages in seconds, sizes in bytes.
 
     ``manage_streams``: whether a service creates and changes streams, or waits for them. ``nats_ca``, ``nats_cert``,
-    ``nats_key``: files for TLS towards the broker; any of them demands it. ``auth``: whether callers must show
-    credentials: ``auto`` asks for them when any are set up, and refuses to start without wherever others can reach the
-    service. ``published``: the address under which others reach the services, where an edge stands before them.
-    ``admin_key_hash``: ``<id>.<hash>`` of the operator's key. ``jwt_secret_file``, ``jwt_public_keys`` (PEM files),
-    ``jwt_jwks_url``: what tokens are checked with.
+    ``nats_key``: files for TLS to the broker; any of them requires it. ``auth``: whether callers need credentials:
+    ``auto`` requires them when any are set up, and without them refuses to start if others can reach the service.
+    ``published``: the public address of the services behind an edge. ``admin_key_hash``: ``<id>.<hash>`` of the
+    operator's key. ``jwt_secret_file``, ``jwt_public_keys`` (PEM files), ``jwt_jwks_url``: keys that verify tokens.
     """
 
     nats_url: str = "nats://127.0.0.1:4222"
@@ -77,7 +76,7 @@ class Shared(msgspec.Struct, frozen=True, kw_only=True):
     log_format: Literal["auto", "json", "console"] = "auto"
 
     def tls(self) -> ssl.SSLContext | None:
-        """Return what the connection to the broker is secured with.
+        """Return the TLS context of the connection to the broker.
 
         Raises:
             SettingsError: a file cannot be used.
@@ -92,7 +91,7 @@ class Shared(msgspec.Struct, frozen=True, kw_only=True):
         return {name: getattr(self, name) for name in ("auth", "partitions", "replicas", "retention", "pool")}
 
     def topology(self) -> Topology:
-        """Return the streams and consumers that these settings ask for."""
+        """Return the topology of these settings: streams and consumers."""
         return Topology(
             partitions=self.partitions,
             managed=self.manage_streams,
@@ -106,7 +105,7 @@ class Shared(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def own_tls(service: str, cert: str | None, key: str | None) -> ServerTls | None:
-    """Return what a service's own ports are secured with; ``None`` when its settings name no file.
+    """Return the TLS files of a service's own ports; ``None`` when its settings name no file.
 
     Raises:
         SettingsError: a file is missing or cannot be used.
@@ -135,7 +134,7 @@ def read_config(env: Mapping[str, str]) -> dict[str, Any]:
 
 
 def load_settings(cls: type[T], service: str, env: Mapping[str, str]) -> tuple[Shared, T]:
-    """Return the shared settings and those of one service.
+    """Load the shared settings and those of one service.
 
     Raises:
         SettingsError: a value has the wrong type or range, or a ``TAILRACE_`` variable is not known.

@@ -1,12 +1,12 @@
-"""The way out of a process: how long what runs may go on, and what ends it when a part does not.
+"""The shutdown of a process: its deadlines, and a watchdog that enforces them.
 
-A service has two bounds: its drain time, for which what runs may go on, and `MARGIN` seconds beyond it. The margin is
-shared by all that is left to do, each step until a point of its own, so that steps cannot add up:
+A service has two deadlines: its drain time, during which work may continue, and `MARGIN` seconds beyond it. The margin
+is shared by the remaining steps, each with a deadline of its own, so that their times cannot add up:
 
 ========================= ===========================================
-seconds beyond the drain  what has ended by then
+seconds beyond the drain  ended by then
 ========================= ===========================================
-`HAND_OVER`               what was cut is handed over or reported
+`HAND_OVER`               interrupted work is handed over or reported
 `ANSWERS`                 open answers of HTTP and gRPC
 `CUT`                     the service is cancelled, wherever it waits
 `MARGIN`                  the process, by `watch_over`
@@ -40,9 +40,9 @@ _REPORT_LINES: Final = 200
 
 
 class Stop(asyncio.Event):
-    """The wish to stop; ``drain``: seconds for which what runs may go on after it.
+    """The stop signal of a service; ``drain``: seconds for work in progress after it.
 
-    ``heeded``: a task has come to wait for it, and ends the service in order.
+    ``heeded``: a task waits for it, and will end the service in order.
     """
 
     def __init__(self, drain: float = 0.0) -> None:
@@ -53,11 +53,11 @@ class Stop(asyncio.Event):
         self._asked: list[Callable[[], None]] = []
 
     def on_set(self, callback: Callable[[], None]) -> None:
-        """Call ``callback`` when the wish is made."""
+        """Call ``callback`` when the signal is set."""
         self._asked.append(callback)
 
     def set(self) -> None:
-        """Make the wish; the drain time begins with the first call."""
+        """Set the signal; the drain time begins with the first call."""
         if self.is_set():
             return
         self._asked_at = time.monotonic()
@@ -66,12 +66,14 @@ class Stop(asyncio.Event):
             callback()
 
     async def wait(self) -> Literal[True]:
-        """Wait for the wish."""
+        """Wait for the signal."""
         self.heeded = True
         return await super().wait()
 
     def left(self, beyond: float = 0.0) -> float:
-        """Return the seconds until ``beyond`` seconds after the drain time, 0 afterwards; all before the wish."""
+        """Return the seconds until ``beyond`` seconds after the drain time, 0 afterwards; the whole time before the
+        signal.
+        """
         whole = self.drain + beyond
         if self._asked_at is None:
             return whole
@@ -79,9 +81,9 @@ class Stop(asyncio.Event):
 
 
 async def until_drained(stop: Stop, work: Coroutine[Any, Any, None], *, seconds: float = END_SECONDS) -> None:
-    """Run ``work``, which ends by itself after ``stop``; cancel it when the drain time is over.
+    """Run ``work``, which returns after ``stop``; cancel it when the drain time is over.
 
-    It then has ``seconds`` to tidy up, and as long again when it is cancelled a second time.
+    It then has ``seconds`` to clean up, and as long again after a second cancellation.
     """
     task, asked = asyncio.create_task(work), asyncio.create_task(stop.wait())
     try:
@@ -89,7 +91,7 @@ async def until_drained(stop: Stop, work: Coroutine[Any, Any, None], *, seconds:
         if not task.done():
             await asyncio.wait({task}, timeout=stop.left())
         if not task.done():
-            log.warning("work did not end within the drain time and is cut", drain=stop.drain)
+            log.warning("work did not end within the drain time and was cancelled", drain=stop.drain)
     finally:
         await end(task, asked, seconds=seconds)
     if task.done() and not task.cancelled():
@@ -97,9 +99,9 @@ async def until_drained(stop: Stop, work: Coroutine[Any, Any, None], *, seconds:
 
 
 async def end(*tasks: asyncio.Task[Any], seconds: float = END_SECONDS) -> None:
-    """Cancel tasks and wait for their end, twice ``seconds`` at most; name in the log what goes on nevertheless.
+    """Cancel tasks and wait for their end, twice ``seconds`` at most; log the names of those still running.
 
-    A task is cancelled a second time when the first time did not end it: libraries lose cancellations.
+    A task is cancelled a second time if the first time did not end it: libraries lose cancellations.
     """
     pending = {task for task in tasks if not task.done()}
     for _ in range(2):
@@ -118,9 +120,9 @@ def _place(task: asyncio.Task[Any]) -> str:
 
 
 def watch_over(seconds: Callable[[], float]) -> None:
-    """End this process with `EXIT_STUCK` after ``seconds``, unless it has ended; write where it stands before.
+    """End this process with `EXIT_STUCK` after ``seconds``, unless it has ended; print its stacks before.
 
-    ``seconds`` is asked until it is 0. To be called in the event loop whose tasks are written.
+    ``seconds`` is polled until it is 0. Call it in the event loop whose tasks are printed.
     """
     loop = asyncio.get_running_loop()
     thread = threading.Thread(target=_watch, args=(loop, seconds), name="shutdown-watchdog", daemon=True)
@@ -136,10 +138,10 @@ def _watch(loop: asyncio.AbstractEventLoop, seconds: Callable[[], float]) -> Non
         _write(_tasks(loop))
         written.set()
 
-    log.error("service did not end in time and is ended", exit_code=EXIT_STUCK)
+    log.error("service did not end in time and was killed", exit_code=EXIT_STUCK)
     try:
         loop.call_soon_threadsafe(write)
-        written.wait(_REPORT_SECONDS)  # not for ever: the event loop may be what does not go on
+        written.wait(_REPORT_SECONDS)  # bounded: the event loop itself may be stuck
     except RuntimeError:
         pass  # it is closed
     if not written.is_set():

@@ -1,4 +1,4 @@
-"""Times as the broker writes them."""
+"""Parse the broker's timestamps."""
 
 import re
 from datetime import datetime
@@ -10,7 +10,7 @@ _TIME: Final = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,9}))?(Z|[
 
 
 def nanoseconds(text: str) -> int:
-    """Return a time as the broker writes it (RFC 3339, up to nanoseconds) in nanoseconds since 1970; 0 for none."""
+    """Convert the broker's timestamp (RFC 3339, up to nanoseconds) to nanoseconds since 1970; 0 for none."""
     match = _TIME.fullmatch(text)
     if match is None:
         return 0

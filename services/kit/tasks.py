@@ -1,4 +1,4 @@
-"""Tasks beside the caller: tracked background tasks, one shared call per key, and waits with a time limit."""
+"""Concurrent tasks: tracked background tasks, one shared call per key, and waits with a time limit."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
@@ -61,7 +61,7 @@ class SingleFlight(Generic[K, T]):
     """
 
     def __init__(self) -> None:
-        self._running: dict[K, asyncio.Task[T]] = {}  # bounded by the callers that wait
+        self._running: dict[K, asyncio.Task[T]] = {}  # bounded by the waiting callers
 
     def __len__(self) -> int:
         return len(self._running)
@@ -70,10 +70,10 @@ class SingleFlight(Generic[K, T]):
         return key in self._running
 
     async def run(self, key: K, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Return the result of the call that runs for ``key``; start ``work()`` where none does.
+        """Return the result of the call that runs for ``key``; start ``work()`` if none does.
 
         Raises:
-            Exception: whatever ``work`` raises, to each caller.
+            Exception: any error of ``work``, to each caller.
         """
         task = self._running.get(key)
         if task is None:
@@ -87,18 +87,18 @@ class SingleFlight(Generic[K, T]):
             await asyncio.wait({self._running[key]})
 
     def forget(self) -> None:
-        """Let the next callers start calls of their own; those that wait still get the running ones."""
+        """Make the next callers start calls of their own; waiting callers still get the running ones."""
         self._running.clear()
 
     def _ended(self, key: K, task: asyncio.Task[T]) -> None:
         if self._running.get(key) is task:
             del self._running[key]
         if not task.cancelled():
-            task.exception()  # the callers get it; where all were cancelled, nobody is left to
+            task.exception()  # the callers get it; if all were cancelled, nobody does
 
 
 async def wait_for_event(event: asyncio.Event, seconds: float) -> bool:
-    """Wait until ``event`` is set, at most ``seconds``; tell whether it is.
+    """Wait until ``event`` is set, at most ``seconds``; return whether it is.
 
     Unlike `asyncio.wait_for` before Python 3.12 it never loses a cancellation of its caller.
     """

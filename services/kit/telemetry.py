@@ -33,7 +33,7 @@ def describe_service(service: str, settings: Mapping[str, object]) -> None:
 
 
 def scrub(text: str) -> str:
-    """Return ``text`` with what looks like a credential replaced by ``***``."""
+    """Replace text that looks like a credential by ``***``."""
     return _SECRET_TEXT.sub(lambda m: (m.group(1) or "") + "***", text)
 
 
@@ -52,7 +52,7 @@ def _scrub_value(value: Any) -> Any:
 
 
 def configure_logging(service: str, level: str, format_: Literal["auto", "json", "console"]) -> None:
-    """Send structured logs to standard error: JSON lines, or colours on a terminal (``auto`` looks for one)."""
+    """Write structured logs to standard error: JSON lines, or colours on a terminal (``auto`` detects one)."""
     console = format_ == "console" or (format_ == "auto" and sys.stderr.isatty())
     renderer: Any = structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer()
     structlog.configure(

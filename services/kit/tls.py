@@ -1,4 +1,4 @@
-"""TLS from files: towards the broker, and of our own ports."""
+"""TLS from files: for the connection to the broker and for our own ports."""
 
 import ssl
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ class TlsUnusable(ValueError):
 
 
 def client_tls(ca: str | None, cert: str | None, key: str | None) -> ssl.SSLContext | None:
-    """Return what a client verifies the server with, and shows of itself; ``None`` when no file is named.
+    """Return the TLS context of a client; ``None`` when no file is named.
 
     ``ca``: certificates to trust instead of the system's. ``cert`` and ``key``: the client's own, for servers that ask.
 
@@ -44,11 +44,11 @@ class ServerTls(NamedTuple):
     key: Path
 
     def read(self) -> tuple[bytes, bytes]:
-        """Return the content of both files."""
+        """Return the content of the certificate and key files."""
         return self.certificate.read_bytes(), self.key.read_bytes()
 
     def context(self, protocols: Sequence[str]) -> ssl.SSLContext:
-        """Return what a server of ``protocols`` (ALPN, the best one first) shows of itself; TLS 1.2 at least."""
+        """Return the TLS context of a server of ``protocols`` (ALPN, most preferred first); TLS 1.2 at least."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.load_cert_chain(self.certificate, self.key)
@@ -57,7 +57,7 @@ class ServerTls(NamedTuple):
 
 
 def server_tls(cert: str | None, key: str | None, prefix: str = "TAILRACE_") -> ServerTls | None:
-    """Return what a server shows of itself; ``None`` when no file is named. They are read once, at start.
+    """Return a server's certificate and key files, checked once at start; ``None`` when no file is named.
 
     ``prefix``: of the service's variables.
 

@@ -16,8 +16,8 @@ from services.billing.adapters.reports import Reports
 from services.billing.api import build_api
 from services.billing.database_url import sqlite_url
 from services.kit.api_docs import ASSETS
-from services.kit.auth.entrance import entering
-from services.kit.auth.setup import build_authenticator
+from services.kit.auth.config import build_authenticator
+from services.kit.auth.middleware import entering
 from services.kit.clock import SystemClock
 from services.kit.http import serving
 from services.kit.jetstream.broker import Broker

@@ -26,7 +26,7 @@ from services.billing.api import build_api
 from services.billing.core.generation import Generation
 from services.billing.core.spending import steps
 from services.billing.database_url import database_url
-from services.kit.auth.entrance import entering
+from services.kit.auth.middleware import entering
 from services.kit.auth.principal import Principal
 from services.kit.http import serving
 from services.kit.jetstream.broker import Broker

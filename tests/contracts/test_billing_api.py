@@ -15,7 +15,7 @@ from services.billing.adapters.reports import Reports
 from services.billing.adapters.worklist import Money
 from services.billing.api import build_api
 from services.billing.core.spending import steps
-from services.kit.auth.entrance import entering
+from services.kit.auth.middleware import entering
 from services.kit.auth.principal import Principal
 from services.kit.http import serving
 from tests.billing_histories import START
@@ -206,7 +206,7 @@ async def test_a_cursor_of_another_question_is_refused(client: httpx.AsyncClient
     cursor = (await client.get("/v1/usage?group_by=session&limit=1")).json()["next"]
     answer = await client.get("/v1/usage", params={"group_by": "model", "limit": "1", "cursor": cursor})
     assert answer.status_code == 400
-    assert "another question" in answer.json()["detail"]
+    assert "another query" in answer.json()["detail"]
 
 
 @pytest.mark.parametrize("path", ["/v1/usage/generations/nobody", "/v1/usage/sessions/nobody", "/v1/nothing"])

@@ -21,7 +21,7 @@ from services.billing.api import build_api
 from services.billing.core.charging import Entry
 from services.billing.core.generation import Generation
 from services.billing.core.spending import steps
-from services.kit.auth.entrance import entering
+from services.kit.auth.middleware import entering
 from services.kit.auth.principal import Principal
 from services.kit.clock import SystemClock
 from services.kit.http import serving

@@ -198,7 +198,7 @@ async def test_shipped_prices_never_take_the_place_of_a_book_of_ones_own(books: 
     await books.put(own)
     for wanted in (True, False):
         assert await load_shipped_prices(books.prices, SystemClock(), wanted=wanted) is None
-    assert [p.says() for p in (await books.prices.book()).prices] == [p.says() for p in own]
+    assert [p.content() for p in (await books.prices.book()).prices] == [p.content() for p in own]
 
 
 async def test_shipped_prices_put_as_ones_own_are_ones_own(books: Books) -> None:
@@ -221,7 +221,7 @@ async def test_a_price_file_wins_over_shipped_prices(books: Books, tmp_path: Pat
 async def test_shipped_prices_loaded_by_two_processes_at_once_are_there_once(books: Books) -> None:
     clock = SystemClock()
     await asyncio.gather(*(load_shipped_prices(Prices(books.engine), clock, wanted=True) for _ in range(4)))
-    rows = [p.says() for p in (await books.prices.book()).prices]
+    rows = [p.content() for p in (await books.prices.book()).prices]
     assert len(rows) == len(set(rows)) == len(read_price_file(SHIPPED_FILE)[0])
 
 

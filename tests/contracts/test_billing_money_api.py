@@ -13,7 +13,7 @@ from services.billing.adapters.reports import Reports
 from services.billing.api import build_api
 from services.billing.core.price_file import parse_toml
 from services.billing.price_loading import load_price_file, read_price_file
-from services.kit.auth.entrance import entering
+from services.kit.auth.middleware import entering
 from services.kit.auth.principal import SCOPES, Principal
 from services.kit.clock import SystemClock
 from services.kit.http import serving

@@ -12,7 +12,7 @@ import pytest
 from schemas.codec import encode_event
 from schemas.subjects import Address, token_subject
 from schemas.topology import CREDENTIALS_BUCKET, bucket_stream
-from services.kit.auth.setup import build_authenticator
+from services.kit.auth.config import build_authenticator
 from services.kit.clock import SystemClock
 from services.kit.jetstream.broker import Broker
 from services.kit.settings import Shared

@@ -20,8 +20,8 @@ from services.billing.adapters.ledger import Ledger
 from services.billing.adapters.reports import Reports
 from services.billing.api import build_api
 from services.billing.database_url import sqlite_url
-from services.kit.auth.entrance import entering, is_public
-from services.kit.auth.setup import build_authenticator
+from services.kit.auth.config import build_authenticator
+from services.kit.auth.middleware import entering, is_public
 from services.kit.clock import SystemClock
 from services.kit.http import serving
 from services.kit.jetstream.broker import Broker

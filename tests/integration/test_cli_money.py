@@ -20,7 +20,7 @@ from services.billing.adapters.worklist import Money
 from services.billing.api import build_api
 from services.billing.core.spending import steps
 from services.billing.database_url import database_url
-from services.kit.auth.entrance import entering
+from services.kit.auth.middleware import entering
 from services.kit.http import serving
 from tests.contracts.test_billing_asking import GENERATIONS, NOW, Callers, entry
 

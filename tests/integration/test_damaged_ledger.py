@@ -49,8 +49,8 @@ def _something_else(path: Path) -> None:
         (_garbage, "not a database; put a backup"),
         (_pages_overwritten, "malformed; put a backup|damaged .*; put a backup"),
         (_cut_off, "malformed; put a backup|damaged .*; put a backup"),
-        (_newer, "'9999'.*; run the version of Tailrace that made it"),
-        (_something_else, "something else, with 'recipes' in it; name another file"),
+        (_newer, "'9999'.*; run the version of Tailrace that created it"),
+        (_something_else, "another application's database, with 'recipes' in it; name another file"),
     ],
 )
 async def test_a_database_that_cannot_be_used_ends_billing_with_advice(

@@ -11,7 +11,7 @@ import pytest
 from schemas.codec import encode_event
 from schemas.rpc.tailrace.v1 import tailrace_pb2 as pb
 from schemas.subjects import Address, token_subject
-from services.kit.auth.setup import build_authenticator
+from services.kit.auth.config import build_authenticator
 from services.kit.clock import SystemClock
 from services.kit.jetstream.broker import Broker
 from tests.conftest import NatsServer

@@ -350,7 +350,7 @@ async def test_a_password_is_not_shown_to_a_server_without_tls(guarded: Guarded,
 async def test_a_service_that_may_not_make_streams_waits_for_them(nats_url: str, broker: Broker) -> None:
     await broker.js.delete_stream("TOKENS_0")
     expecting = Shared(nats_url=nats_url, manage_streams=False).topology()
-    with pytest.raises(BrokerUnavailable, match="TOKENS_0 does not exist, and this service is not to create it"):
+    with pytest.raises(BrokerUnavailable, match="TOKENS_0 does not exist, and this service may not create it"):
         await broker.apply(expecting, wait=0.2)
     waiting = asyncio.create_task(broker.apply(expecting, wait=20))
     await broker.apply(Shared(nats_url=nats_url).topology())

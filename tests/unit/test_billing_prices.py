@@ -211,7 +211,7 @@ from = 2026-01-01
         (15, "from"),
         (15, "provider"),
         (16, "no such key"),
-        (18, "no price stands in this table; classes"),
+        (18, "this table has no price; classes"),
     ]
 
 

@@ -56,7 +56,7 @@ def test_an_unknown_status_is_refused() -> None:
 def test_a_page_cursor_gives_its_key_back(text: str, number: int) -> None:
     cursor = write_page("question", (text, number))
     assert parse_page("question", cursor, (str, int)) == (text, number)
-    with pytest.raises(BadQuestion, match="another question"):
+    with pytest.raises(BadQuestion, match="another query"):
         parse_page("other", cursor, (str, int))
     with pytest.raises(BadQuestion):
         parse_page("question", cursor, (int, str))

@@ -1,1 +1,1 @@
-"""Billing's connections to the outside: the log and the database."""
+"""Billing's adapters: the log and the database."""

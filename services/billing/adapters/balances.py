@@ -1,4 +1,4 @@
-"""What the ledger says that generations have been charged."""
+"""Read the charged balance of generations from the ledger."""
 
 from collections.abc import Sequence
 from decimal import Decimal
@@ -19,7 +19,7 @@ AT_ONCE: Final = 500
 
 
 class Balance(msgspec.Struct, kw_only=True):
-    """The sum of a generation's entries in the currency of the last one; sums in all others are nought."""
+    """The sum of a generation's entries in the currency of the last entry; sums in other currencies are zero."""
 
     amount: Decimal = ZERO
     currency: str = ""
@@ -28,13 +28,13 @@ class Balance(msgspec.Struct, kw_only=True):
 
 
 class Balances:
-    """Reads balances."""
+    """Read access to balances."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self.engine = engine
 
     async def of(self, keys: Sequence[Key]) -> dict[Key, Balance]:
-        """Return the balances of those generations that have entries.
+        """Return the balances of the generations that have entries.
 
         Raises:
             LedgerUnavailable: the database did not answer.

@@ -1,4 +1,4 @@
-"""Budgets and reservations in SQL. A tenant's reservations are made one after the other, whatever the process."""
+"""Budgets and reservations in SQL. A tenant's reservations are serialised across processes."""
 
 from collections.abc import Iterable, Sequence
 from decimal import Decimal
@@ -26,7 +26,7 @@ _GENERATION_KEY: Final = ("tenant", "session", "generation")
 
 
 class Running(NamedTuple):
-    """A generation that runs for a tenant with hard limits, and what was reserved for it: tokens, money by currency."""
+    """A running generation of a tenant with hard limits, and its reservation: tokens, and money by currency."""
 
     generation: Generation
     tokens: int
@@ -34,14 +34,17 @@ class Running(NamedTuple):
 
 
 class Budgets:
-    """Every method raises ``LedgerUnavailable`` when the database does not answer. Times in milliseconds since 1970."""
+    """Read and write budgets and reservations. Times in milliseconds since 1970.
+
+    Every method raises ``LedgerUnavailable`` when the database does not answer.
+    """
 
     def __init__(self, engine: AsyncEngine) -> None:
         self.engine = engine
         self._insert = postgresql.insert if engine.dialect.name == "postgresql" else sqlite.insert
 
     async def put(self, budget: Budget, now: int) -> bool:
-        """Set a budget; tell whether it is new."""
+        """Create or replace a budget; return whether it is new."""
         async with writing(self.engine) as connection:
             known = await connection.execute(_of(budget.tenant, budget.name).with_only_columns(B.c.name))
             values = _values(budget, now)
@@ -51,7 +54,7 @@ class Budgets:
             return known.first() is None
 
     async def delete(self, tenant: str, name: str) -> bool:
-        """Remove a budget; tell whether there was one."""
+        """Delete a budget; return whether it existed."""
         async with writing(self.engine) as connection:
             gone = await connection.execute(sa.delete(B).where(B.c.tenant == tenant, B.c.name == name))
             return gone.rowcount > 0
@@ -62,19 +65,19 @@ class Budgets:
             return list((await connection.execute(sa.select(B.c.tenant).distinct())).scalars())
 
     async def standings(self, tenant: str, now: int, name: str | None = None) -> list[Standing]:
-        """Return a tenant's budgets, or one of them, and where they stand."""
+        """Return the standings of a tenant's budgets, or of one of them."""
         async with reading(self.engine) as connection:
             return [await _standing(connection, b, now) for b in await _budgets(connection, tenant, name)]
 
     async def reserve(
         self, tenant: str, asked: Sequence[tuple[Reserve, Need]], now: int, expires_at: int
     ) -> list[Verdict]:
-        """Decide on a tenant's generations in their order; reserve for those that there is room for.
+        """Decide on a tenant's generations in order, and write a reservation for each admitted one.
 
-        Asked again for the same one it is admitted.
+        A repeated request for a generation that has a reservation or has begun is admitted.
         """
         async with writing(self.engine) as connection:
-            # The lock makes this tenant's decisions one after the other; SQLite has only one writer anyway.
+            # The row lock serialises this tenant's decisions; SQLite has only one writer anyway.
             query = _of(tenant).order_by(B.c.name).with_for_update()
             budgets = _read(await connection.execute(query))
             return [await self._decide(connection, budgets, *one, now, expires_at) for one in asked]
@@ -91,19 +94,19 @@ class Budgets:
         return verdict
 
     async def release(self, release: Release) -> None:
-        """Give back what was reserved for a generation that did not begin."""
+        """Release the reservation of a generation that did not begin."""
         key = [R.c[name] == getattr(release, name) for name in _GENERATION_KEY]
         async with writing(self.engine) as connection:
             await connection.execute(sa.delete(R).where(*key))
 
     async def expire(self, now: int) -> int:
-        """Give back what was reserved for generations that never began; return how many rows that were."""
+        """Release expired reservations of generations that never began; return the number of rows."""
         begun = sa.exists(sa.select(G.c.tenant).where(*(G.c[n] == R.c[n] for n in _GENERATION_KEY)))
         async with writing(self.engine) as connection:
             return int((await connection.execute(sa.delete(R).where(R.c.expires_at < now, ~begun))).rowcount)
 
     async def running(self, limit: int = AT_ONCE) -> list[Running]:
-        """Return what runs for tenants with hard limits."""
+        """Return the running generations of tenants with hard limits."""
         limited = sa.select(B.c.tenant).where(B.c.hard.is_not(None)).distinct()
         same = sa.and_(*(R.c[n] == G.c[n] for n in _GENERATION_KEY))
         columns = (R.c.currency.label("reserved_currency"), R.c.tokens.label("reserved"), R.c.amount.label("money"))
@@ -171,7 +174,7 @@ def _values(budget: Budget, now: int) -> dict[str, object]:
 
 
 async def _standing(connection: AsyncConnection, budget: Budget, now: int) -> Standing:
-    """Return spent and reserved as one statement sees them: a settlement moves from one to the other at once."""
+    """Read spent and reserved in one statement: a settlement moves usage from one to the other atomically."""
     first, after = period_at(budget.period, now)
     spent, reserved = [S.c.tenant == budget.tenant], [R.c.tenant == budget.tenant]
     spent += [S.c.day >= first // DAY, S.c.day < after // DAY]

@@ -1,6 +1,6 @@
-"""Many rows in one statement: as arrays to PostgreSQL, as a prepared statement run over them on SQLite.
+"""Write many rows in one statement: as arrays on PostgreSQL, with a prepared statement on SQLite.
 
-PostgreSQL takes a statement with one array a column several times faster than the same rows one by one.
+PostgreSQL takes a statement with one array per column several times faster than the same rows one by one.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -28,7 +28,7 @@ _WHOLE: Final = tuple(name for name in Generation.__struct_fields__ if name not 
 
 
 class BulkWriter:
-    """Writes generations and entries on a connection, within its transaction; rows in the order of their keys."""
+    """Write generations and entries within the transaction of a connection; rows are sorted by key."""
 
     def __init__(self, dialect: str) -> None:
         self._arrays = dialect == "postgresql"
@@ -40,7 +40,7 @@ class BulkWriter:
         self._calls = insert.on_conflict_do_nothing()
 
     async def generations(self, connection: AsyncConnection, rows: Collection[Generation]) -> None:
-        """Write whole rows, new or known, and the names of their calls; what delivery reports fill stays as it is."""
+        """Upsert whole rows and the upstream ids of their calls; the fields set by delivery's reports stay."""
         await self._run(connection, self._upsert, _WHOLE, _sorted(rows))
         named = [
             {**g.key._asdict(), "number": call.number, "upstream_id": call.upstream_id}
@@ -52,15 +52,15 @@ class BulkWriter:
             await connection.execute(self._calls, named)
 
     async def progress(self, connection: AsyncConnection, rows: Collection[Generation]) -> None:
-        """Write position and running count of known rows."""
+        """Write the position and running count of existing rows."""
         await self._run(connection, self._progress, (*_KEY, *_PROGRESS), _sorted(rows))
 
     async def entries(self, connection: AsyncConnection, entries: Collection[Entry]) -> None:
-        """Append to the ledger; an entry whose number exists is an error."""
+        """Append entries to the ledger; an existing number is an error."""
         await self._run(connection, self._entries, Entry.__struct_fields__, list(entries))
 
     async def known(self, connection: AsyncConnection, keys: Sequence[Key]) -> list[Generation]:
-        """Return the generations that these keys name, those that there are."""
+        """Return the generations with these keys that exist."""
         if not keys:
             return []
         if self._arrays:
@@ -90,7 +90,7 @@ class BulkWriter:
     async def _run_on_sqlite(
         self, connection: AsyncConnection, statement: sa.Executable, rows: Sequence[msgspec.Struct]
     ) -> None:
-        """Hand the rows to the driver as they are: building parameters by name costs more than writing them."""
+        """Pass the rows to the driver directly: building parameters by name costs more than writing them."""
         text, values = self._compiled(statement)
         raw = await connection.get_raw_connection()
         driver: Any = raw.driver_connection
@@ -98,7 +98,7 @@ class BulkWriter:
 
     @lru_cache(8)  # noqa: B019  # as many as there are statements, for as long as the process runs
     def _compiled(self, statement: sa.Executable) -> tuple[str, Callable[[msgspec.Struct], tuple[Any, ...]]]:
-        """Return a statement's text, and what makes its parameters of a row, in their order."""
+        """Return a statement's text, and a function that turns a row into its positional parameters."""
         compiled = statement.compile(dialect=sqlite.dialect())  # type: ignore[attr-defined]  # of every statement here
         names = [name.removeprefix(_parameter("")) for name in compiled.positiontup]
         fields = attrgetter(*names)
@@ -144,7 +144,7 @@ class BulkWriter:
 
 
 def _parameter(name: str) -> str:
-    return f"p_{name}"  # a column's own name is taken in an UPDATE
+    return f"p_{name}"  # in an UPDATE the column's own name is taken
 
 
 def _unnested(table: sa.Table, names: Sequence[str]) -> Any:
@@ -154,5 +154,5 @@ def _unnested(table: sa.Table, names: Sequence[str]) -> Any:
 
 
 def _sorted(rows: Collection[Generation]) -> list[Generation]:
-    """Return rows in an order that all writers share, so that no two wait for each other."""
+    """Sort rows in the order that all writers share, so that they cannot deadlock."""
     return sorted(rows, key=lambda g: g.key)

@@ -1,4 +1,4 @@
-"""The database: its address, its engine, its schema."""
+"""The database: file, engine, transactions and schema."""
 
 import asyncio
 import sqlite3
@@ -24,13 +24,13 @@ __all__ = ["SCRIPTS", "create_file", "migrate", "open_engine", "reading", "writi
 
 log = structlog.get_logger()
 _MIGRATION_LOCK: Final = 0x7461696C72616365
-"""PostgreSQL advisory lock under which only one process migrates; the number is arbitrary, but fixed for ever."""
+"""PostgreSQL advisory lock that serialises migrations; the number is arbitrary, but must never change."""
 SCRIPTS: Final = str(Path(__file__).parent.parent / "migrations")
 """Folder of the migrations."""
 _BUSY_SECONDS: Final = 10.0
 DISPOSE_SECONDS: Final = 0.5
 CHECKED_BYTES: Final = 256 * 1024 * 1024
-"""Bound of a SQLite file that is read through when billing starts."""
+"""Bound of a SQLite file that is checked completely at start."""
 _DAMAGED: Final = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 _NOT_WRITABLE: Final = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)
 _RESTORE: Final = (
@@ -40,7 +40,8 @@ _RESTORE: Final = (
 
 
 def create_file(url: URL) -> None:
-    """Create a SQLite file and its folder where needed; nobody else may read it. A folder that is there stays as it is.
+    """Create a SQLite file and its folder if they are missing, readable by the owner only; an existing folder is
+    unchanged.
 
     Raises:
         OSError: one of them cannot be created.
@@ -57,7 +58,7 @@ def create_file(url: URL) -> None:
 
 @asynccontextmanager
 async def open_engine(url: URL) -> AsyncIterator[AsyncEngine]:
-    """Yield an engine that connects when it is first used; a SQLite file and its folder are created."""
+    """Yield an engine that connects on first use; create a SQLite file and its folder."""
     options: dict[str, Any] = {"pool_pre_ping": True, "pool_timeout": 5.0}
     if url.get_backend_name() == "sqlite":
         create_file(url)
@@ -70,19 +71,19 @@ async def open_engine(url: URL) -> AsyncIterator[AsyncEngine]:
     try:
         yield engine
     finally:
-        with suppress(TimeoutError):  # a database that does not answer would be waited for
+        with suppress(TimeoutError):  # do not wait for a database that does not answer
             async with asyncio.timeout(DISPOSE_SECONDS):
                 await engine.dispose()
 
 
 def _prepare_sqlite(engine: AsyncEngine) -> None:
-    """Let SQLAlchemy, not the driver, begin transactions: writers with the lock, so that two never deadlock."""
+    """Let SQLAlchemy, not the driver, begin transactions: writers take the lock first, so that two never deadlock."""
 
     def connected(connection: Any, _record: Any) -> None:
         connection.isolation_level = None
         cursor = connection.cursor()
-        # WAL: readers do not wait for the writer. NORMAL: a power cut may lose the last transactions, never more, and
-        # those are read again from the log, because the position is lost with them.
+        # WAL: readers do not wait for the writer. NORMAL: a power cut may lose the last transactions, but no others;
+        # they are read again from the log, because the position is lost with them.
         for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
             cursor.execute(f"PRAGMA {pragma}")
         cursor.close()
@@ -97,7 +98,7 @@ def _prepare_sqlite(engine: AsyncEngine) -> None:
 
 @asynccontextmanager
 async def writing(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
-    """Yield a connection in one transaction, committed in the end.
+    """Yield a connection in a transaction that is committed at the end.
 
     Raises:
         LedgerUnavailable: the database did not answer or refused.
@@ -122,13 +123,13 @@ async def reading(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
 
 
 class _translated:  # noqa: N801  # reads as a statement
-    """Maps the libraries' errors to ours, keeping the cause."""
+    """Translate the libraries' errors to ours, and keep the cause."""
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, _type: object, error: BaseException | None, _trace: object) -> None:
-        # Of statements that were handed to the driver itself, the driver's own errors come.
+        # Statements run directly on the driver raise the driver's own errors.
         origin = error.orig if isinstance(error, DBAPIError) else error
         if isinstance(origin, sqlite3.Error) and _code(origin) in _DAMAGED:
             raise LedgerUnusable(str(origin), _RESTORE) from error
@@ -139,7 +140,7 @@ class _translated:  # noqa: N801  # reads as a statement
 
 
 async def migrate(engine: AsyncEngine) -> None:
-    """Bring the schema up to date; processes that start at once do it one after the other.
+    """Migrate the schema to the latest version; concurrent processes run one after the other.
 
     Raises:
         LedgerUnavailable: the database did not answer or refused.
@@ -152,7 +153,7 @@ async def migrate(engine: AsyncEngine) -> None:
             else:
                 await _check(connection)
             await connection.run_sync(_upgrade)
-            # A file that may only be read shows with the first write.
+            # A read-only file is found only by a write.
             await connection.execute(sa.text("UPDATE alembic_version SET version_num = version_num"))
     except LedgerUnavailable as error:
         origin = error.__cause__.orig if isinstance(error.__cause__, DBAPIError) else error.__cause__
@@ -160,14 +161,14 @@ async def migrate(engine: AsyncEngine) -> None:
             raise LedgerUnusable(str(origin), "let billing write the file and its folder") from error
         raise
     except CommandError as error:
-        remedy = "run the version of Tailrace that made it, or a newer one"
-        raise LedgerUnusable(f"its schema is not known here ({error})", remedy) from error
+        remedy = "run the version of Tailrace that created it, or a newer one"
+        raise LedgerUnusable(f"its schema version is unknown ({error})", remedy) from error
 
 
 async def _check(connection: AsyncConnection) -> None:
-    """See that a SQLite file is one of billing's, and find damage that shows only where it is read.
+    """Check that a SQLite file is one of billing's, and search it for damage.
 
-    Of a large file the damage is found when it is come upon.
+    In a large file, damage is found only when it is read.
 
     Raises:
         LedgerUnusable: it is not, or is damaged.
@@ -175,7 +176,7 @@ async def _check(connection: AsyncConnection) -> None:
     tables = set((await connection.execute(sa.text("SELECT name FROM sqlite_master WHERE type = 'table'"))).scalars())
     if tables and "alembic_version" not in tables:
         raise LedgerUnusable(
-            f"it is a database of something else, with {sorted(tables)[0]!r} in it", "name another file"
+            f"it is another application's database, with {sorted(tables)[0]!r} in it", "name another file"
         )
     pages = (await connection.execute(sa.text("PRAGMA page_count"))).scalar_one()
     size = (await connection.execute(sa.text("PRAGMA page_size"))).scalar_one()
@@ -187,7 +188,7 @@ async def _check(connection: AsyncConnection) -> None:
 
 
 def _code(error: sqlite3.Error) -> int:
-    """Return the primary result code of an error; 0 where there is none."""
+    """Return the primary result code of an error; 0 if it has none."""
     return (getattr(error, "sqlite_errorcode", 0) or 0) & 0xFF
 
 

@@ -1,4 +1,4 @@
-"""What delivery reported to have sent, in SQL: each counter's newest report, and their sums with the generation."""
+"""Delivery reports in SQL: the newest report of each counter, and their sums in the generation's row."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
@@ -22,7 +22,7 @@ _same = [D.c[name] == G.c[name] for name in _KEY]
 
 
 class Deliveries:
-    """Writes reports. Every method raises ``LedgerUnavailable`` when the database does not answer."""
+    """Write delivery reports. Every method raises ``LedgerUnavailable`` when the database does not answer."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self.engine = engine
@@ -34,7 +34,7 @@ class Deliveries:
         )
 
     async def put(self, reports: Iterable[DeliveredReport]) -> None:
-        """Keep the newest report of each counter; one that came before, or is older, changes nothing."""
+        """Store the newest report of each counter; repeated and older reports change nothing."""
         newest: dict[tuple[str, ...], DeliveredReport] = {}
         for report in reports:
             position = (report.tenant, report.session, report.generation, report.counter)
@@ -45,7 +45,7 @@ class Deliveries:
                 await connection.execute(self._upsert, [_row(newest[position]) for position in sorted(newest)])
 
     async def position(self) -> int:
-        """Write new sums to generations that are known by now; return to how many."""
+        """Write new sums to the generations that exist by now; return their number."""
         placed = 0
         while True:
             async with reading(self.engine) as connection:
@@ -71,7 +71,7 @@ async def _waiting(connection: AsyncConnection) -> Sequence[tuple[Any, ...]]:
 
 
 async def _write(connection: AsyncConnection, keys: Sequence[tuple[Any, ...]]) -> None:
-    # Locked: a report that comes meanwhile waits, or is a row of its own that is placed later.
+    # Locked: a concurrent report waits, or becomes a row of its own that is placed later.
     named = sa.tuple_(*(D.c[name] for name in _KEY)).in_(keys)
     query = sa.select(D).where(named).order_by(*(D.c[name] for name in (*_KEY, "counter"))).with_for_update()
     sums: dict[tuple[str, ...], dict[str, int]] = {}

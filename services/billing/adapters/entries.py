@@ -1,4 +1,4 @@
-"""The ledger's entries as they are read."""
+"""Read ledger entries."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,13 +18,13 @@ _ORDER = (L.c.created_at, L.c.session, L.c.generation, L.c.number)
 
 
 class Entries:
-    """Reads entries. Every method raises ``LedgerUnavailable`` when the database does not answer."""
+    """Read ledger entries. Every method raises ``LedgerUnavailable`` when the database does not answer."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self.engine = engine
 
     async def of(self, key: Key) -> list[Entry]:
-        """Return a generation's entries in the order in which they were written."""
+        """Return a generation's entries in the order they were written."""
         same = [L.c[name] == value for name, value in key._asdict().items()]
         return await self._read(sa.select(L).where(*same).order_by(L.c.number))
 
@@ -39,7 +39,7 @@ class Entries:
     ) -> list[Entry]:
         """Return a tenant's entries written from ``start`` up to ``end`` (milliseconds since 1970), the oldest first.
 
-        ``exact``: columns that must have one value, and it. ``after``: time, session, generation and number.
+        ``exact``: columns that must equal a value. ``after``: time, session, generation and number.
         """
         query = sa.select(L).where(L.c.tenant == tenant, *(L.c[name] == value for name, value in exact))
         if start is not None:

@@ -1,4 +1,4 @@
-"""Providers' exports in SQL: kept once each, and applied by whoever holds the partition of their generation."""
+"""Provider exports in SQL: each row is stored once, and applied by the holder of its generation's partition."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
@@ -25,12 +25,11 @@ AT_ONCE: Final = 500
 
 
 class Imported(msgspec.Struct, frozen=True, kw_only=True):
-    """What an export brought or, on a dry run, would bring.
+    """The result of importing an export or, on a dry run, the expected result.
 
-    ``repeated`` rows were known. Of the new ones, ``matched`` have a generation; the others wait for theirs.
-    ``corrections``: how many generations change their amount by them, by the prices of now, and ``difference`` by how
-    much, in each currency. A real import reckons the same, but the entries follow when the rows are applied, moments
-    later.
+    ``repeated`` rows were already stored. Of the new ones, ``matched`` have a generation; the others wait for theirs.
+    ``corrections``: the number of generations whose amount changes, by current prices; ``difference``: the change by
+    currency. A real import computes the same, but the entries follow moments later, when the rows are applied.
     """
 
     rows: int
@@ -43,14 +42,14 @@ class Imported(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Meant(NamedTuple):
-    """What a row is about: a generation, and which of its calls (0: the one that it ended with)."""
+    """The target of a row: a generation, and the number of its call (0: the last one)."""
 
     generation: Generation
     call: int
 
 
 class Imports:
-    """Rows of exports. Every method raises ``LedgerUnavailable`` when the database does not answer."""
+    """Store rows of exports. Every method raises ``LedgerUnavailable`` when the database does not answer."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self.engine = engine
@@ -59,7 +58,7 @@ class Imports:
     async def put(
         self, tenant: str, rows: Sequence[ExportRow], *, source: str, now: int, terms: Terms, dry_run: bool = False
     ) -> Imported:
-        """Keep the rows that are new, all of them or none; ``now`` in milliseconds since 1970."""
+        """Store the new rows, all or none; ``now`` in milliseconds since 1970."""
         distinct = {row.digest: row for row in rows}
         known: set[str] = set()
         found: dict[str, Meant] = {}
@@ -103,20 +102,20 @@ class Imports:
             await connection.execute(statement, values)
 
     async def waiting(self, tenant: str) -> int:
-        """Return how many rows have not been applied."""
+        """Return the number of rows not applied yet."""
         query = sa.select(sa.func.count()).select_from(U).where(U.c.tenant == tenant, U.c.applied_at.is_(None))
         async with reading(self.engine) as connection:
             return int((await connection.execute(query)).scalar_one())
 
 
 async def _matching(connection: AsyncConnection, tenant: str, rows: Sequence[ExportRow]) -> dict[str, Meant]:
-    """Return what rows mean, by the rows' digests."""
+    """Return the targets of rows, by the rows' digests."""
     names = [r.generation for r in rows if r.generation]
     ids = [r.upstream_id for r in rows if not r.generation]
     conditions = [G.c.generation.in_(names), sa.and_(G.c.upstream_id.in_(ids), G.c.upstream_id != "")]
     query = sa.select(G).where(G.c.tenant == tenant, sa.or_(*conditions)).order_by(G.c.started_at)
     found = [Generation(**row) for row in (await connection.execute(query)).mappings()]
-    by_name: Mapping[str, Meant] = {g.generation: Meant(g, 0) for g in found}  # of several with one name the latest
+    by_name: Mapping[str, Meant] = {g.generation: Meant(g, 0) for g in found}  # of several with one name, the latest
     by_id = await _calls(connection, tenant, ids)
     by_id |= {g.upstream_id: Meant(g, 0) for g in found if g.upstream_id}
     meant = {r.digest: by_name.get(r.generation) if r.generation else by_id.get(r.upstream_id) for r in rows}
@@ -124,7 +123,7 @@ async def _matching(connection: AsyncConnection, tenant: str, rows: Sequence[Exp
 
 
 async def _calls(connection: AsyncConnection, tenant: str, ids: Sequence[str]) -> dict[str, Meant]:
-    """Return the abandoned calls that providers know by these names."""
+    """Return the abandoned calls with these upstream ids."""
     same = sa.and_(*(C.c[name] == G.c[name] for name in Key._fields))
     query = sa.select(G, C.c.upstream_id.label("name"), C.c.number.label("call")).join(C, same)
     query = query.where(C.c.tenant == tenant, C.c.upstream_id.in_(ids)).order_by(G.c.started_at)
@@ -138,7 +137,7 @@ async def _calls(connection: AsyncConnection, tenant: str, ids: Sequence[str]) -
 def _difference(
     rows: Iterable[ExportRow], found: Mapping[str, Meant], now: int, terms: Terms
 ) -> list[tuple[str, Decimal]]:
-    """Return by how much each generation's amount changes; the last row of a call holds."""
+    """Return the change of each generation's amount; of several rows for a call the last one counts."""
     reported: dict[Key, Generation] = {}
     for row in rows:
         if row.digest in found and (meant := found[row.digest]).generation.ended:

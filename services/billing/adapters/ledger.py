@@ -1,8 +1,8 @@
 """The ledger: generations and positions in SQL.
 
-A batch is one transaction. It first moves the partition's position from where this process believes it to be, under
-this process's hold; when that matches no row, somebody else has moved it, and nothing is written. That is what makes
-two processes at once safe, whatever their clocks say. The time of the hold only saves them from working in vain.
+A batch is one transaction. It first moves the partition's position from the value this process expects, under this
+process's hold. If no row matches, another process has moved it and nothing is written: this fence makes two concurrent
+processes safe, whatever their clocks. The time of the hold only spares them wasted work.
 """
 
 from collections.abc import Collection, Sequence
@@ -28,13 +28,15 @@ __all__ = ["Ledger", "LogPosition"]
 
 
 UNHEARD: Final = 2 * 3_600_000
-"""Milliseconds without an event after which a generation is taken to have ended in a gap: twice the longest answer."""
+"""Milliseconds without an event after which a generation is assumed to have ended in a gap: twice the longest answer.
+"""
 
 
 class LogPosition(NamedTuple):
-    """A partition's position: the log's incarnation, the last applied stream sequence, and when that was stored.
+    """A partition's position: the log's incarnation, the last applied stream sequence, and the storage time of that
+    message.
 
-    ``stamp``: in nanoseconds since 1970, 0 where it is not known.
+    ``stamp``: in nanoseconds since 1970, 0 if unknown.
     """
 
     incarnation: str
@@ -43,7 +45,7 @@ class LogPosition(NamedTuple):
 
 
 class Ledger:
-    """The database as the consumer needs it. ``holder`` names this process; ``hold``: its length in seconds."""
+    """The database port of the consumer. ``holder`` names this process; ``hold``: its length in seconds."""
 
     def __init__(self, engine: AsyncEngine, holder: str, *, hold: float = 5.0) -> None:
         self.engine = engine
@@ -61,11 +63,11 @@ class Ledger:
         self._insert_partition = insert(P).on_conflict_do_nothing(index_elements=["partition"])
 
     async def acquire(self, partition: int, incarnation: str, now: int, *, base: int = 0, lost: int = 0) -> int | None:
-        """Take or renew the hold on a partition and return the stream sequence up to which it is applied.
+        """Take or renew the hold on a partition and return its applied stream sequence.
 
         ``None`` while another process holds it. ``now`` in milliseconds since 1970. The position of another incarnation
-        of the log is set to 0, and generations that had not ended are folded from their beginning again. ``base`` and
-        ``lost``: the log is known to have reached ``lost`` before, and holds what it held only up to ``base``.
+        of the log is reset to 0, and generations that had not ended are folded again from their beginning. ``base`` and
+        ``lost``: the log had reached ``lost`` before, but holds the same messages only up to ``base``.
 
         Raises:
             LedgerUnavailable: the database did not answer.
@@ -100,7 +102,7 @@ class Ledger:
             return 0
 
     async def position(self, partition: int) -> LogPosition | None:
-        """Return a partition's position, whoever holds it; ``None`` before anybody has.
+        """Return a partition's position under any holder; ``None`` before the first hold.
 
         Raises:
             LedgerUnavailable: the database did not answer.
@@ -111,7 +113,7 @@ class Ledger:
         return None if row is None else LogPosition(*row)
 
     async def release(self, partition: int) -> None:
-        """Give up the hold, so that another process need not wait for its end.
+        """Release the hold, so that another process need not wait for its expiry.
 
         Raises:
             LedgerUnavailable: the database did not answer.
@@ -132,14 +134,14 @@ class Ledger:
         *,
         stamp: int = 0,
     ) -> list[Overrun]:
-        """Move the position from the first to the second of ``applied`` and write generations: all of it or nothing.
+        """Move the position from the first to the second of ``applied`` and write generations, atomically.
 
-        ``stamp``: when the message at the new position was stored (0: not known). Of ``progress`` only position and
-        running count are written; those rows exist. Returns the settlements that used more than was reserved for them.
+        ``stamp``: storage time of the message at the new position (0: unknown). Of ``progress`` only position and
+        running count are written; those rows exist. Returns the settlements that used more than their reservation.
 
         Raises:
-            Fenced: position or hold are not what this process believes; nothing is written.
-            StalePrices: the price book has another revision than ``money`` was reckoned by; nothing is written.
+            Fenced: the position or the hold is not what this process expects; nothing is written.
+            StalePrices: the price book has another revision than ``money`` was computed with; nothing is written.
             LedgerUnavailable: the database did not answer. It may be written nevertheless.
         """
         before, after = applied
@@ -164,7 +166,7 @@ class Ledger:
 
     @staticmethod
     async def _check(connection: AsyncConnection, revision: int) -> None:
-        """See that the price book is the one reckoned by, and keep it from changing until the transaction ends."""
+        """Check the price book's revision, and lock it until the transaction ends."""
         query = sa.select(STATE.c.value).where(STATE.c.name == "prices").with_for_update(read=True)
         if (await connection.execute(query)).scalar_one() != revision:
             raise StalePrices(revision)
@@ -173,7 +175,7 @@ class Ledger:
         return now + round(self.hold * 1_000)
 
     async def load(self, keys: Sequence[Key]) -> dict[Key, Generation]:
-        """Return those of the named generations that are known.
+        """Return the generations with these keys that exist.
 
         Raises:
             LedgerUnavailable: the database did not answer.
@@ -182,9 +184,10 @@ class Ledger:
             return {g.key: g for g in await self._bulk.known(connection, keys)}
 
     async def note_gap(self, partition: int, incarnation: str, gap: tuple[int, int], now: int) -> None:
-        """Keep that the log no longer had the stream sequences from the first to the last of ``gap``.
+        """Record that the log no longer had the stream sequences from the first to the last of ``gap``.
 
-        Generations that were running before it are looked at again `UNHEARD` after ``now``: they may have ended there.
+        Generations that were running before it are checked again `UNHEARD` after ``now``: they may have ended in the
+        gap.
 
         Raises:
             LedgerUnavailable: the database did not answer.
@@ -196,7 +199,7 @@ class Ledger:
         await self.watch_unheard(partition, last, now)
 
     async def watch_unheard(self, partition: int, lost: int, now: int) -> None:
-        """Have generations looked at again, `UNHEARD` after ``now``, of which nothing behind ``lost`` was read.
+        """Schedule a check, `UNHEARD` after ``now``, of running generations without an event after ``lost``.
 
         Raises:
             LedgerUnavailable: the database did not answer.
@@ -210,7 +213,7 @@ class Ledger:
             )
 
     async def lost(self, partition: int, incarnation: str) -> int:
-        """Return the last stream sequence that is known to have expired unread; 0 where none has.
+        """Return the last stream sequence known to have expired unread; 0 if none has.
 
         Raises:
             LedgerUnavailable: the database did not answer.
@@ -222,7 +225,7 @@ class Ledger:
             return int((await connection.execute(query)).scalar_one() or 0)
 
     async def running(self) -> int:
-        """Return how many generations run, as far as the ledger knows.
+        """Return the number of running generations in the ledger.
 
         Raises:
             LedgerUnavailable: the database did not answer.
@@ -232,7 +235,7 @@ class Ledger:
             return int(found.scalar_one())
 
     async def answers(self) -> bool:
-        """Return true.
+        """Return True when the database answers.
 
         Raises:
             LedgerUnavailable: the database did not answer.

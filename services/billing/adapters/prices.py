@@ -17,13 +17,13 @@ __all__ = ["FILE", "SHIPPED", "Change", "KeptPrice", "Prices"]
 
 
 FILE: Final = "file"
-"""Source of the price file that the settings name."""
+"""Source of the price file named in the settings."""
 SHIPPED: Final = "shipped"
-"""Source of the prices that come with Tailrace."""
+"""Source of the prices shipped with Tailrace."""
 
 
 class Change(msgspec.Struct, frozen=True, kw_only=True):
-    """What putting a price book did or, on a dry run, would do.
+    """The effect of a new price book or, on a dry run, the expected effect.
 
     ``revision``: the one in force afterwards. ``resettled``: ended generations that the change may concern.
     """
@@ -37,7 +37,7 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class KeptPrice(msgspec.Struct, frozen=True, kw_only=True):
-    """A row with the revisions that brought it and, if it holds no more, withdrew it."""
+    """A row with the revision that added it and, if it is no longer valid, the one that withdrew it."""
 
     price: Price
     revision: int
@@ -45,18 +45,18 @@ class KeptPrice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _DryRun(Exception):
-    """Ends a transaction without writing it."""
+    """Roll back the transaction of a dry run."""
 
 
 class Prices:
-    """The price book. Every method raises ``LedgerUnavailable`` when the database does not answer."""
+    """Read and write the price book. Every method raises ``LedgerUnavailable`` when the database does not answer."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self.engine = engine
         self._insert = postgresql.insert if engine.dialect.name == "postgresql" else sqlite.insert
 
     async def book(self, known: PriceBook | None = None) -> PriceBook:
-        """Return the rows that hold, and their revision; ``known`` itself as long as it is of that revision."""
+        """Return the current rows and their revision; ``known`` itself if it has that revision."""
         async with reading(self.engine) as connection:
             revision = await _revision(connection)
             if known is not None and known.revision == revision:
@@ -64,7 +64,7 @@ class Prices:
             return PriceBook(revision, await _present(connection))
 
     async def history(self) -> list[KeptPrice]:
-        """Return every row that there ever was, in the order in which they came."""
+        """Return every row ever stored, in the order of addition."""
         query = (
             sa.select(PRICES, PRICE_WITHDRAWALS.c.revision.label("withdrawn"))
             .outerjoin(PRICE_WITHDRAWALS, PRICE_WITHDRAWALS.c.price == PRICES.c.id)
@@ -75,7 +75,7 @@ class Prices:
         return [KeptPrice(price=_price(r), revision=r["revision"], withdrawn=r["withdrawn"]) for r in rows]
 
     async def last_digest(self, source: str) -> str | None:
-        """Return the digest of what came last from a source."""
+        """Return the digest of the last price book from a source."""
         query = (
             sa.select(PRICE_REVISIONS.c.digest)
             .where(PRICE_REVISIONS.c.source == source)
@@ -89,9 +89,9 @@ class Prices:
     async def put(
         self, wanted: Sequence[Price], *, source: str, digest: str, now: int, dry_run: bool = False
     ) -> Change:
-        """Make ``wanted`` the whole price book; rows that are the same stay the same rows.
+        """Replace the price book by ``wanted``; equal rows stay the same rows.
 
-        Ended generations that the change may concern are put on the list of those to be settled anew.
+        Ended generations that the change may concern are queued for settlement.
         """
         change: Change | None = None
         try:
@@ -105,7 +105,7 @@ class Prices:
         return change
 
     async def ship(self, wanted: Sequence[Price], *, digest: str, now: int) -> Change | None:
-        """Make ``wanted`` the price book unless there is one from another source; then return ``None``."""
+        """Make ``wanted`` the price book, unless there is one from another source; then return ``None``."""
         async with writing(self.engine) as connection:
             await _revision(connection, lock=True)
             if await _owned(connection):
@@ -115,15 +115,15 @@ class Prices:
     async def _put(
         self, connection: AsyncConnection, wanted: Sequence[Price], source: str, digest: str, now: int, *, dry_run: bool
     ) -> Change:
-        # Locked to the end: a batch reads this row too, so that each is reckoned wholly by the old book or the new one.
+        # Locked to the end: a batch reads this row too, so each is priced by the old book or the new one, never both.
         before = await _revision(connection, lock=True)
         present = await _present(connection)
-        ours = {p.says() for p in wanted}
-        theirs = {p.says() for p in present}
-        added = [p for p in wanted if p.says() not in theirs]
-        withdrawn = [p for p in present if p.says() not in ours]
-        # That a file has been loaded is kept even when it brought nothing new: later it is not loaded again. So is the
-        # first book of the user's own: what is shipped never takes its place.
+        ours = {p.content() for p in wanted}
+        theirs = {p.content() for p in present}
+        added = [p for p in wanted if p.content() not in theirs]
+        withdrawn = [p for p in present if p.content() not in ours]
+        # A loaded file is recorded even without changes, so that it is not loaded again. So is the user's
+        # first own book: the shipped prices never replace it.
         claims = source == FILE or (source != SHIPPED and not await _owned(connection))
         differs = bool(added or withdrawn or claims)
         revision = before + differs
@@ -145,7 +145,7 @@ class Prices:
         )
 
     async def _ask(self, connection: AsyncConnection, changed: Sequence[Price]) -> int:
-        """Ask for ended generations to be settled anew; return how many."""
+        """Queue ended generations for settlement; return their number."""
         if not changed:
             return 0
         concerned = sa.and_(G.c.pricing.in_(("charged", "unpriced")), sa.or_(*_conditions(changed)))
@@ -164,7 +164,7 @@ async def _revision(connection: AsyncConnection, *, lock: bool = False) -> int:
 
 
 async def _owned(connection: AsyncConnection) -> bool:
-    """Tell whether the price book has ever come from another source than Tailrace itself."""
+    """Return whether the price book has ever come from another source than Tailrace itself."""
     others = sa.select(PRICE_REVISIONS.c.revision).where(PRICE_REVISIONS.c.source != SHIPPED)
     return bool((await connection.execute(sa.select(sa.exists(others)))).scalar_one())
 
@@ -188,7 +188,7 @@ def _price(row: sa.RowMapping) -> Price:
 
 
 def _conditions(changed: Iterable[Price]) -> list[sa.ColumnElement[bool]]:
-    """Return what holds for generations that a change may concern; more of them than needed do no harm."""
+    """Return conditions that select the generations a change may concern; selecting too many is harmless."""
     spans: dict[tuple[str, str], tuple[int, int | None]] = {}
     for p in changed:
         start, end = spans.get((p.provider, p.model), (p.valid_from, p.valid_until))

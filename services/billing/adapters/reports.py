@@ -1,4 +1,4 @@
-"""Answers about usage: from sums by day where those can tell, from single generations otherwise."""
+"""Answer usage queries: from daily sums where they suffice, otherwise from single generations."""
 
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
@@ -60,7 +60,7 @@ class Totals(msgspec.Struct, kw_only=True):
 
 
 class Reports:
-    """The database as the API needs it. Every method raises ``LedgerUnavailable`` when the database does not answer."""
+    """Answer the API's usage queries. Every method raises ``LedgerUnavailable`` when the database does not answer."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self.engine = engine
@@ -79,12 +79,12 @@ class Reports:
         return Generation(**row) if row else None
 
     async def totals(self, filters: Filters) -> Totals:
-        """Return the sums over all that ``filters`` let through."""
+        """Return the sums over all generations that match ``filters``."""
         found = await self.groups(filters, (), None, 1)
         return found[0][1] if found else Totals()
 
     async def generations(self, filters: Filters, after: PageKey | None, limit: int) -> list[Generation]:
-        """Return generations in the order of start and name, beginning after that pair."""
+        """Return generations by start and name, beginning after that pair."""
         order = (G.c.started_at, G.c.generation)
         query = sa.select(G).where(*self._conditions(filters)).order_by(*order).limit(limit)
         if after is not None:
@@ -96,7 +96,7 @@ class Reports:
     async def groups(
         self, filters: Filters, group_by: Sequence[str], after: PageKey | None, limit: int
     ) -> list[tuple[PageKey, Totals]]:
-        """Return sums by group in the order of the groups' keys, beginning after the key ``after``."""
+        """Return sums by group, sorted by key, beginning after the key ``after``."""
         source = self._source(filters, group_by)
         keys = [source.c[f"key_{i}"] for i in range(len(group_by))]
         sums = [sa.func.sum(source.c[name]).label(name) for name in _NUMBERS]
@@ -123,7 +123,7 @@ class Reports:
         return query.order_by(*keys, source.c.currency)
 
     def _source(self, filters: Filters, group_by: Sequence[str]) -> Any:
-        """Return rows with the groups' keys, numbers to sum, amount and currency."""
+        """Return a query for the groups' keys, numbers to sum, amount and currency."""
         if not is_summed(filters, group_by):
             return self._single(filters, group_by, ()).subquery("rows")
         parts = [self._summed(filters, group_by), self._single(filters, group_by, OPEN)]
@@ -151,7 +151,7 @@ class Reports:
         match name:
             case "hour" | "day":
                 width = (3_600_000 if name == "hour" else DAY) // unit
-                # In the text: PostgreSQL would take parameters of SELECT and GROUP BY for different ones.
+                # As literal text: PostgreSQL would treat the parameters of SELECT and GROUP BY as different ones.
                 bucket: sa.ColumnElement[Any] = time.op("/")(sa.literal_column(str(width), sa.BigInteger))
                 return bucket
             case "month":
@@ -163,7 +163,7 @@ class Reports:
                 return column
 
     def _month(self, time: Any, seconds: int | None) -> sa.ColumnElement[Any]:
-        """Return months since year 0; ``time`` in units of so many seconds, or in milliseconds."""
+        """Return months since the year 0; ``time`` in units of ``seconds``, or in milliseconds if None."""
         moment = time / sa.literal_column("1000") if seconds is None else time * sa.literal_column(str(seconds))
         if self._postgres:
             utc = sa.func.timezone("UTC", sa.func.to_timestamp(moment))

@@ -1,4 +1,4 @@
-"""The sums of what was used, moved in the transaction that settles; what was reserved for it is given back there."""
+"""Move the usage sums and release reservations within the transaction of a settlement."""
 
 from collections.abc import Sequence
 from decimal import Decimal
@@ -23,7 +23,7 @@ _any_reserved = sa.select(sa.exists(sa.select(R.c.tenant)))
 
 
 class SpendingWriter:
-    """Writes on a connection, within its transaction."""
+    """Write usage sums within the transaction of a connection."""
 
     def __init__(self, dialect: str) -> None:
         insert = postgresql.insert if dialect == "postgresql" else sqlite.insert
@@ -36,7 +36,7 @@ class SpendingWriter:
     async def apply(
         self, connection: AsyncConnection, steps: Sequence[Step], released: Sequence[Key]
     ) -> dict[Key, dict[str, Decimal]]:
-        """Move the sums, in an order that all writers share, and forget reservations; return these, by unit."""
+        """Move the sums in the order all writers share, and delete reservations; return the deleted ones, by unit."""
         if steps:
             await connection.execute(self._add, [step.key._asdict() | step.sums._asdict() for step in steps])
         found: dict[Key, dict[str, Decimal]] = {}

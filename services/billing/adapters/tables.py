@@ -1,4 +1,4 @@
-"""The tables as SQLAlchemy sees them; the migrations create them."""
+"""The tables as SQLAlchemy definitions; the migrations create them."""
 
 from typing import Final
 
@@ -115,7 +115,7 @@ CALLS: Final = Table(
     Column("upstream_id", _TEXT, nullable=False),
     Index("calls_by_upstream", "upstream_id"),
 )
-"""Abandoned calls by their provider's name for them, for providers' exports; ``generations.calls`` says the rest."""
+"""Upstream ids of abandoned calls, to match provider exports; ``generations.calls`` holds the calls."""
 
 PARTITIONS: Final = Table(
     "partitions",
@@ -152,7 +152,7 @@ STATE: Final = Table(
     Column("name", _NAME, primary_key=True),
     _count("value"),
 )
-"""``prices``: the price book's revision. Batches read it under a lock: none is priced by a book just replaced."""
+"""``prices``: the price book's revision. Batches read it under a lock, so none is priced by a replaced book."""
 
 PRICE_REVISIONS: Final = Table(
     "price_revisions",
@@ -183,7 +183,7 @@ PRICE_WITHDRAWALS: Final = Table(
     Column("price", BigInteger, primary_key=True, autoincrement=False),
     _count("revision"),
 )
-"""Rows of the price book that hold no more; the rows themselves are never changed."""
+"""Rows of the price book that are no longer valid; the rows themselves never change."""
 
 RESETTLEMENTS: Final = Table(
     "resettlements",
@@ -194,7 +194,7 @@ RESETTLEMENTS: Final = Table(
     Column("partition", Integer, nullable=False),
     Index("resettlements_by_partition", "partition"),
 )
-"""Generations to settle anew, because the price book has changed; done by whoever holds their partition."""
+"""Generations to settle again after a change of prices, by the process that holds their partition."""
 
 PROVIDER_USAGE: Final = Table(
     "provider_usage",
@@ -225,7 +225,7 @@ DELIVERIES: Final = Table(
     Column("placed", Boolean, nullable=False),
     Index("deliveries_waiting", "placed", postgresql_where=text("NOT placed"), sqlite_where=text("NOT placed")),
 )
-"""What each counter of delivery saw sent of a generation; ``placed`` once the generation's row holds the sums."""
+"""The newest report of each delivery counter of a generation; ``placed`` once the generation's row holds the sums."""
 
 GAPS: Final = Table(
     "gaps",
@@ -236,7 +236,7 @@ GAPS: Final = Table(
     _count("last"),
     _count("noticed_at"),
 )
-"""Stream sequences that the log no longer kept when billing came to them."""
+"""Stream sequences that the log no longer had when billing reached them."""
 
 BUDGETS: Final = Table(
     "budgets",
@@ -250,7 +250,7 @@ BUDGETS: Final = Table(
     Column("hard", String(40), nullable=True),
     _count("changed_at"),
 )
-"""Limits stand as text: tokens and money in one column, exact on both databases."""
+"""Limits are text: tokens and money in one column, exact on both databases."""
 
 RESERVATIONS: Final = Table(
     "reservations",
@@ -265,7 +265,7 @@ RESERVATIONS: Final = Table(
     _count("expires_at"),
     Index("reservations_by_age", "expires_at"),
 )
-"""What generations that have not settled may use at most: tokens in the row without a currency, money in others."""
+"""Reservations of generations that have not settled: tokens in the row without a currency, money in the others."""
 
 SPENDING: Final = Table(
     "spending",
@@ -284,4 +284,4 @@ SPENDING: Final = Table(
     Column("cache_write_1h", BigInteger, nullable=False, server_default="0"),
     Index("spending_by_day", "tenant", "day"),
 )
-"""Sums of what settled generations have used, by the day (since 1970, UTC) on which they started."""
+"""Usage sums of settled generations, by the day (since 1970, UTC) of their start."""

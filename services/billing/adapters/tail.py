@@ -1,4 +1,4 @@
-"""A partition's log as billing reads it: pulled through its durable consumer, or read directly where that has holes."""
+"""Read a partition's log: by pulls of its durable consumer, or directly where these leave holes."""
 
 import asyncio
 from collections import deque
@@ -27,15 +27,14 @@ __all__ = ["LogState", "Pulled", "Tail"]
 
 log = structlog.get_logger()
 PULL_BYTES: Final = 16 * 1024 * 1024
-"""Bound of one pull in bytes, and so of what waits here undecoded; raised where the broker allows larger messages."""
+"""Bound of one pull in bytes, and so of undecoded messages; raised where the broker allows larger messages."""
 _DOUBTFUL: Final = (None, End.GONE, End.REFUSED)
 
 
 class Pulled(msgspec.Struct):
-    """What one pull brought: records in the order of delivery, how many more wait, and how to acknowledge them.
+    """The result of one pull: messages in delivery order with their replies, and the number still pending.
 
-    ``doubtful``: the pull was lost or refused; the consumer or stream may be gone. ``full``:
-    more waits.
+    ``doubtful``: the pull was lost or refused; the consumer or stream may be gone. ``full``: more messages wait.
     """
 
     arrived: deque[Arrived] = msgspec.field(default_factory=deque)
@@ -44,12 +43,12 @@ class Pulled(msgspec.Struct):
     full: bool = False
 
     def records(self) -> list[Record]:
-        """Return what came, decoded."""
+        """Return the messages decoded as records."""
         return [_pulled(subject, reply, data) for subject, reply, data in self.arrived]
 
 
 class LogState(msgspec.Struct, frozen=True):
-    """A stream and its consumer: incarnation, bounds of what it keeps, the last sequence delivered to any process.
+    """The state of a stream and its consumer: incarnation, bounds of the log, last sequence delivered to any process.
 
     ``base``, ``lost`` and ``reused``: see `schemas.log_marks.Mark`.
     """
@@ -64,7 +63,7 @@ class LogState(msgspec.Struct, frozen=True):
 
 
 class Tail:
-    """The durable consumer of one partition. One pull at a time: what it brings is bounded by ``batch`` events."""
+    """The durable consumer of one partition. One pull at a time, bounded by ``batch`` events."""
 
     def __init__(self, broker: Broker, topology: Topology, partition: int, *, batch: int, interval: float) -> None:
         self.broker = broker
@@ -77,12 +76,12 @@ class Tail:
         self._durables = Durables(broker)
         self._consumer = PullConsumer(broker, self.spec.stream, self.spec.durable)
         self._ack_all = False
-        self._hurry = False  # the last pull was full: more waits
-        self._is_doubtful = False  # there has been another connection since the last pull
+        self._hurry = False  # the last pull was full: more messages wait
+        self._is_doubtful = False  # reconnected since the last pull
         self._wake = asyncio.Event()
 
     async def open(self) -> None:
-        """Listen for deliveries; to be called once."""
+        """Subscribe to deliveries; call it once."""
         await self._consumer.open()
         self.broker.on_reconnect(self._reconnected)
 
@@ -91,22 +90,22 @@ class Tail:
         return max(PULL_BYTES, 2 * self.broker.client.max_payload)
 
     async def _reconnected(self) -> None:
-        # The broker forgets pulls when a connection ends: without this the pull would be waited for in vain.
+        # The broker drops pulls when a connection ends: the pending pull would never be answered.
         self._is_doubtful = True
         self._consumer.forget()
         self._wake.set()
 
     async def verify(self) -> LogState:
-        """See that stream and consumer exist, creating what is missing, and return where they stand.
+        """Verify the stream and its consumer, create what is missing, and return their state.
 
         Raises:
             BrokerUnavailable: the broker does not answer.
         """
-        await self.broker.apply(self.topology, wait=0)  # the caller asks again
+        await self.broker.apply(self.topology, wait=0)  # the caller retries
         info = await self._durables.info(self.spec.stream, self.spec.durable)
         if info is None:
             raise BrokerUnavailable(f"there is no consumer {self.spec.durable}")
-        state = await self.state()  # behind the consumer: it cannot have been given what is stored later
+        state = await self.state()  # after the consumer's info, whose delivered sequence is then within these bounds
         self._ack_all = info.config.get("ack_policy") == "all"
         return LogState(
             incarnation=state.incarnation,
@@ -119,7 +118,7 @@ class Tail:
         )
 
     async def state(self) -> StreamState:
-        """Return the log's bounds and incarnation: another one means that it was made anew, or has lost its end.
+        """Return the log's bounds and incarnation; a new incarnation means that it was recreated or has lost its end.
 
         Raises:
             BrokerUnavailable: the broker does not answer.
@@ -127,7 +126,7 @@ class Tail:
         return await self.logs.state(self.partition)
 
     async def stamp(self, seq: int) -> int | None:
-        """Return when the message ``seq`` was stored, in nanoseconds since 1970; ``None`` when there is none.
+        """Return the storage time of the message ``seq`` in nanoseconds since 1970, or None if it does not exist.
 
         Raises:
             BrokerUnavailable: the broker does not answer.
@@ -135,7 +134,7 @@ class Tail:
         return await self.broker.stamp(self.spec.stream, seq)
 
     async def reset(self, after: int) -> None:
-        """Make the consumer anew, to deliver what the log keeps behind the stream sequence ``after``.
+        """Recreate the consumer, to deliver the messages after the stream sequence ``after``.
 
         Raises:
             BrokerUnavailable: the broker does not answer, or refuses.
@@ -146,9 +145,9 @@ class Tail:
             raise BrokerUnavailable(str(error)) from error
 
     async def pull(self) -> Pulled:
-        """Return what has been stored since the last pull, at most ``batch`` events, every ``interval`` seconds.
+        """Return the events stored since the last pull, at most ``batch``, every ``interval`` seconds.
 
-        Asking for what is there costs broker and billing about half of being sent each event as it is stored.
+        Pulling in intervals costs broker and billing about half as much CPU as a push of each event.
 
         Raises:
             BrokerUnavailable: the request cannot be sent.
@@ -169,7 +168,7 @@ class Tail:
         return pulled
 
     async def acknowledge(self, pulled: Pulled) -> None:
-        """Tell the consumer that all of ``pulled`` is done. A lost acknowledgement only leads to a repeat.
+        """Acknowledge all of ``pulled``. A lost acknowledgement only leads to a repeat.
 
         Raises:
             BrokerUnavailable: it cannot be sent.
@@ -177,13 +176,13 @@ class Tail:
         if not pulled.arrived:
             return
         replies = [reply for _, reply, _ in pulled.arrived]
-        # Where the consumer takes one acknowledgement for all before it, that saves 5 µs of CPU an event, half of them
+        # With ack policy "all", one acknowledgement for the whole pull saves 5 µs of CPU an event, half of them
         # in the broker.
         for reply in [max(replies, key=stored_at)] if self._ack_all else replies:
             await self.broker.publish(reply.decode(), b"")
 
     async def between(self, first: int, last: int) -> AsyncIterator[list[Record]]:
-        """Yield what the log still keeps of the stream sequences from ``first`` to ``last``, in order, in batches.
+        """Yield the messages still in the log from stream sequence ``first`` to ``last``, in order, in batches.
 
         Raises:
             BrokerUnavailable: the broker did not answer completely.
@@ -195,7 +194,7 @@ class Tail:
             yield _records(rest)
 
     async def highest_epochs(self, groups: Iterable[Group]) -> dict[Key, int]:
-        """Return the highest epoch that the log keeps of each generation, zombies' included.
+        """Return the highest epoch in the log of each generation, zombies' included.
 
         Raises:
             BrokerUnavailable: the broker did not answer completely.
@@ -212,7 +211,7 @@ class Tail:
         return sorted([*batch, *await self._kept(missing)], key=lambda m: m.seq)
 
     async def _kept(self, seqs: range | list[int]) -> list[Stored]:
-        """Ask the stream's leader for single messages: a replica that lags may have answered without them."""
+        """Get single messages from the stream's leader: a lagging replica may have answered without them."""
         if not await self.broker.is_replicated(self.spec.stream):
             return []
         state = await self.broker.state(self.spec.stream)
@@ -231,7 +230,7 @@ def _pulled(subject: bytes, reply: bytes, data: bytes) -> Record:
 
 
 def _records(messages: list[Stored]) -> list[Record]:
-    """Return messages as records; only the last one's stamp is read, for that is where a position may come to be."""
+    """Decode messages as records; only the last stamp is read, because only that one can become a position's."""
     records = [read_record(m.seq, m.subject, m.data) for m in messages]
     records[-1] = records[-1]._replace(stamp=nanoseconds(messages[-1].time))
     return records

@@ -1,7 +1,7 @@
-"""What waits to be settled besides new events: grace that has ended, prices that changed, exports of providers.
+"""Settlements that wait for something other than events: grace periods, price changes, provider exports.
 
-Whoever asks for a settlement only leaves a row here; the process that holds a generation's partition does it. So each
-generation has one writer, and money never depends on who was faster.
+A request for a settlement only leaves a row here; the process that holds the generation's partition settles it. So each
+generation has one writer, and money does not depend on races.
 """
 
 from collections.abc import Iterable, Sequence
@@ -28,10 +28,11 @@ _KEY: Final = ("tenant", "session", "generation")
 
 
 class Money(msgspec.Struct, frozen=True, kw_only=True):
-    """What a batch means in money: entries, the price book's revision behind them, and the asked-for settlements done.
+    """The money of a batch: entries, the price book's revision they were computed with, and the queued settlements
+    done.
 
-    ``exports``: rows of providers' exports, by number, with their outcome. ``spending``: what moves the sums of what
-    was used; ``released``: generations that count as used from now on.
+    ``exports``: rows of provider exports, by number, with their outcome. ``spending``: steps of the usage sums;
+    ``released``: generations that are newly settled.
     """
 
     revision: int
@@ -45,7 +46,7 @@ class Money(msgspec.Struct, frozen=True, kw_only=True):
 class Export(msgspec.Struct, frozen=True):
     """A row of a provider's export that concerns a generation.
 
-    ``call``: the number of the abandoned call that it is about; 0 for the one that the generation ended with.
+    ``call``: the number of the abandoned call it belongs to; 0 for the last call.
     """
 
     id: int
@@ -56,7 +57,7 @@ class Export(msgspec.Struct, frozen=True):
 
 
 async def finish(connection: AsyncConnection, money: Money, now: int) -> None:
-    """Take done settlements off the list."""
+    """Remove completed settlements from the worklist."""
     if money.resettled:
         gone = sa.delete(R).where(*(R.c[name] == sa.bindparam(f"key_{name}") for name in _KEY))
         await connection.execute(gone, [{f"key_{n}": v for n, v in key._asdict().items()} for key in money.resettled])
@@ -66,7 +67,7 @@ async def finish(connection: AsyncConnection, money: Money, now: int) -> None:
 
 
 class Worklist:
-    """The waiting settlements of a partition. Every method raises ``LedgerUnavailable`` without an answer."""
+    """The queued settlements of a partition. Every method raises ``LedgerUnavailable`` without an answer."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self.engine = engine
@@ -77,13 +78,13 @@ class Worklist:
         return await self._generations(query.limit(limit))
 
     async def resettling(self, partition: int, limit: int = AT_ONCE) -> list[Generation]:
-        """Return generations to settle anew because the price book has changed."""
+        """Return generations queued because the price book has changed."""
         same = [R.c[name] == G.c[name] for name in _KEY]
         query = sa.select(G).join(R, sa.and_(*same)).where(R.c.partition == partition)
         return await self._generations(query.limit(limit))
 
     async def exports(self, partition: int, limit: int = AT_ONCE) -> list[Export]:
-        """Return waiting rows of providers' exports whose generation has ended, the oldest first."""
+        """Return unapplied rows of provider exports whose generation has ended, the oldest first."""
         found: dict[int, Export] = {}
         by_name = sa.and_(U.c.tenant == G.c.tenant, U.c.generation == G.c.generation)
         by_upstream = sa.and_(U.c.tenant == G.c.tenant, U.c.upstream_id == G.c.upstream_id, G.c.upstream_id != "")
@@ -103,9 +104,9 @@ class Worklist:
             async with reading(self.engine) as connection:
                 rows = (await connection.execute(waiting)).mappings().all()
             for row in rows:
-                usage = msgspec.json.decode(row["told"], type=Usage)
-                export = Export(row["row"], _generation(row), usage, row["told_at"], row["call"])
-                found.setdefault(export.id, export)  # of several generations with one name the latest
+                usage = msgspec.json.decode(row["export_usage"], type=Usage)
+                export = Export(row["row"], _generation(row), usage, row["export_created_at"], row["call"])
+                found.setdefault(export.id, export)  # of several with one name, the latest
         return [found[id_] for id_ in sorted(found)]
 
     async def _generations(self, query: sa.Select[tuple[object, ...]]) -> list[Generation]:
@@ -115,8 +116,8 @@ class Worklist:
 
 
 def _exported(call: sa.ColumnElement[int]) -> sa.Select[tuple[object, ...]]:
-    told = (U.c.id.label("row"), U.c.usage.label("told"), U.c.created_at.label("told_at"))
-    return sa.select(G, *told, call.label("call"))
+    columns = (U.c.id.label("row"), U.c.usage.label("export_usage"), U.c.created_at.label("export_created_at"))
+    return sa.select(G, *columns, call.label("call"))
 
 
 def _generation(row: sa.RowMapping) -> Generation:

@@ -1,1 +1,1 @@
-"""The pure part of billing: intake, fold, reconciliation, questions."""
+"""The pure core of billing: intake, fold, reconciliation, settlement, budgets and queries."""

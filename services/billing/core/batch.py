@@ -1,4 +1,4 @@
-"""A batch of records of many generations: folded, reconciled, and told apart by what must be written."""
+"""Fold and settle a batch of records of many generations, and sort the results by the kind of write they need."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -17,20 +17,20 @@ __all__ = ["Batch", "Group", "fold_batch", "group"]
 
 
 class Group(msgspec.Struct):
-    """The records of one generation, in the order of the log."""
+    """The records of one generation, in log order."""
 
     address: Address
     records: list[Record]
 
     @property
     def key(self) -> Key:
-        """The generation's identity."""
+        """Return the generation's key."""
         return Key(self.address.tenant, self.address.session, self.address.generation)
 
 
 class Batch(msgspec.Struct):
-    """What a batch changes: rows to write whole, rows whose running count alone moved, new entries of the ledger, and
-    how events were judged.
+    """The writes of a batch: whole rows, rows with a new position and running count only, new ledger entries, and the
+    number of events by verdict.
     """
 
     whole: list[Generation] = []
@@ -40,7 +40,7 @@ class Batch(msgspec.Struct):
 
 
 def group(records: Iterable[Record]) -> tuple[list[Group], int]:
-    """Return the records by generation, and how many have a subject that names none."""
+    """Group records by generation; also return the number of records whose subject names no generation."""
     groups: dict[str, Group | None] = {}
     strays = 0
     for record in records:
@@ -71,10 +71,10 @@ def fold_batch(
     lost: int = 0,
     highest: Mapping[Key, int] = MappingProxyType({}),
 ) -> Batch:
-    """Return what ``groups`` make of the ``known`` generations. ``now`` in milliseconds since 1970.
+    """Fold ``groups`` into the ``known`` generations and settle those that changed. ``now`` in milliseconds since 1970.
 
-    ``lost``: the last stream sequence that had expired unread. ``highest``: the highest epoch that the log keeps of
-    each generation that is joined behind expired events.
+    ``lost``: the last stream sequence that expired unread. ``highest``: the highest epoch in the log of each generation
+    that is joined behind expired events.
     """
     batch = Batch()
     for one in groups:

@@ -1,4 +1,4 @@
-"""Budgets: what a tenant or a credential may use in a day or a month, and whether one more generation fits in."""
+"""Budgets: limits on the usage of a tenant or a credential in a day or a month, and the admission of generations."""
 
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
@@ -38,10 +38,11 @@ Unit = Annotated[str, msgspec.Meta(pattern="^(tokens|[A-Z]{3})$")]
 
 
 class Budget(msgspec.Struct, frozen=True, kw_only=True):
-    """A bound on what may be used in each ``period`` (UTC).
+    """A limit on usage in each ``period`` (UTC).
 
-    ``key``: of one credential; empty: of the whole tenant. ``unit``: ``tokens``, or a currency such as ``USD``. Past
-    ``soft`` everybody is told, ``hard`` is not passed; at least one of them is set.
+    ``key``: the credential that it covers; empty: the whole tenant. ``unit``: ``tokens``, or a currency such as
+    ``USD``. Above ``soft`` generations are admitted with a warning, above ``hard`` they are refused; at least one of
+    them is set.
     """
 
     tenant: str
@@ -55,30 +56,30 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         limits = [limit for limit in (self.soft, self.hard) if limit is not None]
         if not limits:
-            raise ValueError("a budget has a soft or a hard limit, or both")
+            raise ValueError("a budget must have a soft or a hard limit, or both")
         if any(not limit.is_finite() or limit < 0 for limit in limits):
-            raise ValueError("a limit is not negative")
+            raise ValueError("a limit must not be negative")
         if self.soft is not None and self.hard is not None and self.soft > self.hard:
             raise ValueError(f"the soft limit {self.soft} is above the hard limit {self.hard}")
 
     def covers(self, key: str) -> bool:
-        """Tell whether it bounds what this credential uses."""
+        """Return whether the budget covers this credential."""
         return self.key in ("", key)
 
 
 class Need(NamedTuple):
-    """The most that a generation may use: tokens, and money by currency where its models have prices."""
+    """The largest possible usage of a generation: tokens, and money by currency where its models have prices."""
 
     tokens: int
     money: dict[str, Decimal]
 
     def of(self, unit: str) -> Decimal:
-        """Return it in the unit of a budget."""
+        """Return the usage in the unit of a budget."""
         return Decimal(self.tokens) if unit == TOKENS else self.money.get(unit, ZERO)
 
 
 class Standing(NamedTuple):
-    """Where a budget stands in its period: settled, and reserved by what has not ended."""
+    """The usage of a budget in its current period: settled (``spent``), and reserved for open generations."""
 
     budget: Budget
     spent: Decimal
@@ -86,19 +87,21 @@ class Standing(NamedTuple):
 
     @property
     def used(self) -> Decimal:
-        """What is gone or may go."""
+        """Return the sum of spent and reserved."""
         return self.spent + self.reserved
 
 
 class Verdict(NamedTuple):
-    """``refused``: the budget that has no room. ``passed``: one whose soft limit is passed with this generation."""
+    """An admission decision. ``refused``: the budget without room. ``passed``: the first one whose soft limit is
+    exceeded by this generation.
+    """
 
     refused: Standing | None
     passed: Standing | None
 
 
 def period_at(period: Period, at: int) -> tuple[int, int]:
-    """Return first and one past the last millisecond (since 1970) of the day or month of ``at``, in UTC."""
+    """Return the first millisecond (since 1970) of the day or month of ``at``, in UTC, and of the next one."""
     day = datetime.fromtimestamp(at / 1_000, UTC).replace(hour=0, minute=0, second=0, microsecond=0)
     if period == "day":
         first, after = day, day + timedelta(days=1)
@@ -109,9 +112,9 @@ def period_at(period: Period, at: int) -> tuple[int, int]:
 
 
 def need_of(reserve: Reserve, book: PriceBook, at: int) -> Need:
-    """Return the most that a generation may use: of the models that may answer, the dearest one counts.
+    """Return the largest possible usage of a generation, by the most expensive of its candidate models.
 
-    A model without a price needs no money: its generation is ``unpriced`` in the end, too.
+    A model without a price needs no money: its generation ends as ``unpriced``.
     """
     money: dict[str, Decimal] = {}
     for name in reserve.models:
@@ -126,7 +129,7 @@ _DEAREST: Final[tuple[tuple[TokenClass, ...], ...]] = (
     ("output", "reasoning"),
     ("per_request",),
 )
-"""Classes that the same token may turn out to be of."""
+"""Token classes that one reserved token may be billed as."""
 
 
 def _cost(reserve: Reserve, provider: str, model: str, book: PriceBook, at: int) -> dict[str, Decimal]:
@@ -148,7 +151,7 @@ def _amount(count: int, price: Price) -> Decimal:
 
 
 def admit(standings: list[Standing], need: Need) -> Verdict:
-    """Return whether one more generation fits into all of the budgets that cover it."""
+    """Decide whether one more generation fits into all of the budgets that cover it."""
     passed: Standing | None = None
     for standing in standings:
         budget = standing.budget
@@ -161,7 +164,7 @@ def admit(standings: list[Standing], need: Need) -> Verdict:
 
 
 class Use(NamedTuple):
-    """What a running generation has used so far, and what was reserved for it, in the unit of a budget."""
+    """The usage so far of a running generation, and its reservation, in the unit of a budget."""
 
     generation_key: tuple[str, str, str]
     key: str
@@ -170,8 +173,8 @@ class Use(NamedTuple):
 
 
 def beyond(standing: Standing, uses: list[Use]) -> list[tuple[str, str, str]]:
-    """Return the running generations that a hard limit stops: every one when it is used up; those that use more than
-    was reserved for them when there is less left than others have reserved.
+    """Return the running generations to stop at the hard limit: all of them when it is used up; those above their
+    reservation when their excess no longer fits beside the other reservations.
     """
     budget = standing.budget
     if budget.hard is None:
@@ -186,9 +189,9 @@ def beyond(standing: Standing, uses: list[Use]) -> list[tuple[str, str, str]]:
 
 
 class Overrun(NamedTuple):
-    """A generation that used more than budgets knew of, in one unit.
+    """A generation that used more than budgets had accounted for, in one unit.
 
-    ``expected``: what was reserved for it, or charged before a correction.
+    ``expected``: its reservation, or its charge before a correction.
     """
 
     generation: Generation
@@ -198,15 +201,15 @@ class Overrun(NamedTuple):
 
 
 def overruns(settled: Iterable[Generation], reserved: Mapping[Key, Mapping[str, Decimal]]) -> list[Overrun]:
-    """Return which generations used more than was reserved for them.
+    """Return the generations that used more than their reservation.
 
-    ``reserved``: what was, by generation and unit; those that are not in it had no reservation.
+    ``reserved``: reservations by generation and unit; generations without one are skipped.
     """
     return [over for g in settled if g.key in reserved for over in _above(g, reserved[g.key])]
 
 
 def corrected(before: Mapping[Key, Generation], after: Iterable[Generation]) -> list[Overrun]:
-    """Return which generations that had settled before have been charged more since then."""
+    """Return the settled generations whose charge has grown since."""
     known = [(before[g.key], g) for g in after if g.key in before and before[g.key].status not in OPEN]
     return [over for old, g in known for over in _above(g, _used(old))]
 

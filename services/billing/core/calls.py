@@ -1,7 +1,7 @@
-"""The calls of a generation: those that were abandoned, and the one that it ended with.
+"""The calls of a generation: abandoned ones, and the last one.
 
-A generation's counted and reported numbers are sums over all of its calls; ``calls`` holds those that were abandoned,
-so that the rest belongs to the last one. Each call is compared and priced by itself.
+The counted and reported numbers of a generation are sums over all of its calls. ``calls`` holds the abandoned ones; the
+difference belongs to the last call. Each call is compared and priced separately.
 """
 
 from collections.abc import Sequence
@@ -17,19 +17,19 @@ from services.billing.core.intake import clip
 __all__ = ["LIMIT", "abandon", "abandoned_calls", "forget_events", "last_call", "report", "sum_reports"]
 
 LIMIT: Final = 256
-"""Bound of abandoned calls that are kept apart; what is beyond is added to the last of them."""
+"""Bound of abandoned calls kept separately; further ones are added to the last of them."""
 REPORTED: Final = ("input", "output", "cached_input", "cache_write", "cache_write_1h", "reasoning")
-"""Classes of tokens that a provider reports, and the columns with their sums."""
+"""Token classes that a provider reports, which are also the columns of their sums."""
 _decoder: Final = msgspec.json.Decoder(list[AbandonedCall])
 
 
 def abandoned_calls(g: Generation) -> Sequence[AbandonedCall]:
-    """Return the abandoned calls of ``g`` in their order."""
+    """Return the abandoned calls of ``g``, in order."""
     return _decoder.decode(g.calls) if g.calls else ()
 
 
 def last_call(g: Generation) -> Generation:
-    """Return ``g`` with the numbers of the call that it ended with, or that runs, alone."""
+    """Return ``g`` with the numbers of its last call only, running or ended."""
     if not g.calls:
         return g
     calls = abandoned_calls(g)
@@ -45,9 +45,9 @@ def last_call(g: Generation) -> Generation:
 
 
 def abandon(g: Generation, call: AbandonedCall | None) -> None:
-    """Add the call that ``g`` leaves behind, and begin the next one's numbers.
+    """Append the abandoned call to ``g`` and start the numbers of the next call.
 
-    ``None``: its producer said nothing of it, so what the log has counted of it so far is what is known.
+    ``None``: the producer sent no record of the call, so the running count in the log is used.
     """
     calls = list(abandoned_calls(g))
     known = last_call(g)
@@ -66,9 +66,9 @@ def abandon(g: Generation, call: AbandonedCall | None) -> None:
 
 
 def report(g: Generation, reported: AbandonedCall) -> None:
-    """Set what the provider reported of an abandoned call, and nothing else of it where it is known.
+    """Set the provider's report of an abandoned call; its other fields stay if the call is known.
 
-    What an export says outweighs the log. A call that is not known was lost with the head of the log.
+    An export takes precedence over the log. An unknown call was lost with the head of the log.
     """
     calls = list(abandoned_calls(g))
     known = next((call for call in calls if call.number == reported.number), None)
@@ -82,7 +82,7 @@ def report(g: Generation, reported: AbandonedCall) -> None:
 
 
 def forget_events(g: Generation) -> None:
-    """Forget what events tell of the calls of ``g``; what exports tell of them stays."""
+    """Remove the calls of ``g`` that events reported; reports of exports stay."""
     kept = [
         AbandonedCall(number=c.number, upstream_id=c.upstream_id, usage=c.usage, source=c.source)
         for c in abandoned_calls(g)
@@ -94,7 +94,7 @@ def forget_events(g: Generation) -> None:
 
 
 def sum_reports(g: Generation) -> None:
-    """Set the reported numbers of ``g``: the sums over the reports of all its calls."""
+    """Set the reported numbers of ``g`` to the sums over the reports of all its calls."""
     last = _usage(g)
     reported = [usage for usage in (last, *(c.usage for c in abandoned_calls(g))) if usage is not None]
     for name in REPORTED:
@@ -102,7 +102,7 @@ def sum_reports(g: Generation) -> None:
 
 
 def _with(calls: Sequence[AbandonedCall], call: AbandonedCall) -> list[AbandonedCall]:
-    """Return ``calls`` with ``call``; of one that is there already an export alone has told, and that outweighs it."""
+    """Return ``calls`` with ``call`` merged in; the report of an export that is already there stays."""
     kept = []
     for other in calls:
         if other.number != call.number:
@@ -113,7 +113,7 @@ def _with(calls: Sequence[AbandonedCall], call: AbandonedCall) -> list[Abandoned
 
 
 def _set(g: Generation, calls: Sequence[AbandonedCall], last: Counted) -> None:
-    """Set the calls, the sums over them, and our count of the last one."""
+    """Set the calls, their sums, and the counted tokens of the last call."""
     kept = _bounded(calls)
     g.calls = msgspec.json.encode(kept).decode() if kept else ""
     g.counted_input = last.input + sum(c.counted.input for c in kept)
@@ -137,7 +137,7 @@ def _lost(known: Generation, number: int) -> AbandonedCall:
 
 
 def _bare(call: AbandonedCall) -> AbandonedCall:
-    """Return a call with texts that fit, and without the provider's own object, which stays in the log."""
+    """Return a call with texts clipped to fit, and without the provider's raw usage object, which stays in the log."""
     return msgspec.structs.replace(
         call,
         code=clip(call.code),

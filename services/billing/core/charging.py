@@ -1,6 +1,6 @@
-"""From a settled generation to ledger entries: what it is to cost, and what leads there from what was entered before.
+"""Charge settled generations: compute the target amount, and the ledger entries that lead there from earlier entries.
 
-The sum of a generation's entries always equals the price of its final usage: entries are never changed, each is the
+The sum of a generation's entries always equals the price of its final usage. Entries never change; each one is the
 difference that was missing when it was written.
 """
 
@@ -25,11 +25,11 @@ Source = Literal["counted", "reported", "provider_export", "none"]
 
 
 class Charging(msgspec.Struct, frozen=True, kw_only=True):
-    """By which numbers generations are charged that did not complete with a report.
+    """The policy for charging generations that did not complete with a report.
 
-    ``partial``: failed, cancelled and interrupted ones. ``missing``: completed ones whose provider never reported.
-    ``abandoned``: calls that did not become the answer; ``provider`` is the report where there is one, else the count.
-    ``tenants``: the same for single tenants, instead of ``partial`` and ``abandoned``.
+    ``partial``: failed, cancelled and interrupted generations. ``missing``: completed ones without a provider report.
+    ``abandoned``: calls that did not become the answer; ``provider`` is the report if there is one, else the count.
+    ``tenants``: overrides for single tenants, in place of ``partial`` and ``abandoned``.
     """
 
     partial: Basis = "counted"
@@ -47,7 +47,7 @@ class Charging(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Tokens(msgspec.Struct, frozen=True, kw_only=True):
-    """What is paid for, in classes of which no token is in two."""
+    """Billable tokens in disjoint classes: no token is in two of them."""
 
     input: int = 0
     cached_input: int = 0
@@ -59,15 +59,15 @@ class Tokens(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Return the sum of all classes."""
         writes = self.cache_write + self.cache_write_1h
         return self.input + self.cached_input + writes + self.output + self.reasoning
 
 
 class Line(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One class of tokens on the bill: how many, at which row of the price book, for how much.
+    """One token class of a bill: its count, its row of the price book, and its amount.
 
-    ``call``: the number of the abandoned call that used them; 0 for the one that the generation ended with.
+    ``call``: the number of the abandoned call that used the tokens; 0 for the last call.
     """
 
     token_class: TokenClass
@@ -79,10 +79,10 @@ class Line(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
-    """One entry of the ledger. ``number`` counts a generation's entries from 1.
+    """One ledger entry. ``number`` counts a generation's entries from 1.
 
-    ``source``: whose numbers; ``rule``: why they hold (status and policy). ``lines``: the bill that ``amount`` leads
-    to, as JSON; ``revision``: of the price book. ``created_at`` in milliseconds since 1970.
+    ``source``: the source of the numbers; ``rule``: the status and policy that selected them. ``lines``: the bill
+    behind ``amount``, as JSON; ``revision``: of the price book. ``created_at`` in milliseconds since 1970.
     """
 
     tenant: str
@@ -100,7 +100,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Target(NamedTuple):
-    """What a generation is to cost; ``amount`` is ``None`` where nothing is to be asked for."""
+    """The price that a generation's entries must sum to; ``amount`` is ``None`` if nothing is charged."""
 
     pricing: Pricing
     source: Source
@@ -112,7 +112,7 @@ class _Target(NamedTuple):
 
 
 def charge(g: Generation, now: int, charging: Charging, book: PriceBook) -> tuple[Generation, list[Entry]]:
-    """Return ``g`` with its price settled, and the entries that lead there. ``g`` has been reconciled at ``now``."""
+    """Return ``g`` with its settled price, and the missing ledger entries. ``g`` has been reconciled at ``now``."""
     target = _target(g, charging, book)
     if target is None:
         return g, []
@@ -162,7 +162,7 @@ def _steps(g: Generation, target: _Target) -> Iterator[tuple[Kind, Decimal, str]
 
 
 class _Bill(NamedTuple):
-    """One call's tokens, by whose numbers, and whose prices hold for it. ``call``: as in `Line`."""
+    """The tokens of one call, their source, and the model that prices them. ``call``: as in `Line`."""
 
     call: int
     tokens: Tokens
@@ -172,7 +172,7 @@ class _Bill(NamedTuple):
 
 
 def _target(g: Generation, charging: Charging, book: PriceBook) -> _Target | None:
-    """Return what ``g`` is to cost, over all of its calls; ``None`` while that is open."""
+    """Return the price of ``g`` over all of its calls; ``None`` until its status is decided."""
     if g.status in ("running", "awaiting_provider"):
         return None
     last, rule = _last_bill(g, charging)
@@ -187,7 +187,7 @@ def _target(g: Generation, charging: Charging, book: PriceBook) -> _Target | Non
 
 
 def _last_bill(g: Generation, charging: Charging) -> tuple[_Bill | None, str]:
-    """Return what is paid for the call that ``g`` ended with, if anything, and the rule that says so."""
+    """Return the bill of the last call of ``g``, or None if it is not charged, and the rule applied."""
     basis: Basis = "reported"
     rule = f"{g.status}:reported"
     if g.status in ("partial", "provider_missing"):
@@ -197,13 +197,13 @@ def _last_bill(g: Generation, charging: Charging) -> tuple[_Bill | None, str]:
     if basis == "none" or (basis == "reported" and g.usage is None):
         return None, rule
     if g.status == "partial" and g.usage is None and not last.counted_output:
-        return None, f"{g.state}:nothing"  # nobody pays for a refusal
+        return None, f"{g.state}:nothing"  # a refusal is free
     source: Source = "counted" if basis == "counted" else "provider_export" if g.usage_source == EXPORT else "reported"
     return _Bill(0, _tokens(last, basis), source, g.provider, g.upstream_model or g.model), rule
 
 
 def _abandoned_bills(g: Generation, charging: Charging) -> list[_Bill]:
-    """Return what is paid for abandoned calls; one that said nothing and reported nothing costs nothing."""
+    """Return the bills of abandoned calls; a call without tokens and without a report is free."""
     basis = charging.of_calls(g.tenant)
     bills = []
     for call in abandoned_calls(g) if basis != "none" else ():
@@ -224,7 +224,7 @@ def _tokens(g: Generation, basis: Basis) -> Tokens:
 
 
 def disjoint(usage: Usage) -> Tokens:
-    """Return a provider's numbers in disjoint classes; where it bills other numbers than it processed, those hold."""
+    """Convert a provider's usage to disjoint classes; its billed units take precedence over its processed ones."""
     usage = nested(usage)
     inputs = usage.input if usage.billed_input is None else usage.billed_input
     outputs = usage.output if usage.billed_output is None else usage.billed_output
@@ -243,7 +243,7 @@ def disjoint(usage: Usage) -> Tokens:
 
 
 def _priced(bills: Sequence[_Bill], at: int, book: PriceBook, rule: str) -> _Target:
-    """Return the sum of the calls' bills: one bill has one source, and one currency."""
+    """Price the bills of all calls and return their sum, with one source and one currency."""
     sources = {bill.source for bill in bills}
     source: Source = bills[-1].source if len(sources) == 1 else "counted" if "counted" in sources else "reported"
     tokens = sum(bill.tokens.total for bill in bills)
@@ -252,11 +252,11 @@ def _priced(bills: Sequence[_Bill], at: int, book: PriceBook, rule: str) -> _Tar
     currencies: set[str] = set()
     for bill in bills:
         rows = book.rows(bill.provider, bill.model, at)
-        spoken = [rows[c].currency for c in _SPOKEN if c in rows]
-        if not spoken or any(c not in rows and getattr(bill.tokens, c) for c in TOKEN_CLASSES):
+        base = [rows[c].currency for c in _REQUIRED if c in rows]
+        if not base or any(c not in rows and getattr(bill.tokens, c) for c in TOKEN_CLASSES):
             return unpriced
         used = [(c, p) for c, p in rows.items() if getattr(bill.tokens, c)]
-        currencies |= {p.currency for _, p in used} or set(spoken)
+        currencies |= {p.currency for _, p in used} or set(base)
         try:
             lines += [_line(c, getattr(bill.tokens, c), p, bill.call) for c, p in used]
         except AmountTooLarge:
@@ -267,8 +267,8 @@ def _priced(bills: Sequence[_Bill], at: int, book: PriceBook, rule: str) -> _Tar
     return _Target("charged", source, rule, amount, currencies.pop(), tuple(lines), tokens)
 
 
-_SPOKEN: Final[tuple[TokenClass, ...]] = ("input", "output")
-"""Without a price for either of these a model has no price, however few tokens it used."""
+_REQUIRED: Final[tuple[TokenClass, ...]] = ("input", "output")
+"""A model without a price for one of these classes has no price, however few tokens it used."""
 
 
 def _line(token_class: TokenClass, count: int, price: Price, call: int) -> Line:

@@ -28,7 +28,7 @@ _CUT_OFF: Final = "upstream_cut_off"
 def explain(g: Generation, policy: Policy) -> str:
     """Return the reasons why ``g`` is not matched, separated by commas, in the order of `REASONS`.
 
-    A matched generation has only the reasons that its usage report names.
+    A matched generation has only the reasons from its usage report.
     """
     if g.status in ("running", "awaiting_provider"):
         return ""
@@ -59,7 +59,7 @@ def _reasons(g: Generation, usage: Usage | None, tolerance: Tolerance) -> Iterat
 
 
 def _hidden(g: Generation, usage: Usage, tolerance: Tolerance) -> bool:
-    """Return whether the output agrees once reasoning that was never streamed is left out."""
+    """Return whether the output agrees without reasoning that was never streamed."""
     if not usage.reasoning or tolerance.agree(g.counted_output, usage.output):
         return False
     return g.counted_output < usage.output and tolerance.agree(
@@ -68,7 +68,7 @@ def _hidden(g: Generation, usage: Usage, tolerance: Tolerance) -> bool:
 
 
 def _cached(g: Generation, usage: Usage, tolerance: Tolerance) -> bool:
-    """Return whether the input agrees once cached tokens are left out, or added."""
+    """Return whether the input agrees with cached tokens subtracted or added."""
     cached = usage.cached_input + usage.cache_write
     if not cached or not g.counted_input or tolerance.agree(g.counted_input, usage.input):
         return False

@@ -1,6 +1,6 @@
-"""The fold: a generation's events, in the order of the log, into what billing knows of it.
+"""Fold a generation's events, in log order, into its billing state.
 
-The acceptance rule makes it idempotent: events that were folded before change no number again.
+The acceptance rule makes the fold idempotent: repeated events change no token count.
 """
 
 from collections import Counter
@@ -32,10 +32,10 @@ from services.billing.core.intake import Record, clip, milliseconds
 __all__ = ["Change", "Folded", "fold", "joins_late", "take_export", "take_usage"]
 
 LABELS_LIMIT: Final = 4_000
-"""Characters of a generation's labels that are kept, as JSON; more than that and none are."""
+"""Bound of a generation's labels in characters of JSON; longer ones are dropped altogether."""
 
 Change = Literal["nothing", "progress", "whole"]
-"""What must be written: nothing, the position and the running count, or the whole row."""
+"""The write that is needed: none, the position and the running count, or the whole row."""
 
 _DROPPED: Final = {
     Verdict.DUPLICATE: "duplicates",
@@ -46,7 +46,9 @@ _DROPPED: Final = {
 
 
 class Folded(NamedTuple):
-    """The generation after its records (``None`` while none was accepted), what changed, and the verdicts."""
+    """The folded generation (``None`` until an event is accepted), the kind of change, and the number of events by
+    verdict.
+    """
 
     generation: Generation | None
     change: Change
@@ -54,7 +56,7 @@ class Folded(NamedTuple):
 
 
 def joins_late(known: Generation | None, records: Iterable[Record], lost: int = 0) -> bool:
-    """Tell whether `fold` joins the generation behind events that have expired: it needs the highest epoch then."""
+    """Return whether `fold` joins the generation behind expired events, and so needs its highest epoch."""
     acceptance = _acceptance(known)
     first = next((record for record in records if record.header is not None), None)
     if first is None or first.header is None:
@@ -67,12 +69,12 @@ def joins_late(known: Generation | None, records: Iterable[Record], lost: int = 
 def fold(
     known: Generation | None, address: Address, records: Iterable[Record], lost: int = 0, highest: int = 0
 ) -> Folded:
-    """Return ``known`` advanced by ``records``, which are of one generation and in the order of the log.
+    """Return a copy of ``known`` advanced by ``records``, which belong to one generation and are in log order.
 
-    ``known`` itself is left alone. A generation whose first known event is not its first has lost its head to the
-    log's age: it is joined where it can be, and marked. So is one whose middle was lost: ``lost`` is the last stream
-    sequence that had expired unread, 0 where none had. ``highest``: the highest epoch that the log keeps of it, where
-    `joins_late`; what an earlier epoch wrote there is a zombie's.
+    A generation whose first available event is not its first one has lost its head to the log's age: it is joined if
+    possible, and marked ``headless``. The same holds after a loss in the middle: ``lost`` is the last stream sequence
+    that expired unread, 0 if none did. ``highest``: the highest epoch in the log, if `joins_late`; events of earlier
+    epochs are zombies.
     """
     g = msgspec.structs.replace(known) if known else _unborn(address)
     acceptance = _acceptance(known)
@@ -85,27 +87,31 @@ def fold(
         if header is None:
             verdicts["malformed"] += 1
             continue
+        # Join behind expired events, at the beginning or in the middle.
         begun, epoch = acceptance.begun, acceptance.epoch
         if (begun and g.log_seq <= lost < record.seq) or (not begun and acceptance.lacks(header)):
-            acceptance.join(highest)  # what was lost may hold a takeover, also where this event would fit
+            acceptance.join(highest)  # a takeover may have been lost, even if this event fits
+        # Apply the acceptance rule; a dropped event is only counted.
         verdict = acceptance.offer(header, record.seq)
         if verdict is not Verdict.ACCEPTED:
             verdicts[verdict.value] += 1
             if begun:
-                # While it is being joined, the last event before the loss stays the last one that is known.
+                # While joining, the last event before the loss remains the last known one.
                 _count_drop(g, _DROPPED[verdict], g.log_seq if acceptance.is_joining else record.seq)
                 change = "whole"
             continue
         g.log_seq = record.seq
         if header.type == "delta" and begun and acceptance.epoch == epoch and acceptance.joined_at != record.seq:
-            # nearly all of the log
+            # fast path: nearly all events
             plain += 1
             if header.tokens:
                 g.counted_output = before + header.tokens
             continue
+        # A higher epoch without a terminal abandons the call so far.
         change = "whole"
         if acceptance.epoch > epoch > 0 and header.type not in TERMINAL_TYPES:
             abandon(g, record.event.call if isinstance(record.event, Restarted) else None)
+        # Apply the event itself; deltas carry the running count of the last call.
         if not begun or header.type != "delta":
             _apply(g, record, header.type)
         before = _counted_before(g)
@@ -125,7 +131,7 @@ def _acceptance(known: Generation | None) -> Acceptance:
 
 
 def _counted_before(g: Generation) -> int:
-    """Return the output tokens of abandoned calls, to which the running count of the last one is added."""
+    """Return the output tokens of abandoned calls; the running count of the last call is added to them."""
     return sum(call.counted.output for call in abandoned_calls(g))
 
 
@@ -168,7 +174,7 @@ def _take(g: Generation, event: Event, at: int) -> None:
                 abandon(g, event.call)
             _name_upstream(g, event.provider or "", event.upstream_model or "")
         case UsageReported() if event.call:
-            report(g, _told(event))
+            report(g, _reported_call(event))
         case UsageReported():
             _take_usage(g, event, at)
         case Completed():
@@ -189,7 +195,7 @@ def _name_upstream(g: Generation, provider: str, upstream_model: str) -> None:
 
 def _take_count(g: Generation, counted: Counted) -> None:
     if counted == Counted():
-        return  # its writer did not count: what deltas said stays
+        return  # its writer did not count: the count of its deltas stays
     calls = abandoned_calls(g)
     if counted.input:
         g.counted_input = counted.input + sum(call.counted.input for call in calls)
@@ -209,7 +215,7 @@ def _take_usage(g: Generation, event: UsageReported, at: int) -> None:
 
 
 def take_usage(g: Generation, usage: Usage, source: str) -> None:
-    """Set what the provider reported of the last call, and who told so."""
+    """Set the provider's report of the last call, and its source."""
     usage = nested(usage)
     g.usage = msgspec.json.encode(usage).decode()
     g.usage_source = source
@@ -217,14 +223,14 @@ def take_usage(g: Generation, usage: Usage, source: str) -> None:
 
 
 def take_export(g: Generation, call: int, usage: Usage) -> None:
-    """Set what a provider's export says of a call of ``g``; ``call`` 0 is the one that it ended with."""
+    """Apply a row of a provider's export to a call of ``g``; ``call`` 0 is the last one."""
     if call:
         report(g, AbandonedCall(number=call, usage=usage, source=EXPORT))
     else:
         take_usage(g, usage, EXPORT)
 
 
-def _told(event: UsageReported) -> AbandonedCall:
+def _reported_call(event: UsageReported) -> AbandonedCall:
     return AbandonedCall(
         number=event.call,
         provider=event.provider,
@@ -236,6 +242,6 @@ def _told(event: UsageReported) -> AbandonedCall:
 
 
 def _labels(metadata: dict[str, str]) -> str:
-    """Return labels as JSON that any database takes; none that are too many or too long."""
+    """Return labels as JSON that any database accepts; empty if they are too long."""
     text = msgspec.json.encode({clip(k): clip(v) for k, v in metadata.items()}, order="sorted").decode()
     return "" if not metadata or len(text) > LABELS_LIMIT else text

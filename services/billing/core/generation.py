@@ -1,4 +1,4 @@
-"""What billing knows of one generation. Field names are the columns of the table ``generations``."""
+"""The billing state of one generation. Field names are the columns of the table ``generations``."""
 
 from decimal import Decimal
 from typing import Final, Literal, NamedTuple
@@ -16,13 +16,13 @@ STATUSES: Final = ("running", "matched", "drift", "awaiting_provider", "provider
 Pricing = Literal["pending", "charged", "unpriced", "waived"]
 PRICINGS: Final = ("pending", "charged", "unpriced", "waived")
 EXPORT: Final = "provider_export"
-"""Source of usage that a provider's export tells: it outweighs whatever the log says, whichever comes first."""
+"""Usage source of a provider's export, which takes precedence over the log in any order of arrival."""
 DELIVERED: Final = ("subscribers", "delivered_events", "delivered_tokens", "delivered_bytes")
-"""Fields that delivery's reports fill, beside the fold: the fold neither writes nor needs them."""
+"""Fields set from delivery's reports; the fold neither reads nor writes them."""
 
 
 class Key(NamedTuple):
-    """The identity of a generation, as its subject in the log gives it."""
+    """The key of a generation, from its subject in the log."""
 
     tenant: str
     session: str
@@ -32,18 +32,17 @@ class Key(NamedTuple):
 class Generation(msgspec.Struct, kw_only=True):
     """One generation, folded from its events. Times in milliseconds since 1970 (producer's clock); sizes in tokens.
 
-    ``log_seq``: stream sequence of the last event that changed anything here. ``epoch``, ``next_seq``: how far the
-    acceptance rule has come. ``headless``: its first events had expired before they were read; counts are still right,
-    because events carry running totals. ``state``: ``running`` or the type of its terminal; ``status``: the outcome of
+    ``log_seq``: stream sequence of the last event that changed the row. ``epoch``, ``next_seq``: position of the
+    acceptance rule. ``headless``: its first events had expired before they were read; counts are still right, because
+    events carry running totals. ``state``: ``running`` or the type of its terminal; ``status``: the outcome of
     reconciliation. ``code``: finish reason, failure code or reason of the end. ``counted_…``: Tailrace's own count.
-    ``input`` … ``reasoning``: what the provider reported, ``None`` without a report; ``usage`` is that report as JSON.
-    ``drift_…``: reported minus counted; ``reasons``: why, as far as that can be known, by commas. ``settle_at``: when
-    the next decision is due. ``upstream_id``: the provider's name for it. ``metadata``: the request's labels as JSON.
-    ``credential``: who asked, by the name of the key.
-    ``pricing``: whether money has been asked for it: not decided yet, charged, no price known, or waived by policy.
-    ``amount`` in ``currency`` is the sum of its ``entries`` entries in the ledger, reckoned by ``tokens``.
-    ``subscribers`` and ``delivered_…``: what subscribers were sent, ``None`` before the first report. The rest counts
-    dropped events.
+    ``input`` … ``reasoning``: the provider's report, ``None`` without one; ``usage`` is that report as JSON.
+    ``drift_…``: reported minus counted; ``reasons``: the known causes, separated by commas. ``settle_at``: time of the
+    next decision. ``upstream_id``: the provider's name of the generation. ``metadata``: the request's labels as JSON.
+    ``credential``: the name of the key that made the request. ``pricing``: pending, charged, unpriced (no price known),
+    or waived by policy. ``amount`` in ``currency`` is the sum of its ``entries`` ledger entries, computed from
+    ``tokens``. ``subscribers`` and ``delivered_…``: delivery to subscribers, ``None`` before the first report. The
+    remaining fields count dropped events.
     """
 
     tenant: str
@@ -101,15 +100,15 @@ class Generation(msgspec.Struct, kw_only=True):
 
     @property
     def key(self) -> Key:
-        """Its identity."""
+        """Return its key."""
         return Key(self.tenant, self.session, self.generation)
 
     @property
     def ended(self) -> bool:
-        """Whether its terminal has been accepted."""
+        """Return whether its terminal has been accepted."""
         return self.state != "running"
 
     @property
     def position(self) -> Position:
-        """How far its events have been accepted."""
+        """Return the position of its last accepted event."""
         return Position(self.epoch, self.next_seq, self.ended)

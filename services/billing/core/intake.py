@@ -1,4 +1,4 @@
-"""Decode stored messages into records for the fold; malformed bytes give a record with a fault."""
+"""Decode stored messages into records for the fold; malformed messages become records with a fault."""
 
 from typing import Final, NamedTuple
 
@@ -9,14 +9,14 @@ __all__ = ["Record", "clip", "milliseconds", "read_record"]
 
 TEXT_LIMIT: Final = 200
 _LAST_SECOND: Final = 253_402_300_799
-"""The end of the year 9999; a stamp beyond is a writer's mistake."""
+"""The end of the year 9999; a later stamp is a writer's error."""
 
 
 class Record(NamedTuple):
-    """One stored message. ``seq`` is its stream sequence, ``stamp`` when it was stored (nanoseconds; 0: not looked at).
+    """One stored message. ``seq``: its stream sequence; ``stamp``: its storage time (nanoseconds; 0 if not read).
 
-    ``header`` is missing when it is no event at all; ``event`` when the header says enough (a delta) or the rest could
-    not be read, and then ``fault`` says why (``unknown`` type, ``malformed``).
+    ``header`` is None if the message is not an event. ``event`` is None if the header is enough (a delta) or the body
+    could not be decoded; ``fault`` then names the reason (``unknown`` type, ``malformed``).
     """
 
     seq: int
@@ -28,7 +28,7 @@ class Record(NamedTuple):
 
 
 def read_record(seq: int, subject: str, data: bytes, stamp: int = 0) -> Record:
-    """Return the record of a stored message. Of a delta only the header is decoded: it carries the running count."""
+    """Decode a stored message. Only the header of a delta is decoded: it carries the running count."""
     try:
         header = decode_header(data)
         if header.type == "delta":
@@ -41,10 +41,10 @@ def read_record(seq: int, subject: str, data: bytes, stamp: int = 0) -> Record:
 
 
 def clip(text: str) -> str:
-    """Return ``text`` as any database takes it: without NUL, no longer than 200 characters."""
+    """Return ``text`` without NUL and cut to 200 characters, as any database accepts it."""
     return text.replace("\0", "")[:TEXT_LIMIT]
 
 
 def milliseconds(at: float) -> int:
-    """Return an event's stamp in whole milliseconds since 1970; 0 for one that is no time at all."""
+    """Convert an event's stamp to whole milliseconds since 1970; 0 if it is not a valid time."""
     return round(at * 1_000) if 0 <= at <= _LAST_SECOND else 0

@@ -1,6 +1,6 @@
-"""Exact money: decimal amounts with twelve places, of which no arithmetic here ever rounds one away.
+"""Exact money: decimal amounts with twelve places; no arithmetic here rounds.
 
-A price has at most six places per 1,000,000 tokens, so that the amount for any number of tokens has at most twelve.
+A price has at most six places per 1,000,000 tokens, so an amount for any number of tokens has at most twelve.
 """
 
 import re
@@ -11,7 +11,7 @@ __all__ = ["LARGEST", "PLACES", "ZERO", "AmountTooLarge", "parse_price", "render
 
 PLACES: Final = 12
 LARGEST: Final = Decimal(9_000_000)
-"""No single amount reaches this: in units of 10⁻¹² it fits a signed 64-bit number, which is how SQLite keeps it."""
+"""Exclusive bound of a single amount: in units of 10⁻¹² it fits a signed 64-bit integer, as SQLite stores it."""
 ZERO: Final = Decimal(0)
 _PRICE_PLACES: Final = 6
 _MILLION: Final = 6  # as a power of ten
@@ -20,7 +20,7 @@ _PLAIN: Final = re.compile(r"[0-9]{1,12}(\.[0-9]{1,20})?")
 
 
 class AmountTooLarge(ValueError):
-    """An amount that no generation can honestly have."""
+    """An amount beyond what one generation can plausibly cost."""
 
     def __init__(self, amount: Decimal) -> None:
         self.amount = amount
@@ -28,10 +28,10 @@ class AmountTooLarge(ValueError):
 
 
 def parse_price(text: str) -> Decimal:
-    """Return a price, written as a plain decimal number.
+    """Parse a price, written as a plain decimal number.
 
     Raises:
-        ValueError: it is not one, is negative or too large, or has more than six places.
+        ValueError: it is not a number, is negative or too large, or has more than six places.
     """
     if _PLAIN.fullmatch(text) is None:
         raise ValueError(f"{text[:40]!r} is not a plain decimal number such as 2.50")
@@ -57,6 +57,6 @@ def times(count: int, price: Decimal, *, per_million: bool = True) -> Decimal:
 
 
 def render(amount: Decimal) -> str:
-    """Return an amount as plain text without needless zeros."""
+    """Format an amount as plain text without trailing zeros."""
     text = f"{amount:f}"
     return (text.rstrip("0").rstrip(".") if "." in text else text) or "0"

@@ -1,4 +1,4 @@
-"""Price files: TOML, CSV or JSON text into rows, with every fault named by its line.
+"""Parse price files (TOML, CSV or JSON) into rows, and report every fault with its line.
 
 TOML has a table ``[[price]]`` per model (or list of models) and date, with a key for each token class; CSV and JSON
 have one record per price, as `render_rows` writes them.
@@ -31,14 +31,14 @@ _ALLOWED: Final = frozenset({"provider", "model", "currency", "from", "until", *
 
 
 class Fault(NamedTuple):
-    """One thing that is wrong. ``line`` counts from 1; in JSON it is the number of the record."""
+    """One fault. ``line`` counts from 1; in JSON it is the number of the record."""
 
     line: int
     message: str
 
 
 class BadPrices(ValueError):
-    """A price file with faults; all of them."""
+    """A price file with faults: carries all of them."""
 
     def __init__(self, faults: Sequence[Fault]) -> None:
         self.faults = sorted(faults)
@@ -46,7 +46,7 @@ class BadPrices(ValueError):
 
     @classmethod
     def single(cls, line: int, message: str) -> "BadPrices":
-        """Return the error of one fault."""
+        """Return an error with one fault."""
         return cls([Fault(line, message)])
 
 
@@ -59,7 +59,7 @@ class _Row(NamedTuple):
 
 
 def parse_toml(text: str) -> list[Price]:
-    """Return the rows of a TOML file.
+    """Parse a TOML price file into rows.
 
     Raises:
         BadPrices: it has faults.
@@ -68,7 +68,7 @@ def parse_toml(text: str) -> list[Price]:
         document = tomllib.loads(text, parse_float=Decimal)
     except tomllib.TOMLDecodeError as error:
         found = re.search(r"at line (\d+)", str(error))
-        line = int(found[1]) if found else max(1, len(text.splitlines()))  # otherwise: at the end of the document
+        line = int(found[1]) if found else max(1, len(text.splitlines()))  # without a position, the end of the document
         raise BadPrices([Fault(line, f"not valid TOML: {error}")]) from error
     faults: list[Fault] = []
     lines = text.splitlines()
@@ -86,7 +86,7 @@ def parse_toml(text: str) -> list[Price]:
         shared = {"currency": document.get("currency"), **{k: v for k, v in table.items() if k not in CLASSES}}
         classes = [c for c in CLASSES if c in table]
         if not classes:
-            faults.append(Fault(line, f"no price stands in this table; classes: {_classes()}"))
+            faults.append(Fault(line, f"this table has no price; classes: {_classes()}"))
         models = table["model"] if isinstance(table.get("model"), list) else [table.get("model")]
         if not models:
             faults.append(Fault(_line_of(lines, line, "model"), "model: the list is empty"))
@@ -103,7 +103,7 @@ def _classes() -> str:
 
 
 def _line_of(lines: Sequence[str], start: int, key: str) -> int:
-    """Return the line of ``key`` in the table that begins after the line ``start``, or the table's own."""
+    """Return the line of ``key`` in the table that begins after line ``start``, or the line of the table itself."""
     pattern = re.compile(rf"\s*[\"']?{re.escape(key)}[\"']?\s*=")
     for number in range(start, len(lines)):
         if _SECTION.match(lines[number]):
@@ -114,7 +114,7 @@ def _line_of(lines: Sequence[str], start: int, key: str) -> int:
 
 
 def parse_csv(text: str) -> list[Price]:
-    """Return the rows of a CSV file with a header line.
+    """Parse a CSV price file with a header line into rows.
 
     Raises:
         BadPrices: it has faults.
@@ -141,7 +141,7 @@ def parse_csv(text: str) -> list[Price]:
 
 
 def parse_json(data: bytes) -> list[Price]:
-    """Return the rows of ``{"prices": [{…}]}`` with a field for each of `COLUMNS`; faults count records from 1.
+    """Parse ``{"prices": [{…}]}``, with a field for each of `COLUMNS`, into rows; faults count records from 1.
 
     Raises:
         BadPrices: it has faults.
@@ -247,7 +247,7 @@ def _parse_moment(text: Any) -> date:
 
 
 def render_moment(milliseconds: int) -> str:
-    """Return a moment as a price file has it: a date where it is midnight, UTC."""
+    """Format a time for a price file: a date if it is midnight, UTC."""
     moment = datetime.fromtimestamp(milliseconds / 1_000, UTC)
     if milliseconds % 86_400_000 == 0:
         return moment.strftime("%Y-%m-%d")
@@ -255,7 +255,7 @@ def render_moment(milliseconds: int) -> str:
 
 
 def render_rows(prices: Iterable[Price]) -> list[dict[str, str]]:
-    """Return records that `parse_json` and `parse_csv` take back."""
+    """Return the rows as records that `parse_json` and `parse_csv` accept."""
     return [
         {
             "provider": p.provider,

@@ -1,10 +1,10 @@
-"""The price book: which price holds for which tokens of which model, and when.
+"""The price book: find the price of a model's tokens at a given time.
 
-A price is found for each token class by itself: of the rows that match provider and model and are valid at the
-generation's start, the most specific one. A provider by its name beats a pattern; then a model by its name beats a
-pattern; then the pattern with more literal characters wins; of equal ones the one that became valid last. A class
-without a price as specific as that of the class it is part of goes by that one: cached input and cache writes by
-``input``, writes for an hour by ``cache_write``, reasoning by ``output``.
+Each token class is priced separately, by the most specific row that matches provider and model and is valid at the
+generation's start. A provider by its name precedes a pattern; then a model by its name precedes a pattern; then the
+pattern with more literal characters; among equal rows, the one that became valid last. A class without a price as
+specific as that of its parent class uses the parent's: cached input and cache writes use ``input``, writes for an hour
+``cache_write``, reasoning ``output``.
 """
 
 import re
@@ -28,13 +28,13 @@ PARENTS: Final[dict[TokenClass, TokenClass]] = {
     "cache_write_1h": "cache_write",
     "reasoning": "output",
 }
-"""A parent precedes its parts in `CLASSES`."""
+"""The parent of each class; in `CLASSES` a parent precedes its children."""
 _REMEMBERED: Final = 10_000
-"""Bound of provider and model pairs whose rows are kept at hand."""
+"""Bound of cached provider and model pairs."""
 
 
 class PriceKey(NamedTuple):
-    """What a price is a price of; the rest of a row is what it says."""
+    """The key of a price row: its provider, model, class and start of validity."""
 
     provider: str
     model: str
@@ -45,8 +45,9 @@ class PriceKey(NamedTuple):
 class Price(msgspec.Struct, frozen=True, kw_only=True):
     """One dated row. Amount in ``currency`` per 1,000,000 tokens, for ``per_request`` per request.
 
-    ``provider`` and ``model`` may hold ``*`` and ``?``. Valid from ``valid_from`` up to, not including, ``valid_until``
-    (``None``: without end), in milliseconds since 1970. ``id`` is the database's, 0 before it is kept there.
+    ``provider`` and ``model`` may contain ``*`` and ``?``. Valid from ``valid_from`` up to, not including,
+    ``valid_until`` (``None``: without end), in milliseconds since 1970. ``id`` is the database's, 0 before the row is
+    stored.
     """
 
     provider: str
@@ -60,20 +61,20 @@ class Price(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def key(self) -> PriceKey:
-        """What it is a price of."""
+        """Return its key."""
         return PriceKey(self.provider, self.model, self.token_class, self.valid_from)
 
-    def says(self) -> tuple[object, ...]:
-        """Return all that two rows must share to be the same."""
+    def content(self) -> tuple[object, ...]:
+        """Return the fields that make two rows equal."""
         return (*self.key, self.currency, self.amount.normalize(), self.valid_until)
 
     def valid(self, at: int) -> bool:
-        """Tell whether it holds at ``at``."""
+        """Return whether the row is valid at ``at``."""
         return self.valid_from <= at and (self.valid_until is None or at < self.valid_until)
 
     @property
     def rank(self) -> tuple[bool, bool, int, int]:
-        """How specific it is; the larger wins."""
+        """Return how specific the row is; the larger rank wins."""
         return (
             not _has_wildcard(self.provider),
             not _has_wildcard(self.model),
@@ -83,26 +84,26 @@ class Price(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PriceBook:
-    """The rows that hold now, under a revision number that grows with every change."""
+    """The current price rows, under a revision number that grows with every change."""
 
     def __init__(self, revision: int = 0, prices: Sequence[Price] = ()) -> None:
         self.revision = revision
         self.prices = tuple(prices)
-        # The best first, so that the first valid one is the answer; ties go to the later, then to the text.
+        # Best first, so that the first valid row wins; ties go to the later row, then by text.
         self._ranked = sorted(self.prices, key=lambda p: (p.rank, p.valid_from, p.model, p.provider), reverse=True)
         self._matching = lru_cache(_REMEMBERED)(self._find)
 
     def price(self, provider: str, model: str, token_class: TokenClass, at: int) -> Price | None:
-        """Return the price of one class of tokens at ``at`` (milliseconds since 1970); ``None`` without one."""
+        """Return the price of a token class at ``at`` (milliseconds since 1970), or None."""
         return self.rows(provider, model, at).get(token_class)
 
     def rows(self, provider: str, model: str, at: int) -> Mapping[TokenClass, Price]:
-        """Return the price of each class of tokens that has one at ``at``."""
+        """Return the price of each token class that has one at ``at``."""
         changes, spans = self._matching(provider, model)
         return spans[bisect_right(changes, at)]
 
     def _find(self, provider: str, model: str) -> tuple[list[int], list[dict[TokenClass, Price]]]:
-        """Return when a model's prices change, and the prices before, between and after."""
+        """Return the times at which a model's prices change, and the prices before, between and after them."""
         found = [p for p in self._ranked if glob(p.provider).fullmatch(provider) and glob(p.model).fullmatch(model)]
         changes = sorted({p.valid_from for p in found} | {p.valid_until for p in found if p.valid_until is not None})
         starts = [changes[0] - 1, *changes] if changes else [0]
@@ -126,7 +127,7 @@ def _chosen(ranked: Sequence[Price]) -> dict[TokenClass, Price]:
 
 @lru_cache(_REMEMBERED)
 def glob(pattern: str) -> re.Pattern[str]:
-    """Return the expression for a pattern in which ``*`` matches any text and ``?`` for one character."""
+    """Compile a pattern in which ``*`` matches any text and ``?`` one character."""
     parts = {"*": ".*", "?": "."}
     return re.compile("".join(parts.get(c) or re.escape(c) for c in pattern), re.DOTALL)
 

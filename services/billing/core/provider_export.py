@@ -1,7 +1,7 @@
-"""A provider's export of what it will bill, row by row, into normalised usage.
+"""Parse a provider's billing export, row by row, into normalised usage.
 
-Names of columns differ by provider; those of OpenAI, OpenRouter, Anthropic and Cohere are known, flat or nested as in
-their usage objects, beside our own. Where Anthropic's cache columns stand, ``input_tokens`` excludes cached tokens.
+Column names differ by provider: those of OpenAI, OpenRouter, Anthropic and Cohere are accepted, flat or nested as in
+their usage objects, beside our own. With Anthropic's cache columns, ``input_tokens`` excludes cached tokens.
 """
 
 import csv
@@ -53,7 +53,7 @@ _EXCLUDED: Final = ("cache_read_input_tokens", "cache_creation_input_tokens", *_
 
 
 class ExportRow(NamedTuple):
-    """What a provider says of one generation, named by us or by the provider; ``digest`` recognises it again."""
+    """The provider's usage of one generation, by our name or the provider's; ``digest`` identifies repeated rows."""
 
     generation: str
     upstream_id: str
@@ -63,14 +63,14 @@ class ExportRow(NamedTuple):
 
 
 class ExportFault(NamedTuple):
-    """One thing that is wrong; ``row`` counts from 1, without a header."""
+    """One fault; ``row`` counts from 1, without the header."""
 
     row: int
     message: str
 
 
 class BadExport(ValueError):
-    """An export with faults; all of them."""
+    """An export with faults: carries all of them."""
 
     def __init__(self, faults: Sequence[ExportFault]) -> None:
         self.faults = list(faults)
@@ -78,9 +78,9 @@ class BadExport(ValueError):
 
 
 def parse_export(kind: str, data: bytes, provider: str = "") -> list[ExportRow]:
-    """Return the rows of an export: ``json`` (a list, or an object with ``rows`` or ``data``) or ``csv``.
+    """Parse an export: ``json`` (a list, or an object with ``rows`` or ``data``) or ``csv``.
 
-    ``provider`` stands in where a row names none.
+    ``provider`` is the default for rows that name none.
 
     Raises:
         BadExport: it has faults; all of them.
@@ -104,7 +104,7 @@ def _csv(data: bytes) -> Iterator[Mapping[str, Any]]:
         reader = csv.DictReader(io.StringIO(data.decode("utf-8-sig")), restkey="", strict=True)
         for number, record in enumerate(reader, 1):
             if "" in record or None in record.values():
-                raise BadExport([ExportFault(number, "not as many cells as the header has")])
+                raise BadExport([ExportFault(number, "the row and the header have different numbers of cells")])
             yield record
     except (UnicodeDecodeError, csv.Error) as error:
         raise BadExport([ExportFault(1, f"not valid CSV: {error}")]) from error
@@ -141,7 +141,7 @@ def _row(record: Mapping[str, Any], provider: str) -> ExportRow:
 
 
 def _flatten(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield leaves by their own name, those of Cohere's billed units by both names."""
+    """Yield leaves by their own names; those of Cohere's billed units by both names."""
     for name, value in record.items():
         key = str(name).strip().lower()
         if not isinstance(value, Mapping):

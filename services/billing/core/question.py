@@ -1,4 +1,4 @@
-"""Questions about usage: query text to values, and cursors of pages."""
+"""Parse the query parameters of usage queries, and encode page cursors."""
 
 import base64
 import binascii
@@ -31,22 +31,22 @@ __all__ = [
 
 DIMENSIONS: Final = ("tenant", "session", "model", "provider", "key", "status", "month", "day", "hour")
 BUCKETS: Final = {"month": 0, "day": 86_400_000, "hour": 3_600_000}
-"""The dimensions of time, and their width in milliseconds where they have one."""
+"""The time dimensions and their width in milliseconds; 0 for months."""
 LABEL: Final = "label:"
-"""Prefix of a label's name, as a dimension and as a filter."""
+"""Prefix of a label's name in a dimension or a filter."""
 _LABEL_NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _SUMMED: Final = frozenset({"tenant", "model", "provider", "key", "status", "month", "day"})
 PageKey = tuple[str | int, ...]
 
 
 class BadQuestion(ValueError):
-    """A query parameter that cannot be understood; the text says which, and what would be right."""
+    """An invalid query parameter; the text names it and what would be right."""
 
 
 class Filters(msgspec.Struct, frozen=True, kw_only=True):
-    """What is asked about. ``start`` (inclusive) and ``end`` (exclusive) bound ``started_at``, in its unit.
+    """The filters of a usage query. ``start`` (inclusive) and ``end`` (exclusive) bound ``started_at``, in its unit.
 
-    ``key`` names the credential; ``label``: one of the request's labels and its value.
+    ``key`` names the credential; ``label``: name and value of one of the request's labels.
     """
 
     start: int | None = None
@@ -61,23 +61,23 @@ class Filters(msgspec.Struct, frozen=True, kw_only=True):
     label: tuple[str, str] | None = None
 
     def exact(self) -> list[tuple[str, str]]:
-        """Return the columns that must have one value, and it."""
+        """Return the columns that must equal a value, with that value."""
         names = ("tenant", "model", "provider", "status", "session", "key")
         return [(name, value) for name in names if (value := getattr(self, name)) is not None]
 
 
 def is_summed(filters: Filters, group_by: Sequence[str]) -> bool:
-    """Tell whether the sums by day can answer a question: its bounds are days, and it asks for nothing finer."""
+    """Return whether the daily sums can answer a query: bounds are whole days, filters and groups are no finer."""
     bounds = [moment for moment in (filters.start, filters.end) if moment is not None]
     finer = filters.session is not None or filters.label is not None or filters.pricing is not None
     return not finer and _SUMMED.issuperset(group_by) and all(moment % DAY == 0 for moment in bounds)
 
 
 def parse_label(text: str | None) -> tuple[str, str] | None:
-    """Return a label's name and value, written as ``name=value``.
+    """Parse a label filter written as ``name=value``.
 
     Raises:
-        BadQuestion: it is not written so.
+        BadQuestion: it has another form.
     """
     if text is None:
         return None
@@ -88,7 +88,7 @@ def parse_label(text: str | None) -> tuple[str, str] | None:
 
 
 def parse_moment(name: str, text: str | None) -> int | None:
-    """Return a date (its midnight, UTC) or an RFC 3339 time in milliseconds since 1970.
+    """Convert a date (its midnight, UTC) or an RFC 3339 time to milliseconds since 1970.
 
     Raises:
         BadQuestion: it is neither.
@@ -99,7 +99,7 @@ def parse_moment(name: str, text: str | None) -> int | None:
         if len(text) == 10:
             day = date.fromisoformat(text)
             return _milliseconds(datetime(day.year, day.month, day.day, tzinfo=UTC))
-        # A '+' that came unescaped in a query has become a space.
+        # An unescaped '+' in a query arrives as a space.
         moment = datetime.fromisoformat(text[:-6] + "+" + text[-5:] if text[-6:-5] == " " else text)
         if moment.tzinfo is None or len(text) < 11 or text[10] not in "Tt ":
             raise ValueError("no offset")
@@ -115,10 +115,10 @@ def _milliseconds(moment: datetime) -> int:
 
 
 def parse_group_by(values: Sequence[str] | None) -> tuple[str, ...]:
-    """Return the dimensions that one or several ``group_by`` parameters name, each of them maybe a list by commas.
+    """Parse one or several ``group_by`` parameters, each of which may be a list separated by commas.
 
     Raises:
-        BadQuestion: one is not known, or stands twice.
+        BadQuestion: a dimension is unknown or repeated.
     """
     names = tuple(part.strip() for value in values or () for part in value.split(",") if part.strip())
     for name in names:
@@ -127,12 +127,12 @@ def parse_group_by(values: Sequence[str] | None) -> tuple[str, ...]:
         if name not in DIMENSIONS:
             raise BadQuestion(f"group_by: {name[:40]!r} is not one of {', '.join(DIMENSIONS)}, label:<name>")
     if len(set(names)) != len(names):
-        raise BadQuestion("group_by: a dimension stands twice")
+        raise BadQuestion("group_by: a dimension is repeated")
     return names
 
 
 def parse_status(text: str | None) -> str | None:
-    """Return a status by name.
+    """Return ``text`` if it is a known status or None.
 
     Raises:
         BadQuestion: there is no such status.
@@ -143,15 +143,15 @@ def parse_status(text: str | None) -> str | None:
 
 
 def write_page(question: object, key: PageKey) -> str:
-    """Return the opaque cursor of the page after ``key`` in the answer to ``question`` (any stable value)."""
+    """Encode ``key`` as the opaque cursor of the next page of ``question`` (any stable value)."""
     return base64.urlsafe_b64encode(msgspec.json.encode([_digest(question), *key])).decode().rstrip("=")
 
 
 def parse_page(question: object, text: str | None, types: Sequence[type]) -> PageKey | None:
-    """Return the key after which the page begins; ``None`` for the first page.
+    """Decode a cursor to the key after which the page begins; ``None`` for the first page.
 
     Raises:
-        BadQuestion: it is not a cursor, or that of another question.
+        BadQuestion: it is not a cursor, or belongs to another query.
     """
     if text is None:
         return None
@@ -161,7 +161,7 @@ def parse_page(question: object, text: str | None, types: Sequence[type]) -> Pag
     except (ValueError, TypeError, binascii.Error) as error:
         raise BadQuestion("cursor: it is not one that this service issues") from error
     if digest != _digest(question):
-        raise BadQuestion("cursor: it belongs to another question; keep the other parameters as they were")
+        raise BadQuestion("cursor: it belongs to another query; keep the other parameters unchanged")
     if len(key) != len(types) or not all(_fits(v, t) for v, t in zip(key, types, strict=True)):
         raise BadQuestion("cursor: it is not one that this service issues")
     return tuple(key)
@@ -178,8 +178,8 @@ def _digest(question: object) -> str:
 
 
 def render_bucket(dimension: str, bucket: int) -> str:
-    """Return a month (``2026-01``, by its number since the year 0), a day (``2026-01-31``) or an hour
-    (``2026-01-31T12:00:00Z``) by its number since 1970.
+    """Format the number of a month since the year 0 (``2026-01``), or of a day (``2026-01-31``) or an hour
+    (``2026-01-31T12:00:00Z``) since 1970.
     """
     if dimension == "month":
         return f"{bucket // 12:04d}-{bucket % 12 + 1:02d}"

@@ -1,4 +1,4 @@
-"""Reconciliation: what Tailrace counted against what the provider reported."""
+"""Reconcile Tailrace's counts with the provider's report."""
 
 import msgspec
 
@@ -9,8 +9,9 @@ __all__ = ["Policy", "Tolerance", "reconcile"]
 
 
 class Tolerance(msgspec.Struct, frozen=True, kw_only=True):
-    """When two numbers agree: when they differ by no more than ``absolute`` tokens or ``relative`` of the reported
-    number, whichever is more. ``model`` is a pattern for ``provider/model`` with ``*`` and ``?``.
+    """The tolerance of a comparison: two numbers agree if they differ by no more than ``absolute`` tokens or
+    ``relative`` of the reported number, whichever is more. ``model`` is a pattern for ``provider/model`` with ``*`` and
+    ``?``.
     """
 
     model: str = "*"
@@ -18,12 +19,12 @@ class Tolerance(msgspec.Struct, frozen=True, kw_only=True):
     relative: float = 0.02
 
     def agree(self, counted: int, reported: int) -> bool:
-        """Tell whether the two numbers are as close as they need to be."""
+        """Return whether the two numbers agree within the tolerance."""
         return abs(reported - counted) <= max(self.absolute, self.relative * reported)
 
 
 class Policy(Tolerance, frozen=True, kw_only=True):
-    """The tolerance of all models, those of some (the first that matches holds), and how long a provider may take.
+    """The default tolerance, overrides for some models (the first match wins), and the time a provider has to report.
 
     ``grace`` in seconds.
     """
@@ -40,10 +41,10 @@ class Policy(Tolerance, frozen=True, kw_only=True):
 
 
 def reconcile(g: Generation, now: int, policy: Policy) -> Generation:
-    """Return ``g`` with its status, drifts and the time of its next decision as of ``now`` (milliseconds since 1970).
+    """Return ``g`` with its status, drifts and next decision time as of ``now`` (milliseconds since 1970).
 
-    Pure and repeatable: it depends on the folded numbers alone, so a report that comes late decides anew. Input is
-    compared only where it was counted.
+    Pure and repeatable: it depends on the folded numbers only, so a late report leads to a new decision. Input is
+    compared only if it was counted.
     """
     status: Status
     settle_at: int | None = None

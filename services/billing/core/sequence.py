@@ -1,7 +1,7 @@
 """Join the deliveries of the durable consumer to the position in the database.
 
-The position moves over the log in its order and without holes; the order in which the consumer delivers is only a hint.
-After a crash it redelivers unacknowledged events, and later than newer events.
+The position moves over the log in order and without holes; the delivery order of the consumer is only a hint. After a
+crash it redelivers unacknowledged events, and later than newer events.
 """
 
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ __all__ = ["Joined", "holes", "join"]
 
 
 class Joined(NamedTuple):
-    """What follows the position without a hole, how many came before it, and up to where the log must be read.
+    """The records that follow the position without a hole, the number of repeats before it, and the end of a read-back.
 
-    ``read_up_to`` is set when something between the position and the last delivered event was not delivered: then
-    ``ready`` is empty and all of it is read from the log.
+    ``read_up_to`` is set if a record between the position and the last delivered one is missing: then ``ready`` is
+    empty and the whole range is read from the log.
     """
 
     ready: Sequence[Record]
@@ -26,7 +26,7 @@ class Joined(NamedTuple):
 
 
 def join(applied: int, delivered: Sequence[Record]) -> Joined:
-    """Return how ``delivered`` continues after the stream sequence ``applied``."""
+    """Join ``delivered`` to the position after the stream sequence ``applied``."""
     count = len(delivered)
     if not count:
         return Joined([], 0, None)

@@ -1,4 +1,4 @@
-"""Settlement: reconciliation, the reasons for a drift, and the charge, in one step that can be repeated."""
+"""Settlement: reconciliation, drift reasons and charge in one repeatable step."""
 
 from typing import Final
 
@@ -15,7 +15,7 @@ __all__ = ["Terms", "settle"]
 
 
 class Terms(msgspec.Struct, frozen=True, kw_only=True):
-    """What settlement goes by: tolerances and grace, whose numbers are charged, and the prices."""
+    """The terms of settlement: tolerances and grace, charging policy, and prices."""
 
     policy: Policy = Policy()
     charging: Charging = Charging()
@@ -23,10 +23,10 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def settle(g: Generation, now: int, terms: Terms) -> tuple[Generation, list[Entry]]:
-    """Return ``g`` settled as of ``now`` (milliseconds since 1970), and the ledger entries that this takes.
+    """Return ``g`` settled as of ``now`` (milliseconds since 1970), and the new ledger entries.
 
-    Settling what is settled, by the same terms, changes nothing and gives no entry. Counted and reported are compared
-    for the call that the generation ended with; abandoned calls are partial, and each is compared where it is shown.
+    Settling again by the same terms changes nothing and adds no entry. Counted and reported are compared for the last
+    call; abandoned calls are partial, and each is compared where it is shown.
     """
     reconciled = reconcile(last_call(g), now, terms.policy)
     if reconciled.status not in ("running", "awaiting_provider") or reconciled.reasons:

@@ -1,6 +1,6 @@
-"""What settled generations used, summed by the day on which they started: kept as sums, moved by steps.
+"""Usage of settled generations, summed by the day of their start; the stored sums are moved by steps.
 
-A generation counts from when it is settled; until then what was reserved for it in budgets stands in its place.
+A generation is included from its settlement on; until then its budget reservation counts instead.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,13 +13,13 @@ from services.billing.core.money import ZERO
 __all__ = ["DAY", "OPEN", "DIMENSIONS", "SUMS", "SpendingKey", "Step", "Sums", "released", "settled", "steps"]
 
 DAY: Final = 86_400_000
-"""Milliseconds."""
+"""One day in milliseconds."""
 OPEN: Final = ("running", "awaiting_provider")
-"""Statuses of what has not settled."""
+"""Statuses of generations that have not settled."""
 
 
 class SpendingKey(NamedTuple):
-    """Which sums a generation belongs to. ``day``: days since 1970, UTC."""
+    """The key of the sums that a generation belongs to. ``day``: days since 1970, UTC."""
 
     tenant: str
     credential: str
@@ -31,7 +31,7 @@ class SpendingKey(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What is summed: ``tokens`` and ``amount`` as they were charged, the rest as it was counted and reported."""
+    """Sums of usage: ``tokens`` and ``amount`` as charged, the other fields as counted and reported."""
 
     generations: int = 0
     tokens: int = 0
@@ -54,24 +54,24 @@ _NOTHING: Final = Sums()
 
 
 class Step(NamedTuple):
-    """What is to be added where."""
+    """A difference to add to the sums of one key."""
 
     key: SpendingKey
     sums: Sums
 
 
 def settled(g: Generation) -> bool:
-    """Tell whether a generation counts as used."""
+    """Return whether a generation has settled, so that it counts as used."""
     return g.status not in OPEN
 
 
 def released(before: Mapping[Key, Generation], after: Iterable[Generation]) -> list[Key]:
-    """Return the generations that count as used from now on: what was reserved for them is free."""
+    """Return the generations that are newly settled: their reservations are released."""
     return [g.key for g in after if settled(g) and not ((old := before.get(g.key)) is not None and settled(old))]
 
 
 def steps(before: Mapping[Key, Generation], after: Iterable[Generation]) -> list[Step]:
-    """Return what moves the sums from the generations as they were to the generations as they are."""
+    """Return the steps that move the sums from the generations ``before`` to those ``after``."""
     found: dict[SpendingKey, Sums] = {}
     for g in after:
         _add(found, g, 1)

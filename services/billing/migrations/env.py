@@ -1,4 +1,4 @@
-"""How alembic runs the steps: on the connection that `services.billing.adapters.database.migrate` hands over."""
+"""Run the migrations on the connection passed by `services.billing.adapters.database.migrate`."""
 
 from alembic import context
 

@@ -27,8 +27,8 @@ from services.delivery.http.consumer_views import (
     dead_view,
 )
 from services.delivery.http.responses import PROBLEMS
+from services.kit.auth.guards import caller, needs
 from services.kit.auth.principal import Principal, authorize
-from services.kit.auth.rules import caller, needs
 from services.kit.jetstream.errors import APIError
 from services.kit.problem import MEDIA_TYPE as PROBLEM_TYPE
 from services.kit.problem import Problem, ProblemDetails

@@ -16,8 +16,8 @@ from services.delivery.errors import named, reach
 from services.delivery.http.responses import PROBLEMS, QueuedRequest, accepted
 from services.delivery.requests.dead import Dead, DeadRequests
 from services.delivery.requests.intake import GenerationRequest, Intake
+from services.kit.auth.guards import caller, needs
 from services.kit.auth.principal import Principal
-from services.kit.auth.rules import caller, needs
 from services.kit.jetstream.broker import Broker
 from services.kit.problem import Problem, ProblemDetails
 

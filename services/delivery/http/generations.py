@@ -19,7 +19,7 @@ from services.delivery.requests.deletion import Deletion
 from services.delivery.requests.generations import Lookups
 from services.delivery.requests.intake import GenerationRequest, Intake
 from services.delivery.requests.views import GenerationView, view_of
-from services.kit.auth.rules import caller, needs
+from services.kit.auth.guards import caller, needs
 from services.kit.problem import Problem, ProblemDetails, problem_bytes
 
 __all__ = ["SessionView", "router"]

@@ -14,9 +14,9 @@ from services.delivery.errors import named, reach
 from services.delivery.http.responses import PROBLEMS
 from services.kit.auth.api_keys import KeyRecord, SessionPattern, mint
 from services.kit.auth.authenticator import Authenticator
+from services.kit.auth.guards import caller, needs
 from services.kit.auth.key_table import TooManyKeys
 from services.kit.auth.principal import Principal, Scope, session_patterns
-from services.kit.auth.rules import caller, needs
 from services.kit.clock import Clock
 from services.kit.problem import Problem, ProblemDetails
 

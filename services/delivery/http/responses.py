@@ -8,8 +8,8 @@ from litestar.openapi.datastructures import ResponseSpec
 from litestar.types import ASGIApp
 
 from services.delivery.errors import named
+from services.kit.auth.guards import REFUSALS
 from services.kit.auth.principal import Principal
-from services.kit.auth.rules import REFUSALS
 from services.kit.problem import Problem, ProblemDetails
 
 __all__ = ["PROBLEMS", "Links", "QueuedRequest", "StreamedResponse", "accepted", "own", "start_headers"]

@@ -8,7 +8,7 @@ from litestar.types import ASGIApp
 
 from services.delivery.http.events import SessionEvents
 from services.delivery.http.read_request import parse_read_request
-from services.kit.auth.rules import needs
+from services.kit.auth.guards import needs
 
 __all__ = ["events_handlers"]
 

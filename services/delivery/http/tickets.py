@@ -10,8 +10,8 @@ from litestar.params import Body
 from services.delivery.errors import reach
 from services.delivery.http.responses import PROBLEMS, own
 from services.kit.auth.authenticator import Authenticator
+from services.kit.auth.guards import caller, needs
 from services.kit.auth.principal import authorize
-from services.kit.auth.rules import caller, needs
 from services.kit.auth.tickets import TicketScope
 from services.kit.clock import Clock
 

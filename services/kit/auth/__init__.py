@@ -1,1 +1,1 @@
-"""Who calls, and what they may do: credentials of every kind become one `Principal`."""
+"""Authentication and authorization: credentials of every kind become one `Principal`."""

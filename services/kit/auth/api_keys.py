@@ -1,4 +1,4 @@
-"""API keys: made, taken apart and compared. Of a key only a hash is ever stored. Pure, but for the random numbers."""
+"""API keys: mint, parse and compare them. Only a hash of a key is ever stored. Pure, except for the random numbers."""
 
 import hashlib
 import hmac
@@ -20,10 +20,10 @@ _ADMIN: Final = re.compile(r"([a-z0-9]{4,32})\.([0-9a-f]{64})")
 
 
 class KeyRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """What is stored of an API key. Times in seconds since 1970; ``expires_at`` ``None``: never.
+    """The stored record of an API key. Times in seconds since 1970; ``expires_at`` ``None``: never.
 
-    ``hash``: SHA-256 of the secret part, in hexadecimal. The secret has 256 random bits, so that a slow hash would
-    protect nothing more. ``operator``: it may make keys for every tenant; only the key of the settings may.
+    ``hash``: SHA-256 of the secret part, in hexadecimal. The secret has 256 random bits, so a slow hash would add no
+    protection. ``operator``: it may create keys for every tenant; only the key in the settings may.
     """
 
     id: str
@@ -37,7 +37,7 @@ class KeyRecord(msgspec.Struct, frozen=True, kw_only=True):
     operator: bool = False
 
     def principal(self) -> Principal:
-        """Return what the key stands for."""
+        """Return the principal of the key."""
         return Principal(
             tenant=self.tenant,
             key=KEY_PREFIX + self.id,
@@ -63,13 +63,13 @@ def mint() -> MintedKey:
 
 
 def parse(text: str) -> tuple[str, str] | None:
-    """Return id and secret of an API key; ``None`` for what is none."""
+    """Return id and secret of an API key; ``None`` if the text is not one."""
     match = _KEY.fullmatch(text)
     return (match[1], match[2]) if match else None
 
 
 def matches(record: KeyRecord, secret: str) -> bool:
-    """Tell, in a time that does not depend on the secret, whether it is that of the record."""
+    """Compare a secret with the record's hash in constant time."""
     return hmac.compare_digest(_digest(secret).encode(), record.hash.encode())
 
 

@@ -1,4 +1,4 @@
-"""From a credential to who calls: one port for every protocol."""
+"""Authenticate a credential as a principal: one port for every protocol."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -22,9 +22,10 @@ _SCHEME: Final = "bearer"
 
 
 class Authenticator:
-    """Tells who calls. ``everybody``: who everyone is where no credentials are asked for; ``None`` asks for them.
+    """Authenticate callers. ``everybody``: the principal of all callers without authentication; ``None`` requires
+    credentials.
 
-    ``is_local``: they are not asked for because only this machine reaches the service.
+    ``is_local``: no credentials are required because only this machine reaches the service.
     """
 
     def __init__(
@@ -43,7 +44,8 @@ class Authenticator:
         self._tokens = tokens
 
     async def authenticate(self, authorization: str | None, ticket: str | None = None) -> Principal:
-        """Return who calls. ``authorization``: the value of that header (``Bearer …``); it wins over a ticket.
+        """Return the principal of a caller. ``authorization``: the value of that header (``Bearer …``); it takes
+        precedence over a ticket.
 
         Raises:
             Problem: 401, none or no valid credentials; 503, they cannot be checked now.
@@ -62,20 +64,20 @@ class Authenticator:
         return principal
 
     def is_valid(self, principal: Principal) -> bool:
-        """Tell whether credentials that were valid have neither expired nor been revoked, as far as is known here."""
+        """Return whether valid credentials have, by the cached keys, neither expired nor been revoked since."""
         if principal.expires_at is not None and principal.expires_at <= self._clock.wall():
             return False
         id_ = principal.key.removeprefix(KEY_PREFIX)
         return id_ == principal.key or self.keys.get(id_) is not None
 
     def on_revoked(self, callback: Callable[[frozenset[str]], None]) -> None:
-        """Call ``callback`` within a second with `Principal.key` of those whose API key has been revoked."""
+        """Call ``callback`` with the `Principal.key` values of revoked API keys, within a second."""
         self.keys.on_revoked(lambda ids: callback(frozenset(KEY_PREFIX + id_ for id_ in ids)))
 
     async def ticket(
         self, principal: Principal, sessions: tuple[str, ...], scopes: frozenset[TicketScope], expires_at: float
     ) -> str:
-        """Return a ticket that stands for the principal, narrowed.
+        """Issue a ticket for the principal, narrowed to ``sessions`` and ``scopes``.
 
         Raises:
             BrokerUnavailable: the secret that replicas share cannot be read.
@@ -84,7 +86,7 @@ class Authenticator:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Know the keys, and follow their changes while the block runs.
+        """Load the keys, and follow their changes while the block runs.
 
         Raises:
             BrokerUnavailable: they cannot be read.
@@ -133,11 +135,11 @@ class Authenticator:
         return principal
 
     async def _check_source(self, principal: Principal) -> None:
-        """Refuse a ticket whose own credential is not valid any more."""
+        """Refuse a ticket whose source credential is no longer valid."""
         if principal.expires_at is not None and principal.expires_at <= self._clock.wall():
-            raise CredentialRefused("ticket_expired", "the credential that the ticket was asked for with has expired")
+            raise CredentialRefused("ticket_expired", "the credential that issued the ticket has expired")
         if (
             principal.key.startswith(KEY_PREFIX)
             and await self.keys.find(principal.key.removeprefix(KEY_PREFIX)) is None
         ):
-            raise CredentialRefused("revoked", "the API key that the ticket was asked for with is revoked")
+            raise CredentialRefused("revoked", "the API key that issued the ticket is revoked")

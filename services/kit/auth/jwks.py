@@ -1,4 +1,4 @@
-"""The public keys of an issuer of tokens: fetched, cached, and fetched anew when a token names an unknown one."""
+"""A token issuer's public keys: fetched, cached, and fetched again when a token names an unknown one."""
 
 import asyncio
 import json
@@ -20,17 +20,17 @@ __all__ = ["KeySet", "check_jwks_url"]
 
 log = structlog.get_logger()
 FRESH_SECONDS: Final = 600.0
-UNKNOWN_SECONDS: Final = 10.0  # at least so long between two fetches, whatever tokens name
-STALE_SECONDS: Final = 86_400.0  # so long the keys serve while the issuer cannot be reached
+UNKNOWN_SECONDS: Final = 10.0  # shortest time between two fetches, whatever keys tokens name
+STALE_SECONDS: Final = 86_400.0  # keys are used for this long while the issuer cannot be reached
 FETCH_SECONDS: Final = 5.0
 MAX_BYTES: Final = 262_144
 
 
 def check_jwks_url(url: str) -> str:
-    """Return the address of a key set.
+    """Validate the URL of a key set.
 
     Raises:
-        ValueError: it is not ``https://``, nor ``http://`` on loopback: who can change the keys can let anybody in.
+        ValueError: it is not ``https://``, nor ``http://`` on loopback: a forged key set would admit any caller.
     """
     parts = urlsplit(url)
     if parts.scheme == "https" and parts.hostname:
@@ -41,10 +41,10 @@ def check_jwks_url(url: str) -> str:
 
 
 class KeySet:
-    """The key set at an address. Fetched when first needed, and again after ten minutes or for an unknown key.
+    """The key set at a URL. Fetched on first use, and again after ten minutes or for an unknown key.
 
-    At most one fetch runs at a time, and at most one begins in ``unknown_seconds``. When the issuer does not answer the
-    keys go on to serve for a day.
+    At most one fetch runs at a time, and at most one begins in ``unknown_seconds``. If the issuer does not answer, the
+    cached keys are used for a day.
     """
 
     def __init__(self, url: str, clock: Clock, *, unknown_seconds: float = UNKNOWN_SECONDS) -> None:
@@ -57,7 +57,7 @@ class KeySet:
         self._fetching: asyncio.Task[None] | None = None
 
     async def keys(self, kid: str | None) -> Sequence[VerifyingKey]:
-        """Return the keys; those of now when ``kid`` is none of them and the last fetch is not too recent.
+        """Return the keys; fetch them first if ``kid`` is unknown and the last fetch is not too recent.
 
         Raises:
             Problem: 503, they could not be fetched yet, or not for a day.
@@ -68,7 +68,7 @@ class KeySet:
         if age is None or not known:
             await self._fetch_unless_tried(now)
         elif age > FRESH_SECONDS:
-            self._begin(now)  # stale while it is fetched
+            self._begin(now)  # use stale keys during the fetch
         if self._fetched_at is None or self._clock.monotonic() - self._fetched_at > STALE_SECONDS:
             raise Problem(
                 503, "the keys to check tokens with cannot be fetched", headers={"Retry-After": str(int(FETCH_SECONDS))}
@@ -76,7 +76,7 @@ class KeySet:
         return self._keys
 
     async def close(self) -> None:
-        """End a fetch that runs."""
+        """Cancel a running fetch."""
         if self._fetching is not None:
             await end(self._fetching)
 
@@ -86,7 +86,7 @@ class KeySet:
             await asyncio.shield(task)
 
     def _begin(self, now: float) -> asyncio.Task[None] | None:
-        """Return the fetch that runs, or begin one unless the last one began a moment ago."""
+        """Return the running fetch, or begin one unless the last one began too recently."""
         if self._fetching is not None and not self._fetching.done():
             return self._fetching
         if self._tried_at is not None and now - self._tried_at < self._unknown_seconds:

@@ -1,8 +1,8 @@
-"""JSON web tokens: verified by PyJWT with keys that are each bound to one algorithm, and read as a principal.
+"""JSON web tokens: verified by PyJWT with keys that are each bound to one algorithm, and converted to a principal.
 
-A token never chooses how it is verified: a key of the settings or of the key set belongs to exactly one of the allowed
-algorithms, and only keys of the algorithm that the token names are tried. So ``none`` is refused, and a public key can
-never serve as the secret of an HMAC.
+A token never chooses how it is verified: each key of the settings or of the key set belongs to exactly one of the
+allowed algorithms, and only keys of the token's algorithm are tried. So ``none`` is refused, and a public key can never
+serve as the secret of an HMAC.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,13 +35,13 @@ ALGORITHMS: Final = ("HS256", "RS256", "ES256", "EdDSA")
 MAX_LENGTH: Final = 8_192
 MIN_SECRET_BYTES: Final = 32
 MIN_RSA_BITS: Final = 2_048
-KEYS_TRIED: Final = 4  # with a token that names none: each costs a signature check
+KEYS_TRIED: Final = 4  # for a token without a key id: each costs a signature check
 _SUBJECT: Final = 128
 _KNOWN: Final = frozenset(get_args(Scope))
 
 
 class CredentialRefused(Exception):
-    """A credential that is not valid. ``reason`` is a word for the metric; the text is safe to show."""
+    """An invalid credential. ``reason`` is a label of the metric; the text is safe to show."""
 
     def __init__(self, reason: str, text: str) -> None:
         self.reason = reason
@@ -49,7 +49,7 @@ class CredentialRefused(Exception):
 
 
 class VerifyingKey(NamedTuple):
-    """A key that verifies one algorithm. ``kid`` ``None``: it stands for any key id."""
+    """A key that verifies one algorithm. ``kid`` ``None``: it matches any key id."""
 
     algorithm: str
     key: Any
@@ -60,7 +60,7 @@ class VerifyingKey(NamedTuple):
 
 
 class JwtPolicy(msgspec.Struct, frozen=True, kw_only=True):
-    """What a token must say. ``leeway`` in seconds, for clocks that differ. ``issuer`` ``None``: any."""
+    """The required claims of a token. ``leeway`` in seconds, for clock differences. ``issuer`` ``None``: any."""
 
     audience: str
     issuer: str | None = None
@@ -80,7 +80,7 @@ def secret_key(secret: bytes) -> VerifyingKey:
 
 
 def pem_key(pem: bytes) -> VerifyingKey:
-    """Return a public key in PEM, bound to the algorithm that its kind has.
+    """Return a public key in PEM, bound to the algorithm of its type.
 
     Raises:
         ValueError: it is no public key of RSA (2048 bits or more), P-256 or Ed25519.
@@ -98,7 +98,7 @@ def pem_key(pem: bytes) -> VerifyingKey:
 def jwk_keys(document: Mapping[str, Any]) -> list[VerifyingKey]:
     """Return the usable keys of a JSON Web Key Set: public ones, for signatures, of the allowed algorithms.
 
-    What cannot be used is passed over. Symmetric keys are too: nobody publishes a secret on purpose.
+    Unusable keys are ignored. So are symmetric ones: a secret is never published on purpose.
 
     Raises:
         ValueError: it is no key set.
@@ -124,7 +124,7 @@ def _jwk(entry: dict[str, Any]) -> VerifyingKey | None:
 
 
 def principal_from(claims: Mapping[str, Any], policy: JwtPolicy) -> Principal:
-    """Return what a token's verified claims stand for. Scopes that are not ours are passed over.
+    """Convert a token's verified claims to a principal. Foreign scopes are ignored.
 
     Raises:
         CredentialRefused: the tenant is missing or no name, or a claim has the wrong form.
@@ -150,21 +150,21 @@ def _words(value: object) -> list[str]:
         return value.split()
     if isinstance(value, list | tuple) and all(isinstance(each, str) for each in value):
         return list(value)
-    raise ValueError("scope and sessions must be text with blanks, or lists of text")
+    raise ValueError("scope and sessions must be text separated by spaces, or lists of text")
 
 
 class PublishedKeys(Protocol):
-    """Keys that an issuer publishes and changes."""
+    """The port to an issuer's published keys."""
 
     async def keys(self, kid: str | None) -> Sequence[VerifyingKey]:
-        """Return them, with that of ``kid`` if there is one by now."""
+        """Return the current keys, fetched again if ``kid`` is unknown."""
 
     async def close(self) -> None:
-        """End what goes on."""
+        """Stop background work."""
 
 
 class JwtVerifier:
-    """Verifies tokens with the keys of the settings, and with those that an issuer publishes."""
+    """Verify tokens with the keys of the settings and the issuer's published keys."""
 
     def __init__(
         self,
@@ -179,7 +179,7 @@ class JwtVerifier:
         self._options: Any = {"require": required, "enforce_minimum_key_length": True}
 
     async def verify(self, token: str) -> Principal:
-        """Return what a token stands for.
+        """Return the principal of a token.
 
         Raises:
             CredentialRefused: it is not valid now.
@@ -192,11 +192,11 @@ class JwtVerifier:
         if not keys and self._published is not None:
             keys = self._fitting(await self._published.keys(kid), algorithm, kid)
         if not keys:
-            raise CredentialRefused("key", "the token is not signed with a key that is known here")
+            raise CredentialRefused("key", "the token is not signed with a known key")
         return principal_from(self._claims(token, algorithm, keys[:KEYS_TRIED]), self._policy)
 
     async def close(self) -> None:
-        """End what goes on in the background."""
+        """Stop background work."""
         if self._published is not None:
             await self._published.close()
 

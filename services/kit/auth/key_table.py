@@ -1,8 +1,7 @@
-"""The API keys of a deployment: kept in a bucket on the broker, known to every replica, revoked everywhere.
+"""The API keys of a deployment: stored in a bucket on the broker, cached by every replica, revoked everywhere.
 
-A replica keeps all records in memory and looks for changes twice a second: one question about the bucket's last
-sequence, and a read of what came after it. So a check costs no round trip, and a dead subscription cannot hide a
-revocation.
+A replica caches all records and polls twice a second: one request for the bucket's last sequence, and a read of later
+records. So a check costs no round trip, and a dead subscription cannot hide a revocation.
 """
 
 import asyncio
@@ -25,7 +24,7 @@ __all__ = ["KeyTable", "TooManyKeys"]
 log = structlog.get_logger()
 KEYS: Final = 10_000
 POLL_SECONDS: Final = 0.5
-UNKNOWN_SECONDS: Final = 0.2  # at least so long between two looks for keys that are not known
+UNKNOWN_SECONDS: Final = 0.2  # shortest time between two polls for unknown keys
 _STREAM: Final = bucket_stream(CREDENTIALS_BUCKET)
 _PREFIX: Final = f"$KV.{CREDENTIALS_BUCKET}."
 _KEY: Final = "key."
@@ -33,11 +32,11 @@ _TICKET_SECRET: Final = "ticket-secret"  # noqa: S105  # the name of the entry
 
 
 class TooManyKeys(Exception):
-    """There are as many keys as may be; remove one first."""
+    """The maximum number of keys exists; remove one first."""
 
 
 class KeyTable:
-    """All keys that there are now, and ``fixed`` ones from the settings, which cannot be revoked here.
+    """All current keys, and ``fixed`` ones from the settings, which cannot be revoked here.
 
     Methods that ask the broker raise `BrokerUnavailable` when it does not answer.
     """
@@ -46,34 +45,34 @@ class KeyTable:
         self._broker = broker
         self._clock = clock
         self._fixed = {record.id: record for record in fixed}
-        self._entries: dict[str, bytes] = {}  # of the bucket; bounded by KEYS where they are made
+        self._entries: dict[str, bytes] = {}  # of the bucket; `create` bounds them by KEYS
         self._records: dict[str, KeyRecord] = {}
         self._ticket_secret: bytes | None = None
         self._incarnation = ""
         self._seq = 0
-        self._looked_at: float | None = None
+        self._refreshed_at: float | None = None
         self._tried_at: float | None = None
-        self._looking = asyncio.Lock()
+        self._refreshing = asyncio.Lock()
         self._revoked: list[Callable[[frozenset[str]], None]] = []
 
     def on_revoked(self, callback: Callable[[frozenset[str]], None]) -> None:
-        """Call ``callback`` with the ids of keys that are gone, within a second of their end."""
+        """Call ``callback`` with the ids of removed keys, within a second of their removal."""
         self._revoked.append(callback)
 
     def get(self, id_: str) -> KeyRecord | None:
-        """Return a key as it is known here."""
+        """Return a cached key."""
         return self._fixed.get(id_) or self._records.get(id_)
 
     async def find(self, id_: str) -> KeyRecord | None:
-        """Return a key, after a look at the broker when it is not known; many unknown ones share one look."""
+        """Return a key, polling the broker if it is unknown; concurrent misses share one poll."""
         record = self.get(id_)
         if record is None:
-            await self._look_again()
+            await self._refresh_again()
             record = self.get(id_)
         return record
 
     async def everything(self) -> list[KeyRecord]:
-        """Return all keys as the broker has them now, by age."""
+        """Return all keys now on the broker, by age."""
         await self.poll()
         return sorted(self._records.values(), key=lambda record: (record.created_at, record.id))
 
@@ -81,7 +80,7 @@ class KeyTable:
         """Store a new key.
 
         Raises:
-            TooManyKeys: there are as many as may be.
+            TooManyKeys: the maximum number exists.
         """
         await self.poll()
         if len(self._records) >= KEYS:
@@ -91,58 +90,58 @@ class KeyTable:
         await self.poll()
 
     async def revoke(self, id_: str) -> None:
-        """Remove a key for good. Without one nothing happens."""
+        """Remove a key for good; a missing one is ignored."""
         await (await self._broker.bucket(CREDENTIALS_BUCKET)).delete(_KEY + id_)
         await self.poll()
 
     async def ticket_secret(self, *, again: bool = False) -> bytes:
-        """Return the secret that all replicas sign tickets with; made by the first who needs it.
+        """Return the secret with which all replicas sign tickets; created on first use.
 
-        ``again``: look for a newer one first, unless somebody has just looked.
+        ``again``: poll for a newer one first, unless another caller has just polled.
         """
         if again or self._ticket_secret is None:
-            await self._look_again()
+            await self._refresh_again()
         if self._ticket_secret is None:
             if not await self._store(_TICKET_SECRET, base64.b64encode(secrets.token_bytes(32))):
-                log.debug("another replica made the secret of tickets")
+                log.debug("ticket secret created by another replica")
             await self.poll()
         if self._ticket_secret is None:
             raise BrokerUnavailable("the secret of tickets cannot be read")
         return self._ticket_secret
 
     async def run(self) -> None:
-        """Look for changes until cancelled. A broker that is away leaves everything as it was."""
+        """Poll for changes until cancelled. While the broker is away the cache is unchanged."""
         while True:
             try:
                 await self.poll()
             except BrokerUnavailable as error:
-                log.warning("API keys not compared", detail=str(error))
-            if self._looked_at is not None:
-                metrics.KEYS_STALE.set(self._clock.monotonic() - self._looked_at)
+                log.warning("API keys not refreshed", detail=str(error))
+            if self._refreshed_at is not None:
+                metrics.KEYS_STALE.set(self._clock.monotonic() - self._refreshed_at)
             await asyncio.sleep(POLL_SECONDS)
 
     async def poll(self) -> None:
-        """Take over what has changed on the broker."""
-        async with self._looking:
-            await self._look()
+        """Update the cache from the broker."""
+        async with self._refreshing:
+            await self._refresh()
 
-    async def _look_again(self) -> None:
-        """Look once more, with all who ask meanwhile; what was stored before this was called is then known.
+    async def _refresh_again(self) -> None:
+        """Poll again, shared by concurrent callers; everything stored before the call is then known.
 
         Raises:
-            BrokerUnavailable: the broker did not answer, now or to somebody who looked meanwhile.
+            BrokerUnavailable: the broker did not answer this poll or the shared one.
         """
         asked_at = self._clock.monotonic()
-        async with self._looking:
+        async with self._refreshing:
             if self._tried_at is not None and self._tried_at > asked_at:
-                if self._looked_at is None or self._looked_at < self._tried_at:
+                if self._refreshed_at is None or self._refreshed_at < self._tried_at:
                     raise BrokerUnavailable("the API keys cannot be read")
                 return
             if self._tried_at is not None:
                 await asyncio.sleep(max(0.0, self._tried_at + UNKNOWN_SECONDS - asked_at))
-            await self._look()
+            await self._refresh()
 
-    async def _look(self) -> None:
+    async def _refresh(self) -> None:
         self._tried_at = self._clock.monotonic()
         state = await self._broker.state(_STREAM)
         is_same = state.created == self._incarnation and state.last_seq >= self._seq
@@ -153,9 +152,9 @@ class KeyTable:
                 entries |= {stored.subject.removeprefix(_PREFIX): stored.data for stored in batch}
                 seq = batch[-1].seq
         self._incarnation, self._seq = state.created, max(seq, state.last_seq)
-        self._looked_at = self._clock.monotonic()
+        self._refreshed_at = self._clock.monotonic()
         if entries != self._entries:
-            self._take({name: data for name, data in entries.items() if data})  # an empty one marks a deletion
+            self._take({name: data for name, data in entries.items() if data})  # an empty value marks a deletion
 
     def _take(self, entries: dict[str, bytes]) -> None:
         known = self._records
@@ -175,7 +174,7 @@ class KeyTable:
                 callback(gone)
 
     async def _store(self, name: str, data: bytes) -> bool:
-        """Store what there is not yet; tell whether it was stored."""
+        """Store a value under a new name; return whether it was stored."""
         return await (await self._broker.bucket(CREDENTIALS_BUCKET)).create(name, data) is not None
 
 
@@ -183,5 +182,5 @@ def _record(data: bytes) -> KeyRecord | None:
     try:
         return msgspec.json.decode(data, type=KeyRecord)
     except msgspec.DecodeError:
-        log.warning("an API key is not readable and lets nobody in")
+        log.warning("stored API key not readable and ignored")
         return None

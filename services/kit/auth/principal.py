@@ -1,4 +1,4 @@
-"""Who calls: the tenant that pays, what may be done, and to which sessions."""
+"""The principal of a request: its tenant, its scopes, and the sessions it may access."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -25,20 +25,20 @@ __all__ = [
 Scope = Literal["start", "read", "cancel", "consume", "usage", "admin"]
 SCOPES: Final[frozenset[Scope]] = frozenset({"start", "read", "cancel", "consume", "usage", "admin"})
 PRINCIPAL: Final = "tailrace.principal"
-"""Key of the ASGI scope under which the principal of a request stands, or the `Problem` of its credentials."""
+"""ASGI scope key of a request's principal, or of the `Problem` with its credentials."""
 STILL_VALID: Final = "tailrace.still-valid"
-"""Key of the ASGI scope under which a function tells whether the credentials are good even now."""
+"""ASGI scope key of a function that returns whether the credentials are still valid."""
 CHALLENGE: Final = 'Bearer realm="tailrace"'
 _PATTERN: Final = re.compile(r"[A-Za-z0-9_*-]{1,64}")
 _PATTERNS: Final = 100
 
 
 class Principal(msgspec.Struct, frozen=True, kw_only=True):
-    """What a credential stands for.
+    """The tenant and permissions of a credential.
 
     ``key`` names the credential for limits and bills, never its secret: ``tr_<id>`` of an API key, ``jwt:<sub>``.
-    ``sessions`` are patterns with ``*`` of the sessions that it may touch. ``expires_at``: when streams that it opened
-    must end, in seconds since 1970; ``None``: never. ``operator``: it may manage the keys of every tenant.
+    ``sessions`` are patterns with ``*`` of the accessible sessions. ``expires_at``: end of the streams it opened, in
+    seconds since 1970; ``None``: never. ``operator``: it may manage the keys of every tenant.
     """
 
     tenant: str
@@ -50,16 +50,16 @@ class Principal(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def reaches_all(self) -> bool:
-        """Whether every session of the tenant is one of its own."""
+        """Return whether it may access every session of the tenant."""
         return "*" in self.sessions
 
     def reaches(self, session: str) -> bool:
-        """Tell whether a session is one of its own."""
+        """Return whether it may access a session."""
         return any(pattern == "*" or fnmatchcase(session, pattern) for pattern in self.sessions)
 
 
 def session_patterns(patterns: Iterable[object]) -> tuple[str, ...]:
-    """Return patterns of sessions, checked.
+    """Validate session patterns.
 
     Raises:
         ValueError: there are none or too many, or one has characters that no session's name has.
@@ -71,10 +71,10 @@ def session_patterns(patterns: Iterable[object]) -> tuple[str, ...]:
 
 
 def principal_of(scope: Mapping[str, Any]) -> Principal:
-    """Return who calls.
+    """Return the principal of a request.
 
     Raises:
-        Problem: 401, the credentials are missing or not valid; or whatever else is wrong with them.
+        Problem: 401, the credentials are missing or invalid; or another problem with them.
     """
     principal = scope.get(PRINCIPAL)
     if isinstance(principal, Problem):
@@ -85,16 +85,16 @@ def principal_of(scope: Mapping[str, Any]) -> Principal:
 
 
 def is_still_valid(scope: Mapping[str, Any]) -> bool:
-    """Tell whether the credentials of a request that goes on have neither expired nor been revoked meanwhile."""
+    """Return whether the credentials of an open request have neither expired nor been revoked meanwhile."""
     check = scope.get(STILL_VALID)
     return check is None or bool(check())
 
 
 def authorize(principal: Principal, needed: Scope, session: str | None = None) -> Principal:
-    """Return the principal, if it may do this.
+    """Return the principal if it has the scope and may access the session.
 
     Raises:
-        Problem: 403 without the scope; 404 for a session that is none of its own, as if there were none.
+        Problem: 403 without the scope; 404 for an inaccessible session, as if it did not exist.
     """
     if needed not in principal.scopes:
         raise Problem(403, f"the credentials lack the scope {needed!r}")

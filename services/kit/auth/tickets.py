@@ -1,7 +1,7 @@
-"""Tickets: what a page shows in an address, where it cannot send a header. Good for moments, for named sessions.
+"""Tickets: short-lived credentials in a URL, for pages that cannot send a header, limited to named sessions.
 
-A ticket is a token of its own kind (HMAC, signed by PyJWT), with a secret that only the replicas know. It is good for
-connecting until ``exp``; the stream that it opens lasts no longer than the credential it was asked for with.
+A ticket is a token of its own type (HMAC, signed by PyJWT), with a secret shared by the replicas. It is valid for
+connecting until ``exp``; the stream that it opens lasts no longer than the credential that issued it.
 """
 
 from typing import Annotated, Any, Final, Literal, get_args
@@ -39,9 +39,9 @@ def issue_ticket(
     scopes: frozenset[TicketScope],
     expires_at: float,
 ) -> str:
-    """Return a ticket for what the principal may do, narrowed to ``sessions`` and ``scopes``.
+    """Issue a ticket for the principal, narrowed to ``sessions`` and ``scopes``.
 
-    ``expires_at``: until when one may connect with it, in seconds since 1970.
+    ``expires_at``: end of its validity for connecting, in seconds since 1970.
     """
     content = _Content(
         exp=expires_at,
@@ -56,7 +56,7 @@ def issue_ticket(
 
 
 def read_ticket(secret: bytes, ticket: str) -> Principal:
-    """Return what a ticket stands for; it expires with the credential that it was asked for with.
+    """Return the principal of a ticket; it expires with the credential that issued the ticket.
 
     Raises:
         CredentialRefused: it is not valid now.

@@ -1,6 +1,6 @@
-"""Acknowledgement subjects of JetStream: what they tell of a delivery, and what is published on them. Pure.
+"""Acknowledgement subjects of JetStream: parse the numbers of a delivery, and build acknowledgements. Pure.
 
-A message that a consumer delivers has as its reply subject, by the server's version of it:
+A delivered message has as its reply subject, depending on the server's version:
 
     $JS.ACK.<stream>.<consumer>.<deliveries>.<stream seq>.<consumer seq>.<time>.<pending>
     $JS.ACK.<domain>.<account>.<stream>.<consumer>.<deliveries>.<stream seq>.<consumer seq>.<time>.<pending>[.<token>]
@@ -26,19 +26,19 @@ __all__ = [
 ]
 
 ACK: Final = b"+ACK"
-"""Handled: the message is not delivered again. An empty payload says the same."""
+"""Handled: the message is not redelivered. An empty payload means the same."""
 IN_PROGRESS: Final = b"+WPI"
-"""Still being worked on: ``ack_wait`` begins anew."""
+"""Still in progress: ``ack_wait`` restarts."""
 TERM: Final = b"+TERM"
-"""Never to be delivered again, although it was not handled."""
+"""Never redeliver, although it was not handled."""
 _SHORT: Final = 9
 
 
 class Delivered(NamedTuple):
-    """Numbers of a delivery.
+    """The numbers of a delivery.
 
-    ``deliveries``: how often the message has been delivered, this time included. ``seq``: its stream sequence.
-    ``consumer_seq``: number of the delivery among all of the consumer's.
+    ``deliveries``: the number of deliveries of the message, including this one. ``seq``: its stream sequence.
+    ``consumer_seq``: the number of the delivery among all of the consumer's.
     """
 
     deliveries: int
@@ -47,8 +47,8 @@ class Delivered(NamedTuple):
 
 
 class StoredAt(NamedTuple):
-    """Where a delivered message is stored: its stream sequence, when it was stored in nanoseconds since 1970, and how
-    many messages the consumer had not delivered yet.
+    """The position of a delivered message: its stream sequence, its storage time in nanoseconds since 1970, and the
+    number of messages the consumer had not delivered yet.
     """
 
     seq: int
@@ -57,7 +57,7 @@ class StoredAt(NamedTuple):
 
 
 def delivered(reply: bytes) -> Delivered:
-    """Return the delivery's numbers.
+    """Parse the numbers of a delivery.
 
     Raises:
         ValueError: this is no acknowledgement subject.
@@ -68,7 +68,7 @@ def delivered(reply: bytes) -> Delivered:
 
 
 def stored_at(reply: bytes) -> StoredAt:
-    """Return where the delivered message is stored.
+    """Parse the position of a delivered message.
 
     Raises:
         ValueError: this is no acknowledgement subject.
@@ -86,15 +86,14 @@ def _in_long_form(parts: list[bytes]) -> int:
 
 
 def ack_subject(stream: str, consumer: str, delivery: Delivered) -> str:
-    """Return the subject on which the server hears what became of a delivery. It reads neither time nor pending."""
+    """Build the acknowledgement subject of a delivery. The server reads neither its time nor its pending count."""
     return f"$JS.ACK.{stream}.{consumer}.{delivery.deliveries}.{delivery.seq}.{delivery.consumer_seq}.0.0"
 
 
 def nak(delay: float = 0.0) -> bytes:
-    """Return the payload that has a message delivered again, after ``delay`` seconds."""
+    """Return the payload that requests a redelivery after ``delay`` seconds."""
     return b"-NAK" + (msgspec.json.encode({"delay": round(delay * 1e9)}) if delay > 0 else b"")
 
 
 AT_ONCE: Final = nak(1e-9)
-"""Deliver again now. With a delay, however short, the server writes down that the message is free again: that survives
-its restart."""
+"""Redeliver now. With any delay, the server persists the release of the message, so that it survives a restart."""

@@ -1,7 +1,7 @@
-"""Brings streams, consumers and buckets into being, on one server or on a cluster that is still finding its leaders.
+"""Create and update streams, consumers and buckets, on one server or on a cluster that is still electing leaders.
 
-Each is looked at first and created or changed only where it differs, so starting again changes nothing, what an
-operator has set beyond these fields stays, and a service that may look but not touch waits for somebody else to do it.
+Each object is read first and changed only where it differs. So a restart changes nothing, an operator's other settings
+stay, and a service with read permissions only waits for another one to make the change.
 """
 
 import asyncio
@@ -28,17 +28,17 @@ __all__ = ["NotReady", "Refused", "apply_topology", "consumer_config", "stream_c
 
 log = structlog.get_logger()
 APPLY_SECONDS: Final = 60.0
-"""How long to try. A cluster that starts has its leaders after 5 to 20 s."""
+"""Seconds to retry. A starting cluster has its leaders after 5 to 20 s."""
 _FIRST_PAUSE: Final = 0.1
 _LONGEST_PAUSE: Final = 2.0
 
 
 class NotReady(Exception):
-    """The broker cannot do it yet: no leader, too few servers, or somebody else is to create what is missing."""
+    """The broker cannot do it yet: no leader, too few servers, or another service must create the object."""
 
 
 class Refused(Exception):
-    """The broker will not do it, whenever it is asked."""
+    """The broker refuses permanently."""
 
 
 class _Message(msgspec.Struct, frozen=True):
@@ -54,10 +54,10 @@ class _Answer(msgspec.Struct):
 
 
 async def apply_topology(broker: Requester, topology: Topology, wait: float = APPLY_SECONDS) -> Topology:
-    """Create what is missing and change what differs; return the topology with the partitions kept from earlier.
+    """Create missing objects and update those that differ; return the topology with the partitions of earlier settings.
 
-    A broker that does not answer is asked again for ``wait`` seconds. Calling this again, or from several processes at
-    once, changes nothing more. Streams beyond the present number of partitions are kept.
+    Retries for ``wait`` seconds while the broker does not answer. Repeated and concurrent calls change nothing more.
+    Streams beyond the configured number of partitions are kept.
 
     Raises:
         Refused: the broker refuses a setting.
@@ -84,16 +84,16 @@ async def _apply(broker: Requester, topology: Topology) -> Topology:
     for consumer in topology.consumers():
         await _apply_consumer(broker, consumer, managed=topology.managed)
     if topology.managed:
-        # Streams without a history come from before there was one: their number is the count of that time.
+        # Streams without a partition history predate it: their number is the partition count of that time.
         await _extend_history(broker, topology.partitions, (max(existing) + 1,) if existing else ())
     return topology
 
 
 async def token_partitions(broker: Requester) -> list[int]:
-    """Return the partitions whose streams exist, whatever the present count, in ascending order.
+    """Return the partitions whose streams exist, whatever the configured count, in ascending order.
 
     Raises:
-        NotReady: the broker cannot say now.
+        NotReady: the broker cannot answer now.
     """
     names: list[str] = []
     while True:
@@ -109,7 +109,7 @@ async def _apply_stream(broker: Requester, spec: StreamSpec, *, managed: bool) -
     found = await _ask(broker, f"STREAM.INFO.{spec.name}", missing_is_fine=True)
     if found is None:
         if not managed:
-            raise NotReady(f"stream {spec.name} does not exist, and this service is not to create it")
+            raise NotReady(f"stream {spec.name} does not exist, and this service may not create it")
         await _ask(broker, f"STREAM.CREATE.{spec.name}", wanted)
         return
     differing = _differing(found.config, wanted)
@@ -122,7 +122,7 @@ async def _apply_consumer(broker: Requester, spec: ConsumerSpec, *, managed: boo
     wanted = consumer_config(spec)
     found = await _ask(broker, f"CONSUMER.INFO.{spec.stream}.{spec.durable}", missing_is_fine=True)
     if found is not None:
-        # How a consumer acknowledges and where it began cannot be changed; one that exists keeps both.
+        # A consumer's ack policy and start cannot be changed; an existing consumer keeps both.
         wanted = wanted | {name: found.config.get(name) for name in ("ack_policy", "deliver_policy")}
         wanted = found.config | _differing(found.config, wanted)
         if wanted == found.config:
@@ -131,7 +131,7 @@ async def _apply_consumer(broker: Requester, spec: ConsumerSpec, *, managed: boo
         operation = f"CONSUMER.DURABLE.CREATE.{spec.stream}.{spec.durable}"
         await _ask(broker, operation, {"stream_name": spec.stream, "config": wanted})
     elif found is None:
-        raise NotReady(f"consumer {spec.durable} does not exist, and this service is not to create it")
+        raise NotReady(f"consumer {spec.durable} does not exist, and this service may not create it")
 
 
 async def _extend_history(broker: Requester, count: int, before: tuple[int, ...]) -> None:
@@ -155,12 +155,12 @@ async def _extend_history(broker: Requester, count: int, before: tuple[int, ...]
 
 
 def _differing(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the wanted fields that differ; the broker leaves out fields that are empty or false."""
+    """Return the wanted fields that differ; the broker omits fields that are empty or false."""
     return {name: value for name, value in wanted.items() if (found.get(name) or None) != (value or None)}
 
 
 def stream_config(spec: StreamSpec) -> dict[str, Any]:
-    """Return a stream's configuration as JetStream's API writes it (durations in nanoseconds)."""
+    """Return a stream's configuration in the form of JetStream's API (durations in nanoseconds)."""
     config = {
         "name": spec.name,
         "subjects": list(spec.subjects),
@@ -187,7 +187,7 @@ def stream_config(spec: StreamSpec) -> dict[str, Any]:
 
 
 def consumer_config(spec: ConsumerSpec) -> dict[str, Any]:
-    """Return a durable consumer's configuration as JetStream's API writes it (durations in nanoseconds)."""
+    """Return a durable consumer's configuration in the form of JetStream's API (durations in nanoseconds)."""
     return {
         "durable_name": spec.durable,
         "filter_subject": spec.filter,
@@ -203,7 +203,7 @@ def _nanoseconds(seconds: float) -> int:
 
 
 async def _ask(broker: Requester, operation: str, query: Any = None, *, missing_is_fine: bool = False) -> Any:
-    """Return JetStream's answer; ``None`` for what is missing, where that is fine."""
+    """Return JetStream's answer; ``None`` for a missing object if ``missing_is_fine``."""
     try:
         return await api.ask(broker, operation, _Answer, query)
     except APIError as error:
@@ -216,6 +216,6 @@ def _failure(operation: str, error: APIError) -> NotReady | Refused:
     text = f"{operation}: {error.description} ({error.err_code})"
     if error.err_code == REPLICAS_NOT_SUPPORTED:
         return Refused(f"{text}: more than one replica needs a cluster of nats-servers (TAILRACE_REPLICAS)")
-    # Another process creates the same at this moment; and a consumer may fail for what is not there yet.
+    # Another process may create the same object now; a consumer may fail because its stream does not exist yet.
     is_raced = error.err_code in (STREAM_NAME_EXISTS, CONSUMER_CREATE_FAILED) or error.is_wrong_last_sequence
     return NotReady(text) if error.is_temporary or is_raced else Refused(text)

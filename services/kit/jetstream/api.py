@@ -1,4 +1,4 @@
-"""Requests to JetStream's API: encoded, sent and decoded in one place."""
+"""Encode, send and decode requests to JetStream's API."""
 
 from typing import Any, Final, Protocol, TypeVar
 
@@ -13,12 +13,12 @@ ASK_SECONDS: Final = 5.0
 
 
 class Requester(Protocol):
-    """The part of a connection that is needed here."""
+    """The request method of a connection."""
 
     async def request(
         self, subject: str, data: bytes = b"", *, timeout: float = 2.0, headers: dict[str, str] | None = None
     ) -> bytes | None:
-        """Return the answer; ``None`` when nobody listens."""
+        """Return the answer; ``None`` without a listener."""
 
 
 class _Failed(msgspec.Struct):
@@ -45,7 +45,7 @@ async def ask(
 
 
 def decode_answer(data: bytes | None, type_: type[T], subject: str) -> T:
-    """Return an answer of JetStream, decoded; ``None`` where nobody listens.
+    """Decode an answer of JetStream; ``None`` means that there was no listener.
 
     Raises:
         BrokerUnavailable: there is none, or it cannot be read.

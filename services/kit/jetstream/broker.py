@@ -1,4 +1,4 @@
-"""The broker as the services use it: a connection, the streams that it keeps, and how they are read."""
+"""The broker port of the services: a connection, its streams, and reads of them."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -25,21 +25,21 @@ log = structlog.get_logger()
 T = TypeVar("T")
 READ_BATCH: Final = 1_000
 SUBJECTS_PAGE: Final = 100_000
-"""Subjects that the server names in one answer."""
+"""Bound of subjects that the server lists in one answer."""
 INFO_SECONDS: Final = 2.0
 READ_BYTES: Final = 512 * 1024
-READS: Final = 16  # at once: what the server sends ahead must stay far below its limit for a connection (64 MB)
+READS: Final = 16  # concurrent: data that the server sends ahead must stay far below its limit for a connection (64 MB)
 READ_TIMEOUT: Final = 5.0
 READ_TRIES: Final = (1.0, 1.5, 2.5)
-"""Seconds that each try waits for anything, `READ_TIMEOUT` in all: whoever is asked may be frozen, the next is not."""
+"""Seconds without any answer per try, `READ_TIMEOUT` in all: one replica may be frozen while the next is not."""
 LAG_PAUSE: Final = 0.05
 REPLICAS_SECONDS: Final = 30.0
 
 
 class Stored(msgspec.Struct, frozen=True):
-    """One stored message: ``seq`` is its stream sequence, ``time`` when it was stored, where that was told.
+    """One stored message: ``seq`` is its stream sequence, ``time`` its storage time if known.
 
-    ``headers``: of a message that was read by itself; ``None`` in what `Broker.read` yields.
+    ``headers``: of a message read by itself; ``None`` in messages of `Broker.read`.
     """
 
     seq: int
@@ -50,12 +50,13 @@ class Stored(msgspec.Struct, frozen=True):
 
 
 class StreamState(msgspec.Struct, frozen=True):
-    """A stream now. ``created`` is its time of creation; ``first_seq`` and ``last_seq`` bound what it keeps.
+    """The current state of a stream. ``created`` is its time of creation; ``first_seq`` and ``last_seq`` bound its
+    messages.
 
-    ``used``: how much of its bound in bytes is taken, from 0 to 1; 0 without a bound. ``last_stamp``: when the last
-    message was stored, in nanoseconds since 1970 (0: never). ``holes``: messages missing between the bounds.
-    ``max_age``: seconds after which messages expire (0: never). ``era``,
-    ``base``, ``lost``, ``reused`` and ``repaired`` are known of logs alone: see `schemas.log_marks`.
+    ``used``: used share of its bound in bytes, from 0 to 1; 0 without a bound. ``last_stamp``: storage time of the last
+    message, in nanoseconds since 1970 (0: never). ``holes``: messages missing between the bounds. ``max_age``: seconds
+    after which messages expire (0: never). ``era``, ``base``, ``lost``, ``reused`` and ``repaired`` exist for logs
+    only: see `schemas.log_marks`.
     """
 
     created: str
@@ -73,7 +74,7 @@ class StreamState(msgspec.Struct, frozen=True):
 
     @property
     def incarnation(self) -> str:
-        """The name under which positions in this stream are kept."""
+        """Return the incarnation, to which positions in this stream belong."""
         return incarnation(self.created, self.era)
 
 
@@ -112,14 +113,14 @@ class _Done(msgspec.Struct):
 
 
 class Broker(Connection):
-    """A connection to NATS with JetStream: bounds and contents of streams, look-up buckets, and setting it all up."""
+    """A connection to NATS with JetStream: stream states, reads, look-up buckets, and topology."""
 
     def __init__(self, client: RelayClient) -> None:
         super().__init__(client)
         self._reads = asyncio.Semaphore(READS)
         self._buckets: dict[str, Bucket] = {}
         self._applying: asyncio.Task[None] | None = None
-        self._replicas: dict[str, tuple[float, int]] = {}  # of each stream, and when that was looked up
+        self._replicas: dict[str, tuple[float, int]] = {}  # replicas by stream, with the time of the look-up
 
     async def state(self, stream: str) -> StreamState:
         """Return incarnation and bounds of a stream.
@@ -139,10 +140,10 @@ class Broker(Connection):
         return await self._ask(f"STREAM.INFO.{stream}", _Info, query, timeout=timeout)
 
     async def _ask(self, operation: str, type_: type[T], query: Any = None, *, timeout: float = api.ASK_SECONDS) -> T:
-        """Ask JetStream for what it cannot refuse for good.
+        """Send a JetStream API request whose refusals are all temporary.
 
         Raises:
-            BrokerUnavailable: no answer, or a refusal: a stream that is missing is made by somebody.
+            BrokerUnavailable: no answer, or a refusal: a missing stream will be created by some service.
         """
         try:
             return await api.ask(self, operation, type_, query, timeout=timeout)
@@ -150,7 +151,7 @@ class Broker(Connection):
             raise BrokerUnavailable(f"{operation}: {error}") from error
 
     async def holds(self, stream: str, subject: str) -> bool:
-        """Tell whether a stream's leader has stored a message of this subject, and still has it.
+        """Return whether a stream's leader still holds a message of this subject.
 
         Raises:
             BrokerUnavailable: no answer.
@@ -158,7 +159,7 @@ class Broker(Connection):
         return subject in (await self._info(stream, {"subjects_filter": subject})).state.subjects
 
     async def count(self, stream: str, filter_: str) -> int:
-        """Return how many messages of ``filter_`` a stream's leader has stored, for at most 100,000 subjects.
+        """Return the number of messages of ``filter_`` on a stream's leader, for at most 100,000 subjects.
 
         Raises:
             BrokerUnavailable: no answer.
@@ -166,7 +167,7 @@ class Broker(Connection):
         return sum((await self._info(stream, {"subjects_filter": filter_})).state.subjects.values())
 
     async def subjects(self, stream: str, filter_: str) -> list[str]:
-        """Return the subjects that match ``filter_`` of which a stream's leader holds messages.
+        """Return the subjects matching ``filter_`` with messages on a stream's leader.
 
         Raises:
             BrokerUnavailable: no answer.
@@ -180,7 +181,7 @@ class Broker(Connection):
                 return found
 
     async def last(self, stream: str, filter_: str) -> Stored | None:
-        """Return the newest message that matches ``filter_``, as the stream's leader has it; ``None`` without one.
+        """Return the newest message that matches ``filter_`` from the stream's leader, or None.
 
         Raises:
             BrokerUnavailable: no answer.
@@ -188,7 +189,7 @@ class Broker(Connection):
         return await self._one(stream, {"last_by_subj": filter_})
 
     async def get(self, stream: str, seq: int) -> Stored | None:
-        """Return the message ``seq`` as a stream's leader has it; ``None`` without one.
+        """Return the message ``seq`` from the stream's leader, or None.
 
         Raises:
             BrokerUnavailable: no answer.
@@ -207,7 +208,7 @@ class Broker(Connection):
         return Stored(found.seq, found.subject, found.data, found.time, headers)
 
     async def stamp(self, stream: str, seq: int) -> int | None:
-        """Return when a stream's leader stored the message ``seq``, in nanoseconds since 1970; ``None`` without one.
+        """Return the storage time of the message ``seq`` on the leader, in nanoseconds since 1970, or None.
 
         Raises:
             BrokerUnavailable: no answer.
@@ -227,7 +228,7 @@ class Broker(Connection):
         return found[0].seq if found else None
 
     async def first_hole(self, stream: str, filter_: str, first: int, last: int) -> int:
-        """Return the first stream sequence in a range that is missing, or ``last + 1``; ``filter_`` must cover all.
+        """Return the first stream sequence missing in a range, or ``last + 1``; ``filter_`` must match all messages.
 
         Raises:
             ReadFailed: the broker did not answer completely.
@@ -242,7 +243,7 @@ class Broker(Connection):
         missing = last - first + 1 - (await stored(first) - beyond)
         if not missing:
             return last + 1
-        while high - low > 1:  # bisect: as much is missing from a sequence on as in all, up to the first hole
+        while high - low > 1:  # bisect: up to the first hole, as much is missing behind a sequence as in all
             middle = (low + high) // 2
             if last - middle + 1 - (await stored(middle) - beyond) == missing:
                 low = middle
@@ -259,7 +260,7 @@ class Broker(Connection):
         return (await self._get(stream, {"multi_last": [filter_], "batch": 1_024, "max_bytes": READ_BYTES}))[0]
 
     async def first(self, stream: str, filter_: str, from_seq: int = 1) -> Stored | None:
-        """Return the first stored message at or after ``from_seq`` that matches ``filter_``; ``None`` without one."""
+        """Return the first stored message at or after ``from_seq`` that matches ``filter_``, or None."""
         async for batch in self.read(stream, filter_, from_seq, limit=1):
             return batch[0]
         return None
@@ -267,20 +268,20 @@ class Broker(Connection):
     async def read(
         self, stream: str, filter_: str, from_seq: int = 1, *, up_to: int | None = None, limit: int | None = None
     ) -> AsyncIterator[list[Stored]]:
-        """Yield what the log keeps of ``filter_`` from ``from_seq`` on, in order, in batches (batched Direct Get).
+        """Yield the messages of ``filter_`` from ``from_seq`` on, in order, in batches (batched Direct Get).
 
         Ends at the last stored message, after ``up_to`` (a stream sequence), or after ``limit`` messages. In a cluster
-        any replica may answer, also one that lags: the end is the leader's, and a replica behind it is asked again.
+        any replica may answer, also a lagging one: the leader defines the end, and a replica behind it is asked again.
 
         Raises:
             ReadFailed: the broker did not answer completely.
         """
         taken = 0
-        end: int | None = None  # what the leader called the last one when a replica had no more
+        end: int | None = None  # the leader's last sequence when a replica had no more messages
         patience_until = asyncio.get_running_loop().time() + READ_TIMEOUT
         while up_to is None or from_seq <= up_to:
             size = READ_BATCH if limit is None else min(READ_BATCH, limit - taken)
-            if up_to is not None:  # every message has a sequence of its own: more than that cannot be wanted
+            if up_to is not None:  # every message has a sequence of its own: the range bounds their number
                 size = min(size, up_to - max(1, from_seq) + 1)
             batch, pending = await self._read_batch(stream, filter_, max(1, from_seq), size)
             cut = up_to is not None and bool(batch) and batch[-1].seq > up_to
@@ -303,14 +304,14 @@ class Broker(Connection):
             await asyncio.sleep(LAG_PAUSE)
 
     async def _leaders_end(self, stream: str, filter_: str) -> int:
-        """Return the sequence of the last stored message of ``filter_``; 0 where every answer is the leader's."""
+        """Return the leader's last stored sequence of ``filter_``; 0 for a stream without replicas."""
         if not await self.is_replicated(stream):
             return 0
         last = await self.last(stream, filter_)
         return last.seq if last is not None else 0
 
     async def is_replicated(self, stream: str) -> bool:
-        """Tell whether a stream has several replicas, of which one may lag behind another.
+        """Return whether a stream has several replicas, one of which may lag behind another.
 
         Raises:
             BrokerUnavailable: no answer.
@@ -326,7 +327,7 @@ class Broker(Connection):
         return await self._get(stream, query)
 
     async def _get(self, stream: str, query: dict[str, Any]) -> tuple[list[Stored], int]:
-        """Return what a batched Direct Get brings, and how much was left over; who does not answer is asked again."""
+        """Return the messages of a batched Direct Get and the number left over; retry if no replica answers."""
         for seconds in READ_TRIES:
             try:
                 async with self._reads:
@@ -348,7 +349,7 @@ class Broker(Connection):
             status = headers.get("Status")
             if done.done():
                 return
-            if not got:  # it answers: a slow answer is not asked for twice
+            if not got:  # once an answer has begun, do not retry a slow one
                 patience.reschedule(loop.time() + READ_TIMEOUT)
             if status is None:
                 time = headers.get("Nats-Time-Stamp", "")
@@ -379,7 +380,7 @@ class Broker(Connection):
         await self._ask(f"STREAM.PURGE.{stream}", _Done, {"filter": filter_})
 
     async def delete(self, stream: str, seq: int) -> bool:
-        """Remove the message ``seq`` from a stream; tell whether there was one.
+        """Delete the message ``seq`` from a stream; return whether it existed.
 
         Raises:
             BrokerUnavailable: no answer.
@@ -404,9 +405,9 @@ class Broker(Connection):
         return self._buckets[name]
 
     async def apply(self, topology: Topology, *, wait: float = APPLY_SECONDS) -> Topology:
-        """Create or update streams, consumers and buckets; return the topology with the partitions kept from earlier.
+        """Create or update streams, consumers and buckets; return the topology with the partitions of earlier settings.
 
-        Calling it again changes nothing. A cluster that has no leader yet is asked again for ``wait`` seconds.
+        Calling it again changes nothing. Retries for ``wait`` seconds while a cluster has no leader yet.
 
         Raises:
             BrokerUnavailable: the broker refused or did not answer.
@@ -417,7 +418,7 @@ class Broker(Connection):
             raise BrokerUnavailable(f"cannot set up streams: {error}") from error
 
     async def keep(self, topology: Topology) -> Topology:
-        """Do as `apply`, now and after every reconnection: a broker may come back without some of it.
+        """Call `apply` now and after every reconnection: a broker may come back without some of the topology.
 
         Raises:
             BrokerUnavailable: the broker refused or did not answer, now.
@@ -436,10 +437,10 @@ class Broker(Connection):
         try:
             await self.apply(topology)
         except BrokerUnavailable as error:
-            log.error("streams not looked after since the reconnection", detail=str(error))
+            log.error("streams not verified after the reconnection", detail=str(error))
 
     async def partitions(self) -> list[int]:
-        """Return the partitions that have a stream, those beyond the present number included.
+        """Return the partitions that have a stream, including those beyond the configured number.
 
         Raises:
             BrokerUnavailable: the broker did not answer.

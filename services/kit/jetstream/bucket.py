@@ -19,7 +19,7 @@ __all__ = ["Bucket", "Entry"]
 
 
 class Entry(NamedTuple):
-    """The value of a key, and the revision that it was stored with."""
+    """The value of a key, and its revision."""
 
     key: str
     value: bytes
@@ -27,14 +27,14 @@ class Entry(NamedTuple):
 
 
 class Bucket:
-    """A bucket; made by `Broker.bucket`. Every method raises `BrokerUnavailable` when the broker does not answer."""
+    """A bucket, created by `Broker.bucket`. Every method raises `BrokerUnavailable` when the broker does not answer."""
 
     def __init__(self, name: str, bucket: KeyValue) -> None:
         self.name = name
         self._bucket = bucket
 
     async def get(self, key: str) -> Entry | None:
-        """Return a key's entry; ``None`` without one. A replica that lags may answer: `Broker.last` asks the leader."""
+        """Return a key's entry, or None. A lagging replica may answer: `Broker.last` asks the leader."""
         with unavailable(f"cannot read {key} in bucket {self.name}"):
             try:
                 found = await self._bucket.get(key)
@@ -46,13 +46,13 @@ class Bucket:
         """Store a value and return its revision.
 
         Raises:
-            MessageTooLarge: it is larger than the broker takes.
+            MessageTooLarge: it is larger than the broker accepts.
         """
         with unavailable(f"cannot store {key} in bucket {self.name}"):
             return await self._bucket.put(key, value)
 
     async def create(self, key: str, value: bytes) -> int | None:
-        """Store the value of a key that has none and return its revision; ``None`` where the key has a value."""
+        """Store the value of a new key and return its revision; ``None`` if the key has a value."""
         with unavailable(f"cannot create {key} in bucket {self.name}"):
             try:
                 return await self._bucket.create(key, value)
@@ -60,7 +60,7 @@ class Bucket:
                 return None
 
     async def update(self, key: str, value: bytes, revision: int) -> bool:
-        """Replace the value that has this revision; tell whether it still had it."""
+        """Replace the value of this revision; return False if the key has another one."""
         with unavailable(f"cannot update {key} in bucket {self.name}"):
             try:
                 await self._bucket.update(key, value, last=revision)
@@ -69,7 +69,7 @@ class Bucket:
         return True
 
     async def delete(self, key: str, revision: int | None = None) -> bool:
-        """Remove a key, with ``revision`` only the value that has it; tell whether it is gone."""
+        """Delete a key, with ``revision`` only the value of that revision; return whether it was deleted."""
         with unavailable(f"cannot delete {key} in bucket {self.name}"):
             try:
                 return await self._bucket.delete(key, last=revision)
@@ -79,10 +79,10 @@ class Bucket:
                 raise
 
     async def watch(self, keys: str, silence: float) -> AsyncGenerator[Entry, None]:
-        """Yield what is stored for keys that match ``keys``, first the present values. Close it with `aclosing`.
+        """Yield the entries of keys that match ``keys``, current values first, then changes. Close it with `aclosing`.
 
         Raises:
-            BrokerUnavailable: nothing has come for ``silence`` seconds: a watch may have died without a word.
+            BrokerUnavailable: nothing has come for ``silence`` seconds: a watch may have died without notice.
         """
         what = f"cannot watch {keys} in bucket {self.name}"
         with unavailable(what):
@@ -91,7 +91,7 @@ class Bucket:
             while True:
                 with unavailable(what):
                     entry = await heeding(watcher.updates(timeout=silence))
-                if entry is not None and entry.value:  # None marks the end of the present values
+                if entry is not None and entry.value:  # None marks the end of the current values
                     yield Entry(entry.key, entry.value, entry.revision)
         finally:
             await _stop(watcher)
@@ -101,4 +101,4 @@ async def _stop(watcher: Any) -> None:
     try:
         await watcher.stop()
     except AWAY as error:
-        raise BrokerUnavailable(f"a watch has not been ended: {error!r}") from error
+        raise BrokerUnavailable(f"cannot end a watch: {error!r}") from error

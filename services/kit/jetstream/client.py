@@ -1,10 +1,10 @@
-"""nats-py's client with a short way in and out for the few subjects that carry tokens.
+"""nats-py's client with a fast path in and out for the few subjects that carry tokens.
 
 The library gives every subscription a queue and a task, parses all headers of each message into a dictionary, and
-validates the subject of each publish. On the relay path that is a third of a process's time. `RelayClient` hands the
+validates the subject of each publish. On the relay path that is a third of a process's time. `RelayClient` passes the
 messages of chosen subscriptions straight from the parser to a plain function, and writes prepared publishes straight
-into the library's outgoing buffer. Everything else, reconnection above all, stays the library's. It leans on internals
-of nats-py, whose version is therefore pinned closely, and `tests/contracts/test_nats_client.py` holds it to them.
+into the library's outgoing buffer. Everything else, above all reconnection, is the library's. It depends on internals
+of nats-py, so the version is pinned closely, and `tests/contracts/test_nats_client.py` checks them.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ Delivery = Callable[[bytes, bytes, bytes, bytes | None], None]
 """A function of subject, reply subject, data, and raw headers (``None`` without any), all as they came."""
 
 FLUSH_SECONDS: Final = 0.001
-"""Shortest time between two writes of `send`: what comes sooner after a write waits for the next one.
+"""Shortest time between two writes of `send`: a message sent sooner waits for the next write.
 
 A write costs about as much as ten messages in it. A publish after a pause is written at once.
 """
@@ -36,7 +36,7 @@ _PING: Final = b"PING\r\n"
 
 
 def header_number(headers: bytes, name: bytes) -> int | None:
-    """Return the number that a raw header block gives for ``name`` (with its colon and space), if it does."""
+    """Return the number of header ``name`` (with its colon and space) in a raw header block, or None."""
     start = headers.find(name)
     if start < 0:
         return None
@@ -48,7 +48,7 @@ def header_number(headers: bytes, name: bytes) -> int | None:
 
 
 def parse_headers(block: bytes) -> dict[str, str]:
-    """Return the fields of a raw header block; of a name that comes twice the last."""
+    """Parse a raw header block; the last value of a repeated name wins."""
     found: dict[str, str] = {}
     for line in block.split(_CRLF)[1:]:
         name, colon, value = line.partition(b":")
@@ -58,14 +58,14 @@ def parse_headers(block: bytes) -> dict[str, str]:
 
 
 def parse_status(block: bytes) -> tuple[str, str]:
-    """Return status and description of a raw header block, such as ``NATS/1.0 404 No Messages``; empty without any."""
+    """Parse status and description of a raw header block, such as ``NATS/1.0 404 No Messages``; empty without any."""
     _, _, line = block.split(_CRLF, 1)[0].partition(b" ")
     status, _, description = line.decode(errors="replace").strip().partition(" ")
     return status, description.strip()
 
 
 class RelayClient(Client):
-    """A NATS client whose `listen` and `send` do no more than the relay path needs."""
+    """A NATS client with `listen` and `send` reduced to the needs of the relay path."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,38 +76,38 @@ class RelayClient(Client):
         self._flushed_at = 0.0
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
-        # The library would go on without TLS where a server does not offer it, and show it the password.
+        # Without TLS on the server, the library would continue in plain text and send it the password.
         if initial_connection and self.options.get("tls") is not None and not info.get("tls_required"):
-            raise nats.errors.Error("this server offers no TLS, which is demanded")
+            raise nats.errors.Error("this server offers no TLS, which is required")
         await super()._process_info(info, initial_connection)
 
     async def request(self, *args: Any, **kwargs: Any) -> Msg:
-        """Ask, as the library does, and heed a cancellation that comes at the same moment as the answer."""
+        """Send a request as the library does, without losing a cancellation that coincides with the answer."""
         return await heeding(super().request(*args, **kwargs))
 
     async def flush(self, *args: Any, **kwargs: Any) -> None:
-        """Wait for the server, as the library does, and heed a cancellation that comes at the same moment."""
+        """Flush as the library does, without losing a coincident cancellation."""
         await heeding(super().flush(*args, **kwargs))
 
     async def _attempt_reconnect(self) -> None:
-        # The library would wait until the server has taken what was written to it: a frozen one never does.
+        # The library would wait until the server has read its buffer: a frozen server never does.
         self.abort()
         await super()._attempt_reconnect()
 
     def abort(self) -> None:
-        """Break the connection to the server; what it has not taken yet is lost."""
+        """Abort the connection to the server; unsent data is lost."""
         writer = getattr(self._transport, "_io_writer", None)
         if writer is None:
             return
         transport = writer.transport
-        if not transport.is_closing() or transport.get_write_buffer_size():  # one that is gone cannot be broken
+        if not transport.is_closing() or transport.get_write_buffer_size():  # a closed one cannot be aborted
             transport.abort()
 
     async def _flush_pending(self, force_flush: bool = False) -> Any:
         try:
-            return await heeding(super()._flush_pending(force_flush))  # which takes a cancellation for the end of it
+            return await heeding(super()._flush_pending(force_flush))  # the library would end on a cancellation
         except RuntimeError:
-            # uvloop says so of a connection that is lost, before the library has noticed: what waits goes out later.
+            # uvloop raises it for a lost connection before the library has noticed: the pending data is sent later.
             if not self._is_lost():
                 raise
             done = asyncio.get_running_loop().create_future()
@@ -119,21 +119,21 @@ class RelayClient(Client):
         return writer is None or writer.is_closing()
 
     async def _send_ping(self, future: asyncio.Future[bool] | None = None) -> None:
-        # The library writes it past what waits to be sent, of which the answer then says nothing.
+        # The library writes a ping ahead of the pending data, so its answer would not cover that data.
         self._loop = self._loop or asyncio.get_running_loop()
         self._pongs.append(future or self._loop.create_future())
         self._pending.append(_PING)
         self._pending_data_size += len(_PING)
-        self._flush_soon()  # and not later than a server that takes nothing: pings are what finds it out
+        self._flush_soon()  # also if the server reads nothing: pings detect that
 
     async def _process_pong(self) -> None:
-        # Whoever waited may have been cancelled; the library would lose the connection over that.
+        # The waiter may have been cancelled; the library would then lose the connection.
         if self._pongs and self._pongs[0].done():
             self._pongs[0] = asyncio.get_running_loop().create_future()
         await super()._process_pong()
 
     async def listen(self, subject: str, arrival: Arrival) -> Subscription:
-        """Subscribe a function that is called from the parser for every message. End it with `unlisten`."""
+        """Subscribe a function that the parser calls for every message. End it with `unlisten`."""
         # A subscription with a future gets neither queue nor task; `_process_msg` below never touches the future.
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         subscription = await self.subscribe(subject, future=future)
@@ -141,7 +141,7 @@ class RelayClient(Client):
         return subscription
 
     async def listen_to_deliveries(self, subject: str, delivery: Delivery) -> Subscription:
-        """Like `listen`, for a function that wants reply subjects too, such as those of a JetStream consumer."""
+        """Like `listen`, for a function that needs reply subjects too, such as those of a JetStream consumer."""
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         subscription = await self.subscribe(subject, future=future)
         self._deliveries[subscription._id] = delivery
@@ -155,9 +155,9 @@ class RelayClient(Client):
             await subscription.unsubscribe()
 
     async def leave(self, subscription: Subscription, seconds: float) -> None:
-        """End a subscription once all is handled that the server had sent, after ``seconds`` in any case.
+        """End a subscription after the messages already sent by the server are handled, at most ``seconds`` later.
 
-        The library's way out of one either drops what is on its way, or waits for the server without a bound.
+        The library either drops messages in transit, or waits for the server without a bound.
         """
         try:
             async with asyncio.timeout(seconds):
@@ -166,7 +166,7 @@ class RelayClient(Client):
                     await self.flush()
                 await subscription._pending_queue.join()
         except (TimeoutError, OSError, nats.errors.Error):
-            pass  # the server is away, and has forgotten the subscription with the connection
+            pass  # the server is away, and has dropped the subscription with the connection
         finally:
             self._arrivals.pop(subscription._id, None)
             self._deliveries.pop(subscription._id, None)
@@ -178,7 +178,7 @@ class RelayClient(Client):
         """Publish on a valid subject, with the next flush; only while connected, and below the server's payload limit.
 
         Raises:
-            BufferError: as much waits to be written as may.
+            BufferError: the outgoing buffer is full.
         """
         if self._pending_data_size > self._max_pending_size:
             raise BufferError(f"{self._pending_data_size} bytes wait to be sent")
@@ -217,9 +217,9 @@ class RelayClient(Client):
 
 
 async def heeding(work: Awaitable[T]) -> T:
-    """Await ``work`` and pass a cancellation on that it kept to itself.
+    """Await ``work``, and re-raise a cancellation that it swallowed.
 
-    Before Python 3.12 `asyncio.wait_for` forgets one when it is through already.
+    Before Python 3.12 `asyncio.wait_for` loses a cancellation that arrives after its completion.
     """
     task = asyncio.current_task()
     before = task.cancelling() if task is not None else 0

@@ -1,4 +1,4 @@
-"""The connection to NATS: one thin port over nats-py, so that the services know nothing of the client library.
+"""The connection to NATS: one thin port over nats-py, so that the services do not depend on the client library.
 
 Hot paths use callbacks, never iterators.
 """
@@ -28,13 +28,13 @@ log = structlog.get_logger()
 Callback = Callable[[Message], Awaitable[None]]
 PENDING_BYTES: Final = 8 * 1024 * 1024
 CLOSE_SECONDS: Final = 0.5
-"""How long the server may take the last of what was written to it; a frozen one takes nothing."""
+"""Seconds for the server to read the last written data; a frozen one reads nothing."""
 
 _PERSISTENT: Final[dict[str, Any]] = {
     "max_reconnect_attempts": -1,
     "reconnect_time_wait": 0.25,  # seconds; fractions work
     "connect_timeout": 2,
-    "ping_interval": 2,  # a server that is frozen is left after about 5 s, well within the lease
+    "ping_interval": 2,  # a frozen server is left after about 5 s, well within the lease
     "max_outstanding_pings": 2,
     "pending_size": PENDING_BYTES,
 }
@@ -46,16 +46,16 @@ def expecting(last: int) -> dict[str, str]:
 
 
 class Connection:
-    """A connection to NATS: publishing, subscribing and asking.
+    """A connection to NATS: publish, subscribe and request.
 
-    ``on_reconnect`` callbacks run after every reconnection, so that readers look for what they missed.
+    ``on_reconnect`` callbacks run after every reconnection, so that readers can read what they missed.
     """
 
     def __init__(self, client: RelayClient) -> None:
         self.client = client
         self.js: JetStreamContext = client.jetstream(timeout=5.0)
         self.stored_at = 0.0  # event-loop time of the last acknowledgement of `publish_stored` …
-        self.unstored_at: float | None = None  # … and of the last time that none came although there was a connection
+        self.unstored_at: float | None = None  # … and of the last missing acknowledgement in spite of a connection
         self._closing = False
         self._reconnected: list[Callable[[], Awaitable[None]]] = []
 
@@ -64,10 +64,10 @@ class Connection:
     async def connect(
         cls, url: str, name: str, *, tls: ssl.SSLContext | None = None, wait: float = 30.0
     ) -> AsyncIterator[Self]:
-        """Connect (trying for ``wait`` seconds), yield, and close in the end. ``url`` may list servers by commas.
+        """Connect (trying for ``wait`` seconds), yield, and close at the end. ``url`` may list servers by commas.
 
-        ``name``: the service; answers come below ``_INBOX.<name>``, so that no other service may read them. ``tls``:
-        demands it of every server.
+        ``name``: the service; answers arrive below ``_INBOX.<name>``, so that no other service may read them. ``tls``:
+        required of every server.
 
         Raises:
             BrokerUnavailable: no server answered within ``wait`` seconds.
@@ -96,7 +96,7 @@ class Connection:
         connecting = asyncio.create_task(
             client.connect(
                 servers,
-                # Servers of a cluster tell of each other without credentials: the first one's are good for all.
+                # Cluster servers announce each other without credentials: the first server's credentials serve for all.
                 user=first.username if first.password else None,
                 password=first.password,
                 name=f"tailrace-{name}",
@@ -117,7 +117,7 @@ class Connection:
         except (TimeoutError, OSError, nats.errors.Error) as error:
             raise BrokerUnavailable(f"no NATS server answers at {_hide(url)}: {reason or error!r}") from error
         finally:
-            await end(connecting)  # the library may lose a cancellation, and then tries for ever
+            await end(connecting)  # the library may lose a cancellation, and then retries for ever
         try:
             yield self
         finally:
@@ -126,12 +126,12 @@ class Connection:
 
     @property
     def is_connected(self) -> bool:
-        """Whether the connection is up now."""
+        """Return whether the connection is up."""
         return bool(self.client.is_connected)
 
     @property
     def reconnects(self) -> int:
-        """How often the connection has been made anew."""
+        """Return the number of reconnections."""
         return int(self.client.stats["reconnects"])
 
     def on_reconnect(self, callback: Callable[[], Awaitable[None]]) -> None:
@@ -141,7 +141,7 @@ class Connection:
     async def publish(
         self, subject: str, data: bytes, *, reply: str = "", headers: dict[str, str] | None = None
     ) -> None:
-        """Publish on a core subject; with ``reply`` the stream's acknowledgement comes there.
+        """Publish on a core subject; the stream's acknowledgement goes to ``reply``, if given.
 
         Raises:
             BrokerUnavailable: the outgoing buffer is full or the connection is closed.
@@ -177,7 +177,7 @@ class Connection:
     ) -> Subscription:
         """Subscribe a callback to a core subject. The broker may not know it yet: see `flush`.
 
-        Of the subscribers with the same ``queue`` each message reaches one.
+        Each message goes to one subscriber of the same ``queue``.
 
         Raises:
             BrokerUnavailable: the connection is closed.
@@ -188,7 +188,7 @@ class Connection:
             raise BrokerUnavailable(f"cannot subscribe to {subject}: {error!r}") from error
 
     async def unsubscribe(self, subscription: Subscription) -> None:
-        """End a subscription at once; with a closed connection it has ended."""
+        """End a subscription at once; on a closed connection it has already ended."""
         with suppress(nats.errors.Error, OSError):
             await subscription.unsubscribe()
 
@@ -197,7 +197,7 @@ class Connection:
         return await self.client.listen(subject, arrival)
 
     async def listen_to_deliveries(self, subject: str, delivery: Delivery) -> Subscription:
-        """Like `listen`, for a function that gets reply subjects too.
+        """Like `listen`, for a function that needs reply subjects too.
 
         Raises:
             BrokerUnavailable: the connection is closed.
@@ -212,7 +212,7 @@ class Connection:
         await self.client.unlisten(subscription)
 
     async def leave(self, subscription: Subscription, seconds: float) -> None:
-        """End a subscription once all is handled that the broker had sent, after ``seconds`` in any case."""
+        """End a subscription after the messages already sent by the broker are handled, at most ``seconds`` later."""
         await self.client.leave(subscription, seconds)
 
     def send(self, subject: str, data: bytes, reply: str) -> None:
@@ -227,7 +227,7 @@ class Connection:
             raise BrokerUnavailable(f"cannot publish: {error}") from error
 
     async def flush(self) -> None:
-        """Return when the broker has seen all that was sent before, for instance a subscription.
+        """Wait until the broker has processed everything sent before, such as a subscription.
 
         Raises:
             BrokerUnavailable: it did not answer.
@@ -240,10 +240,10 @@ class Connection:
     async def request(
         self, subject: str, data: bytes = b"", *, timeout: float = 2.0, headers: dict[str, str] | None = None
     ) -> bytes | None:
-        """Return the answer of whoever listens on ``subject``; ``None`` when nobody does.
+        """Send a request and return the answer; ``None`` when ``subject`` has no listener.
 
         Raises:
-            BrokerUnavailable: somebody listens and no answer came in time, or the connection is down.
+            BrokerUnavailable: a listener did not answer in time, or the connection is down.
         """
         try:
             return (await self.client.request(subject, data, timeout=timeout, headers=headers)).data
@@ -254,17 +254,17 @@ class Connection:
 
 
 async def _close(client: RelayClient) -> None:
-    """Close the connection; break it off where the server takes nothing any more."""
+    """Close the connection; abort it if the server no longer reads."""
     try:
         async with asyncio.timeout(CLOSE_SECONDS):
             if not client.is_closed:
                 await client.close()
     except TimeoutError:
-        log.warning("broker did not take the last of what was written to it")
+        log.warning("broker did not read the last written data")
     except (nats.errors.Error, OSError, RuntimeError):
-        return  # a connection being lost takes no write
+        return  # a connection being lost accepts no write
     except asyncio.CancelledError:
-        # The library stops its reconnecting, which may wait for the same socket, and so cancels its own waiting too.
+        # The library cancels its reconnection, which may wait for the same socket, and so its own waiting too.
         task = asyncio.current_task()
         if task is None or task.cancelling():
             raise

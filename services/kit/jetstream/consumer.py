@@ -1,4 +1,4 @@
-"""Durable consumers on the broker: made, looked at, paused and removed while services run."""
+"""Durable consumers on the broker: create, inspect, pause and remove them while services run."""
 
 from contextlib import suppress
 from typing import Any, Final, TypeVar
@@ -18,7 +18,7 @@ __all__ = ["DurableInfo", "Durables", "Place"]
 log = structlog.get_logger()
 T = TypeVar("T")
 RESET: Final = Counter(
-    "tailrace_consumers_reset_total", "Consumers made anew because their position was beyond their stream", ["consumer"]
+    "tailrace_consumers_reset_total", "Consumers recreated because their position was beyond their stream", ["consumer"]
 )
 
 NUDGE_SECONDS: Final = 0.5
@@ -33,9 +33,9 @@ class Place(msgspec.Struct, frozen=True):
 
 
 class DurableInfo(msgspec.Struct, frozen=True):
-    """A consumer now.
+    """The current state of a consumer.
 
-    ``config``: as the broker has it. ``created``: its incarnation and time of birth, by the broker's clock.
+    ``config``: as on the broker. ``created``: its incarnation and creation time, by the broker's clock.
     ``num_pending``: messages never delivered yet; ``num_ack_pending``: delivered and not acknowledged;
     ``num_redelivered``: of those, delivered more than once.
     """
@@ -54,7 +54,7 @@ class DurableInfo(msgspec.Struct, frozen=True):
 
     @property
     def pause_until(self) -> str | None:
-        """When a pause ends (RFC 3339); ``None`` where it lasts until it is ended, or there is none."""
+        """Return the end of a pause (RFC 3339); ``None`` for an unlimited pause, or without one."""
         until = self.config.get("pause_until")
         return str(until) if self.paused and until and until != _FOR_EVER else None
 
@@ -76,20 +76,20 @@ class _Stream(msgspec.Struct):
 
 
 class _Done(msgspec.Struct):
-    """An answer of which nothing is needed but that it is none of a refusal."""
+    """An answer whose only content of interest is that it is not a refusal."""
 
 
 class Durables:
-    """The consumers of streams. Every method raises `BrokerUnavailable` when the broker does not answer."""
+    """Manage the consumers of streams. Every method raises `BrokerUnavailable` when the broker does not answer."""
 
     def __init__(self, broker: Requester) -> None:
         self._broker = broker
 
     async def create(self, stream: str, config: dict[str, Any]) -> DurableInfo:
-        """Create a consumer; one that exists in just this way is returned as it is.
+        """Create a consumer; an existing one with the same settings is returned unchanged.
 
         Raises:
-            APIError: it exists otherwise, a setting is wrong, or there are too many.
+            APIError: it exists with other settings, a setting is wrong, or there are too many.
         """
         return await self._set(stream, config, "create")
 
@@ -107,11 +107,11 @@ class Durables:
         return await self._ask(f"CONSUMER.CREATE.{stream}.{name}", DurableInfo, query)
 
     async def info(self, stream: str, name: str) -> DurableInfo | None:
-        """Return a consumer; ``None`` when there is none."""
+        """Return a consumer's state, or None if it does not exist."""
         return await self._find(f"CONSUMER.INFO.{stream}.{name}", DurableInfo)
 
     async def reset(self, spec: ConsumerSpec, after: int = 0) -> None:
-        """Make one of the topology's consumers anew, to deliver what its stream keeps behind ``after``.
+        """Recreate a consumer of the topology, to deliver the messages after stream sequence ``after``.
 
         Raises:
             APIError: the broker refuses a setting.
@@ -122,14 +122,14 @@ class Durables:
         await self.delete(spec.stream, spec.durable)
         await self.create(spec.stream, config)
         RESET.labels(spec.durable).inc()
-        log.error("consumer made anew", stream=spec.stream, consumer=spec.durable, after=after)
+        log.error("consumer recreated", stream=spec.stream, consumer=spec.durable, after=after)
 
     async def mend(self, spec: ConsumerSpec) -> None:
-        """Make one of the topology's consumers anew that is missing, or whose position is beyond its stream's end.
+        """Recreate a consumer of the topology that is missing, or whose position is beyond its stream's end.
 
-        What the stream keeps is delivered again: for readers to whom repeats do no harm, and for work queues, which
-        keep only what is not done. In a cluster nothing is done, for a leader may lag: there no server alone loses what
-        was acknowledged.
+        The stored messages are delivered again: only for readers that tolerate repeats, and for work queues, which keep
+        only unfinished work. In a cluster nothing is done, because a leader may lag: no single server loses
+        acknowledged data there.
 
         Raises:
             APIError: the broker refuses a setting.
@@ -140,25 +140,25 @@ class Durables:
             await self.reset(spec)
 
     async def delete(self, stream: str, name: str) -> bool:
-        """Remove a consumer; tell whether there was one."""
+        """Delete a consumer; return whether it existed."""
         return await self._find(f"CONSUMER.DELETE.{stream}.{name}", _Done) is not None
 
     async def pause(self, stream: str, name: str, until: str | None) -> bool:
-        """Deliver nothing until a time (RFC 3339), or until `resume`; tell whether there is such a consumer."""
+        """Pause deliveries until a time (RFC 3339), or until `resume`; return whether the consumer exists."""
         query = {"pause_until": until or _FOR_EVER}
         return await self._find(f"CONSUMER.PAUSE.{stream}.{name}", _Done, query) is not None
 
     async def resume(self, stream: str, name: str) -> bool:
-        """Deliver again; tell whether there is such a consumer."""
+        """Resume deliveries; return whether the consumer exists."""
         known = await self._find(f"CONSUMER.PAUSE.{stream}.{name}", _Done, {}) is not None
-        # The broker looks at the pulls that wait since before only when another one comes; this one can get nothing.
+        # The broker serves older waiting pulls only when another pull arrives; this one can get no message itself.
         query = msgspec.json.encode({"batch": 1, "no_wait": True, "max_bytes": 1})
         with suppress(BrokerUnavailable):
             await self._broker.request(f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{name}", query, timeout=NUDGE_SECONDS)
         return known
 
     async def all_of(self, stream: str) -> list[DurableInfo]:
-        """Return all consumers of a stream (the broker allows 1,000 by default); none where there is no stream."""
+        """Return all consumers of a stream (the broker allows 1,000 by default); none if it does not exist."""
         found: list[DurableInfo] = []
         while True:
             page = await self._find(f"CONSUMER.LIST.{stream}", _Page, {"offset": len(found)})
@@ -169,7 +169,7 @@ class Durables:
                 return found
 
     async def _find(self, operation: str, type_: type[T], query: Any = None) -> T | None:
-        """Return the answer; ``None`` for what is missing."""
+        """Return the answer; ``None`` for a missing object."""
         try:
             return await self._ask(operation, type_, query)
         except APIError as error:

@@ -1,7 +1,8 @@
 """Errors of the broker, and the mapping of nats-py's exceptions to them.
 
-A caller tells three cases apart: the broker is away (`BrokerUnavailable`: ask again later), it has answered and refuses
-(`APIError`: the code says why), or there is nothing (a method then returns ``None`` or ``False``).
+A caller distinguishes three cases: the broker is away (`BrokerUnavailable`: retry later), it has answered with a
+refusal (`APIError`: the code is the reason), or the object does not exist (the method then returns ``None`` or
+``False``).
 """
 
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import nats.errors
 __all__ = ["AWAY", "APIError", "BrokerUnavailable", "MessageTooLarge", "ReadFailed", "unavailable"]
 
 AWAY: Final = (nats.errors.Error, OSError, TimeoutError)
-"""What nats-py raises when the connection is down or closed, or no answer comes; its refusals are among them."""
+"""nats-py's exceptions for a lost connection or a missing answer; its refusals are among them."""
 
 # Error codes of JetStream's API (`err_code`), from nats-server's `server/errors.json`.
 RESOURCES_EXCEEDED: Final = 10002
@@ -29,25 +30,25 @@ REPLICAS_NOT_SUPPORTED: Final = 10074
 CONSUMER_ALREADY_EXISTS: Final = 10148
 CONSUMER_DOES_NOT_EXIST: Final = 10149
 WRONG_LAST_SEQUENCE_CONSTANT: Final = 10164
-"""In a cluster, while another append to the same subject is on its way."""
+"""In a cluster, while another append to the same subject is in progress."""
 
 
 class BrokerUnavailable(Exception):
-    """The broker cannot be reached or does not answer; asking again later may help."""
+    """The broker cannot be reached or does not answer; a later retry may help."""
 
 
 class ReadFailed(BrokerUnavailable):
-    """A read of the log got no complete answer within its time."""
+    """A read of the log got no complete answer in time."""
 
 
 class MessageTooLarge(BrokerUnavailable):
-    """A message is larger than ``max_payload`` of the broker; it takes it only after a change of its settings."""
+    """A message is larger than ``max_payload`` of the broker; only a change of that setting helps."""
 
 
 class APIError(Exception):
     """JetStream refuses an append or a request to its API.
 
-    ``code``: as in HTTP. ``err_code``: JetStream's own, which tells refusals apart. ``description``: its text.
+    ``code``: as in HTTP. ``err_code``: JetStream's own code of the refusal. ``description``: its text.
     """
 
     def __init__(self, code: int | None = None, err_code: int | None = None, description: str | None = None) -> None:
@@ -58,42 +59,42 @@ class APIError(Exception):
 
     @property
     def is_temporary(self) -> bool:
-        """Whether the same request may be taken later: a server error, or too few servers for the replicas now.
+        """Return whether the same request may succeed later: a server error, or too few servers for the replicas now.
 
-        `CONSUMER_CREATE_FAILED` is a server error and yet none: the server says so of a setting that it cannot use.
+        `CONSUMER_CREATE_FAILED` has a server error's code, but means a setting that the server cannot use.
         """
         return self.err_code == NO_PEERS or (self.code >= 500 and self.err_code != CONSUMER_CREATE_FAILED)
 
     @property
     def is_wrong_last_sequence(self) -> bool:
-        """Whether another message has been stored under the subject since the one that the append expected."""
+        """Return whether the subject's last message is another one than the append expected."""
         return self.err_code in (WRONG_LAST_SEQUENCE, WRONG_LAST_SEQUENCE_CONSTANT)
 
     @property
     def is_subject_taken(self) -> bool:
-        """Whether the stream keeps one message a subject and has it (`JSStreamStoreFailed`, told by its text alone)."""
+        """Return whether the subject already has its only message (`JSStreamStoreFailed`, recognised by its text)."""
         return "per subject" in self.description
 
     @property
     def is_stream_full(self) -> bool:
-        """Whether the stream holds as many messages as it may (`JSStreamStoreFailed`, told by its text alone)."""
+        """Return whether the stream has its maximum of messages (`JSStreamStoreFailed`, recognised by its text)."""
         return "maximum messages" in self.description and not self.is_subject_taken
 
     @property
     def is_missing(self) -> bool:
-        """Whether there is no such stream, consumer or message."""
-        if self.err_code == MESSAGE_DELETE_FAILED:  # a server error, whatever has failed
+        """Return whether the stream, consumer or message does not exist."""
+        if self.err_code == MESSAGE_DELETE_FAILED:  # a server error, whatever the cause
             return self.description == "no message found"
         return self.code == 404 or self.err_code in (CONSUMER_NOT_FOUND, CONSUMER_DOES_NOT_EXIST)
 
     @property
     def is_existing(self) -> bool:
-        """Whether there is another consumer of this name."""
+        """Return whether another consumer has this name."""
         return self.err_code in (CONSUMER_NAME_EXISTS, CONSUMER_ALREADY_EXISTS)
 
     @property
     def is_too_many(self) -> bool:
-        """Whether a bound of consumers or of storage is reached."""
+        """Return whether a limit of consumers or of storage is reached."""
         return self.err_code in (CONSUMER_LIMIT, RESOURCES_EXCEEDED)
 
 

@@ -1,4 +1,4 @@
-"""What the log still keeps of one generation, as readers need it to join a generation whose events have expired."""
+"""The remaining messages of a generation in the log, for readers that join it behind expired events."""
 
 from collections.abc import AsyncIterator, Iterable, Iterator
 
@@ -10,7 +10,7 @@ __all__ = ["headers", "highest_kept_epoch", "keeps"]
 
 
 def headers(stored: Iterable[Stored]) -> Iterator[Header]:
-    """Yield the headers of stored messages; a message that is no event has none."""
+    """Yield the headers of stored messages; messages that are not events are skipped."""
     for message in stored:
         try:
             yield decode_header(message.data)
@@ -19,7 +19,7 @@ def headers(stored: Iterable[Stored]) -> Iterator[Header]:
 
 
 async def highest_kept_epoch(batches: AsyncIterator[list[Stored]]) -> int:
-    """Return the highest epoch in all messages that the log keeps of a generation; 0 without any event.
+    """Return the highest epoch in the remaining messages of a generation; 0 without any event.
 
     Raises:
         BrokerUnavailable: the log cannot be read.
@@ -31,9 +31,9 @@ async def highest_kept_epoch(batches: AsyncIterator[list[Stored]]) -> int:
 
 
 async def keeps(broker: Broker, stream: str, subject: str, through: int) -> bool:
-    """Tell whether the log keeps a message of ``subject`` at or below the stream sequence ``through``.
+    """Return whether the log still has a message of ``subject`` at or below the stream sequence ``through``.
 
-    Messages expire oldest first: while it does, nothing behind ``through`` has expired.
+    Messages expire oldest first: if so, no message after ``through`` has expired.
 
     Raises:
         BrokerUnavailable: the log cannot be read.

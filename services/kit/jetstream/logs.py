@@ -1,4 +1,4 @@
-"""The logs as all services see them: their bounds, and whether one of them has lost its end."""
+"""The state of the logs: their bounds, and whether one of them has lost its end."""
 
 import asyncio
 import secrets
@@ -21,35 +21,36 @@ __all__ = ["Logs"]
 
 log = structlog.get_logger()
 REGRESSIONS: Final = Counter(
-    "tailrace_log_regressions_total", "Times that a log was found to have lost its end, or made anew", ["partition"]
+    "tailrace_log_regressions_total", "Times that a log had lost its end or been recreated", ["partition"]
 )
 LOST: Final = Counter("tailrace_log_lost_events_total", "Stream sequences that a log has lost", ["partition"])
-LOOK_SECONDS: Final = 5.0
-"""How often the message at the mark is compared while a connection lasts; it is whenever there is a new one."""
+COMPARE_SECONDS: Final = 5.0
+"""Seconds between comparisons of the message at the mark; a new connection compares it at once."""
 CONFIRM_SECONDS: Final = 15.0
-"""How long a log with replicas must look cut off: a new leader answers before it has applied all that it has."""
+"""Seconds for which a replicated log must look truncated: a new leader may answer before it has applied all messages.
+"""
 SUSPECTED: Final = 1_000
 _TRIES: Final = 5
 
 
 class Logs:
-    """Tells the state of logs, and keeps their marks. Every process has one for its connection."""
+    """Read the state of logs, and maintain their marks. Every process has one instance for its connection."""
 
     def __init__(self, broker: Broker, *, confirm: float = CONFIRM_SECONDS) -> None:
         self._broker = broker
         self._confirm = confirm
-        self._compared: dict[int, tuple[int, float, str]] = {}  # of each partition: connection, time, incarnation
-        self._suspected: dict[tuple[int, int], float] = {}  # since when a log with replicas looks cut off, by its mark
+        self._compared: dict[int, tuple[int, float, str]] = {}  # by partition: connection, time, incarnation
+        self._suspected: dict[tuple[int, int], float] = {}  # first time a replicated log looked truncated, by its mark
         self._marking: dict[int, asyncio.Task[None]] = {}
 
     async def state(self, partition: int) -> StreamState:
         """Return bounds and incarnation of a partition's log.
 
         Raises:
-            BrokerUnavailable: the broker does not answer, or says of a log with replicas what must be confirmed first.
+            BrokerUnavailable: the broker does not answer, or a loss in a replicated log must be confirmed first.
         """
         for _ in range(_TRIES):
-            # The mark first: whoever moves it on in between leaves it where the log has come to.
+            # Read the mark first: if another process advances it meanwhile, it stays within the log's bounds.
             mark, revision = await self._mark(partition)
             state = await self._broker.state(token_stream(partition))
             if mark is None:
@@ -68,14 +69,14 @@ class Logs:
         raise BrokerUnavailable(f"the mark of {token_stream(partition)} keeps changing")
 
     async def report(self, partition: int, incarnation: str, seq: int, stamp: int = 0) -> None:
-        """Begin a new era because the log does not hold the message that was seen at ``seq``, stored at ``stamp``.
+        """Begin a new era because the log no longer holds the message seen at ``seq``, stored at ``stamp``.
 
-        ``stamp``: in nanoseconds since 1970, 0 where it is not known.
+        ``stamp``: in nanoseconds since 1970, 0 if unknown.
 
-        Nothing happens where another process has begun one since ``incarnation``.
+        Nothing happens if another process has begun an era since ``incarnation``.
 
         Raises:
-            BrokerUnavailable: the broker does not answer, or does not take it.
+            BrokerUnavailable: the broker does not answer, or does not accept it.
         """
         mark, revision = await self._mark(partition)
         state = await self._broker.state(token_stream(partition))
@@ -83,15 +84,15 @@ class Logs:
             mark = Mark(created=state.created)
         if msgspec.structs.replace(state, era=mark.era).incarnation == incarnation:
             seen = msgspec.structs.replace(mark, seq=seq, stamp=stamp or mark.stamp)
-            reason = f"a reader had come to {seq}, or had another message there"
+            reason = f"a reader was at {seq}, or had read another message there"
             await self._confirmed(partition, seen, state, reason)
             await self._renew(partition, seen, revision, state, reason)
 
     async def repaired(self, partition: int, incarnation: str) -> None:
-        """Note that what a loss has left without an end has been closed in this incarnation of the log.
+        """Record that the generations left open by a loss have been ended in this incarnation.
 
         Raises:
-            BrokerUnavailable: the broker does not answer, or does not take it.
+            BrokerUnavailable: the broker does not answer, or does not accept it.
         """
         for _ in range(_TRIES):
             mark, revision = await self._mark(partition)
@@ -101,12 +102,12 @@ class Logs:
                 return
 
     async def begin_era(self, partition: int) -> bool:
-        """Begin a new era although nothing shows that the log has lost anything; ``False`` for an empty log.
+        """Begin a new era without evidence of a loss; return False for an empty log.
 
-        For when it may have: its store was put back from a copy, or the machine went down.
+        For a possible loss: the store was restored from a copy, or the machine crashed.
 
         Raises:
-            BrokerUnavailable: the broker does not answer, or does not take it.
+            BrokerUnavailable: the broker does not answer, or does not accept it.
         """
         for _ in range(_TRIES):
             mark, revision = await self._mark(partition)
@@ -134,14 +135,14 @@ class Logs:
             return regression(mark, state.created, state.last_seq, stamp)
         self._compared[partition] = (connection, now, f"{mark.created} {mark.era}")
         reason = regression(mark, state.created, state.last_seq, stamp)
-        # While a connection lasts, only what is deleted on purpose goes from the middle, or all at once.
+        # During a connection, messages disappear from the middle, or all at once, only by deliberate deletion.
         if reason is not None or not is_new or await self._broker.is_replicated(token_stream(partition)):
             return reason
         if state.holes > mark.holes:
             return f"{state.holes - mark.holes} messages are missing in its middle"
         age = time.time() - mark.stamp / 1e9
         if state.first_seq > mark.seq >= mark.first > 0 and (not state.max_age or age < state.max_age):
-            return "all that it held is gone"
+            return "all of its messages are gone"
         return None
 
     def _is_to_compare(self, partition: int, mark: Mark, state: StreamState) -> bool:
@@ -153,16 +154,16 @@ class Logs:
         known = self._compared.get(partition)
         if known is None or known[0] != connection or known[2] != f"{mark.created} {mark.era}":
             return True
-        return now - known[1] > LOOK_SECONDS
+        return now - known[1] > COMPARE_SECONDS
 
     def _now(self) -> tuple[int, float]:
         return self._broker.reconnects, asyncio.get_running_loop().time()
 
     async def _confirmed(self, partition: int, mark: Mark, state: StreamState, reason: str) -> None:
-        """Let a log with replicas look cut off for a while before it is believed.
+        """Require that a replicated log looks truncated for some time before a loss is accepted.
 
         Raises:
-            BrokerUnavailable: it must be seen again.
+            BrokerUnavailable: it is not confirmed yet.
         """
         if state.created != mark.created or state.last_seq >= mark.seq:
             return
@@ -173,10 +174,10 @@ class Logs:
             self._suspected.clear()
         since = self._suspected.setdefault((partition, mark.seq), now)
         if now - since < self._confirm:
-            raise BrokerUnavailable(f"{token_stream(partition)} is not what it was yet: {reason}")
+            raise BrokerUnavailable(f"{token_stream(partition)}: the loss is not confirmed yet: {reason}")
 
     async def _renew(self, partition: int, mark: Mark, revision: int, state: StreamState, reason: str) -> None:
-        """Write that a new era has begun, unless somebody has been faster."""
+        """Write the mark of a new era, unless another process was faster."""
         base, reused = await self._base(partition, mark, state)
         era = secrets.token_hex(4) if state.created == mark.created else ""
         renewed = _at_end(Mark(created=state.created, era=era, base=base, lost=mark.seq, reused=reused), state)
@@ -198,7 +199,7 @@ class Logs:
         )
 
     async def _base(self, partition: int, mark: Mark, state: StreamState) -> tuple[int, bool]:
-        """Return up to where the log holds what it held, and whether what comes behind has other messages' numbers."""
+        """Return the last unchanged sequence, and whether later sequences are reused for other messages."""
         stream, filter_ = token_stream(partition), partition_filter(partition)
         if not mark.seq or not mark.stamp or not state.last_seq:
             return 0, True
@@ -208,7 +209,7 @@ class Logs:
                 hole = await self._broker.first_hole(stream, filter_, state.first_seq, mark.seq)
                 return hole - 1, False
         if state.first_seq > mark.seq and state.created == mark.created:
-            return 0, False  # all of it has gone, and what came since goes on behind it
+            return 0, False  # all old messages are gone, and new ones follow their sequences
         later = await self._broker.first_since(stream, filter_, mark.stamp + 1)
         return beyond(mark, state.last_seq, later), True
 
@@ -217,7 +218,7 @@ class Logs:
         return (None, 0) if stored is None else (decode_mark(stored.data), stored.seq)
 
     def _move_on(self, partition: int, mark: Mark, revision: int) -> None:
-        """Write a mark without waiting; one that is lost, or was overtaken, is written the next time."""
+        """Write a mark in the background; a lost or outdated one is written the next time."""
         if partition in self._marking:
             return
 
@@ -225,14 +226,14 @@ class Logs:
             try:
                 await self._write(partition, mark, revision)
             except BrokerUnavailable as error:
-                log.warning("mark of the log not moved on", partition=partition, detail=str(error))
+                log.warning("log mark not advanced", partition=partition, detail=str(error))
             finally:
                 del self._marking[partition]
 
         self._marking[partition] = asyncio.create_task(write())
 
     async def _write(self, partition: int, mark: Mark, revision: int) -> bool:
-        """Store a mark behind ``revision``; ``False`` when somebody else has stored one since."""
+        """Store a mark after ``revision``; return False if another process has stored one since."""
         headers = expecting(revision)
         try:
             await self._broker.publish_stored(mark_subject(partition), msgspec.json.encode(mark), headers=headers)

@@ -1,19 +1,19 @@
-"""The pull consumer: asks one durable consumer of the broker for messages, and tells how each pull has ended.
+"""The pull consumer: request messages from one durable consumer of the broker, and report the end of each pull.
 
 A pull (``$JS.API.CONSUMER.MSG.NEXT.<stream>.<consumer>``) asks for up to ``batch`` messages. The server delivers them
 to the pull's inbox, each under its own subject, with an acknowledgement subject as its reply subject (`ack`). A pull
-that brings less than it asked for ends with a status message, which has no reply subject. For all users a status means:
+that brings less than its batch ends with a status message, which has no reply subject. For all users a status means:
 
 - 404 No Messages (of a pull that does not wait), 408 Request Timeout (of one that has waited): `End.EMPTY`.
 - 409 Batch Completed, 409 Message Size Exceeds MaxBytes: `End.FULL`. The bound in bytes is reached, and more waits.
-- 409 Consumer Deleted, 409 Consumer is push based, 503 No Responders: `End.GONE`. The consumer is to be looked at.
+- 409 Consumer Deleted, 409 Consumer is push based, 503 No Responders: `End.GONE`. The user must check the consumer.
 - Any other, such as 409 Exceeded MaxWaiting, 409 Leadership Change, 409 Server Shutdown: `End.REFUSED`.
 - 100 Idle Heartbeat: no end. No pull asks for heartbeats: a pull waits for some seconds at most, and its end is a sign
   of life. One whose end is `PATIENCE` seconds late, or whose connection has been replaced, is lost.
 
-After `End.GONE` and `End.REFUSED` a pull consumer rests for `REST_SECONDS`: asking on makes neither a missing leader
-nor too many waiting pulls better. A status of an earlier pull is ignored. A message of an earlier pull that was taken
-for lost is kept, and counts as one of the present pull: a message does not name the pull that it answers.
+After `End.GONE` and `End.REFUSED` a pull consumer pauses for `REST_SECONDS`: more pulls help neither a missing leader
+nor too many waiting pulls. A status of an earlier pull is ignored. A message of an earlier pull that was considered
+lost is kept, and counts for the current pull: a message does not name its pull.
 """
 
 import asyncio
@@ -32,16 +32,16 @@ from services.kit.jetstream.errors import AWAY, BrokerUnavailable
 __all__ = ["PATIENCE", "Arrived", "End", "PullConsumer", "end_of"]
 
 PATIENCE: Final = 2.0
-"""Seconds that the end of a pull may be late before the pull is taken for lost."""
+"""Seconds after which a pull without an end is considered lost."""
 REST_SECONDS: Final = 1.0
-"""Seconds without a pull after the server has refused one."""
+"""Seconds without a pull after a refused one."""
 
 Arrived = tuple[bytes, bytes, bytes]
 """A delivered message: subject, acknowledgement subject, data."""
 
 
 class End(Enum):
-    """How a pull has ended."""
+    """The end of a pull."""
 
     COMPLETE = "all that was asked for has come"
     EMPTY = "there is no more"
@@ -60,20 +60,20 @@ _CONFLICTS: Final = {
 
 
 def end_of(status: str, description: str) -> End | None:
-    """Return how a status message ends a pull; ``None`` for a heartbeat, which does not."""
+    """Map a status message to the end of a pull; ``None`` for a heartbeat, which does not end it."""
     if status == "100":
         return None
     return _ENDS.get(status) or _CONFLICTS.get(description, End.REFUSED)
 
 
 class PullConsumer:
-    """Pulls from one durable consumer; at most one pull is open at a time.
+    """Pull from one durable consumer; at most one pull is open at a time.
 
-    ``arrived`` holds the messages that were not taken yet, in the order of delivery: at most what one pull asks for,
-    and as many again when a pull was taken for lost and was not. ``notify`` is called after each message and each end
-    of a pull, from the parser: it must return quickly and never raise. Without it use `fetch`.
+    ``arrived`` holds the messages not taken yet, in delivery order: at most the batch of one pull, and as many again if
+    a pull was wrongly considered lost. ``notify`` is called after each message and each end of a pull, from the parser:
+    it must return quickly and never raise. Without it use `fetch`.
 
-    ``end``: how the newest pull has ended; ``None`` while it is open, and when it was lost. ``reason``: its status.
+    ``end``: the end of the newest pull; ``None`` while it is open, and if it was lost. ``reason``: its status.
     """
 
     def __init__(self, broker: Connection, stream: str, durable: str, notify: Callable[[], None] | None = None) -> None:
@@ -89,14 +89,14 @@ class PullConsumer:
         self._reply = b""
         self._wanted = 0  # messages that the open pull may still bring; 0 or less: none is open
         self._waits = False
-        self._has_ended = True  # whether the server has said that nothing more comes of the newest pull
+        self._has_ended = True  # whether the server has ended the newest pull
         self._lost_at = 0.0
         self._rests_until = 0.0
-        self._connection = 0  # which one carried the newest pull
+        self._connection = 0  # the connection of the newest pull
         self._ended = asyncio.Event()
 
     async def open(self) -> None:
-        """Listen for deliveries; done by the first pull otherwise.
+        """Subscribe to deliveries; otherwise the first pull does it.
 
         Raises:
             BrokerUnavailable: the connection is closed.
@@ -106,9 +106,9 @@ class PullConsumer:
             self._subscription = await self._broker.listen_to_deliveries(f"{self._inbox}.*", self._receive)
 
     async def pull(self, batch: int, *, max_bytes: int = 0, wait: float = 0.0) -> None:
-        """Ask for up to ``batch`` messages: for those that are there, or with ``wait`` for those that come within it.
+        """Request up to ``batch`` messages: available ones, or with ``wait`` also those that arrive within it.
 
-        ``max_bytes``: bound of what they may have together, 0 for none; a message that is larger blocks the consumer.
+        ``max_bytes``: bound of their total size, 0 for none; a larger message blocks the consumer.
 
         Raises:
             BrokerUnavailable: it cannot be sent.
@@ -131,7 +131,7 @@ class PullConsumer:
             raise
 
     async def fetch(self, batch: int, *, max_bytes: int = 0, wait: float = 0.0) -> deque[Arrived]:
-        """Pull, wait for the end of the pull, and return what has come; `end` is ``None`` where the pull was lost.
+        """Pull, wait for the end of the pull, and return its messages; `end` is ``None`` if the pull was lost.
 
         Raises:
             BrokerUnavailable: it cannot be sent.
@@ -146,8 +146,8 @@ class PullConsumer:
         return arrived
 
     def is_open(self) -> bool:
-        """Tell whether a pull may still bring something."""
-        # The server forgets the pulls of a connection that ends.
+        """Return whether a pull may still bring messages."""
+        # The server drops the pulls of a connection that ends.
         return (
             self._wanted > 0
             and asyncio.get_running_loop().time() < self._lost_at
@@ -155,29 +155,29 @@ class PullConsumer:
         )
 
     def answering(self) -> int:
-        """Return how many messages may still come of a pull that does not wait; 0 where the server has told its end."""
+        """Return the number of messages that a pull without waiting may still bring; 0 after its end."""
         return self._wanted if not self._waits and self.is_open() else 0
 
     def may_pull(self) -> bool:
-        """Tell whether no pull is open, and the last one was not refused just now."""
+        """Return whether no pull is open and none was refused just now."""
         return not self.is_open() and asyncio.get_running_loop().time() >= self._rests_until
 
     def forget(self) -> None:
-        """Take the open pull for lost, and its end for unknown."""
+        """Consider the open pull lost, and its end unknown."""
         self._wanted = 0
         self.end = None
         self._ended.set()
 
     async def close(self, seconds: float) -> None:
-        """Stop listening, once all has come that the server had sent, after ``seconds`` in any case.
+        """Stop listening after the messages already sent by the server have arrived, at most ``seconds`` later.
 
-        The server may have answered an open pull just now. What comes to nobody is delivered again only after the
-        consumer's ``ack_wait``. What has come is in ``arrived``. Closing again does nothing.
+        The server may just have answered an open pull; lost messages would be redelivered only after the consumer's
+        ``ack_wait``. The messages are in ``arrived``. Closing again does nothing.
         """
         subscription, self._subscription = self._subscription, None
         if subscription is None:
             return
-        with suppress(*AWAY):  # a connection that is closed has ended the subscription
+        with suppress(*AWAY):  # a closed connection has ended the subscription
             if self._has_ended:
                 await self._broker.unlisten(subscription)
             else:

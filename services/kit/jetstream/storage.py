@@ -1,4 +1,4 @@
-"""Whether the broker stores what it is sent: a full disk shows in nothing but acknowledgements that do not come."""
+"""Detect a broker that does not store messages: a full disk shows only as missing acknowledgements."""
 
 import asyncio
 import secrets
@@ -16,13 +16,13 @@ from services.kit.jetstream.errors import APIError
 __all__ = ["Storage"]
 
 log = structlog.get_logger()
-STORES: Final = Gauge("tailrace_log_writable", "Whether the broker stores what it is sent (1) or not (0)")
+STORES: Final = Gauge("tailrace_log_writable", "Whether the broker stores messages (1) or not (0)")
 PROBE_SECONDS: Final = 5.0
 PROBE_TIMEOUT: Final = 3.0
 DOUBT_SECONDS: Final = 15.0
-"""How long a write that was not acknowledged counts against the broker, unless another one is acknowledged."""
-HEARD_SECONDS: Final = 12.0
-"""How long it counts what another service has said: each repeats it while it holds."""
+"""Seconds for which an unacknowledged write counts against the broker, unless another one is acknowledged."""
+REPORT_SECONDS: Final = 12.0
+"""Seconds for which another service's report counts; each repeats it while it is valid."""
 
 
 def _never() -> bool:
@@ -30,11 +30,11 @@ def _never() -> bool:
 
 
 class Storage:
-    """Writes a few bytes now and then, heeds what becomes of the service's other writes, and hears of the others'.
+    """Probe the broker with small writes, and combine the results of the service's own writes and other services'
+    reports.
 
-    nats-server keeps refusing a stream that it could not store into once, also when there is space again, until it is
-    started anew; another stream may have had room in its last file. So every service knows only a part. ``is_stuck``:
-    what the service knows besides.
+    After a failed write, nats-server refuses a stream until a restart, even with free space; another stream may have
+    had room in its last file. So each service sees only a part. ``is_stuck``: further evidence of the service.
     """
 
     def __init__(self, broker: Broker, service: str, is_stuck: Callable[[], bool] = _never) -> None:
@@ -42,19 +42,19 @@ class Storage:
         self._subjects = probe_subjects(service)
         self._is_stuck = is_stuck
         self._name = secrets.token_bytes(8)
-        self._refused: set[str] = set()  # of the subjects
-        self._heard_at: float | None = None
+        self._refused: set[str] = set()  # subjects that were not stored
+        self._reported_at: float | None = None
         self._probed_at = 0.0
         self._listens = False
         STORES.set(1)
 
     def stores(self) -> bool:
-        """Tell whether the broker stores what it is sent, as far as that is known."""
+        """Return whether the broker stores messages, as far as known."""
         now = asyncio.get_running_loop().time()
-        return not self._has_seen(now) and (self._heard_at is None or now - self._heard_at > HEARD_SECONDS)
+        return not self._has_seen(now) and (self._reported_at is None or now - self._reported_at > REPORT_SECONDS)
 
     def _has_seen(self, now: float) -> bool:
-        """Tell whether this service has seen something not stored."""
+        """Return whether this service has seen a failed write."""
         refused_at = self._broker.unstored_at
         if refused_at is not None and refused_at > self._broker.stored_at and now - refused_at < DOUBT_SECONDS:
             return True
@@ -67,19 +67,19 @@ class Storage:
             await asyncio.sleep(PROBE_SECONDS)
 
     async def poll(self) -> None:
-        """Probe if the last time is long enough ago."""
+        """Probe if the last probe is old enough."""
         if asyncio.get_running_loop().time() - self._probed_at >= PROBE_SECONDS:
             await self.probe()
 
     async def probe(self) -> None:
-        """Write something, note whether the broker stores it, and tell the others if not."""
+        """Write to the probe subjects, record the result, and report a failure to the other services."""
         self._probed_at = asyncio.get_running_loop().time()
         if not self._broker.is_connected:
-            return  # a broker that is away says nothing about its disk
+            return  # a broker that is away gives no evidence about its disk
         if not self._listens:
             self._listens = True
             self._broker.on_reconnect(self._forget)
-            await self._broker.subscribe(REFUSED_SUBJECT, self._hear)
+            await self._broker.subscribe(REFUSED_SUBJECT, self._receive_report)
         before = self.stores()
         await asyncio.gather(*(self._write(subject) for subject in self._subjects))
         if self._has_seen(asyncio.get_running_loop().time()) and self._broker.is_connected:
@@ -87,9 +87,9 @@ class Storage:
         now = self.stores()
         STORES.set(now)
         if before and not now:
-            log.error("the broker does not store what it is sent: its disk may be full")
+            log.error("the broker stopped storing messages: its disk may be full")
         elif now and not before:
-            log.info("the broker stores again")
+            log.info("the broker stores messages again")
 
     async def _write(self, subject: str) -> None:
         reconnects = self._broker.reconnects
@@ -101,12 +101,12 @@ class Storage:
         else:
             self._refused.discard(subject)
 
-    async def _hear(self, msg: Message) -> None:
+    async def _receive_report(self, msg: Message) -> None:
         if msg.data != self._name:
-            self._heard_at = asyncio.get_running_loop().time()
+            self._reported_at = asyncio.get_running_loop().time()
 
     async def _forget(self) -> None:
-        """Begin anew with a broker that may have been started anew."""
+        """Reset the evidence after a reconnection: the broker may have restarted."""
         self._refused.clear()
-        self._heard_at = None
+        self._reported_at = None
         self._broker.unstored_at = None

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.kit.auth.api_keys import KeyRecord, admin_record, matches, mint, parse
+from services.kit.auth.config import needs_credentials
 from services.kit.auth.jwt_verifier import CredentialRefused
 from services.kit.auth.principal import PRINCIPAL, SCOPES, Principal, authorize, principal_of, session_patterns
-from services.kit.auth.setup import needs_credentials
 from services.kit.auth.tickets import issue_ticket, read_ticket
 from services.kit.problem import Problem
 from services.kit.settings import SettingsError, Shared

@@ -56,7 +56,7 @@ async def test_a_service_that_goes_on_is_cut_after_its_drain_time() -> None:
     code, seconds, output = await stopped("await stop.wait(); await asyncio.sleep(600)")
     assert code == 0
     assert seconds >= DRAIN + CUT - 0.1
-    assert "service did not end in time and is cut" in output
+    assert "service did not end in time and was cancelled" in output
 
 
 async def test_a_second_signal_ends_a_service_at_once() -> None:
@@ -77,7 +77,7 @@ async def test_a_service_that_cannot_be_cut_is_ended_with_a_code_of_its_own(body
     code, seconds, output = await stopped(body)
     assert code == EXIT_STUCK
     assert seconds >= DRAIN + MARGIN - 0.1
-    assert "service did not end in time and is ended" in output
+    assert "service did not end in time and was killed" in output
     assert "in main" in output, "where it stood is written"
 
 

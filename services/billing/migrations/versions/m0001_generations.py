@@ -1,4 +1,4 @@
-"""Generations, and how far each partition of the log has been applied."""
+"""Generations, and the applied position of each partition."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -1,4 +1,4 @@
-"""Money: the ledger, the price book, providers' exports, what was delivered, and what of the log was missed."""
+"""Money: the ledger, the price book, provider exports, delivery reports, and gaps in the log."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ $$
 
 
 def upgrade() -> None:
-    """Add columns and tables; generations that have ended are settled anew, and so priced, by the running service."""
+    """Add columns and tables; queue ended generations, which the running service then settles again and prices."""
     _widen_generations()
     _create_money()
     _create_inputs()

@@ -1,4 +1,4 @@
-"""Budgets: limits, what is reserved, and sums of what was used."""
+"""Budgets: limits, reservations, and usage sums."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ down_revision = "0002"
 
 
 def upgrade() -> None:
-    """Add columns and tables; what was settled before counts from its next settlement, which follows."""
+    """Add columns and tables; queue settled generations, whose usage counts from their next settlement."""
     text, name = sa.String(200), sa.String(64)
     op.add_column("generations", sa.Column("credential", text, nullable=False, server_default=""))
     op.add_column("generations", sa.Column("tokens", sa.BigInteger, nullable=False, server_default="0"))

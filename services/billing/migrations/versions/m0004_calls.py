@@ -1,4 +1,4 @@
-"""Calls: those of a generation that were abandoned, and their providers' names for them."""
+"""Abandoned calls of a generation, and their upstream ids."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -8,7 +8,7 @@ down_revision = "0003"
 
 
 def upgrade() -> None:
-    """Add a column and a table; what was settled before has no calls that are told apart."""
+    """Add a column and a table; generations settled before have no separate calls."""
     name = sa.String(64)
     op.add_column("generations", sa.Column("calls", sa.Text, nullable=False, server_default=""))
     op.create_table(

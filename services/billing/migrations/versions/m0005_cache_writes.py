@@ -1,4 +1,4 @@
-"""Cache writes that are kept for an hour, apart from those that are not."""
+"""A separate count of cache writes for an hour."""
 
 import sqlalchemy as sa
 from alembic import op

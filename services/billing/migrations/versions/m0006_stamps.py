@@ -1,4 +1,4 @@
-"""Positions in the log with the time of the message there, by which a log that has lost its end is noticed."""
+"""The storage time of the message at each position, to detect a log that has lost its end."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -8,5 +8,5 @@ down_revision = "0005"
 
 
 def upgrade() -> None:
-    """Add a column; of positions from before nothing is known but their sequence."""
+    """Add a column; earlier positions have no stamp."""
     op.add_column("partitions", sa.Column("stamp", sa.BigInteger, nullable=False, server_default="0"))

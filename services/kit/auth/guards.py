@@ -1,4 +1,4 @@
-"""What an operation of the HTTP API asks of its caller: checked before its body is read, and shown in OpenAPI."""
+"""Guards of the HTTP API's operations: checked before the body is read, and shown in OpenAPI."""
 
 from collections.abc import Sequence
 from typing import Any, Final
@@ -20,18 +20,20 @@ SECURITY: Final = Components(
         _CREDENTIALS: SecurityScheme(
             type="http",
             scheme="bearer",
-            description="An API key or a JSON web token; the scopes stand at each operation.",
+            description="An API key or a JSON web token; each operation names its scope.",
         )
     }
 )
 REFUSALS: Final = {
-    401: ResponseSpec(ProblemDetails, description="Who calls?", media_type="application/problem+json"),
+    401: ResponseSpec(
+        ProblemDetails, description="The credentials are missing or not valid", media_type="application/problem+json"
+    ),
     403: ResponseSpec(ProblemDetails, description="Not allowed", media_type="application/problem+json"),
 }
 
 
 def needs(scope: Scope) -> dict[str, Any]:
-    """Return the arguments of a route handler whose caller must have a scope; ``caller`` is its principal."""
+    """Return the route handler arguments that require a scope; ``caller`` then returns the principal."""
 
     def guard(connection: ASGIConnection[Any, Any, Any, Any], _handler: BaseRouteHandler) -> None:
         authorize(principal_of(connection.scope), scope)
@@ -40,7 +42,7 @@ def needs(scope: Scope) -> dict[str, Any]:
 
 
 def caller(connection: ASGIConnection[Any, Any, Any, Any]) -> Principal:
-    """Return who calls.
+    """Return the principal of a request.
 
     Raises:
         Problem: 401.
@@ -49,9 +51,9 @@ def caller(connection: ASGIConnection[Any, Any, Any, Any]) -> Principal:
 
 
 def cors(origins: Sequence[str], methods: Sequence[str]) -> CORSConfig | None:
-    """Return what pages of these origins may do; ``None`` when there are none.
+    """Return the CORS configuration for pages of these origins; ``None`` without any.
 
-    ``*`` allows every origin, and then without cookies and the like.
+    ``*`` allows every origin, but without credentials such as cookies.
     """
     if not origins:
         return None

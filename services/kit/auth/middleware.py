@@ -1,7 +1,7 @@
-"""The ASGI entrance of a service: refuses bodies by their head, finds out who calls, and sets headers of every answer.
+"""The ASGI middleware of a service: reject bodies by their head, authenticate callers, and set response headers.
 
-Who calls stands in the scope, under `PRINCIPAL`, before any body is read; so does what is wrong with the credentials,
-for `principal_of` to raise where errors become answers that pages of other origins can read too.
+The principal is in the scope, under `PRINCIPAL`, before any body is read. So is a problem with the credentials:
+`principal_of` raises it where error responses get their CORS headers.
 """
 
 from collections.abc import Iterable
@@ -21,7 +21,7 @@ __all__ = ["Authenticating", "entering", "is_public"]
 _PUBLIC: Final = frozenset({"/", "/docs", "/healthz", "/readyz", "/metrics"})
 _PUBLIC_BELOW: Final = ("/console/", "/docs/")
 _TICKET: Final = "ticket"
-_STREAMS: Final = "/events"  # how the paths end that may be opened with a ticket
+_STREAMS: Final = "/events"  # suffix of the paths that a ticket may open
 _HEADERS: Final = (
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),
@@ -36,33 +36,33 @@ _API_HEADERS: Final = (
 
 
 class Authenticating(Protocol):
-    """What tells who calls; see `services.kit.auth.authenticator.Authenticator`."""
+    """The port to `services.kit.auth.authenticator.Authenticator`."""
 
     @property
     def is_local(self) -> bool:
-        """Whether nobody is asked for credentials, for only this machine reaches the service."""
+        """Return whether no credentials are required because only this machine reaches the service."""
 
     async def authenticate(self, authorization: str | None, ticket: str | None = None) -> Principal:
-        """Return who calls, or raise `Problem`."""
+        """Return the principal of a caller, or raise `Problem`."""
 
     def is_valid(self, principal: Principal) -> bool:
-        """Tell whether its credentials are good now, as far as is known here."""
+        """Return whether its credentials are still valid, by the cached keys."""
 
 
 def is_public(path: str) -> bool:
-    """Tell whether a path is open to everybody: the probes, the page and its parts, and the API's description."""
+    """Return whether a path needs no credentials: the probes, the page and its assets, and the API's description."""
     return path in _PUBLIC or path.startswith(_PUBLIC_BELOW)
 
 
 def entering(
     app: Any, authenticator: Authenticating, origins: Iterable[str] = (), limit: BodyLimit | None = None
 ) -> Any:
-    """Return ``app`` (ASGI) behind its entrance.
+    """Wrap ``app`` (ASGI) in the middleware.
 
-    A body that is announced as larger than ``limit``, or as encoded, is refused before anything else is looked at.
+    A body announced as larger than ``limit``, or as encoded, is rejected before any other check.
 
-    Where only this machine reaches a service that asks nobody for credentials, requests that a browser sends on behalf
-    of a page from elsewhere are refused, unless its origin is one of ``origins``: they look like those of its user.
+    If only this machine reaches a service without credentials, cross-site browser requests are rejected, unless their
+    origin is one of ``origins``: they would look like the user's own.
     """
     allowed = frozenset(origins)
     pages = CORSConfig(allow_origins=sorted(allowed)) if allowed else None
@@ -98,7 +98,7 @@ def _authorization(scope: Any) -> str | None:
 
 
 def _take_ticket(scope: Any) -> str | None:
-    """Return the ticket of an address, and take it out of the scope, so that nothing later sees or logs it.
+    """Return the ticket in a URL, and remove it from the scope, so that it is never logged.
 
     Only streams and WebSockets may be opened with one.
     """
@@ -114,7 +114,7 @@ def _take_ticket(scope: Any) -> str | None:
 
 
 def _check_is_local(scope: Any, allowed: frozenset[str]) -> None:
-    """Refuse what a page from elsewhere makes a browser send here, by its origin or by a name that it had changed.
+    """Reject cross-site browser requests, by their origin or by a rebound host name.
 
     Raises:
         Problem: 403.
@@ -142,7 +142,7 @@ def _host_of(url: str) -> str:
 
 
 def _for_pages(scope: Any, pages: CORSConfig | None) -> tuple[tuple[bytes, bytes], ...]:
-    """Return what lets a page of an allowed origin read also those answers that do not come from the application."""
+    """Return CORS headers for responses that do not come from the application, if the origin is allowed."""
     origin = dict(scope["headers"]).get(b"origin")
     if pages is None or origin is None or not pages.is_origin_allowed(origin.decode("latin-1")):
         return ()

@@ -1,4 +1,4 @@
-"""Who may come in, by the settings: whether credentials are asked for, and what they are checked with."""
+"""Configure authentication from the settings: whether credentials are required, and how they are checked."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -29,7 +29,7 @@ _HINT: Final = (
 
 @asynccontextmanager
 async def authenticating(shared: Shared, host: str, broker: Broker, clock: Clock) -> AsyncIterator[Authenticator]:
-    """Tell who calls while the block runs; say in the log whether anybody is asked.
+    """Provide an authenticator while the block runs; log whether credentials are required.
 
     Raises:
         SettingsError: a setting is wrong, or others can reach ``host`` and no credentials are set up.
@@ -44,7 +44,7 @@ async def authenticating(shared: Shared, host: str, broker: Broker, clock: Clock
 
 
 def build_authenticator(shared: Shared, host: str, broker: Broker, clock: Clock) -> Authenticator:
-    """Return what tells who calls a service that listens on ``host``.
+    """Return the authenticator of a service that listens on ``host``.
 
     Raises:
         SettingsError: a setting is wrong, or others can reach ``host`` and no credentials are set up.
@@ -60,7 +60,7 @@ def build_authenticator(shared: Shared, host: str, broker: Broker, clock: Clock)
 
 
 def needs_credentials(shared: Shared, host: str) -> bool:
-    """Tell whether callers of a service that listens on ``host`` must show credentials.
+    """Return whether callers of a service that listens on ``host`` need credentials.
 
     Raises:
         SettingsError: others can reach it and no credentials are set up.

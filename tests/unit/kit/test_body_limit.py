@@ -6,9 +6,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from services.kit import bodies
+from services.kit import body_limit
 from services.kit.auth.principal import PRINCIPAL
-from services.kit.bodies import reading_bodies
+from services.kit.body_limit import reading_bodies
 from services.kit.problem import Problem
 from services.kit.request_head import BodyLimit, refused_body
 
@@ -84,7 +84,7 @@ async def test_a_body_that_never_ends_is_refused_after_its_time() -> None:
 
 
 async def test_a_large_body_has_more_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bodies, "LEAST_RATE", 1)
+    monkeypatch.setattr(body_limit, "LEAST_RATE", 1)
 
     class Slow(Client):
         async def receive(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Request bodies, read before they are answered, within bounds in size and time."""
+"""Read request bodies before the application runs, within bounds of size and time."""
 
 import asyncio
 from typing import Any, Final
@@ -13,19 +13,18 @@ BODY_SECONDS: Final = 30.0
 LEAST_RATE: Final = 65_536
 """Bytes a second that a client must reach on top of `BODY_SECONDS`."""
 BODIES_BYTES: Final = 128 * 1024 * 1024
-"""How much all bodies under way may have together in one process, at least two of the largest."""
+"""Bound of all bodies being held in one process, at least two of the largest."""
 _METHODS: Final = frozenset({"POST", "PUT", "PATCH"})
 _CUT_OFF: Final = Problem(400, "the body ends before its announced length")
 _BUSY: Final = Problem(503, "too many large requests are under way", headers={"Retry-After": "1"})
 
 
 def reading_bodies(app: Any, limit: BodyLimit, seconds: float = BODY_SECONDS, total: int = BODIES_BYTES) -> Any:
-    """Return ``app`` (ASGI), called when the body is there.
+    """Wrap ``app`` (ASGI), to be called when the body is complete.
 
-    A body larger than ``limit`` is refused without being read further, and so is one that is not there within
-    ``seconds`` and a second more for each `LEAST_RATE` bytes, so that nobody holds connections with bodies that never
-    end. ``total`` bounds the bytes of all bodies together. Of a request whose credentials have been refused no body is
-    read.
+    A body larger than ``limit`` is rejected without further reading, and so is one that is not complete within
+    ``seconds`` and a second more for each `LEAST_RATE` bytes, so that endless bodies cannot hold connections. ``total``
+    bounds the bytes of all bodies together. The body of a request with refused credentials is not read.
     """
     bodies = _Bodies(limit, seconds, max(total, 2 * limit.size))
 
@@ -39,7 +38,7 @@ def reading_bodies(app: Any, limit: BodyLimit, seconds: float = BODY_SECONDS, to
             return
         messages = [{"type": "http.request", "body": body, "more_body": False}]
         size = len(body)
-        del body  # streams last for hours, and keep nothing of what they were asked with
+        del body  # streams last for hours and must not keep their request's body
 
         async def replay() -> Any:
             return messages.pop() if messages else await receive()
@@ -53,7 +52,7 @@ def reading_bodies(app: Any, limit: BodyLimit, seconds: float = BODY_SECONDS, to
 
 
 class _Bodies:
-    """All bodies under way; ``size``: how many bytes they have together."""
+    """All bodies being held; ``size``: their total bytes."""
 
     def __init__(self, limit: BodyLimit, seconds: float, total: int) -> None:
         self._limit = limit
@@ -62,7 +61,7 @@ class _Bodies:
         self.size = 0
 
     async def read(self, receive: Any) -> bytes | Problem:
-        """Return a body, whose bytes are counted from now on, or what is wrong with it."""
+        """Return a body, whose bytes are added to ``size``, or the problem with it."""
         kept = bytearray()
         found: Problem | None = _CUT_OFF
         try:
@@ -93,7 +92,7 @@ class _Bodies:
         except TimeoutError:
             return Problem(
                 408,
-                f"the body must be there within {self._seconds:g} seconds, and a second for each {LEAST_RATE} bytes",
+                f"the body must arrive within {self._seconds:g} seconds, and a second for each {LEAST_RATE} bytes",
                 slug="too-slow",
                 title="The request takes too long",
                 headers={"Connection": "close"},

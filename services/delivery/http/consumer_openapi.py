@@ -1,4 +1,4 @@
-"""Adds the events of durable consumers to the OpenAPI document: raw ASGI handlers do not describe themselves."""
+"""Describe the events of durable consumers in OpenAPI: raw ASGI handlers have no generated description."""
 
 from typing import Final
 
@@ -28,7 +28,7 @@ _EXPLANATION: Final = (
 
 
 def describe_consumer_events(document: OpenAPI) -> None:
-    """Add the path of a consumer's events."""
+    """Add the path of a consumer's events to ``document``."""
     paths = document.paths = document.paths or {}
     text = Schema(type="string")  # type: ignore[arg-type]  # the enumeration's value works as well
     problem = {"application/problem+json": OpenAPIMediaType()}

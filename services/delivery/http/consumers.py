@@ -1,4 +1,4 @@
-"""The HTTP API of durable consumers: made, looked at, paused, settled, removed. `events` has their streams."""
+"""Serve the HTTP API of durable consumers: create, view, pause, settle, delete; `ConsumerEvents` reads events."""
 
 from collections.abc import Awaitable
 from typing import Annotated, Any, Final, TypeVar
@@ -113,7 +113,7 @@ def _check(spec: ConsumerSpec, principal: Principal) -> None:
 
 
 async def refusing(call: Awaitable[T]) -> T:
-    """Await a change of consumers.
+    """Await a change of consumers and map its errors to problem details.
 
     Raises:
         Problem: 400, 404, 409, 410, 422, 429 or 503.

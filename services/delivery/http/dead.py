@@ -1,4 +1,4 @@
-"""The HTTP API of requests that no producer could run: look at them, send them again, remove them."""
+"""Serve the HTTP API of dead requests, which no producer could run: list, view, resend, remove."""
 
 from collections.abc import Callable
 from typing import Annotated, Any, Final
@@ -50,7 +50,7 @@ class DeadRequestList(msgspec.Struct):
 class DeadRequestView(DeadRequest, kw_only=True):
     """A dead request as a whole: ``request``, or ``raw`` as text when it is not readable.
 
-    Both are null when not even the tenant can be told whose request it was.
+    Both are null when the tenant of the request cannot be determined.
     """
 
     request: Request | None = None
@@ -147,8 +147,8 @@ def _changes(intake: Intake, requests: _Requests) -> list[HTTPRouteHandler]:
         principal = caller(request)
         dead = requests(principal)
         again, resent = _again(await reach(dead.get(generation)))
-        # One key for two resends at once, and for one repeated after removing had failed: one new generation. No
-        # client can send such a key.
+        # The fixed key makes concurrent resends, and a resend repeated after a failed removal, one new generation.
+        # No client can send such a key.
         queued = await reach(intake.accept(principal, again.session, resent, f"resend\0{generation}"))
         await reach(dead.drop(generation))
         return accepted(again.session, *queued)
@@ -207,7 +207,7 @@ def _again(dead: Dead) -> tuple[Request, GenerationRequest]:
     """Return a dead request and the body to send again.
 
     Raises:
-        Problem: it cannot be read, or asks for what is not allowed any more.
+        Problem: 422, the request cannot be decoded or is not valid any more.
     """
     if dead.request is None:
         raise Problem(

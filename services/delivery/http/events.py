@@ -1,4 +1,4 @@
-"""Events over HTTP: one resource, several forms, negotiate by what the client accepts."""
+"""Serve events over HTTP: one resource in several formats, chosen by content negotiation."""
 
 from typing import Any, Final
 
@@ -31,14 +31,14 @@ _STREAMS: Final[dict[str, tuple[Format, MultiplexFormat, bytes]]] = {
     "application/x-ndjson": (NDJSON, MULTIPLEX_NDJSON, b"application/x-ndjson"),
     "application/ndjson": (NDJSON, MULTIPLEX_NDJSON, b"application/ndjson"),
 }
-_GZIPPED: Final = {SSE: Gzipped(SSE), NDJSON: Gzipped(NDJSON)}  # one object each, so that feeds compress once
+_GZIPPED: Final = {SSE: Gzipped(SSE), NDJSON: Gzipped(NDJSON)}  # one object per format, so that feeds compress once
 
 
 class SessionEvents:
-    """Answers to ``…/sessions/{session}/events`` and ``/events``.
+    """Respond to ``…/sessions/{session}/events`` and ``/events``.
 
-    ``max_wait``: seconds for which a poll may wait; ``heartbeat``: silence in seconds that a stream fills;
-    ``compress``: whether clients that take gzip get it.
+    ``max_wait``: longest wait of a poll in seconds; ``heartbeat``: seconds of silence before a heartbeat;
+    ``compress``: whether to send gzip to clients that accept it.
     """
 
     def __init__(
@@ -59,10 +59,10 @@ class SessionEvents:
         self._heartbeat = heartbeat
 
     async def of_session(self, scope: Any, receive: Any, ask: ReadRequest, session: str) -> ASGIApp:
-        """Return the answer to a request for one session's events.
+        """Return the ASGI application that sends one session's events.
 
         Raises:
-            Problem: the request is not valid, or cannot be met.
+            Problem: the request is not valid or cannot be served.
         """
         principal = principal_of(scope)
         media_type = _form(scope, [_JSON] if ask.wait is not None else [*_STREAMS, _JSON])
@@ -80,10 +80,10 @@ class SessionEvents:
         return streaming(self._streams, stream, format_, content_type)
 
     async def of_several(self, scope: Any, ask: ReadRequest) -> ASGIApp:
-        """Return the answer to a request for the events of several sessions.
+        """Return the ASGI application that sends the events of several sessions.
 
         Raises:
-            Problem: the request is not valid, or cannot be met.
+            Problem: the request is not valid or cannot be served.
         """
         _, form, content_type = _STREAMS[_form(scope, [*_STREAMS])]
         opened = await open_several(self._streams, principal_of(scope), scope, ask)

@@ -1,4 +1,4 @@
-"""The HTTP API beside the streams: requests, cancellation, look-ups."""
+"""Serve the HTTP API of sessions and generations: create, cancel, view, list, delete."""
 
 from typing import Annotated, Any, Final, Literal
 
@@ -51,7 +51,7 @@ class SessionSummary(msgspec.Struct):
 
 
 class SessionList(msgspec.Struct):
-    """Sessions, the newest change first. ``next``: pass it as ``after`` for the next page."""
+    """Sessions, most recently changed first. ``next``: pass it as ``after`` for the next page."""
 
     sessions: list[SessionSummary]
     next: str | None = None
@@ -65,7 +65,7 @@ class SessionView(msgspec.Struct):
 
 
 class CancelState(msgspec.Struct):
-    """What a cancellation found: ``cancelling``, or the terminal state that the generation has already."""
+    """State after a cancellation: ``cancelling``, or the terminal state of a generation that had ended."""
 
     generation: str
     state: str
@@ -206,7 +206,7 @@ def _views(lookups: Lookups, completion: Completion, deletion: Deletion) -> list
 
 
 def _unreadable(_request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
-    """Answer a body that is not UTF-8 or nested without end: the decoder raises no error of its own for those."""
+    """Return 400 for a body that is not UTF-8 or nested too deeply: the decoder has no error type for these."""
     problem = Problem(400, f"the body is not readable as JSON: {type(error).__name__}")
     return Response(problem_bytes(problem), status_code=400, media_type="application/problem+json")
 
@@ -214,7 +214,7 @@ def _unreadable(_request: Request[Any, Any, Any], error: Exception) -> Response[
 async def _whole(
     request: Request[Any, Any, Any], lookups: Lookups, completion: Completion, session: str, generation: str
 ) -> tuple[GenerationView, bool]:
-    """Wait for the end of a generation; return it, and whether it has ended within the time there is."""
+    """Wait for the end of a generation; return its view and whether it ended within the longest wait."""
     principal = caller(request)
     ended = await completion.wait(principal, session, generation, request.receive)
     return await reach(view_of(lookups, principal.tenant, session, generation)), ended

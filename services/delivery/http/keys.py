@@ -1,4 +1,4 @@
-"""The HTTP API of API keys: made, listed, revoked by those who may administer."""
+"""Serve the HTTP API of API keys: create, list and revoke, with the scope ``admin``."""
 
 from typing import Annotated, Any, Final
 
@@ -30,7 +30,7 @@ _FULL: Final = ResponseSpec(ProblemDetails, description="As many keys as may be"
 class KeySpec(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """A key to make. ``expires_in``: seconds from now; without it the key lasts until it is revoked.
 
-    ``tenant``: only the operator may name another one than its own.
+    ``tenant``: only the operator may name another tenant.
     """
 
     name: Annotated[str, msgspec.Meta(max_length=100)] = ""
@@ -116,10 +116,10 @@ def _fields(record: KeyRecord) -> dict[str, Any]:
 
 
 def _record(principal: Principal, spec: KeySpec, id_: str, hash_: str, now: float) -> KeyRecord:
-    """Return the record of a wished key. Nobody gives more than he has.
+    """Return the record of a new key. It cannot have more rights than the principal.
 
     Raises:
-        Problem: 400 for names that are none, 403 for more than the principal has itself.
+        Problem: 400 for names that are not valid, 403 for rights that the principal does not have.
     """
     tenant = spec.tenant or principal.tenant
     named("tenant", tenant)

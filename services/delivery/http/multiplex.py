@@ -1,4 +1,4 @@
-"""Several sessions over one connection: a stream for each, and one outlet that all of them share."""
+"""Serve several sessions over one HTTP connection: one stream per session, one shared outbox."""
 
 import asyncio
 from collections.abc import Sequence
@@ -22,25 +22,26 @@ from services.kit.problem import Problem
 
 __all__ = ["OpenedStreams", "open_several", "streaming_several"]
 
-QUIET_SHARE: Final = 0.5  # of the time between heartbeats: each session has its own, and one of them is enough
+QUIET_SHARE: Final = 0.5  # of the heartbeat interval: every session has its own heartbeat, one per interval is enough
 _EXPIRED: Final = "expired"
 _SAID: Final = frozenset({"disconnected", "evicted", "sibling", "failed"})
 
 
 class OpenedStreams(NamedTuple):
-    """Streams that can be served over one connection, and the sessions whose cursor was no good any more."""
+    """Streams to serve over one connection, and the sessions whose cursor has expired."""
 
     streams: Sequence[Stream]
     expired: Sequence[str]
 
 
 async def open_several(streams: Streams, principal: Principal, scope: Any, ask: ReadRequest) -> OpenedStreams:
-    """Open a stream for each session that is asked for.
+    """Open a stream for each requested session.
 
-    A session that the cursor does not hold begins at its default; one whose place has expired does too, and is told of.
+    A session that is not in the cursor begins at its default position. A session whose position has expired does too,
+    and is listed in ``expired``.
 
     Raises:
-        Problem: 400, the request is not valid; or whatever keeps one of the sessions from being read.
+        Problem: 400, the request is not valid; otherwise the problem of a session that cannot be read.
     """
     _check(ask)
     known = _known(last_event_id(scope) or ask.after)
@@ -59,7 +60,7 @@ async def open_several(streams: Streams, principal: Principal, scope: Any, ask: 
 def streaming_several(
     streams: Streams, opened: OpenedStreams, form: MultiplexFormat, media_type: bytes, quiet: float
 ) -> ASGIApp:
-    """Return the answer that shows several sessions; ``quiet``: silence in seconds after which a heartbeat is due."""
+    """Return the ASGI application that sends several sessions; ``quiet``: seconds of silence before a heartbeat."""
 
     async def answer(scope: Any, receive: Any, send: Any) -> None:
         headers = [(b"content-type", media_type), *STREAM_HEADERS]
@@ -76,7 +77,7 @@ def streaming_several(
 
 
 class _Outlet:
-    """One connection. Only one message is on its way at a time; streams that have to wait fall behind meanwhile."""
+    """The outbox of one connection: one write at a time, while the other streams wait and fall behind."""
 
     def __init__(self, opened: OpenedStreams, form: MultiplexFormat, send: Send, quiet: float) -> None:
         self._opened = opened
@@ -91,13 +92,13 @@ class _Outlet:
         self._sent_at = self._loop.time()
 
     async def open(self) -> None:
-        """Say what stands before everything else."""
+        """Write the opening of the format and a gap for each session whose cursor has expired."""
         gaps = [self._form.gap(session, _EXPIRED, None) for session in self._opened.expired]
         if body := self._form.opening + b"".join(gaps):
             await self._send(http_body(body))
 
     async def serve(self, streams: Streams, number: int, watch: Any) -> str:
-        """Serve one session until any of them ends; return why."""
+        """Serve one session until the first of all sessions ends; return the reason."""
 
         def joined(subscriber: Subscriber) -> None:
             self._subscribers.append(subscriber)
@@ -118,7 +119,7 @@ class _Outlet:
                 subscriber.stop("sibling")
 
     async def close(self, reason: str) -> None:
-        """Say how to go on, unless nobody is there any more."""
+        """Write the final ``bye`` with the cursor of all sessions, unless the client cannot receive it."""
         if reason not in _SAID:
             await self._send(http_body(self._form.bye(reason, self._places.text()), more=False))
 
@@ -126,7 +127,7 @@ class _Outlet:
         if not message and (self._lock.locked() or self._loop.time() - self._sent_at < self._quiet):
             return
         async with self._lock:
-            # Only now: what others have sent meanwhile is part of the cursor.
+            # Encode under the lock: the cursor includes events that other streams sent while this one waited.
             body = b"".join([self._said(number, frame) for frame in message]) if message else self._form.heartbeat
             if body:
                 self._sent_at = self._loop.time()

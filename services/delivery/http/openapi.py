@@ -1,4 +1,4 @@
-"""Adds the streams to the OpenAPI document: raw ASGI handlers do not describe themselves."""
+"""Describe the event streams in OpenAPI: raw ASGI handlers have no generated description."""
 
 from typing import Any, Final
 
@@ -77,7 +77,7 @@ _OF_MANY: Final = (
 
 
 def describe_streams(document: OpenAPI) -> None:
-    """Add the paths of events."""
+    """Add the paths of events to ``document``."""
     _loosen_choices(document)
     paths = document.paths = document.paths or {}
     name = Parameter("session", "path", _TEXT, required=True)
@@ -168,7 +168,7 @@ def _body(fields: tuple[tuple[str, Schema, str], ...]) -> RequestBody:
 
 
 def _loosen_choices(document: OpenAPI) -> None:
-    """Say ``anyOf`` where an answer has one of several forms: what is of one may well look like the other, too."""
+    """Replace ``oneOf`` by ``anyOf`` in responses: one value can match several of the schemas."""
     for item in (document.paths or {}).values():
         for operation in (item.get, item.post, item.put):
             for response in ((operation.responses or {}) if operation else {}).values():

@@ -1,4 +1,4 @@
-"""Answers that several routes of the HTTP API give."""
+"""Build responses and checks shared by several routes of the HTTP API."""
 
 from typing import Final
 
@@ -22,7 +22,7 @@ PROBLEMS: Final = {
 
 
 class Links(msgspec.Struct):
-    """Where to go from here, as paths."""
+    """Paths of the related resources."""
 
     events: str
     session: str
@@ -31,7 +31,7 @@ class Links(msgspec.Struct):
 
 
 class QueuedRequest(msgspec.Struct):
-    """A request has been queued. ``cursor``: read the session after it to see this generation and nothing earlier."""
+    """A queued request. ``cursor``: read the session after it to get this generation and nothing earlier."""
 
     session: str
     generation: str
@@ -41,7 +41,7 @@ class QueuedRequest(msgspec.Struct):
 
 
 def accepted(session: str, generation: str, cursor: str, repeated: bool) -> Response[QueuedRequest]:
-    """Return the answer for a queued request; ``repeated``: it had been queued before."""
+    """Return the response 202 for a queued request; ``repeated``: it was queued by an earlier request."""
     path = f"/v1/sessions/{session}"
     links = Links(
         events=f"{path}/events?generation={generation}",
@@ -54,10 +54,10 @@ def accepted(session: str, generation: str, cursor: str, repeated: bool) -> Resp
 
 
 def own(principal: Principal, session: str) -> str:
-    """Return a session's name, which must be one of the principal's.
+    """Return a session's name after checking that the principal reaches it.
 
     Raises:
-        Problem: 400 for what is no name, 404 for a session that is none of its own.
+        Problem: 400 for a name that is not valid, 404 for a session that the principal does not reach.
     """
     named("session", session)
     if not principal.reaches(session):

@@ -1,8 +1,8 @@
-"""The durable consumers of services: made, changed, looked at and removed on every partition's stream.
+"""Create, change, find and remove durable consumers on the streams of all partitions.
 
-There is no table of them: each of the broker's consumers carries the definition of what it belongs to. The newest
-definition holds. A partition that has none of a consumer gets it when the consumer is looked at next, from a position
-that leaves nothing out. Removing marks all of them first, so that whoever finds some of them removes the rest.
+There is no table of consumers: each of the broker's consumers carries its definition, and the newest definition is
+valid. A partition without the consumer gets it at the next lookup, from a position that skips no event. Removal marks
+all of the broker's consumers first, so that the next lookup after an interrupted removal completes it.
 """
 
 import weakref
@@ -52,18 +52,18 @@ _KEPT: Final = ("deliver_policy", "opt_start_seq", "opt_start_time")
 
 
 class Conflicting(Exception):
-    """Reject: the wish changes what cannot be changed."""
+    """Reject: the request changes fields that cannot be changed."""
 
 
 class Found(NamedTuple):
-    """A consumer: its definition, and the broker's consumer of each partition that has one."""
+    """A consumer: its definition, and its broker's consumers by partition."""
 
     definition: Definition
     infos: Mapping[int, DurableInfo]
 
 
 class Consumers:
-    """All durable consumers of services, for one process. Methods raise `BrokerUnavailable` when the broker is away."""
+    """Manage all durable consumers, one object per process. Methods raise `BrokerUnavailable` without a broker."""
 
     def __init__(
         self, broker: Broker, clock: Clock, states: LogStates, supervisor: Supervisor, settings: Settings
@@ -83,13 +83,13 @@ class Consumers:
         broker.on_reconnect(self._reconnected)
 
     async def put(self, tenant: str, name: str, spec: ConsumerSpec) -> tuple[Found, bool]:
-        """Create a consumer or change it; tell whether it is new. Doing it again changes nothing.
+        """Create or change a consumer; return it and whether it is new. Idempotent.
 
         Raises:
-            Conflicting: it exists and begins otherwise or reads another session.
-            TooBusy: there are as many as may be.
+            Conflicting: it exists with another start position or session.
+            TooBusy: the tenant or the broker has the most consumers allowed.
             APIError: the broker refuses a setting.
-            CursorForeign, CursorExpired: the cursor to begin after cannot be used.
+            CursorForeign, CursorExpired: the cursor ``after`` cannot be used.
         """
         found = await self._find(tenant, name, fresh=True)
         if found is None:
@@ -106,7 +106,7 @@ class Consumers:
         """Return a consumer.
 
         Raises:
-            Unknown: there is none.
+            Unknown: it does not exist.
         """
         found = await self._find(tenant, name)
         if found is None:
@@ -114,10 +114,10 @@ class Consumers:
         return found
 
     async def recent(self, tenant: str, name: str) -> Found:
-        """Return a consumer as it was at most a few seconds ago.
+        """Return a consumer from a cache of `RECENT_SECONDS`.
 
         Raises:
-            Unknown: there is none.
+            Unknown: it does not exist.
         """
         now = self.clock.monotonic()
         known = self._known.get((tenant, name))
@@ -129,7 +129,7 @@ class Consumers:
         return known[1]
 
     async def all_of(self, tenant: str) -> dict[str, Found]:
-        """Return the consumers of a tenant by name, in the order of the names."""
+        """Return the consumers of a tenant, sorted by name."""
         each: dict[str, dict[int, DurableInfo]] = {}
         for partition in [*await self._logs(), AGAIN]:
             for info in await self.durables.all_of(stream_of(partition)):
@@ -140,10 +140,10 @@ class Consumers:
         return {name: found for name, found in merged.items() if found is not None and not found.definition.deleted}
 
     async def delete(self, tenant: str, name: str) -> None:
-        """Remove a consumer with its position and its dead events.
+        """Remove a consumer, its position and its dead events.
 
         Raises:
-            Unknown: there is none.
+            Unknown: it does not exist.
         """
         found = await self.get(tenant, name)
         self._known.pop((tenant, name), None)
@@ -153,30 +153,30 @@ class Consumers:
         await self._remove(tenant, name, found)
 
     async def pause(self, tenant: str, name: str, until: str | None) -> Found:
-        """Give nothing until a time (RFC 3339), or until `resume`.
+        """Pause deliveries until a time (RFC 3339), or until `resume` when ``until`` is ``None``.
 
         Raises:
-            Unknown: there is none.
+            Unknown: it does not exist.
         """
         for partition in (await self.get(tenant, name)).infos:
             await self.durables.pause(stream_of(partition), service_durable(tenant, name), until)
         return await self.get(tenant, name)
 
     async def resume(self, tenant: str, name: str) -> Found:
-        """Give events again.
+        """Resume deliveries.
 
         Raises:
-            Unknown: there is none.
+            Unknown: it does not exist.
         """
         for partition in (await self.get(tenant, name)).infos:
             await self.durables.resume(stream_of(partition), service_durable(tenant, name))
         return await self.get(tenant, name)
 
     async def open(self, tenant: str, name: str) -> ConsumerSession:
-        """Return a session that reads through a consumer; close it in the end.
+        """Open a session that reads through a consumer; the caller closes it.
 
         Raises:
-            Unknown: there is none.
+            Unknown: it does not exist.
         """
         found = await self.get(tenant, name)
 
@@ -194,10 +194,10 @@ class Consumers:
         return session
 
     async def incarnation(self, partition: int) -> str:
-        """Return the incarnation of a partition's stream as it stands in tokens.
+        """Return the incarnation of a partition's stream in the form that tokens contain.
 
         Raises:
-            Unknown: there is no such partition.
+            Unknown: the partition does not exist.
         """
         if partition != AGAIN and partition not in await self._logs():
             raise Unknown(f"there is no partition {partition}")
@@ -220,17 +220,17 @@ class Consumers:
         return await self._states.state(partition)
 
     async def _logs(self, *, fresh: bool = False) -> list[int]:
-        """Return the partitions that there are, at most a few seconds old."""
+        """Return the existing partitions from a cache of `PARTITIONS_SECONDS`; ``fresh``: read them again."""
         now = self.clock.monotonic()
         if self._partitions is None or fresh or now - self._partitions[0] > PARTITIONS_SECONDS:
             self._partitions = (now, await self.broker.partitions())
         return self._partitions[1]
 
     async def _find(self, tenant: str, name: str, *, fresh: bool = False) -> Found | None:
-        """Return a consumer, after mending what is missing or outdated of it; ``None`` when there is none.
+        """Return a consumer after repairing its missing or outdated parts, or None when it does not exist.
 
-        Partitions are asked one after another: a removal marks all before it removes the first, so whoever finds one
-        missing that is being removed sees the mark on those that are left.
+        Partitions are read one after another: a removal marks all of the broker's consumers before it removes the
+        first, so a reader that finds one missing sees the mark on the remaining ones.
         """
         durable = service_durable(tenant, name)
         infos: dict[int, DurableInfo] = {}
@@ -255,18 +255,18 @@ class Consumers:
         return await self._reconcile(tenant, name, found)
 
     async def _is_left_behind(self, partition: int, info: DurableInfo) -> bool:
-        """Tell whether a consumer's position is one of another incarnation of its stream, or beyond its end."""
+        """Return whether a consumer's position belongs to another incarnation of its stream, or is beyond its end."""
         if partition == AGAIN and info.delivered.stream_seq == 0:
             return False
         state = await self._state(partition)
         if info.delivered.stream_seq > state.last_seq and partition != AGAIN:
-            state = await self._states.state(partition, fresh=True)  # what is known of it may be a second old
+            state = await self._states.state(partition, fresh=True)  # the cached state may be a second old
         return log_of(info) != _log(partition, state) or info.delivered.stream_seq > state.last_seq
 
     async def _has_expired(self, found: Found, missing: list[int]) -> bool:
-        """Tell whether the broker has begun to remove a consumer that nobody read: some are gone, others follow.
+        """Return whether the broker has begun to remove an inactive consumer: some parts are gone, others follow.
 
-        Else what is missing is a partition that has appeared or was made anew since, or a making that broke off.
+        Otherwise a missing part is a partition that was added or re-created since, or an interrupted creation.
         """
         inactive, born = self._inactive, min(seconds(info.created) for info in found.infos.values())
         if not missing or not inactive or self.clock.wall() - born < inactive:
@@ -277,7 +277,7 @@ class Consumers:
         if len(await self.all_of(tenant)) >= self._limit:
             raise TooBusy(f"there are {self._limit} consumers of this tenant already: delete one")
         await self._check_start(tenant, spec)
-        await self.dead.clear(tenant, name)  # of one that nobody read, and that the broker has removed
+        await self.dead.clear(tenant, name)  # left over from a consumer that the broker removed for inactivity
         definition = Definition(spec=spec)
         infos: dict[int, DurableInfo] = {}
         places = [*await self._logs(), AGAIN]
@@ -303,9 +303,9 @@ class Consumers:
         check_cursor(spec.after, issuer, state.first_seq, state.last_seq)
 
     async def _reconcile(self, tenant: str, name: str, found: Found) -> Found:
-        """Bring the consumer of every partition to the definition, those that are missing included.
+        """Update the consumer of every partition to the definition, and create the missing ones.
 
-        Those that exist come first: where a removal has been faster, that is noticed before anything is made anew.
+        Existing ones come first, so that a concurrent removal is detected before anything is created.
         """
         definition, infos = found.definition, dict(found.infos)
         places = [*await self._logs(), AGAIN]
@@ -337,7 +337,7 @@ class Consumers:
         return Found(definition, infos)
 
     async def _resumed(self, partition: int, info: DurableInfo) -> dict[str, Any] | None:
-        """Return where a consumer is to begin again; ``None`` when its position holds."""
+        """Return the new start position of a consumer, or None when its position is valid."""
         if not await self._is_left_behind(partition, info):
             return None
         state = await self._state(partition)
@@ -372,12 +372,12 @@ class Consumers:
 
 
 def _log(partition: int, state: StreamState) -> str:
-    """Return what a consumer of a partition keeps as the incarnation of its log."""
+    """Return the incarnation of the log that a consumer of a partition stores."""
     return "" if partition == AGAIN else state.incarnation
 
 
 def _merged(infos: Mapping[int, DurableInfo]) -> Found | None:
-    """Return the newest definition that one of the consumers carries, and all of them; ``None`` without any."""
+    """Return the newest definition with all consumers, or None when no consumer has a definition."""
     known = [definition for definition in map(definition_of, infos.values()) if definition is not None]
     if not known:
         return None

@@ -1,4 +1,4 @@
-"""`Attach`: several subscriptions over one call, each with a window that the client opens."""
+"""Serve `Attach`: several subscriptions over one call, each with credit or an automatic window."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -22,7 +22,7 @@ from services.kit.problem import Problem
 __all__ = ["TOO_SLOW", "AttachCall", "Operation", "decoded", "read_options_of"]
 
 SUBSCRIPTIONS: Final = 1_000
-OPERATIONS: Final = 32  # starts and cancels under way
+OPERATIONS: Final = 32  # concurrent starts and cancellations
 WINDOW_LOW: Final = 16 * 1024
 WINDOW_START: Final = 64 * 1024
 WINDOW_HIGH: Final = 1024 * 1024
@@ -38,10 +38,10 @@ Operation = Callable[[Principal, Any], Awaitable[Any]]
 
 
 def decoded(message: type[M], data: bytes) -> M:
-    """Return what a client said.
+    """Parse a client's message.
 
     Raises:
-        Problem: 400, it is none of these messages.
+        Problem: 400, the data is not a valid ``message``.
     """
     try:
         return message.FromString(data)
@@ -50,10 +50,10 @@ def decoded(message: type[M], data: bytes) -> M:
 
 
 def read_options_of(request: pb.ReadRequest) -> ReadOptions:
-    """Return what a request to read asks for.
+    """Return the read options of a request.
 
     Raises:
-        Problem: 400, a part of it is not valid.
+        Problem: 400, a field is not valid.
     """
     if request.begin not in _BEGIN:
         raise Problem(400, f"begin={request.begin} is not one of: BEGIN_UNSPECIFIED, BEGIN_START, BEGIN_LIVE")
@@ -68,7 +68,7 @@ def read_options_of(request: pb.ReadRequest) -> ReadOptions:
 
 
 class _Subscription:
-    """One subscription, and what it may be sent: as the client grants it, as it acknowledges, or without limit."""
+    """Track one subscription, limited by credit, by an automatic window, or unlimited."""
 
     def __init__(self, id_: str, request: pb.Subscribe, outbox: CallOutbox) -> None:
         self.id = id_
@@ -102,10 +102,10 @@ class _Subscription:
         await self._outbox.put(item_read(self.id, batch.data))
 
     def credit(self, events: int, size: int) -> None:
-        """Let so many more events and bytes be sent.
+        """Add credit for more events and bytes.
 
         Raises:
-            Problem: 409, the subscription has no credit to add to.
+            Problem: 409, the subscription has no credit.
         """
         if not self._has_credit:
             raise Problem(409, "this subscription has no credit to add to: give `credit` when you subscribe")
@@ -114,10 +114,10 @@ class _Subscription:
         self._limit(_more(room, events), _more(space, size))
 
     def acknowledge(self, cursor: str) -> None:
-        """Take note that the client has dealt with all up to a cursor: that may be sent again.
+        """Acknowledge all events up to a cursor, and return their credit or adapt the window.
 
         Raises:
-            Problem: 400, it is no cursor; 409, it has not been sent so much yet.
+            Problem: 400, the cursor is not valid; 409, it is ahead of the last sent event.
         """
         position = _position(cursor)
         if position > self._newest:
@@ -131,7 +131,7 @@ class _Subscription:
             self._limit(UNLIMITED, self._window.measured(released) - self._in_flight.size)
 
     def end(self, reason: str) -> None:
-        """End it, now or as soon as it is joined."""
+        """End the subscription, now or when it has joined."""
         self._unwanted = reason
         if self._subscriber is not None:
             self._subscriber.stop(reason)
@@ -151,7 +151,7 @@ def _more(now: int, granted: int) -> int:
 
 
 def _position(text: str) -> int:
-    """Return a cursor as a number that grows with the log."""
+    """Return the position of a cursor as a number that grows with the log."""
     try:
         cursor = Cursor.parse(text)
     except InvalidCursor as error:
@@ -160,9 +160,9 @@ def _position(text: str) -> int:
 
 
 class AttachCall:
-    """One call of `Attach`. ``operations`` carry out `start` and `cancel` for a principal.
+    """Serve one call of `Attach`. ``operations``: functions that execute `start` and `cancel` for a principal.
 
-    ``end``: when it ends at the latest, in monotonic seconds, and why.
+    ``end``: latest end of the call in monotonic seconds, and its reason.
     """
 
     def __init__(
@@ -185,14 +185,15 @@ class AttachCall:
         self._reader: asyncio.Task[None] | None = None
 
     async def run(self, requests: AsyncIterator[bytes]) -> None:
-        """Do what the client says until it has said all and its subscriptions have ended.
+        """Serve requests until the client has closed its side and all subscriptions have ended.
 
         Raises:
-            Problem: 503, the client has taken nothing for too long; 401, its credentials are not valid any more.
+            Problem: 503, the client did not read for too long; 401, its credentials have expired.
         """
         self._reader = asyncio.create_task(self._read(requests))
         try:
             await asyncio.wait({self._reader})
+            # No more requests: wait for the subscriptions, whose ends are written before the call ends.
             while self._tasks and self._reason != "evicted":
                 await asyncio.wait(self._tasks, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
             if self._reason == "evicted" or not await self._outbox.flush(LAST_WRITE_SECONDS):
@@ -208,7 +209,7 @@ class AttachCall:
             await asyncio.gather(*left, return_exceptions=True)
 
     def stop(self, reason: str) -> None:
-        """Take no more from the client, and end its subscriptions; with them the call ends."""
+        """Read no more requests and end all subscriptions; the call ends with them."""
         self._reason = "evicted" if reason == "evicted" else self._reason or reason
         if self._reader is not None:
             self._reader.cancel()
@@ -217,7 +218,7 @@ class AttachCall:
 
     @property
     def blocked_at(self) -> float | None:
-        """Since when a write has waited for the client."""
+        """Begin of the write that waits for the client, in monotonic seconds."""
         return self._outbox.writing_since
 
     def poll(self, now: float) -> None:
@@ -257,7 +258,7 @@ class AttachCall:
         """Return a subscription.
 
         Raises:
-            Problem: 404, there is none; it may just have ended.
+            Problem: 404, it does not exist; it may have ended just now.
         """
         found = self._subscriptions.get(id_)
         if found is None:
@@ -308,4 +309,4 @@ class AttachCall:
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled():
-            task.exception()  # the call is over: nobody is left to be told
+            task.exception()  # retrieve the error of a call that has ended: no client can receive it

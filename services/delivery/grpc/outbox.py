@@ -1,4 +1,4 @@
-"""What waits to be written to one gRPC call: little, joined into one message, written by one task."""
+"""Buffer the messages of one gRPC call: small, joined into one message, written by one task."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -10,11 +10,11 @@ BOUND: Final = 65_536
 
 
 class CallOutbox:
-    """Takes finished messages that may be joined, and writes them while its block runs.
+    """Accept serialized messages that may be joined, and write them while its block runs.
 
-    At most `BOUND` bytes wait beside what is being written, or one message that is larger. gRPC takes a message when
-    the flow control of HTTP/2 lets it go, so a client that does not read makes `put` wait. ``writing_since``: when what
-    is being written was begun, in monotonic seconds.
+    At most `BOUND` bytes wait in addition to the current write, or one larger message. gRPC accepts a message when the
+    flow control of HTTP/2 allows it, so a client that does not read makes `put` wait. ``writing_since``: begin of the
+    current write in monotonic seconds.
     """
 
     def __init__(self, write: Callable[[bytes], Awaitable[None]]) -> None:
@@ -40,10 +40,10 @@ class CallOutbox:
             await asyncio.gather(self._writer, return_exceptions=True)
 
     async def put(self, data: bytes) -> None:
-        """Take a message; wait while there is no room for it.
+        """Queue a message; wait while the outbox is full.
 
         Raises:
-            ConnectionError: the call is over.
+            ConnectionError: the call has ended.
         """
         while self._size and self._size + len(data) > BOUND and not self._closed:
             await self._change()
@@ -54,7 +54,7 @@ class CallOutbox:
         self._changed.set()
 
     async def flush(self, seconds: float) -> bool:
-        """Wait until all is written, at most so long; tell whether it is."""
+        """Wait at most ``seconds`` for all writes; return whether everything was written."""
         try:
             async with asyncio.timeout(seconds):
                 while (self._size or self.writing_since is not None) and not self._closed:
@@ -79,7 +79,7 @@ class CallOutbox:
                     await self._write(data)
                     self.writing_since = None
                 self._free.set()
-        except Exception:  # whatever gRPC raises when the client is gone: its own errors, usage errors, internal ones
+        except Exception:  # when the client is gone, gRPC raises its own errors, usage errors or internal ones
             self._closed = True
         finally:
             self._free.set()

@@ -44,7 +44,7 @@ async def serving_grpc(
     grace: Callable[[], float] = lambda: GRACE_SECONDS,
     shared: bool = False,
 ) -> AsyncIterator[int]:
-    """Serve gRPC while the block runs; yield the port (``port`` 0 takes any free one).
+    """Serve gRPC while the block runs; yield the port (``port`` 0: any free one).
 
     ``max_request``: most bytes of one request message. ``calls``: most concurrent calls. ``lifetime``: longest age of
     a connection in seconds. ``shared``: other processes may share the port. On exit, no new call is accepted and open

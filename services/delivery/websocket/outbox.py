@@ -1,4 +1,4 @@
-"""What leaves over one WebSocket: whole messages in the order in which they found a place, written by one task."""
+"""Buffer the messages of one WebSocket, written in order by one task."""
 
 import asyncio
 from collections import deque
@@ -16,10 +16,10 @@ def _size(messages: Messages) -> int:
 
 
 class SocketOutbox:
-    """Takes ASGI messages of several subscriptions, and writes them while its block runs.
+    """Accept ASGI messages of several subscriptions, and write them in order while its block runs.
 
-    At most `BOUND` bytes wait, or one write that is larger; whoever has more waits for its turn, which is how a client
-    that does not read is felt. The server's ``send`` is never called while it is under way.
+    At most `BOUND` bytes wait, or one larger write; further senders wait for their turn, which is the backpressure of
+    a client that does not read. The server's ``send`` is never called concurrently.
     """
 
     def __init__(self, send: Callable[[Any], Awaitable[None]]) -> None:
@@ -48,7 +48,7 @@ class SocketOutbox:
         self._close()
 
     async def send(self, messages: Messages) -> None:
-        """Take messages; wait while there is no room for them.
+        """Queue messages; wait while the outbox is full.
 
         Raises:
             ConnectionError: the socket is closed.
@@ -63,7 +63,7 @@ class SocketOutbox:
             self._next_turn()
 
     async def write(self, messages: Messages) -> None:
-        """Take messages, and wait until they have been written.
+        """Queue messages and wait until they are written.
 
         Raises:
             ConnectionError: the socket is closed.
@@ -75,14 +75,14 @@ class SocketOutbox:
             raise ConnectionResetError("the socket is closed")
 
     def offer(self, messages: Messages) -> bool:
-        """Take messages if nobody else waits; tell whether they were taken."""
+        """Queue messages unless the outbox is full or closed; return whether they were queued."""
         if self._closed or self._turns or self._size >= BOUND:
             return False
         self._put(messages)
         return True
 
     async def flush(self, seconds: float) -> bool:
-        """Wait until all is written, at most so long; tell whether it is."""
+        """Wait at most ``seconds`` for all writes; return whether everything was written."""
         try:
             async with asyncio.timeout(seconds):
                 while (self._queue or self._turns) and not self._closed:

@@ -1,4 +1,4 @@
-"""One session read over a socket: what may be sent of it, and what has been."""
+"""Track one subscription of a WebSocket: its credit or window, and its events in flight."""
 
 import asyncio
 from collections.abc import Callable
@@ -21,7 +21,7 @@ CREDIT_HIGH: Final = 2**53
 
 
 class Subscription:
-    """Without ``credit`` and window the client is sent whatever it takes; ``clock`` gives monotonic seconds."""
+    """Read one session with ``credit``, with an ``auto`` window, or unlimited; ``clock`` returns monotonic seconds."""
 
     def __init__(
         self, outlet: SocketOutbox, clock: Callable[[], float], credit: CreditBody | None, *, auto: bool
@@ -41,16 +41,16 @@ class Subscription:
 
     @property
     def has_credit(self) -> bool:
-        """Whether the client said how much it may be sent."""
+        """Whether the client has limited the subscription by credit."""
         return self._window is None and (self._room != UNLIMITED or self._space != UNLIMITED)
 
     def joined(self, subscriber: Subscriber) -> None:
-        """Begin: limit what the subscriber may be sent to what has been granted."""
+        """Attach the subscriber and limit it to the granted credit or window."""
         self._subscriber = subscriber
         subscriber.limit(self._room, self._space)
 
     async def send(self, message: Outgoing) -> None:
-        """Send what the feed brings.
+        """Send a message of the feed and record its events as in flight.
 
         Raises:
             ConnectionError: the socket is closed.
@@ -62,20 +62,20 @@ class Subscription:
         await self._outlet.send(message.messages)
 
     def grant(self, events: int | None, size: int | None) -> None:
-        """Let so many more events and bytes be sent.
+        """Add credit for more events and bytes.
 
         Raises:
-            Problem: 409, the subscription has no credit to add to.
+            Problem: 409, the subscription has no credit.
         """
         if not self.has_credit:
             raise Problem(409, "this subscription has no credit to add to: give `credit` when you subscribe")
         self._limit(_more(self._now_room(), events), _more(self._now_space(), size))
 
     def acked(self, position: int) -> None:
-        """Take note that the client has dealt with all up to a place.
+        """Acknowledge all events up to a position, and return their credit or adapt the window.
 
         Raises:
-            Problem: 409, it has not been sent so much yet.
+            Problem: 409, the position is ahead of the last sent event.
         """
         if position > self._newest:
             raise Problem(409, "the cursor is ahead of what this subscription has been sent")
@@ -88,15 +88,15 @@ class Subscription:
             self._resize(self._window, released)
 
     def trip(self, seconds: float) -> None:
-        """Take the time that a ping took."""
+        """Record the round trip time of a ping, in seconds."""
         if self._window is not None:
             self._window.trip(seconds)
 
     def stop(self, reason: str) -> None:
-        """End it; before it has begun there is nothing to end in order."""
+        """End the subscription; before it has joined, cancel its task."""
         if self._subscriber is not None:
             self._subscriber.stop(reason)
-        elif self.task is not None:  # not at once: before its first step it would end without a word
+        elif self.task is not None:  # later: a task cancelled before its first step sends no end
             asyncio.get_running_loop().call_soon(self.task.cancel)
 
     def _note(self, in_flight: InFlight, message: Outgoing) -> None:

@@ -144,11 +144,11 @@ class _Worker:
             if stop.is_set():
                 return
             if code == EXIT_USAGE:
-                raise SettingsError([f"worker {self.number} could not start: what was wrong stands above"])
+                raise SettingsError([f"worker {self.number} could not start: its error is printed above"])
             crashes = 1 if time.monotonic() - started > HEALTHY_AFTER else crashes + 1
             delay = restart_delay(crashes)
             metrics.WORKER_RESTARTS.inc()
-            log.warning("worker ended, will be started again", worker=self.number, code=code, seconds=delay)
+            log.warning("worker ended, restart scheduled", worker=self.number, code=code, seconds=delay)
             with suppress(TimeoutError):
                 async with asyncio.timeout(delay):
                     await stop.wait()
@@ -176,7 +176,7 @@ class _Worker:
         finally:
             stopping.cancel()
             if process.returncode is None:
-                log.warning("worker did not end in time and is killed", worker=self.number, seconds=self._grace)
+                log.warning("worker did not end in time and was killed", worker=self.number, seconds=self._grace)
                 with suppress(ProcessLookupError):
                     process.kill()
             await ended

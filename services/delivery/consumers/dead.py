@@ -61,7 +61,7 @@ class DeadEvents:
             TooBusy: the consumer has ``limit`` dead events, or the broker refuses to store it.
         """
         if await self.count(tenant, name) >= self.limit:
-            raise TooBusy(f"{self.limit} dead events are kept for consumer {name!r} already")
+            raise TooBusy(f"consumer {name!r} has {self.limit} dead events, the largest number: remove or resend some")
         if len(dead.event) > self._broker.client.max_payload - ROOM:
             dead = msgspec.structs.replace(dead, event=msgspec.Raw(b"null"))
         await self._store("dead", tenant, name, dead)
@@ -129,7 +129,7 @@ class DeadEvents:
             await self._broker.publish_stored(subject, msgspec.json.encode(dead))
         except APIError as error:
             if await self._broker.last(CONSUMERS, subject) is None:
-                raise TooBusy(f"no more events can be put aside: {error.description}") from error
+                raise TooBusy(f"the broker stores no more dead events: {error.description}") from error
 
     async def _purge(self, subject: str) -> None:
         await self._broker.purge(CONSUMERS, subject)

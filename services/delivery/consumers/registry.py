@@ -275,7 +275,7 @@ class Consumers:
 
     async def _create(self, tenant: str, name: str, spec: ConsumerSpec) -> Found:
         if len(await self.all_of(tenant)) >= self._limit:
-            raise TooBusy(f"there are {self._limit} consumers of this tenant already: delete one")
+            raise TooBusy(f"this tenant has {self._limit} consumers, the largest number: delete one")
         await self._check_start(tenant, spec)
         await self.dead.clear(tenant, name)  # left over from a consumer that the broker removed for inactivity
         definition = Definition(spec=spec)
@@ -288,10 +288,10 @@ class Consumers:
                 infos[partition] = await self.durables.create(stream_of(partition), config)
         except APIError as error:
             if error.is_existing:
-                raise BrokerUnavailable(f"consumer {name!r} is being created elsewhere") from error
+                raise BrokerUnavailable(f"consumer {name!r} is being created by another request: try again") from error
             await self._remove(tenant, name, Found(definition, infos))
             if error.is_too_many:
-                raise TooBusy(f"the broker takes no more consumers: {error}") from error
+                raise TooBusy(f"the broker accepts no more consumers: {error}") from error
             raise
         return Found(definition, infos)
 
@@ -320,11 +320,11 @@ class Consumers:
             config = await self._config(tenant, name, definition, partition, len(places) - 1)
             if resumed is not None:
                 metrics.CONSUMER_RESUMED.inc()
-                log.warning("consumer begins again where its log was cut off", consumer=name, partition=partition)
+                log.warning("consumer restarted where its log was cut off", consumer=name, partition=partition)
                 await self.durables.delete(stream_of(partition), service_durable(tenant, name))
                 config |= resumed
             else:
-                log.info("consumer reaches another partition", consumer=name, partition=partition)
+                log.info("consumer added to a partition", consumer=name, partition=partition)
                 state = await self._state(partition)
                 config |= later_position(definition.spec, partition, state.incarnation, born)
             if paused is not None:

@@ -244,7 +244,7 @@ class ConsumerSession:
         try:
             opened = await self._reload()
         except BrokerUnavailable as error:
-            log.warning("consumer not looked at", consumer=self.opened.name, detail=str(error))
+            log.warning("consumer was not refreshed", consumer=self.opened.name, detail=str(error))
             return
         if opened is None:
             self.is_gone = True
@@ -359,10 +359,10 @@ class ConsumerSession:
             await self._dead.put(self.opened.tenant, self.opened.name, dead)
         except TooBusy as error:
             metrics.CONSUMER_BLOCKED.inc()
-            log.warning("an event cannot be put aside", consumer=self.opened.name, detail=str(error))
+            log.warning("dead event was not stored", consumer=self.opened.name, detail=str(error))
             await self._nak(raw.reply, DEAD_PAUSE)
             return
-        log.info("event put aside", consumer=self.opened.name, cursor=delivery.cursor, deliveries=dead.deliveries)
+        log.info("dead event stored", consumer=self.opened.name, cursor=delivery.cursor, deliveries=dead.deliveries)
         await self._broker.publish(raw.reply, ACK)
 
     async def _nak(self, reply: str, delay: float) -> None:

@@ -19,7 +19,7 @@ class InvalidToken(ValueError):
     """The text is not the token of a delivery."""
 
     def __init__(self, text: str) -> None:
-        super().__init__(f"token {text[:60]!r} is not one that an event was given with")
+        super().__init__(f"token {text[:60]!r} is not the token of a delivered event")
 
 
 class Token(NamedTuple):

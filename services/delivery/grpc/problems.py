@@ -85,4 +85,4 @@ async def answering(method: str, context: grpc.aio.ServicerContext[Any, Any]) ->
     try:
         await context.abort(code, problem.details.detail or problem.details.title, trailing_metadata=tuple(trailing))
     except grpc.aio.InternalError:
-        log.debug("nobody was left to be told", method=method, detail=problem.details.detail)
+        log.debug("call ended before its error was sent", method=method, detail=problem.details.detail)

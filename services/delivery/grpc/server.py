@@ -77,7 +77,7 @@ async def serving_grpc(
             async with asyncio.timeout(seconds + LAST_SECONDS):
                 await server.stop(seconds)
         except TimeoutError:
-            log.warning("gRPC server did not end in time", seconds=seconds)
+            log.warning("grpc server did not end in time", seconds=seconds)
 
 
 def _options(max_request: int, lifetime: float, shared: bool) -> list[tuple[str, int]]:

@@ -63,7 +63,7 @@ def parse_pull_options(scope: dict[str, Any]) -> PullOptions:
     if ack not in ("explicit", "auto"):
         raise Problem(400, f"ack={ack[:40]!r} is not one of: explicit, auto")
     if "wait" in query and "batch" not in query:
-        raise Problem(400, "wait needs batch: a stream waits by itself")
+        raise Problem(400, "wait needs batch: a stream always waits")
     form = negotiate(header(scope, b"accept"), ["text/event-stream", "application/x-ndjson"])
     return PullOptions(
         ndjson=form == "application/x-ndjson",
@@ -183,7 +183,7 @@ class _Pull:
             try:
                 given = await pulled(self._session, STREAM_BATCH, SLICE, self._over)
             except BrokerUnavailable as error:
-                log.warning("stream ended: the log cannot be read", detail=str(error))
+                log.warning("consumer stream ended: log could not be read", detail=str(error))
                 return "unavailable"
             if self._over.done():
                 await self._session.nack(given)

@@ -86,7 +86,9 @@ _RESENT: Final = {
     },
 }
 _REFUSED: Final = ResponseSpec(
-    ProblemDetails, description="It cannot be carried out", media_type="application/problem+json"
+    ProblemDetails,
+    description="The request cannot be read or is not valid any more",
+    media_type="application/problem+json",
 )
 
 
@@ -171,7 +173,7 @@ def _changes(intake: Intake, requests: _Requests) -> list[HTTPRouteHandler]:
 
 def _example(content: type, value: object) -> ResponseSpec:
     return ResponseSpec(
-        content, generate_examples=False, description="As asked", examples=[Example(summary="An answer", value=value)]
+        content, generate_examples=False, description="Success", examples=[Example(summary="An answer", value=value)]
     )
 
 
@@ -179,7 +181,7 @@ def _sequence(after: str | None) -> int:
     if after is None:
         return 0
     if not (after.isascii() and after.isdigit() and len(after) <= 18):
-        raise Problem(400, f"after={after[:64]!r} is not the `next` of such a list")
+        raise Problem(400, f"after={after[:64]!r} is not the `next` of an earlier page")
     return int(after)
 
 

@@ -91,7 +91,7 @@ class SessionEvents:
 
     async def _complete(self, principal: Principal, receive: Any, ask: ReadRequest, session: str) -> ASGIApp:
         if ask.generation is None:
-            raise Problem(400, "wait=complete needs a generation")
+            raise Problem(400, "wait=complete needs a generation: add generation=…")
         named("generation", ask.generation)
         ended = await self._completion.wait(principal, session, ask.generation, receive)
         view = await reach(view_of(self._lookups, principal.tenant, session, ask.generation))
@@ -101,7 +101,7 @@ class SessionEvents:
 def _form(scope: Any, offered: list[str]) -> str:
     media_type = negotiate(header(scope, b"accept"), offered)
     if media_type is None:
-        raise Problem(406, f"there is no such form of these events: accept one of {', '.join(offered)}")
+        raise Problem(406, f"the events have no format that the request accepts: accept one of {', '.join(offered)}")
     return media_type
 
 

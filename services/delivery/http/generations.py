@@ -24,10 +24,10 @@ __all__ = ["SessionView", "router"]
 
 _KEY_LIMIT: Final = 200
 _DELETING: Final = (
-    "Removes the session's events, its records, and what was put aside of it; bills stay. Subscribers are told, and "
-    "later reads are 410 for as long as the log would have kept the events. Deleting again changes nothing; a deletion "
-    "that was interrupted is finished by repeating it. Generations that are queued or running: 409, or with "
-    "`cancel=true` they are cancelled first."
+    "Removes the session's events, its records, its dead events and dead requests; bills stay. Subscribers are notified; "
+    "later reads are 410 for as long as the log would have kept the events. Deleting again changes nothing; repeat "
+    "an interrupted deletion to finish it. With queued or running generations: 409, or with `cancel=true` they are "
+    "cancelled first."
 )
 _IN_USE: Final = ResponseSpec(
     ProblemDetails, description="Generations have not ended", media_type="application/problem+json"
@@ -82,7 +82,7 @@ def _requests(intake: Intake, lookups: Lookups, completion: Completion) -> list[
     @post(
         "/sessions/{session:str}/generations",
         status_code=202,
-        summary="Ask a model",
+        summary="Start a generation",
         operation_id="createGeneration",
         responses=PROBLEMS
         | {200: ResponseSpec(GenerationView, description="`wait=complete`: the generation has ended")},

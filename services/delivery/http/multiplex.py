@@ -47,7 +47,7 @@ async def open_several(streams: Streams, principal: Principal, scope: Any, ask: 
     known = _known(last_event_id(scope) or ask.after)
     marks = [session_mark(principal.tenant, session) for session in ask.sessions]
     if len(set(marks)) < len(marks):
-        raise Problem(400, "two of these sessions cannot be told apart by their cursors: read them apart")
+        raise Problem(400, "two of these sessions have the same mark in cursors: read them over separate connections")
     found = await asyncio.gather(
         *(
             _open(streams, principal, read_options_of({"headers": ()}, _for_one(ask, known.get(mark)), session))
@@ -158,7 +158,7 @@ def _check(ask: ReadRequest) -> None:
     if not 0 < len(ask.sessions) <= MAX_SESSIONS or len(set(ask.sessions)) < len(ask.sessions):
         raise Problem(400, f"name 1 to {MAX_SESSIONS} different sessions: session=a&session=b")
     if ask.generation is not None or ask.wait is not None or ask.limit is not None:
-        raise Problem(400, "generation, wait and limit are for one session: ask at /v1/sessions/{session}/events")
+        raise Problem(400, "generation, wait and limit are for one session: use /v1/sessions/{session}/events")
 
 
 def _known(text: str | None) -> dict[str, Cursor]:

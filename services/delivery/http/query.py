@@ -23,5 +23,5 @@ def parse_query(scope: Any, names: Sequence[str], *, repeated: str | None = None
     values = query.pop(repeated, []) if repeated is not None else []
     twice = [name for name, each in query.items() if len(each) > 1]
     if twice:
-        raise ValueError(f"query parameter {twice[0]!r} stands more than once")
+        raise ValueError(f"query parameter {twice[0]!r} occurs more than once: send it once")
     return {name: each[0] for name, each in query.items()}, values

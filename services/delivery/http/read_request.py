@@ -57,7 +57,7 @@ def parse_read_request(scope: Any, body: bytes | None = None, *, several: bool =
     except (ValueError, RecursionError) as error:
         raise Problem(400, str(error) or "the body is not readable as JSON") from error
     if ask.sessions and not several:
-        raise Problem(400, "the session is named by the path: 'sessions' belongs to /v1/events")
+        raise Problem(400, "the path names the session: send 'sessions' only to /v1/events")
     return ask
 
 

@@ -14,10 +14,12 @@ from services.kit.problem import Problem, ProblemDetails
 __all__ = ["PROBLEMS", "QueuedRequest", "Links", "accepted", "own"]
 
 PROBLEMS: Final = {
-    400: ResponseSpec(ProblemDetails, description="Not valid", media_type="application/problem+json"),
+    400: ResponseSpec(ProblemDetails, description="The request is not valid", media_type="application/problem+json"),
     **REFUSALS,
-    404: ResponseSpec(ProblemDetails, description="No such thing", media_type="application/problem+json"),
-    503: ResponseSpec(ProblemDetails, description="The broker is away", media_type="application/problem+json"),
+    404: ResponseSpec(ProblemDetails, description="The resource does not exist", media_type="application/problem+json"),
+    503: ResponseSpec(
+        ProblemDetails, description="The broker cannot be reached", media_type="application/problem+json"
+    ),
 }
 
 

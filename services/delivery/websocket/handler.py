@@ -49,7 +49,7 @@ class WebSockets:
         """Serve one socket to its end, or reject it with problem details."""
         if scope["type"] == "http":
             upgrade = {"Upgrade": "websocket", "Connection": "Upgrade"}
-            problem = Problem(426, "this address is for WebSockets", slug="upgrade-required", headers=upgrade)
+            problem = Problem(426, "this path accepts only WebSockets", slug="upgrade-required", headers=upgrade)
             await send_problem(send, problem)
             return
         send = scope.get(RAW_SEND, send)
@@ -99,7 +99,7 @@ def _subprotocol(offered: list[str]) -> str | None:
     known = [name for name in offered if name in SUBPROTOCOLS]
     if offered and not known:
         shown = ", ".join(offered)[:100]
-        detail = f"subprotocol {shown!r} is not spoken here: offer {' or '.join(SUBPROTOCOLS)}, or none"
+        detail = f"subprotocol {shown!r} is not supported: offer {' or '.join(SUBPROTOCOLS)}, or none"
         raise Problem(400, detail, slug="unknown-subprotocol")
     return known[0] if known else None
 

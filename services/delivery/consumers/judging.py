@@ -79,7 +79,7 @@ class Judge:
         """Read and judge the messages up to ``up_to``. Concurrent calls are safe: each message is judged once."""
         if up_to <= track.through:
             return
-        await self._look_for_loss(track, stream, subject)
+        await self._join_after_expiry(track, stream, subject)
         async for batch in self._broker.read(stream, subject, track.through + 1, up_to=up_to):
             metrics.CONSUMER_READ_BACK.inc(len(batch))
             for stored in batch:
@@ -87,7 +87,7 @@ class Judge:
                 await self._join(track, stream, subject, stored.seq, header)
                 track.apply(stored.seq, header)
 
-    async def _look_for_loss(self, track: Track, stream: str, subject: str) -> None:
+    async def _join_after_expiry(self, track: Track, stream: str, subject: str) -> None:
         """Join again if the last judged message has expired: a takeover after it may have expired too."""
         acceptance, through = track.acceptance, track.through
         if not acceptance.begun or await keeps(self._broker, stream, subject, through):

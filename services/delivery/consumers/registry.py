@@ -79,7 +79,7 @@ class Consumers:
         self._judge = Judge(broker)
         self._sessions: weakref.WeakSet[ConsumerSession] = weakref.WeakSet()
         self._partitions: tuple[float, list[int]] | None = None
-        self._known: dict[tuple[str, str], tuple[float, Found]] = {}  # bounded by RECENT
+        self._cache: dict[tuple[str, str], tuple[float, Found]] = {}  # bounded by RECENT
         broker.on_reconnect(self._reconnected)
 
     async def put(self, tenant: str, name: str, spec: ConsumerSpec) -> tuple[Found, bool]:
@@ -97,7 +97,7 @@ class Consumers:
         if fields := changed(found.definition, spec):
             raise Conflicting(f"{', '.join(fields)} of a consumer cannot be changed: delete it, or choose another name")
         if spec != found.definition.spec:
-            self._known.pop((tenant, name), None)
+            self._cache.pop((tenant, name), None)
             definition = Definition(spec=spec, revision=found.definition.revision + 1)
             found = await self._reconcile(tenant, name, Found(definition, found.infos))
         return found, False
@@ -120,13 +120,13 @@ class Consumers:
             Unknown: it does not exist.
         """
         now = self.clock.monotonic()
-        known = self._known.get((tenant, name))
-        if known is None or now - known[0] > RECENT_SECONDS:
-            self._known.pop((tenant, name), None)
-            known = self._known[tenant, name] = (now, await self.get(tenant, name))
-            if len(self._known) > RECENT:
-                del self._known[next(iter(self._known))]
-        return known[1]
+        cached = self._cache.get((tenant, name))
+        if cached is None or now - cached[0] > RECENT_SECONDS:
+            self._cache.pop((tenant, name), None)
+            cached = self._cache[tenant, name] = (now, await self.get(tenant, name))
+            if len(self._cache) > RECENT:
+                del self._cache[next(iter(self._cache))]
+        return cached[1]
 
     async def all_of(self, tenant: str) -> dict[str, Found]:
         """Return the consumers of a tenant, sorted by name."""
@@ -146,7 +146,7 @@ class Consumers:
             Unknown: it does not exist.
         """
         found = await self.get(tenant, name)
-        self._known.pop((tenant, name), None)
+        self._cache.pop((tenant, name), None)
         doomed = msgspec.structs.replace(found.definition, revision=found.definition.revision + 1, deleted=True)
         for partition, info in sorted(found.infos.items()):
             await self._change(tenant, name, doomed, partition, info, len(found.infos) - 1)
@@ -234,8 +234,8 @@ class Consumers:
         """
         durable = service_durable(tenant, name)
         infos: dict[int, DurableInfo] = {}
-        places = [*await self._logs(fresh=fresh), AGAIN]
-        for partition in places:
+        partitions = [*await self._logs(fresh=fresh), AGAIN]
+        for partition in partitions:
             info = await self.durables.info(stream_of(partition), durable)
             if info is not None:
                 infos[partition] = info
@@ -245,16 +245,16 @@ class Consumers:
         if found.definition.deleted:
             await self._remove(tenant, name, found)
             return None
-        missing = [partition for partition in places if partition not in infos]
+        missing = [partition for partition in partitions if partition not in infos]
         if await self._has_expired(found, missing):
             await self._remove(tenant, name, found)
             return None
         whole = not missing and all(definition_of(info) == found.definition for info in infos.values())
-        if whole and not any([await self._is_left_behind(partition, info) for partition, info in infos.items()]):
+        if whole and not any([await self._has_stale_position(partition, info) for partition, info in infos.items()]):
             return found
         return await self._reconcile(tenant, name, found)
 
-    async def _is_left_behind(self, partition: int, info: DurableInfo) -> bool:
+    async def _has_stale_position(self, partition: int, info: DurableInfo) -> bool:
         """Return whether a consumer's position belongs to another incarnation of its stream, or is beyond its end."""
         if partition == AGAIN and info.delivered.stream_seq == 0:
             return False
@@ -280,10 +280,10 @@ class Consumers:
         await self.dead.clear(tenant, name)  # left over from a consumer that the broker removed for inactivity
         definition = Definition(spec=spec)
         infos: dict[int, DurableInfo] = {}
-        places = [*await self._logs(), AGAIN]
+        partitions = [*await self._logs(), AGAIN]
         try:
-            for partition in places:
-                config = await self._config(tenant, name, definition, partition, len(places) - 1)
+            for partition in partitions:
+                config = await self._config(tenant, name, definition, partition, len(partitions) - 1)
                 config |= first_position(spec, partition)
                 infos[partition] = await self.durables.create(stream_of(partition), config)
         except APIError as error:
@@ -308,16 +308,16 @@ class Consumers:
         Existing ones come first, so that a concurrent removal is detected before anything is created.
         """
         definition, infos = found.definition, dict(found.infos)
-        places = [*await self._logs(), AGAIN]
+        partitions = [*await self._logs(), AGAIN]
         born = min(info.created for info in infos.values())
         paused = next((info for info in infos.values() if info.paused), None)
-        for partition in sorted(places, key=lambda place: place not in infos):
+        for partition in sorted(partitions, key=lambda each: each not in infos):
             info = infos.get(partition)
             resumed = None if info is None else await self._resumed(partition, info)
             if info is not None and resumed is None:
-                infos[partition] = await self._change(tenant, name, definition, partition, info, len(places) - 1)
+                infos[partition] = await self._change(tenant, name, definition, partition, info, len(partitions) - 1)
                 continue
-            config = await self._config(tenant, name, definition, partition, len(places) - 1)
+            config = await self._config(tenant, name, definition, partition, len(partitions) - 1)
             if resumed is not None:
                 metrics.CONSUMER_RESUMED.inc()
                 log.warning("consumer restarted where its log was cut off", consumer=name, partition=partition)
@@ -338,7 +338,7 @@ class Consumers:
 
     async def _resumed(self, partition: int, info: DurableInfo) -> dict[str, Any] | None:
         """Return the new start position of a consumer, or None when its position is valid."""
-        if not await self._is_left_behind(partition, info):
+        if not await self._has_stale_position(partition, info):
             return None
         state = await self._state(partition)
         return resumed_position(info, 0 if partition == AGAIN else min(state.base, state.last_seq))
@@ -378,7 +378,7 @@ def _log(partition: int, state: StreamState) -> str:
 
 def _merged(infos: Mapping[int, DurableInfo]) -> Found | None:
     """Return the newest definition with all consumers, or None when no consumer has a definition."""
-    known = [definition for definition in map(definition_of, infos.values()) if definition is not None]
-    if not known:
+    definitions = [definition for definition in map(definition_of, infos.values()) if definition is not None]
+    if not definitions:
         return None
-    return Found(max(known, key=lambda d: (d.revision, d.deleted, msgspec.json.encode(d))), infos)
+    return Found(max(definitions, key=lambda d: (d.revision, d.deleted, msgspec.json.encode(d))), infos)

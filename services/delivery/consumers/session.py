@@ -286,21 +286,21 @@ class ConsumerSession:
         """Move accepted events from the buffers to ``given``; settle the others."""
         for source in list(self._sources.values()):
             while source.buffer and len(given) < limit:
-                delivery = await self._look_at(source, source.next())
+                delivery = await self._event_of(source, source.next())
                 source.buffer.popleft()
                 if delivery is not None:
                     given.append(delivery)
                     metrics.CONSUMER_GIVEN.labels("yes" if delivery.deliveries > 1 else "no").inc()
 
-    async def _look_at(self, source: Source, raw: Raw) -> Delivery | None:
+    async def _event_of(self, source: Source, raw: Raw) -> Delivery | None:
         """Return the event of a delivery, or None when it was settled here."""
-        found = self._kept(source, raw) if source.partition == AGAIN else await self._accepted(source, raw)
+        found = self._dead_event(source, raw) if source.partition == AGAIN else await self._accepted(source, raw)
         if found is None:
             await self._broker.publish(raw.reply, ACK)
             return None
         if raw.deliveries <= self.opened.definition.spec.max_deliver:
             return found
-        await self._bury(found, raw)
+        await self._put_dead(found, raw)
         return None
 
     async def _accepted(self, source: Source, raw: Raw) -> Delivery | None:
@@ -325,7 +325,7 @@ class ConsumerSession:
             gap=gap,
         )
 
-    def _kept(self, source: Source, raw: Raw) -> Delivery | None:
+    def _dead_event(self, source: Source, raw: Raw) -> Delivery | None:
         """Return a dead event to redeliver; it was judged before it became dead."""
         incarnation = CursorIssuer(0, self.opened.streams[AGAIN].incarnation, "", "").incarnation
         try:
@@ -342,7 +342,7 @@ class ConsumerSession:
             reply=raw.reply,
         )
 
-    async def _bury(self, delivery: Delivery, raw: Raw) -> None:
+    async def _put_dead(self, delivery: Delivery, raw: Raw) -> None:
         """Store an event that has reached ``max_deliver`` as a dead event, then acknowledge it."""
         header = msgspec.json.decode(delivery.data, type=_Named)
         dead = DeadEvent(

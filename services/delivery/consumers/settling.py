@@ -55,15 +55,17 @@ async def settle(consumers: Consumers, tenant: str, name: str, settlement: Settl
         ("nack", settlement.nacks, nak(settlement.delay)),
         ("working", settlement.working, IN_PROGRESS),
     )
-    todo = [(text, Token.parse(text), how, word) for how, texts, word in groups for text in texts]
-    known = {partition: await _incarnation(consumers, partition) for partition in {each[1].partition for each in todo}}
+    todo = [(text, Token.parse(text), how, payload) for how, texts, payload in groups for text in texts]
+    incarnations = {
+        partition: await _incarnation(consumers, partition) for partition in {each[1].partition for each in todo}
+    }
 
-    async def one(text: str, token: Token, how: str, word: bytes) -> str | None:
-        if token.incarnation != known[token.partition]:
+    async def one(text: str, token: Token, how: str, payload: bytes) -> str | None:
+        if token.incarnation != incarnations[token.partition]:
             return text
         subject = token.subject(durable)
         try:
-            if await consumers.broker.request(subject, word, timeout=CONFIRM_SECONDS) is None:
+            if await consumers.broker.request(subject, payload, timeout=CONFIRM_SECONDS) is None:
                 return text
         except BrokerUnavailable:
             if not consumers.broker.is_connected:

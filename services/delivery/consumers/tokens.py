@@ -37,9 +37,9 @@ class Token(NamedTuple):
 
     def text(self) -> str:
         """Encode the token for clients."""
-        place = "again" if self.partition == AGAIN else f"{self.partition:02x}"
+        partition_text = "again" if self.partition == AGAIN else f"{self.partition:02x}"
         count = min(self.deliveries, 0xFFFFFF)
-        return f"k1{place}{self.incarnation}{self.seq:012x}{self.consumer_seq:012x}{count:06x}"
+        return f"k1{partition_text}{self.incarnation}{self.seq:012x}{self.consumer_seq:012x}{count:06x}"
 
     @classmethod
     def parse(cls, text: str) -> "Token":
@@ -51,8 +51,8 @@ class Token(NamedTuple):
         match = _SHAPE.fullmatch(text)
         if match is None:
             raise InvalidToken(text)
-        place, incarnation, *numbers = match.groups()
-        partition = AGAIN if place == "again" else int(place, 16)
+        partition_text, incarnation, *numbers = match.groups()
+        partition = AGAIN if partition_text == "again" else int(partition_text, 16)
         return cls(partition, incarnation, *(int(number, 16) for number in numbers))
 
     def subject(self, durable: str) -> str:

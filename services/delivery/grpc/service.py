@@ -133,7 +133,7 @@ class DeliveryService:
         if key is not None and len(key) > KEY_LIMIT:
             raise Problem(400, f"idempotency_key must have at most {KEY_LIMIT} characters")
         generation, cursor, repeated = await self._intake.accept(
-            principal, request.session, _generation_wish(request), key
+            principal, request.session, _generation_request(request), key
         )
         return pb.StartResponse(
             session=request.session, generation=generation, cursor=cursor, state="queued", repeated=repeated
@@ -200,7 +200,7 @@ def _check(role: str, value: str) -> None:
         raise Problem(400, str(error)) from error
 
 
-def _generation_wish(request: pb.StartRequest) -> GenerationRequest:
+def _generation_request(request: pb.StartRequest) -> GenerationRequest:
     """Convert the request, with the validation rules of the HTTP body.
 
     Raises:

@@ -77,7 +77,10 @@ def describe_consumer_events(document: OpenAPI) -> None:
                         ),
                     },
                 ),
-                **{status: OpenAPIResponse(description=said, content=problem) for status, said in refusals.items()},
+                **{
+                    status: OpenAPIResponse(description=meaning, content=problem)
+                    for status, meaning in refusals.items()
+                },
             },
         )
     )

@@ -24,8 +24,8 @@ __all__ = ["SessionView", "router"]
 
 _KEY_LIMIT: Final = 200
 _DELETING: Final = (
-    "Removes the session's events, its records, its dead events and dead requests; bills stay. Subscribers are notified; "
-    "later reads are 410 for as long as the log would have kept the events. Deleting again changes nothing; repeat "
+    "Removes the session's events, its records, its dead events and requests; bills stay. Subscribers are notified. "
+    "Later reads are 410 for as long as the log would have kept the events. Deleting again changes nothing; repeat "
     "an interrupted deletion to finish it. With queued or running generations: 409, or with `cancel=true` they are "
     "cancelled first."
 )
@@ -224,16 +224,16 @@ def _summaries(records: list[GenerationRecord]) -> list[SessionSummary]:
     found: dict[str, SessionSummary] = {}
     for record in records:
         changed = record.ended_at or record.started_at or record.created_at
-        known = found.get(record.session)
-        if known is None:
+        summary = found.get(record.session)
+        if summary is None:
             found[record.session] = SessionSummary(
                 record.session, 1, record.state, record.created_at, changed, record.model
             )
             continue
-        known.generations += 1
-        known.created_at = min(known.created_at, record.created_at)
-        if changed >= known.updated_at:
-            known.updated_at, known.last_state, known.model = changed, record.state, record.model
+        summary.generations += 1
+        summary.created_at = min(summary.created_at, record.created_at)
+        if changed >= summary.updated_at:
+            summary.updated_at, summary.last_state, summary.model = changed, record.state, record.model
     return sorted(found.values(), key=lambda s: (-s.updated_at, s.session))
 
 

@@ -24,7 +24,7 @@ __all__ = ["OpenedStreams", "open_several", "streaming_several"]
 
 QUIET_SHARE: Final = 0.5  # of the heartbeat interval: every session has its own heartbeat, one per interval is enough
 _EXPIRED: Final = "expired"
-_SAID: Final = frozenset({"disconnected", "evicted", "sibling", "failed"})
+_WITHOUT_BYE: Final = frozenset({"disconnected", "evicted", "sibling", "failed"})
 
 
 class OpenedStreams(NamedTuple):
@@ -44,13 +44,13 @@ async def open_several(streams: Streams, principal: Principal, scope: Any, ask: 
         Problem: 400, the request is not valid; otherwise the problem of a session that cannot be read.
     """
     _check(ask)
-    known = _known(last_event_id(scope) or ask.after)
+    cursors = _cursors_by_mark(last_event_id(scope) or ask.after)
     marks = [session_mark(principal.tenant, session) for session in ask.sessions]
     if len(set(marks)) < len(marks):
         raise Problem(400, "two of these sessions have the same mark in cursors: read them over separate connections")
     found = await asyncio.gather(
         *(
-            _open(streams, principal, read_options_of({"headers": ()}, _for_one(ask, known.get(mark)), session))
+            _open(streams, principal, read_options_of({"headers": ()}, _for_one(ask, cursors.get(mark)), session))
             for session, mark in zip(ask.sessions, marks, strict=True)
         )
     )
@@ -65,18 +65,18 @@ def streaming_several(
     async def answer(scope: Any, receive: Any, send: Any) -> None:
         headers = [(b"content-type", media_type), *STREAM_HEADERS]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        outlet = _Outlet(opened, form, scope.get(RAW_SEND, send), quiet * QUIET_SHARE)
-        await outlet.open()
+        outbox = _SharedOutbox(opened, form, scope.get(RAW_SEND, send), quiet * QUIET_SHARE)
+        await outbox.open()
         with watching(receive) as watch:
             reasons = await asyncio.gather(
-                *(outlet.serve(streams, number, watch) for number in range(len(opened.streams)))
+                *(outbox.serve(streams, number, watch) for number in range(len(opened.streams)))
             )
-        await outlet.close(next(reason for reason in reasons if reason != "sibling"))
+        await outbox.close(next(reason for reason in reasons if reason != "sibling"))
 
     return answer
 
 
-class _Outlet:
+class _SharedOutbox:
     """The outbox of one connection: one write at a time, while the other streams wait and fall behind."""
 
     def __init__(self, opened: OpenedStreams, form: MultiplexFormat, send: Send, quiet: float) -> None:
@@ -84,7 +84,7 @@ class _Outlet:
         self._form = form
         self._send = send
         self._quiet = quiet
-        self._places = MultiCursor([Cursor.parse(stream.cursor) for stream in opened.streams])
+        self._cursor = MultiCursor([Cursor.parse(stream.cursor) for stream in opened.streams])
         self._lock = asyncio.Lock()
         self._subscribers: list[Subscriber] = []
         self._ending = False
@@ -120,20 +120,20 @@ class _Outlet:
 
     async def close(self, reason: str) -> None:
         """Write the final ``bye`` with the cursor of all sessions, unless the client cannot receive it."""
-        if reason not in _SAID:
-            await self._send(http_body(self._form.bye(reason, self._places.text()), more=False))
+        if reason not in _WITHOUT_BYE:
+            await self._send(http_body(self._form.bye(reason, self._cursor.text()), more=False))
 
     async def _forward(self, number: int, message: list[bytes]) -> None:
         if not message and (self._lock.locked() or self._loop.time() - self._sent_at < self._quiet):
             return
         async with self._lock:
             # Encode under the lock: the cursor includes events that other streams sent while this one waited.
-            body = b"".join([self._said(number, frame) for frame in message]) if message else self._form.heartbeat
+            body = b"".join([self._encode(number, frame) for frame in message]) if message else self._form.heartbeat
             if body:
                 self._sent_at = self._loop.time()
                 await self._send(http_body(body))
 
-    def _said(self, number: int, frame: bytes) -> bytes:
+    def _encode(self, number: int, frame: bytes) -> bytes:
         session = self._opened.streams[number].options.session
         if isinstance(frame, RawBye):
             return b""
@@ -141,8 +141,8 @@ class _Outlet:
             reason, _, generation = frame.decode().partition(" ")
             return self._form.gap(session, reason, generation or None)
         part = raw_event_of(frame)
-        self._places.advance(number, Position(part.seq, part.offset))
-        return self._form.event(session, self._places.text(), part.data)
+        self._cursor.advance(number, Position(part.seq, part.offset))
+        return self._form.event(session, self._cursor.text(), part.data)
 
 
 async def _open(streams: Streams, principal: Principal, options: Any) -> tuple[Stream, bool]:
@@ -161,7 +161,7 @@ def _check(ask: ReadRequest) -> None:
         raise Problem(400, "generation, wait and limit are for one session: use /v1/sessions/{session}/events")
 
 
-def _known(text: str | None) -> dict[str, Cursor]:
+def _cursors_by_mark(text: str | None) -> dict[str, Cursor]:
     if text is None:
         return {}
     try:

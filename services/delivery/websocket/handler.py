@@ -41,7 +41,7 @@ class WebSockets:
         max_message: BodyLimit,
     ) -> None:
         self._supervisor = supervisor
-        self._desk = SocketContext(clock, supervisor, settings.heartbeat, streams, intake, consumers, max_message)
+        self._context = SocketContext(clock, supervisor, settings.heartbeat, streams, intake, consumers, max_message)
         self._formats = {name: Formats(Dialect(name)) for name in SUBPROTOCOLS}
         self._open = 0
 
@@ -62,14 +62,14 @@ class WebSockets:
             await send_problem(send, problem, "websocket.http")
             return
         await send({"type": "websocket.accept", "subprotocol": name})
-        async with SocketOutbox(send) as outlet:
-            connection = Connection(self._desk, principal, self._formats[name or JSON], outlet)
+        async with SocketOutbox(send) as outbox:
+            connection = Connection(self._context, principal, self._formats[name or JSON], outbox)
             with self._supervisor.supervise(principal, connection):
                 reason = await self._serve(connection, receive)
         metrics.SOCKETS_CLOSED.labels(reason).inc()
         if reason in CLOSES:
             code, why = CLOSES[reason]
-            why = why.format(*self._desk.max_message)
+            why = why.format(*self._context.max_message)
             await _close(send, code, why, 0.5 if reason == "evicted" else LAST_WRITE_SECONDS)
 
     async def _serve(self, connection: Connection, receive: Any) -> str:

@@ -197,7 +197,7 @@ def _compare_limits(max_body: int, broker: Broker) -> None:
     limit = request_limit(max_body, broker.client.max_payload)
     if limit.size < max_body:
         log.warning(
-            "the broker takes smaller messages than max_body allows: the limit is lowered",
+            "body limit was lowered below max_body to fit the broker's max_payload",
             max_body=max_body,
             max_payload=broker.client.max_payload,
             limit=limit.size,

@@ -1,1 +1,1 @@
-"""Durable consumers: named readers of the log whose position the broker keeps, for services rather than browsers."""
+"""Provide durable consumers for services: named readers of the log whose position the broker keeps."""

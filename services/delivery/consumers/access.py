@@ -1,4 +1,4 @@
-"""Who may use which durable consumer: the same for every protocol."""
+"""Authorize the use of durable consumers, for all protocols."""
 
 from schemas.names import InvalidName, check_name
 from services.delivery.consumers.registry import Consumers, Found
@@ -12,15 +12,15 @@ __all__ = ["covers", "open_session", "permitted"]
 
 
 def covers(principal: Principal, session: str | None) -> bool:
-    """Tell whether a caller may read a session; ``None``: all of the tenant's."""
+    """Return whether a principal may read ``session``; ``None``: all sessions of the tenant."""
     return "*" in principal.sessions if session is None else principal.reaches(session)
 
 
 async def permitted(consumers: Consumers, principal: Principal, name: str, *, recent: bool = False) -> Found:
-    """Return a consumer that the caller may use. ``recent``: what was known a moment ago will do.
+    """Return a consumer that the principal may use. ``recent``: accept a cached state, a few seconds old.
 
     Raises:
-        Problem: 400 for what is no name; 403 without the scope; 404 where there is none for this caller; 503.
+        Problem: 400, the name is not valid; 403, the scope is missing; 404, no such consumer for this principal; 503.
     """
     authorize(principal, "consume")
     try:
@@ -38,10 +38,10 @@ async def permitted(consumers: Consumers, principal: Principal, name: str, *, re
 
 
 async def open_session(consumers: Consumers, principal: Principal, name: str) -> ConsumerSession:
-    """Return a session that reads through a consumer; close it in the end, at the latest when the caller expires.
+    """Open a session that reads through a consumer; the caller closes it, at the latest when the principal expires.
 
     Raises:
-        Problem: as `permitted`; 503 also while this replica is going away.
+        Problem: as `permitted`; 503 also while this replica drains.
     """
     await permitted(consumers, principal, name)
     if consumers.supervisor.draining:

@@ -1,4 +1,4 @@
-"""A durable consumer read over a connection that lasts: no more events at once than its client lets through."""
+"""Read a durable consumer over a WebSocket or gRPC call, within the credit of its client."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
@@ -20,22 +20,22 @@ __all__ = ["LOST", "Consumption", "Give"]
 
 log = structlog.get_logger()
 LOST: Final = frozenset({"disconnected", "evicted", "silent"})
-"""Reasons to end after which nothing that has been written lately can be taken for received."""
+"""Reasons of an end after which recently written events cannot be assumed to be received."""
 HELD: Final = 10_000
-"""Bound of remembered tokens: as many as a consumer may have in flight."""
+"""Most remembered tokens: the highest ``max_in_flight`` of a consumer."""
 PATIENCE: Final = 5.0
-"""Seconds without credit after which what has come ahead of it goes back, for others to be given."""
+"""Seconds without credit after which buffered events return to the broker, for other readers."""
 
 Give = Callable[[Sequence[Delivery]], Awaitable[None]]
-"""Writes events to the connection, and returns when they are written. Raises `ConnectionError` when it is closed."""
+"""Writes events to the connection; returns after the write. Raises `ConnectionError` when it is closed."""
 
 
 class Consumption:
-    """Reads one consumer for one connection until `stop`.
+    """Read one consumer for one connection until `stop`.
 
-    ``credit``: how many events may be given at first; each that is settled here with an explicit acknowledgement gives
-    its place back, `grant` adds more. ``None``: whatever the connection takes. ``auto``: what has been written is
-    acknowledged.
+    ``credit``: initial number of events that may be sent; `settled` returns the credit of explicitly acknowledged
+    events, `grant` adds credit. ``None``: no limit but the connection's. ``auto``: acknowledge events when they are
+    written.
     """
 
     def __init__(self, consumers: Consumers, name: str, *, auto: bool, credit: int | None) -> None:
@@ -47,16 +47,16 @@ class Consumption:
         self._over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     def stop(self, reason: str) -> None:
-        """End it; the first reason holds."""
+        """End the reading; the first reason wins."""
         if not self._over.done():
             self._over.set_result(reason)
         self._credit.close()
 
     def grant(self, events: int) -> None:
-        """Let so many more events be given.
+        """Add credit for ``events`` more events.
 
         Raises:
-            Problem: 409, there is no credit to add to.
+            Problem: 409, the consumer is read without credit.
         """
         self._credit.grant(events)
 
@@ -66,18 +66,19 @@ class Consumption:
             self._credit.grant(freed)
 
     async def run(self, principal: Principal, opened: Callable[[], Awaitable[None]], give: Give) -> str:
-        """Read to the end; return why it ended. ``opened`` is called when reading begins.
+        """Read to the end; return the reason. ``opened`` is called when reading begins.
 
-        Reasons beside those of `stop`: ``deleted``, and ``unavailable`` when the broker is away.
+        Reasons in addition to those of `stop`: ``deleted``, and ``unavailable`` without a broker.
 
         Raises:
-            Problem: this caller has no such consumer, or cannot read it now.
+            Problem: the principal has no such consumer, or cannot read it now.
             ConnectionError: the connection is closed.
         """
         session = await open_session(self._consumers, principal, self.name)
         try:
             await opened()
             while True:
+                # Read; without credit for a while, close the session, which returns its buffered events.
                 reason = await self._follow(session, give)
                 await session.close()
                 if reason is not None or not await self._credit.wait(None):
@@ -93,7 +94,7 @@ class Consumption:
             await session.close()
 
     async def _follow(self, session: ConsumerSession, give: Give) -> str | None:
-        """Give events; return why that is over, ``None`` when there has been no credit for a while."""
+        """Send events; return the reason of the end, or None after `PATIENCE` without credit."""
         patience = min(PATIENCE, session.opened.definition.spec.ack_wait / 2)
         while not self._over.done():
             if session.is_gone:
@@ -107,7 +108,7 @@ class Consumption:
         return self._over.result()
 
     async def _pass_on(self, session: ConsumerSession, given: list[Delivery], give: Give) -> None:
-        """Give events in pieces, settle those that were written if that is wanted, and return those that were not."""
+        """Send events in chunks, acknowledge the written ones if ``auto``, and nack the others."""
         written = 0
         try:
             for piece in _pieces(given):
@@ -134,7 +135,7 @@ class Consumption:
 
 
 def _pieces(given: Sequence[Delivery]) -> Iterator[Sequence[Delivery]]:
-    """Cut what is written at once to about `PIECE_BYTES`, one event at least."""
+    """Split events into chunks of about `PIECE_BYTES`, with at least one event each."""
     start, size = 0, 0
     for stop, delivery in enumerate(given, 1):
         size += len(delivery.data)

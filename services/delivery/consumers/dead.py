@@ -1,4 +1,4 @@
-"""Events that a service was given in vain, as they are kept for it: looked at, given again, removed."""
+"""Keep dead events, which no delivery had acknowledged: list, redeliver and remove them."""
 
 from collections import Counter
 from collections.abc import Container
@@ -16,13 +16,13 @@ from services.kit.jetstream.errors import APIError
 __all__ = ["DeadEvent", "DeadEvents"]
 
 ROOM: Final = 4_096
-"""More than a dead event adds to the event itself."""
+"""Upper bound in bytes of the fields that a dead event adds to the event."""
 
 
 class DeadEvent(msgspec.Struct, frozen=True, kw_only=True):
-    """One event that was not acknowledged. ``id``: its cursor. ``died_at``: in seconds since 1970.
+    """An event that was not acknowledged. ``id``: its cursor. ``died_at``: in seconds since 1970.
 
-    ``event``: as it is stored in the log; null where it is too large to be kept here.
+    ``event``: as stored in the log; null when it is too large to be kept here.
     """
 
     id: str
@@ -36,7 +36,7 @@ class DeadEvent(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DeadEvents:
-    """The dead events of all consumers. ``limit``: how many are kept for one.
+    """Store the dead events of all consumers. ``limit``: most dead events of one consumer.
 
     Every method raises `BrokerUnavailable` when the broker does not answer.
     """
@@ -46,31 +46,31 @@ class DeadEvents:
         self.limit = limit
 
     async def count(self, tenant: str, name: str) -> int:
-        """Return how many there are of a consumer."""
+        """Return the number of dead events of a consumer."""
         return len(await self._broker.subjects(CONSUMERS, consumer_filter("dead", tenant, name)))
 
     async def counts(self, tenant: str) -> Counter[str]:
-        """Return how many there are of each consumer of a tenant that has any, by name."""
+        """Return the number of dead events by consumer name, for the consumers of a tenant that have any."""
         subjects = await self._broker.subjects(CONSUMERS, f"consumers.dead.{tenant}.*.*")
         return Counter(subject.split(".")[3] for subject in subjects)
 
     async def put(self, tenant: str, name: str, dead: DeadEvent) -> None:
-        """Keep a dead event; one that is kept already stays as it is.
+        """Store a dead event; one that is stored already stays unchanged.
 
         Raises:
-            TooBusy: as many are kept as may be.
+            TooBusy: the consumer has ``limit`` dead events, or the broker refuses to store it.
         """
         if await self.count(tenant, name) >= self.limit:
-            raise TooBusy(f"{self.limit} dead events are kept for consumer {name!r} already")
+            raise TooBusy(f"consumer {name!r} has {self.limit} dead events, the largest number: remove or resend some")
         if len(dead.event) > self._broker.client.max_payload - ROOM:
             dead = msgspec.structs.replace(dead, event=msgspec.Raw(b"null"))
         await self._store("dead", tenant, name, dead)
         metrics.CONSUMER_DEAD.inc()
 
     async def page(self, tenant: str, name: str, limit: int, after: int) -> tuple[list[DeadEvent], int | None]:
-        """Return up to ``limit`` dead events behind the stream sequence ``after``, oldest first.
+        """Return up to ``limit`` dead events after the stream sequence ``after``, oldest first.
 
-        The number beside them is what to pass as ``after`` for the next page; ``None`` at the end.
+        The second value is the ``after`` of the next page; ``None`` on the last page.
         """
         found: list[DeadEvent] = []
         last = 0
@@ -86,7 +86,7 @@ class DeadEvents:
         """Return a dead event.
 
         Raises:
-            Unknown: there is none.
+            Unknown: it does not exist.
         """
         stored = await self._broker.last(CONSUMERS, consumer_subject("dead", tenant, name, event))
         if stored is None:
@@ -94,11 +94,11 @@ class DeadEvents:
         return _decoded(stored)
 
     async def again(self, tenant: str, name: str, event: str) -> None:
-        """Give a dead event to the consumer again. It is removed here when it has been put there.
+        """Queue a dead event for redelivery to its consumer, then remove it from the dead events.
 
         Raises:
-            Unknown: there is none, or it was too large to be kept.
-            TooBusy: too much waits already.
+            Unknown: it does not exist, or was too large to be kept.
+            TooBusy: the broker refuses to store it.
         """
         dead = await self.get(tenant, name, event)
         if bytes(dead.event) == b"null":
@@ -107,16 +107,16 @@ class DeadEvents:
         await self.drop(tenant, name, event)
 
     async def drop(self, tenant: str, name: str, event: str) -> None:
-        """Remove a dead event for good. Without one nothing happens."""
+        """Remove a dead event permanently; do nothing when it does not exist."""
         await self._purge(consumer_subject("dead", tenant, name, event))
 
     async def clear(self, tenant: str, name: str) -> None:
-        """Remove all that is kept for a consumer."""
+        """Remove all dead events of a consumer, including those queued for redelivery."""
         for kind in ("dead", "again"):
             await self._purge(consumer_filter(kind, tenant, name))
 
     async def forget_session(self, tenant: str, session: str, generations: Container[str]) -> None:
-        """Remove what is kept of these generations of a session, for any consumer of its tenant."""
+        """Remove the dead events of these generations of a session, for all consumers of its tenant."""
         async for batch in self._broker.read(CONSUMERS, f"consumers.*.{tenant}.*.*"):
             for stored in batch:
                 dead = _decoded(stored)
@@ -129,7 +129,7 @@ class DeadEvents:
             await self._broker.publish_stored(subject, msgspec.json.encode(dead))
         except APIError as error:
             if await self._broker.last(CONSUMERS, subject) is None:
-                raise TooBusy(f"no more events can be put aside: {error.description}") from error
+                raise TooBusy(f"the broker stores no more dead events: {error.description}") from error
 
     async def _purge(self, subject: str) -> None:
         await self._broker.purge(CONSUMERS, subject)

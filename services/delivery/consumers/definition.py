@@ -1,4 +1,4 @@
-"""What a durable consumer is to read and how, and the broker's consumers that follow from it. Pure."""
+"""Define durable consumers and derive the settings of the broker's consumers. Pure."""
 
 from datetime import UTC, datetime
 from typing import Annotated, Any, Final, Literal
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 AGAIN: Final = -1
-"""Stands for a partition where it is about the events that a consumer is to be given again."""
+"""Pseudo partition of the dead events that are queued for redelivery."""
 _KEY: Final = "tailrace.consumer"
 _LOG: Final = "tailrace.log"
 
@@ -41,13 +41,13 @@ EventType = Literal[
 
 
 class ConsumerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a service asks for. Times in seconds.
+    """Settings of a durable consumer. Times in seconds.
 
-    ``session``: the only one to read; all of the tenant's without it. ``types``: the only types of events to give; all
-    without it. Where to begin, once: ``start`` of what the log keeps, or ``new``; or behind the cursor ``after`` of the
-    session; or at the time ``since`` (seconds since 1970). ``ack_wait``: how long after it was given an event that is
-    not acknowledged is given again. ``max_in_flight``: events given and not acknowledged. ``max_deliver``: how often
-    one is given before it is put aside as dead.
+    ``session``: the only session to read; without it all sessions of the tenant. ``types``: the only event types to
+    deliver; without it all types. Start position, one of: ``start`` of the kept log, or ``new``; after the cursor
+    ``after`` of the session; at the time ``since`` (seconds since 1970). ``ack_wait``: time until an event that is not
+    acknowledged is delivered again. ``max_in_flight``: most events delivered and not acknowledged. ``max_deliver``:
+    deliveries of one event before it becomes a dead event.
     """
 
     session: str | None = None
@@ -61,10 +61,10 @@ class ConsumerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class Definition(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A consumer as it is kept beside each of the broker's consumers that belong to it.
+    """A durable consumer, as stored in the metadata of each of its broker's consumers.
 
-    ``revision`` grows with every change: the greatest one holds. ``deleted``: it is being removed, and a consumer that
-    still has this is what a removal left behind.
+    ``revision`` grows with every change; the highest one is valid. ``deleted``: the consumer is being removed; a
+    broker's consumer with this mark is left over from an interrupted removal.
     """
 
     spec: ConsumerSpec
@@ -73,13 +73,13 @@ class Definition(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 def changed(definition: Definition, spec: ConsumerSpec) -> tuple[str, ...]:
-    """Return the fields in which a wish differs from a definition and that cannot be changed afterwards."""
+    """Return the fixed fields in which ``spec`` differs from a definition."""
     fixed = ("session", "start", "after", "since")
     return tuple(name for name in fixed if getattr(definition.spec, name) != getattr(spec, name))
 
 
 def definition_of(info: DurableInfo) -> Definition | None:
-    """Return the definition kept beside one of the broker's consumers; ``None`` where there is none to be read."""
+    """Return the definition stored in a broker's consumer, or None when it is missing or cannot be decoded."""
     text = (info.config.get("metadata") or {}).get(_KEY)
     try:
         return msgspec.json.decode(text, type=Definition) if text else None
@@ -88,20 +88,20 @@ def definition_of(info: DurableInfo) -> Definition | None:
 
 
 def log_of(info: DurableInfo) -> str:
-    """Return the incarnation of the log in which one of the broker's consumers has its position."""
+    """Return the incarnation of the log to which the position of a broker's consumer belongs."""
     return str((info.config.get("metadata") or {}).get(_LOG, ""))
 
 
 def stream_of(partition: int) -> str:
-    """Return the stream that keeps a partition's events, or those to be given `AGAIN`."""
+    """Return the stream of a partition's events, or of the events to redeliver for `AGAIN`."""
     return CONSUMERS if partition == AGAIN else token_stream(partition)
 
 
 def event_filter(tenant: str, name: str, partition: int, session: str | None) -> str:
-    """Return the filter of the events that a consumer reads of a partition.
+    """Return the subject filter of a consumer in a partition.
 
     Raises:
-        InvalidName: a name cannot stand in a subject.
+        InvalidName: a name is not valid in a subject.
     """
     if partition == AGAIN:
         return consumer_filter("again", tenant, name)
@@ -113,10 +113,10 @@ def event_filter(tenant: str, name: str, partition: int, session: str | None) ->
 def durable_config(
     tenant: str, name: str, definition: Definition, partition: int, partitions: int, inactive: float, log: str = ""
 ) -> dict[str, Any]:
-    """Return the settings of the broker's consumer of one partition, without where it begins.
+    """Return the settings of the broker's consumer of one partition, without its start position.
 
-    Each of ``partitions`` gets its share of the events in flight, at least one. ``inactive``: seconds without a reader
-    after which the broker removes it; 0 is never. ``log``: the incarnation of the log that it reads.
+    Each of ``partitions`` gets an equal share of ``max_in_flight``, at least one. ``inactive``: seconds without a
+    reader after which the broker removes the consumer (0: never). ``log``: the incarnation of the log that it reads.
     """
     spec = definition.spec
     config: dict[str, Any] = {
@@ -135,23 +135,24 @@ def durable_config(
 
 
 def first_position(spec: ConsumerSpec, partition: int) -> dict[str, Any]:
-    """Return where the broker's consumer of a partition begins that is there when the consumer is created."""
+    """Return the start position in a partition that exists when the consumer is created."""
     if partition == AGAIN:
         return {"deliver_policy": "all"}
     if spec.after is not None:
         cursor = Cursor.parse(spec.after)
         if cursor.partition == partition:
             return {"deliver_policy": "by_start_sequence", "opt_start_seq": cursor.seq + 1}
-        return {"deliver_policy": "all"}  # the session is not there now; what comes there later comes after the cursor
+        return {"deliver_policy": "all"}  # the session is not here now; its later events follow the cursor
     if spec.since is not None:
         return {"deliver_policy": "by_start_time", "opt_start_time": rfc3339(spec.since)}
     return {"deliver_policy": "new" if spec.start == "new" else "all"}
 
 
 def resumed_position(info: DurableInfo, base: int) -> dict[str, Any] | None:
-    """Return where a consumer is to begin again whose log has lost its end; ``None`` when its position still holds.
+    """Return the new start position of a consumer whose log has lost its end, or None when its position is valid.
 
-    ``base``: up to there the log holds what it held before. The broker delivers nothing up to a position beyond it.
+    ``base``: last stream sequence that the log still holds unchanged. For a position beyond it, the broker would skip
+    all new events up to that position.
     """
     if info.delivered.stream_seq <= base:
         return None
@@ -159,9 +160,9 @@ def resumed_position(info: DurableInfo, base: int) -> dict[str, Any] | None:
 
 
 def later_position(spec: ConsumerSpec, partition: int, log: str, created: str) -> dict[str, Any]:
-    """Return where the consumer of a partition begins that appeared, or was lost, after the consumer was created.
+    """Return the start position in a partition that was added or re-created after the consumer was created.
 
-    ``log``: the incarnation of the partition's log; ``created``: when the consumer was created, by the broker's clock.
+    ``log``: the incarnation of the partition's log; ``created``: creation time of the consumer by the broker's clock.
     """
     if partition == AGAIN or spec.since is not None:
         return first_position(spec, partition)
@@ -173,15 +174,15 @@ def later_position(spec: ConsumerSpec, partition: int, log: str, created: str) -
 
 
 def rfc3339(moment: float) -> str:
-    """Return seconds since 1970 as the broker reads a time."""
+    """Format seconds since 1970 as an RFC 3339 time, as the broker reads it."""
     return datetime.fromtimestamp(moment, UTC).isoformat().replace("+00:00", "Z")
 
 
 def seconds(created: str) -> float:
-    """Return a time as the broker writes it in seconds since 1970."""
+    """Parse a time of the broker; return seconds since 1970."""
     return datetime.fromisoformat(created).timestamp()
 
 
 def incarnation(log: str) -> str:
-    """Return a short name of a log's incarnation, as it stands in cursors."""
+    """Return the short form of a log's incarnation that cursors contain."""
     return CursorIssuer(0, log, "", "").incarnation

@@ -1,4 +1,4 @@
-"""Judges delivered events by the acceptance rule, reading of the log what this process was not given itself."""
+"""Judge delivered events by the acceptance rule; read earlier events from the log when they were not delivered here."""
 
 from collections import OrderedDict
 from typing import Final, NamedTuple
@@ -13,11 +13,11 @@ from services.kit.jetstream.kept import highest_kept_epoch, keeps
 __all__ = ["Judge", "Judgement"]
 
 TRACKS: Final = 20_000
-"""Bound of generations whose verdicts are remembered, for all consumers of a process; others are read again."""
+"""Most generations whose verdicts are cached, for all consumers of a process; others are read again."""
 
 
 class Judgement(NamedTuple):
-    """``accepted``: whether the event is to reach a consumer. ``gap``: why events are missing before it, if any are."""
+    """``accepted``: whether to deliver the event. ``gap``: reason why events before it are missing, or empty."""
 
     accepted: bool
     header: Header | None
@@ -25,10 +25,10 @@ class Judgement(NamedTuple):
 
 
 class Judge:
-    """What the acceptance rule says of stored messages, for all consumers of a process.
+    """Apply the acceptance rule to stored messages, for all consumers of a process.
 
-    The verdict on a message follows from what the log keeps before it, so it is the same for every reader and for every
-    delivery. What this process has not seen of that is read from the log.
+    The verdict on a message follows from the kept messages before it, so it is the same for every reader and every
+    delivery. Messages that this process has not judged yet are read from the log.
     """
 
     def __init__(self, broker: Broker, limit: int = TRACKS) -> None:
@@ -41,11 +41,11 @@ class Judge:
     ) -> Judgement:
         """Judge a stored message.
 
-        ``since``: all messages of the subject with stream sequences above this one and up to ``seq`` have been judged
-        here or are this one; so nothing needs to be read where what came before is known too.
+        ``since``: all messages of the subject with stream sequences in (``since``, ``seq``) were judged here. The log
+        is read only when the messages up to ``since`` were not.
 
         Raises:
-            BrokerUnavailable: what must be known for it cannot be read.
+            BrokerUnavailable: the earlier messages cannot be read.
         """
         header = read_header(subject, data)
         track = self._track(incarnation, subject)
@@ -76,10 +76,10 @@ class Judge:
         return track
 
     async def _fill(self, track: Track, stream: str, subject: str, up_to: int) -> None:
-        """Read and judge what comes before a message. Others may do the same meanwhile: each message counts once."""
+        """Read and judge the messages up to ``up_to``. Concurrent calls are safe: each message is judged once."""
         if up_to <= track.through:
             return
-        await self._look_for_loss(track, stream, subject)
+        await self._join_after_expiry(track, stream, subject)
         async for batch in self._broker.read(stream, subject, track.through + 1, up_to=up_to):
             metrics.CONSUMER_READ_BACK.inc(len(batch))
             for stored in batch:
@@ -87,8 +87,8 @@ class Judge:
                 await self._join(track, stream, subject, stored.seq, header)
                 track.apply(stored.seq, header)
 
-    async def _look_for_loss(self, track: Track, stream: str, subject: str) -> None:
-        """Join again where the last message judged here has expired: a takeover behind it may have, too."""
+    async def _join_after_expiry(self, track: Track, stream: str, subject: str) -> None:
+        """Join again if the last judged message has expired: a takeover after it may have expired too."""
         acceptance, through = track.acceptance, track.through
         if not acceptance.begun or await keeps(self._broker, stream, subject, through):
             return
@@ -97,9 +97,9 @@ class Judge:
             acceptance.join(highest)
 
     async def _join(self, track: Track, stream: str, subject: str, seq: int, header: Header | None) -> None:
-        """Where what precedes an event has expired, find out which epoch holds: its oldest kept event is the first.
+        """Join the generation at the highest kept epoch when the events before ``header`` have expired.
 
-        Others may judge events of the same generation meanwhile, so that all is looked at again after each wait.
+        Other tasks may judge events of the same generation meanwhile, so the state is checked again after each await.
         """
         acceptance = track.acceptance
         if header is None or seq <= track.through or not acceptance.lacks(header):
@@ -118,7 +118,7 @@ class Judge:
 
 
 def read_header(subject: str, data: bytes) -> Header | None:
-    """Return an event's header; ``None`` for what is no event of the generation that the subject names."""
+    """Return an event's header, or None for data that is no event of the generation in the subject."""
     try:
         header = decode_header(data)
         return header if header.generation == parse_address(subject).generation else None

@@ -1,4 +1,4 @@
-"""Pulls events of a durable consumer for one connection, and puts them into the form that services get."""
+"""Pull events of a durable consumer for one connection and encode them for services."""
 
 import asyncio
 from contextlib import suppress
@@ -12,14 +12,14 @@ from services.kit.jetstream.broker import BrokerUnavailable
 __all__ = ["PIECE_BYTES", "SLICE", "STREAM_BATCH", "about", "envelope", "pulled"]
 
 STREAM_BATCH: Final = 200
-"""Events taken for one write to a stream; in bytes they are bounded by what one pull may bring."""
+"""Most events of one pull for a stream; their bytes are bounded by `PULL_BYTES`."""
 PIECE_BYTES: Final = 65_536
 SLICE: Final = 1.0
-"""Seconds after which a stream looks whether it has to end."""
+"""Longest wait of one pull in seconds; a stream checks between two pulls whether it must end."""
 
 
 async def pulled(session: ConsumerSession, limit: int, wait: float, watch: asyncio.Future[Any]) -> list[Delivery]:
-    """Return what a pull brings; when ``watch`` ends before, what it had goes back, and nothing is returned."""
+    """Pull events; if ``watch`` is done first, cancel the pull, which returns its events, and return none."""
     pull = asyncio.create_task(session.pull(limit, wait))
     try:
         await asyncio.wait({pull, watch}, return_when=asyncio.FIRST_COMPLETED)
@@ -34,7 +34,7 @@ async def pulled(session: ConsumerSession, limit: int, wait: float, watch: async
 
 
 def about(delivery: Delivery, *, auto: bool) -> dict[str, Any]:
-    """Return what services get with an event; with ``auto`` there is no token, since nothing is to be settled."""
+    """Return the fields sent with an event; with ``auto`` without token, since services settle nothing."""
     fields: dict[str, Any] = {} if auto else {"token": delivery.token}
     fields |= {"session": delivery.session, "cursor": delivery.cursor, "deliveries": delivery.deliveries}
     if delivery.gap is not None:
@@ -43,7 +43,7 @@ def about(delivery: Delivery, *, auto: bool) -> dict[str, Any]:
 
 
 def envelope(delivery: Delivery, *, auto: bool) -> bytes:
-    """Return one event as services get it, as a line of JSON: the stored bytes, and what belongs to the delivery."""
+    """Encode one event as a line of JSON: the fields of `about` and the stored bytes."""
     data = delivery.data
     if b"\n" in data or b"\r" in data:
         data = msgspec.json.format(data, indent=-1)

@@ -1,8 +1,8 @@
-"""The durable consumers of services: made, changed, looked at and removed on every partition's stream.
+"""Create, change, find and remove durable consumers on the streams of all partitions.
 
-There is no table of them: each of the broker's consumers carries the definition of what it belongs to. The newest
-definition holds. A partition that has none of a consumer gets it when the consumer is looked at next, from a position
-that leaves nothing out. Removing marks all of them first, so that whoever finds some of them removes the rest.
+There is no table of consumers: each of the broker's consumers carries its definition, and the newest definition is
+valid. A partition without the consumer gets it at the next lookup, from a position that skips no event. Removal marks
+all of the broker's consumers first, so that the next lookup after an interrupted removal completes it.
 """
 
 import weakref
@@ -52,18 +52,18 @@ _KEPT: Final = ("deliver_policy", "opt_start_seq", "opt_start_time")
 
 
 class Conflicting(Exception):
-    """Reject: the wish changes what cannot be changed."""
+    """Reject: the request changes fields that cannot be changed."""
 
 
 class Found(NamedTuple):
-    """A consumer: its definition, and the broker's consumer of each partition that has one."""
+    """A consumer: its definition, and its broker's consumers by partition."""
 
     definition: Definition
     infos: Mapping[int, DurableInfo]
 
 
 class Consumers:
-    """All durable consumers of services, for one process. Methods raise `BrokerUnavailable` when the broker is away."""
+    """Manage all durable consumers, one object per process. Methods raise `BrokerUnavailable` without a broker."""
 
     def __init__(
         self, broker: Broker, clock: Clock, states: LogStates, supervisor: Supervisor, settings: Settings
@@ -79,17 +79,17 @@ class Consumers:
         self._judge = Judge(broker)
         self._sessions: weakref.WeakSet[ConsumerSession] = weakref.WeakSet()
         self._partitions: tuple[float, list[int]] | None = None
-        self._known: dict[tuple[str, str], tuple[float, Found]] = {}  # bounded by RECENT
+        self._cache: dict[tuple[str, str], tuple[float, Found]] = {}  # bounded by RECENT
         broker.on_reconnect(self._reconnected)
 
     async def put(self, tenant: str, name: str, spec: ConsumerSpec) -> tuple[Found, bool]:
-        """Create a consumer or change it; tell whether it is new. Doing it again changes nothing.
+        """Create or change a consumer; return it and whether it is new. Idempotent.
 
         Raises:
-            Conflicting: it exists and begins otherwise or reads another session.
-            TooBusy: there are as many as may be.
+            Conflicting: it exists with another start position or session.
+            TooBusy: the tenant or the broker has the most consumers allowed.
             APIError: the broker refuses a setting.
-            CursorForeign, CursorExpired: the cursor to begin after cannot be used.
+            CursorForeign, CursorExpired: the cursor ``after`` cannot be used.
         """
         found = await self._find(tenant, name, fresh=True)
         if found is None:
@@ -97,7 +97,7 @@ class Consumers:
         if fields := changed(found.definition, spec):
             raise Conflicting(f"{', '.join(fields)} of a consumer cannot be changed: delete it, or choose another name")
         if spec != found.definition.spec:
-            self._known.pop((tenant, name), None)
+            self._cache.pop((tenant, name), None)
             definition = Definition(spec=spec, revision=found.definition.revision + 1)
             found = await self._reconcile(tenant, name, Found(definition, found.infos))
         return found, False
@@ -106,7 +106,7 @@ class Consumers:
         """Return a consumer.
 
         Raises:
-            Unknown: there is none.
+            Unknown: it does not exist.
         """
         found = await self._find(tenant, name)
         if found is None:
@@ -114,22 +114,22 @@ class Consumers:
         return found
 
     async def recent(self, tenant: str, name: str) -> Found:
-        """Return a consumer as it was at most a few seconds ago.
+        """Return a consumer from a cache of `RECENT_SECONDS`.
 
         Raises:
-            Unknown: there is none.
+            Unknown: it does not exist.
         """
         now = self.clock.monotonic()
-        known = self._known.get((tenant, name))
-        if known is None or now - known[0] > RECENT_SECONDS:
-            self._known.pop((tenant, name), None)
-            known = self._known[tenant, name] = (now, await self.get(tenant, name))
-            if len(self._known) > RECENT:
-                del self._known[next(iter(self._known))]
-        return known[1]
+        cached = self._cache.get((tenant, name))
+        if cached is None or now - cached[0] > RECENT_SECONDS:
+            self._cache.pop((tenant, name), None)
+            cached = self._cache[tenant, name] = (now, await self.get(tenant, name))
+            if len(self._cache) > RECENT:
+                del self._cache[next(iter(self._cache))]
+        return cached[1]
 
     async def all_of(self, tenant: str) -> dict[str, Found]:
-        """Return the consumers of a tenant by name, in the order of the names."""
+        """Return the consumers of a tenant, sorted by name."""
         each: dict[str, dict[int, DurableInfo]] = {}
         for partition in [*await self._logs(), AGAIN]:
             for info in await self.durables.all_of(stream_of(partition)):
@@ -140,43 +140,43 @@ class Consumers:
         return {name: found for name, found in merged.items() if found is not None and not found.definition.deleted}
 
     async def delete(self, tenant: str, name: str) -> None:
-        """Remove a consumer with its position and its dead events.
+        """Remove a consumer, its position and its dead events.
 
         Raises:
-            Unknown: there is none.
+            Unknown: it does not exist.
         """
         found = await self.get(tenant, name)
-        self._known.pop((tenant, name), None)
+        self._cache.pop((tenant, name), None)
         doomed = msgspec.structs.replace(found.definition, revision=found.definition.revision + 1, deleted=True)
         for partition, info in sorted(found.infos.items()):
             await self._change(tenant, name, doomed, partition, info, len(found.infos) - 1)
         await self._remove(tenant, name, found)
 
     async def pause(self, tenant: str, name: str, until: str | None) -> Found:
-        """Give nothing until a time (RFC 3339), or until `resume`.
+        """Pause deliveries until a time (RFC 3339), or until `resume` when ``until`` is ``None``.
 
         Raises:
-            Unknown: there is none.
+            Unknown: it does not exist.
         """
         for partition in (await self.get(tenant, name)).infos:
             await self.durables.pause(stream_of(partition), service_durable(tenant, name), until)
         return await self.get(tenant, name)
 
     async def resume(self, tenant: str, name: str) -> Found:
-        """Give events again.
+        """Resume deliveries.
 
         Raises:
-            Unknown: there is none.
+            Unknown: it does not exist.
         """
         for partition in (await self.get(tenant, name)).infos:
             await self.durables.resume(stream_of(partition), service_durable(tenant, name))
         return await self.get(tenant, name)
 
     async def open(self, tenant: str, name: str) -> ConsumerSession:
-        """Return a session that reads through a consumer; close it in the end.
+        """Open a session that reads through a consumer; the caller closes it.
 
         Raises:
-            Unknown: there is none.
+            Unknown: it does not exist.
         """
         found = await self.get(tenant, name)
 
@@ -194,10 +194,10 @@ class Consumers:
         return session
 
     async def incarnation(self, partition: int) -> str:
-        """Return the incarnation of a partition's stream as it stands in tokens.
+        """Return the incarnation of a partition's stream in the form that tokens contain.
 
         Raises:
-            Unknown: there is no such partition.
+            Unknown: the partition does not exist.
         """
         if partition != AGAIN and partition not in await self._logs():
             raise Unknown(f"there is no partition {partition}")
@@ -220,22 +220,22 @@ class Consumers:
         return await self._states.state(partition)
 
     async def _logs(self, *, fresh: bool = False) -> list[int]:
-        """Return the partitions that there are, at most a few seconds old."""
+        """Return the existing partitions from a cache of `PARTITIONS_SECONDS`; ``fresh``: read them again."""
         now = self.clock.monotonic()
         if self._partitions is None or fresh or now - self._partitions[0] > PARTITIONS_SECONDS:
             self._partitions = (now, await self.broker.partitions())
         return self._partitions[1]
 
     async def _find(self, tenant: str, name: str, *, fresh: bool = False) -> Found | None:
-        """Return a consumer, after mending what is missing or outdated of it; ``None`` when there is none.
+        """Return a consumer after repairing its missing or outdated parts, or None when it does not exist.
 
-        Partitions are asked one after another: a removal marks all before it removes the first, so whoever finds one
-        missing that is being removed sees the mark on those that are left.
+        Partitions are read one after another: a removal marks all of the broker's consumers before it removes the
+        first, so a reader that finds one missing sees the mark on the remaining ones.
         """
         durable = service_durable(tenant, name)
         infos: dict[int, DurableInfo] = {}
-        places = [*await self._logs(fresh=fresh), AGAIN]
-        for partition in places:
+        partitions = [*await self._logs(fresh=fresh), AGAIN]
+        for partition in partitions:
             info = await self.durables.info(stream_of(partition), durable)
             if info is not None:
                 infos[partition] = info
@@ -245,28 +245,28 @@ class Consumers:
         if found.definition.deleted:
             await self._remove(tenant, name, found)
             return None
-        missing = [partition for partition in places if partition not in infos]
+        missing = [partition for partition in partitions if partition not in infos]
         if await self._has_expired(found, missing):
             await self._remove(tenant, name, found)
             return None
         whole = not missing and all(definition_of(info) == found.definition for info in infos.values())
-        if whole and not any([await self._is_left_behind(partition, info) for partition, info in infos.items()]):
+        if whole and not any([await self._has_stale_position(partition, info) for partition, info in infos.items()]):
             return found
         return await self._reconcile(tenant, name, found)
 
-    async def _is_left_behind(self, partition: int, info: DurableInfo) -> bool:
-        """Tell whether a consumer's position is one of another incarnation of its stream, or beyond its end."""
+    async def _has_stale_position(self, partition: int, info: DurableInfo) -> bool:
+        """Return whether a consumer's position belongs to another incarnation of its stream, or is beyond its end."""
         if partition == AGAIN and info.delivered.stream_seq == 0:
             return False
         state = await self._state(partition)
         if info.delivered.stream_seq > state.last_seq and partition != AGAIN:
-            state = await self._states.state(partition, fresh=True)  # what is known of it may be a second old
+            state = await self._states.state(partition, fresh=True)  # the cached state may be a second old
         return log_of(info) != _log(partition, state) or info.delivered.stream_seq > state.last_seq
 
     async def _has_expired(self, found: Found, missing: list[int]) -> bool:
-        """Tell whether the broker has begun to remove a consumer that nobody read: some are gone, others follow.
+        """Return whether the broker has begun to remove an inactive consumer: some parts are gone, others follow.
 
-        Else what is missing is a partition that has appeared or was made anew since, or a making that broke off.
+        Otherwise a missing part is a partition that was added or re-created since, or an interrupted creation.
         """
         inactive, born = self._inactive, min(seconds(info.created) for info in found.infos.values())
         if not missing or not inactive or self.clock.wall() - born < inactive:
@@ -275,23 +275,23 @@ class Consumers:
 
     async def _create(self, tenant: str, name: str, spec: ConsumerSpec) -> Found:
         if len(await self.all_of(tenant)) >= self._limit:
-            raise TooBusy(f"there are {self._limit} consumers of this tenant already: delete one")
+            raise TooBusy(f"this tenant has {self._limit} consumers, the largest number: delete one")
         await self._check_start(tenant, spec)
-        await self.dead.clear(tenant, name)  # of one that nobody read, and that the broker has removed
+        await self.dead.clear(tenant, name)  # left over from a consumer that the broker removed for inactivity
         definition = Definition(spec=spec)
         infos: dict[int, DurableInfo] = {}
-        places = [*await self._logs(), AGAIN]
+        partitions = [*await self._logs(), AGAIN]
         try:
-            for partition in places:
-                config = await self._config(tenant, name, definition, partition, len(places) - 1)
+            for partition in partitions:
+                config = await self._config(tenant, name, definition, partition, len(partitions) - 1)
                 config |= first_position(spec, partition)
                 infos[partition] = await self.durables.create(stream_of(partition), config)
         except APIError as error:
             if error.is_existing:
-                raise BrokerUnavailable(f"consumer {name!r} is being created elsewhere") from error
+                raise BrokerUnavailable(f"consumer {name!r} is being created by another request: try again") from error
             await self._remove(tenant, name, Found(definition, infos))
             if error.is_too_many:
-                raise TooBusy(f"the broker takes no more consumers: {error}") from error
+                raise TooBusy(f"the broker accepts no more consumers: {error}") from error
             raise
         return Found(definition, infos)
 
@@ -303,28 +303,28 @@ class Consumers:
         check_cursor(spec.after, issuer, state.first_seq, state.last_seq)
 
     async def _reconcile(self, tenant: str, name: str, found: Found) -> Found:
-        """Bring the consumer of every partition to the definition, those that are missing included.
+        """Update the consumer of every partition to the definition, and create the missing ones.
 
-        Those that exist come first: where a removal has been faster, that is noticed before anything is made anew.
+        Existing ones come first, so that a concurrent removal is detected before anything is created.
         """
         definition, infos = found.definition, dict(found.infos)
-        places = [*await self._logs(), AGAIN]
+        partitions = [*await self._logs(), AGAIN]
         born = min(info.created for info in infos.values())
         paused = next((info for info in infos.values() if info.paused), None)
-        for partition in sorted(places, key=lambda place: place not in infos):
+        for partition in sorted(partitions, key=lambda each: each not in infos):
             info = infos.get(partition)
             resumed = None if info is None else await self._resumed(partition, info)
             if info is not None and resumed is None:
-                infos[partition] = await self._change(tenant, name, definition, partition, info, len(places) - 1)
+                infos[partition] = await self._change(tenant, name, definition, partition, info, len(partitions) - 1)
                 continue
-            config = await self._config(tenant, name, definition, partition, len(places) - 1)
+            config = await self._config(tenant, name, definition, partition, len(partitions) - 1)
             if resumed is not None:
                 metrics.CONSUMER_RESUMED.inc()
-                log.warning("consumer begins again where its log was cut off", consumer=name, partition=partition)
+                log.warning("consumer restarted where its log was cut off", consumer=name, partition=partition)
                 await self.durables.delete(stream_of(partition), service_durable(tenant, name))
                 config |= resumed
             else:
-                log.info("consumer reaches another partition", consumer=name, partition=partition)
+                log.info("consumer added to a partition", consumer=name, partition=partition)
                 state = await self._state(partition)
                 config |= later_position(definition.spec, partition, state.incarnation, born)
             if paused is not None:
@@ -337,8 +337,8 @@ class Consumers:
         return Found(definition, infos)
 
     async def _resumed(self, partition: int, info: DurableInfo) -> dict[str, Any] | None:
-        """Return where a consumer is to begin again; ``None`` when its position holds."""
-        if not await self._is_left_behind(partition, info):
+        """Return the new start position of a consumer, or None when its position is valid."""
+        if not await self._has_stale_position(partition, info):
             return None
         state = await self._state(partition)
         return resumed_position(info, 0 if partition == AGAIN else min(state.base, state.last_seq))
@@ -372,13 +372,13 @@ class Consumers:
 
 
 def _log(partition: int, state: StreamState) -> str:
-    """Return what a consumer of a partition keeps as the incarnation of its log."""
+    """Return the incarnation of the log that a consumer of a partition stores."""
     return "" if partition == AGAIN else state.incarnation
 
 
 def _merged(infos: Mapping[int, DurableInfo]) -> Found | None:
-    """Return the newest definition that one of the consumers carries, and all of them; ``None`` without any."""
-    known = [definition for definition in map(definition_of, infos.values()) if definition is not None]
-    if not known:
+    """Return the newest definition with all consumers, or None when no consumer has a definition."""
+    definitions = [definition for definition in map(definition_of, infos.values()) if definition is not None]
+    if not definitions:
         return None
-    return Found(max(known, key=lambda d: (d.revision, d.deleted, msgspec.json.encode(d))), infos)
+    return Found(max(definitions, key=lambda d: (d.revision, d.deleted, msgspec.json.encode(d))), infos)

@@ -1,4 +1,4 @@
-"""One connection that reads through a durable consumer, whatever its protocol."""
+"""Read a durable consumer for one connection, for all protocols."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -27,25 +27,25 @@ __all__ = ["ConsumerSession", "Delivery", "Opened", "Origin"]
 
 log = structlog.get_logger()
 PULL_BYTES: Final = 256 * 1024
-"""Bound of what one pull may bring; raised to what the broker allows one message to be."""
+"""Most bytes of one pull; raised to the broker's largest message when that is larger."""
 PULLS: Final = 4
-"""Partitions that are asked at once for what is there. With `PULL_BYTES` it bounds what a session holds."""
+"""Most partitions with a new pull at once. Together with `PULL_BYTES`, this bounds the memory of a session."""
 OVERHEAD: Final = 4_096
-"""More than subject and headers add to a message."""
+"""Upper bound in bytes of a message's subject and headers."""
 REFRESH_SECONDS: Final = 5.0
-"""How old what is known of definition and partitions may be."""
+"""Longest age in seconds of the cached definition and partitions."""
 SETTLE: Final = 0.1
-"""How long to wait for the rest of what is there before asking why nothing comes."""
+"""Seconds to wait for available events before checking why none arrive."""
 DEAD_PAUSE: Final = 30.0
-"""How long an event waits that cannot be put aside."""
+"""Seconds until redelivery of an event that could not be stored as a dead event."""
 BROKEN_PAUSE: Final = 0.5
 
 
 class Delivery(NamedTuple):
-    """One event as it is given to a service.
+    """One event for a service.
 
-    ``token``: with which it is settled. ``cursor``: the position after it in its session. ``deliveries``: how often it
-    has been delivered, this time included. ``data``: the event as stored. ``gap``: why something is missing before it.
+    ``token``: settles it. ``cursor``: the position after it in its session. ``deliveries``: number of its deliveries,
+    including this one. ``data``: the event as stored. ``gap``: reason why events before it are missing.
     """
 
     token: str
@@ -59,10 +59,10 @@ class Delivery(NamedTuple):
 
 
 class Origin(NamedTuple):
-    """Where one of the broker's consumers reads: the stream, its incarnation, and when the consumer was created.
+    """The stream of a broker's consumer, its incarnation, and the creation time of the consumer.
 
-    ``cut``: where the log has lost its end, the last stream sequence before the loss; ``None`` where nothing is missing
-    that the consumer has not passed already.
+    ``cut``: last stream sequence before the log lost its end; ``None`` when nothing is lost, or when the consumer has
+    passed the loss already.
     """
 
     stream: str
@@ -72,7 +72,7 @@ class Origin(NamedTuple):
 
 
 class Opened(NamedTuple):
-    """A consumer as its sessions need it: definition, and where it reads of each partition (and `AGAIN`)."""
+    """A consumer as sessions use it: its definition, and its streams by partition (and `AGAIN`)."""
 
     tenant: str
     name: str
@@ -82,10 +82,10 @@ class Opened(NamedTuple):
 
 
 class ConsumerSession:
-    """Pulls events for one connection, and settles them.
+    """Pull and settle events for one connection.
 
-    Use it from one task: `pull`, then `ack` or `nack` what it brought, and `close` in the end. What is given and not
-    settled is given again after the consumer's ``ack_wait``, to any session of it. Made by `Consumers.open`.
+    Use it from one task: `pull`, then `ack` or `nack` the deliveries, and finally `close`. Events that are not settled
+    are delivered again after the consumer's ``ack_wait``, to any of its sessions. Created by `Consumers.open`.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class ConsumerSession:
     ) -> None:
         self.opened = opened
         self.is_gone = False
-        """Whether the consumer has been deleted: nothing more will come."""
+        """Whether the consumer has been deleted: no more events follow."""
         self._broker = broker
         self._clock = clock
         self._judge = judge
@@ -114,7 +114,7 @@ class ConsumerSession:
         self._adopt(opened)
 
     async def open(self) -> None:
-        """Listen for deliveries; to be called once.
+        """Subscribe to deliveries; call it once.
 
         Raises:
             BrokerUnavailable: the connection is closed.
@@ -125,12 +125,12 @@ class ConsumerSession:
         metrics.CONSUMER_SESSIONS.inc()
 
     async def pull(self, limit: int, wait: float) -> list[Delivery]:
-        """Return up to ``limit`` events: those that are there, else the first ones that come within ``wait`` seconds.
+        """Return up to ``limit`` events: the available ones, else the first ones that arrive within ``wait`` seconds.
 
-        Returns nothing when none came, the consumer is paused, or the broker is away.
+        Return an empty list when none arrived, the consumer is paused, or the broker is not connected.
 
         Raises:
-            BrokerUnavailable: what must be known to judge an event cannot be read, and nothing else could be given.
+            BrokerUnavailable: an event could not be judged because the log cannot be read, and no other was available.
         """
         given: list[Delivery] = []
         try:
@@ -146,6 +146,7 @@ class ConsumerSession:
     async def _pull(self, given: list[Delivery], limit: int, until: float) -> None:
         stop, full = until + PATIENCE, False
         while True:
+            # Take the deliveries that have arrived.
             await self._refresh()
             before = len(given)
             await self._sift(given, limit)
@@ -154,10 +155,12 @@ class ConsumerSession:
                 stop = now + PATIENCE
             if len(given) >= limit or self.is_gone or now >= stop:
                 return
+            # Pull more, unless nothing more can arrive soon.
             self._wake.clear()
             asked = await self._ask(limit - len(given), waiting=not given and now < until)
             if (full or not asked) and (given or now >= until):
                 return
+            # Wait for the next delivery; without one, check whether the consumer has reached ``max_in_flight``.
             left = until - now if not asked or full else SETTLE
             try:
                 async with asyncio.timeout(min(left, self._patience(now))):
@@ -167,7 +170,7 @@ class ConsumerSession:
                 full = asked and await self._is_full()
 
     async def _is_full(self) -> bool:
-        """Tell whether as much is in flight as may be: then the broker says nothing to who asks for more."""
+        """Return whether ``max_ack_pending`` is reached: the broker then leaves pulls without an answer."""
         for source in self._sources.values():
             if source.answering():
                 info = await self._durables.info(source.stream, source.durable)
@@ -176,26 +179,26 @@ class ConsumerSession:
         return True
 
     async def ack(self, deliveries: list[Delivery]) -> None:
-        """Say that events have been handled, without waiting for the broker: a lost word leads to a repeat.
+        """Acknowledge events without waiting for the broker; a lost acknowledgement leads to a redelivery.
 
         Raises:
-            BrokerUnavailable: it cannot be sent.
+            BrokerUnavailable: the acknowledgement cannot be sent.
         """
         for delivery in deliveries:
             await self._broker.publish(delivery.reply, ACK)
         metrics.CONSUMER_SETTLED.labels("auto").inc(len(deliveries))
 
     async def nack(self, deliveries: list[Delivery], delay: float = 0.0) -> None:
-        """Have events given again, after ``delay`` seconds.
+        """Request redelivery of events after ``delay`` seconds.
 
         Raises:
-            BrokerUnavailable: it cannot be sent.
+            BrokerUnavailable: the request cannot be sent.
         """
         for delivery in deliveries:
             await self._nak(delivery.reply, delay)
 
     async def close(self) -> None:
-        """Stop; what came and was not given goes back at once. Closing again does nothing."""
+        """Unsubscribe, and return buffered events to the broker for immediate redelivery. Idempotent."""
         if not self._is_open:
             return
         self._is_open = False
@@ -209,16 +212,16 @@ class ConsumerSession:
                     await self._nak(reply.decode(), 0.0)
 
     def reconnected(self) -> None:
-        """Ask anew: the broker has forgotten what it was asked for."""
+        """Drop the open pulls after a reconnection: the broker has lost them."""
         for source in self._sources.values():
             source.forget()
         self._wake.set()
 
     def _adopt(self, opened: Opened) -> list[Source]:
-        """Read from all partitions that there are now; a stream or consumer made anew is a new source.
+        """Read from all current partitions; a re-created stream or consumer becomes a new source.
 
         Returns:
-            The sources that are not read from any more, to be closed.
+            The sources that are no longer read, for the caller to close.
         """
         self.opened = opened
         known = self._sources
@@ -241,7 +244,7 @@ class ConsumerSession:
         try:
             opened = await self._reload()
         except BrokerUnavailable as error:
-            log.warning("consumer not looked at", consumer=self.opened.name, detail=str(error))
+            log.warning("consumer was not refreshed", consumer=self.opened.name, detail=str(error))
             return
         if opened is None:
             self.is_gone = True
@@ -253,13 +256,14 @@ class ConsumerSession:
                 source.forget()
 
     def _patience(self, now: float) -> float:
-        """Return after how many seconds to look again although nothing has come."""
+        """Return the seconds until the next check when no event arrives."""
         return max(0.05, min(1.0, self._refreshed + REFRESH_SECONDS - now))
 
     async def _ask(self, wanted: int, *, waiting: bool) -> bool:
-        """Ask those partitions that are not asked already; tell whether something may come soon.
+        """Pull from partitions without an open pull; return whether available events may arrive soon.
 
-        First each for its share of what is there; where nothing is, for the next event that comes.
+        Partitions that may have events get a pull for a share of ``wanted``; with ``waiting``, empty partitions get a
+        pull for the next event.
         """
         if not self._broker.is_connected:
             return False
@@ -279,24 +283,24 @@ class ConsumerSession:
         return bool(filled) or any(s.answering() for s in order)
 
     async def _sift(self, given: list[Delivery], limit: int) -> None:
-        """Move what is to be given from the buffers to ``given``; settle what is not."""
+        """Move accepted events from the buffers to ``given``; settle the others."""
         for source in list(self._sources.values()):
             while source.buffer and len(given) < limit:
-                delivery = await self._look_at(source, source.next())
+                delivery = await self._event_of(source, source.next())
                 source.buffer.popleft()
                 if delivery is not None:
                     given.append(delivery)
                     metrics.CONSUMER_GIVEN.labels("yes" if delivery.deliveries > 1 else "no").inc()
 
-    async def _look_at(self, source: Source, raw: Raw) -> Delivery | None:
-        """Return what to give for a delivery; ``None`` when it is settled here."""
-        found = self._kept(source, raw) if source.partition == AGAIN else await self._accepted(source, raw)
+    async def _event_of(self, source: Source, raw: Raw) -> Delivery | None:
+        """Return the event of a delivery, or None when it was settled here."""
+        found = self._dead_event(source, raw) if source.partition == AGAIN else await self._accepted(source, raw)
         if found is None:
             await self._broker.publish(raw.reply, ACK)
             return None
         if raw.deliveries <= self.opened.definition.spec.max_deliver:
             return found
-        await self._bury(found, raw)
+        await self._put_dead(found, raw)
         return None
 
     async def _accepted(self, source: Source, raw: Raw) -> Delivery | None:
@@ -321,8 +325,8 @@ class ConsumerSession:
             gap=gap,
         )
 
-    def _kept(self, source: Source, raw: Raw) -> Delivery | None:
-        """Return a dead event that is to be given again; it has been judged before it died."""
+    def _dead_event(self, source: Source, raw: Raw) -> Delivery | None:
+        """Return a dead event to redeliver; it was judged before it became dead."""
         incarnation = CursorIssuer(0, self.opened.streams[AGAIN].incarnation, "", "").incarnation
         try:
             dead = msgspec.json.decode(raw.data, type=DeadEvent)
@@ -338,8 +342,8 @@ class ConsumerSession:
             reply=raw.reply,
         )
 
-    async def _bury(self, delivery: Delivery, raw: Raw) -> None:
-        """Put an event aside that was given as often as may be; only then is it settled."""
+    async def _put_dead(self, delivery: Delivery, raw: Raw) -> None:
+        """Store an event that has reached ``max_deliver`` as a dead event, then acknowledge it."""
         header = msgspec.json.decode(delivery.data, type=_Named)
         dead = DeadEvent(
             id=delivery.cursor,
@@ -355,10 +359,10 @@ class ConsumerSession:
             await self._dead.put(self.opened.tenant, self.opened.name, dead)
         except TooBusy as error:
             metrics.CONSUMER_BLOCKED.inc()
-            log.warning("an event cannot be put aside", consumer=self.opened.name, detail=str(error))
+            log.warning("dead event was not stored", consumer=self.opened.name, detail=str(error))
             await self._nak(raw.reply, DEAD_PAUSE)
             return
-        log.info("event put aside", consumer=self.opened.name, cursor=delivery.cursor, deliveries=dead.deliveries)
+        log.info("dead event stored", consumer=self.opened.name, cursor=delivery.cursor, deliveries=dead.deliveries)
         await self._broker.publish(raw.reply, ACK)
 
     async def _nak(self, reply: str, delay: float) -> None:

@@ -1,4 +1,4 @@
-"""What services say became of the events they were given, passed on to the broker."""
+"""Settle delivered events: forward acknowledgements of services to the broker."""
 
 import asyncio
 from collections.abc import Sequence
@@ -17,14 +17,14 @@ from services.kit.jetstream.broker import BrokerUnavailable
 __all__ = ["SettlementResult", "Settlement", "settle"]
 
 TOKENS: Final = 1_000
-"""Bound of tokens in one call."""
+"""Most tokens of one kind in one call."""
 CONFIRM_SECONDS: Final = 2.0
 
 Tokens = Annotated[list[str], msgspec.Meta(max_length=TOKENS)]
 
 
 class Settlement(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """Tokens of events: handled, to be given again after ``delay`` seconds, and still being worked on."""
+    """Tokens of events: handled (``acks``), redeliver after ``delay`` s (``nacks``), in progress (``working``)."""
 
     acks: Tokens = []
     nacks: Tokens = []
@@ -33,9 +33,9 @@ class Settlement(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class SettlementResult(msgspec.Struct):
-    """How many the broker has confirmed, and the tokens of which nobody knows.
+    """``settled``: number of deliveries that the broker has confirmed.
 
-    ``unknown``: of a delivery that there was not, or from before the log was created anew.
+    ``unknown``: tokens without a delivery, or from before the log was re-created.
     """
 
     settled: int
@@ -43,11 +43,11 @@ class SettlementResult(msgspec.Struct):
 
 
 async def settle(consumers: Consumers, tenant: str, name: str, settlement: Settlement) -> SettlementResult:
-    """Pass a service's words on to the broker, and wait until it has taken them.
+    """Send a service's acknowledgements to the broker and wait for its confirmations.
 
     Raises:
-        InvalidToken: a token is none; nothing has been passed on.
-        BrokerUnavailable: the broker is away.
+        InvalidToken: a token is not valid; nothing was sent.
+        BrokerUnavailable: the broker is not connected.
     """
     durable = service_durable(tenant, name)
     groups: tuple[tuple[str, Sequence[str], bytes], ...] = (
@@ -55,20 +55,22 @@ async def settle(consumers: Consumers, tenant: str, name: str, settlement: Settl
         ("nack", settlement.nacks, nak(settlement.delay)),
         ("working", settlement.working, IN_PROGRESS),
     )
-    todo = [(text, Token.parse(text), how, word) for how, texts, word in groups for text in texts]
-    known = {partition: await _incarnation(consumers, partition) for partition in {each[1].partition for each in todo}}
+    todo = [(text, Token.parse(text), how, payload) for how, texts, payload in groups for text in texts]
+    incarnations = {
+        partition: await _incarnation(consumers, partition) for partition in {each[1].partition for each in todo}
+    }
 
-    async def one(text: str, token: Token, how: str, word: bytes) -> str | None:
-        if token.incarnation != known[token.partition]:
+    async def one(text: str, token: Token, how: str, payload: bytes) -> str | None:
+        if token.incarnation != incarnations[token.partition]:
             return text
         subject = token.subject(durable)
         try:
-            if await consumers.broker.request(subject, word, timeout=CONFIRM_SECONDS) is None:
+            if await consumers.broker.request(subject, payload, timeout=CONFIRM_SECONDS) is None:
                 return text
         except BrokerUnavailable:
             if not consumers.broker.is_connected:
                 raise
-            return text  # the broker does not answer for what it has not delivered
+            return text  # the broker does not reply for a delivery that it did not make
         metrics.CONSUMER_SETTLED.labels(how).inc()
         return None
 

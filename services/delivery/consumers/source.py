@@ -1,4 +1,4 @@
-"""One of the broker's consumers as a session reads it: pulled on demand, never more than was asked for."""
+"""Read one of the broker's consumers on demand: never more events than requested."""
 
 from collections import deque
 from collections.abc import Callable
@@ -11,13 +11,13 @@ from services.kit.jetstream.pull import Arrived, End, PullConsumer
 __all__ = ["WAIT_SECONDS", "Raw", "Source"]
 
 WAIT_SECONDS: Final = 10.0
-"""How long a pull waits at the broker for something to come, before it is asked again."""
+"""Longest time in seconds that a pull waits at the broker for an event."""
 LEAVE_SECONDS: Final = 2.0
-"""How long the broker may take to confirm that nothing more comes of a pull."""
+"""Longest wait in seconds for the broker's confirmation that a pull has ended."""
 
 
 class Raw(NamedTuple):
-    """One delivery as the broker made it. ``reply``: where to say what became of it."""
+    """One delivery of the broker. ``reply``: subject for its acknowledgement."""
 
     seq: int
     consumer_seq: int
@@ -28,43 +28,43 @@ class Raw(NamedTuple):
 
 
 class Source:
-    """The broker's consumer of one partition. ``changed`` is called after each delivery and each end of a pull."""
+    """Read the broker's consumer of one partition. ``changed`` is called after each delivery and each end of a pull."""
 
     def __init__(self, broker: Broker, partition: int, stream: str, durable: str, changed: Callable[[], None]) -> None:
         self.partition = partition
         self.stream = stream
         self.durable = durable
         self.incarnation = ""
-        self.cut: int | None = None  # the last stream sequence before a loss that its reader has not heard of
-        self.since = 0  # all of the filter's messages above this stream sequence came here, up to the newest one
+        self.cut: int | None = None  # last stream sequence before a loss not yet reported to the reader
+        self.since = 0  # all messages of the filter above this stream sequence arrived here, up to the newest
         self._last = 0  # number of the newest delivery
         self._consumer = PullConsumer(broker, stream, durable, changed)
 
     @property
     def buffer(self) -> deque[Arrived]:
-        """What has come and was not taken yet."""
+        """Deliveries that have arrived and were not processed yet."""
         return self._consumer.arrived
 
     @property
     def is_empty(self) -> bool:
-        """Whether the broker had no more when it was asked last."""
+        """Whether the last pull ended because the broker had no more events."""
         return self._consumer.end in (End.EMPTY, End.GONE, End.REFUSED)
 
     @property
     def is_gone(self) -> bool:
-        """Whether consumer or stream did not exist any more when the broker was asked last."""
+        """Whether the last pull ended because the consumer or its stream no longer exists."""
         return self._consumer.end is End.GONE
 
     def answering(self) -> int:
-        """Return how many events may still come of a pull for what is there; 0 where the broker has said all."""
+        """Return how many available events the open pull can still deliver; 0 when it has ended."""
         return self._consumer.answering()
 
     def may_be_asked(self) -> bool:
-        """Tell whether no pull is open, and asking makes sense."""
+        """Return whether a new pull can be made: none is open and the consumer exists."""
         return not self.is_gone and self._consumer.may_pull()
 
     async def open(self) -> None:
-        """Listen for deliveries.
+        """Subscribe to deliveries.
 
         Raises:
             BrokerUnavailable: the connection is closed.
@@ -72,45 +72,45 @@ class Source:
         await self._consumer.open()
 
     async def ask(self, count: int, max_bytes: int, wait: float = 0.0) -> None:
-        """Ask for up to ``count`` events: for those that are there, or with ``wait`` for those that come within it.
+        """Pull up to ``count`` events: the available ones, or with ``wait`` those that arrive within ``wait`` seconds.
 
         Raises:
-            BrokerUnavailable: it cannot be sent.
+            BrokerUnavailable: the pull cannot be sent.
         """
         await self._consumer.pull(count, max_bytes=max_bytes, wait=wait)
 
     def forget(self) -> None:
-        """Take the open pull for lost, and ask anew."""
+        """Treat the open pull as lost, so that a new one can be made."""
         self._consumer.forget()
 
     async def close(self) -> None:
-        """Stop listening; what the broker had sent is in the buffer then."""
+        """Unsubscribe; all deliveries sent until then are in the buffer afterwards."""
         await self._consumer.close(LEAVE_SECONDS)
 
     def next(self) -> Raw:
-        """Return the first delivery in the buffer, which stays there."""
+        """Return the first delivery in the buffer without removing it."""
         subject, reply, data = self.buffer[0]
         numbers = delivered(reply)
         return Raw(numbers.seq, numbers.consumer_seq, numbers.deliveries, subject.decode(), data, reply.decode())
 
     def gap_before(self, seq: int) -> str | None:
-        """Return why events are missing before the one with this stream sequence; told once."""
+        """Return the reason why events before stream sequence ``seq`` are missing, once; otherwise None."""
         if self.cut is None or seq <= self.cut:
             return None
         self.cut = None
         return "log_recreated"
 
     def seen(self, raw: Raw) -> int:
-        """Note a delivery as the newest one; return above which stream sequence all came here, up to this event.
+        """Record a delivery as the newest; return the stream sequence above which all events up to it arrived here.
 
-        The broker numbers the deliveries of all readers together: a missing number is one that another one got.
+        The broker numbers the deliveries of all readers together: another reader received a missing number.
         """
         if raw.deliveries == 1:
             if raw.consumer_seq != self._last + 1 or self._last == 0:
                 self.since = raw.seq - 1
             self._last = raw.consumer_seq
         elif raw.consumer_seq == self._last + 1 and self._last > 0:
-            self._last = raw.consumer_seq  # given again in between: the new ones still come without a hole
+            self._last = raw.consumer_seq  # a redelivery in between: new deliveries are still contiguous
         else:
-            self._last = 0  # others may have got new ones before it
+            self._last = 0  # other readers may have received new deliveries before it
         return self.since if raw.deliveries == 1 else raw.seq - 1

@@ -1,7 +1,7 @@
-"""Tokens with which a service says what became of an event it was given. Pure.
+"""Encode and parse tokens, with which a service settles its deliveries. Pure.
 
-A token names a delivery, never a subject: what is sent to the broker for it always goes to the consumer of the tenant
-and name that the request was allowed for. So a token that somebody makes up can settle nothing but their own events.
+A token names a delivery, never a subject: its acknowledgement always goes to the consumer of the tenant and name that
+the request was authorized for. So a forged token can settle only events of its sender.
 """
 
 import re
@@ -16,10 +16,10 @@ _SHAPE: Final = re.compile(r"k1(again|[0-9a-f]{2})([0-9a-f]{8})([0-9a-f]{12})([0
 
 
 class InvalidToken(ValueError):
-    """Text that no delivery has had as its token."""
+    """The text is not the token of a delivery."""
 
     def __init__(self, text: str) -> None:
-        super().__init__(f"token {text[:60]!r} is not one that an event was given with")
+        super().__init__(f"token {text[:60]!r} is not the token of a delivered event")
 
 
 class Token(NamedTuple):
@@ -36,26 +36,26 @@ class Token(NamedTuple):
     deliveries: int
 
     def text(self) -> str:
-        """Return the token as clients get it."""
-        place = "again" if self.partition == AGAIN else f"{self.partition:02x}"
+        """Encode the token for clients."""
+        partition_text = "again" if self.partition == AGAIN else f"{self.partition:02x}"
         count = min(self.deliveries, 0xFFFFFF)
-        return f"k1{place}{self.incarnation}{self.seq:012x}{self.consumer_seq:012x}{count:06x}"
+        return f"k1{partition_text}{self.incarnation}{self.seq:012x}{self.consumer_seq:012x}{count:06x}"
 
     @classmethod
     def parse(cls, text: str) -> "Token":
-        """Return what a client sends back.
+        """Parse the token that a client sends.
 
         Raises:
-            InvalidToken: it is no token.
+            InvalidToken: the text is not a token.
         """
         match = _SHAPE.fullmatch(text)
         if match is None:
             raise InvalidToken(text)
-        place, incarnation, *numbers = match.groups()
-        partition = AGAIN if place == "again" else int(place, 16)
+        partition_text, incarnation, *numbers = match.groups()
+        partition = AGAIN if partition_text == "again" else int(partition_text, 16)
         return cls(partition, incarnation, *(int(number, 16) for number in numbers))
 
     def subject(self, durable: str) -> str:
-        """Return the subject on which the broker hears what became of the delivery."""
+        """Return the subject for acknowledgements of the delivery."""
         numbers = Delivered(self.deliveries, self.seq, self.consumer_seq)
         return ack_subject(stream_of(self.partition), durable, numbers)

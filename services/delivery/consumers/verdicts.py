@@ -1,7 +1,7 @@
-"""The acceptance rule for readers that get events twice, late, or shared with others. Pure.
+"""Apply the acceptance rule for readers that get events repeatedly, late, or shared with other readers. Pure.
 
-Whether an event is accepted follows from what the log holds of its generation up to it, and from nothing else: it is
-the same whenever, wherever and however often the event is delivered. `Track` remembers what the rule has said.
+The verdict on an event depends only on the log of its generation up to that event: it is the same for every time,
+reader and repeat of a delivery. `Track` caches the verdicts.
 """
 
 from typing import Final
@@ -12,11 +12,11 @@ from schemas.codec import Header
 __all__ = ["REMEMBERED", "Track"]
 
 REMEMBERED: Final = 200
-"""Bound of dropped messages remembered for one generation; there are hardly ever any."""
+"""Most dropped messages remembered for one generation; dropped messages are rare."""
 
 
 class Track:
-    """What the rule says of the stored messages of one generation with stream sequences in (``base``, ``through``]."""
+    """Cache the verdicts on one generation's stored messages with stream sequences in (``base``, ``through``]."""
 
     __slots__ = ("acceptance", "base", "dropped")
 
@@ -27,11 +27,11 @@ class Track:
 
     @property
     def through(self) -> int:
-        """The stream sequence of the last message that was judged."""
+        """The stream sequence of the last judged message."""
         return self.acceptance.through
 
     def apply(self, seq: int, header: Header | None) -> None:
-        """Judge the next stored message; ``header`` is ``None`` for one that is no event. Earlier ones are ignored."""
+        """Judge the next stored message, ignore earlier ones; ``header``: ``None`` for a message that is no event."""
         if seq <= self.through:
             return
         if header is None:
@@ -47,7 +47,7 @@ class Track:
             del self.dropped[self.base]
 
     def verdict(self, seq: int) -> str | None:
-        """Return what the rule has said of a stored message; ``None`` when that is not known (any more)."""
+        """Return the verdict on a stored message, or None when it is not known (any more)."""
         if not self.base < seq <= self.through:
             return None
         return self.dropped.get(seq, Verdict.ACCEPTED.value)

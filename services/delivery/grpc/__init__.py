@@ -1,1 +1,1 @@
-"""The gRPC service."""
+"""Serve the gRPC service."""

@@ -1,4 +1,4 @@
-"""`Attach`: several subscriptions over one call, each with a window that the client opens."""
+"""Serve `Attach`: several subscriptions over one call, each with credit or an automatic window."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -33,10 +33,10 @@ Operation = Callable[[Principal, Any], Awaitable[Any]]
 
 
 def decoded(message: type[M], data: bytes) -> M:
-    """Return what a client said.
+    """Parse a client's message.
 
     Raises:
-        Problem: 400, it is none of these messages.
+        Problem: 400, the data is not a valid ``message``.
     """
     try:
         return message.FromString(data)
@@ -45,10 +45,10 @@ def decoded(message: type[M], data: bytes) -> M:
 
 
 def read_options_of(request: pb.ReadRequest) -> ReadOptions:
-    """Return what a request to read asks for.
+    """Return the read options of a request.
 
     Raises:
-        Problem: 400, a part of it is not valid.
+        Problem: 400, a field is not valid.
     """
     if request.begin not in _BEGIN:
         raise Problem(400, f"begin={request.begin} is not one of: BEGIN_UNSPECIFIED, BEGIN_START, BEGIN_LIVE")
@@ -96,7 +96,7 @@ class _Subscription:
 
 
 def _position(text: str) -> int:
-    """Return a cursor as a number that grows with the log."""
+    """Return the position of a cursor as a number that grows with the log."""
     try:
         cursor = Cursor.parse(text)
     except InvalidCursor as error:
@@ -105,9 +105,9 @@ def _position(text: str) -> int:
 
 
 class AttachCall:
-    """One call of `Attach`. ``operations`` carry out `start` and `cancel` for a principal.
+    """Serve one call of `Attach`. ``operations``: functions that execute `start` and `cancel` for a principal.
 
-    ``end``: when it ends at the latest, in monotonic seconds, and why.
+    ``end``: latest end of the call in monotonic seconds, and its reason.
     """
 
     def __init__(
@@ -130,14 +130,15 @@ class AttachCall:
         self._reader: asyncio.Task[None] | None = None
 
     async def run(self, requests: AsyncIterator[bytes]) -> None:
-        """Do what the client says until it has said all and its subscriptions have ended.
+        """Serve requests until the client has closed its side and all subscriptions have ended.
 
         Raises:
-            Problem: 503, the client has taken nothing for too long; 401, its credentials are not valid any more.
+            Problem: 503, the client did not read for too long; 401, its credentials have expired.
         """
         self._reader = asyncio.create_task(self._read(requests))
         try:
             await asyncio.wait({self._reader})
+            # No more requests: wait for the subscriptions, whose ends are written before the call ends.
             while self._tasks and self._reason != "evicted":
                 await asyncio.wait(self._tasks, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
             if self._reason == "evicted" or not await self._outbox.flush(LAST_WRITE_SECONDS):
@@ -153,7 +154,7 @@ class AttachCall:
             await asyncio.gather(*left, return_exceptions=True)
 
     def stop(self, reason: str) -> None:
-        """Take no more from the client, and end its subscriptions; with them the call ends."""
+        """Read no more requests and end all subscriptions; the call ends with them."""
         self._reason = "evicted" if reason == "evicted" else self._reason or reason
         if self._reader is not None:
             self._reader.cancel()
@@ -202,7 +203,7 @@ class AttachCall:
         """Return a subscription.
 
         Raises:
-            Problem: 404, there is none; it may just have ended.
+            Problem: 404, it does not exist; it may have ended just now.
         """
         found = self._subscriptions.get(id_)
         if found is None:
@@ -253,4 +254,4 @@ class AttachCall:
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled():
-            task.exception()  # the call is over: nobody is left to be told
+            task.exception()  # retrieve the error of a call that has ended: no client can receive it

@@ -1,4 +1,4 @@
-"""`Consume`: a durable consumer over one call, which also says what became of its events."""
+"""Serve `Consume`: read a durable consumer and settle its events over one call."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -26,7 +26,7 @@ from services.kit.problem import Problem
 __all__ = ["ConsumeCall"]
 
 FIRST_SECONDS: Final = 30.0
-"""How long a call may last without saying what it wants."""
+"""Longest wait in seconds for the first request of a call."""
 
 
 class ConsumeCall:
@@ -52,11 +52,11 @@ class ConsumeCall:
         self._task: asyncio.Task[str] | None = None
 
     async def run(self, requests: AsyncIterator[bytes]) -> None:
-        """Read through the consumer until the client stops it, or it has to end.
+        """Read the consumer until the client stops it or `stop` is called.
 
         Raises:
-            Problem: the caller has no such consumer; 503, it has taken nothing for too long; 401, its credentials are
-                not valid any more.
+            Problem: the principal has no such consumer; 503, the client did not read for too long; 401, its
+                credentials have expired.
         """
         opening = await self._opening(requests)
         self._consumption = Consumption(
@@ -78,7 +78,7 @@ class ConsumeCall:
             await asyncio.gather(self._task, reader, return_exceptions=True)
 
     def stop(self, reason: str) -> None:
-        """End the call; the first reason holds, and the write of a client that is evicted is given up."""
+        """End the call; the first reason wins. ``evicted`` cancels the pending write."""
         self._reason = self._reason or reason
         if self._consumption is not None:
             self._consumption.stop(self._reason)
@@ -96,7 +96,11 @@ class ConsumeCall:
         """Do nothing: the transport pings its clients."""
 
     async def _opening(self, requests: AsyncIterator[bytes]) -> pb.OpenConsumer:
-        """Return the first request; `stop` ends the wait for it."""
+        """Return the first request; `stop` ends the wait.
+
+        Raises:
+            Problem: 400, the first request is not ``open``; 401 or 503 after `stop`.
+        """
         self._first = asyncio.create_task(_first(requests))
         try:
             await asyncio.wait({self._first})
@@ -122,7 +126,7 @@ class ConsumeCall:
             raise EXPIRED
 
     async def _read(self, requests: AsyncIterator[bytes], name: str) -> None:
-        """Take what the client says after its first request."""
+        """Handle the requests after the first one."""
         async for data in requests:
             id_ = ""
             try:
@@ -180,7 +184,7 @@ class ConsumeCall:
         """Write one response.
 
         Raises:
-            ConnectionError: the call is over.
+            ConnectionError: the call has ended.
         """
         await self._outbox.write((pb.ConsumeResponse(**kind).SerializeToString(),))
 

@@ -1,4 +1,4 @@
-"""Problems as gRPC says them: a status code, and the problem details in the trailing metadata."""
+"""Map problems to gRPC: a status code, and the problem details in the trailing metadata."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -33,7 +33,7 @@ _CODES: Final = {
 
 
 def code_of(problem: Problem) -> grpc.StatusCode:
-    """Return the status code that means the same."""
+    """Return the gRPC status code of a problem."""
     if problem.details.type.endswith(":idempotency-conflict"):
         return grpc.StatusCode.ALREADY_EXISTS
     other = grpc.StatusCode.INTERNAL if problem.status >= 500 else grpc.StatusCode.FAILED_PRECONDITION
@@ -41,7 +41,7 @@ def code_of(problem: Problem) -> grpc.StatusCode:
 
 
 def as_problem(error: Exception) -> Problem:
-    """Return the problem that an error means; one that nobody expected is logged and not shown."""
+    """Return the problem of an error; an unexpected error is logged and becomes a 500 without its text."""
     match error:
         case Problem():
             return error
@@ -67,7 +67,7 @@ def as_message(problem: Problem) -> pb.Problem:
 
 @asynccontextmanager
 async def answering(method: str, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[None]:
-    """End the call with the status of whatever error leaves the block."""
+    """Abort the call with the status of the error that leaves the block."""
     try:
         yield
     except grpc.aio.AbortError:
@@ -85,4 +85,4 @@ async def answering(method: str, context: grpc.aio.ServicerContext[Any, Any]) ->
     try:
         await context.abort(code, problem.details.detail or problem.details.title, trailing_metadata=tuple(trailing))
     except grpc.aio.InternalError:
-        log.debug("nobody was left to be told", method=method, detail=problem.details.detail)
+        log.debug("call ended before its error was sent", method=method, detail=problem.details.detail)

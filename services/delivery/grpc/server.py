@@ -1,4 +1,4 @@
-"""The gRPC server of the delivery process: one port beside HTTP's, over the same feeds."""
+"""Run the gRPC server of the delivery process: a second port, with the same feeds as HTTP."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -27,7 +27,7 @@ METADATA_BYTES: Final = 16_384
 HEALTH_SECONDS: Final = 1.0
 GRACE_SECONDS: Final = 10.0
 LAST_SECONDS: Final = 0.5
-"""How long the library may take to end the calls that it has cancelled."""
+"""Seconds that the library may take to end its cancelled calls."""
 _STATUS: Final = health_pb2.HealthCheckResponse
 
 
@@ -44,12 +44,11 @@ async def serving_grpc(
     grace: Callable[[], float] = lambda: GRACE_SECONDS,
     shared: bool = False,
 ) -> AsyncIterator[int]:
-    """Serve gRPC while the block runs; yields the port (0 asks for any).
+    """Serve gRPC while the block runs; yield the port (``port`` 0: any free one).
 
-    ``max_request``: bytes of one request message. ``calls``: at once.
-    ``lifetime``: seconds after which a connection is to be made anew. ``shared``: other processes may have the port
-    too. On leaving, no new call is accepted and open ones may end within what ``grace`` returns then, in seconds: their
-    streams must have been told before.
+    ``max_request``: most bytes of one request message. ``calls``: most concurrent calls. ``lifetime``: longest age of
+    a connection in seconds. ``shared``: other processes may share the port. On exit, no new call is accepted and open
+    calls have ``grace()`` seconds to end: their streams must have been stopped before.
 
     Raises:
         PortTaken: the address is in use.
@@ -78,7 +77,7 @@ async def serving_grpc(
             async with asyncio.timeout(seconds + LAST_SECONDS):
                 await server.stop(seconds)
         except TimeoutError:
-            log.warning("gRPC server did not end in time", seconds=seconds)
+            log.warning("grpc server did not end in time", seconds=seconds)
 
 
 def _options(max_request: int, lifetime: float, shared: bool) -> list[tuple[str, int]]:
@@ -93,7 +92,7 @@ def _options(max_request: int, lifetime: float, shared: bool) -> list[tuple[str,
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.http2.min_ping_interval_without_data_ms", SHORTEST_PING_MS),
-        # A stream ends by itself within its lifetime; whatever is left of a client that takes nothing ends with this.
+        # A stream ends by itself within its lifetime; this ends the connection of a client that does not read.
         ("grpc.max_connection_age_ms", age),
         ("grpc.max_connection_age_grace_ms", age),
         ("grpc.so_reuseport", int(shared)),
@@ -106,7 +105,7 @@ def _credentials(tls: ServerTls) -> grpc.ServerCredentials:
 
 
 async def _report_health(delivery: DeliveryService, probe: health.aio.HealthServicer) -> None:
-    """Keep the health service up to date: as a whole (the empty name) and for the one service."""
+    """Update the health service: for the server (the empty name) and for `SERVICE`."""
     while True:
         status = _STATUS.SERVING if delivery.is_ready() else _STATUS.NOT_SERVING
         for name in ("", SERVICE):

@@ -1,4 +1,4 @@
-"""The methods of `tailrace.v1.Delivery`. Messages that stream are finished bytes: gRPC only carries them."""
+"""Implement the methods of `tailrace.v1.Delivery`. Streamed messages are serialized before gRPC gets them."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Final
@@ -29,12 +29,12 @@ KEY_LIMIT: Final = 200
 LAST_WRITE_SECONDS: Final = 5.0
 
 Authenticate = Callable[[str | None], Awaitable[Principal]]
-"""Returns who calls, by the value of `authorization`; raises `Problem` 401 or 503."""
+"""Returns the principal for the value of `authorization`; raises `Problem` 401 or 503."""
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class DeliveryService:
-    """What may be asked over gRPC, over the same streams, look-ups and queue as over HTTP."""
+    """Serve all gRPC methods, with the same streams, lookups and queue as HTTP."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class DeliveryService:
         self._authenticate = authenticate
 
     def handlers(self) -> grpc.GenericRpcHandler:
-        """Return the methods; requests and answers are bytes."""
+        """Return the method handlers; requests and responses are bytes."""
         return grpc.method_handlers_generic_handler(
             SERVICE,
             {
@@ -67,11 +67,11 @@ class DeliveryService:
         )
 
     def is_ready(self) -> bool:
-        """Tell whether new calls are taken."""
+        """Return whether new calls are accepted."""
         return self._supervisor.is_ready()
 
     async def read(self, data: bytes, context: Context) -> None:
-        """Serve one stream to its end."""
+        """Serve one call of `Read` to its end."""
         async with answering("Read", context):
             principal = await self._principal(context)
             stream = await self._streams.open(principal, read_options_of(decoded(pb.ReadRequest, data)))
@@ -110,7 +110,7 @@ class DeliveryService:
                     await consuming.run(requests)
 
     async def _entering(self, context: Context) -> Principal:
-        """Return who opens a call that lasts.
+        """Authenticate a streaming call, check that it may begin, and send the initial metadata.
 
         Raises:
             Problem: 401, 429 or 503.
@@ -124,7 +124,7 @@ class DeliveryService:
         """Queue a request for a generation.
 
         Raises:
-            Problem: it is not valid, not allowed, or cannot be taken now.
+            Problem: the request is not valid, not allowed, or cannot be accepted now.
             BrokerUnavailable: nothing was queued.
         """
         _check("session", request.session)
@@ -140,12 +140,12 @@ class DeliveryService:
         )
 
     async def cancel(self, principal: Principal, request: pb.CancelRequest) -> pb.CancelResponse:
-        """Ask for a generation to end.
+        """Request the cancellation of a generation.
 
         Raises:
-            Problem: a name is not valid, or it is not allowed.
-            Unknown: there is no such generation.
-            BrokerUnavailable: the wish could not be noted.
+            Problem: a name is not valid, or the principal may not cancel it.
+            Unknown: the generation does not exist.
+            BrokerUnavailable: the request could not be stored.
         """
         _check("session", request.session)
         _check("generation", request.generation)
@@ -154,11 +154,11 @@ class DeliveryService:
         return pb.CancelResponse(generation=request.generation, state=state)
 
     async def generation(self, principal: Principal, request: pb.GetGenerationRequest) -> pb.Generation:
-        """Return a generation with what it has said so far.
+        """Return a generation with its output so far.
 
         Raises:
-            Problem: a name is not valid, or it is not allowed.
-            Unknown: there is no such generation.
+            Problem: a name is not valid, or the principal may not read it.
+            Unknown: the generation does not exist.
             BrokerUnavailable: the log cannot be read.
         """
         _check("session", request.session)

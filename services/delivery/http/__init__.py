@@ -1,1 +1,1 @@
-"""HTTP: requests, responses and event streams."""
+"""Serve the HTTP API: requests, responses and event streams."""

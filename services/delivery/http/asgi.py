@@ -1,4 +1,4 @@
-"""Answers of raw ASGI handlers: a stream that a feed writes to, and a whole one."""
+"""Build the responses of raw ASGI handlers: event streams and complete bodies."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
@@ -17,14 +17,14 @@ __all__ = ["NOTHING_FOLLOWS", "STREAM_HEADERS", "detaching_streams", "send_whole
 
 RESTS: Final = "tailrace.rests"
 Rest = Callable[[Any, Any], Awaitable[None]]
-"""What is left of an answer that has begun; takes the connection's own ``receive`` and ``send``."""
-_OF_THE_CONNECTION: Final = frozenset({"type", "method", "http_version"})  # what the server frames answers by
+"""The remainder of a started response; takes the connection's own ``receive`` and ``send``."""
+_OF_THE_CONNECTION: Final = frozenset({"type", "method", "http_version"})  # needed to frame the response
 _WORTH_WHILE: Final = 1_000  # bytes
 STREAM_HEADERS: Final = ((b"cache-control", b"no-store"), (b"x-accel-buffering", b"no"))
 
 
 def whole(status: int, body: bytes, media_type: str, headers: Iterable[tuple[str, str]] = ()) -> ASGIApp:
-    """Return an answer that is there already."""
+    """Return an ASGI application that sends a complete response."""
 
     async def answer(_scope: Any, _receive: Any, send: Any) -> None:
         await send_whole(send, status, body, media_type, headers)
@@ -35,7 +35,7 @@ def whole(status: int, body: bytes, media_type: str, headers: Iterable[tuple[str
 async def send_whole(
     send: Any, status: int, body: bytes, media_type: str, headers: Iterable[tuple[str, str]] = (), *, gzip: bool = False
 ) -> None:
-    """Send a whole answer; ``gzip``: compressed where that is worth while."""
+    """Send a complete response; ``gzip``: compress a body of more than 1,000 bytes."""
     own = [(b"cache-control", b"no-store")]
     if gzip and len(body) > _WORTH_WHILE:
         body = whole_gzip(body)
@@ -83,13 +83,13 @@ def streaming(
 
 
 def detaching_streams(app: Any) -> Any:
-    """Return ``app`` (ASGI), whose streams go on without it, once they have begun.
+    """Wrap ``app`` (ASGI) so that a started stream continues outside its call stack.
 
-    A stream lasts for hours, and everything that found out what to send would be kept in memory until its end.
+    A stream lasts for hours; inside ``app``, all request handling state would stay in memory until its end.
     """
 
     async def outermost(scope: Any, receive: Any, send: Any) -> None:
-        scope[RAW_SEND] = send  # streams write their body past the wrappers that every ordinary answer needs
+        scope[RAW_SEND] = send  # streams bypass the wrappers of ordinary responses
         rests: list[Rest] = []
         scope[RESTS] = rests
         await app(scope, receive, send)
@@ -111,12 +111,15 @@ def _wrapped(send: Any) -> Any:
 
 
 def watching(receive: Any) -> AbstractContextManager[Callable[[Subscriber], None]]:
-    """Give what ends a subscriber when its client leaves; to be called when it has joined."""
+    """Return a context manager that yields a function to call with each joined subscriber.
+
+    It stops the subscriber when its client disconnects.
+    """
     return _Watching(receive)
 
 
 class _Watching:
-    """Watches over the subscribers of one connection."""
+    """Stop the subscribers of one connection when the client disconnects."""
 
     __slots__ = ("_receive", "_watches")
 

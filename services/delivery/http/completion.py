@@ -1,4 +1,4 @@
-"""Waiting for the end of a generation: for clients that want the whole answer and no stream."""
+"""Wait for the end of a generation, for clients that want the complete result and no stream."""
 
 import asyncio
 from typing import Any, Final
@@ -16,9 +16,9 @@ _ENDS: Final = frozenset({"terminal", "complete"})
 
 
 class Completion:
-    """Waits as a subscriber does: who waits counts as present, and who leaves does not any more.
+    """Wait for generations as a subscriber, so that a waiting client counts as present until it disconnects.
 
-    ``limit``: seconds for which it waits at most.
+    ``limit``: longest wait in seconds.
     """
 
     def __init__(self, streams: Streams, limit: float) -> None:
@@ -26,13 +26,13 @@ class Completion:
         self._limit = limit
 
     async def wait(self, principal: Principal, session: str, generation: str, receive: Any) -> bool:
-        """Wait until a generation has ended; tell whether it has.
+        """Wait for the end of a generation; return whether it has ended.
 
-        It has not when the time is over, the client has left (``receive`` of its request says so), this replica is
-        going away, or the log cannot be read now.
+        Return False after ``limit`` seconds, when the client has disconnected (read from ``receive``), when this
+        replica drains, or when the log cannot be read.
 
         Raises:
-            Problem: there is no such generation, or it may not be read.
+            Problem: the generation does not exist, or the principal may not read it.
         """
         stream = await self._streams.open(principal, ReadOptions.read(session, generation=generation, from_="live"))
         if stream.seq is None:
@@ -53,4 +53,4 @@ class Completion:
 
 
 async def _nothing(_message: object) -> None:
-    """Take what is said; the answer is read from the log when it is whole."""
+    """Discard a message; the result is read from the log after the end."""

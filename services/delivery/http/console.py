@@ -1,4 +1,4 @@
-"""The console page: static files, and the configuration that they fetch."""
+"""Serve the console: its static files and the configuration that they fetch."""
 
 from pathlib import Path
 from typing import Any, Final
@@ -19,7 +19,7 @@ _CONSOLE_POLICY: Final = (
 
 
 def console_handlers(settings: Settings, *, asks: bool) -> list[Any]:
-    """Return the page and its parts; ``asks``: whether it has to ask for a key."""
+    """Return the route handlers of the console; ``asks``: whether the page must ask for an API key."""
     connect = "'self'" + (f" {settings.billing_url}" if settings.billing_url else "")
     headers = {
         "Content-Security-Policy": _CONSOLE_POLICY.format(connect=connect),

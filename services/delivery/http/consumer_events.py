@@ -1,4 +1,4 @@
-"""The events of a durable consumer over HTTP: as a stream (server-sent events, NDJSON), or a batch at a time."""
+"""Serve the events of a durable consumer over HTTP: as a stream (server-sent events, NDJSON) or in batches."""
 
 import asyncio
 from contextlib import suppress
@@ -41,7 +41,7 @@ _JSON: Final = ((b"content-type", b"application/json"), (b"cache-control", b"no-
 
 
 class PullOptions(NamedTuple):
-    """How events are wanted. ``batch``: so many at most in one answer, within ``wait`` seconds; ``None``: a stream."""
+    """Options of a read. ``batch``: most events of one response, within ``wait`` seconds; ``None``: a stream."""
 
     ndjson: bool = False
     auto: bool = False
@@ -50,10 +50,10 @@ class PullOptions(NamedTuple):
 
 
 def parse_pull_options(scope: dict[str, Any]) -> PullOptions:
-    """Return what a request asks for.
+    """Parse the query and the Accept header of a request.
 
     Raises:
-        Problem: 400, a part of it is not valid.
+        Problem: 400, a parameter is not valid.
     """
     try:
         query, _ = parse_query(scope, _PARAMETERS)
@@ -63,7 +63,7 @@ def parse_pull_options(scope: dict[str, Any]) -> PullOptions:
     if ack not in ("explicit", "auto"):
         raise Problem(400, f"ack={ack[:40]!r} is not one of: explicit, auto")
     if "wait" in query and "batch" not in query:
-        raise Problem(400, "wait needs batch: a stream waits by itself")
+        raise Problem(400, "wait needs batch: a stream always waits")
     form = negotiate(header(scope, b"accept"), ["text/event-stream", "application/x-ndjson"])
     return PullOptions(
         ndjson=form == "application/x-ndjson",
@@ -83,7 +83,7 @@ def _number(query: dict[str, str], name: str, least: float, most: float, *, whol
 
 
 class ConsumerEvents:
-    """``GET /v1/consumers/{name}/events``."""
+    """Serve ``GET /v1/consumers/{name}/events``."""
 
     def __init__(self, consumers: Consumers, supervisor: Supervisor, clock: Clock, settings: Settings) -> None:
         self._consumers = consumers
@@ -92,10 +92,10 @@ class ConsumerEvents:
         self._heartbeat = settings.heartbeat
 
     async def open(self, scope: Any, principal: Principal, name: str) -> ASGIApp:
-        """Check one request and return the answer to it, which streams.
+        """Check a request, open a consumer session and return the ASGI application that responds.
 
         Raises:
-            Problem: the wish cannot be met.
+            Problem: the request is not valid, not allowed, or cannot be served.
         """
         shape = parse_pull_options(scope)
         self._supervisor.check(principal)
@@ -115,7 +115,7 @@ class ConsumerEvents:
 
 
 class _Pull:
-    """One request: a stream of events, or a batch, until the client leaves or it has to end. Supervised."""
+    """Serve one request, as a stream or a batch, until the client disconnects or `stop` is called. Supervised."""
 
     def __init__(
         self, session: ConsumerSession, shape: PullOptions, send: Any, clock: Clock, end: tuple[float, str]
@@ -131,17 +131,17 @@ class _Pull:
         self._write_task: asyncio.Task[None] | None = None
 
     def stop(self, reason: str) -> None:
-        """End it; the first reason holds."""
+        """End the response; the first reason wins."""
         if not self._over.done():
             self._over.set_result(reason)
         if reason == "evicted" and self._write_task is not None:
             self._write_task.cancel()
 
     def poll(self, now: float) -> None:
-        """Do nothing: heartbeats come between two pulls."""
+        """Do nothing: heartbeats are written between two pulls."""
 
     async def batch(self, limit: int) -> None:
-        """Answer with what there is, at most ``limit`` events; wait for the first one as long as the request says."""
+        """Send the available events, at most ``limit``; wait up to the requested seconds for the first one."""
         until = self._clock.monotonic() + self._shape.wait
         given: list[Delivery] = []
         try:
@@ -162,7 +162,7 @@ class _Pull:
             await self._session.ack(given)
 
     async def stream(self, heartbeat: float) -> None:
-        """Stream events to the end; ``heartbeat``: after how many seconds without events a comment is sent."""
+        """Stream events to the end; ``heartbeat``: seconds without events before a heartbeat is sent."""
         headers = list(_NDJSON if self._shape.ndjson else HEADERS)
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
         reason = "failed"
@@ -183,7 +183,7 @@ class _Pull:
             try:
                 given = await pulled(self._session, STREAM_BATCH, SLICE, self._over)
             except BrokerUnavailable as error:
-                log.warning("stream ended: the log cannot be read", detail=str(error))
+                log.warning("consumer stream ended: log could not be read", detail=str(error))
                 return "unavailable"
             if self._over.done():
                 await self._session.nack(given)
@@ -194,7 +194,7 @@ class _Pull:
         return self._over.result()
 
     async def _give(self, given: list[Delivery]) -> None:
-        """Write events in pieces: the HTTP server takes several pieces ahead of a slow client."""
+        """Write events in chunks of `PIECE_BYTES`: the HTTP server buffers several chunks for a slow client."""
         start, size, frames = 0, 0, list(map(self._framed, given))
         for stop, frame in enumerate(frames, 1):
             size += len(frame)
@@ -214,10 +214,10 @@ class _Pull:
         return control_line("bye", fields) if self._shape.ndjson else control_frame("bye", fields)
 
     async def _write(self, data: bytes, *, more: bool = True) -> None:
-        """Write one piece.
+        """Write one chunk.
 
         Raises:
-            _Evicted: the client has not taken it for too long.
+            _Evicted: the supervisor evicted the client because the write stalled.
         """
         message = {"type": "http.response.body", "body": data, "more_body": more}
         self.blocked_at = self._clock.monotonic()
@@ -235,11 +235,11 @@ class _Pull:
 
 
 class _Evicted(Exception):
-    """The client has taken nothing for too long."""
+    """The supervisor evicted the client because a write stalled."""
 
 
 async def _disconnected(receive: Any, pull: _Pull) -> None:
-    """Stop the pull when the client has left."""
+    """Stop the pull when the client disconnects."""
     while (await receive())["type"] != "http.disconnect":
         pass
     pull.stop("disconnected")

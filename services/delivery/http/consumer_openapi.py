@@ -1,4 +1,4 @@
-"""Adds the events of durable consumers to the OpenAPI document: raw ASGI handlers do not describe themselves."""
+"""Describe the events of durable consumers in OpenAPI: raw ASGI handlers have no generated description."""
 
 from typing import Final
 
@@ -21,23 +21,23 @@ _LINE: Final = (
     '"deliveries":1,"event":{"type":"started","generation":"gen_1","seq":0,"model":"scripted/story"}}'
 )
 _EXPLANATION: Final = (
-    "With `batch` one answer in JSON: events that are there, else the first ones that come within `wait` seconds. "
-    "Without it a stream: server-sent events, or with `Accept: application/x-ndjson` a line for each event. Settle "
-    "events by their `token`; with `ack=auto` they are settled when they have been written."
+    "With `batch`: one JSON response with the available events, or the first ones that arrive within `wait` seconds. "
+    "Without it: a stream of server-sent events, or with `Accept: application/x-ndjson` one line per event. Settle "
+    "events by their `token`; with `ack=auto` they are acknowledged when they are written."
 )
 
 
 def describe_consumer_events(document: OpenAPI) -> None:
-    """Add the path of a consumer's events."""
+    """Add the path of a consumer's events to ``document``."""
     paths = document.paths = document.paths or {}
     text = Schema(type="string")  # type: ignore[arg-type]  # the enumeration's value works as well
     problem = {"application/problem+json": OpenAPIMediaType()}
     refusals = {
-        "400": "A part of the query is not valid",
-        "401": "Who calls?",
+        "400": "A query parameter is not valid",
+        "401": "The credentials are missing or not valid",
         "403": "Not allowed",
         "404": "No such consumer",
-        "503": "Not available at the moment",
+        "503": "The service is not available now",
     }
     paths[_PATH] = PathItem(
         get=Operation(
@@ -48,13 +48,20 @@ def describe_consumer_events(document: OpenAPI) -> None:
             description=_EXPLANATION,
             parameters=[
                 Parameter("name", "path", text, required=True),
-                Parameter("batch", "query", _number("integer", 1, 1_000), description="At most so many events."),
-                Parameter("wait", "query", _number("number", 0, 30), description="Seconds to wait for the first one."),
+                Parameter(
+                    "batch",
+                    "query",
+                    _number("integer", 1, 1_000),
+                    description="Largest number of events in the response.",
+                ),
+                Parameter(
+                    "wait", "query", _number("number", 0, 30), description="Seconds to wait for the first event."
+                ),
                 Parameter(
                     "ack",
                     "query",
                     Schema(type="string", enum=["explicit", "auto"]),  # type: ignore[arg-type]
-                    description="Who acknowledges.",
+                    description="`explicit`: the client settles events; `auto`: they are acknowledged when written.",
                 ),
             ],
             responses={
@@ -70,7 +77,10 @@ def describe_consumer_events(document: OpenAPI) -> None:
                         ),
                     },
                 ),
-                **{status: OpenAPIResponse(description=said, content=problem) for status, said in refusals.items()},
+                **{
+                    status: OpenAPIResponse(description=meaning, content=problem)
+                    for status, meaning in refusals.items()
+                },
             },
         )
     )

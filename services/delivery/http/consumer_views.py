@@ -1,4 +1,4 @@
-"""Durable consumers as the HTTP API shows them."""
+"""Represent durable consumers and dead events in the HTTP API."""
 
 from typing import Annotated, Any
 
@@ -21,7 +21,7 @@ __all__ = [
 
 
 class PartitionView(msgspec.Struct):
-    """How far a consumer is in one partition. ``acked``: stream sequence up to which all is settled."""
+    """Position of a consumer in one partition. ``acked``: stream sequence up to which every event is settled."""
 
     partition: int
     delivered: int
@@ -33,10 +33,10 @@ class PartitionView(msgspec.Struct):
 class ConsumerView(msgspec.Struct, kw_only=True):
     """A durable consumer.
 
-    ``pending``: stored messages that were never delivered, those that its filter of types or the acceptance rule will
-    drop included. ``in_flight``: delivered and not settled; ``redelivered``: of those, more than once. ``again``: dead
-    events that are to be given again. ``dead``: events put aside. ``paused_until``: null while a pause lasts until it
-    is ended.
+    ``pending``: stored messages that were never delivered, including those that its filter of types or the acceptance
+    rule will drop. ``in_flight``: delivered and not settled; ``redelivered``: of those, delivered more than once.
+    ``again``: dead events waiting for redelivery. ``dead``: dead events kept. ``paused_until``: null while a pause has
+    no end time.
     """
 
     name: str
@@ -66,13 +66,13 @@ class ConsumerList(msgspec.Struct):
 
 
 class Pause(msgspec.Struct, forbid_unknown_fields=True):
-    """``seconds``: how long; without it until the consumer is resumed."""
+    """``seconds``: length of the pause; without it the pause lasts until the consumer is resumed."""
 
     seconds: Annotated[float, msgspec.Meta(gt=0, le=3_153_600_000)] | None = None
 
 
 class DeadEventView(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """An event that was given in vain. ``id`` is also its cursor. ``event``: as it is stored in the log."""
+    """An event that no delivery had acknowledged. ``id`` is also its cursor. ``event``: as stored in the log."""
 
     id: str
     session: str
@@ -92,7 +92,7 @@ class DeadEventList(msgspec.Struct):
 
 
 def consumer_view(name: str, found: Found, dead: int) -> ConsumerView:
-    """Return a consumer as it is shown."""
+    """Return the view of a consumer; ``dead``: its number of dead events."""
     spec, infos = found.definition.spec, found.infos
     logs = {partition: info for partition, info in sorted(infos.items()) if partition != AGAIN}
     again = infos.get(AGAIN)
@@ -123,6 +123,6 @@ def consumer_view(name: str, found: Found, dead: int) -> ConsumerView:
 
 
 def dead_view(dead: DeadEvent) -> DeadEventView:
-    """Return a dead event as it is shown."""
+    """Return the view of a dead event."""
     fields = {name: getattr(dead, name) for name in DeadEvent.__struct_fields__}
     return DeadEventView(**(fields | {"event": msgspec.json.decode(dead.event)}))

@@ -1,4 +1,4 @@
-"""The HTTP API of durable consumers: made, looked at, paused, settled, removed. `events` has their streams."""
+"""Serve the HTTP API of durable consumers: create, view, pause, settle, delete; `ConsumerEvents` reads events."""
 
 from collections.abc import Awaitable
 from typing import Annotated, Any, Final, TypeVar
@@ -57,8 +57,12 @@ def _definitions(consumers: Consumers) -> list[HTTPRouteHandler]:
         responses=PROBLEMS
         | {
             201: ResponseSpec(ConsumerView, description="Created"),
-            409: ResponseSpec(ProblemDetails, description="It cannot be changed", media_type=PROBLEM_TYPE),
-            429: ResponseSpec(ProblemDetails, description="As many as may be", media_type=PROBLEM_TYPE),
+            409: ResponseSpec(
+                ProblemDetails, description="A fixed field of the consumer cannot be changed", media_type=PROBLEM_TYPE
+            ),
+            429: ResponseSpec(
+                ProblemDetails, description="The tenant has the largest number of consumers", media_type=PROBLEM_TYPE
+            ),
         },
     )
     async def put_consumer(
@@ -113,7 +117,7 @@ def _check(spec: ConsumerSpec, principal: Principal) -> None:
 
 
 async def refusing(call: Awaitable[T]) -> T:
-    """Await a change of consumers.
+    """Await a change of consumers and map its errors to problem details.
 
     Raises:
         Problem: 400, 404, 409, 410, 422, 429 or 503.
@@ -137,7 +141,7 @@ def _pauses(consumers: Consumers) -> list[HTTPRouteHandler]:
     @post(
         "/{name:str}/pause",
         status_code=200,
-        summary="Give no events for a time",
+        summary="Pause a durable consumer",
         operation_id="pauseConsumer",
         responses=PROBLEMS,
     )
@@ -152,7 +156,7 @@ def _pauses(consumers: Consumers) -> list[HTTPRouteHandler]:
     @post(
         "/{name:str}/resume",
         status_code=200,
-        summary="Give events again",
+        summary="Resume a durable consumer",
         operation_id="resumeConsumer",
         responses=PROBLEMS,
     )
@@ -180,7 +184,7 @@ def _reading(consumers: Consumers, events: ConsumerEvents) -> list[HTTPRouteHand
     @post(
         "/{name:str}/acks",
         status_code=200,
-        summary="Say what became of events",
+        summary="Settle events",
         operation_id="settleEvents",
         responses=PROBLEMS,
     )
@@ -211,7 +215,7 @@ def _dead(consumers: Consumers) -> list[HTTPRouteHandler]:
         principal = caller(request)
         await permitted(consumers, principal, name)
         if after is not None and not (after.isdecimal() and len(after) < 19):
-            raise Problem(400, f"after={after[:40]!r} is not the next of an earlier page")
+            raise Problem(400, f"after={after[:40]!r} is not the `next` of an earlier page")
         found, more = await reach(dead.page(principal.tenant, name, limit, int(after or 0)))
         return DeadEventList([dead_view(each) for each in found], str(more) if more else None)
 
@@ -225,7 +229,7 @@ def _dead(consumers: Consumers) -> list[HTTPRouteHandler]:
     @post(
         "/{name:str}/dead/{event:str}/resend",
         status_code=202,
-        summary="Give a dead event again",
+        summary="Deliver a dead event again",
         operation_id="resendDeadEvent",
         responses=PROBLEMS,
     )

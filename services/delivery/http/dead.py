@@ -1,4 +1,4 @@
-"""The HTTP API of requests that no producer could run: look at them, send them again, remove them."""
+"""Serve the HTTP API of dead requests, which no producer could run: list, view, resend, remove."""
 
 from collections.abc import Callable
 from typing import Annotated, Any, Final
@@ -50,7 +50,7 @@ class DeadRequestList(msgspec.Struct):
 class DeadRequestView(DeadRequest, kw_only=True):
     """A dead request as a whole: ``request``, or ``raw`` as text when it is not readable.
 
-    Both are null when not even the tenant can be told whose request it was.
+    Both are null when the tenant of the request cannot be determined.
     """
 
     request: Request | None = None
@@ -86,7 +86,9 @@ _RESENT: Final = {
     },
 }
 _REFUSED: Final = ResponseSpec(
-    ProblemDetails, description="It cannot be carried out", media_type="application/problem+json"
+    ProblemDetails,
+    description="The request cannot be read or is not valid any more",
+    media_type="application/problem+json",
 )
 
 
@@ -147,8 +149,8 @@ def _changes(intake: Intake, requests: _Requests) -> list[HTTPRouteHandler]:
         principal = caller(request)
         dead = requests(principal)
         again, resent = _again(await reach(dead.get(generation)))
-        # One key for two resends at once, and for one repeated after removing had failed: one new generation. No
-        # client can send such a key.
+        # The fixed key makes concurrent resends, and a resend repeated after a failed removal, one new generation.
+        # No client can send such a key.
         queued = await reach(intake.accept(principal, again.session, resent, f"resend\0{generation}"))
         await reach(dead.drop(generation))
         return accepted(again.session, *queued)
@@ -171,7 +173,7 @@ def _changes(intake: Intake, requests: _Requests) -> list[HTTPRouteHandler]:
 
 def _example(content: type, value: object) -> ResponseSpec:
     return ResponseSpec(
-        content, generate_examples=False, description="As asked", examples=[Example(summary="An answer", value=value)]
+        content, generate_examples=False, description="Success", examples=[Example(summary="An answer", value=value)]
     )
 
 
@@ -179,7 +181,7 @@ def _sequence(after: str | None) -> int:
     if after is None:
         return 0
     if not (after.isascii() and after.isdigit() and len(after) <= 18):
-        raise Problem(400, f"after={after[:64]!r} is not the `next` of such a list")
+        raise Problem(400, f"after={after[:64]!r} is not the `next` of an earlier page")
     return int(after)
 
 
@@ -207,7 +209,7 @@ def _again(dead: Dead) -> tuple[Request, GenerationRequest]:
     """Return a dead request and the body to send again.
 
     Raises:
-        Problem: it cannot be read, or asks for what is not allowed any more.
+        Problem: 422, the request cannot be decoded or is not valid any more.
     """
     if dead.request is None:
         raise Problem(

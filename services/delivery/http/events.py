@@ -1,4 +1,4 @@
-"""Events over HTTP: one resource, several forms, negotiate by what the client accepts."""
+"""Serve events over HTTP: one resource in several formats, chosen by content negotiation."""
 
 from collections.abc import Awaitable
 from typing import Any, Final
@@ -34,14 +34,14 @@ _STREAMS: Final[dict[str, tuple[Format, MultiplexFormat, bytes]]] = {
     "application/x-ndjson": (NDJSON, MULTIPLEX_NDJSON, b"application/x-ndjson"),
     "application/ndjson": (NDJSON, MULTIPLEX_NDJSON, b"application/ndjson"),
 }
-_GZIPPED: Final = {SSE: Gzipped(SSE), NDJSON: Gzipped(NDJSON)}  # one object each, so that feeds compress once
+_GZIPPED: Final = {SSE: Gzipped(SSE), NDJSON: Gzipped(NDJSON)}  # one object per format, so that feeds compress once
 
 
 class SessionEvents:
-    """Answers to ``…/sessions/{session}/events`` and ``/events``.
+    """Respond to ``…/sessions/{session}/events`` and ``/events``.
 
-    ``max_wait``: seconds for which a poll may wait; ``heartbeat``: silence in seconds that a stream fills;
-    ``compress``: whether clients that take gzip get it.
+    ``max_wait``: longest wait of a poll in seconds; ``heartbeat``: seconds of silence before a heartbeat;
+    ``compress``: whether to send gzip to clients that accept it.
     """
 
     def __init__(
@@ -62,10 +62,10 @@ class SessionEvents:
         self._heartbeat = heartbeat
 
     async def of_session(self, scope: Any, receive: Any, ask: ReadRequest, session: str) -> ASGIApp:
-        """Return the answer to a request for one session's events.
+        """Return the ASGI application that sends one session's events.
 
         Raises:
-            Problem: the request is not valid, or cannot be met.
+            Problem: the request is not valid or cannot be served.
         """
         principal = principal_of(scope)
         media_type = _form(scope, [_JSON] if ask.wait is not None else [*_STREAMS, _JSON])
@@ -118,10 +118,10 @@ class SessionEvents:
         return streaming(self._streams, stream, format_, content_type, headers=headers)
 
     async def of_several(self, scope: Any, ask: ReadRequest) -> ASGIApp:
-        """Return the answer to a request for the events of several sessions.
+        """Return the ASGI application that sends the events of several sessions.
 
         Raises:
-            Problem: the request is not valid, or cannot be met.
+            Problem: the request is not valid or cannot be served.
         """
         _, form, content_type = _STREAMS[_form(scope, [*_STREAMS])]
         opened = await open_several(self._streams, principal_of(scope), scope, ask)
@@ -129,7 +129,7 @@ class SessionEvents:
 
     async def _complete(self, principal: Principal, receive: Any, ask: ReadRequest, session: str) -> ASGIApp:
         if ask.generation is None:
-            raise Problem(400, "wait=complete needs a generation")
+            raise Problem(400, "wait=complete needs a generation: add generation=…")
         named("generation", ask.generation)
         ended = await self._completion.wait(principal, session, ask.generation, receive)
         view = await reach(view_of(self._lookups, principal.tenant, session, ask.generation))
@@ -145,7 +145,7 @@ def start_form(scope: Any) -> str | None:
 def _form(scope: Any, offered: list[str]) -> str:
     media_type = negotiate(header(scope, b"accept"), offered)
     if media_type is None:
-        raise Problem(406, f"there is no such form of these events: accept one of {', '.join(offered)}")
+        raise Problem(406, f"the events have no format that the request accepts: accept one of {', '.join(offered)}")
     return media_type
 
 

@@ -1,4 +1,4 @@
-"""The HTTP API beside the streams: requests, cancellation, look-ups."""
+"""Serve the HTTP API of sessions and generations: create, cancel, view, list, delete."""
 
 from typing import Annotated, Any, Final, Literal
 
@@ -26,10 +26,10 @@ __all__ = ["SessionView", "router"]
 
 _KEY_LIMIT: Final = 200
 _DELETING: Final = (
-    "Removes the session's events, its records, and what was put aside of it; bills stay. Subscribers are told, and "
-    "later reads are 410 for as long as the log would have kept the events. Deleting again changes nothing; a deletion "
-    "that was interrupted is finished by repeating it. Generations that are queued or running: 409, or with "
-    "`cancel=true` they are cancelled first."
+    "Removes the session's events, its records, its dead events and requests; bills stay. Subscribers are notified. "
+    "Later reads are 410 for as long as the log would have kept the events. Deleting again changes nothing; repeat "
+    "an interrupted deletion to finish it. With queued or running generations: 409, or with `cancel=true` they are "
+    "cancelled first."
 )
 _IN_USE: Final = ResponseSpec(
     ProblemDetails, description="Generations have not ended", media_type="application/problem+json"
@@ -53,7 +53,7 @@ class SessionSummary(msgspec.Struct):
 
 
 class SessionList(msgspec.Struct):
-    """Sessions, the newest change first. ``next``: pass it as ``after`` for the next page."""
+    """Sessions, most recently changed first. ``next``: pass it as ``after`` for the next page."""
 
     sessions: list[SessionSummary]
     next: str | None = None
@@ -67,7 +67,7 @@ class SessionView(msgspec.Struct):
 
 
 class CancelState(msgspec.Struct):
-    """What a cancellation found: ``cancelling``, or the terminal state that the generation has already."""
+    """State after a cancellation: ``cancelling``, or the terminal state of a generation that had ended."""
 
     generation: str
     state: str
@@ -88,7 +88,7 @@ def _requests(
     @post(
         "/sessions/{session:str}/generations",
         status_code=202,
-        summary="Ask a model",
+        summary="Start a generation",
         operation_id="createGeneration",
         responses=PROBLEMS
         | {
@@ -231,7 +231,7 @@ def _views(lookups: Lookups, completion: Completion, deletion: Deletion) -> list
 
 
 def _unreadable(_request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
-    """Answer a body that is not UTF-8 or nested without end: the decoder raises no error of its own for those."""
+    """Return 400 for a body that is not UTF-8 or nested too deeply: the decoder has no error type for these."""
     problem = Problem(400, f"the body is not readable as JSON: {type(error).__name__}")
     return Response(problem_bytes(problem), status_code=400, media_type="application/problem+json")
 
@@ -239,7 +239,7 @@ def _unreadable(_request: Request[Any, Any, Any], error: Exception) -> Response[
 async def _whole(
     request: Request[Any, Any, Any], lookups: Lookups, completion: Completion, session: str, generation: str
 ) -> tuple[GenerationView, bool]:
-    """Wait for the end of a generation; return it, and whether it has ended within the time there is."""
+    """Wait for the end of a generation; return its view and whether it ended within the longest wait."""
     principal = caller(request)
     ended = await completion.wait(principal, session, generation, request.receive)
     return await reach(view_of(lookups, principal.tenant, session, generation)), ended
@@ -249,16 +249,16 @@ def _summaries(records: list[GenerationRecord]) -> list[SessionSummary]:
     found: dict[str, SessionSummary] = {}
     for record in records:
         changed = record.ended_at or record.started_at or record.created_at
-        known = found.get(record.session)
-        if known is None:
+        summary = found.get(record.session)
+        if summary is None:
             found[record.session] = SessionSummary(
                 record.session, 1, record.state, record.created_at, changed, record.model
             )
             continue
-        known.generations += 1
-        known.created_at = min(known.created_at, record.created_at)
-        if changed >= known.updated_at:
-            known.updated_at, known.last_state, known.model = changed, record.state, record.model
+        summary.generations += 1
+        summary.created_at = min(summary.created_at, record.created_at)
+        if changed >= summary.updated_at:
+            summary.updated_at, summary.last_state, summary.model = changed, record.state, record.model
     return sorted(found.values(), key=lambda s: (-s.updated_at, s.session))
 
 

@@ -1,4 +1,4 @@
-"""The HTTP API of API keys: made, listed, revoked by those who may administer."""
+"""Serve the HTTP API of API keys: create, list and revoke, with the scope ``admin``."""
 
 from typing import Annotated, Any, Final
 
@@ -24,13 +24,15 @@ __all__ = ["Key", "KeyList", "KeySpec", "NewKey", "keys_router"]
 
 _YEARS: Final = 10 * 366 * 86_400.0
 _EXAMPLE: Final = {"name": "web backend", "scopes": ["start", "read", "cancel"], "sessions": ["chat-*"]}
-_FULL: Final = ResponseSpec(ProblemDetails, description="As many keys as may be", media_type="application/problem+json")
+_FULL: Final = ResponseSpec(
+    ProblemDetails, description="The largest number of keys exists", media_type="application/problem+json"
+)
 
 
 class KeySpec(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """A key to make. ``expires_in``: seconds from now; without it the key lasts until it is revoked.
 
-    ``tenant``: only the operator may name another one than its own.
+    ``tenant``: only the operator may name another tenant.
     """
 
     name: Annotated[str, msgspec.Meta(max_length=100)] = ""
@@ -77,7 +79,9 @@ def keys_router(authenticator: Authenticator, clock: Clock) -> Router:
 def _handlers(authenticator: Authenticator, clock: Clock) -> list[HTTPRouteHandler]:
     table = authenticator.keys
 
-    @post("/", summary="Make an API key", operation_id="createKey", responses=PROBLEMS | {409: _FULL}, **needs("admin"))
+    @post(
+        "/", summary="Create an API key", operation_id="createKey", responses=PROBLEMS | {409: _FULL}, **needs("admin")
+    )
     async def create_key(
         request: Request[Any, Any, Any],
         data: Annotated[KeySpec, Body(examples=[Example(summary="For a backend", value=_EXAMPLE)])],
@@ -116,24 +120,24 @@ def _fields(record: KeyRecord) -> dict[str, Any]:
 
 
 def _record(principal: Principal, spec: KeySpec, id_: str, hash_: str, now: float) -> KeyRecord:
-    """Return the record of a wished key. Nobody gives more than he has.
+    """Return the record of a new key. It cannot have more rights than the principal.
 
     Raises:
-        Problem: 400 for names that are none, 403 for more than the principal has itself.
+        Problem: 400 for names that are not valid, 403 for rights that the principal does not have.
     """
     tenant = spec.tenant or principal.tenant
     named("tenant", tenant)
     if tenant != principal.tenant and not principal.operator:
-        raise Problem(403, "only the operator makes keys of another tenant")
+        raise Problem(403, "only the operator can create keys of another tenant")
     beyond = sorted(set(spec.scopes) - principal.scopes)
     if beyond:
-        raise Problem(403, f"the credentials lack the scope {beyond[0]!r} that the key is to have")
+        raise Problem(403, f"the credentials lack the scope {beyond[0]!r}, so they cannot create a key with it")
     try:
         sessions = session_patterns(spec.sessions)
     except ValueError as error:
         raise Problem(400, str(error)) from error
     if not principal.reaches_all and not set(sessions) <= set(principal.sessions):
-        raise Problem(403, "the key is to reach sessions that the credentials do not reach")
+        raise Problem(403, "the credentials cannot create a key for sessions that they do not reach")
     return KeyRecord(
         id=id_,
         tenant=tenant,

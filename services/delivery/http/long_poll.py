@@ -1,4 +1,4 @@
-"""Long polls: a batch of events as soon as there is one, for clients that cannot stream."""
+"""Serve long polls: a batch of events as soon as one exists, for clients that cannot stream."""
 
 import asyncio
 from typing import Any, Final
@@ -21,7 +21,7 @@ __all__ = ["BATCH_EVENTS", "MAX_EVENTS", "EventBatch", "polling"]
 BATCH_EVENTS: Final = 500
 MAX_EVENTS: Final = 5_000
 BATCH_BYTES: Final = 1_048_576
-GATHER_SECONDS: Final = 0.005  # what comes right behind the first event is taken along
+GATHER_SECONDS: Final = 0.005  # wait for events that directly follow the first one
 _FORMAT: Final = RawFormat("poll")
 
 
@@ -31,9 +31,9 @@ class _Item(msgspec.Struct):
 
 
 class EventBatch(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """What a poll brings. ``cursor``: ask again with it as ``after``; ``more``: there is more already.
+    """The result of a poll. ``cursor``: pass it as ``after`` in the next poll; ``more``: more events are available.
 
-    ``ended``: the wanted generation has ended, nothing follows. ``gaps``: what is missing, as on a stream.
+    ``ended``: the requested generation has ended, no event follows. ``gaps``: missing events, as on a stream.
     """
 
     events: list[_Item]
@@ -44,7 +44,7 @@ class EventBatch(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 
 class _Poll:
-    """Gathers one batch; ``wait`` in seconds."""
+    """Collect one batch of at most ``limit`` events; ``wait``: seconds to wait for the first one."""
 
     def __init__(self, wait: float, limit: int) -> None:
         self.gaps: list[RawGap] = []
@@ -96,13 +96,13 @@ class _Poll:
 
 
 def polling(streams: Streams, stream: Stream, wait: float, limit: int, *, gzip: bool = False) -> ASGIApp:
-    """Return the answer that waits so many seconds for at most so many events of the log."""
+    """Return the ASGI application that waits ``wait`` seconds for a batch of at most ``limit`` events."""
 
     async def answer(_scope: Any, receive: Any, send: Any) -> None:
         if stream.seq is None:
             await _send(send, EventBatch(events=[], cursor=stream.options.cursor or "", more=False, ended=True))
             return
-        # A granularity is applied to the batch: it is sent at once, so that there is nothing to hold back for.
+        # Read single tokens: the granularity is applied to the complete batch, where no text is held back.
         plain = stream._replace(options=stream.options._replace(granularity=TOKEN), offset=0)
         poll = _Poll(wait, limit)
         with watching(receive) as watch:

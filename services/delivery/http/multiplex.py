@@ -1,4 +1,4 @@
-"""Several sessions over one connection: a stream for each, and one outlet that all of them share."""
+"""Serve several sessions over one HTTP connection: one stream per session, one shared outbox."""
 
 import asyncio
 from collections.abc import Sequence
@@ -22,34 +22,35 @@ from services.kit.problem import Problem
 
 __all__ = ["OpenedStreams", "open_several", "streaming_several"]
 
-QUIET_SHARE: Final = 0.5  # of the time between heartbeats: each session has its own, and one of them is enough
+QUIET_SHARE: Final = 0.5  # of the heartbeat interval: every session has its own heartbeat, one per interval is enough
 _EXPIRED: Final = "expired"
 _SILENT_ENDS: Final = frozenset({"disconnected", "evicted", "sibling", "failed"})
 
 
 class OpenedStreams(NamedTuple):
-    """Streams that can be served over one connection, and the sessions whose cursor was no good any more."""
+    """Streams to serve over one connection, and the sessions whose cursor has expired."""
 
     streams: Sequence[Stream]
     expired: Sequence[str]
 
 
 async def open_several(streams: Streams, principal: Principal, scope: Any, ask: ReadRequest) -> OpenedStreams:
-    """Open a stream for each session that is asked for.
+    """Open a stream for each requested session.
 
-    A session that the cursor does not hold begins at its default; one whose place has expired does too, and is told of.
+    A session that is not in the cursor begins at its default position. A session whose position has expired does too,
+    and is listed in ``expired``.
 
     Raises:
-        Problem: 400, the request is not valid; or whatever keeps one of the sessions from being read.
+        Problem: 400, the request is not valid; otherwise the problem of a session that cannot be read.
     """
     _check(ask)
-    known = _known(last_event_id(scope) or ask.after)
+    cursors = _cursors_by_mark(last_event_id(scope) or ask.after)
     marks = [session_mark(principal.tenant, session) for session in ask.sessions]
     if len(set(marks)) < len(marks):
-        raise Problem(400, "two of these sessions cannot be told apart by their cursors: read them apart")
+        raise Problem(400, "two of these sessions have the same mark in cursors: read them over separate connections")
     found = await asyncio.gather(
         *(
-            _open(streams, principal, read_options_of({"headers": ()}, _for_one(ask, known.get(mark)), session))
+            _open(streams, principal, read_options_of({"headers": ()}, _for_one(ask, cursors.get(mark)), session))
             for session, mark in zip(ask.sessions, marks, strict=True)
         )
     )
@@ -59,24 +60,24 @@ async def open_several(streams: Streams, principal: Principal, scope: Any, ask: 
 def streaming_several(
     streams: Streams, opened: OpenedStreams, form: MultiplexFormat, media_type: bytes, quiet: float
 ) -> ASGIApp:
-    """Return the answer that shows several sessions; ``quiet``: silence in seconds after which a heartbeat is due."""
+    """Return the ASGI application that sends several sessions; ``quiet``: seconds of silence before a heartbeat."""
 
     async def answer(scope: Any, receive: Any, send: Any) -> None:
         headers = [(b"content-type", media_type), *STREAM_HEADERS]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        outlet = _Outlet(opened, form, scope.get(RAW_SEND, send), quiet * QUIET_SHARE)
-        await outlet.open()
+        outbox = _SharedOutbox(opened, form, scope.get(RAW_SEND, send), quiet * QUIET_SHARE)
+        await outbox.open()
         with watching(receive) as watch:
             reasons = await asyncio.gather(
-                *(outlet.serve(streams, number, watch) for number in range(len(opened.streams)))
+                *(outbox.serve(streams, number, watch) for number in range(len(opened.streams)))
             )
-        await outlet.close(next(reason for reason in reasons if reason != "sibling"))
+        await outbox.close(next(reason for reason in reasons if reason != "sibling"))
 
     return answer
 
 
-class _Outlet:
-    """One connection. Only one message is on its way at a time; streams that have to wait fall behind meanwhile."""
+class _SharedOutbox:
+    """The outbox of one connection: one write at a time, while the other streams wait and fall behind."""
 
     def __init__(self, opened: OpenedStreams, form: MultiplexFormat, send: Send, quiet: float) -> None:
         self._opened = opened
@@ -91,13 +92,13 @@ class _Outlet:
         self._sent_at = self._loop.time()
 
     async def open(self) -> None:
-        """Say what stands before everything else."""
+        """Write the opening of the format and a gap for each session whose cursor has expired."""
         gaps = [self._form.gap(session, _EXPIRED, None) for session in self._opened.expired]
         if body := self._form.opening + b"".join(gaps):
             await self._send(http_body(body))
 
     async def serve(self, streams: Streams, number: int, watch: Any) -> str:
-        """Serve one session until any of them ends; return why."""
+        """Serve one session until the first of all sessions ends; return the reason."""
 
         def joined(subscriber: Subscriber) -> None:
             self._subscribers.append(subscriber)
@@ -157,10 +158,10 @@ def _check(ask: ReadRequest) -> None:
     if not 0 < len(ask.sessions) <= MAX_SESSIONS or len(set(ask.sessions)) < len(ask.sessions):
         raise Problem(400, f"name 1 to {MAX_SESSIONS} different sessions: session=a&session=b")
     if ask.generation is not None or ask.wait is not None or ask.limit is not None:
-        raise Problem(400, "generation, wait and limit are for one session: ask at /v1/sessions/{session}/events")
+        raise Problem(400, "generation, wait and limit are for one session: use /v1/sessions/{session}/events")
 
 
-def _known(text: str | None) -> dict[str, Cursor]:
+def _cursors_by_mark(text: str | None) -> dict[str, Cursor]:
     if text is None:
         return {}
     try:

@@ -1,4 +1,4 @@
-"""Adds the streams to the OpenAPI document: raw ASGI handlers do not describe themselves."""
+"""Describe the event streams in OpenAPI: raw ASGI handlers have no generated description."""
 
 from typing import Any, Final
 
@@ -33,7 +33,7 @@ _TEXT: Final = Schema(type=OpenAPIType.STRING)
 _WAIT: Final = Schema(
     one_of=[Schema(type=OpenAPIType.NUMBER, minimum=0), Schema(type=OpenAPIType.STRING, enum=["complete"])]
 )
-_AFTER: Final = ("after", _TEXT, "A cursor: read on behind it.")
+_AFTER: Final = ("after", _TEXT, "A cursor: continue after it.")
 _FROM: Final = (
     "from",
     Schema(type=OpenAPIType.STRING, enum=["start", "live"]),
@@ -42,12 +42,12 @@ _FROM: Final = (
 _GRANULARITY: Final = (
     "granularity",
     Schema(type=OpenAPIType.STRING, enum=["token", "line", "sentence"]),
-    "In which pieces text comes; excludes `coalesce`.",
+    "Unit of text deltas; excludes `coalesce`.",
 )
 _COALESCE: Final = (
     "coalesce",
     Schema(type=OpenAPIType.INTEGER, minimum=COALESCE_STEPS[0], maximum=COALESCE_STEPS[-1]),
-    "Join text over so many milliseconds.",
+    "Join text deltas over this number of milliseconds.",
 )
 _OF_SESSION: Final = (
     _AFTER,
@@ -55,36 +55,40 @@ _OF_SESSION: Final = (
     ("generation", _TEXT, "Only this generation."),
     _GRANULARITY,
     _COALESCE,
-    ("wait", _WAIT, "Answer with one batch: wait so many seconds for it, or for the end of `generation`."),
+    ("wait", _WAIT, "Respond with one batch: wait this number of seconds for it, or for the end of `generation`."),
     (
         "limit",
         Schema(type=OpenAPIType.INTEGER, minimum=1, maximum=MAX_EVENTS),
-        "How many events of the log a batch holds at most.",
+        "Largest number of events of the log in a batch.",
     ),
 )
 _OF_SEVERAL: Final = (_AFTER, _FROM, _GRANULARITY, _COALESCE)
 _SESSIONS: Final = Schema(type=OpenAPIType.ARRAY, items=_TEXT, min_items=1, max_items=MAX_SESSIONS, unique_items=True)
 _LAST: Final = Parameter("Last-Event-ID", "header", _TEXT, description="A cursor; wins over `after`.")
 _DESCRIPTION: Final = (
-    "Replays from the log and goes on live, without gap or repeat. Each event's `id` is a cursor: send it back as "
-    "`Last-Event-ID` or `after` to go on behind it. With `generation` the stream ends after the terminal of that "
-    "generation. Named events `gap` and `bye` concern the stream itself. The form follows `Accept`."
+    "Replays from the log and continues live, without gap or repeat. Each event's `id` is a cursor: send it back as "
+    "`Last-Event-ID` or `after` to continue after it. With `generation` the stream ends after the terminal event of "
+    "that generation. Named events `gap` and `bye` concern the stream itself. `Accept` selects the format."
 )
 _OF_MANY: Final = (
-    f"One stream of up to {MAX_SESSIONS} sessions. Each message says of which session it is; its `id` is a cursor that "
-    "holds the place in all of them."
+    f"One stream of up to {MAX_SESSIONS} sessions. Each message names its session; its `id` is a cursor with the "
+    "positions in all sessions."
 )
 
 
 def describe_streams(document: OpenAPI) -> None:
-    """Add the paths of events."""
+    """Add the paths of events to ``document``."""
     _loosen_choices(document)
     paths = document.paths = document.paths or {}
     name = Parameter("session", "path", _TEXT, required=True)
     paths["/v1/sessions/{session}/events"] = PathItem(
         get=_operation("streamSessionEvents", "A session's events", _DESCRIPTION, [name, *_query(_OF_SESSION), _LAST]),
         post=_operation(
-            "askForSessionEvents", "The same, asked for by a body", _DESCRIPTION, [name, _LAST], _body(_OF_SESSION)
+            "askForSessionEvents",
+            "The same, with the options in a body",
+            _DESCRIPTION,
+            [name, _LAST],
+            _body(_OF_SESSION),
         ),
     )
     several = Parameter("session", "query", _SESSIONS, required=True, explode=True)
@@ -99,7 +103,7 @@ def describe_streams(document: OpenAPI) -> None:
         ),
         post=_operation(
             "askForEvents",
-            "The same, asked for by a body",
+            "The same, with the options in a body",
             _OF_MANY,
             [_LAST],
             _body((sessions, *_OF_SEVERAL)),
@@ -142,10 +146,12 @@ def _operation(
 def _refusals(json: bool) -> dict[str, OpenAPIResponse]:
     problem = {"application/problem+json": OpenAPIMediaType()}
     found = {
-        "400": OpenAPIResponse(description="Not valid, or a cursor of another session", content=problem),
+        "400": OpenAPIResponse(
+            description="The request is not valid, or the cursor belongs to another session", content=problem
+        ),
         "404": OpenAPIResponse(description="No such generation", content=problem),
-        "406": OpenAPIResponse(description="There is no such form", content=problem),
-        "503": OpenAPIResponse(description="Not available at the moment", content=problem),
+        "406": OpenAPIResponse(description="No format matches `Accept`", content=problem),
+        "503": OpenAPIResponse(description="The service is not available now", content=problem),
     }
     if json:
         found["202"] = OpenAPIResponse(
@@ -168,7 +174,7 @@ def _body(fields: tuple[tuple[str, Schema, str], ...]) -> RequestBody:
 
 
 def _loosen_choices(document: OpenAPI) -> None:
-    """Say ``anyOf`` where an answer has one of several forms: what is of one may well look like the other, too."""
+    """Replace ``oneOf`` by ``anyOf`` in responses: one value can match several of the schemas."""
     for item in (document.paths or {}).values():
         for operation in (item.get, item.post, item.put):
             for response in ((operation.responses or {}) if operation else {}).values():

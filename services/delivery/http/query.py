@@ -1,4 +1,4 @@
-"""Query parameters of streams, which are read before any framework looks at the request."""
+"""Parse the query parameters of streams from the raw ASGI scope."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,10 +10,10 @@ _MAX_FIELDS = 100
 
 
 def parse_query(scope: Any, names: Sequence[str], *, repeated: str | None = None) -> tuple[dict[str, str], list[str]]:
-    """Return the query's parameters, and the values of the one that may be ``repeated``.
+    """Return the query parameters, and all values of the ``repeated`` one.
 
     Raises:
-        ValueError: it is not ASCII, has an unknown parameter, or has one more than once.
+        ValueError: the query is not ASCII, has an unknown parameter, or has a parameter more than once.
     """
     query = parse_qs(scope["query_string"].decode("ascii"), keep_blank_values=True, max_num_fields=_MAX_FIELDS)
     known = names if repeated is None else (*names, repeated)
@@ -23,5 +23,5 @@ def parse_query(scope: Any, names: Sequence[str], *, repeated: str | None = None
     values = query.pop(repeated, []) if repeated is not None else []
     twice = [name for name, each in query.items() if len(each) > 1]
     if twice:
-        raise ValueError(f"query parameter {twice[0]!r} stands more than once")
+        raise ValueError(f"query parameter {twice[0]!r} occurs more than once: send it once")
     return {name: each[0] for name, each in query.items()}, values

@@ -1,4 +1,4 @@
-"""What a request for events asks for: its query, or the JSON body of a POST."""
+"""Parse a request for events from its query, or from the JSON body of a POST."""
 
 from typing import Any, Final
 
@@ -15,7 +15,7 @@ _NAMES: Final = ("after", "from", "generation", "granularity", "coalesce", "wait
 
 
 class ReadRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, rename={"from_": "from"}):
-    """A request for events of one session or several. ``wait``: seconds, or ``complete``."""
+    """A request for the events of one or several sessions. ``wait``: seconds, or ``complete``."""
 
     after: str | None = None
     from_: str | None = None
@@ -28,10 +28,10 @@ class ReadRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, rena
 
     @property
     def seconds(self) -> float | None:
-        """How long to wait at most; ``None``: for ever.
+        """The longest wait in seconds; ``None``: unbounded.
 
         Raises:
-            Problem: 400, it is no number.
+            Problem: 400, ``wait`` is not a number of seconds.
         """
         if self.wait is None or self.wait == COMPLETE:
             return None
@@ -45,27 +45,27 @@ class ReadRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, rena
 
 
 def parse_read_request(scope: Any, body: bytes | None = None, *, several: bool = False) -> ReadRequest:
-    """Return what a request asks for, in its body if there is one, else in its query.
+    """Parse a request from its ``body``, or from its query without one.
 
-    ``several``: it names its sessions itself.
+    ``several``: the request may name its sessions.
 
     Raises:
-        Problem: 400, a part of it is not valid.
+        Problem: 400, a field is not valid.
     """
     try:
         ask = _of_query(scope, several) if body is None else _of_body(body)
     except (ValueError, RecursionError) as error:
         raise Problem(400, str(error) or "the body is not readable as JSON") from error
     if ask.sessions and not several:
-        raise Problem(400, "the session is named by the path: 'sessions' belongs to /v1/events")
+        raise Problem(400, "the path names the session: send 'sessions' only to /v1/events")
     return ask
 
 
 def read_options_of(scope: Any, ask: ReadRequest, session: str) -> ReadOptions:
-    """Return the wish for one session that a request means.
+    """Return the read options of a request for one session.
 
     Raises:
-        Problem: 400, a part of it is not valid.
+        Problem: 400, a field is not valid.
     """
     return ReadOptions.read(
         session,
@@ -79,12 +79,12 @@ def read_options_of(scope: Any, ask: ReadRequest, session: str) -> ReadOptions:
 
 
 def last_event_id(scope: Any) -> str | None:
-    """Return the last id that a browser has seen."""
+    """Return the ``Last-Event-ID`` header: the last event id that a browser has received."""
     return header(scope, b"last-event-id")
 
 
 def header(scope: Any, name: bytes) -> str | None:
-    """Return a header's value, several joined by commas; ``None`` where there is none or nothing in it."""
+    """Return a header's values joined by commas, or None when it is missing or empty."""
     found = [value.decode("latin-1") for key, value in scope["headers"] if key == name]
     return ", ".join(found) or None
 

@@ -1,4 +1,4 @@
-"""Answers that several routes of the HTTP API give."""
+"""Build responses and checks shared by several routes of the HTTP API."""
 
 from typing import Any, Final
 
@@ -15,15 +15,17 @@ from services.kit.problem import Problem, ProblemDetails
 __all__ = ["PROBLEMS", "Links", "QueuedRequest", "StreamedResponse", "accepted", "own", "start_headers"]
 
 PROBLEMS: Final = {
-    400: ResponseSpec(ProblemDetails, description="Not valid", media_type="application/problem+json"),
+    400: ResponseSpec(ProblemDetails, description="The request is not valid", media_type="application/problem+json"),
     **REFUSALS,
-    404: ResponseSpec(ProblemDetails, description="No such thing", media_type="application/problem+json"),
-    503: ResponseSpec(ProblemDetails, description="The broker is away", media_type="application/problem+json"),
+    404: ResponseSpec(ProblemDetails, description="The resource does not exist", media_type="application/problem+json"),
+    503: ResponseSpec(
+        ProblemDetails, description="The broker cannot be reached", media_type="application/problem+json"
+    ),
 }
 
 
 class Links(msgspec.Struct):
-    """Where to go from here, as paths."""
+    """Paths of the related resources."""
 
     events: str
     session: str
@@ -32,7 +34,7 @@ class Links(msgspec.Struct):
 
 
 class QueuedRequest(msgspec.Struct):
-    """A request has been queued. ``cursor``: read the session after it to see this generation and nothing earlier."""
+    """A queued request. ``cursor``: read the session after it to get this generation and nothing earlier."""
 
     session: str
     generation: str
@@ -42,7 +44,7 @@ class QueuedRequest(msgspec.Struct):
 
 
 def accepted(session: str, generation: str, cursor: str, repeated: bool) -> Response[QueuedRequest]:
-    """Return the answer for a queued request; ``repeated``: it had been queued before."""
+    """Return the response 202 for a queued request; ``repeated``: it was queued by an earlier request."""
     path = f"/v1/sessions/{session}"
     links = Links(
         events=f"{path}/events?generation={generation}",
@@ -77,10 +79,10 @@ class StreamedResponse(Response[Any]):
 
 
 def own(principal: Principal, session: str) -> str:
-    """Return a session's name, which must be one of the principal's.
+    """Return a session's name after checking that the principal reaches it.
 
     Raises:
-        Problem: 400 for what is no name, 404 for a session that is none of its own.
+        Problem: 400 for a name that is not valid, 404 for a session that the principal does not reach.
     """
     named("session", session)
     if not principal.reaches(session):

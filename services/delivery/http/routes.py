@@ -1,4 +1,4 @@
-"""The routes of events over HTTP."""
+"""Define the routes of events over HTTP."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ __all__ = ["events_handlers"]
 
 
 def events_handlers(events: SessionEvents) -> list[Any]:
-    """Return the routes of one session's events and of several sessions', asked for by query or by body."""
+    """Return the routes of the events of one session and of several sessions, with a query or a body."""
 
     @get("/v1/sessions/{session:str}/events", include_in_schema=False, **needs("read"))
     async def session_events(request: Request[Any, Any, Any], session: FromPath[str]) -> ASGIApp:

@@ -1,4 +1,4 @@
-"""The HTTP API of tickets: for pages, whose EventSource and WebSocket can send no header."""
+"""Serve the HTTP API of tickets, for pages: their EventSource and WebSocket cannot send headers."""
 
 from typing import Annotated, Any, Final
 
@@ -22,7 +22,7 @@ _EXAMPLE: Final = {"sessions": ["demo"]}
 
 
 class TicketSpec(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """What a ticket is to be good for: these sessions, by name, and these of the caller's own scopes."""
+    """The sessions, by name, and the scopes of a ticket; the caller must have these scopes."""
 
     sessions: Annotated[list[str], msgspec.Meta(min_length=1, max_length=_SESSIONS)]
     scopes: Annotated[list[TicketScope], msgspec.Meta(min_length=1, max_length=4)] = msgspec.field(
@@ -31,14 +31,14 @@ class TicketSpec(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class Ticket(msgspec.Struct, kw_only=True):
-    """A ticket. ``expires_at``: until when one may connect with it, in seconds since 1970."""
+    """A ticket. ``expires_at``: end of its use for connecting, in seconds since 1970."""
 
     ticket: str
     expires_at: float
 
 
 def tickets_router(authenticator: Authenticator, clock: Clock, seconds: float) -> Router:
-    """Return the route ``/v1/tickets``; ``seconds``: how long a ticket is good for connecting."""
+    """Return the route ``/v1/tickets``; ``seconds``: lifetime of a ticket."""
 
     @post("/", summary="Get a ticket", operation_id="createTicket", responses=PROBLEMS, **needs("read"))
     async def create_ticket(

@@ -1,1 +1,1 @@
-"""WebSocket connections."""
+"""Serve WebSocket connections."""

@@ -1,4 +1,4 @@
-"""One WebSocket: what its client asks, answered; its subscriptions; and how it ends."""
+"""Serve one WebSocket: its requests, its subscriptions and its end."""
 
 import asyncio
 from typing import Any, Final, NamedTuple
@@ -51,7 +51,7 @@ SUBSCRIPTIONS: Final = 64
 OPERATIONS: Final = 8
 RATE: Final = 200.0
 BURST: Final = 400.0
-COSTLY: Final = 10.0  # what is wrong or asks the broker for something counts as so many messages
+COSTLY: Final = 10.0  # messages that one invalid message, or one that needs the broker, counts as
 SILENT_HEARTBEATS: Final = 3.0
 KEY_LIMIT: Final = 200
 CLOSES: Final[dict[str, tuple[int, str]]] = {
@@ -67,11 +67,11 @@ _ENDS: Final = {"complete": "complete", "terminal": "complete", "gap": "gap", "d
 _ABOUT_ONE: Final = (Ack, Credit, Unsubscribe)
 _EXPENSIVE: Final = (Subscribe, StartGeneration, Cancel, Consume, Unreadable)
 _ABOUT_A_CONSUMER: Final = (Credit, Unconsume)
-TOKENS_OF_A_MESSAGE: Final = 100.0  # so many tokens to settle count as one message more
+TOKENS_OF_A_MESSAGE: Final = 100.0  # this number of tokens to settle counts as one more message
 
 
 class SocketContext(NamedTuple):
-    """What all sockets of a process share. ``heartbeat``: seconds between pings; ``max_message``: of one message."""
+    """Objects shared by all sockets of a process. ``heartbeat``: seconds between pings; ``max_message``: size limit."""
 
     clock: Clock
     supervisor: Supervisor
@@ -83,7 +83,7 @@ class SocketContext(NamedTuple):
 
 
 class Connection:
-    """Serves one accepted socket. Supervised."""
+    """Serve one accepted socket. Supervised."""
 
     def __init__(
         self, desk: SocketContext, principal: Principal, formats: Formats, outbox: Outbox[dict[str, Any]]
@@ -105,7 +105,7 @@ class Connection:
         self._over: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     async def run(self, receive: Any) -> str:
-        """Serve the socket to its end; return why it ended."""
+        """Serve the socket to its end; return the reason."""
         reading = asyncio.create_task(self._read(receive), name="websocket-reader")
         try:
             await asyncio.wait({reading, self._over}, return_when=asyncio.FIRST_COMPLETED)
@@ -117,12 +117,12 @@ class Connection:
             await asyncio.gather(reading, return_exceptions=True)
 
     def stop(self, reason: str) -> None:
-        """End the socket; the first reason holds."""
+        """End the socket; the first reason wins."""
         if not self._over.done():
             self._over.set_result(reason)
 
     async def end(self, reason: str) -> None:
-        """End what still goes on, so that every subscription says where it stood."""
+        """End all subscriptions and operations, so that each subscription sends its last cursor."""
         if reason in ("too-large", "failed"):
             reason = "disconnected"
         tasks = self._tasks()
@@ -136,7 +136,7 @@ class Connection:
         await self._outbox.flush(LAST_WRITE_SECONDS)
 
     async def abandon(self) -> None:
-        """Give up what has not ended by itself."""
+        """Cancel all tasks that have not ended."""
         tasks = self._tasks()
         for task in tasks:
             task.cancel()
@@ -190,14 +190,14 @@ class Connection:
 
     async def _answer(self, message: Any) -> None:
         if message.id is None and self._has_ended(message):
-            return  # it crossed the end on the way
+            return  # the client sent it before it received the end
         try:
             await self._take(message)
         except Problem as problem:
             await self._send(_error(problem, message))
 
     def _has_ended(self, message: Any) -> bool:
-        """Tell whether something concerns what is not read, or not any more."""
+        """Return whether a message names a subscription or consumer that is not read (any more)."""
         if isinstance(message, _ABOUT_A_CONSUMER) and message.consumer is not None:
             return message.consumer not in self._consumptions
         return (
@@ -309,7 +309,7 @@ class Connection:
         await self._part(options, reason, subscription)
 
     async def _part(self, options: ReadOptions, reason: str, subscription: Subscription) -> None:
-        """Say that a subscription is over, where it can neither be resumed nor is the socket over with it."""
+        """Send the end of a subscription, or end the socket when the reason concerns all of it."""
         ended = "unsubscribed" if subscription.unsubscribed and reason == "disconnected" else _ENDS.get(reason)
         if ended is not None:
             await self._send_if_open(End(session=options.session, reason=ended, generation=options.generation))
@@ -323,7 +323,7 @@ class Connection:
             return
 
     async def _operate(self, message: Any, operation: Any) -> None:
-        """Do what asks the broker beside everything else; with too many of those, read no further for now."""
+        """Run an operation on the broker as a task; wait while `OPERATIONS` are running, which stops the reader."""
         while len(self._operations) >= OPERATIONS:
             await asyncio.wait(self._operations, return_when=asyncio.FIRST_COMPLETED)
         task = asyncio.create_task(self._answered(message, operation))
@@ -368,14 +368,14 @@ class Connection:
 
 
 def _cost(message: Any) -> float:
-    """Return as how many messages something counts."""
+    """Return the cost of a message in tokens of the bucket."""
     if isinstance(message, Settle):
         return 1.0 + (len(message.acks) + len(message.nacks) + len(message.working)) / TOKENS_OF_A_MESSAGE
     return COSTLY if isinstance(message, _EXPENSIVE) else 1.0
 
 
 def _error(problem: Problem, message: Any) -> Error:
-    """Return the answer to what cannot be done."""
+    """Return the error message for a request."""
     about = {name: getattr(message, name, None) for name in ("id", "session", "consumer")}
     return Error(**_refusal(problem), **about)
 
@@ -393,7 +393,7 @@ def _generation_request(request: Any) -> GenerationRequest:
     """Return the body of a request; by way of JSON, since MessagePack can hold what no provider can be sent.
 
     Raises:
-        Problem: 400, it is no such body.
+        Problem: 400, the body is not valid.
     """
     try:
         return msgspec.json.decode(msgspec.json.encode(request), type=GenerationRequest)

@@ -1,4 +1,4 @@
-"""What one WebSocket reads through durable consumers, and what its client says became of it."""
+"""Read durable consumers over one WebSocket and settle their events."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -40,7 +40,7 @@ Refuse = Callable[[Problem, Consume], Error]
 
 
 class Consumptions:
-    """The consumers that a socket reads: `CONSUMPTIONS` at most. ``refuse`` makes what is said to who cannot."""
+    """Manage at most `CONSUMPTIONS` consumers that a socket reads. ``refuse``: makes the error of a problem."""
 
     def __init__(
         self,
@@ -56,21 +56,21 @@ class Consumptions:
         self._outbox = outbox
         self._refuse = refuse
         self._open: dict[str, Consumption] = {}  # bounded by CONSUMPTIONS
-        self.tasks: set[asyncio.Task[None]] = set()  # one for each that is open, and for each that is ending
+        self.tasks: set[asyncio.Task[None]] = set()  # one for each consumer that is open or ending
 
     def __contains__(self, name: object) -> bool:
         return name in self._open
 
     def stop(self, reason: str) -> None:
-        """End them all."""
+        """End the reading of all consumers."""
         for consumption in self._open.values():
             consumption.stop(reason)
 
     def consume(self, message: Consume) -> None:
-        """Begin to read.
+        """Begin to read a consumer.
 
         Raises:
-            Problem: 409, it is read already; 429, as many are read as may be.
+            Problem: 409, the socket reads it already; 429, the socket reads `CONSUMPTIONS` consumers.
         """
         if message.consumer in self._open:
             raise Problem(409, f"this socket reads consumer {message.consumer!r} already: unconsume first")
@@ -84,28 +84,29 @@ class Consumptions:
         task.add_done_callback(self.tasks.discard)
 
     def grant(self, message: Credit) -> None:
-        """Let so much more be sent.
+        """Add credit to a consumer.
 
         Raises:
-            Problem: 400, it does not say how many events; 404, the consumer is not read here; 409, without credit.
+            Problem: 400, ``events`` is missing or another field is set; 404, the socket does not read the consumer;
+                409, it is read without credit.
         """
         if message.session is not None or message.bytes is not None or message.events is None:
             raise Problem(400, "credit for a consumer has `events`, and neither `bytes` nor `session`")
         self._reading(message.consumer).grant(message.events)
 
     def unconsume(self, message: Unconsume) -> None:
-        """Read no longer.
+        """Stop reading a consumer.
 
         Raises:
-            Problem: 404, the consumer is not read here.
+            Problem: 404, the socket does not read the consumer.
         """
         self._reading(message.consumer).stop("unconsumed")
 
     async def settle(self, message: Settle) -> Settled:
-        """Settle events, wherever they have been given.
+        """Settle events, including events of other connections.
 
         Raises:
-            Problem: this caller has no such consumer; 400, a token is none; 503, the broker is away.
+            Problem: the principal has no such consumer; 400, a token is not valid; 503, the broker is not connected.
         """
         await permitted(self._consumers, self._principal, message.consumer, recent=True)
         words = Settlement(acks=message.acks, nacks=message.nacks, working=message.working, delay=message.delay)

@@ -1,4 +1,4 @@
-"""WebSockets: several sessions over one connection, with credit, starting and cancelling beside them."""
+"""Accept WebSockets: several sessions over one connection, with credit, starts and cancellations."""
 
 import asyncio
 from typing import Any
@@ -28,7 +28,7 @@ log = structlog.get_logger()
 
 
 class WebSockets:
-    """``GET /v1/ws``, as a raw ASGI application."""
+    """Serve ``GET /v1/ws`` as a raw ASGI application."""
 
     def __init__(
         self,
@@ -46,14 +46,14 @@ class WebSockets:
         self._open = 0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Serve one socket to its end, or refuse it with problem details."""
+        """Serve one socket to its end, or reject it with problem details."""
         if scope["type"] == "http":
             upgrade = {"Upgrade": "websocket", "Connection": "Upgrade"}
-            problem = Problem(426, "this address is for WebSockets", slug="upgrade-required", headers=upgrade)
+            problem = Problem(426, "this path accepts only WebSockets", slug="upgrade-required", headers=upgrade)
             await send_problem(send, problem)
             return
         send = scope.get(RAW_SEND, send)
-        await receive()  # the wish to connect
+        await receive()  # the ``websocket.connect`` message
         try:
             principal = principal_of(scope)
             self._supervisor.check(principal)
@@ -91,21 +91,21 @@ class WebSockets:
 
 
 def _subprotocol(offered: list[str]) -> str | None:
-    """Return the first subprotocol offered that is spoken here; ``None``, which means JSON, when none was offered.
+    """Return the first supported subprotocol offered, or None, which means JSON, when none was offered.
 
     Raises:
-        Problem: 400, all of them are unknown.
+        Problem: 400, all offered subprotocols are unknown.
     """
     known = [name for name in offered if name in SUBPROTOCOLS]
     if offered and not known:
         shown = ", ".join(offered)[:100]
-        detail = f"subprotocol {shown!r} is not spoken here: offer {' or '.join(SUBPROTOCOLS)}, or none"
+        detail = f"subprotocol {shown!r} is not supported: offer {' or '.join(SUBPROTOCOLS)}, or none"
         raise Problem(400, detail, slug="unknown-subprotocol")
     return known[0] if known else None
 
 
 async def _close(send: Any, code: int, why: str, seconds: float) -> None:
-    """Close the socket; a client that takes nothing is not waited for longer than so many seconds."""
+    """Close the socket; wait at most ``seconds`` for a client that does not read."""
     closing = asyncio.create_task(_send(send, {"type": "websocket.close", "code": code, "reason": why}))
     await asyncio.wait({closing}, timeout=seconds)
     closing.cancel()

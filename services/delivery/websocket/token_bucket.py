@@ -1,10 +1,10 @@
-"""How fast a client may talk: a bucket of tokens that fills with time."""
+"""Limit the rate of a client's messages with a token bucket."""
 
 __all__ = ["TokenBucket"]
 
 
 class TokenBucket:
-    """Allows ``burst`` at once and ``rate`` per second on average. Times in seconds of any monotonic clock."""
+    """Allow ``burst`` tokens at once and ``rate`` tokens per second on average. Times in monotonic seconds."""
 
     def __init__(self, rate: float, burst: float, now: float) -> None:
         self._rate = rate
@@ -13,7 +13,7 @@ class TokenBucket:
         self._at = now
 
     def take(self, cost: float, now: float) -> float:
-        """Take ``cost``; return for how many seconds nothing more should be taken, 0 when there is enough."""
+        """Take ``cost`` tokens; return the seconds to wait before the next take, 0 when the bucket is not overdrawn."""
         self._left = min(self._burst, self._left + (now - self._at) * self._rate) - cost
         self._at = now
         return max(0.0, -self._left / self._rate)

@@ -23,12 +23,12 @@ from services.kit.http import serving
 from services.kit.jetstream.broker import Broker
 from services.kit.settings import Shared
 from tests.conftest import NatsServer
-from tests.delivery_stage import delivering
+from tests.support.delivery_server import delivering
 
 if TYPE_CHECKING:
-    from tests.browser import Browser
+    from tests.support.browser import Browser
 
-pytest_plugins = ("tests.browser",)
+pytest_plugins = ("tests.support.browser",)
 pytestmark = pytest.mark.acceptance
 PUBLISHED = {
     "swagger-ui-bundle.js": "93b7b0862a80e2786f85b560be7693c2344354ffa7e7e224f850a54349724c31",

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from bench.processes import free_port
-from tests.acceptance.processes import REPOSITORY
 from tests.conftest import require
+from tests.support.service_processes import REPOSITORY
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.bare, pytest.mark.timeout(1800)]
 

@@ -13,10 +13,10 @@ import pytest
 from aiohttp import web
 
 from bench.processes import free_port
-from tests.acceptance.processes import clean_environment, service
 from tests.acceptance.test_settlement import producer
-from tests.answers import chunk, ending
 from tests.conftest import NatsServer, eventually
+from tests.support.openai_answers import chunk, ending
+from tests.support.service_processes import clean_environment, service
 
 pytestmark = pytest.mark.acceptance
 TOKENS = 20

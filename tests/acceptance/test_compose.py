@@ -13,8 +13,8 @@ import httpx
 import pytest
 
 from bench.processes import free_port
-from tests.acceptance.processes import REPOSITORY, Subscriber, log_events, text_of
 from tests.conftest import eventually, require
+from tests.support.service_processes import REPOSITORY, Subscriber, log_events, text_of
 
 # Building the image and starting everything takes minutes on a small machine.
 pytestmark = [pytest.mark.compose, pytest.mark.acceptance, pytest.mark.timeout(1_500)]

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from tests.acceptance.processes import REPOSITORY, Subscriber, log_events, text_of
 from tests.acceptance.test_compose import Deployment, docker_answers
 from tests.conftest import eventually, require
+from tests.support.service_processes import REPOSITORY, Subscriber, log_events, text_of
 
 pytestmark = [pytest.mark.compose, pytest.mark.acceptance, pytest.mark.timeout(1_500)]
 

@@ -13,12 +13,12 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
 
 from bench.processes import free_port
-from tests.delivery_stand_in import STORY, WORDS, StandIn, stand_in
+from tests.support.fake_delivery import STORY, WORDS, StandIn, stand_in
 
 if TYPE_CHECKING:
-    from tests.browser import Browser
+    from tests.support.browser import Browser
 
-pytest_plugins = ("tests.browser",)
+pytest_plugins = ("tests.support.browser",)
 pytestmark = pytest.mark.browser
 
 STATE = ".generation:last-child .badge"

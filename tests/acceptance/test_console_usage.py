@@ -32,13 +32,13 @@ from services.kit.http import serving
 from services.kit.jetstream.broker import Broker
 from services.kit.problem import Problem
 from tests.contracts.test_billing_asking import entry, generation
-from tests.delivery_stage import Stage, delivering
-from tests.integration.credentials import guarded
+from tests.support.credentials import guarded
+from tests.support.delivery_server import Stage, delivering
 
 if TYPE_CHECKING:
-    from tests.browser import Browser
+    from tests.support.browser import Browser
 
-pytest_plugins = ("tests.browser",)
+pytest_plugins = ("tests.support.browser",)
 pytestmark = pytest.mark.browser
 
 DAY: Final = 86_400_000
@@ -181,7 +181,7 @@ async def budget(made: Site, name: str, **wish: str) -> None:
 
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tests.browser.DEADLINE", 30.0)
+    monkeypatch.setattr("tests.support.browser.DEADLINE", 30.0)
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ import pytest
 
 from bench.processes import free_port
 from services.kit.jetstream.broker import Broker
-from tests.acceptance.processes import REPOSITORY, clean_environment, wait_until_answers
 from tests.conftest import NatsServer, eventually
-from tests.delivery_stage import Log, keys, story
-from tests.sse import SseClient
+from tests.support.delivery_server import Log, keys, story
+from tests.support.service_processes import REPOSITORY, clean_environment, wait_until_answers
+from tests.support.sse_client import SseClient
 
 pytestmark = pytest.mark.acceptance
 EVENTS = story("g1", 400)

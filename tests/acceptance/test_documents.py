@@ -30,8 +30,8 @@ from services.delivery.settings import Settings as DeliverySettings
 from services.kit.settings import Shared
 from services.producer.core.registry import Registry
 from services.producer.settings import Settings as ProducerSettings
-from tests.acceptance.processes import REPOSITORY, clean_environment, running
 from tests.conftest import require
+from tests.support.service_processes import REPOSITORY, clean_environment, running
 
 pytestmark = pytest.mark.acceptance
 

@@ -17,8 +17,8 @@ from services.kit.jetstream.broker import Broker
 from tests.acceptance.test_api_docs import billing_at
 from tests.acceptance.test_http2_edge import Edge
 from tests.conftest import NatsServer, eventually
-from tests.delivery_stage import Log, Stage, delivering, keys, story
-from tests.sse import SseClient
+from tests.support.delivery_server import Log, Stage, delivering, keys, story
+from tests.support.sse_client import SseClient
 
 pytestmark = pytest.mark.acceptance
 OWN_PROBES = {"/healthz", "/readyz", "/metrics"}

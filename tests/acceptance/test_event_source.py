@@ -18,13 +18,13 @@ import pytest
 
 from schemas.events import AnyEvent, Completed, Delta, Started
 from services.kit.jetstream.broker import Broker
-from tests.browser import Browser
 from tests.conftest import NatsServer, eventually, require
-from tests.cutting_proxy import CuttingProxy, cutting
-from tests.delivery_stage import Log, Stage, delivering
-from tests.sse import SseClient
+from tests.support.browser import Browser
+from tests.support.delivery_server import Log, Stage, delivering
+from tests.support.splitting_proxy import CuttingProxy, cutting
+from tests.support.sse_client import SseClient
 
-pytest_plugins = ("tests.browser",)
+pytest_plugins = ("tests.support.browser",)
 
 PACKAGE = "eventsource@4"
 SAID = [

@@ -17,18 +17,18 @@ import trustme
 from bench.processes import free_port
 from schemas.rpc.tailrace.v1 import tailrace_pb2 as pb
 from services.kit.jetstream.broker import Broker
-from tests.acceptance.processes import REPOSITORY
 from tests.conftest import NatsServer, eventually, require
-from tests.cutting_proxy import cutting
-from tests.delivery_stage import Log, Stage, delivering, keys, metric, story
-from tests.grpc_stage import Client, GrpcStage, Read, serving_calls
-from tests.pipeline import producing
-from tests.sse import SseClient
+from tests.support.delivery_server import Log, Stage, delivering, keys, metric, story
+from tests.support.grpc_server import Client, GrpcStage, Read, serving_calls
+from tests.support.producer_worker import producing
+from tests.support.service_processes import REPOSITORY
+from tests.support.splitting_proxy import cutting
+from tests.support.sse_client import SseClient
 
 if TYPE_CHECKING:
-    from tests.browser import Browser
+    from tests.support.browser import Browser
 
-pytest_plugins = ("tests.browser",)
+pytest_plugins = ("tests.support.browser",)
 pytestmark = pytest.mark.acceptance
 
 

@@ -20,8 +20,16 @@ from schemas.events import Delta
 from schemas.subjects import log_filter
 from schemas.topology import token_stream
 from services.kit.jetstream.broker import Broker
-from tests.acceptance.processes import REPOSITORY, Subscriber, clean_environment, log_events, running, service, text_of
 from tests.conftest import NatsServer, eventually, require
+from tests.support.service_processes import (
+    REPOSITORY,
+    Subscriber,
+    clean_environment,
+    log_events,
+    running,
+    service,
+    text_of,
+)
 
 pytestmark = [pytest.mark.model, pytest.mark.acceptance]
 

@@ -21,10 +21,10 @@ import pytest
 from aiohttp import web
 
 from bench.processes import free_port
-from tests.acceptance.processes import REPOSITORY, clean_environment, service, wait_until_answers
 from tests.conftest import NatsServer, eventually
-from tests.providers import reset
-from tests.transcripts import GENERATION_ID, Transcript
+from tests.support.provider_server import reset
+from tests.support.provider_transcripts import GENERATION_ID, Transcript
+from tests.support.service_processes import REPOSITORY, clean_environment, service, wait_until_answers
 
 pytestmark = pytest.mark.acceptance
 PROVIDERS = {

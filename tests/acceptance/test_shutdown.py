@@ -16,10 +16,10 @@ import pytest
 from bench.processes import free_port
 from services.kit.jetstream.broker import Broker
 from services.kit.shutdown import MARGIN
-from tests.acceptance.processes import REPOSITORY, clean_environment, wait_until_answers
-from tests.cluster import Cluster
 from tests.conftest import nats_server_path, require
-from tests.pipeline import ask, enqueue
+from tests.support.nats_cluster import Cluster
+from tests.support.producer_worker import ask, enqueue
+from tests.support.service_processes import REPOSITORY, clean_environment, wait_until_answers
 
 pytestmark = pytest.mark.acceptance
 SERVICES: Final = ("producer", "delivery", "billing")

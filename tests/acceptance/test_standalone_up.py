@@ -17,7 +17,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.acceptance.processes import REPOSITORY, clean_environment
+from tests.support.service_processes import REPOSITORY, clean_environment
 
 pytestmark = pytest.mark.acceptance
 ANY_PORTS = ("--port", "0", "--grpc-port", "0", "--billing-port", "0", "--producer-port", "0", "--nats-port", "0")

@@ -14,8 +14,8 @@ import pytest
 from aiohttp import web
 
 from bench.processes import free_port
-from tests.acceptance.processes import clean_environment, service
 from tests.conftest import NatsServer, eventually
+from tests.support.service_processes import clean_environment, service
 
 pytestmark = pytest.mark.acceptance
 

@@ -9,8 +9,8 @@ import pytest
 from services.kit.jetstream.broker import Broker
 from tests.acceptance.test_http2_edge import Edge
 from tests.conftest import NatsServer, eventually
-from tests.delivery_stage import Log, Stage, delivering, keys, metric, story
-from tests.websocket_client import socket
+from tests.support.delivery_server import Log, Stage, delivering, keys, metric, story
+from tests.support.websocket_client import socket
 
 pytestmark = pytest.mark.acceptance
 

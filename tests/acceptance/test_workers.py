@@ -20,11 +20,11 @@ from bench.processes import free_port
 from schemas.rpc.tailrace.v1 import tailrace_pb2 as pb
 from services.delivery.workers import restart_delay
 from services.kit.jetstream.broker import Broker
-from tests.acceptance.processes import REPOSITORY, clean_environment, wait_until_answers
 from tests.conftest import eventually
-from tests.delivery_stage import Log, keys, story
-from tests.grpc_stage import Client, Read
-from tests.sse import SseClient
+from tests.support.delivery_server import Log, keys, story
+from tests.support.grpc_server import Client, Read
+from tests.support.service_processes import REPOSITORY, clean_environment, wait_until_answers
+from tests.support.sse_client import SseClient
 
 pytestmark = pytest.mark.acceptance
 EVENTS = story("g1", 300)

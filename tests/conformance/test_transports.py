@@ -11,9 +11,9 @@ import pytest
 from schemas.codec import encode_event
 from schemas.events import Completed, Started
 from services.kit.jetstream.broker import Broker
-from tests.conformance.transports import READERS, Question, Seen, Stand, standing
 from tests.conftest import NatsServer, eventually
-from tests.delivery_stage import TENANT, Log
+from tests.support.delivery_server import TENANT, Log
+from tests.support.transport_readers import READERS, Question, Seen, Stand, standing
 
 VECTORS = sorted((Path(__file__).parents[2] / "schemas/vectors/transports").glob("*.json"))
 SENTINEL = "last"  # a generation behind everything else: who has seen its end has seen all

@@ -18,9 +18,9 @@ from services.billing.core.spending import steps
 from services.kit.auth.entrance import entering
 from services.kit.auth.principal import Principal
 from services.kit.http import serving
-from tests.billing_histories import START
-from tests.contracts.billing_database import database, engine, postgres_server, postgres_url
 from tests.contracts.test_billing_ledger import NOW, generation
+from tests.support.billing_database import database, engine, postgres_server, postgres_url
+from tests.support.billing_histories import START
 
 __all__ = ["database", "engine", "postgres_server", "postgres_url"]
 HOUR = 3_600.0

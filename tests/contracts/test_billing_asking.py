@@ -25,7 +25,7 @@ from services.kit.auth.entrance import entering
 from services.kit.auth.principal import Principal
 from services.kit.clock import SystemClock
 from services.kit.http import serving
-from tests.contracts.billing_database import database, engine, postgres_server, postgres_url
+from tests.support.billing_database import database, engine, postgres_server, postgres_url
 
 __all__ = ["database", "engine", "postgres_server", "postgres_url"]
 JANUARY = 1_767_225_600_000  # 2026-01-01

@@ -18,9 +18,9 @@ from services.billing.core.generation import Generation
 from services.billing.core.spending import released, steps
 from services.billing.database_url import database_url
 from services.billing.overruns import report_limits, report_overruns
-from tests.billing_histories import START
-from tests.contracts.billing_database import database, engine, postgres_server, postgres_url
-from tests.delivery_stage import metric
+from tests.support.billing_database import database, engine, postgres_server, postgres_url
+from tests.support.billing_histories import START
+from tests.support.delivery_server import metric
 
 __all__ = ["database", "engine", "postgres_server", "postgres_url"]
 NOW = round(START * 1_000)

@@ -15,9 +15,9 @@ from services.billing.core.question import Filters
 from services.billing.core.settlement import settle
 from services.billing.core.spending import released, steps
 from services.billing.database_url import database_url
-from tests.billing_histories import address, records, restarted_history
-from tests.contracts.billing_database import database, empty_database, engine, postgres_server, postgres_url
 from tests.contracts.test_billing_money import NOW, ROWS, Books, books, folded, upgraded_to
+from tests.support.billing_database import database, empty_database, engine, postgres_server, postgres_url
+from tests.support.billing_histories import address, records, restarted_history
 
 __all__ = ["books", "database", "empty_database", "engine", "postgres_server", "postgres_url"]
 

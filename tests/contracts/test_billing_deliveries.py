@@ -14,8 +14,8 @@ from services.billing.core.generation import Key
 from services.billing.deliveries import DeliveryReports
 from services.kit.jetstream.broker import Broker
 from tests.conftest import eventually
-from tests.contracts.billing_database import database, engine, postgres_server, postgres_url
 from tests.contracts.test_billing_ledger import NOW, generation
+from tests.support.billing_database import database, engine, postgres_server, postgres_url
 
 __all__ = ["database", "engine", "postgres_server", "postgres_url"]
 

@@ -22,8 +22,8 @@ from services.billing.core.question import Filters
 from services.billing.core.reconciliation import Policy, reconcile
 from services.billing.database_url import database_url
 from services.billing.errors import Fenced, LedgerUnavailable
-from tests.billing_histories import START, address, history, records
-from tests.contracts.billing_database import database, empty_database, engine, postgres_server, postgres_url
+from tests.support.billing_database import database, empty_database, engine, postgres_server, postgres_url
+from tests.support.billing_histories import START, address, history, records
 
 __all__ = ["database", "empty_database", "engine", "postgres_server", "postgres_url"]
 NOW = round(START * 1_000) + 10_000

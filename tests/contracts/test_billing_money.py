@@ -37,9 +37,9 @@ from services.billing.price_loading import SHIPPED_FILE, load_price_file, load_s
 from services.billing.sweep import Sweep
 from services.billing.terms import CurrentTerms
 from services.kit.clock import SystemClock
-from tests.billing_histories import START, address, history, records
-from tests.billing_prices import BOOK_TOML, SINCE, price
-from tests.contracts.billing_database import database, empty_database, engine, postgres_server, postgres_url
+from tests.support.billing_database import database, empty_database, engine, postgres_server, postgres_url
+from tests.support.billing_histories import START, address, history, records
+from tests.support.billing_prices import BOOK_TOML, SINCE, price
 
 __all__ = ["database", "empty_database", "engine", "postgres_server", "postgres_url"]
 NOW = round(START * 1_000) + 10_000

@@ -18,9 +18,9 @@ from services.kit.auth.principal import SCOPES, Principal
 from services.kit.clock import SystemClock
 from services.kit.http import serving
 from services.kit.settings import SettingsError
-from tests.billing_prices import BOOK_TOML
-from tests.contracts.billing_database import database, engine, postgres_server, postgres_url
 from tests.contracts.test_billing_money import Books, books, folded
+from tests.support.billing_database import database, engine, postgres_server, postgres_url
+from tests.support.billing_prices import BOOK_TOML
 
 __all__ = ["books", "database", "engine", "postgres_server", "postgres_url"]
 TOML = {"content-type": "application/toml"}

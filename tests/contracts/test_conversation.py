@@ -12,7 +12,7 @@ from services.producer.core.counting import GenerationCounter
 from services.producer.core.dialects import dialect_of
 from services.producer.core.generation import Generation
 from services.producer.ports import UpstreamRequest
-from tests.transcripts import Transcript
+from tests.support.provider_transcripts import Transcript
 
 USER = Message("user", "Weather in A?")
 RESULT = Message("tool", "12 °C", tool_call_id="toolu_1")

@@ -17,7 +17,7 @@ from schemas.codec import encode_event
 from schemas.delivered import delivered_subject
 from schemas.events import AnyEvent, Event
 from schemas.requests import GenerationRecord, Request
-from tests.unit.schemas.structs import any_event, struct
+from tests.support.struct_strategies import any_event, struct
 
 FOLDER = Path(export.__file__).parent
 DOCUMENTS = {path: json.loads(text) for path, text in export.documents().items()}

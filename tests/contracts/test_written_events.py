@@ -47,7 +47,7 @@ from services.producer.core.parts import (
     UsagePart,
 )
 from services.producer.core.takeover import Begun
-from tests.transcripts import TRANSCRIPTS
+from tests.support.provider_transcripts import TRANSCRIPTS
 
 ADDRESS = Address.of("t", "s", "g", 1)
 EDGES = (-1, 2**53 - 1, 2**53, -(2**63), 2**64, 10**30, CHOICES - 1, CHOICES)

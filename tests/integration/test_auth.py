@@ -17,9 +17,9 @@ from services.kit.clock import SystemClock
 from services.kit.jetstream.broker import Broker
 from services.kit.settings import Shared
 from tests.conftest import NatsServer, eventually
-from tests.delivery_stage import Stage, delivering, story
-from tests.integration.credentials import ADMIN, bearer, guarded, make_key, problem, requiring, token
-from tests.sse import SseClient
+from tests.support.credentials import ADMIN, bearer, guarded, make_key, problem, requiring, token
+from tests.support.delivery_server import Stage, delivering, story
+from tests.support.sse_client import SseClient
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ import pytest
 
 from bench.processes import free_port
 from services.kit.jetstream.broker import Broker
-from tests.acceptance.processes import REPOSITORY, clean_environment
 from tests.conftest import NatsServer
-from tests.delivery_stage import Stage
-from tests.integration.credentials import ADMIN, guarded
+from tests.support.credentials import ADMIN, guarded
+from tests.support.delivery_server import Stage
+from tests.support.service_processes import REPOSITORY, clean_environment
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from services.kit.jetstream.broker import Broker
-from tests.delivery_stage import Stage
-from tests.integration.credentials import ADMIN, guarded
 from tests.integration.test_auth_matrix import billing
+from tests.support.credentials import ADMIN, guarded
+from tests.support.delivery_server import Stage
 
 EXAMPLES = 3
 SECONDS = 60

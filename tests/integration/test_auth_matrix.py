@@ -25,7 +25,7 @@ from services.kit.auth.setup import build_authenticator
 from services.kit.clock import SystemClock
 from services.kit.http import serving
 from services.kit.jetstream.broker import Broker
-from tests.integration.credentials import SCOPES, bearer, guarded, requiring, token
+from tests.support.credentials import SCOPES, bearer, guarded, requiring, token
 
 METHODS = ("get", "post", "put", "patch", "delete")
 NAMES = {

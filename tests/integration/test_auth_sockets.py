@@ -12,8 +12,8 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import InvalidStatus
 
 from services.kit.jetstream.broker import Broker
-from tests.delivery_stage import Stage
-from tests.integration.credentials import ADMIN, bearer, guarded, make_key, token
+from tests.support.credentials import ADMIN, bearer, guarded, make_key, token
+from tests.support.delivery_server import Stage
 
 EXPIRED = 4401
 

@@ -19,10 +19,10 @@ from services.billing.core.question import Filters
 from services.billing.core.reconciliation import Policy
 from services.billing.database_url import database_url
 from services.kit.jetstream.broker import Broker
-from tests.billing_histories import history
 from tests.conftest import NatsServer, empty, eventually
-from tests.integration.billing_runs import Scenario, place, running, sqlite, write, write_surely
-from tests.postgres import PostgresServer, postgres_server, postgres_url
+from tests.support.billing_histories import history
+from tests.support.billing_process import Scenario, place, running, sqlite, write, write_surely
+from tests.support.postgres import PostgresServer, postgres_server, postgres_url
 
 __all__ = ["postgres_server", "postgres_url"]
 

@@ -15,8 +15,8 @@ from services.billing.adapters.tables import GENERATIONS, LEDGER
 from services.billing.database_url import database_url
 from services.kit.jetstream.broker import Broker
 from tests.conftest import eventually
-from tests.integration.billing_runs import Process, Scenario, sqlite, write
-from tests.postgres import postgres_server, postgres_url
+from tests.support.billing_process import Process, Scenario, sqlite, write
+from tests.support.postgres import postgres_server, postgres_url
 
 __all__ = ["postgres_server", "postgres_url"]
 MILLION = Decimal(1_000_000)

@@ -10,8 +10,8 @@ import pytest
 from schemas.topology import Topology
 from services.kit.jetstream.broker import Broker
 from tests.conftest import NatsServer, eventually
-from tests.integration.billing_runs import Process, Scenario, sqlite, write
-from tests.postgres import PostgresServer, postgres_server, postgres_url
+from tests.support.billing_process import Process, Scenario, sqlite, write
+from tests.support.postgres import PostgresServer, postgres_server, postgres_url
 
 __all__ = ["postgres_server", "postgres_url"]
 

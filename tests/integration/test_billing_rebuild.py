@@ -30,11 +30,11 @@ from services.billing.terms import CurrentTerms
 from services.kit.clock import SystemClock
 from services.kit.jetstream.broker import Broker
 from services.kit.jetstream.logs import Logs
-from tests.billing_histories import history, restarted_history
-from tests.billing_prices import price
 from tests.conftest import eventually
-from tests.integration.billing_runs import Process, Scenario, running, sqlite, write, write_surely
-from tests.postgres import postgres_server, postgres_url
+from tests.support.billing_histories import history, restarted_history
+from tests.support.billing_prices import price
+from tests.support.billing_process import Process, Scenario, running, sqlite, write, write_surely
+from tests.support.postgres import postgres_server, postgres_url
 
 __all__ = ["postgres_server", "postgres_url"]
 ROWS = [price("input", "2.50"), price("output", "10")]

@@ -25,9 +25,9 @@ from services.kit.jetstream.broker import Broker, BrokerUnavailable
 from services.kit.jetstream.errors import APIError
 from services.kit.problem import Problem
 from tests.conftest import NatsServer, eventually
-from tests.delivery_stage import Stage, delivering
-from tests.integration.billing_runs import running, sqlite
-from tests.pipeline import ask, ended_log, producing
+from tests.support.billing_process import running, sqlite
+from tests.support.delivery_server import Stage, delivering
+from tests.support.producer_worker import ask, ended_log, producing
 
 
 class Pipeline:

@@ -28,7 +28,7 @@ from schemas.events import (
     Started,
     ToolCall,
 )
-from tests.integration.standalone_delivery import GENERATION, Delivery, serving, story
+from tests.support.scripted_delivery import GENERATION, Delivery, serving, story
 
 REPOSITORY = Path(__file__).parents[2]
 

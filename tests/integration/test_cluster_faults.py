@@ -15,13 +15,13 @@ from schemas.subjects import Address, token_subject
 from schemas.topology import REQUESTS, token_stream
 from services.kit.jetstream.broker import Broker
 from services.kit.settings import Shared
-from tests.cluster import Cluster
 from tests.conftest import eventually
-from tests.delivery_stage import Stage, delivering
-from tests.pipeline import producing
-from tests.sse import SseClient
+from tests.support.delivery_server import Stage, delivering
+from tests.support.nats_cluster import Cluster
+from tests.support.producer_worker import producing
+from tests.support.sse_client import SseClient
 
-pytest_plugins = ["tests.cluster"]
+pytest_plugins = ["tests.support.nats_cluster"]
 
 LOG = token_stream(0)
 TERMINALS = {"completed", "failed", "cancelled", "interrupted"}

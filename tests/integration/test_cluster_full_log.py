@@ -10,8 +10,8 @@ from services.kit.jetstream.broker import Broker
 from services.kit.jetstream.errors import APIError
 from services.kit.settings import Shared
 from tests.conftest import NatsServer, eventually
-from tests.delivery_stage import delivering, metric
-from tests.pipeline import accepted_log, ask, ended_log, enqueue, producing, raw_log
+from tests.support.delivery_server import delivering, metric
+from tests.support.producer_worker import accepted_log, ask, ended_log, enqueue, producing, raw_log
 
 LOG = token_stream(0)
 BOUND = 60_000

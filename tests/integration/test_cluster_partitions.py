@@ -10,11 +10,11 @@ from services.delivery.log.partitions import Partitions
 from services.kit.clock import SystemClock
 from services.kit.jetstream.broker import Broker
 from services.kit.settings import Shared
-from tests.acceptance.processes import clean_environment, service
 from tests.conftest import eventually
-from tests.delivery_stage import Stage, delivering
-from tests.pipeline import producing
-from tests.sse import SseClient
+from tests.support.delivery_server import Stage, delivering
+from tests.support.producer_worker import producing
+from tests.support.service_processes import clean_environment, service
+from tests.support.sse_client import SseClient
 
 TENANT = "default"
 

@@ -7,10 +7,10 @@ import pytest
 from schemas.subjects import Address, log_filter, token_subject
 from schemas.topology import BUCKET, REGISTRY_BUCKET, REQUESTS, Topology, bucket_stream, token_stream
 from services.kit.jetstream.broker import Broker, BrokerUnavailable, ReadFailed, Stored
-from tests.cluster import Cluster
 from tests.conftest import NatsServer
+from tests.support.nats_cluster import Cluster
 
-pytest_plugins = ["tests.cluster"]
+pytest_plugins = ["tests.support.nats_cluster"]
 
 LOG = token_stream(0)
 SUBJECT = token_subject(Address(0, "t", "s", "g"))

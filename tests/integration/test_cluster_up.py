@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from services.standalone.plan import Options, ServiceSpec, plan_services
-from tests.acceptance.processes import REPOSITORY, clean_environment
 from tests.acceptance.test_standalone_up import ANY_PORTS, Up
+from tests.support.service_processes import REPOSITORY, clean_environment
 
 pytestmark = pytest.mark.acceptance
 QUESTION = {

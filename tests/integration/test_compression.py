@@ -11,7 +11,7 @@ import pytest
 from services.delivery.formats.gzip import Gzipped, takes_gzip
 from services.kit.jetstream.broker import Broker
 from tests.conftest import NatsServer, eventually
-from tests.delivery_stage import Log, Stage, delivering, keys, metric, story, subscribers
+from tests.support.delivery_server import Log, Stage, delivering, keys, metric, story, subscribers
 
 GZIP = {"Accept-Encoding": "gzip"}
 

@@ -9,8 +9,8 @@ import pytest
 from schemas.events import Cancelled, Completed, Delta, Restarted, Started
 from services.kit.jetstream.broker import Broker
 from tests.conftest import eventually
-from tests.consumers_stage import Service, Stage, consuming, seqs
-from tests.delivery_stage import Log, keys, metric, story
+from tests.support.consumer_server import Service, Stage, consuming, seqs
+from tests.support.delivery_server import Log, keys, metric, story
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from services.delivery.consumers.tokens import Token
 from services.kit.auth.principal import Principal
 from services.kit.jetstream.broker import Broker
 from tests.conftest import eventually
-from tests.consumers_stage import Service, Stage, consuming, seqs
-from tests.delivery_stage import TENANT, Log, keys, story
+from tests.support.consumer_server import Service, Stage, consuming, seqs
+from tests.support.delivery_server import TENANT, Log, keys, story
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import pytest
 
 from services.kit.jetstream.broker import Broker
 from tests.conftest import eventually
-from tests.consumers_stage import Service, Stage, consuming
-from tests.delivery_stage import Log, keys, story
 from tests.integration.test_cli import command, environment
+from tests.support.consumer_server import Service, Stage, consuming
+from tests.support.delivery_server import Log, keys, story
 
 
 @pytest.fixture

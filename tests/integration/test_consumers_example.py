@@ -10,7 +10,7 @@ from pathlib import Path
 from schemas.events import Completed, Delta, Restarted
 from schemas.topology import Topology
 from services.kit.jetstream.broker import Broker
-from tests.delivery_stage import Log, keys, story
+from tests.support.delivery_server import Log, keys, story
 
 REPOSITORY = Path(__file__).parents[2]
 EXAMPLE = REPOSITORY / "docs" / "examples" / "read_with_nats.py"

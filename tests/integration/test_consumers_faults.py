@@ -15,11 +15,11 @@ import pytest
 from bench.processes import free_port
 from schemas.topology import Topology, token_stream
 from services.kit.jetstream.broker import Broker
-from tests.acceptance.processes import REPOSITORY, clean_environment
 from tests.conftest import NatsServer, eventually
-from tests.consumers_stage import Service, Stage, consuming, seqs
-from tests.delivery_stage import Log, keys, metric, story
-from tests.sse import small_buffers
+from tests.support.consumer_server import Service, Stage, consuming, seqs
+from tests.support.delivery_server import Log, keys, metric, story
+from tests.support.service_processes import REPOSITORY, clean_environment
+from tests.support.sse_client import small_buffers
 
 
 async def test_what_a_client_had_when_it_died_is_given_again(nats_url: str, broker: Broker) -> None:

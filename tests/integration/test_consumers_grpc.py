@@ -12,10 +12,10 @@ from schemas.rpc.tailrace.v1 import tailrace_pb2 as pb
 from services.kit.auth.principal import Principal
 from services.kit.jetstream.broker import Broker
 from tests.conftest import eventually
-from tests.consumers_stage import Service, Stage, consuming, seqs
-from tests.delivery_stage import TENANT, Log, keys, metric, story
-from tests.grpc_stage import Client, GrpcStage, serving_calls
-from tests.websocket_client import socket
+from tests.support.consumer_server import Service, Stage, consuming, seqs
+from tests.support.delivery_server import TENANT, Log, keys, metric, story
+from tests.support.grpc_server import Client, GrpcStage, serving_calls
+from tests.support.websocket_client import socket
 
 
 class Consumed:

@@ -11,8 +11,8 @@ from schemas.codec import MalformedEvent, decode_header
 from schemas.events import Delta, Event, Restarted
 from services.kit.jetstream.broker import Broker
 from tests.conftest import eventually
-from tests.consumers_stage import Service, consuming
-from tests.delivery_stage import Log, interleaved, metric, story
+from tests.support.consumer_server import Service, consuming
+from tests.support.delivery_server import Log, interleaved, metric, story
 
 
 def disturbed(rng: random.Random, generation: str) -> list[Event]:

@@ -9,9 +9,9 @@ import pytest
 from services.kit.auth.principal import Principal
 from services.kit.jetstream.broker import Broker
 from tests.conftest import eventually
-from tests.consumers_stage import Service, Stage, consuming, seqs
-from tests.delivery_stage import TENANT, Log, keys, metric, story
-from tests.websocket_client import JSON, MSGPACK, SocketClient, socket
+from tests.support.consumer_server import Service, Stage, consuming, seqs
+from tests.support.delivery_server import TENANT, Log, keys, metric, story
+from tests.support.websocket_client import JSON, MSGPACK, SocketClient, socket
 
 
 @pytest.fixture

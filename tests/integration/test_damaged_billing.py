@@ -11,11 +11,11 @@ from services.billing.adapters.database import open_engine, reading
 from services.billing.adapters.tables import GAPS
 from services.billing.database_url import database_url
 from services.kit.jetstream.broker import Broker
-from tests.billing_histories import history
 from tests.conftest import NatsServer, eventually
-from tests.delivery_stage import metric
-from tests.integration.billing_runs import Run, running, sqlite, write_surely
-from tests.store_damage import DAMAGES, LOSING, stream_folder
+from tests.support.billing_histories import history
+from tests.support.billing_process import Run, running, sqlite, write_surely
+from tests.support.delivery_server import metric
+from tests.support.store_damage import DAMAGES, LOSING, stream_folder
 
 OLD, NEW = ("gen_1", "gen_2", "gen_3"), ("gen_4", "gen_5", "gen_6")
 

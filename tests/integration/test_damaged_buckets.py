@@ -10,10 +10,10 @@ from schemas.topology import Topology
 from services.kit.jetstream.broker import Broker
 from services.standalone.store import drop_indexes, set_aside_unreadable
 from tests.conftest import NatsServer, eventually
-from tests.delivery_stage import Stage, delivering
-from tests.integration.billing_runs import running, sqlite
-from tests.pipeline import producing
-from tests.store_damage import DAMAGES, stream_folder
+from tests.support.billing_process import running, sqlite
+from tests.support.delivery_server import Stage, delivering
+from tests.support.producer_worker import producing
+from tests.support.store_damage import DAMAGES, stream_folder
 
 KINDS = ("block-overwritten", "block-truncated", "block-missing", "index-garbage", "meta-garbage", "stream-missing")
 STREAMS = ("KV_generations", "KV_registry", "DELIVERED", "CONSUMERS")

@@ -7,9 +7,9 @@ import pytest
 from schemas.topology import Topology
 from services.kit.jetstream.broker import Broker
 from tests.conftest import NatsServer, eventually
-from tests.consumers_stage import Service, consuming, seqs
-from tests.delivery_stage import Log, delivering, keys, metric, story
-from tests.store_damage import DAMAGES, LOSING, stream_folder
+from tests.support.consumer_server import Service, consuming, seqs
+from tests.support.delivery_server import Log, delivering, keys, metric, story
+from tests.support.store_damage import DAMAGES, LOSING, stream_folder
 
 OLD, NEW = ("g1", "g2", "g3"), ("g4", "g5", "g6", "g7")
 SIZE = 50

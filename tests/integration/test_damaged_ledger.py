@@ -14,7 +14,7 @@ from services.billing.errors import LedgerUnusable
 from services.kit.jetstream.broker import Broker
 from services.kit.lifecycle import EXIT_UNUSABLE
 from tests.conftest import NatsServer, eventually
-from tests.integration.billing_runs import Process, append_history, sqlite
+from tests.support.billing_process import Process, append_history, sqlite
 
 
 def _garbage(path: Path) -> None:

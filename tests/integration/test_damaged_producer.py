@@ -9,8 +9,8 @@ from schemas.events import AnyEvent, Completed, Interrupted, Restarted, type_of
 from schemas.topology import Topology
 from services.kit.jetstream.broker import Broker, BrokerUnavailable
 from tests.conftest import NatsServer, eventually
-from tests.pipeline import accepted_log, ask, ended_log, enqueue, producing, raw_log
-from tests.store_damage import DAMAGES, LOSING, stream_folder
+from tests.support.producer_worker import accepted_log, ask, ended_log, enqueue, producing, raw_log
+from tests.support.store_damage import DAMAGES, LOSING, stream_folder
 
 LONG = {"tokens": 600, "tokens_per_second": 60}
 

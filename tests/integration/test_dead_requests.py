@@ -18,10 +18,10 @@ from services.delivery.requests.dead import REASON
 from services.kit.jetstream.broker import Broker
 from services.kit.settings import Shared
 from services.producer.relay import Relay
-from tests.acceptance.processes import REPOSITORY, clean_environment
 from tests.conftest import NatsServer, eventually
-from tests.delivery_stage import Stage, delivering
-from tests.pipeline import ask, producing
+from tests.support.delivery_server import Stage, delivering
+from tests.support.producer_worker import ask, producing
+from tests.support.service_processes import REPOSITORY, clean_environment
 
 BODY: dict[str, Any] = {
     "model": "scripted/story",

@@ -11,7 +11,7 @@ from schemas.topology import DELIVERED
 from services.delivery.reports.reporter import DeliveryReporter
 from services.kit.jetstream.broker import Broker
 from tests.conftest import eventually
-from tests.delivery_stage import Log, Stage, delivering, story
+from tests.support.delivery_server import Log, Stage, delivering, story
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from schemas.topology import REGISTRY_BUCKET
 from services.kit.jetstream.broker import Broker
 from services.kit.settings import Shared
 from tests.conftest import NatsServer
-from tests.delivery_stage import Log, Stage, delivering, story
+from tests.support.delivery_server import Log, Stage, delivering, story
 
 BODY: dict[str, Any] = {"model": "scripted/story", "messages": [{"role": "user", "content": "rivers"}]}
 MB = 1024 * 1024

@@ -12,8 +12,8 @@ import httpx
 from schemas.cursor import Cursor
 from services.kit.jetstream.broker import Broker, Stored
 from tests.conftest import NatsServer, eventually
-from tests.delivery_stage import Log, Stage, delivering, keys, metric, story, subscribers
-from tests.sse import SseClient, small_buffers
+from tests.support.delivery_server import Log, Stage, delivering, keys, metric, story, subscribers
+from tests.support.sse_client import SseClient, small_buffers
 
 BIG = 60_000  # characters of one delta: a few hundred of them are more than sockets' buffers hold
 

@@ -12,7 +12,7 @@ import pytest
 from schemas.events import AnyEvent
 from services.kit.jetstream.broker import Broker
 from tests.conftest import NatsServer, eventually
-from tests.delivery_stage import Log, Stage, delivering, interleaved, keys, metric, story
+from tests.support.delivery_server import Log, Stage, delivering, interleaved, keys, metric, story
 
 
 async def append_through_outages(log: Log, events: list[AnyEvent], pause: float) -> None:

@@ -7,7 +7,7 @@ from nats.aio.subscription import Subscription
 from services.kit.jetstream.broker import Broker
 from services.kit.jetstream.client import Arrival
 from tests.conftest import NatsServer, eventually
-from tests.delivery_stage import Log, Stage, delivering, keys, story
+from tests.support.delivery_server import Log, Stage, delivering, keys, story
 
 
 def becoming_deaf(stage: Stage) -> asyncio.Event:

@@ -9,7 +9,7 @@ import pytest
 from schemas.events import Completed, Delta, Interrupted, Restarted, Started
 from services.kit.jetstream.broker import Broker
 from tests.conftest import NatsServer, eventually
-from tests.delivery_stage import Log, Stage, delivering, interleaved, keys, metric, story
+from tests.support.delivery_server import Log, Stage, delivering, interleaved, keys, metric, story
 
 
 @pytest.fixture

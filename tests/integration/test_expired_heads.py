@@ -19,12 +19,12 @@ from services.producer.core.takeover import decide
 from services.producer.relay import read_begun
 from services.standalone.api import Api
 from services.standalone.follow import Start, follow
-from tests.conformance.transports import READERS, Question, Stand, standing
 from tests.conftest import NatsServer, eventually
-from tests.consumers_stage import Service
-from tests.delivery_stage import TENANT, Log, Stage, delivering, keys, story
-from tests.integration.billing_runs import running, sqlite
-from tests.pipeline import ask, enqueue, producing, raw_log
+from tests.support.billing_process import running, sqlite
+from tests.support.consumer_server import Service
+from tests.support.delivery_server import TENANT, Log, Stage, delivering, keys, story
+from tests.support.producer_worker import ask, enqueue, producing, raw_log
+from tests.support.transport_readers import READERS, Question, Stand, standing
 
 STREAM = "TOKENS_0"
 

@@ -8,10 +8,10 @@ import pytest
 from schemas.events import AnyEvent, Completed, Failed, Notice, UsageReported
 from services.kit.jetstream.broker import Broker
 from services.producer.core.retry import RetryPolicy
-from tests.answers import DONE, assert_sound, chunk, config, ending, kinds, notices
-from tests.foreign import COHERE_START, MESSAGE_START, cohere_delta, data, named, text_delta
-from tests.pipeline import ask, ended_log, enqueue, producing, text_of
-from tests.providers import Provider, Replay, providing
+from tests.support.foreign_streams import COHERE_START, MESSAGE_START, cohere_delta, data, named, text_delta
+from tests.support.openai_answers import DONE, assert_sound, chunk, config, ending, kinds, notices
+from tests.support.producer_worker import ask, ended_log, enqueue, producing, text_of
+from tests.support.provider_server import Provider, Replay, providing
 
 QUICK = RetryPolicy(max_attempts=3, base=0.01, maximum=0.2)
 HELLO = chunk("Hello")

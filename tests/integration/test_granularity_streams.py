@@ -11,8 +11,8 @@ import pytest
 from schemas.events import AnyEvent, Completed, Delta, Started
 from services.kit.jetstream.broker import Broker
 from tests.conftest import NatsServer, eventually
-from tests.delivery_stage import Log, Stage, delivering, story
-from tests.sse import SseClient
+from tests.support.delivery_server import Log, Stage, delivering, story
+from tests.support.sse_client import SseClient
 
 WISHES: list[dict[str, str]] = [
     {},

@@ -15,9 +15,9 @@ from services.kit.auth.setup import build_authenticator
 from services.kit.clock import SystemClock
 from services.kit.jetstream.broker import Broker
 from tests.conftest import NatsServer
-from tests.delivery_stage import keys, story
-from tests.grpc_stage import Client, Read, serving_calls
-from tests.integration.credentials import ADMIN, requiring, token
+from tests.support.credentials import ADMIN, requiring, token
+from tests.support.delivery_server import keys, story
+from tests.support.grpc_server import Client, Read, serving_calls
 
 
 @pytest.fixture

@@ -21,8 +21,8 @@ from services.kit.http import PortTaken
 from services.kit.jetstream.broker import Broker
 from services.kit.tls import server_tls
 from tests.conftest import NatsServer, eventually
-from tests.delivery_stage import Log, metric, story
-from tests.grpc_stage import PATH, Client, GrpcStage, Read, serving_calls
+from tests.support.delivery_server import Log, metric, story
+from tests.support.grpc_server import PATH, Client, GrpcStage, Read, serving_calls
 
 ASK = pb.StartRequest(
     session="s", model="m", messages=[pb.Message(role="user", content="hi")], idempotency_key="k", metadata={"a": "b"}

@@ -16,8 +16,8 @@ from services.kit.auth.principal import Principal
 from services.kit.jetstream.broker import Broker
 from services.kit.problem import Problem
 from tests.conftest import NatsServer, eventually
-from tests.delivery_stage import TENANT, Log, keys, metric, story
-from tests.grpc_stage import Client, GrpcStage, Read, serving_calls
+from tests.support.delivery_server import TENANT, Log, keys, metric, story
+from tests.support.grpc_server import Client, GrpcStage, Read, serving_calls
 
 
 @pytest.fixture

@@ -22,8 +22,8 @@ from services.kit.http import serving
 from services.kit.jetstream.broker import Broker
 from services.kit.tls import ServerTls, TlsUnusable, server_tls
 from tests.conftest import NatsServer, require
-from tests.delivery_stage import Log, Stage, delivering, keys, story, subscribers
-from tests.sse import SseClient
+from tests.support.delivery_server import Log, Stage, delivering, keys, story, subscribers
+from tests.support.sse_client import SseClient
 
 
 @pytest.fixture

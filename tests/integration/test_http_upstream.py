@@ -19,8 +19,8 @@ from services.producer.core.parts import End, NoticePart, Part, Text, UpstreamFa
 from services.producer.core.registry import Provider, Secret
 from services.producer.ports import Upstream, UpstreamRefused, UpstreamRequest
 from tests.conftest import eventually
-from tests.providers import Replay, providing, unlistening_port
-from tests.transcripts import TRANSCRIPTS, Transcript, described
+from tests.support.provider_server import Replay, providing, unlistening_port
+from tests.support.provider_transcripts import TRANSCRIPTS, Transcript, described
 
 KEY = "sk-test-0123456789abcdef"
 SECRET = "o-secret-header-0123456789"

@@ -15,12 +15,12 @@ from services.delivery.requests.size_limit import request_limit
 from services.delivery.settings import Settings
 from services.kit.problem import MEDIA_TYPE
 from services.standalone.embedded import MAX_PAYLOAD, payload_for, render_config
-from tests.answers import config, saying
 from tests.conftest import eventually, nats_server_path
-from tests.delivery_stage import Stage, delivering
-from tests.pipeline import producing
-from tests.providers import providing
-from tests.websocket_client import socket
+from tests.support.delivery_server import Stage, delivering
+from tests.support.openai_answers import config, saying
+from tests.support.producer_worker import producing
+from tests.support.provider_server import providing
+from tests.support.websocket_client import socket
 
 MB = 1024 * 1024
 DEFAULT = Settings().max_body

@@ -11,9 +11,9 @@ from schemas.subjects import control_subject
 from services.delivery.requests.transcript import Transcript
 from services.kit.jetstream.broker import Broker
 from services.producer.core.dialects.openrouter import late_usage
-from tests.answers import QUICK, ending
 from tests.conftest import eventually
-from tests.pipeline import accepted_log, ask, ended_log, enqueue, producing
+from tests.support.openai_answers import QUICK, ending
+from tests.support.producer_worker import accepted_log, ask, ended_log, enqueue, producing
 
 ANSWER = {
     "data": {

@@ -21,8 +21,8 @@ from schemas.topology import COUNTERS
 from services.kit.jetstream.broker import Broker
 from services.kit.limits import CounterStorage
 from tests.conftest import NatsServer, eventually
-from tests.delivery_stage import Stage, delivering, metric
-from tests.integration.credentials import bearer, guarded, make_key, problem, token
+from tests.support.credentials import bearer, guarded, make_key, problem, token
+from tests.support.delivery_server import Stage, delivering, metric
 
 WISH = {"model": "scripted/story", "messages": [{"role": "user", "content": "rivers"}]}
 

@@ -13,8 +13,8 @@ from services.kit.jetstream.broker import Broker
 from services.producer.lost_requests import LostRequests
 from services.producer.worker import Worker
 from tests.conftest import eventually
-from tests.delivery_stage import story
-from tests.pipeline import accepted_log, ask, enqueue, producing
+from tests.support.delivery_server import story
+from tests.support.producer_worker import accepted_log, ask, enqueue, producing
 
 
 async def record(broker: Broker, generation: str, state: str, age: float = 3_600.0) -> None:

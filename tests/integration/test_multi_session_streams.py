@@ -11,8 +11,8 @@ import pytest
 from services.delivery.formats.multi_cursor import MAX_SESSIONS
 from services.kit.jetstream.broker import Broker
 from tests.conftest import NatsServer, eventually
-from tests.delivery_stage import Log, Stage, delivering, keys, metric, story
-from tests.sse import SseClient, small_buffers
+from tests.support.delivery_server import Log, Stage, delivering, keys, metric, story
+from tests.support.sse_client import SseClient, small_buffers
 
 NAMES = ["a", "b", "c"]
 

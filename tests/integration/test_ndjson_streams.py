@@ -9,7 +9,7 @@ import pytest
 
 from services.kit.jetstream.broker import Broker
 from tests.conftest import NatsServer, eventually
-from tests.delivery_stage import Log, Stage, delivering, keys, story, subscribers
+from tests.support.delivery_server import Log, Stage, delivering, keys, story, subscribers
 
 NDJSON = {"Accept": "application/x-ndjson"}
 

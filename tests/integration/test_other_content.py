@@ -15,8 +15,8 @@ from services.delivery.requests.transcript import Transcript
 from services.kit.jetstream.broker import Broker
 from services.producer.core.bounds import EVENT_BYTES
 from tests.conftest import eventually
-from tests.pipeline import accepted_log, ask, enqueue, producing
-from tests.providers import Provider, Replay, providing
+from tests.support.producer_worker import accepted_log, ask, enqueue, producing
+from tests.support.provider_server import Provider, Replay, providing
 
 
 def chunk(delta: dict[str, Any], finish: str | None = None) -> bytes:

@@ -12,7 +12,7 @@ from schemas.events import AnyEvent, Delta
 from schemas.subjects import presence_subject
 from services.kit.jetstream.broker import Broker
 from tests.conftest import NatsServer, eventually
-from tests.delivery_stage import TENANT, Log, Stage, delivering, keys, metric, story
+from tests.support.delivery_server import TENANT, Log, Stage, delivering, keys, metric, story
 
 JSON = {"Accept": "application/json"}
 LONG = 20

@@ -25,8 +25,8 @@ from services.kit.settings import SettingsError, Shared
 from services.kit.tls import client_tls
 from services.producer.adapters.circuits import Circuits
 from services.producer.core.parts import UpstreamFailure
-from tests.acceptance.processes import REPOSITORY, clean_environment, service
 from tests.conftest import eventually, nats_server_path
+from tests.support.service_processes import REPOSITORY, clean_environment, service
 
 PASSWORDS = {user: f"{user}-secret" for user in USERS}
 

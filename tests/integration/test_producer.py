@@ -15,7 +15,7 @@ from schemas.topology import DEAD, REQUESTS, Topology
 from services.kit.jetstream.broker import Broker
 from services.producer.core.deadlines import Deadlines
 from tests.conftest import NatsServer, eventually
-from tests.pipeline import accepted_log, ask, ended_log, enqueue, producing, raw_log, text_of
+from tests.support.producer_worker import accepted_log, ask, ended_log, enqueue, producing, raw_log, text_of
 
 
 async def queue_is_empty(broker: Broker) -> bool:

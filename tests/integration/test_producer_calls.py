@@ -3,9 +3,20 @@
 from schemas.events import Delta, Notice, Restarted, Started
 from services.kit.jetstream.broker import Broker
 from services.producer.core.retry import RetryPolicy
-from tests.answers import ONCE, answered, code_of, config, cut_off, ending, kinds, notices, refusing, saying
-from tests.pipeline import ask, producing
-from tests.providers import Replay, providing
+from tests.support.openai_answers import (
+    ONCE,
+    answered,
+    code_of,
+    config,
+    cut_off,
+    ending,
+    kinds,
+    notices,
+    refusing,
+    saying,
+)
+from tests.support.producer_worker import ask, producing
+from tests.support.provider_server import Replay, providing
 
 FAILS_AFTER_USAGE = Replay(
     [

@@ -17,10 +17,22 @@ from services.producer.adapters import publisher
 from services.producer.core.deadlines import Deadlines
 from services.producer.core.retry import RetryPolicy
 from services.producer.worker import Worker
-from tests.answers import assert_sound, cancel, chunk, config, deltas, ending, kinds, let_go, noticed, refusing, saying
 from tests.conftest import eventually
-from tests.pipeline import accepted_log, ask, ended_log, enqueue, producing, text_of
-from tests.providers import Provider, Replay, providing
+from tests.support.openai_answers import (
+    assert_sound,
+    cancel,
+    chunk,
+    config,
+    deltas,
+    ending,
+    kinds,
+    let_go,
+    noticed,
+    refusing,
+    saying,
+)
+from tests.support.producer_worker import accepted_log, ask, ended_log, enqueue, producing, text_of
+from tests.support.provider_server import Provider, Replay, providing
 
 LONG_PAUSES = RetryPolicy(max_attempts=3, wait="linear", base=60, maximum=60)
 GENEROUS = 2.0

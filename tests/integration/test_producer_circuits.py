@@ -6,9 +6,9 @@ import pytest
 from schemas.requests import RequestDeadlines
 from services.kit.jetstream.broker import Broker
 from services.producer.core.deadlines import Deadlines
-from tests.answers import ONCE, answered, code_of, config, refusing, saying, silent
-from tests.pipeline import ask, ended_log, enqueue, producing, text_of
-from tests.providers import Replay, providing, unlistening_port
+from tests.support.openai_answers import ONCE, answered, code_of, config, refusing, saying, silent
+from tests.support.producer_worker import ask, ended_log, enqueue, producing, text_of
+from tests.support.provider_server import Replay, providing, unlistening_port
 
 
 async def test_a_model_that_fails_leaves_the_others_of_its_provider_alone(broker: Broker) -> None:

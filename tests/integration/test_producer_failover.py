@@ -5,9 +5,9 @@ from prometheus_client import REGISTRY
 
 from schemas.events import Failed
 from services.kit.jetstream.broker import Broker
-from tests.answers import QUICK, answered, code_of, config, kinds, refusing, saying
-from tests.pipeline import ask, producing, text_of
-from tests.providers import Replay, providing
+from tests.support.openai_answers import QUICK, answered, code_of, config, kinds, refusing, saying
+from tests.support.producer_worker import ask, producing, text_of
+from tests.support.provider_server import Replay, providing
 
 REFUSALS = [
     (401, "upstream_unauthorized"),

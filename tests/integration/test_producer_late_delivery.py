@@ -13,7 +13,7 @@ from services.kit.jetstream.broker import Broker
 from services.producer.adapters.publisher import Lease, Publisher
 from services.producer.errors import Fenced
 from tests.conftest import NatsServer, eventually
-from tests.pipeline import accepted_log, ask, ended_log, enqueue, producing, raw_log
+from tests.support.producer_worker import accepted_log, ask, ended_log, enqueue, producing, raw_log
 
 LEASE = 2.0
 SLOW = {"tokens": 60, "tokens_per_second": 20}

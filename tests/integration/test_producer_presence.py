@@ -12,10 +12,10 @@ from schemas.topology import Topology
 from services.kit.jetstream.broker import Broker
 from services.producer import presence
 from services.producer.worker import Worker
-from tests.answers import assert_sound, cancel, deltas
 from tests.conftest import NatsServer, eventually
-from tests.delivery_stage import Stage, delivering
-from tests.pipeline import ask, ended_log, enqueue, producing
+from tests.support.delivery_server import Stage, delivering
+from tests.support.openai_answers import assert_sound, cancel, deltas
+from tests.support.producer_worker import ask, ended_log, enqueue, producing
 
 SILENT = {"tokens": 20, "stall_after": 2, "tokens_per_second": 1_000}
 GRACE = 0.6

@@ -24,10 +24,10 @@ from services.producer.lane import QueueMessage
 from services.producer.leases import HeldRequest
 from services.producer.relay import Relay
 from services.producer.worker import Worker
-from tests.answers import assert_sound, cancel, chunk, code_of, config, deltas, kinds, saying
 from tests.conftest import eventually
-from tests.pipeline import accepted_log, ask, ended_log, enqueue, producing, raw_log, text_of
-from tests.providers import Replay, providing
+from tests.support.openai_answers import assert_sound, cancel, chunk, code_of, config, deltas, kinds, saying
+from tests.support.producer_worker import accepted_log, ask, ended_log, enqueue, producing, raw_log, text_of
+from tests.support.provider_server import Replay, providing
 
 QUICK = {"tokens": 3, "tokens_per_second": 200}
 ENDLESS = {"tokens": 20, "stall_after": 2, "tokens_per_second": 1_000}

@@ -17,7 +17,8 @@ from services.producer import call
 from services.producer.adapters import publisher
 from services.producer.core.deadlines import Deadlines
 from services.producer.core.retry import RetryPolicy
-from tests.answers import (
+from tests.conftest import eventually
+from tests.support.openai_answers import (
     COMMENT,
     ONCE,
     QUICK,
@@ -37,9 +38,8 @@ from tests.answers import (
     saying,
     silent,
 )
-from tests.conftest import eventually
-from tests.pipeline import accepted_log, ask, ended_log, enqueue, producing, text_of
-from tests.providers import Provider, Replay, providing, unlistening_port
+from tests.support.producer_worker import accepted_log, ask, ended_log, enqueue, producing, text_of
+from tests.support.provider_server import Provider, Replay, providing, unlistening_port
 
 
 @pytest.mark.parametrize(

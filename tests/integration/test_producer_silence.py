@@ -15,10 +15,10 @@ from schemas.subjects import Address, holder_subject
 from schemas.topology import REQUESTS, Topology
 from services.kit.jetstream.broker import Broker, BrokerUnavailable
 from services.producer.adapters.claims import Claims
-from tests.answers import assert_sound, chunk, config, deltas, ending
 from tests.conftest import NatsServer, eventually
-from tests.pipeline import ask, ended_log, enqueue, producing, text_of
-from tests.providers import Provider, Replay, providing
+from tests.support.openai_answers import assert_sound, chunk, config, deltas, ending
+from tests.support.producer_worker import ask, ended_log, enqueue, producing, text_of
+from tests.support.provider_server import Provider, Replay, providing
 
 LEASE = 4.0
 SILENCE = 2.5 * LEASE

@@ -10,8 +10,8 @@ import cohere
 import openai
 import pytest
 
-from tests.providers import Replay, providing
-from tests.transcripts import TRANSCRIPTS, Transcript
+from tests.support.provider_server import Replay, providing
+from tests.support.provider_transcripts import TRANSCRIPTS, Transcript
 
 WHOLE = [t for t in TRANSCRIPTS if t.expected[-1] == {"part": "End"} and not t.is_foreign]
 ASK: Any = [{"role": "user", "content": "hi"}]

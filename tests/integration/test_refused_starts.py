@@ -15,9 +15,9 @@ from services.kit.jetstream.broker import Broker, BrokerUnavailable
 from services.kit.jetstream.storage import Storage
 from services.kit.problem import Problem
 from tests.conftest import NatsServer, eventually
-from tests.delivery_stage import metric
 from tests.integration.test_repeated_starts import WISH, Taking
-from tests.pipeline import ask, ended_log, producing
+from tests.support.delivery_server import metric
+from tests.support.producer_worker import ask, ended_log, producing
 
 Stored = Callable[..., Any]
 

@@ -18,8 +18,8 @@ from services.kit.jetstream.errors import APIError
 from services.kit.problem import Problem
 from services.kit.settings import Shared
 from tests.conftest import eventually
-from tests.delivery_stage import Stage, delivering
-from tests.pipeline import producing
+from tests.support.delivery_server import Stage, delivering
+from tests.support.producer_worker import producing
 
 WISH = {
     "model": "scripted/story",

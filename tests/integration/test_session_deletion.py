@@ -18,10 +18,10 @@ from services.delivery.requests import deletion as deleting
 from services.delivery.requests.generations import Lookups
 from services.kit.jetstream.broker import Broker, BrokerUnavailable
 from tests.conftest import eventually
-from tests.consumers_stage import Service
-from tests.delivery_stage import TENANT, Log, Stage, delivering, keys, story
-from tests.integration.billing_runs import running, sqlite
-from tests.pipeline import producing
+from tests.support.billing_process import running, sqlite
+from tests.support.consumer_server import Service
+from tests.support.delivery_server import TENANT, Log, Stage, delivering, keys, story
+from tests.support.producer_worker import producing
 
 STREAM = "TOKENS_0"
 OLD = 1_000.0  # a record's age: no start that is still under way

@@ -21,9 +21,9 @@ from schemas.topology import Topology
 from services.kit.jetstream.broker import Broker
 from services.producer.adapters import publisher
 from tests.conftest import eventually, nats_server_path, require
-from tests.delivery_stage import Stage, delivering
-from tests.pipeline import producing
-from tests.sse import SseClient
+from tests.support.delivery_server import Stage, delivering
+from tests.support.producer_worker import producing
+from tests.support.sse_client import SseClient
 
 WRITES = 60  # a second; one append needs several
 RIDE = 60.0

@@ -9,7 +9,7 @@ from services.kit.jetstream.broker import Broker, BrokerUnavailable
 from services.kit.jetstream.consumer import Durables
 from services.standalone.store import is_position, set_aside_unreadable
 from tests.conftest import NatsServer
-from tests.store_damage import stream_folder
+from tests.support.store_damage import stream_folder
 
 SPOILED = {
     "random": lambda data: b"\x07" * 40,

@@ -22,8 +22,8 @@ from services.standalone.errors import CommandFailed, StartFailed
 from services.standalone.plan import ServiceSpec
 from services.standalone.supervisor import Supervisor
 
-HERE = Path(__file__).parent
-REPOSITORY = HERE.parents[1]
+REPOSITORY = Path(__file__).parents[2]
+SUPPORT = REPOSITORY / "tests" / "support"
 
 
 class Tree:
@@ -38,7 +38,7 @@ class Tree:
 
     def add(self, name: str, *, start: int = 0, stop: int = 0, grace: float = 10.0, mode: str = "") -> "Tree":
         port = free_port()
-        argv = (sys.executable, "-S", str(HERE / "standalone_stand_in.py"), str(port), str(self.journal), name, mode)
+        argv = (sys.executable, "-S", str(SUPPORT / "fake_service.py"), str(port), str(self.journal), name, mode)
         ready = f"http://127.0.0.1:{port}/readyz"
         self.specs.append(
             ServiceSpec(
@@ -205,7 +205,7 @@ async def test_stop_while_starting_ends_what_has_started(tree: Tree) -> None:
 def start_runner(tree: Tree) -> subprocess.Popen[str]:
     specs = msgspec.json.encode(tree.specs).decode()
     process = subprocess.Popen(
-        [sys.executable, str(HERE / "standalone_runner.py"), specs, str(tree.folder)],
+        [sys.executable, str(SUPPORT / "supervisor_process.py"), specs, str(tree.folder)],
         cwd=REPOSITORY,
         stdout=subprocess.PIPE,
         text=True,

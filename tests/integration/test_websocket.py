@@ -13,8 +13,8 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from schemas.events import Binary, Delta
 from services.kit.jetstream.broker import Broker
 from tests.conftest import NatsServer, eventually
-from tests.delivery_stage import Log, Stage, delivering, keys, metric, story
-from tests.websocket_client import JSON, MSGPACK, SocketClient, socket
+from tests.support.delivery_server import Log, Stage, delivering, keys, metric, story
+from tests.support.websocket_client import JSON, MSGPACK, SocketClient, socket
 
 BODY = {"model": "scripted/story", "messages": [{"role": "user", "content": "hello"}]}
 

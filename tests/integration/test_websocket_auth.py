@@ -14,9 +14,9 @@ from schemas.events import AnyEvent
 from schemas.subjects import Address, token_subject
 from services.kit.jetstream.broker import Broker
 from tests.conftest import NatsServer, eventually
-from tests.delivery_stage import Stage, delivering, keys, metric, story
-from tests.integration.credentials import bearer, guarded, token
-from tests.websocket_client import socket
+from tests.support.credentials import bearer, guarded, token
+from tests.support.delivery_server import Stage, delivering, keys, metric, story
+from tests.support.websocket_client import socket
 
 BODY = {"model": "scripted/story", "messages": [{"role": "user", "content": "hello"}]}
 

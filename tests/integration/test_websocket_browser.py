@@ -11,9 +11,9 @@ from selenium import webdriver
 
 from services.kit.jetstream.broker import Broker
 from tests.conftest import NatsServer, require
-from tests.delivery_stage import Log, delivering, keys, story
+from tests.support.delivery_server import Log, delivering, keys, story
 
-pytest_plugins = ("tests.browser",)
+pytest_plugins = ("tests.support.browser",)
 
 READ = """
 const [url, done] = arguments;

@@ -15,8 +15,8 @@ from websockets.exceptions import ConnectionClosed
 
 from services.kit.jetstream.broker import Broker
 from tests.conftest import NatsServer, eventually
-from tests.delivery_stage import Log, Stage, delivering, keys, metric, story
-from tests.websocket_client import JSON, MSGPACK, SocketClient, socket
+from tests.support.delivery_server import Log, Stage, delivering, keys, metric, story
+from tests.support.websocket_client import JSON, MSGPACK, SocketClient, socket
 
 JUNK = st.recursive(
     st.none()

@@ -18,8 +18,8 @@ from services.billing.core.generation import Generation
 from services.billing.core.prices import PriceBook
 from services.billing.core.settlement import Terms, settle
 from services.billing.views import trail
-from tests.billing_histories import START, address, history, records
-from tests.billing_prices import price
+from tests.support.billing_histories import START, address, history, records
+from tests.support.billing_prices import price
 
 NOW = round((START + 10_000) * 1_000)
 BOOK = PriceBook(1, [price("input", "2", id=1), price("output", "10", id=2)])

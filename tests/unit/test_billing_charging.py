@@ -17,8 +17,8 @@ from services.billing.core.money import ZERO
 from services.billing.core.prices import PriceBook
 from services.billing.core.reconciliation import Policy, Tolerance
 from services.billing.core.settlement import Terms, settle
-from tests.billing_histories import START, address, history, records
-from tests.billing_prices import book, price
+from tests.support.billing_histories import START, address, history, records
+from tests.support.billing_prices import book, price
 
 SOON = round((START + 10) * 1_000)
 LATER = round((START + 10_000) * 1_000)

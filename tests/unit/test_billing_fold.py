@@ -19,7 +19,7 @@ from services.billing.core.intake import Record, read_record
 from services.billing.core.reconciliation import Policy, reconcile
 from services.billing.core.sequence import join
 from services.billing.core.settlement import Terms
-from tests.billing_histories import START, address, history, records
+from tests.support.billing_histories import START, address, history, records
 
 POLICY = Policy()
 TERMS = Terms(policy=POLICY)

@@ -13,7 +13,7 @@ from services.billing.core.money import LARGEST, AmountTooLarge, parse_price, re
 from services.billing.core.price_file import BadPrices, parse_csv, parse_json, parse_toml, render_rows
 from services.billing.core.prices import CLASSES, Price, PriceBook
 from services.billing.price_loading import SHIPPED_FILE, read_price_file
-from tests.billing_prices import BOOK_TOML, SINCE, price
+from tests.support.billing_prices import BOOK_TOML, SINCE, price
 
 DAY = 86_400_000
 

@@ -26,7 +26,7 @@ from bench.chaos.history import (
 )
 from bench.chaos.schedule import LEASE, Fault
 from bench.chaos.summary import Summary, summary_of
-from tests.chaos_story import ANSWER, ISSUER, WALL, Story, event
+from tests.support.chaos_history import ANSWER, ISSUER, WALL, Story, event
 
 
 @pytest.fixture

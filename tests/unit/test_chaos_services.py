@@ -9,7 +9,7 @@ import pytest
 from bench.chaos.history import Amounts, Exported, Got, Left, Quiet, Said, Served, Stuck
 from bench.chaos.pace import MOST, slowness
 from bench.chaos.schedule import DELIVERIES, LONG_SIZE, LONG_TOKENS, draw
-from tests.chaos_story import ANSWER, ISSUER, LAST, Story, event
+from tests.support.chaos_history import ANSWER, ISSUER, LAST, Story, event
 
 COST = Decimal("0.000045000002")
 """20 input tokens at 1.25 and 2 output tokens at 10.000001 a million."""

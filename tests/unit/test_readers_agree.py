@@ -39,7 +39,7 @@ from services.kit.jetstream.broker import Stored
 from services.kit.jetstream.kept import highest_kept_epoch
 from services.producer.relay import read_begun
 from services.standalone.follow import _judge, _Session
-from tests.unit.schemas.log_model import Entry, Log, Writer
+from tests.support.log_model import Entry, Log, Writer
 
 ADDRESS = Address(0, "t", "s", "g")
 SUBJECT = token_subject(ADDRESS)

@@ -13,7 +13,7 @@ from services.delivery.formats.frames import UNLIMITED
 from services.delivery.formats.ndjson import NDJSON
 from services.delivery.formats.sse import SSE, ServerSentEvents
 from services.delivery.formats.tail import Entry, Tail
-from tests.delivery_stage import metric
+from tests.support.delivery_server import metric
 
 
 class Plain(ServerSentEvents):

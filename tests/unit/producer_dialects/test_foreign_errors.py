@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.foreign import (
+from tests.support.foreign_streams import (
     COHERE_START,
     DONE,
     HELLO,

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from services.producer.core.parts import ExtraPart
-from tests.foreign import (
+from tests.support.foreign_streams import (
     COHERE_END,
     COHERE_START,
     HELLO,

@@ -3,7 +3,7 @@
 import pytest
 
 from services.producer.core.parts import Reasoning, Text
-from tests.foreign import COHERE_END, MESSAGE_END, STOP, chunk, data, named, outcome, parser_of, stream
+from tests.support.foreign_streams import COHERE_END, MESSAGE_END, STOP, chunk, data, named, outcome, parser_of, stream
 
 
 def delta(inner: bytes, index: int = 0) -> bytes:

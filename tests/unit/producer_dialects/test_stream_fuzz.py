@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from services.producer.core.dialects import Parser
 from services.producer.core.parts import Alive, End, NoticePart, Part, Text, UpstreamFailure
-from tests.transcripts import TRANSCRIPTS, Transcript
+from tests.support.provider_transcripts import TRANSCRIPTS, Transcript
 
 DIALECTS = ("openai", "openrouter", "anthropic", "cohere")
 SETTINGS = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])

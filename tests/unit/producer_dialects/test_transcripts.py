@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.producer.core.parts import Alive, End, Text, UpstreamFailure, UsagePart
-from tests.transcripts import TRANSCRIPTS, Transcript, described
-from tests.transcripts import read as fed
+from tests.support.provider_transcripts import TRANSCRIPTS, Transcript, described
+from tests.support.provider_transcripts import read as fed
 
 ALL = pytest.mark.parametrize("transcript", TRANSCRIPTS, ids=str)
 

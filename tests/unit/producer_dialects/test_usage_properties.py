@@ -11,8 +11,8 @@ from schemas.codec import decode_event, encode_event
 from schemas.events import UsageReported
 from schemas.usage import COUNTS, MAX_NUMBER, USAGE_REASONS, Usage, grown, nested
 from services.producer.core.dialects.usage import STANDARD, UsageRules, read_usage, together
+from tests.support.struct_strategies import JSON
 from tests.unit.producer_dialects.test_usage import CASES, GEMINI, OPENROUTER, PERPLEXITY, XAI
-from tests.unit.schemas.structs import JSON
 
 _NAMES = st.sampled_from(
     sorted(

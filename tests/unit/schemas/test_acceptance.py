@@ -10,7 +10,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precon
 from schemas.acceptance import BEGINNING, Acceptance, Position, Verdict, highest_epoch, judge
 from schemas.codec import Header
 from schemas.events import TERMINAL_TYPES
-from tests.unit.schemas.log_model import TERMINAL, Entry, Log, Writer, accepted, position_of
+from tests.support.log_model import TERMINAL, Entry, Log, Writer, accepted, position_of
 
 TAKEOVERS = {*TERMINAL_TYPES, "restarted"}
 TYPES = ["started", "delta", "notice", "usage", "of_a_later_version", *sorted(TAKEOVERS)]

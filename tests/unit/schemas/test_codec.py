@@ -24,7 +24,7 @@ from schemas.events import (
     is_terminal,
 )
 from schemas.usage import MAX_NUMBER, Usage
-from tests.unit.schemas.structs import EVENTS, JSON, TEXT, any_event
+from tests.support.struct_strategies import EVENTS, JSON, TEXT, any_event
 
 HEAD = {"generation": "gen_1", "seq": 3}
 

@@ -29,9 +29,9 @@ from services.billing.database_url import database_url
 from services.billing.terms import CurrentTerms
 from services.kit.clock import SystemClock
 from services.kit.jetstream.broker import Broker
-from tests.billing_histories import history
 from tests.conftest import eventually
-from tests.migrated import copy_sqlite
+from tests.support.billing_histories import history
+from tests.support.migrated_database import copy_sqlite
 
 INTERVAL = 0.05
 

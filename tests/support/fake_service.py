@@ -1,6 +1,6 @@
 """Stands in for a service: answers /readyz, says when it stops, and misbehaves when asked to.
 
-    python standalone_stand_in.py PORT JOURNAL NAME [stubborn | broken | clumsy]
+    python fake_service.py PORT JOURNAL NAME [stubborn | broken | clumsy]
 
 Appends "<NAME> start <pid>" and "<NAME> stop" to JOURNAL. GET /crash ends it with exit code 1.
 """

@@ -8,8 +8,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from services.billing.adapters.database import open_engine
 from services.billing.database_url import database_url
-from tests.migrated import copy_sqlite
-from tests.postgres import created, postgres_server, postgres_url
+from tests.support.migrated_database import copy_sqlite
+from tests.support.postgres import created, postgres_server, postgres_url
 
 __all__ = ["database", "empty_database", "engine", "postgres_server", "postgres_url"]
 KINDS = ["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)]

@@ -24,7 +24,7 @@ from services.kit.jetstream.broker import Broker
 from services.kit.problem import EXCEPTION_HANDLERS
 from services.kit.request_head import BodyLimit
 from services.kit.settings import Shared
-from tests.delivery_stage import TENANT
+from tests.support.delivery_server import TENANT
 
 
 class Stage:

@@ -26,7 +26,7 @@ from services.kit.http import serving
 from services.kit.jetstream.broker import Broker
 from services.kit.settings import Shared
 from tests.conftest import eventually
-from tests.sse import SseClient
+from tests.support.sse_client import SseClient
 
 TENANT = "default"
 SILENCE = 20.0  # seconds without a byte after which a test fails: a cluster that was down elects leaders first

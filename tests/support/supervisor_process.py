@@ -1,4 +1,4 @@
-"""A supervisor as a process of its own: ``python standalone_runner.py SPECS LOGS``, SPECS being JSON; says "ready"."""
+"""Run a supervisor as a process: ``python supervisor_process.py SPECS LOGS``, SPECS in JSON; prints "ready"."""
 
 import asyncio
 import sys

@@ -10,8 +10,8 @@ from schemas.subjects import control_subject
 from services.kit.jetstream.broker import Broker
 from services.producer.core.retry import RetryPolicy
 from tests.conftest import eventually
-from tests.pipeline import accepted_log, ended_log, enqueue, raw_log
-from tests.providers import Provider, Replay
+from tests.support.producer_worker import accepted_log, ended_log, enqueue, raw_log
+from tests.support.provider_server import Provider, Replay
 
 USAGE = {"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12}
 DONE = b"data: [DONE]\n\n"

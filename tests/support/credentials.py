@@ -11,7 +11,7 @@ import jwt
 
 from services.kit.auth.api_keys import mint
 from services.kit.settings import Shared
-from tests.delivery_stage import Stage, delivering
+from tests.support.delivery_server import Stage, delivering
 
 ADMIN = mint()
 SECRET = "a-shared-secret-of-at-least-thirty-two-bytes"

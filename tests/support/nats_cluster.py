@@ -1,7 +1,7 @@
 """Three real nats-servers that form one JetStream cluster on loopback; each can be killed, stopped, paused, started.
 
-Use it with ``pytest_plugins = ["tests.cluster"]``: ``cluster`` is whole and empty when a test begins, however
-the test before has left it.
+Load it with ``pytest_plugins = ["tests.support.nats_cluster"]``. The fixture ``cluster`` is complete and empty when a
+test begins, whatever the previous test did to it.
 """
 
 import asyncio

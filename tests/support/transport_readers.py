@@ -10,9 +10,9 @@ from google.protobuf.json_format import MessageToDict
 
 from schemas.rpc.tailrace.v1 import tailrace_pb2 as pb
 from services.delivery.formats.multi_cursor import parse_multi_cursor
-from tests.delivery_stage import Stage, delivering
-from tests.grpc_stage import GrpcStage, serving_calls
-from tests.websocket_client import JSON, MSGPACK, SocketClient, socket
+from tests.support.delivery_server import Stage, delivering
+from tests.support.grpc_server import GrpcStage, serving_calls
+from tests.support.websocket_client import JSON, MSGPACK, SocketClient, socket
 
 __all__ = ["READERS", "Question", "Reader", "Seen", "Stand", "standing"]
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from aiohttp import web
 
-CONSOLE = Path(__file__).parent.parent / "services" / "delivery" / "console"
+CONSOLE = Path(__file__).parents[2] / "services" / "delivery" / "console"
 POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'"
 STORY = "The river came down from the hills, turned the wheel once, and went on as if nothing had happened."
 WORDS = STORY.split()

@@ -17,7 +17,7 @@ from services.kit.auth.principal import Principal
 from services.kit.clock import SystemClock
 from services.kit.jetstream.broker import Broker
 from services.kit.settings import Shared
-from tests.delivery_stage import TENANT
+from tests.support.delivery_server import TENANT
 
 PATH = "/tailrace.v1.Delivery/"
 

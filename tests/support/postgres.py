@@ -24,7 +24,7 @@ import pytest
 
 from bench.processes import free_port
 from tests.conftest import require
-from tests.migrated import elsewhere, migrated
+from tests.support.migrated_database import elsewhere, migrated
 
 
 class PostgresServer:

@@ -31,7 +31,7 @@ from services.kit.auth.principal import Principal
 from services.kit.http import serving
 from services.kit.jetstream.broker import Broker
 from services.kit.problem import Problem
-from tests.contracts.test_billing_asking import entry, generation
+from tests.contracts.billing.test_questions import entry, generation
 from tests.support.credentials import guarded
 from tests.support.delivery_server import Stage, delivering
 

@@ -41,11 +41,11 @@ DOCUMENTS = sorted(
 )
 ELSEWHERE = {
     "make up": "tests/acceptance/test_documents.py",
-    "make up CLUSTER=3": "tests/integration/test_cluster_up.py",
+    "make up CLUSTER=3": "tests/integration/standalone/test_cluster_up.py",
     "make test": ".ci/run",
     "make lint": ".ci/run",
     ".venv/bin/python -m grpc_tools.protoc -I schemas/rpc --python_out=schemas/rpc --pyi_out=schemas/rpc "
-    "tailrace/v1/tailrace.proto": "tests/contracts/test_grpc_protocol.py",
+    "tailrace/v1/tailrace.proto": "tests/contracts/delivery/test_grpc_protocol.py",
     "docker compose up --build --wait -d": "tests/acceptance/test_compose.py",
     "docker compose down": "tests/acceptance/test_compose.py",
 }

@@ -112,7 +112,7 @@ def test_what_takes_more_than_it_reserved_is_stopped_when_the_rest_is_promised_t
 
 def test_a_used_up_budget_stops_all_that_it_covers() -> None:
     uses = [use("a", 10, 40), use("b", 30, 40), Use(("t", "s", "c"), "k", Decimal(9), Decimal(10))]
-    assert beyond(Standing(budget("40", unit="tokens"), Decimal(0), Decimal(90)), uses) == [u.place for u in uses]
+    assert beyond(Standing(budget("40", unit="tokens"), Decimal(0), Decimal(90)), uses) == [u.generation_key for u in uses]
     assert beyond(Standing(budget("9", unit="tokens", key="k"), Decimal(0), Decimal(10)), uses) == [
         uses[2].generation_key
     ]

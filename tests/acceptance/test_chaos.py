@@ -45,7 +45,7 @@ def test_a_short_run_on_three_brokers_keeps_every_promise(tmp_path: Path) -> Non
 
 
 @pytest.mark.timeout(300)
-async def test_who_reads_nothing_is_sent_away_and_has_everything_later_through_a_rolling_restart(
+async def test_stalled_clients_are_evicted_and_catch_up_through_a_rolling_restart(
     tmp_path: Path,
 ) -> None:
     long = Ask(at=0.0, key="long", session="long", tokens=600, rate=60.0, size=10_000)

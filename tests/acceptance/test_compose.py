@@ -199,7 +199,9 @@ def test_billing_and_documentation_are_there_behind_the_edge(deployment: Deploym
         assert f"<title>{title}</title>" in httpx.get(deployment.http + path).text
 
 
-def test_a_picture_of_many_megabytes_passes_and_what_is_larger_names_limit_and_setting(deployment: Deployment) -> None:
+def test_a_15_megabyte_image_is_accepted_and_a_larger_body_is_refused_with_limit_and_setting(
+    deployment: Deployment,
+) -> None:
     def body(size: int) -> dict[str, Any]:
         part = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * size}}
         return REQUEST | {"messages": [{"role": "user", "content": [part]}]}

@@ -231,7 +231,7 @@ def test_pictures_sources_and_refusals_are_shown_and_nothing_in_them_runs(browse
     browser.keep("everything")
 
 
-def test_a_restart_forgets_what_was_shown(browser: "Browser", server: StandIn) -> None:
+def test_a_restart_clears_the_text_shown_before(browser: "Browser", server: StandIn) -> None:
     browser.open(server.url)
     ask(browser, "scripted/restarting")
     browser.until_text(STATE, "Completed")
@@ -264,7 +264,7 @@ def test_a_refused_question_is_explained_and_kept(browser: "Browser", server: St
     assert server.requests[0]["key"] == server.requests[1]["key"]
 
 
-def test_an_expired_cursor_is_said_and_the_start_is_offered(browser: "Browser", server: StandIn) -> None:
+def test_an_expired_cursor_is_reported_with_a_button_to_start_over(browser: "Browser", server: StandIn) -> None:
     browser.open(server.url)
     ask(browser, "scripted/story")
     browser.until_text(STATE, "Completed")
@@ -279,7 +279,7 @@ def test_an_expired_cursor_is_said_and_the_start_is_offered(browser: "Browser", 
     browser.until_text(STATE, "Completed")
 
 
-def test_an_answer_whose_beginning_has_expired_is_shown_from_where_it_is_kept(
+def test_an_answer_with_an_expired_beginning_is_shown_from_its_first_kept_event(
     browser: "Browser", server: StandIn
 ) -> None:
     server.seed(

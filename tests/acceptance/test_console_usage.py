@@ -222,7 +222,7 @@ def overflow(browser: "Browser") -> list[str]:
     return found
 
 
-async def test_sums_charts_and_tables_say_what_billing_says(month: Site, browser: "Browser") -> None:
+async def test_totals_charts_and_tables_match_the_billing_api(month: Site, browser: "Browser") -> None:
     answer = (await month.stage.http.get(f"{month.billing}/v1/usage")).json()
     totals = answer["rows"][0]["totals"]
 
@@ -320,7 +320,7 @@ async def test_budgets_are_bars_with_their_numbers(month: Site, browser: "Browse
     await in_browser(look)
 
 
-async def test_live_totals_grow_while_one_looks(month: Site, browser: "Browser") -> None:
+async def test_live_totals_update_on_the_open_page(month: Site, browser: "Browser") -> None:
     await in_browser(lambda: browser.open(month.page))
     await in_browser(lambda: browser.until_text("#live-state", "Live"))
     g = running(900, 30)
@@ -364,7 +364,9 @@ async def test_a_statement_is_shown_printed_and_saved(month: Site, browser: "Bro
     await in_browser(look)
 
 
-async def test_an_empty_ledger_says_so(broker: Broker, nats_url: str, tmp_path: Path, browser: "Browser") -> None:
+async def test_an_empty_ledger_shows_the_empty_state(
+    broker: Broker, nats_url: str, tmp_path: Path, browser: "Browser"
+) -> None:
     async with site(nats_url, tmp_path, []) as made:
 
         def look() -> None:
@@ -378,7 +380,7 @@ async def test_an_empty_ledger_says_so(broker: Broker, nats_url: str, tmp_path: 
         await in_browser(look)
 
 
-async def test_billing_that_is_away_is_said_and_asked_again(
+async def test_unavailable_billing_is_reported_with_a_button_to_retry(
     broker: Broker, nats_url: str, tmp_path: Path, browser: "Browser"
 ) -> None:
     async with site(nats_url, tmp_path, history(20), serve=False) as made:

@@ -65,7 +65,7 @@ def start(nats_url: str, tmp_path: Path) -> Iterator:  # type: ignore[type-arg]
         assert "Traceback" not in one.log.read_text(), one.log.read_text()[-3000:]
 
 
-async def test_drained_process_says_goodbye_and_another_one_goes_on(broker: Broker, start) -> None:  # type: ignore[no-untyped-def]
+async def test_drained_process_sends_bye_and_another_process_continues(broker: Broker, start) -> None:  # type: ignore[no-untyped-def]
     one, other = start(), start()
     async with httpx.AsyncClient(timeout=15) as http:
         readers = [SseClient(http, f"{one.url}/v1/sessions/s/events", **{"from": "start"}) for _ in range(5)]
@@ -116,7 +116,9 @@ async def test_process_with_idle_streams_ends_at_once_and_cleanly(broker: Broker
     assert all(reader.controls[0][1]["reason"] == "drain" for reader in readers)
 
 
-async def test_wrong_setting_and_taken_port_are_said_in_one_line(own_nats: NatsServer, start, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+async def test_invalid_setting_and_port_in_use_are_reported_in_one_line(
+    own_nats: NatsServer, start, tmp_path: Path
+) -> None:  # type: ignore[no-untyped-def]
     one = start()
 
     def attempt(**variables: str) -> tuple[int, str]:

@@ -90,7 +90,7 @@ def test_every_internal_link_leads_to_a_file_and_a_heading(document: Path) -> No
     assert not broken
 
 
-def test_every_decision_stands_in_the_index() -> None:
+def test_every_decision_record_is_in_the_index() -> None:
     folder = REPOSITORY / "docs" / "adr"
     index = (folder / "README.md").read_text()
     pages = [path.name for path in folder.glob("[0-9]*.md")]
@@ -148,7 +148,7 @@ def test_every_metric_in_the_documents_exists() -> None:
     assert mentioned - known == set()
 
 
-def test_every_event_type_stands_in_the_protocol() -> None:
+def test_every_event_type_is_documented_in_the_protocol() -> None:
     text = (REPOSITORY / "docs" / "protocol.md").read_text()
     for event in AnyEvent.__args__:
         row = re.search(rf"^\| `{event.__struct_config__.tag}` \| (.*?) \|", text, flags=re.MULTILINE)

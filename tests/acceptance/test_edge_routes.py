@@ -159,7 +159,7 @@ async def test_probes_of_the_services_are_not_answered_in_any_spelling(stages: S
     assert (await stages.http.get(stages.url + "/healthz")).json() == {"status": "ok"}
 
 
-async def test_what_is_not_in_the_table_is_a_problem_and_reaches_nobody(stages: Stages) -> None:
+async def test_a_path_outside_the_table_is_404_and_reaches_no_upstream(stages: Stages) -> None:
     for path in ("/schema", "/schema/openapi.json", "/v2/sessions", "/v1x", "/docsx", "/favicon.ico"):
         answer = await stages.http.get(stages.url + path)
         assert answer.status_code == 404

@@ -122,7 +122,7 @@ def open_to_others(folder: Path) -> list[str]:
     return [f"{path.lstat().st_mode:o} {path}" for path in (folder, *folder.rglob("*")) if path.lstat().st_mode & 0o077]
 
 
-def test_data_is_the_users_alone_whatever_the_umask_and_the_modes_before(tmp_path: Path) -> None:
+def test_data_files_are_private_under_any_umask_and_previous_mode(tmp_path: Path) -> None:
     data = tmp_path / "data"
     (data / "logs").mkdir(parents=True)
     for path in (data / "nats.conf", data / "billing.db", data / "billing.db-wal", data / "logs" / "billing.log"):
@@ -139,7 +139,7 @@ def test_data_is_the_users_alone_whatever_the_umask_and_the_modes_before(tmp_pat
     assert open_to_others(data) == []
 
 
-def test_a_ledger_that_says_otherwise_than_the_log_is_rebuilt(tmp_path: Path) -> None:
+def test_a_ledger_that_differs_from_the_log_is_rebuilt(tmp_path: Path) -> None:
     ledger = tmp_path / "data" / "billing.db"
     with up(tmp_path) as first:
         assert (
@@ -226,7 +226,7 @@ def test_a_damaged_ledger_ends_it_with_advice(tmp_path: Path) -> None:
     assert "billing ended with exit code 4" in ended.stderr
 
 
-def test_a_broker_whose_consumers_were_damaged_starts_and_says_so(tmp_path: Path) -> None:
+def test_a_broker_with_a_damaged_consumer_starts_and_reports_it(tmp_path: Path) -> None:
     with up(tmp_path) as first:
         assert tailrace("ask", "rivers", "--url", first.address("page")).returncode == 0
         assert first.interrupt() == 0

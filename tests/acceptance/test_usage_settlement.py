@@ -129,7 +129,7 @@ async def staged(nats: NatsServer, folder: Path, **settings: str) -> AsyncIterat
             yield Stage(delivery, billing, http)
 
 
-async def test_what_providers_count_in_their_own_way_is_charged_right(own_nats: NatsServer, tmp_path: Path) -> None:
+async def test_usage_in_provider_specific_fields_is_charged_correctly(own_nats: NatsServer, tmp_path: Path) -> None:
     config, prices = tmp_path / "tailrace.toml", tmp_path / "prices.csv"
     prices.write_text(PRICES)
     async with answering() as provider:

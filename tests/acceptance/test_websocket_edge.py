@@ -60,7 +60,9 @@ async def test_live_events_pass_the_edge_one_by_one_and_leaving_is_noticed(edge:
     await eventually(lambda: metric("tailrace_delivery_subscribers", transport="websocket") == 0)
 
 
-async def test_socket_through_the_edge_is_told_when_its_replica_stops(edge: Edge, stage: Stage, broker: Broker) -> None:
+async def test_socket_through_the_edge_gets_bye_when_its_replica_drains(
+    edge: Edge, stage: Stage, broker: Broker
+) -> None:
     await Log(broker).append(*story("g1")[:4])
     async with socket(clear_address(edge)) as client:
         await client.say("subscribe", session="s", from_="start")

@@ -159,7 +159,7 @@ async def test_sigterm_drains_every_worker_and_ends_cleanly(broker: Broker, star
     assert all(reader.controls[0][1]["reason"] == "drain" for reader in readers)
 
 
-async def test_workers_end_when_who_watches_over_them_is_killed(broker: Broker, start: Start) -> None:
+async def test_workers_end_when_their_supervisor_is_killed(broker: Broker, start: Start) -> None:
     workers = start()
     processes = [psutil.Process(pid) for pid in workers.pids()]
     workers.process.kill()
@@ -168,7 +168,7 @@ async def test_workers_end_when_who_watches_over_them_is_killed(broker: Broker, 
 
 
 @pytest.mark.parametrize("taken", ["port", "grpc_port", "own"])
-async def test_taken_port_is_said_before_any_worker_starts(broker: Broker, start: Start, taken: str) -> None:
+async def test_port_in_use_is_reported_before_any_worker_starts(broker: Broker, start: Start, taken: str) -> None:
     first = start()
 
     def attempt() -> tuple[int, str]:

@@ -66,7 +66,7 @@ def check(seen: Seen, read: dict[str, Any], log: list[dict[str, Any]], cursors: 
 
 
 @pytest.mark.parametrize("path", VECTORS, ids=lambda path: path.stem)
-async def test_what_is_stored_is_the_same_over_every_transport(stand: Stand, broker: Broker, path: Path) -> None:
+async def test_stored_events_are_identical_over_every_transport(stand: Stand, broker: Broker, path: Path) -> None:
     case = vector(path)
     places = await write(broker, "s", case["log"])
     issuer = await stand.stage.replica.states.issuer(TENANT, "s")
@@ -84,7 +84,7 @@ LIVE = [path for path in VECTORS if path.stem != "beginning-expired-later-epoch"
 
 
 @pytest.mark.parametrize("path", LIVE, ids=lambda path: path.stem)
-async def test_what_is_being_written_is_the_same_over_every_transport(stand: Stand, broker: Broker, path: Path) -> None:
+async def test_live_events_are_identical_over_every_transport(stand: Stand, broker: Broker, path: Path) -> None:
     case = vector(path)
     read = next(read for read in case["reads"] if read.get("from") == "start")
     question = Question("s", SENTINEL, from_="start")
@@ -102,7 +102,7 @@ def listening(stand: Stand) -> int:
     return sum(len(feed.everyone()) for one in (stand.stage, stand.grpc) for feed in one.replica.feeds.all())
 
 
-def test_vectors_name_only_what_they_hold() -> None:
+def test_vectors_reference_only_events_of_their_own_log() -> None:
     assert len(VECTORS) >= 10
     for path in VECTORS:
         case = vector(path)

@@ -68,7 +68,7 @@ async def client(engine: AsyncEngine) -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
-async def test_a_generation_is_told_in_full(client: httpx.AsyncClient) -> None:
+async def test_a_generation_is_returned_with_all_its_fields(client: httpx.AsyncClient) -> None:
     answer = await client.get("/v1/usage/generations/g04")
     assert answer.status_code == 200
     body = answer.json()
@@ -210,7 +210,7 @@ async def test_a_cursor_of_another_question_is_refused(client: httpx.AsyncClient
 
 
 @pytest.mark.parametrize("path", ["/v1/usage/generations/nobody", "/v1/usage/sessions/nobody", "/v1/nothing"])
-async def test_what_is_not_there_is_404(client: httpx.AsyncClient, path: str) -> None:
+async def test_unknown_paths_and_generations_are_404(client: httpx.AsyncClient, path: str) -> None:
     answer = await client.get(path)
     assert (answer.status_code, answer.json()["status"]) == (404, 404)
 

@@ -86,7 +86,7 @@ async def test_a_hundred_at_once_cannot_pass_a_budget_for_ten(database: str, bud
     assert (standing.spent, standing.reserved) == (0, 1_000)
 
 
-async def test_what_is_settled_frees_what_it_did_not_need(budgets: Budgets, engine: AsyncEngine) -> None:
+async def test_settlement_frees_the_unused_part_of_a_reservation(budgets: Budgets, engine: AsyncEngine) -> None:
     await budgets.put(budget(hard=Decimal(150)), NOW)
     assert (await reserve(budgets, wish("a"), need(100))).refused is None
     assert (await reserve(budgets, wish("b"), need(100))).refused is not None
@@ -96,7 +96,7 @@ async def test_what_is_settled_frees_what_it_did_not_need(budgets: Budgets, engi
     assert (standing.spent, standing.reserved) == (40, 100)
 
 
-async def test_usage_beyond_its_reservation_is_told_once_with_the_limit_that_it_passes(
+async def test_usage_beyond_its_reservation_is_logged_once_with_the_exceeded_limit(
     budgets: Budgets, engine: AsyncEngine
 ) -> None:
     def counted() -> list[float]:
@@ -125,7 +125,7 @@ async def test_usage_beyond_its_reservation_is_told_once_with_the_limit_that_it_
     assert await settle(ledger, ended("passes", 100, "0.75"), before=(ended("passes", 100, "0.75"),)) == []
 
 
-async def test_a_correction_that_passes_a_hard_limit_is_told(budgets: Budgets, engine: AsyncEngine) -> None:
+async def test_a_correction_beyond_a_hard_limit_is_reported_once(budgets: Budgets, engine: AsyncEngine) -> None:
     await budgets.put(budget(hard=Decimal(100)), NOW)
     before, ledger = metric("tailrace_billing_hard_limits_passed_total"), Ledger(engine, "one")
     first, second = ended("a", 90), ended("a", 120)
@@ -138,7 +138,7 @@ async def test_a_correction_that_passes_a_hard_limit_is_told(budgets: Budgets, e
     assert metric("tailrace_billing_hard_limits_passed_total") == before + 1
 
 
-async def test_a_correction_moves_what_was_spent(budgets: Budgets, engine: AsyncEngine) -> None:
+async def test_a_correction_changes_the_spent_amount(budgets: Budgets, engine: AsyncEngine) -> None:
     await budgets.put(budget(unit="USD", hard=Decimal("1.5")), NOW)
     ledger = Ledger(engine, "one")
     first, corrected = ended("a", 40, "1.25"), ended("a", 50, "1.000000000001")
@@ -196,7 +196,9 @@ async def test_days_and_months_begin_anew(budgets: Budgets, engine: AsyncEngine)
     assert (day.spent, month.spent) == (0, 0)
 
 
-async def test_what_never_began_is_given_back_and_what_runs_is_not(budgets: Budgets, engine: AsyncEngine) -> None:
+async def test_expiry_returns_reservations_of_unstarted_but_not_of_running_generations(
+    budgets: Budgets, engine: AsyncEngine
+) -> None:
     await budgets.put(budget(), NOW)
     for name in ("never", "runs", "released"):
         await reserve(budgets, wish(name), need(100))

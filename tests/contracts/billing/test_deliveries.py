@@ -39,7 +39,7 @@ async def delivered(ledger: Ledger, name: str = "g") -> tuple[int | None, ...]:
     return (g.subscribers, g.delivered_events, g.delivered_tokens, g.delivered_bytes)
 
 
-async def test_counters_are_summed_and_the_furthest_subscriber_tells_the_tokens(ledger: Ledger) -> None:
+async def test_counters_are_summed_and_tokens_are_the_maximum_of_all_subscribers(ledger: Ledger) -> None:
     await ledger.commit(0, (0, 1), NOW, [generation()])
     assert await delivered(ledger) == (None, None, None, None)
     deliveries = Deliveries(ledger.engine)
@@ -49,7 +49,7 @@ async def test_counters_are_summed_and_the_furthest_subscriber_tells_the_tokens(
     assert await deliveries.place() == 0
 
 
-async def test_the_newest_report_of_a_counter_holds_whatever_the_order(ledger: Ledger) -> None:
+async def test_the_newest_report_of_a_counter_wins_in_any_order(ledger: Ledger) -> None:
     await ledger.commit(0, (0, 1), NOW, [generation()])
     deliveries = Deliveries(ledger.engine)
     await deliveries.put([report(number=3, events=9), report(number=2, events=5)])
@@ -67,7 +67,7 @@ async def test_a_report_that_comes_before_its_generation_is_placed_later(ledger:
     assert (await delivered(ledger))[0] == 1
 
 
-async def test_writing_the_generation_again_leaves_what_was_delivered(ledger: Ledger) -> None:
+async def test_rewriting_a_generation_keeps_its_delivery_counts(ledger: Ledger) -> None:
     await ledger.commit(0, (0, 1), NOW, [generation(terminal=None)])
     deliveries = Deliveries(ledger.engine)
     await deliveries.put([report()])

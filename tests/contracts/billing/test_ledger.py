@@ -141,7 +141,7 @@ async def test_generations_are_due_when_their_grace_has_passed(ledger: Ledger) -
 
 
 @pytest.mark.parametrize("url", ["sqlite:////proc/no/such/file.db", "postgresql://postgres@127.0.0.1:{port}/nothing"])
-async def test_a_database_that_does_not_answer_is_said_so(url: str) -> None:
+async def test_an_unreachable_database_raises_ledger_unavailable(url: str) -> None:
     try:
         async with open_engine(database_url(url.format(port=free_port()))) as engine:
             with pytest.raises(LedgerUnavailable):

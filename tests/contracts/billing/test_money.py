@@ -131,7 +131,7 @@ async def test_amounts_come_back_exactly_and_sum_exactly(books: Books) -> None:
 
 @pytest.mark.parametrize("table", ["ledger", "prices", "price_withdrawals", "price_revisions"])
 @pytest.mark.parametrize("change", ["UPDATE {table} SET revision = 5", "DELETE FROM {table}"])
-async def test_what_is_written_for_good_cannot_be_changed(books: Books, table: str, change: str) -> None:
+async def test_append_only_rows_cannot_be_changed(books: Books, table: str, change: str) -> None:
     await books.put(ROWS)
     await books.take(folded())
     await books.put(ROWS[:1])
@@ -155,7 +155,7 @@ async def test_a_batch_reckoned_by_an_old_book_writes_nothing(books: Books) -> N
     assert await books.ledger.load([Key("default", "s", "g")]) == {}
 
 
-async def test_a_book_put_again_keeps_its_rows_and_what_differs_is_withdrawn(books: Books) -> None:
+async def test_a_repeated_price_book_keeps_equal_rows_and_withdraws_changed_rows(books: Books) -> None:
     first = await books.put(ROWS)
     assert (first.revision, first.added, first.withdrawn, first.kept) == (1, 2, 0, 0)
     again = await books.put(list(reversed(ROWS)))
@@ -265,7 +265,7 @@ async def test_a_price_for_another_time_changes_nothing(books: Books) -> None:
     assert await books.bill() == [("charge", "0.00033")]
 
 
-async def test_a_price_mended_afterwards_corrects_what_was_charged(books: Books) -> None:
+async def test_a_price_changed_later_corrects_existing_charges(books: Books) -> None:
     await books.put(ROWS)
     await books.take(folded())
     await books.put([ROWS[0], price("output", "20")])

@@ -75,7 +75,7 @@ async def test_a_book_is_put_shown_and_put_back_as_it_was_shown(client: httpx.As
     assert (again["revision"], again["added"], again["withdrawn"], again["kept"]) == (1, 0, 0, 3)
 
 
-async def test_every_fault_of_a_book_is_told_and_nothing_changed(client: httpx.AsyncClient) -> None:
+async def test_every_fault_of_a_price_book_is_reported_and_no_row_changes(client: httpx.AsyncClient) -> None:
     answer = await client.put("/v1/prices", content=BOOK_TOML.replace('"2.50"', "-1").replace("10", "x"), headers=TOML)
     assert answer.status_code == 422
     text = "provider,model,class,currency,amount,from\na,b,c,USD,1,2026-01-01\na,b,input,USD,x,2026-01-01\n"
@@ -85,7 +85,7 @@ async def test_every_fault_of_a_book_is_told_and_nothing_changed(client: httpx.A
     assert (await client.get("/v1/prices")).json()["revision"] == 0
 
 
-async def test_prices_charge_what_was_unpriced_and_an_export_corrects_it(
+async def test_new_prices_charge_unpriced_generations_and_an_export_corrects_the_charge(
     client: httpx.AsyncClient, books: Books
 ) -> None:
     await books.take(folded())
@@ -109,7 +109,9 @@ async def test_prices_charge_what_was_unpriced_and_an_export_corrects_it(
     assert (body["usage_source"], body["reported"]["output"], body["status"]) == ("provider_export", 41, "drift")
 
 
-async def test_every_fault_of_an_export_is_told_and_nothing_taken(client: httpx.AsyncClient, books: Books) -> None:
+async def test_every_fault_of_an_export_is_reported_and_no_row_is_imported(
+    client: httpx.AsyncClient, books: Books
+) -> None:
     rows = (
         b'[{"generation": "g", "input": 1, "output": 1}, {"input": 1, "output": 1}, {"generation": "g", "output": -1}]'
     )

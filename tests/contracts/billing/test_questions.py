@@ -134,7 +134,7 @@ def table(answer: httpx.Response) -> list[dict[str, str]]:
 @pytest.mark.parametrize(
     "group_by", ["key", "month", "status", "provider,model", "model,day", "month,key", "label:team", "session", "hour"]
 )
-async def test_sums_by_day_and_single_generations_tell_the_same(client: httpx.AsyncClient, group_by: str) -> None:
+async def test_sums_of_groups_equal_the_sums_of_their_generations(client: httpx.AsyncClient, group_by: str) -> None:
     rows = (await ask(client, "/v1/usage", group_by=group_by))["rows"]
     finer = (await ask(client, "/v1/usage", group_by=f"{group_by},session" if group_by != "session" else "session"))[
         "rows"
@@ -209,7 +209,7 @@ async def test_usage_as_csv_has_a_line_for_each_currency(client: httpx.AsyncClie
     ]
 
 
-async def test_what_a_client_has_already_is_not_sent_again(client: httpx.AsyncClient) -> None:
+async def test_if_none_match_with_the_current_etag_is_304(client: httpx.AsyncClient) -> None:
     for path in (
         "/v1/usage",
         "/v1/ledger",
@@ -309,7 +309,7 @@ async def test_another_tenants_money_is_not_seen(client: httpx.AsyncClient) -> N
     assert (await client.get("/v1/usage/live", headers=narrow)).status_code == 403
 
 
-async def test_live_totals_follow_what_is_written(client: httpx.AsyncClient, engine: AsyncEngine) -> None:
+async def test_live_totals_follow_ledger_commits(client: httpx.AsyncClient, engine: AsyncEngine) -> None:
     today = int(SystemClock().wall() * 1_000)
     ledger = Ledger(engine, "test")
 

@@ -111,7 +111,7 @@ def without_version(text: str) -> str:
     return re.sub(r"ValidateProtobufRuntimeVersion\(.*?\)", "", text, flags=re.DOTALL)
 
 
-def test_committed_code_is_what_protoc_makes_of_the_protocol(tmp_path: Path) -> None:
+def test_committed_code_equals_the_output_of_protoc(tmp_path: Path) -> None:
     folder = protoc(tmp_path, DOCUMENTED)
     for name in ("tailrace_pb2.py", "tailrace_pb2.pyi"):
         made, committed = (folder / name).read_text(), (RPC / "tailrace/v1" / name).read_text()
@@ -157,7 +157,7 @@ def test_joined_frames_are_one_message_with_each_event_and_its_cursor(events: li
 
 
 @given(DELTAS)
-def test_what_a_delta_says_survives(event: Delta) -> None:
+def test_every_field_of_a_delta_survives(event: Delta) -> None:
     got = pb.ReadResponse.FromString(PROTOBUF.frame(entry(event, 1), AT)).frames[0].event
     assert (got.at, got.epoch) == (event.at, event.epoch)
     match got.delta.WhichOneof("content"):
@@ -200,7 +200,7 @@ def test_what_a_delta_says_survives(event: Delta) -> None:
         b'{"type":"notice","generation":"g","seq":3,"epoch":2,"at":1.5,"code":"x","attempt":99999999999999999999}',
     ],
 )
-def test_what_does_not_fit_typed_fields_is_carried_as_it_is_stored(data: bytes) -> None:
+def test_events_that_do_not_fit_typed_fields_are_carried_as_stored_json(data: bytes) -> None:
     got = pb.ReadResponse.FromString(PROTOBUF.frame(Entry(1, "g", "x", data), AT)).frames[0].event
     assert (got.generation, got.seq, got.epoch, got.at, got.json) == ("g", 3, 2, 1.5, data)
 

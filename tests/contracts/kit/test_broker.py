@@ -127,7 +127,7 @@ async def test_a_request_that_nobody_hears_is_none(broker: Broker) -> None:
     assert await broker.request("control.t.s.g") is None
 
 
-async def test_a_server_that_is_not_there_is_said_clearly() -> None:
+async def test_an_unreachable_server_is_named_without_its_password() -> None:
     with pytest.raises(BrokerUnavailable, match=r"127\.0\.0\.1:9"):
         async with Broker.connect("nats://user:secret@127.0.0.1:9", "test", wait=0.5):
             pass

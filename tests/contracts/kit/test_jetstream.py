@@ -54,7 +54,7 @@ async def test_a_pull_ends_when_as_many_have_come_as_were_asked_for(broker: Brok
     await consumer.close(1.0)
 
 
-async def test_a_pull_that_does_not_wait_ends_empty_behind_what_is_there(broker: Broker) -> None:
+async def test_a_pull_without_wait_ends_empty_after_the_stored_messages(broker: Broker) -> None:
     consumer = await reader(broker)
     assert (await consumer.fetch(5), consumer.end, consumer.reason) == (
         consumer.arrived,
@@ -66,7 +66,7 @@ async def test_a_pull_that_does_not_wait_ends_empty_behind_what_is_there(broker:
     assert consumer.may_pull()
 
 
-async def test_a_pull_that_waits_brings_what_comes_and_ends_empty_with_its_time(broker: Broker) -> None:
+async def test_a_waiting_pull_returns_new_messages_and_ends_empty_at_its_timeout(broker: Broker) -> None:
     consumer = await reader(broker)
     waiting = asyncio.create_task(consumer.fetch(2, wait=30))
     await eventually(lambda: _waiting(broker))
@@ -116,7 +116,7 @@ async def test_a_pull_too_many_is_refused_and_followed_by_a_rest(
     await eventually(second.may_pull)
 
 
-async def test_a_pull_whose_end_does_not_come_is_lost_and_what_it_brings_later_is_kept(
+async def test_a_pull_without_a_final_status_is_lost_and_its_late_messages_are_kept(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pull, "PATIENCE", 0.2)
@@ -162,7 +162,7 @@ async def test_a_pull_ends_with_its_connection(own_nats: NatsServer, broker: Bro
         assert texts(await consumer.fetch(1)) == [b"1"]
 
 
-async def test_closing_hands_over_what_the_server_had_sent(broker: Broker) -> None:
+async def test_close_delivers_messages_that_the_server_already_sent(broker: Broker) -> None:
     notified: list[int] = []
     await reader(broker)
     await store(broker, *(b"%d" % n for n in range(200)))
@@ -235,7 +235,7 @@ async def test_a_bucket_keeps_creates_and_replaces_under_conditions(broker: Brok
     assert await bucket.create("t.s.g", b"5") is not None, "a name that was removed is free"
 
 
-async def test_a_bucket_tells_a_value_that_is_too_large_from_a_broker_that_is_away(broker: Broker) -> None:
+async def test_a_bucket_distinguishes_an_oversized_value_from_an_unavailable_broker(broker: Broker) -> None:
     with pytest.raises(MessageTooLarge):
         await (await broker.bucket()).put("t.s.g", bytes(broker.client.max_payload + 1))
     with pytest.raises(BrokerUnavailable, match="no bucket nothing"):

@@ -74,7 +74,7 @@ async def test_listening_goes_on_after_a_reconnection(own_nats: NatsServer) -> N
         await eventually(lambda: heard == [b"again"])
 
 
-async def test_what_waits_to_be_sent_is_bounded(own_nats: NatsServer) -> None:
+async def test_the_pending_send_buffer_is_bounded(own_nats: NatsServer) -> None:
     async with Broker.connect(own_nats.url, "test") as broker:
         own_nats.stop()
         await eventually(lambda: not broker.is_connected)
@@ -128,7 +128,7 @@ async def test_a_cancellation_that_comes_with_the_answer_is_heeded(broker: Broke
     await subscription.unsubscribe()
 
 
-def test_what_is_said_while_a_loss_is_not_noticed_yet_goes_out_over_the_next_connection(nats_url: str) -> None:
+def test_messages_sent_before_a_disconnect_is_noticed_are_sent_over_the_next_connection(nats_url: str) -> None:
     """asyncio's loop says so as an error that the library knows; services run under uvloop."""
 
     async def lose() -> None:
@@ -179,7 +179,7 @@ async def test_a_flush_asks_behind_all_that_was_sent_before(broker: Broker) -> N
     assert 0 <= commands.index(b"sent before") < commands.index(b"PING")
 
 
-async def test_what_the_server_had_sent_is_handled_before_a_subscription_is_left(broker: Broker) -> None:
+async def test_leave_handles_messages_that_the_server_already_sent(broker: Broker) -> None:
     heard: list[bytes] = []
 
     async def handle(msg: Msg) -> None:

@@ -113,7 +113,7 @@ def test_thought_signatures_go_back_to_gemini_with_their_call() -> None:
 
 
 @pytest.mark.parametrize("dialect", ["openai", "openrouter", "cohere"])
-def test_another_provider_gets_an_answer_without_what_only_anthropic_can_read(dialect: str) -> None:
+def test_other_providers_get_an_answer_without_anthropic_signatures(dialect: str) -> None:
     (_, assistant, result) = asked(dialect, USER, message_of("anthropic", "thinking-tools"), RESULT)
     kinds = [part["type"] for part in assistant["content"]]
     assert kinds == (["thinking", "text"] if dialect == "cohere" else ["text"])
@@ -127,7 +127,7 @@ def test_a_thought_without_its_signature_is_not_sent_to_anthropic() -> None:
     assert asked("anthropic", USER, thought)[1]["content"] == [{"type": "text", "text": "Hi."}]
 
 
-def test_a_refusal_goes_back_as_what_was_said() -> None:
+def test_a_refusal_is_sent_back_as_the_assistants_message() -> None:
     refused = message_of("openai", "refusal")
     assert asked("anthropic", USER, refused)[1]["content"] == [{"type": "text", "text": refused.refusal}]
     assert asked("cohere", USER, refused)[1] == {"role": "assistant", "content": refused.refusal}

@@ -184,7 +184,7 @@ def test_numbers_out_of_bounds_never_reach_the_log(number: int) -> None:
     assert (usage.input, usage.output) == (4, 2), "the last report that is possible holds"
 
 
-def test_what_is_large_is_split_and_comes_out_as_it_was() -> None:
+def test_large_content_is_split_and_reassembled_unchanged() -> None:
     text, data = "\x01" * (2 * PIECE_CHARS + 7), bytes(range(256)) * 5_000
     parts: list[Part] = [
         Text(text),
@@ -216,7 +216,7 @@ def deep(levels: int) -> Any:
 
 
 @pytest.mark.parametrize("data", ["x" * (JSON_BYTES + 1), deep(5_000)], ids=["large", "deep"])
-def test_what_cannot_be_split_is_left_out_with_one_notice(data: Any) -> None:
+def test_content_that_cannot_be_split_is_omitted_with_one_notice(data: Any) -> None:
     extra = Extra(kind="web_fetch_tool_result", data=data)
     events = built([ExtraPart(extra), Text("a"), ExtraPart(extra), UsagePart(Usage(input=1, raw={"a": data})), End()])
     check_every_reader(events)

@@ -105,7 +105,7 @@ async def test_everything_redelivered_changes_nothing(broker: Broker, tmp_path: 
         assert await run.reports.generations(Filters(), None, 1_000) == before
 
 
-async def test_what_a_dead_process_had_been_delivered_is_read_from_the_log_at_once(
+async def test_messages_delivered_to_a_dead_process_are_read_from_the_log_at_once(
     broker: Broker, tmp_path: Path
 ) -> None:
     scenario = Scenario(3)

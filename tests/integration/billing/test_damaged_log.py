@@ -48,7 +48,7 @@ def damage(server: NatsServer, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-async def test_what_is_written_after_damage_is_billed(own_nats: NatsServer, tmp_path: Path, kind: str) -> None:
+async def test_events_written_after_damage_are_billed(own_nats: NatsServer, tmp_path: Path, kind: str) -> None:
     url = sqlite(tmp_path)
     await before_the_damage(own_nats, url)
     damage(own_nats, kind)
@@ -90,7 +90,7 @@ async def test_billing_that_runs_through_the_damage_goes_on(own_nats: NatsServer
             await are_billed(run, OLD)
 
 
-async def test_what_a_log_has_lost_is_kept_as_a_gap_and_counted(own_nats: NatsServer, tmp_path: Path) -> None:
+async def test_events_lost_from_a_log_are_recorded_as_a_gap_and_counted(own_nats: NatsServer, tmp_path: Path) -> None:
     url = sqlite(tmp_path)
     await before_the_damage(own_nats, url)
     regressions = metric("tailrace_log_regressions_total", partition="0")
@@ -107,7 +107,7 @@ async def test_what_a_log_has_lost_is_kept_as_a_gap_and_counted(own_nats: NatsSe
     assert tuple(gap) == (kept + 1, 159)
 
 
-async def test_what_was_lost_in_the_middle_before_it_was_read_is_a_gap(own_nats: NatsServer, tmp_path: Path) -> None:
+async def test_events_lost_in_the_middle_before_they_were_read_are_a_gap(own_nats: NatsServer, tmp_path: Path) -> None:
     url = sqlite(tmp_path)
     async with Broker.connect(own_nats.url, "test") as broker:
         await broker.apply(Topology())
@@ -124,7 +124,7 @@ async def test_what_was_lost_in_the_middle_before_it_was_read_is_a_gap(own_nats:
     assert metric("tailrace_billing_gap_events_total", partition="0") == unread + state.holes
 
 
-async def test_a_generation_whose_end_was_lost_is_settled_in_the_end(
+async def test_a_generation_with_a_lost_terminal_is_closed_as_interrupted(
     own_nats: NatsServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("services.billing.adapters.ledger.UNHEARD", 500)

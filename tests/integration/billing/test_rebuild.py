@@ -85,7 +85,7 @@ async def change(url: str, *statements: sa.Executable) -> None:
             await connection.execute(statement)
 
 
-async def test_a_rebuild_of_what_is_right_changes_nothing(broker: Broker, database: str) -> None:
+async def test_a_rebuild_of_a_correct_ledger_changes_nothing(broker: Broker, database: str) -> None:
     scenario = Scenario(41)
     await priced(database)
     await write(broker, scenario.events)
@@ -98,9 +98,7 @@ async def test_a_rebuild_of_what_is_right_changes_nothing(broker: Broker, databa
     assert await numbers(database) == before
 
 
-async def test_a_rebuild_sets_right_what_was_tampered_with_and_corrects_by_entries(
-    broker: Broker, database: str
-) -> None:
+async def test_a_rebuild_restores_altered_generations_and_corrects_with_entries(broker: Broker, database: str) -> None:
     scenario = Scenario(42)
     await priced(database)
     await write(broker, scenario.events)
@@ -134,7 +132,7 @@ async def test_an_empty_database_filled_by_a_rebuild_or_by_the_service_holds_the
     assert await numbers(other) == await numbers(database)
 
 
-async def test_a_rebuild_keeps_what_an_export_said(broker: Broker, database: str) -> None:
+async def test_a_rebuild_keeps_usage_from_an_export(broker: Broker, database: str) -> None:
     events = history("gen_1", reported=Usage(input=7, output=30))
     await priced(database)
     await write(broker, events)
@@ -154,7 +152,7 @@ async def test_a_rebuild_keeps_what_an_export_said(broker: Broker, database: str
     assert await numbers(database) == before
 
 
-async def test_a_rebuild_finds_the_calls_again_and_keeps_what_exports_said_of_them(
+async def test_a_rebuild_finds_abandoned_calls_again_and_keeps_their_exported_usage(
     broker: Broker, database: str, tmp_path: Path
 ) -> None:
     told = restarted_history("gen_1", reported=Usage(input=7, output=20))
@@ -210,7 +208,7 @@ async def test_an_old_backup_catches_up_from_the_log(broker: Broker, tmp_path: P
     assert await numbers(url) == right
 
 
-async def test_what_the_log_has_lost_is_said_and_its_generations_go_on(broker: Broker, database: str) -> None:
+async def test_events_lost_from_the_log_are_a_gap_and_their_generations_continue(broker: Broker, database: str) -> None:
     events = history("gen_1", deltas=10, reported=Usage(input=7, output=100))
     await write(broker, events[:4])
     async with running(broker, database) as run:

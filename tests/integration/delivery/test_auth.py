@@ -67,7 +67,7 @@ async def get(stage: Stage, path: str, credential: str | None = None, **query: s
         "wrong scheme",
     ],
 )
-async def test_without_a_valid_credential_nothing_is_told(stage: Stage, header: str | None) -> None:
+async def test_without_a_valid_credential_every_path_is_401_without_details(stage: Stage, header: str | None) -> None:
     headers = {} if header is None else {"Authorization": header}
     for path in ("/v1/sessions", "/v1/sessions/s/events", "/v1/keys"):
         answer = await stage.http.get(stage.url + path, headers=headers)
@@ -192,7 +192,7 @@ async def test_sessions_beyond_the_patterns_are_as_if_there_were_none(stage: Sta
         problem(await stage.http.post(stage.url + path, json=wish, headers=bearer(limited)), 404, "not-found")
 
 
-async def test_lists_hold_what_the_credentials_reach(stage: Stage) -> None:
+async def test_lists_contain_only_sessions_of_the_credentials(stage: Stage) -> None:
     wish = {"model": "scripted/story", "messages": [{"role": "user", "content": "x"}]}
     everything = token("acme", "read", "start")
     for session in ("chat-1", "mail-1"):
@@ -355,7 +355,7 @@ async def test_without_credentials_pages_from_elsewhere_are_kept_out(
         assert (await stage.http.get(f"{stage.url}/v1/sessions", headers=headers)).status_code == status
 
 
-async def test_pages_of_allowed_origins_may_read_also_what_is_refused(
+async def test_cors_headers_are_sent_to_allowed_origins_on_refusals_too(
     broker: Broker, nats_url: str, tmp_path: Path
 ) -> None:
     origin = "https://chat.example.org"
@@ -380,7 +380,7 @@ async def test_pages_of_allowed_origins_may_read_also_what_is_refused(
         assert "access-control-allow-origin" not in foreign.headers
 
 
-async def test_every_answer_says_how_it_may_be_used(stage: Stage) -> None:
+async def test_every_response_has_the_security_headers(stage: Stage) -> None:
     async with stage.events("s").connected(**bearer(token("acme", "read"))) as reader:
         answers = [
             reader.response,

@@ -88,9 +88,7 @@ async def test_a_stream_that_is_open_through_the_damage_ends_with_a_gap(own_nats
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-async def test_a_durable_consumer_is_given_what_is_new_and_told_what_is_missing(
-    own_nats: NatsServer, kind: str
-) -> None:
+async def test_a_durable_consumer_receives_new_events_and_a_gap_for_lost_ones(own_nats: NatsServer, kind: str) -> None:
     async with consuming(own_nats.url) as stage:
         service = await Service(stage).created(max_in_flight=10_000)
         await append(own_nats.url, OLD)
@@ -116,7 +114,7 @@ async def test_a_durable_consumer_is_given_what_is_new_and_told_what_is_missing(
             assert "log_recreated" in gaps
 
 
-async def test_what_a_log_has_lost_is_counted(own_nats: NatsServer) -> None:
+async def test_events_lost_from_a_log_are_counted(own_nats: NatsServer) -> None:
     async with delivering(own_nats.url) as stage:
         await append(own_nats.url, OLD)
         await stage.replica.states.state(0)

@@ -61,7 +61,7 @@ def per_generation(events: list) -> dict[str, list[int]]:  # type: ignore[type-a
     return found
 
 
-async def test_what_is_stored_while_delivery_is_cut_off_comes_before_what_is_stored_after(
+async def test_events_stored_during_a_disconnect_are_sent_before_later_ones(
     broker: Broker, nats_server: NatsServer
 ) -> None:
     log = Log(broker)

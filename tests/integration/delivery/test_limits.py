@@ -136,7 +136,9 @@ async def test_so_many_generations_of_a_tenant_run_and_the_next_waits_for_an_end
         await eventually(admitted, timeout=10, interval=0.2)
 
 
-async def test_what_runs_is_known_to_a_replica_that_starts_later(broker: Broker, nats_url: str, tmp_path: Path) -> None:
+async def test_a_replica_started_later_counts_running_generations(
+    broker: Broker, nats_url: str, tmp_path: Path
+) -> None:
     for n in range(2):
         await put(broker, f"g{n}", state="running", key="jwt:test")
     await put(broker, "old", state="running", created_at=time.time() - 10_000)
@@ -273,7 +275,7 @@ async def test_headers_of_excessive_size_are_refused(plain: Stage) -> None:
     assert (await plain.http.get(f"{plain.url}/healthz")).status_code == 200
 
 
-async def test_who_sends_headers_slowly_is_cut_off(plain: Stage) -> None:
+async def test_a_client_that_sends_headers_slowly_is_disconnected(plain: Stage) -> None:
     def trickle() -> float:
         began = time.monotonic()
         with connection(plain) as opened:

@@ -25,7 +25,7 @@ def becoming_deaf(stage: Stage) -> asyncio.Event:
     return deaf
 
 
-async def test_a_replica_that_has_fallen_behind_does_not_show_a_newcomer_what_it_has(
+async def test_a_replica_that_is_behind_serves_a_new_subscriber_from_the_log(
     broker: Broker, nats_server: NatsServer
 ) -> None:
     log, events = Log(broker), story("g1", 20)

@@ -42,7 +42,7 @@ async def reported(stage: Stage, broker: Broker, generation: str) -> DeliveredRe
 
 
 @pytest.mark.parametrize("source", ["memory", "log"])
-async def test_what_several_subscribers_were_sent_is_reported(
+async def test_events_sent_to_several_subscribers_are_reported(
     stage: Stage, broker: Broker, log: Log, source: str
 ) -> None:
     events = story("g1", 20)
@@ -71,7 +71,9 @@ async def test_what_several_subscribers_were_sent_is_reported(
     assert report.bytes == 3 * sum(len(encode_event(event)) for event in events)
 
 
-async def test_who_resumes_is_counted_for_what_it_had_not_had(stage: Stage, broker: Broker, log: Log) -> None:
+async def test_a_resumed_subscriber_is_counted_only_for_the_remaining_events(
+    stage: Stage, broker: Broker, log: Log
+) -> None:
     events = story("g1", 20)
     await log.append(*events)
     async with asyncio.timeout(20):

@@ -59,7 +59,7 @@ async def test_a_question_that_failed_is_asked_anew_by_the_next(
     assert slow.asked == 2
 
 
-async def test_a_look_that_has_not_ended_is_not_begun_again(replica: Replica) -> None:
+async def test_a_running_periodic_task_is_not_started_again(replica: Replica) -> None:
     begun, ends = [], asyncio.Event()
 
     async def look() -> None:

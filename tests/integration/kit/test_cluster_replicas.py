@@ -44,7 +44,7 @@ async def test_services_that_start_before_the_cluster_has_a_leader_wait_for_it(c
         assert await replicas(broker, LOG) == 3
 
 
-async def test_replicas_of_existing_streams_are_raised_and_what_they_hold_stays(cluster: Cluster) -> None:
+async def test_replicas_of_existing_streams_are_raised_and_messages_are_kept(cluster: Cluster) -> None:
     async with Broker.connect(cluster.url, "test") as broker:
         await broker.apply(Topology(replicas=1))
         seq = await broker.publish_stored(SUBJECT, b"kept")
@@ -74,7 +74,7 @@ async def collected(broker: Broker) -> list[Stored]:
     return [m async for batch in broker.read(LOG, log_filter(0, "t", "s")) for m in batch]
 
 
-async def test_a_replica_that_lags_never_shortens_what_is_read(cluster: Cluster) -> None:
+async def test_a_lagging_replica_never_truncates_a_read(cluster: Cluster) -> None:
     """The replica is asked while it is frozen, and answers as it wakes: in one of five tries with nothing at all."""
     events = 8_000
     async with Broker.connect(cluster.url, "writer") as setup:
@@ -96,7 +96,7 @@ async def test_a_replica_that_lags_never_shortens_what_is_read(cluster: Cluster)
                 assert [m.seq for m in whole] == list(range(1, (events + 1) * attempt + 1))
 
 
-async def test_a_reader_whose_replica_stays_behind_is_told_so(cluster: Cluster) -> None:
+async def test_a_read_from_a_replica_that_stays_behind_fails(cluster: Cluster) -> None:
     async with Broker.connect(cluster.url, "test") as broker:
         await broker.apply(Topology(replicas=3))
         await broker.publish_stored(SUBJECT, b"one")

@@ -208,7 +208,9 @@ async def test_an_issuer_that_was_never_there_is_503_and_not_a_refusal(issuer: I
     ],
     ids=["500", "text", "list", "empty", "nested", "large", "redirect"],
 )
-async def test_what_is_no_key_set_changes_nothing(issuer: Issuer, clock: Clock, answer: web.Response) -> None:
+async def test_an_invalid_key_set_response_keeps_the_cached_keys(
+    issuer: Issuer, clock: Clock, answer: web.Response
+) -> None:
     verifier = JwtVerifier(POLICY, (), KeySet(issuer.url, clock))
     made = issuer.sign("first")
     await verifier.verify(made)

@@ -52,12 +52,12 @@ async def stage(broker: Broker, nats_url: str, tmp_path: Path) -> AsyncIterator[
         yield running
 
 
-async def test_delivery_does_what_it_describes(stage: Stage, tmp_path: Path) -> None:
+async def test_delivery_conforms_to_its_openapi_document(stage: Stage, tmp_path: Path) -> None:
     found = await fuzz(f"{stage.url}/docs/openapi.json", tmp_path)
     assert not found, found[-12_000:]
 
 
-async def test_billing_does_what_it_describes(broker: Broker, nats_url: str, tmp_path: Path) -> None:
+async def test_billing_conforms_to_its_openapi_document(broker: Broker, nats_url: str, tmp_path: Path) -> None:
     async with billing(broker, nats_url, tmp_path) as url:
         found = await fuzz(f"{url}/docs/billing/openapi.json", tmp_path)
     assert not found, found[-12_000:]

@@ -118,7 +118,7 @@ async def services(broker: Broker, nats_url: str, tmp_path: Path) -> AsyncIterat
         yield Services(urls, found, stage.http)
 
 
-async def test_every_operation_says_which_scope_it_needs(services: Services) -> None:
+async def test_every_operation_documents_its_scope(services: Services) -> None:
     assert len(services.operations) > 15
     silent = [str(o) for o in services.operations if o.scope is None and o.id not in FREE]
     assert silent == []
@@ -126,7 +126,7 @@ async def test_every_operation_says_which_scope_it_needs(services: Services) -> 
     assert {o.id for o in services.operations if o.scope is None} == FREE
 
 
-async def test_only_what_says_so_is_open(services: Services) -> None:
+async def test_only_operations_documented_as_public_need_no_credentials(services: Services) -> None:
     wrong = []
     for operation in services.operations:
         answer = await services.call(operation, None)
@@ -174,7 +174,7 @@ async def told_apart(services: Services, operation: Operation, tenant: str) -> t
     return answer.status_code, text
 
 
-async def test_what_one_tenant_has_looks_to_another_as_if_there_were_nothing(
+async def test_data_of_one_tenant_is_invisible_to_another(
     services: Services,
 ) -> None:
     """Fill one tenant; then two others, for whom there never was anything, must be told the same."""

@@ -106,7 +106,7 @@ async def _is_settled(whole: Pipeline) -> bool:
     return spent > 0 and reserved == 0
 
 
-async def test_a_lowered_limit_stops_what_runs_and_bills_what_was_used(whole: Pipeline) -> None:
+async def test_a_lowered_limit_stops_running_generations_and_bills_their_usage(whole: Pipeline) -> None:
     await whole.limit(100_000)
     generation = (await whole.ask(tokens=2_000, tokens_per_second=50, max_tokens=2_000)).json()["generation"]
     url = f"{whole.stage.url}/v1/sessions/s/generations/{generation}"
@@ -132,7 +132,7 @@ async def test_a_request_that_is_refused_leaves_nothing_behind(whole: Pipeline) 
     assert await whole.spent() == (0, 0)
 
 
-async def test_a_refusal_tells_credentials_of_some_sessions_nothing_of_the_budget(whole: Pipeline) -> None:
+async def test_a_refusal_for_credentials_limited_to_sessions_does_not_describe_the_budget(whole: Pipeline) -> None:
     await whole.limit(1, name="secret-plan")
     told = await whole.ask()
     assert "secret-plan" in told.json()["detail"]

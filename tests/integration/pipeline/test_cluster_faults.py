@@ -161,7 +161,7 @@ class Stepping:
         return time.time() + next(self._steps)
 
 
-async def test_clock_steps_change_neither_order_nor_cursors_nor_what_is_kept(broker: Broker, nats_url: str) -> None:
+async def test_clock_steps_change_neither_order_nor_cursors_nor_retention(broker: Broker, nats_url: str) -> None:
     async with delivering(nats_url) as stage, producing(broker, clock=Stepping()):
         first = await asked(stage, "s", tokens=60)
         client = stage.events("s", **{"from": "start"})

@@ -88,7 +88,7 @@ async def test_a_replica_that_runs_learns_of_the_change_and_lets_go_of_feeds_tha
             following.cancel()
 
 
-async def test_the_history_of_counts_is_kept_whoever_starts(broker: Broker) -> None:
+async def test_concurrent_starts_keep_the_history_of_partition_counts(broker: Broker) -> None:
     partitions = Partitions(broker, SystemClock(), 7)
     assert await partitions.history() == (1,)
     for count, expected in ((4, (1, 4)), (4, (1, 4)), (2, (1, 4, 2)), (1, (4, 2, 1))):

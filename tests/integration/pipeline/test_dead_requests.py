@@ -155,7 +155,9 @@ async def test_an_unreadable_request_is_listed_as_such_and_cannot_be_sent_again(
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff\xfe{", b'{"tenant": 5}', b"[" * 100_000, b'{"tenant":"\xff"}'])
-async def test_the_content_of_what_is_nobodys_is_not_shown(stage: Stage, broker: Broker, data: bytes) -> None:
+async def test_the_content_of_an_unreadable_dead_request_is_not_shown(
+    stage: Stage, broker: Broker, data: bytes
+) -> None:
     await bury(broker, "junk", data, reason="garbled — très")
     assert await listed(stage) == ["junk"]
     shown = (await stage.http.get(f"{stage.url}/v1/requests/dead/junk")).json()

@@ -83,7 +83,7 @@ async def test_every_transport_follows_the_later_epoch_to_its_end(
         assert seen.gaps == 1, name
 
 
-async def test_subscribers_that_listen_are_told_in_the_stream_where_events_expired_meanwhile(
+async def test_live_subscribers_get_a_gap_for_events_that_expired_before_read_back(
     stage: Stage, broker: Broker, log: Log
 ) -> None:
     """The feed misses live messages, and what it would read back has expired."""
@@ -106,7 +106,7 @@ async def test_subscribers_that_listen_are_told_in_the_stream_where_events_expir
     assert reader.controls == [("gap", {"reason": "events_expired", "generation": "g1"})]
 
 
-async def test_a_generation_that_is_written_again_after_its_log_has_expired_is_told_to_those_who_listen(
+async def test_live_subscribers_get_a_gap_for_a_generation_whose_earlier_events_expired(
     stage: Stage, broker: Broker, log: Log
 ) -> None:
     events = story("g1", 8)
@@ -127,7 +127,7 @@ async def view(stage: Stage, generation: str = "g1") -> dict[str, Any]:
     return found
 
 
-async def test_the_look_up_shows_the_true_state_and_what_is_left(stage: Stage, broker: Broker, log: Log) -> None:
+async def test_the_lookup_returns_the_final_state_and_the_kept_text(stage: Stage, broker: Broker, log: Log) -> None:
     await write(log, taken_over("g1"), broker)
     found = await view(stage)
     assert (found["state"], found["text"], found["finish_reason"]) == ("completed", "true ", "stop")
@@ -143,9 +143,7 @@ async def record(stage: Stage, **fields: Any) -> None:
     assert await lookups.create(GenerationRecord(**(known | fields)))
 
 
-async def test_the_look_up_knows_of_an_answer_whose_log_has_expired_from_its_record(
-    stage: Stage, broker: Broker, log: Log
-) -> None:
+async def test_the_lookup_of_an_expired_answer_uses_its_record(stage: Stage, broker: Broker, log: Log) -> None:
     await record(
         stage, state="completed", started_at=2.0, ended_at=3.0, finish_reason="stop", counted=Counted(output=9)
     )
@@ -158,7 +156,7 @@ async def test_the_look_up_knows_of_an_answer_whose_log_has_expired_from_its_rec
     assert found["counted"]["output"] == 9
 
 
-async def test_a_stream_of_an_answer_whose_log_has_expired_ends_at_once(stage: Stage, broker: Broker, log: Log) -> None:
+async def test_a_stream_of_an_expired_answer_ends_at_once(stage: Stage, broker: Broker, log: Log) -> None:
     await record(stage, state="completed", ended_at=3.0)
     stored = await log.append(*story("g1", 3))
     await log.append(*story("g2", 3))
@@ -220,7 +218,7 @@ async def test_a_takeover_finds_the_terminal_of_the_later_epoch(stage: Stage, br
     assert decide(begun, may_restart=True) == "done"
 
 
-async def test_a_producer_closes_what_the_later_epoch_left_open(broker: Broker) -> None:
+async def test_a_producer_interrupts_a_generation_that_a_later_epoch_left_open(broker: Broker) -> None:
     """A redelivered request: its log has lost the head, and begins with a zombie."""
     request = ask("g1")
     log = Log(broker, request.session)

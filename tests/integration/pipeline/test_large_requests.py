@@ -95,7 +95,7 @@ async def test_a_socket_takes_a_message_of_the_limit_and_no_larger_one(stage: St
     assert reason == f"a message has at most {DEFAULT} bytes: TAILRACE_DELIVERY_MAX_BODY sets the limit"
 
 
-def test_the_embedded_broker_takes_what_delivery_lets_through() -> None:
+def test_the_embedded_broker_accepts_every_body_that_delivery_accepts() -> None:
     assert MAX_PAYLOAD >= DEFAULT + ENVELOPE
     assert request_limit(DEFAULT, MAX_PAYLOAD).size == DEFAULT
     for max_body in (0, 1_024, DEFAULT, 30 * MB, LARGEST_PAYLOAD - ENVELOPE):

@@ -40,7 +40,7 @@ def orphans(worker: Worker) -> LostRequests:
 
 
 @pytest.mark.parametrize("state", ["queued", "cancelling", "running"])
-async def test_what_was_asked_for_and_is_in_no_queue_fails(broker: Broker, state: str) -> None:
+async def test_a_recorded_generation_without_a_queued_request_fails_as_lost(broker: Broker, state: str) -> None:
     await record(broker, "g1", state)
     async with producing(broker) as producer:
         care = orphans(producer)
@@ -82,7 +82,7 @@ async def test_a_record_that_missed_the_end_of_its_answer_gets_it(broker: Broker
     assert len(await accepted_log(broker, ask("g1"))) == 8
 
 
-async def test_what_waits_runs_or_is_young_is_left_alone(broker: Broker) -> None:
+async def test_queued_running_and_recent_generations_are_not_failed(broker: Broker) -> None:
     await record(broker, "young", "queued", age=1.0)
     await record(broker, "waiting", "queued")
     await record(broker, "running", "running")

@@ -283,7 +283,7 @@ async def plain(guarded: Guarded, user: str, refusals: Refusals) -> nats.NATS:
 
 
 @pytest.mark.parametrize("user", FORBIDDEN_TO_PUBLISH)
-async def test_a_service_is_refused_to_publish_what_is_not_its_own(guarded: Guarded, user: str) -> None:
+async def test_a_service_is_refused_to_publish_on_subjects_of_others(guarded: Guarded, user: str) -> None:
     refusals = Refusals()
     client = await plain(guarded, user, refusals)
     try:
@@ -296,7 +296,7 @@ async def test_a_service_is_refused_to_publish_what_is_not_its_own(guarded: Guar
 
 
 @pytest.mark.parametrize("user", FORBIDDEN_TO_HEAR)
-async def test_a_service_is_refused_to_hear_what_is_not_for_it(guarded: Guarded, user: str) -> None:
+async def test_a_service_is_refused_to_subscribe_to_subjects_of_others(guarded: Guarded, user: str) -> None:
     refusals = Refusals()
     client = await plain(guarded, user, refusals)
     try:
@@ -308,7 +308,7 @@ async def test_a_service_is_refused_to_hear_what_is_not_for_it(guarded: Guarded,
         await client.close()
 
 
-async def test_producers_may_share_circuits_whatever_their_providers_are_called(guarded: Guarded) -> None:
+async def test_producers_share_circuits_of_providers_with_any_name(guarded: Guarded) -> None:
     down = UpstreamFailure("upstream_overloaded", "busy", recoverable=True)
     async with Broker.connect(guarded.url("producer"), "producer", tls=guarded.tls) as broker:
         one, other = Circuits(broker, 1, 1_000.0), Circuits(broker, 1, 1_000.0)

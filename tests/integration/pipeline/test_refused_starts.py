@@ -53,7 +53,7 @@ async def is_gone(taking: Taking) -> bool:
 
 
 @pytest.mark.parametrize("stores", [True, False])
-async def test_a_start_whose_queueing_is_not_known_leaves_nothing(
+async def test_a_start_without_a_queue_acknowledgement_is_undone(
     taking: Taking, monkeypatch: pytest.MonkeyPatch, stores: bool
 ) -> None:
     with monkeypatch.context() as patch:
@@ -66,7 +66,7 @@ async def test_a_start_whose_queueing_is_not_known_leaves_nothing(
 
 
 @pytest.mark.parametrize("stores", [True, False])
-async def test_a_start_whose_record_is_not_known_leaves_nothing(
+async def test_a_start_without_a_record_acknowledgement_is_undone(
     taking: Taking, monkeypatch: pytest.MonkeyPatch, stores: bool
 ) -> None:
     create = taking.lookups.create

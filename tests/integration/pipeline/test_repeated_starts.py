@@ -80,7 +80,7 @@ def taking(broker: Broker) -> Taking:
     return Taking(broker)
 
 
-async def test_a_first_attempt_that_fails_late_does_not_take_back_what_its_repeat_has_queued(
+async def test_a_late_failure_of_the_first_attempt_does_not_remove_the_request_queued_by_its_repeat(
     taking: Taking, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked, fails = asyncio.Event(), asyncio.Event()

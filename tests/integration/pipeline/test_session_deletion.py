@@ -88,7 +88,7 @@ async def test_a_deleted_session_is_gone_and_its_bills_stay(
             assert (g.state, g.output) == ("completed", 3)
 
 
-async def test_deleting_again_changes_nothing_and_what_never_was_is_not_found(stage: Stage, log: Log) -> None:
+async def test_deletion_is_idempotent_and_an_unknown_session_is_404(stage: Stage, log: Log) -> None:
     assert (await delete(stage, "never")).status_code == 404
     await answered(stage, log, "g1")
     await _nobody_bills(stage)
@@ -125,7 +125,9 @@ async def test_where_no_billing_has_ever_run_none_is_waited_for(
     assert (await delete(stage)).status_code == 204
 
 
-async def test_subscribers_are_told_and_a_cursor_of_before_is_refused(stage: Stage, nats_url: str, log: Log) -> None:
+async def test_subscribers_get_a_gap_and_earlier_cursors_are_refused_after_deletion(
+    stage: Stage, nats_url: str, log: Log
+) -> None:
     await answered(stage, log, "g1")
     await _nobody_bills(stage)
     async with delivering(nats_url) as second:  # applying the topology makes billing's consumer again
@@ -213,7 +215,7 @@ async def ended(stage: Stage, generation: str, state: str = "completed") -> None
     await eventually(is_so, timeout=20)
 
 
-async def test_what_runs_is_named_and_cancelled_only_where_that_is_wanted(stage: Stage, broker: Broker) -> None:
+async def test_running_generations_block_deletion_unless_cancel_is_requested(stage: Stage, broker: Broker) -> None:
     await _nobody_bills(stage)
     async with producing(broker):
         one = (await start(stage, tokens=5_000, tokens_per_second=50)).json()["generation"]
@@ -227,7 +229,7 @@ async def test_what_runs_is_named_and_cancelled_only_where_that_is_wanted(stage:
     assert (await stage.http.get(f"{stage.url}/v1/sessions/s/generations/{one}")).status_code == 410
 
 
-async def test_what_nobody_takes_from_the_queue_keeps_the_session(
+async def test_a_queued_request_without_a_producer_blocks_deletion(
     stage: Stage, broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(deleting, "CANCEL_SECONDS", 0.3)
@@ -251,7 +253,7 @@ async def test_a_start_under_way_keeps_a_session_and_an_orphaned_record_does_not
     assert answer.status_code == 204, answer.text
 
 
-async def test_what_was_put_aside_of_it_goes_too(stage: Stage, broker: Broker, log: Log) -> None:
+async def test_deletion_removes_dead_requests_and_dead_events(stage: Stage, broker: Broker, log: Log) -> None:
     await answered(stage, log, "g1")
     lane = lane_of(Topology().pool, "interactive")
     for session, generation in (("s", "g1"), ("other", "g9")):

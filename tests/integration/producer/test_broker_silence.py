@@ -93,7 +93,7 @@ async def test_an_answer_that_came_while_the_broker_was_silent_is_finished_by_it
     assert len({event.epoch for event in events}) == 1
 
 
-async def test_a_producer_that_stood_still_goes_on_when_nobody_has_begun_its_request(own_nats: NatsServer) -> None:
+async def test_a_paused_producer_resumes_its_lease_when_no_other_began_the_request(own_nats: NatsServer) -> None:
     request = ask("g1", "m", on_producer_loss="restart")
     resumed = count("tailrace_producer_leases_resumed_total")
     async with providing() as provider, broker_at(own_nats) as broker:
@@ -127,7 +127,7 @@ async def test_a_lapsed_lease_is_lost_when_another_producer_has_begun_the_reques
         await answer.finish()
 
 
-async def test_only_the_producer_that_began_a_request_last_says_that_it_holds_it(own_nats: NatsServer) -> None:
+async def test_only_the_producer_of_the_latest_epoch_confirms_that_it_holds_a_request(own_nats: NatsServer) -> None:
     request = ask("g1", "m")
     async with providing() as provider, broker_at(own_nats) as broker:
         answer = Answer(provider)

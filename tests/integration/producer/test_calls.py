@@ -26,7 +26,7 @@ FAILS_AFTER_USAGE = Replay(
 )
 
 
-async def test_each_call_that_is_left_is_told_with_its_own_count(broker: Broker) -> None:
+async def test_each_abandoned_call_is_logged_with_its_own_counts(broker: Broker) -> None:
     request = ask("g1", "m", on_producer_loss="restart")
     async with providing(saying("whole", " answer")) as provider:
         provider.turns = [cut_off("half "), refusing(500), cut_off(), cut_off("a third ")]
@@ -46,7 +46,7 @@ async def test_each_call_that_is_left_is_told_with_its_own_count(broker: Broker)
     assert {c.counted.input for c in calls} == {started.counted.input}
 
 
-async def test_usage_of_a_call_that_failed_without_a_token_is_told_at_a_failover(broker: Broker) -> None:
+async def test_failover_notice_has_the_usage_of_a_call_that_failed_without_a_token(broker: Broker) -> None:
     async with (
         providing(FAILS_AFTER_USAGE) as one,
         providing(saying("x")) as two,

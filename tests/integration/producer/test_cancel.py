@@ -127,7 +127,7 @@ async def test_a_cancel_while_waiting_for_a_limit_makes_no_call_and_leaves_the_s
     assert len(provider.asked) == 2
 
 
-async def test_a_cancel_of_what_waits_for_a_slot_holds(broker: Broker) -> None:
+async def test_a_cancel_of_a_request_waiting_for_a_slot_takes_effect(broker: Broker) -> None:
     first, waiting = ask("g1", "m"), ask("g2", "m")
     async with providing(silent("a")) as provider, producing(broker, config=config(provider.url), slots=1):
         await enqueue(broker, first)
@@ -172,7 +172,7 @@ async def test_cancelling_again_and_again_is_one_cancellation(broker: Broker) ->
         await cancelled(broker, request)
 
 
-async def test_the_count_of_a_cancelled_answer_is_what_was_relayed(broker: Broker) -> None:
+async def test_the_count_of_a_cancelled_answer_equals_the_relayed_tokens(broker: Broker) -> None:
     request = ask("g1", "m")
     async with providing(silent("one two", " three")) as provider, producing(broker, config=config(provider.url)):
         await enqueue(broker, request)
@@ -220,7 +220,7 @@ async def test_draining_has_an_end_where_usage_does_not_come(broker: Broker) -> 
     assert provider.abandoned == 1
 
 
-async def test_a_producer_that_is_told_to_stop_waits_for_usage_no_longer_than_it_may_run(broker: Broker) -> None:
+async def test_a_stopping_producer_waits_for_usage_no_longer_than_its_drain(broker: Broker) -> None:
     request = ask("g1", "m")
     async with providing(silent("said")) as provider:
         async with producing(

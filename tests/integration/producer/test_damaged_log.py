@@ -26,7 +26,7 @@ def without_a_gap(events: Sequence[AnyEvent]) -> bool:
 
 
 @pytest.mark.parametrize("kind", ["block-overwritten", "block-truncated", "messages-missing", "stream-missing"])
-async def test_an_answer_whose_stored_events_were_lost_ends_as_interrupted(own_nats: NatsServer, kind: str) -> None:
+async def test_an_answer_with_lost_stored_events_ends_as_interrupted(own_nats: NatsServer, kind: str) -> None:
     async with Broker.connect(own_nats.url, "test") as broker:
         await broker.keep(Topology())
         async with producing(broker) as producer:

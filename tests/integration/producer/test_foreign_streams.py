@@ -113,7 +113,7 @@ async def test_a_pair_of_surrogates_in_two_chunks_is_one_character(broker: Broke
         ({"progress": 0.5}, "upstream_unknown_event"),
     ],
 )
-async def test_what_was_passed_over_is_a_notice_once_a_generation(broker: Broker, event: Any, code: str) -> None:
+async def test_skipped_content_is_one_notice_per_generation(broker: Broker, event: Any, code: str) -> None:
     """The notice ahead of the first token does not count as one."""
     events, _ = await answered(broker, data(event) * 3 + HELLO + data(event) * 3 + ending(), size=20)
     assert kinds(events) == ["started", f"notice {code}", "delta", "usage", "completed"]

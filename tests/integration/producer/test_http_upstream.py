@@ -66,7 +66,7 @@ async def test_every_transcript_reads_the_same_over_http(
     assert described(parts) == transcript.expected
 
 
-async def test_a_read_returns_what_has_arrived_without_waiting_for_more(session: aiohttp.ClientSession) -> None:
+async def test_a_read_returns_received_parts_without_waiting_for_more(session: aiohttp.ClientSession) -> None:
     go_on = asyncio.Event()
     events = TEXT.wire.split(b"\n\n")
     replay = Replay([b"\n\n".join(events[:3]) + b"\n\n", b"\n\n".join(events[3:])], gate=go_on.wait)
@@ -78,7 +78,7 @@ async def test_a_read_returns_what_has_arrived_without_waiting_for_more(session:
         go_on.set()
 
 
-async def test_what_one_read_brings_is_one_part(session: aiohttp.ClientSession) -> None:
+async def test_the_text_of_one_read_is_one_part(session: aiohttp.ClientSession) -> None:
     async with providing(Replay.of(TEXT.wire, 100_000)) as provider:
         parts = await all_parts(upstream(session, provider.url))
     assert len([p for p in parts if isinstance(p, Text)]) == 1
@@ -142,7 +142,7 @@ async def test_an_error_body_is_read_up_to_a_bound(session: aiohttp.ClientSessio
         ("text/html", b'{"error": {"message": "slow down", "code": 429}}', "upstream_rate_limited"),
     ],
 )
-async def test_what_comes_instead_of_an_answer_is_a_failure(
+async def test_a_response_that_is_no_stream_is_a_failure(
     session: aiohttp.ClientSession, content_type: str, body: bytes, code: str
 ) -> None:
     headers = {"content-type": content_type, "retry-after": "3"}
@@ -350,7 +350,7 @@ async def test_an_answer_read_to_its_end_leaves_the_connection_for_the_next(sess
         assert sum(len(c) for c in session.connector._conns.values()) == 1
 
 
-async def test_the_request_is_what_the_dialect_asks(session: aiohttp.ClientSession) -> None:
+async def test_the_request_has_path_headers_and_body_of_the_dialect(session: aiohttp.ClientSession) -> None:
     async with providing(Replay.of(TEXT.wire)) as provider:
         await all_parts(upstream(session, provider.url, headers={"X-Title": "t"}), call(params={"temperature": 0.5}))
         [asked] = provider.asked
@@ -367,7 +367,7 @@ async def test_the_request_is_what_the_dialect_asks(session: aiohttp.ClientSessi
     }
 
 
-async def test_a_call_that_cannot_be_said_is_refused_without_asking(session: aiohttp.ClientSession) -> None:
+async def test_an_untranslatable_call_is_refused_without_a_request(session: aiohttp.ClientSession) -> None:
     async with providing() as provider:
         error = await refused(upstream(session, provider.url, "anthropic"), call(params={"n": 2}))
         assert provider.asked == []

@@ -61,7 +61,7 @@ async def test_a_request_that_arrives_after_its_lease_is_left_to_the_producer_th
     assert {event.epoch for event in events} == {2}
 
 
-async def test_what_was_stored_after_the_lease_is_not_taken_for_the_end(broker: Broker) -> None:
+async def test_an_event_stored_after_the_lease_expired_raises_fenced(broker: Broker) -> None:
     """Its producer would take the request out of the queue, while another one runs it and is to write the end."""
     publisher = Publisher(broker, give_up=0.2)
     await publisher.start()

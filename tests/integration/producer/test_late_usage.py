@@ -27,7 +27,7 @@ ANSWER = {
 CHUNK = b'data: {"id":"x","created":1,"choices":[{"index":0,"delta":{"content":"Hello"},"finish_reason":null}]}\n\n'
 
 
-def test_a_look_up_gives_native_counts_and_the_exact_cost() -> None:
+def test_a_lookup_returns_native_counts_and_the_exact_cost() -> None:
     usage = late_usage(b'{"data":{"native_tokens_prompt":11,"native_tokens_completion":7,"total_cost":0.00012}}')
     assert usage is not None
     assert (usage.input, usage.output, usage.cost, usage.currency) == (11, 7, "0.00012", "USD")
@@ -78,7 +78,7 @@ async def test_a_cancelled_answer_gets_its_usage_behind_the_terminal(broker: Bro
     assert asked == ["gen-abc", "gen-abc"]
 
 
-async def test_usage_of_abandoned_calls_is_looked_up_by_their_own_names_once_the_answer_has_ended(
+async def test_usage_of_abandoned_calls_is_looked_up_by_their_own_ids_after_the_answer_ended(
     broker: Broker,
 ) -> None:
     calls: list[str] = []

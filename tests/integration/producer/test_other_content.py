@@ -61,7 +61,7 @@ async def test_a_picture_of_eleven_megabytes_is_stored_in_pieces_and_comes_out_w
     assert [d.binary.continues for d in deltas if d.binary].count(False) == 1
 
 
-async def test_calls_refusals_and_sources_are_in_the_look_up(broker: Broker) -> None:
+async def test_tool_calls_refusals_and_annotations_are_in_the_lookup(broker: Broker) -> None:
     calls = [{"index": 0, "id": i, "function": {"name": "get_weather", "arguments": {"city": i}}} for i in "ab"]
     source = {"type": "url_citation", "url_citation": {"url": "https://h.example", "title": "H"}}
     events = await logged(

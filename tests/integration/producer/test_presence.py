@@ -56,14 +56,14 @@ async def stays_alive(producer: Worker, request: Request, seconds: float = 3 * G
     assert [relay.request.generation for relay in producer.running.values()] == [request.generation]
 
 
-async def test_to_what_nobody_ever_listens_is_cancelled_after_its_grace(broker: Broker) -> None:
+async def test_a_generation_that_never_had_a_subscriber_is_cancelled_after_its_grace_period(broker: Broker) -> None:
     request = silent("g1", 0.3)
     async with producing(broker):
         await enqueue(broker, request)
         assert await is_disconnected(broker, request)
 
 
-async def test_what_shall_continue_continues_alone(broker: Broker) -> None:
+async def test_a_generation_without_on_disconnect_continues_without_subscribers(broker: Broker) -> None:
     request = ask("g1", "scripted/stall", params=SILENT)
     async with producing(broker) as producer:
         await enqueue(broker, request)
@@ -109,7 +109,7 @@ async def test_coming_back_within_the_grace_keeps_it_alive(broker: Broker, nats_
         assert await is_disconnected(broker, request)
 
 
-async def test_who_listens_to_another_session_or_generation_is_not_there(broker: Broker, nats_url: str) -> None:
+async def test_subscribers_of_another_session_or_generation_do_not_count(broker: Broker, nats_url: str) -> None:
     request, other = silent("g1"), ask("g2", "scripted/stall", params=SILENT)
     async with delivering(nats_url) as stage, producing(broker):
         await enqueue(broker, other)

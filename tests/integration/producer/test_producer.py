@@ -42,7 +42,7 @@ async def test_a_request_becomes_a_gapless_log_with_one_terminal(broker: Broker)
     assert [event.tokens for event in deltas] == sorted(event.tokens for event in deltas)
 
 
-async def test_what_arrives_in_one_read_becomes_one_event(broker: Broker) -> None:
+async def test_the_tokens_of_one_read_become_one_event(broker: Broker) -> None:
     request = ask("g1", "scripted/megabyte", params={"tokens_per_second": 10_000_000})
     async with producing(broker):
         await enqueue(broker, request)
@@ -139,7 +139,7 @@ async def test_a_running_generation_is_cancelled_at_once(broker: Broker) -> None
     assert 5 <= events[-1].counted.output < 100
 
 
-async def test_a_generation_beyond_its_budget_fails_with_what_it_used(broker: Broker) -> None:
+async def test_a_generation_beyond_its_budget_fails_with_its_counted_usage(broker: Broker) -> None:
     request = ask("g1", params={"tokens": 500, "tokens_per_second": 50})
     request.key = "k-7"
     async with producing(broker):
@@ -168,7 +168,7 @@ async def test_a_generation_cancelled_while_it_is_queued_never_asks_the_provider
     assert [type_of(event) for event in events] == ["started", "cancelled"]
 
 
-async def test_the_look_up_record_follows_the_generation(broker: Broker) -> None:
+async def test_the_record_follows_the_generation(broker: Broker) -> None:
     request = ask("g1")
     async with producing(broker):
         await enqueue(broker, request)

@@ -94,7 +94,7 @@ async def test_batch_is_served_beside_interactive_requests_that_leave_room(broke
             await cancel(broker, request)
 
 
-async def test_a_flood_of_batch_leaves_room_for_who_waits(broker: Broker) -> None:
+async def test_batch_requests_leave_a_slot_for_interactive_requests(broker: Broker) -> None:
     flood = [batch(f"b{n}", "scripted/stall", params=ENDLESS) for n in range(15)]
     async with producing(broker, slots=10, drain=0.0) as producer:
         await put(broker, flood)
@@ -123,7 +123,7 @@ async def test_slots_are_never_exceeded_by_both_lanes_and_cancels(broker: Broker
     assert most == 4
 
 
-async def test_who_is_told_to_stop_finishes_what_runs_and_takes_nothing_new(broker: Broker) -> None:
+async def test_a_stopping_producer_finishes_running_generations_and_takes_no_new_request(broker: Broker) -> None:
     running = ask("g1", params={"tokens": 40, "tokens_per_second": 60})
     later = ask("g2", params=QUICK)
     async with producing(broker, drain=10.0) as producer:
@@ -142,7 +142,7 @@ async def _enqueue_while_stopping(broker: Broker, producer: Worker, request: Req
     await enqueue(broker, request)
 
 
-async def test_what_outlives_the_drain_is_with_another_producer_long_before_the_lease(
+async def test_generations_that_outlive_the_drain_are_taken_over_before_the_lease_expires(
     broker: Broker, nats_url: str
 ) -> None:
     restarts = ask("g1", params={"tokens": 60, "tokens_per_second": 60}, on_producer_loss="restart")
@@ -226,7 +226,7 @@ async def test_a_lost_lease_stops_a_producer_and_another_one_closes_the_generati
     assert REGISTRY.get_sample_value("tailrace_producer_leases_lost_total") == lost + 1
 
 
-async def test_a_lost_lease_of_a_silent_answer_that_is_just_told_to_stall_ends_nothing_else(
+async def test_a_lease_lost_during_a_stall_check_ends_only_its_own_generation(
     broker: Broker,
 ) -> None:
     """The look that finds a stall may come when the lease runs out in that very moment."""
@@ -267,7 +267,7 @@ async def test_a_zombie_that_still_believes_in_its_lease_is_not_accepted(broker:
     assert sum(map(is_terminal, events)) == 1
 
 
-async def test_a_request_that_was_taken_over_and_left_is_not_ended_by_whoever_had_it_before(broker: Broker) -> None:
+async def test_a_zombie_does_not_acknowledge_a_request_that_its_successor_left_unfinished(broker: Broker) -> None:
     """The queue takes anybody's answer: a zombie's must not remove what its successor has begun and not ended."""
     request = ask("g1", on_producer_loss="restart", params={"tokens": 60, "tokens_per_second": 60})
     await broker.apply(SHORT_LEASE)
@@ -386,7 +386,7 @@ async def test_deliveries_that_nobody_began_do_not_count(broker: Broker) -> None
 
 
 @pytest.mark.parametrize("ending", ["restart", "interrupt"])
-async def test_an_outage_of_the_log_longer_than_all_attempts_does_not_poison_what_was_begun(
+async def test_a_log_outage_longer_than_all_attempts_does_not_make_a_started_request_dead(
     broker: Broker, monkeypatch: pytest.MonkeyPatch, ending: Any
 ) -> None:
     monkeypatch.setattr("services.producer.worker._LATER", b'-NAK {"delay": 50000000}')

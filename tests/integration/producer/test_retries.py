@@ -105,7 +105,7 @@ async def listening(port: int, replay: Replay) -> AsyncIterator[Provider]:
         await runner.cleanup()
 
 
-async def test_attempts_are_bounded_and_the_last_failure_is_told(broker: Broker) -> None:
+async def test_attempts_are_bounded_and_the_last_failure_ends_the_generation(broker: Broker) -> None:
     async with providing(refusing(500)) as provider, producing(broker, config=config(provider.url), retry=QUICK):
         failed = (await answered(broker, ask("g1", "m")))[-1]
     assert isinstance(failed, Failed)
@@ -124,7 +124,7 @@ async def test_a_pause_that_the_provider_asks_for_is_kept(broker: Broker) -> Non
     assert events[events.index(notice) + 1].at - notice.at >= 0.15
 
 
-async def test_who_asks_for_too_long_a_pause_gives_the_next_candidate_its_turn(broker: Broker) -> None:
+async def test_a_retry_after_beyond_the_maximum_causes_a_failover(broker: Broker) -> None:
     async with (
         providing(refusing(429, retry_after="60")) as busy,
         providing(saying("other")) as other,
@@ -159,7 +159,7 @@ async def test_failover_goes_along_the_candidates(broker: Broker) -> None:
     assert text_of(events) == "third"
 
 
-async def test_a_candidate_that_may_not_stand_in_is_left_out(broker: Broker) -> None:
+async def test_a_candidate_with_failover_disabled_is_skipped(broker: Broker) -> None:
     async with providing(refusing(500)) as one, providing(saying("no")) as two, providing(saying("yes")) as three:
         candidates = ["p0/m", {"model": "p1/m", "failover": False}, "p2/m"]
         setup = config(one.url, two.url, three.url, alias={"candidates": candidates})
@@ -223,7 +223,7 @@ async def test_where_it_may_restart_the_answer_begins_anew_in_the_next_epoch(bro
     assert events[-1].counted.output == [e.tokens for e in events if isinstance(e, Delta)][-1] < 5
 
 
-async def test_what_an_earlier_call_told_of_itself_is_not_taken_for_the_answers(broker: Broker) -> None:
+async def test_usage_of_an_earlier_call_is_not_attributed_to_the_answer(broker: Broker) -> None:
     async with providing(saying("x")) as provider:
         _finish, usage, _done = ending().strip().split(b"\n\n")
         provider.turns = [Replay([usage + b"\n\n"])]
@@ -449,7 +449,7 @@ async def test_a_deadline_out_of_bounds_is_not_run(broker: Broker, own: dict[str
     assert b'"g1"' in dead.data
 
 
-async def test_a_silence_is_told_once_and_the_next_one_again(broker: Broker) -> None:
+async def test_each_stall_is_one_notice(broker: Broker) -> None:
     go_on = asyncio.Semaphore(0)
     async with (
         providing(Replay([chunk("a"), chunk("b"), ending()], gate=go_on.acquire)) as provider,

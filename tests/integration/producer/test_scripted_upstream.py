@@ -32,14 +32,14 @@ async def reads_of(asked: UpstreamRequest) -> list[list[Part]]:
 
 
 @pytest.mark.parametrize("model", ["story", "json", "tools", "reasoning", "megabyte", "no-usage"])
-async def test_what_is_read_is_the_script(model: str) -> None:
+async def test_the_stream_equals_the_script(model: str) -> None:
     asked = call(model, tokens_per_second=2000, tokens=100)
     parts = [part for read in await reads_of(asked) for part in read]
     assert parts[-1] == End()
     assert text_of(parts) == text_of([part for _, step in play(asked) for part in step])
 
 
-async def test_what_is_due_together_comes_in_one_read_of_bounded_size() -> None:
+async def test_parts_due_together_are_one_read_of_bounded_size() -> None:
     reads = await reads_of(call("megabyte"))
     assert 1_000_000 / 17_000 <= len(reads) <= 100
     assert all(len([p for p in read if isinstance(p, Text)]) <= 1 for read in reads)

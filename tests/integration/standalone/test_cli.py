@@ -132,11 +132,11 @@ def test_wrong_options_of_ask_are_named(delivery: Delivery, argv: list[str], sai
     assert said in result.stderr
 
 
-def test_help_says_that_a_session_sends_no_history() -> None:
+def test_help_of_ask_documents_that_no_history_is_sent() -> None:
     assert "Its earlier questions and answers are not sent" in " ".join(tailrace("ask", "--help").stdout.split())
 
 
-def test_tail_says_that_it_waits_for_a_session_that_does_not_exist(delivery: Delivery) -> None:
+def test_tail_reports_that_it_waits_for_a_session_that_does_not_exist(delivery: Delivery) -> None:
     process = start("tail", "nosuch", "--url", delivery.url)
     assert process.stderr is not None
     said = process.stderr.readline()
@@ -145,7 +145,7 @@ def test_tail_says_that_it_waits_for_a_session_that_does_not_exist(delivery: Del
     assert "there is no session nosuch yet: waiting" in said
 
 
-def test_the_address_of_another_service_is_said(delivery: Delivery) -> None:
+def test_a_url_that_is_not_deliverys_is_reported(delivery: Delivery) -> None:
     delivery.problem = (404, {"type": "urn:tailrace:problem:not-found", "title": "T", "detail": "Not Found"})
     result = tailrace("ask", "x", "--session", "s", "--url", delivery.url)
     assert result.returncode == 1
@@ -161,7 +161,7 @@ def test_topology_without_a_broker_fails_soon_and_in_one_line() -> None:
     assert time.monotonic() - begun < 25
 
 
-def test_status_names_what_does_not_answer(delivery: Delivery) -> None:
+def test_status_reports_each_unreachable_service(delivery: Delivery) -> None:
     nowhere = "http://127.0.0.1:9"
     result = tailrace("status", "--url", nowhere, "--billing-url", nowhere, "--producer-url", nowhere)
     assert result.returncode == 3
@@ -171,7 +171,7 @@ def test_status_names_what_does_not_answer(delivery: Delivery) -> None:
     assert result.returncode == 1
 
 
-def test_doctor_finds_what_is_in_the_way(tmp_path: Path) -> None:
+def test_doctor_reports_every_problem_it_finds(tmp_path: Path) -> None:
     config = tmp_path / "tailrace.toml"
     config.write_text("[shared\n")
     data = tmp_path / "data"
@@ -293,7 +293,7 @@ class NeverSet:
         time.sleep(min(timeout, 3))
 
 
-def test_nothing_listening_is_said_with_exit_code_3() -> None:
+def test_an_unreachable_url_is_reported_with_exit_code_3() -> None:
     for argv in (["ask", "x"], ["tail", "s"], ["sessions"], ["cancel", "s"]):
         result = tailrace(*argv, "--url", "http://127.0.0.1:9")
         assert result.returncode == 3, argv
@@ -307,7 +307,7 @@ def test_problem_of_the_service_is_shown_in_its_words(delivery: Delivery) -> Non
     assert (result.returncode, result.stderr) == (1, "error: T: no model 'x'\n")
 
 
-def test_server_that_is_not_tailrace_is_said(delivery: Delivery) -> None:
+def test_server_that_is_not_tailrace_is_reported(delivery: Delivery) -> None:
     delivery.problem = (200, {})
     result = tailrace("ask", "x", "--url", delivery.url)
     assert result.returncode == 1
@@ -337,7 +337,7 @@ def test_reasoning_notices_and_tool_calls_stay_out_of_the_piped_answer(delivery:
     assert result.stderr == 'asking again\nlet me see\n→ weather {"a":1}\n'
 
 
-def test_a_refusal_is_the_answer_and_files_and_sources_stand_beside_it(delivery: Delivery) -> None:
+def test_a_refusal_is_printed_to_stdout_and_files_and_sources_to_stderr(delivery: Delivery) -> None:
     png = {"media_type": "image/png"}
     delivery.events = [
         Started(generation=GENERATION, seq=0, model="m", provider="p", upstream_model="m"),
@@ -355,7 +355,7 @@ def test_a_refusal_is_the_answer_and_files_and_sources_stand_beside_it(delivery:
     assert result.stderr == "[image/png, 3 bytes]\n[1] H · https://h\n[executed_tools]\n"
 
 
-def test_restart_is_said(delivery: Delivery) -> None:
+def test_restart_is_reported_and_the_answer_is_printed_again(delivery: Delivery) -> None:
     delivery.events = [
         Started(generation=GENERATION, seq=0, model="m", provider="p", upstream_model="m"),
         Delta(generation=GENERATION, seq=1, text="old"),
@@ -428,7 +428,7 @@ def test_sessions_are_a_table_without_cuts_or_colours_in_a_pipe(delivery: Delive
     assert json.loads(tailrace("sessions", "--json", "--url", delivery.url).stdout)["sessions"] == SESSIONS["sessions"]
 
 
-def test_cancel_without_a_generation_cancels_what_has_not_ended(delivery: Delivery) -> None:
+def test_cancel_without_a_generation_cancels_all_unfinished_generations(delivery: Delivery) -> None:
     states = {"gen_1": "completed", "gen_2": "running", "gen_3": "queued"}
     generations = [{"generation": name, "state": state} for name, state in states.items()]
     delivery.documents["/v1/sessions/chat"] = {"session": "chat", "generations": generations}
@@ -535,7 +535,7 @@ def test_no_session_is_deleted_where_nobody_can_be_asked(delivery: Delivery) -> 
     assert (result.returncode, "--yes" in result.stderr, delivery.deleted) == (2, True, [])
 
 
-def test_a_deletion_that_is_refused_says_what_runs(delivery: Delivery) -> None:
+def test_a_refused_deletion_reports_the_running_generation(delivery: Delivery) -> None:
     delivery.problem = (409, {"title": "The session is in use", "detail": "gen_1 has not ended"})
     result = tailrace("sessions", "delete", "chat", "--yes", "--url", delivery.url)
     assert result.returncode != 0

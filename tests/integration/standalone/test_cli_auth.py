@@ -49,7 +49,7 @@ async def test_a_key_is_made_used_listed_and_revoked(stage: Stage) -> None:
     assert (await tailrace(stage, "keys", "revoke", key["id"])).returncode == 1
 
 
-async def test_without_a_key_the_command_says_what_is_missing(stage: Stage) -> None:
+async def test_without_a_key_the_command_reports_missing_credentials(stage: Stage) -> None:
     done = await tailrace(stage, "sessions", key=None)
     assert done.returncode == 1
     assert "credentials" in done.stderr

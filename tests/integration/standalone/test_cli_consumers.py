@@ -73,7 +73,7 @@ async def test_dead_events_are_listed_and_given_again(stage: Stage, broker: Brok
     assert [json.loads(line)["cursor"] for line in out.splitlines()] == [dead["id"]]
 
 
-async def test_wrong_words_are_said_to_be_wrong(stage: Stage) -> None:
+async def test_invalid_arguments_are_reported(stage: Stage) -> None:
     assert (await tailrace(stage, "create", "a.b"))[0] == 2
     code, _, err = await tailrace(stage, "create", "svc", "--type", "nonsense")
     assert (code, "nonsense" in err) == (1, True)

@@ -34,7 +34,7 @@ async def deliver(server: NatsServer) -> Path:
     return stream_folder(server.folder, "REQUESTS") / "obs" / "producers-default" / "o.dat"
 
 
-async def test_positions_that_the_server_wrote_are_taken_for_what_they_are(own_nats: NatsServer) -> None:
+async def test_positions_written_by_the_server_are_recognised(own_nats: NatsServer) -> None:
     path = await deliver(own_nats)
     assert len(path.read_bytes()) > 10
     assert is_position(path.read_bytes())
@@ -42,7 +42,7 @@ async def test_positions_that_the_server_wrote_are_taken_for_what_they_are(own_n
 
 
 @pytest.mark.parametrize("kind", SPOILED)
-async def test_a_consumer_whose_position_cannot_be_read_begins_again(own_nats: NatsServer, kind: str) -> None:
+async def test_a_consumer_with_an_unreadable_position_starts_over(own_nats: NatsServer, kind: str) -> None:
     path = await deliver(own_nats)
     path.write_bytes(SPOILED[kind](path.read_bytes()))
     own_nats.start()

@@ -161,7 +161,7 @@ async def test_service_that_cannot_start_ends_the_start_with_its_words(tree: Tre
     assert tree.notes()[-1] == "billing stop"
 
 
-async def test_program_that_does_not_exist_is_said(tree: Tree) -> None:
+async def test_program_that_does_not_exist_is_reported(tree: Tree) -> None:
     tree.add("delivery")
     tree.specs[0] = msgspec.structs.replace(tree.specs[0], argv=("/nowhere/delivery",))
     with pytest.raises(StartFailed, match="delivery ended with exit code 1"):
@@ -177,7 +177,7 @@ async def test_service_that_ignores_the_wish_to_end_is_killed_after_its_grace(tr
     assert tree.notes()[-1] == "billing stop"
 
 
-async def test_service_that_fails_while_it_stops_is_said(tree: Tree) -> None:
+async def test_service_that_fails_while_it_stops_is_reported(tree: Tree) -> None:
     tree.add("delivery", mode="clumsy")
     async with running(tree):
         pass
@@ -191,7 +191,7 @@ async def test_second_wish_to_stop_kills_at_once(tree: Tree) -> None:
         supervisor.stop()
 
 
-async def test_stop_while_starting_ends_what_has_started(tree: Tree) -> None:
+async def test_stop_while_starting_ends_all_started_services(tree: Tree) -> None:
     tree.add("broker").add("delivery", start=1)
     tree.specs[1] = msgspec.structs.replace(tree.specs[1], ready="http://127.0.0.1:9/never")
     supervisor = tree.supervisor()

@@ -65,7 +65,7 @@ def checked(data: bytes, number: int = 0) -> Checker:
     return checker
 
 
-def test_the_mark_stands_once_in_every_event_and_nowhere_else() -> None:
+def test_the_marker_is_in_every_event_once_and_in_nothing_else() -> None:
     for index in range(500):
         assert event(3, index, 1.0).count(MARK) == 1
     assert MARK not in opening(3, 1.0) + closing(3, 9, 1.0) + HEAD
@@ -142,7 +142,7 @@ def test_every_connection_of_a_crowd_is_counted(tmp_path: Path) -> None:
     assert result.mismatches == 0
 
 
-def test_a_connection_that_ends_early_is_reported_with_what_it_misses(tmp_path: Path) -> None:
+def test_a_connection_that_ends_early_is_reported_with_its_missing_events(tmp_path: Path) -> None:
     whole = [0, 1, 2, 3, 4]
     result = crowd([answer(0, whole), answer(1, [0, 1]), answer(0, whole), answer(1, whole)], tmp_path).result()
     assert (result.complete, result.missing) == (3, 3)
@@ -156,15 +156,15 @@ def test_a_refused_connection_is_reported_with_its_answer(tmp_path: Path) -> Non
     assert "503" in result.problems[0]
 
 
-def test_all_stands_for_every_scenario_but_the_smallest() -> None:
+def test_all_selects_every_scenario_except_smoke() -> None:
     assert set(scenario_names(("all",))) == set(SCENARIOS) - {"smoke"}
 
 
-def test_without_outcomes_no_target_is_said_to_be_met() -> None:
+def test_without_outcomes_no_target_is_reported() -> None:
     assert checks(SCENARIOS["live-2000x20"], []) == {}
 
 
-def test_what_to_install_is_said_when_nchan_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_nchan_is_reported_with_the_package_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(PeerNotInstalled, match="libnginx-mod-nchan"):
         Nchan().install()

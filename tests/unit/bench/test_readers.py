@@ -151,7 +151,7 @@ def test_streams_have_texts_of_their_own() -> None:
     assert len(texts) == 900
 
 
-def test_a_boundary_stands_at_the_end_of_each_token() -> None:
+def test_boundaries_are_the_ends_of_tokens() -> None:
     assert boundaries(["[0]", " a", "b"]) == [3, 5, 6]
 
 

@@ -73,7 +73,7 @@ def test_a_budget_that_is_used_up_admits_nothing_even_if_it_costs_nothing() -> N
     assert admit([Standing(budget("0"), Decimal(0), Decimal(0))], Need(10, {})).refused is not None
 
 
-def test_a_soft_limit_admits_and_is_told() -> None:
+def test_a_request_beyond_a_soft_limit_is_admitted_and_reported() -> None:
     standing = Standing(budget("10", "5"), Decimal(4), Decimal(0))
     assert admit([standing], Need(1, {"USD": Decimal(1)})) == (None, None)
     assert admit([standing], Need(1, {"USD": Decimal("1.01")})) == (None, standing)
@@ -85,7 +85,7 @@ def test_every_budget_must_have_room() -> None:
 
 
 @given(st.lists(st.integers(1, 50), max_size=60), st.integers(0, 500))
-def test_what_is_admitted_never_passes_the_hard_limit(needs: list[int], hard: int) -> None:
+def test_admitted_reservations_never_exceed_the_hard_limit(needs: list[int], hard: int) -> None:
     reserved = 0
     for need in needs:
         standing = Standing(budget(str(hard), unit="tokens"), Decimal(0), Decimal(reserved))
@@ -98,13 +98,13 @@ def use(name: str, used: int, reserved: int) -> Use:
     return Use(("t", "s", name), "", Decimal(used), Decimal(reserved))
 
 
-def test_what_stays_within_its_reservation_runs_on() -> None:
+def test_a_generation_within_its_reservation_is_not_stopped() -> None:
     standing = Standing(budget("100", unit="tokens"), Decimal(20), Decimal(80))
     assert beyond(standing, [use("a", 40, 40), use("b", 39, 40)]) == []
     assert beyond(Standing(budget(None, "1", unit="tokens"), Decimal(20), Decimal(80)), [use("a", 90, 40)]) == []
 
 
-def test_what_takes_more_than_it_reserved_is_stopped_when_the_rest_is_promised_to_others() -> None:
+def test_a_generation_beyond_its_reservation_is_stopped_when_the_rest_is_reserved() -> None:
     standing = Standing(budget("100", unit="tokens"), Decimal(20), Decimal(79))
     assert beyond(standing, [use("a", 40, 39), use("b", 10, 40)]) == []
     assert beyond(standing, [use("a", 41, 39), use("b", 10, 40)]) == [("t", "s", "a")]
@@ -112,7 +112,9 @@ def test_what_takes_more_than_it_reserved_is_stopped_when_the_rest_is_promised_t
 
 def test_a_used_up_budget_stops_all_that_it_covers() -> None:
     uses = [use("a", 10, 40), use("b", 30, 40), Use(("t", "s", "c"), "k", Decimal(9), Decimal(10))]
-    assert beyond(Standing(budget("40", unit="tokens"), Decimal(0), Decimal(90)), uses) == [u.generation_key for u in uses]
+    assert beyond(Standing(budget("40", unit="tokens"), Decimal(0), Decimal(90)), uses) == [
+        u.generation_key for u in uses
+    ]
     assert beyond(Standing(budget("9", unit="tokens", key="k"), Decimal(0), Decimal(10)), uses) == [
         uses[2].generation_key
     ]

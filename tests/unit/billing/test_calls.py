@@ -135,14 +135,14 @@ def test_usage_of_a_call_without_tokens_is_paid_and_compared_by_itself() -> None
     assert not left.estimated
 
 
-def test_a_call_that_said_and_reported_nothing_costs_nothing() -> None:
+def test_a_call_without_output_and_usage_is_free() -> None:
     silent = call(1, counted=Counted(input=7))
     g, [entry] = charged(*begun(), retried(silent), said(30), reported(Usage(input=7, output=30)), completed(30))
     assert g.tokens == 37
     assert (entry.rule, len(abandoned_calls(g))) == ("matched:reported", 1)
 
 
-def test_a_generation_whose_last_call_never_was_pays_for_the_one_before() -> None:
+def test_a_generation_without_a_last_call_pays_for_the_call_before() -> None:
     left = call(1, usage=Usage(input=7, output=20), source="stream")
     g, [entry] = charged(*begun(), retried(left), failed(0))
     assert (g.tokens, entry.rule) == (27, "failed:nothing,abandoned:provider")
@@ -166,7 +166,7 @@ REPORT = Usage(input=9, output=25)
         ("none", REPORT, 0),
     ],
 )
-def test_the_policy_says_by_whose_numbers_an_abandoned_call_is_charged(
+def test_the_policy_selects_counted_or_reported_usage_for_an_abandoned_call(
     basis: Any, usage: Usage | None, tokens: int
 ) -> None:
     left = call(1, usage=usage, source="stream" if usage else "")
@@ -178,7 +178,7 @@ def test_the_policy_says_by_whose_numbers_an_abandoned_call_is_charged(
 
 
 @pytest.mark.parametrize("told", [True, False])
-def test_a_call_whose_producer_was_lost_is_counted_as_far_as_the_log_goes(told: bool) -> None:
+def test_a_call_of_a_lost_producer_is_counted_up_to_its_last_logged_token(told: bool) -> None:
     lost = call(1, code="producer_lost", counted=Counted(input=7, output=20, encoding="o200k_base"))
     g, [entry] = charged(*begun(), said(), restarted(lost if told else None), said(30), completed(30))
     assert [(c.number, c.code, c.counted, c.provider) for c in abandoned_calls(g)] == [
@@ -244,7 +244,7 @@ def test_a_call_is_priced_by_the_provider_that_answered_it() -> None:
         assert (g.pricing, entries, g.tokens) == ("unpriced", [], 64)
 
 
-def test_a_failover_is_priced_by_who_answers_also_without_usage() -> None:
+def test_a_failover_without_usage_is_priced_by_the_answering_provider() -> None:
     notice = Notice(generation="g", seq=0, code="failover", provider="other", upstream_model="m2")
     g = folded(*begun(), notice, said(30), completed(30))
     assert (g.provider, g.upstream_model) == ("other", "m2")

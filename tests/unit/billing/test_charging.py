@@ -148,7 +148,7 @@ def test_classes_are_disjoint_and_billed_units_hold(usage: Usage, tokens: tuple[
     assert disjoint(usage) == Tokens(**dict(zip(names, tokens, strict=True)))
 
 
-def test_an_export_outweighs_what_the_log_says_whichever_comes_first() -> None:
+def test_an_export_overrides_logged_usage_in_either_order() -> None:
     events = history(reported=Usage(input=7, output=30))
     late = UsageReported(generation="g", seq=len(events), usage=Usage(input=7, output=60), source="lookup")
     before, after = folded([*events, late]), folded(events)
@@ -174,19 +174,19 @@ def test_an_export_outweighs_what_the_log_says_whichever_comes_first() -> None:
         ({"reported": Usage(input=7, output=30)}, {"counted_exact": False}, ""),
     ],
 )
-def test_reasons_are_told_where_they_can_be_found(made, changes, reasons) -> None:  # type: ignore[no-untyped-def]
+def test_settlement_adds_the_reasons_for_doubt(made, changes, reasons) -> None:  # type: ignore[no-untyped-def]
     g = msgspec.structs.replace(folded(history(**made)), **changes)
     assert settle(g, LATER, TERMS)[0].reasons == reasons
 
 
-def test_what_is_wrong_with_a_report_is_a_reason_also_of_a_match() -> None:
+def test_a_matched_generation_keeps_the_reasons_of_its_report() -> None:
     g, _ = settled(reported=Usage(input=7, output=30, reasons=("usage_unreadable", "something_new")))
     assert (g.status, g.reasons) == ("matched", "usage_unreadable")
     g, _ = settled(reported=Usage(input=7, output=90, billed_output=80, reasons=("usage_total", "usage_unreadable")))
     assert g.reasons == "billed_units,usage_unreadable,usage_total"
 
 
-def test_classes_larger_than_what_they_are_part_of_are_charged_in_full_and_told() -> None:
+def test_classes_larger_than_their_total_are_charged_in_full_with_a_reason() -> None:
     g, [entry] = settled(reported=Usage(input=7, output=30, reasoning=40, cached_input=3, cache_write=9))
     assert (g.input, g.output, g.cached_input, g.cache_write) == (12, 40, 3, 9)
     assert "usage_inconsistent" in g.reasons

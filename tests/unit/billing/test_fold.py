@@ -98,7 +98,7 @@ def test_usage_after_the_terminal_decides_anew() -> None:
 
 
 @pytest.mark.parametrize("terminal", [Failed, Cancelled, Interrupted])
-def test_what_did_not_complete_is_partial_whatever_was_reported(terminal) -> None:  # type: ignore[no-untyped-def]
+def test_a_generation_that_did_not_complete_is_partial_with_or_without_usage(terminal) -> None:  # type: ignore[no-untyped-def]
     for reported in (None, USAGE):
         g = settled(history(reported=reported, terminal=terminal))
         assert (g.status, g.state, g.counted_output) == ("partial", terminal.__struct_config__.tag, 30)
@@ -156,7 +156,7 @@ def test_hostile_texts_and_stamps_are_made_fit_for_a_database() -> None:
     assert g.started_at == 0
 
 
-def test_a_generation_whose_head_has_expired_is_joined_and_marked() -> None:
+def test_a_generation_with_an_expired_head_is_joined_and_marked_headless() -> None:
     g = fold(None, address(), records(history(reported=USAGE))[2:]).generation
     assert g is not None
     assert (g.headless, g.counted_output, g.output, g.state) == (True, 30, 30, "completed")

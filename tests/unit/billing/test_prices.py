@@ -34,7 +34,7 @@ def test_an_amount_is_exact_or_refused(count: int, rate: Decimal) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "-1", "1e3", "NaN", "0.0000001", "9000000", "1,5", "\u0663"])
-def test_what_is_no_price_is_refused(text: str) -> None:
+def test_an_invalid_price_is_refused(text: str) -> None:
     with pytest.raises(ValueError):
         parse_price(text)
 
@@ -176,7 +176,7 @@ def test_a_toml_number_is_read_exactly() -> None:
     assert parse_toml(BOOK_TOML.replace('"2.50"', "0.100001"))[0].amount == Decimal("0.100001")
 
 
-def test_every_fault_of_a_toml_file_is_told_with_its_line() -> None:
+def test_every_fault_of_a_toml_file_is_reported_with_its_line() -> None:
     text = """colour = "blue"
 [[price]]
 provider = "openai"
@@ -216,13 +216,13 @@ from = 2026-01-01
 
 
 @pytest.mark.parametrize(("text", "line"), [("a = [\n\n", 2), ("price = 3", 1), ("[[price]]\n", 1), ("x = '\n", 1)])
-def test_broken_toml_is_told_with_its_line(text: str, line: int) -> None:
+def test_invalid_toml_is_reported_with_its_line(text: str, line: int) -> None:
     with pytest.raises(BadPrices) as caught:
         parse_toml(text)
     assert caught.value.faults[0].line == line
 
 
-def test_csv_and_json_take_what_was_written_of_them() -> None:
+def test_csv_and_json_round_trip() -> None:
     rows = [
         *parse_toml(BOOK_TOML),
         price("per_request", "0.01", valid_from=SINCE + 1, valid_until=SINCE + DAY, model='a,"b'),
@@ -234,7 +234,7 @@ def test_csv_and_json_take_what_was_written_of_them() -> None:
     assert parse_csv("\n".join(lines)) == rows
 
 
-def test_every_fault_of_a_csv_file_is_told_with_its_line() -> None:
+def test_every_fault_of_a_csv_file_is_reported_with_its_line() -> None:
     text = (
         "provider,model,class,currency,amount,from\n"
         "a,b,input,USD,1,2026-01-01\n"

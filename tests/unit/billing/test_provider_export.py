@@ -33,7 +33,7 @@ def test_openais_usage_object_is_taken() -> None:
     assert one({"id": "chatcmpl-1", "usage": usage}) == Usage(input=100, output=50, cached_input=30, reasoning=40)
 
 
-def test_anthropics_input_excludes_what_was_cached() -> None:
+def test_anthropic_input_excludes_cached_tokens() -> None:
     usage = {
         "input_tokens": 10,
         "output_tokens": 50,
@@ -48,14 +48,14 @@ def test_anthropics_input_excludes_what_was_cached() -> None:
     assert one({"message_id": "msg_1", **usage, **lifetimes}) == expected
 
 
-def test_an_export_whose_classes_do_not_fit_is_taken_and_doubted() -> None:
+def test_an_export_with_inconsistent_classes_is_accepted_with_a_reason() -> None:
     row = {"generation": "g", "input": 10, "output": 20, "reasoning": 25, "cache_write_1h": 12}
     assert one(row) == Usage(
         input=12, output=25, cache_write=12, cache_write_1h=12, reasoning=25, reasons=("usage_inconsistent",)
     )
 
 
-def test_coheres_billed_units_stand_beside_its_tokens() -> None:
+def test_cohere_billed_units_are_kept_beside_its_tokens() -> None:
     usage = {
         "billed_units": {"input_tokens": 8.0, "output_tokens": 9},
         "tokens": {"input_tokens": 80, "output_tokens": 10},
@@ -76,7 +76,7 @@ def test_openrouters_activity_is_taken_by_its_native_counts() -> None:
     assert (row.usage.cost, row.usage.currency) == ("0.00012", "USD")
 
 
-def test_the_same_content_is_recognised_whatever_its_form() -> None:
+def test_the_same_row_has_the_same_digest_in_csv_and_json() -> None:
     [csv] = parse_export("csv", b"output,input,generation\n2,1,g\n", "openai")
     [js] = parse_export(
         "json", b'{"rows": [{"generation": "g", "prompt_tokens": 1, "completion_tokens": 2.0}]}', "openai"
@@ -85,7 +85,7 @@ def test_the_same_content_is_recognised_whatever_its_form() -> None:
     assert csv.digest == js.digest != other.digest
 
 
-def test_every_fault_is_told_with_its_row() -> None:
+def test_every_fault_is_reported_with_its_row() -> None:
     rows = [
         {"generation": "g", "input": 1, "output": 2},
         {"input": 1, "output": 2},

@@ -8,7 +8,7 @@ from litestar.testing import RequestFactory
 from services.billing.responses import answer
 
 
-def test_the_next_page_of_csv_keeps_the_query_whatever_its_characters() -> None:
+def test_the_link_to_the_next_csv_page_encodes_the_query() -> None:
     query = {"model": "a&b+c%d", "label": ["x=y z", "ü"]}
     request = RequestFactory().get("/v1/usage", headers={"accept": "text/csv"}, query_params=query)
     response = answer(request, [], ["model"], lambda _: [], following="c&1")

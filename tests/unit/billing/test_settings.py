@@ -44,6 +44,6 @@ def test_shipped_prices_are_on_unless_switched_off() -> None:
         ("missing", ""),
     ],
 )
-def test_what_is_none_is_told_by_its_variable(name: str, value: str) -> None:
+def test_an_invalid_setting_is_reported_with_its_variable(name: str, value: str) -> None:
     with pytest.raises(SettingsError, match=f"TAILRACE_BILLING_{name.upper()}"):
         loaded(**{name: value})

@@ -60,7 +60,7 @@ async def test_a_body_in_pieces_arrives_whole() -> None:
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "PATCH"])
-async def test_what_is_too_large_is_refused_with_the_limit_and_not_read_further(method: str) -> None:
+async def test_a_body_beyond_the_limit_is_refused_with_the_limit_and_not_read_further(method: str) -> None:
     client = Client(b"x" * 8, b"x" * 8, b"x" * 8)
     assert await read(client, method=method) is None
     problem = client.problem()
@@ -142,6 +142,8 @@ async def test_bodies_are_bounded_together_and_the_room_is_given_back() -> None:
         ([(b"content-encoding", b"identity"), (b"content-encoding", b"br")], 415),
     ],
 )
-def test_a_body_is_refused_by_what_its_head_announces(headers: list[tuple[bytes, bytes]], status: int | None) -> None:
+def test_a_body_is_refused_by_its_announced_length_and_encoding(
+    headers: list[tuple[bytes, bytes]], status: int | None
+) -> None:
     refusal = refused_body({"headers": headers}, LIMIT)
     assert (refusal.status if refusal else None) == status

@@ -44,7 +44,7 @@ async def test_an_application_answers_while_the_block_runs_and_the_port_is_free_
         pass
 
 
-async def test_a_taken_port_is_said_with_its_address() -> None:
+async def test_a_port_in_use_raises_port_taken_with_host_and_port() -> None:
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
         holder.listen()
@@ -143,9 +143,7 @@ def start(body: str) -> "subprocess.Popen[str]":
         ('raise ExceptionGroup("x", [BrokerUnavailable("deep inside")])', 3, "deep inside"),
     ],
 )
-def test_a_service_exits_with_the_code_of_what_went_wrong_and_says_it_in_a_line(
-    body: str, code: int, said: str
-) -> None:
+def test_a_service_exits_with_the_code_of_its_error_and_one_line_of_text(body: str, code: int, said: str) -> None:
     _out, errors = (process := start(body)).communicate(timeout=60)
     assert process.returncode == code
     assert said in errors

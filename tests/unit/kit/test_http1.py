@@ -129,7 +129,7 @@ async def test_pipelined_requests_are_answered_in_their_order() -> None:
             assert (await wire.until(b"0\r\n\r\n")).endswith(b"\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(path), path))
 
 
-async def test_who_leaves_with_requests_behind_the_one_that_runs_is_noticed() -> None:
+async def test_a_disconnect_with_pipelined_requests_is_noticed_by_the_running_request() -> None:
     async with echoing(echo := Echo()) as dial:
         wire = await dial()
         wire.say(GET % b"wait" + GET % b"b")
@@ -226,7 +226,7 @@ async def test_a_fault_of_the_application_is_answered_with_problem_details() -> 
     ],
     ids=repr,
 )
-async def test_what_is_no_request_is_refused_with_problem_details(said: bytes, status: int) -> None:
+async def test_an_invalid_request_is_refused_with_problem_details(said: bytes, status: int) -> None:
     async with echoing(echo := Echo()) as dial:
         wire = await dial()
         wire.say(said)
@@ -296,7 +296,7 @@ async def test_garbage_behind_a_request_is_never_mixed_into_its_answer() -> None
         await eventually(lambda: echo.disconnected == ["/wait"])
 
 
-async def test_who_is_beyond_the_bound_is_told_to_come_again() -> None:
+async def test_a_connection_beyond_the_bound_gets_503_with_retry_after() -> None:
     async with echoing(echo := Echo(), connections=1) as dial:
         first, second = await dial(), await dial()
         first.say(GET % b"wait")
@@ -314,7 +314,7 @@ async def test_who_is_beyond_the_bound_is_told_to_come_again() -> None:
 
 
 @pytest.mark.parametrize("said", [b"", b"P", b"PRI * HT", b"GET / HTTP/1.1\r\nX-Slow: ", b"\r\n"])
-async def test_who_says_too_little_is_cut_off(said: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_client_with_an_incomplete_head_is_disconnected(said: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http1, "HEAD_SECONDS", 0.3)
     async with echoing(Echo()) as dial:
         wire = await dial()
@@ -354,7 +354,7 @@ async def test_a_client_that_reads_nothing_makes_the_stream_wait() -> None:
         assert received > 10_000_000
 
 
-async def test_what_is_offered_is_in_its_place_and_ends_nothing() -> None:
+async def test_offered_chunks_are_sent_in_order_and_do_not_end_the_response() -> None:
     shared, empty = pieces(b"two", b"")
     last = {"type": "http.response.body", "body": b"last", "more_body": False}
     taken = []

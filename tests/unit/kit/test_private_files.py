@@ -38,7 +38,7 @@ def test_wider_modes_are_tightened_and_contents_stay(tmp_path: Path) -> None:
     assert (mode(folder), mode(file), file.read_text()) == (0o700, 0o600, "kept")
 
 
-def test_what_is_missing_or_leads_elsewhere_is_left_alone(tmp_path: Path) -> None:
+def test_missing_files_and_symbolic_links_are_not_changed(tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.touch(0o644)
     (tmp_path / "link").symlink_to(elsewhere)

@@ -16,7 +16,7 @@ def test_every_nanosecond_is_kept(seconds: int, rest: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "yesterday", "2026-11-28", "0001-01-01T00:00:00Z", "2026-13-01T00:00:00Z"])
-def test_what_is_no_time_is_none(text: str) -> None:
+def test_an_invalid_time_is_zero(text: str) -> None:
     assert nanoseconds(text) == 0
 
 

@@ -107,7 +107,7 @@ async def test_a_forgotten_call_goes_on_for_its_callers_and_the_next_one_starts_
     assert len(flight) == 0
 
 
-async def test_waiting_for_an_event_tells_whether_it_is_set() -> None:
+async def test_wait_for_event_returns_whether_the_event_is_set() -> None:
     event = asyncio.Event()
     assert await wait_for_event(event, 0.01) is False
     asyncio.get_running_loop().call_later(0.01, event.set)

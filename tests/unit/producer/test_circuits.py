@@ -61,7 +61,7 @@ async def test_it_opens_after_so_many_failures_in_a_row(broker: Broker) -> None:
     assert shown("p", "model_circuits_open") == 1
 
 
-async def test_one_model_or_upstream_says_nothing_of_another(broker: Broker) -> None:
+async def test_circuits_of_models_and_upstreams_are_independent(broker: Broker) -> None:
     circuits = Circuits(broker, 3, FOR_EVER)
     opened(circuits, "p", "m")
     assert circuits.admit("p", "m", "t") is None
@@ -80,7 +80,7 @@ async def test_a_provider_that_cannot_be_reached_is_left_alone_with_all_its_mode
     assert shown("gone", "model_circuits_open") == 0
 
 
-async def test_an_answer_of_any_kind_says_that_the_provider_can_be_reached(broker: Broker) -> None:
+async def test_any_response_resets_the_count_of_connection_failures(broker: Broker) -> None:
     circuits = Circuits(broker, 2, FOR_EVER)
     admitted(circuits, "gone").failed(NOBODY, connected=False)
     admitted(circuits, "gone").connected()
@@ -100,7 +100,7 @@ async def test_an_answer_of_any_kind_says_that_the_provider_can_be_reached(broke
         "content_filtered",
     ],
 )
-async def test_what_a_request_or_its_answer_is_at_fault_for_does_not_open_it(broker: Broker, code: str) -> None:
+async def test_failures_caused_by_the_request_do_not_open_the_circuit(broker: Broker, code: str) -> None:
     circuits = Circuits(broker, 1, FOR_EVER)
     assert code not in COUNTED
     admitted(circuits).failed(UpstreamFailure(code, "no"), connected=True)
@@ -177,7 +177,7 @@ async def test_an_open_circuit_can_be_seen_without_asking_for_admission(broker: 
 
 
 @pytest.mark.parametrize(("provider", "model"), [("p", "m"), ("my.own_provider-2", "org/a model: *>.ü")])
-async def test_what_one_producer_finds_out_all_know(broker: Broker, provider: str, model: str) -> None:
+async def test_a_circuit_opened_by_one_producer_opens_for_all(broker: Broker, provider: str, model: str) -> None:
     one, other = Circuits(broker, 3, FOR_EVER), Circuits(broker, 3, FOR_EVER)
     async with following(other):
         opened(one, provider, model)
@@ -186,7 +186,7 @@ async def test_what_one_producer_finds_out_all_know(broker: Broker, provider: st
         admitted(other, provider, model, "someone else")
 
 
-async def test_who_comes_later_learns_what_is_known(broker: Broker) -> None:
+async def test_a_producer_started_later_learns_open_circuits(broker: Broker) -> None:
     one, other = Circuits(broker, 3, FOR_EVER), Circuits(broker, 3, FOR_EVER)
     opened(one)
     for _ in range(3):
@@ -230,9 +230,7 @@ _calls = st.lists(
 
 
 @given(st.integers(1, 4), _calls)
-def test_whatever_one_tenant_does_another_is_held_back_only_by_its_own_failures(
-    threshold: int, calls: list[tuple[str, str, float]]
-) -> None:
+def test_a_tenant_is_blocked_only_by_its_own_failures(threshold: int, calls: list[tuple[str, str, float]]) -> None:
     circuit, now, failed = Circuit(threshold, 15.0), 0.0, -100.0
     for tenant, outcome, pause in calls:
         now += pause

@@ -70,7 +70,7 @@ def test_total_is_the_count_of_the_whole_text_under_any_chunking(encoding: str, 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @settings(deadline=None)
 @given(text=TEXTS)
-def test_what_lies_before_a_safe_place_counts_the_same_whatever_follows(encoding: str, text: str) -> None:
+def test_text_before_a_safe_cut_has_the_same_count_with_any_continuation(encoding: str, text: str) -> None:
     for end in range(1, len(text) + 1):
         cut = counting._last_safe(text[: end - 1][-1:], text[end - 1 : end])
         if cut == 0:

@@ -92,7 +92,7 @@ def test_nothing_after_the_end_marker_is_taken() -> None:
     assert isinstance(run.end(2.0)[-1], Completed)
 
 
-def test_usage_stands_before_the_terminal_and_the_newest_one_holds() -> None:
+def test_the_newest_usage_is_written_before_the_terminal() -> None:
     run = generation()
     run.absorb(
         [Identity("id-1", "m-1"), UsagePart(Usage(output=1)), UsagePart(Usage(output=2)), Finish("length"), End()], 1.0
@@ -104,7 +104,7 @@ def test_usage_stands_before_the_terminal_and_the_newest_one_holds() -> None:
     assert (completed.finish_reason, completed.seq, completed.counted.input) == ("length", 1, 3)
 
 
-def test_finish_reasons_of_several_choices_are_all_told() -> None:
+def test_completed_has_the_finish_reasons_of_all_choices() -> None:
     run = generation()
     run.absorb([Finish("stop", 1), Finish("length", 0), End()], 1.0)
     completed = run.end(1.0)[-1]
@@ -120,7 +120,7 @@ def test_a_stream_without_its_end_marker_is_cut_off() -> None:
     assert (failed.code, failed.recoverable, failed.counted.output) == ("upstream_cut_off", True, 1)
 
 
-def test_a_failure_keeps_what_the_provider_said() -> None:
+def test_failed_has_code_message_and_status_of_the_provider() -> None:
     run = generation()
     run.absorb([Text("a"), UpstreamFailure("upstream_overloaded", "busy", 529, True)], 1.0)
     failed = run.end(1.0)[-1]
@@ -145,7 +145,7 @@ def test_a_cancellation_reports_usage_that_has_come_already() -> None:
 BEGUN = UsageBegun(Usage(input=900, cached_input=800, output=1, raw={"input_tokens": 100}))
 
 
-def test_an_answer_that_breaks_off_tells_the_input_that_was_stated_and_our_count_of_its_output() -> None:
+def test_an_unfinished_answer_reports_the_begun_input_and_the_counted_output() -> None:
     cancelled, failed, cut_off = (generation() for _ in range(3))
     for run in (cancelled, failed, cut_off):
         run.absorb([BEGUN, Text("rivers and turbines run on")], 1.0)
@@ -159,7 +159,7 @@ def test_an_answer_that_breaks_off_tells_the_input_that_was_stated_and_our_count
         assert (usage.seq, terminal.seq) == (1, 2)
 
 
-def test_what_was_stated_in_the_beginning_gives_way_to_usage_and_holds_without_tokens_too() -> None:
+def test_begun_usage_is_replaced_by_final_usage_and_kept_without_tokens() -> None:
     run = generation()
     run.absorb([BEGUN, Text("a"), UsagePart(Usage(input=901, output=7)), End()], 1.0)
     usage, _completed = run.end(2.0)
@@ -252,7 +252,7 @@ def test_a_model_may_have_deadlines_of_its_own() -> None:
     assert (own.total, own.connect) == (5.0, Deadlines().connect)
 
 
-def test_what_a_producer_does_depends_on_what_the_log_holds() -> None:
+def test_the_takeover_decision_depends_on_the_logged_events() -> None:
     begun = Begun()
     assert decide(begun, may_restart=False) == "run"
     begun.take(b'{"type":"started","generation":"g","seq":0}', 1)
@@ -264,7 +264,7 @@ def test_what_a_producer_does_depends_on_what_the_log_holds() -> None:
     assert decide(begun, may_restart=True) == "done"
 
 
-def test_what_has_expired_may_have_held_tokens() -> None:
+def test_a_log_with_an_expired_head_is_interrupted() -> None:
     begun = Begun.joining(1)
     begun.take(b'{"type":"notice","generation":"g","seq":7,"code":"upstream_retry"}', 11)
     assert decide(begun, may_restart=False) == "interrupt"

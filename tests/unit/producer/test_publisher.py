@@ -134,7 +134,7 @@ async def test_a_window_is_bounded_in_bytes_too(monkeypatch: pytest.MonkeyPatch)
     waiting.cancel()
 
 
-async def test_acknowledgements_in_any_order_move_the_window_only_over_what_is_complete() -> None:
+async def test_acknowledgements_out_of_order_move_the_window_only_over_a_complete_prefix() -> None:
     log = ForgetfulLog()
     log.behave = lambda: "store silently"
     writer = leased(await started(log))
@@ -253,7 +253,7 @@ async def test_acknowledgements_for_a_closed_writer_are_ignored() -> None:
     assert writer.unacknowledged == 0
 
 
-async def test_repeats_get_rarer_while_the_log_says_nothing_and_frequent_again_when_it_speaks() -> None:
+async def test_repeats_back_off_while_the_log_is_silent_and_reset_on_its_next_reply() -> None:
     log = ForgetfulLog()
     log.behave = lambda: "lose"
     writer = leased(await started(log, ack_timeout=1.0))

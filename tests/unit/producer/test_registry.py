@@ -87,7 +87,7 @@ def test_the_scripted_provider_can_be_switched_off() -> None:
 
 
 @pytest.mark.parametrize("model", ["", "gpt-4o", "main/", "/x", "nobody/x", "fast/x"])
-def test_an_unknown_model_says_what_would_be_right(model: str) -> None:
+def test_an_unknown_model_is_refused_with_the_known_names(model: str) -> None:
     with pytest.raises(
         UnknownModel, match=r"use one of fast, main/gpt-4o, or <provider>/<model>.* local, main, scripted"
     ):

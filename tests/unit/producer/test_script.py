@@ -99,7 +99,7 @@ def test_json_is_json() -> None:
     assert msgspec.json.decode(text_of(parts_of(call("json"))))["topic"] == "Why do rivers bend"
 
 
-def test_tools_call_what_is_offered() -> None:
+def test_tools_model_calls_the_offered_function() -> None:
     offered = [{"type": "function", "function": {"name": "look_up"}}]
     calls = [p.tool_call for p in join(parts_of(call("tools", tools=offered))) if isinstance(p, ToolCallPart)]
     assert [(c.index, c.name) for c in calls] == [(0, "look_up"), (1, "look_up")]

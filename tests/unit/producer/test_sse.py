@@ -58,7 +58,9 @@ def test_events_come_out_whole_however_they_are_cut(wire: bytes, events: list[tu
         (b"", []),
     ],
 )
-def test_what_is_held_at_the_end_of_the_body_is_an_event(wire: bytes, events: list[tuple[bytes, bytes]]) -> None:
+def test_an_unterminated_event_at_the_end_of_the_body_is_returned(
+    wire: bytes, events: list[tuple[bytes, bytes]]
+) -> None:
     for size in (1, 3, 100):
         decoder = SseDecoder()
         for at in range(0, len(wire), size):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from services.producer.core.token_bucket import TokenBucket
 
 
-def test_a_full_bucket_allows_its_capacity_at_once_and_then_tells_the_wait() -> None:
+def test_a_full_bucket_allows_its_capacity_at_once_and_then_returns_the_wait() -> None:
     bucket = TokenBucket(3, 60.0)
     assert [bucket.take(100.0) for _ in range(4)] == [0.0, 0.0, 0.0, 20.0]
 

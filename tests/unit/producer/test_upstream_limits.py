@@ -178,7 +178,7 @@ async def test_calls_waiting_for_the_rate_are_admitted_by_priority(monkeypatch: 
 
 
 @pytest.mark.parametrize("seed", range(30))
-async def test_slots_are_never_exceeded_nor_lost_whatever_comes_leaves_and_is_cancelled(seed: int) -> None:
+async def test_slots_are_never_exceeded_nor_lost_under_random_arrivals_and_cancellations(seed: int) -> None:
     rng = random.Random(seed)
     places = rng.randint(1, 4)
     async with crowd(places) as who:

@@ -238,7 +238,7 @@ def test_an_unknown_type_occupies_its_seq() -> None:
     assert verdicts(("started", 1, 0), ("of_a_later_version", 1, 1), ("delta", 1, 2)) == ["accepted"] * 3
 
 
-def test_what_was_stored_behind_a_missing_event_is_accepted_from_the_repeat() -> None:
+def test_events_stored_behind_a_missing_event_are_accepted_when_repeated() -> None:
     log = [("started", 1, 0), ("delta", 1, 2), ("delta", 1, 3), ("delta", 1, 1), ("delta", 1, 2), ("delta", 1, 3)]
     assert verdicts(*log) == ["accepted", "gap", "gap", "accepted", "accepted", "accepted"]
 
@@ -249,7 +249,7 @@ def header(type_: str, epoch: int, seq: int) -> Header:
 
 @settings(deadline=None, max_examples=300)
 @given(st.lists(ENTRIES, max_size=40))
-def test_a_reader_says_what_the_rule_says(log: list[Entry]) -> None:
+def test_acceptance_equals_judge(log: list[Entry]) -> None:
     acceptance, position = Acceptance(), BEGINNING
     for at, entry in enumerate(log, 1):
         position, verdict = judge(position, entry.type, entry.epoch, entry.seq)
@@ -272,7 +272,7 @@ def test_a_reader_joins_at_the_oldest_event_of_the_highest_kept_epoch() -> None:
     assert acceptance.gap_before(14) == ""
 
 
-def test_what_was_accepted_before_a_loss_is_not_accepted_again() -> None:
+def test_events_accepted_before_a_loss_are_not_accepted_again() -> None:
     acceptance = Acceptance(Position(1, 5))
     assert acceptance.lacks(header("delta", 1, 8))
     acceptance.join(2)
@@ -282,7 +282,7 @@ def test_what_was_accepted_before_a_loss_is_not_accepted_again() -> None:
     assert acceptance.gap_before(23) == "events_expired"
 
 
-def test_a_later_epoch_whose_takeover_is_missing_is_lacking_it() -> None:
+def test_a_later_epoch_without_its_restarted_event_lacks_events() -> None:
     acceptance = Acceptance(Position(1, 5))
     assert acceptance.lacks(header("delta", 2, 5))
     assert not acceptance.lacks(header("restarted", 2, 5))

@@ -64,7 +64,7 @@ def test_fields_of_a_later_version_are_ignored(event: Event, later: dict[str, An
 
 
 @given(TEXT.filter(lambda t: t not in {c.__struct_config__.tag for c in EVENTS}), st.integers(0, MAX_NUMBER))
-def test_an_unknown_type_is_told_apart_and_keeps_its_header(type_: str, seq: int) -> None:
+def test_an_unknown_type_raises_unknown_event_with_its_header(type_: str, seq: int) -> None:
     with pytest.raises(UnknownEvent) as caught:
         decode_event(stored(type=type_, seq=seq, epoch=2, payload=[1]))
     assert caught.value.type == type_
@@ -169,7 +169,7 @@ def test_the_first_version_is_not_written_and_an_absent_version_means_the_first(
     assert decode_event(stored(type="delta")).v == 1
 
 
-def test_a_known_type_of_a_later_version_is_read_by_what_is_known_of_it() -> None:
+def test_a_known_type_of_a_later_version_is_read_without_its_unknown_fields() -> None:
     event = decode_event(stored(type="delta", v=7, text="x", colour="red"))
     assert event == Delta(**HEAD, v=7, text="x")
     assert json.loads(encode_event(event))["v"] == 7

@@ -121,7 +121,7 @@ def test_a_log_bounded_in_bytes_refuses_events_and_never_drops_those_of_a_runnin
 
 
 @pytest.mark.parametrize(("tenant", "name"), [("a", "b-c"), ("a-b", "c"), ("a", "b"), ("1-a", "b"), ("svc-1", "-")])
-def test_the_name_of_a_services_consumer_tells_tenant_and_name_apart(tenant: str, name: str) -> None:
+def test_tenant_and_name_are_parsed_from_the_durable_name_of_a_service(tenant: str, name: str) -> None:
     assert service_of(service_durable(tenant, name)) == (tenant, name)
 
 

@@ -52,7 +52,7 @@ def test_up_gives_more_time_than_a_service_takes(
     assert specs["billing"].grace > DRAIN + MARGIN
 
 
-def test_up_lets_what_runs_go_on_for_a_short_while_unless_a_setting_says_otherwise(tmp_path: Path) -> None:
+def test_up_gives_producers_a_short_drain_unless_a_setting_overrides_it(tmp_path: Path) -> None:
     def drain(config: dict[str, object], **variables: str) -> str | None:
         (spec,) = (s for s in plan_services(options(tmp_path), variables, config, "/nats") if s.name == "producer")
         return spec.env.get("TAILRACE_PRODUCER_DRAIN")

@@ -81,14 +81,14 @@ def test_offered_models_follow_the_keys_and_the_configuration() -> None:
         ({"TAILRACE_AUTH": "insecure"}, {"shared": {"admin_key_hash": "a.b"}}, False),
     ],
 )
-def test_summary_says_when_nobody_is_asked_for_a_key(
+def test_summary_has_a_hint_when_no_key_is_required(
     tmp_path: Path, env: dict[str, str], config: dict[str, Any], asked: bool
 ) -> None:
     hint = ("", "only this machine gets in, and nobody is asked for a key")
     assert (hint in summary(options(tmp_path), "2.15.1", env, config)) is not asked
 
 
-def test_summary_says_when_only_the_scripted_provider_can_answer(tmp_path: Path) -> None:
+def test_summary_has_a_hint_when_only_the_scripted_provider_is_available(tmp_path: Path) -> None:
     hint = ("", "no API key set: the scripted provider answers")
     assert hint in summary(options(tmp_path), "2.15.1", {})
     assert hint not in summary(options(tmp_path), "2.15.1", {"OPENAI_API_KEY": "k"})
@@ -125,7 +125,7 @@ def test_locked_folder_refuses_a_second_holder_and_names_the_first(tmp_path: Pat
         pass
 
 
-def test_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
+def test_folder_that_cannot_be_created_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CannotStart, match="cannot write to the data folder"), locked(tmp_path / "file", print):
         pass
@@ -154,7 +154,7 @@ def test_server_on_the_path_that_is_too_old_is_passed_over(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("text", "version"), [("nats-server: v2.15.1", (2, 15, 1)), ("2.12.0-RC.1", (2, 12, 0)), ("", None), ("v2", None)]
 )
-def test_version_is_read_from_what_the_server_prints(text: str, version: object) -> None:
+def test_version_is_parsed_from_the_output_of_the_server(text: str, version: object) -> None:
     assert parse_version(text) == version
 
 
@@ -226,7 +226,7 @@ def test_waits_are_positive_and_bounded(times: int, chance: float) -> None:
         ({"TAILRACE_DELIVERY_MAX_BODY": "many"}, {}, 0),
     ],
 )
-def test_the_broker_is_made_to_take_what_delivery_lets_through(
+def test_max_payload_of_the_broker_fits_the_body_limit_of_delivery(
     env: dict[str, str], config: dict[str, Any], size: int
 ) -> None:
     assert wanted_body(env, config) == size

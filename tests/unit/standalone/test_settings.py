@@ -22,7 +22,7 @@ WRONG = {
 }
 
 
-def test_what_is_wrong_in_any_service_is_reported_together_and_once() -> None:
+def test_problems_of_all_services_are_reported_together_and_once() -> None:
     problems = wrong_settings(WRONG)
     assert {problem.split(":")[0] for problem in problems} == set(WRONG)
     assert len(problems) == len(WRONG)
@@ -70,7 +70,7 @@ def test_a_port_is_taken_from_the_flag_the_variable_or_the_file(
     assert problems == []
 
 
-def test_what_is_set_and_not_followed_is_said(tmp_path: Path) -> None:
+def test_settings_that_up_does_not_use_are_reported(tmp_path: Path) -> None:
     path = tmp_path / "tailrace.toml"
     path.write_text('[shared]\nlog_format = "json"\n[delivery]\nhost = "0.0.0.0"\n')
     env = {"TAILRACE_NATS_URL": "nats://elsewhere:4222", "TAILRACE_BILLING_TLS_CERT": "c", "TAILRACE_CONFIG": str(path)}
@@ -83,7 +83,7 @@ def test_what_is_set_and_not_followed_is_said(tmp_path: Path) -> None:
     ]
 
 
-def test_everything_that_is_decided_here_and_was_set_otherwise_is_said(tmp_path: Path) -> None:
+def test_every_setting_that_up_overrides_is_reported(tmp_path: Path) -> None:
     """No variable that reaches the services is changed in silence."""
     from services.standalone.plan import plan_services
 

@@ -82,7 +82,7 @@ async def test_a_tenant_and_a_name_with_dashes_are_never_taken_for_others(stage:
     assert [c["name"] for c in (await stage.http.get(f"{stage.url}/v1/consumers")).json()["consumers"]] == ["c"]
 
 
-async def test_session_patterns_must_cover_what_a_consumer_reads(stage: Stage) -> None:
+async def test_session_patterns_must_cover_the_sessions_of_a_consumer(stage: Stage) -> None:
     await Service(stage, "wide").created()
     await Service(stage, "one").created(session="docs-1")
     await Service(stage, "foreign").created(session="mail-1")
@@ -144,7 +144,7 @@ async def test_a_wish_that_makes_no_sense_is_refused(stage: Stage, wish: bytes, 
 
 
 @pytest.mark.parametrize("name", ["a.b", "*", "%3E", "a b", "x" * 65, "%00"])
-async def test_a_name_that_cannot_stand_in_a_subject_is_refused(stage: Stage, name: str) -> None:
+async def test_a_name_that_is_invalid_in_a_subject_is_refused(stage: Stage, name: str) -> None:
     assert (await stage.http.put(f"{stage.url}/v1/consumers/{name}", json={})).status_code == 400
 
 
@@ -208,7 +208,7 @@ async def test_nobody_reads_for_too_long_and_the_consumer_goes(nats_url: str, br
         assert await broker.js.consumers_info("CONSUMERS") == []
 
 
-async def test_what_a_stranger_wrote_over_several_lines_is_one_line(stage: Stage, broker: Broker) -> None:
+async def test_a_stored_event_with_line_breaks_is_sent_on_one_line(stage: Stage, broker: Broker) -> None:
     text = json.dumps({"type": "started", "generation": "g", "seq": 0, "model": "m"}, indent=2)
     await Log(broker).append_bytes("g", text.encode())
     for name, accept in (("sse", "text/event-stream"), ("ndjson", "application/x-ndjson")):

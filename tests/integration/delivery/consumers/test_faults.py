@@ -22,7 +22,7 @@ from tests.support.service_processes import REPOSITORY, clean_environment
 from tests.support.sse_client import small_buffers
 
 
-async def test_what_a_client_had_when_it_died_is_given_again(nats_url: str, broker: Broker) -> None:
+async def test_unacknowledged_events_of_a_dead_client_are_redelivered(nats_url: str, broker: Broker) -> None:
     async with consuming(nats_url) as stage:
         service = await Service(stage).created(ack_wait=1.0)
         await Log(broker).append(*story("g1", 7))
@@ -34,7 +34,7 @@ async def test_what_a_client_had_when_it_died_is_given_again(nats_url: str, brok
         assert (await service.view())["in_flight"] == 0
 
 
-async def test_what_a_replica_had_not_given_yet_goes_back_at_once(nats_url: str, broker: Broker) -> None:
+async def test_buffered_events_of_a_closed_session_are_redelivered_at_once(nats_url: str, broker: Broker) -> None:
     async with consuming(nats_url) as stage:
         service = await Service(stage).created(ack_wait=600)
         session = await stage.consumers.open("default", "svc")
@@ -77,7 +77,7 @@ async def test_the_position_outlives_the_broker(own_nats: NatsServer) -> None:
         await eventually(idle, timeout=20, interval=0.2)
 
 
-async def test_what_cannot_be_settled_while_the_broker_is_away_can_be_settled_again(own_nats: NatsServer) -> None:
+async def test_acknowledgements_refused_during_a_broker_outage_succeed_when_repeated(own_nats: NatsServer) -> None:
     async with Broker.connect(own_nats.url, "test") as broker, consuming(own_nats.url) as stage:
         service = await Service(stage).created(ack_wait=60.0)
         await Log(broker).append(*story("g1", 3))
@@ -204,7 +204,7 @@ async def test_batches_of_several_partitions_never_hold_more_than_asked_for(nats
         assert len(taken) == len({str(e["cursor"]) for e in taken}) == 64
 
 
-async def test_a_consumer_whose_making_broke_off_is_completed(nats_url: str, broker: Broker) -> None:
+async def test_a_partly_created_consumer_is_completed_on_the_next_request(nats_url: str, broker: Broker) -> None:
     topology = Topology(partitions=2)
     await broker.apply(topology)
     async with consuming(nats_url, topology=topology) as stage:
@@ -215,7 +215,7 @@ async def test_a_consumer_whose_making_broke_off_is_completed(nats_url: str, bro
         assert {c.name for c in await broker.js.consumers_info("TOKENS_1")} == {"billing-1", "svc-7-default-svc"}
 
 
-async def test_a_removal_that_broke_off_is_completed_by_whoever_looks(nats_url: str, broker: Broker) -> None:
+async def test_a_partly_removed_consumer_is_removed_on_the_next_request(nats_url: str, broker: Broker) -> None:
     topology = Topology(partitions=2)
     await broker.apply(topology)
     async with consuming(nats_url, topology=topology) as stage:

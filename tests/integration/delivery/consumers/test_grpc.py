@@ -161,7 +161,7 @@ async def test_grpc_websocket_and_http_share_the_work(stage: Stage, client: Clie
     call.call.cancel()
 
 
-async def test_what_a_client_that_died_had_is_given_to_another_over_websocket(
+async def test_unacknowledged_events_of_a_dead_client_are_delivered_over_websocket(
     stage: Stage, calls: GrpcStage, log: Log
 ) -> None:
     await Service(stage).created(ack_wait=1)
@@ -203,7 +203,7 @@ async def refused(client: Client, first: pb.ConsumeRequest) -> Any:
     return await asyncio.wait_for(call.code(), 10)
 
 
-async def test_who_may_not_or_asks_for_what_there_is_not_is_refused(stage: Stage, client: Client) -> None:
+async def test_missing_permission_and_unknown_consumer_are_refused(stage: Stage, client: Client) -> None:
     await Service(stage).created()
     wish = pb.ConsumeRequest(open=pb.OpenConsumer(consumer="svc"))
     unknown = pb.ConsumeRequest(open=pb.OpenConsumer(consumer="other"))
@@ -215,7 +215,7 @@ async def test_who_may_not_or_asks_for_what_there_is_not_is_refused(stage: Stage
     assert await refused(client, wish) == grpc.StatusCode.NOT_FOUND
 
 
-async def test_what_cannot_be_done_is_refused_and_the_call_goes_on(stage: Stage, client: Client) -> None:
+async def test_invalid_requests_are_refused_and_the_call_stays_open(stage: Stage, client: Client) -> None:
     await Service(stage).created()
     call = await Consumed(client).opened()
     for request, status in (

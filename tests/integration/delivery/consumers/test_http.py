@@ -24,7 +24,7 @@ def log(broker: Broker) -> Log:
     return Log(broker)
 
 
-async def test_a_consumer_is_given_what_the_log_keeps_and_then_what_comes(stage: Stage, log: Log) -> None:
+async def test_a_consumer_receives_stored_events_and_then_new_ones(stage: Stage, log: Log) -> None:
     await log.append(*story("g1", 5))
     service = await Service(stage).created()
     first = await service.batch()
@@ -52,7 +52,7 @@ async def test_creating_again_changes_nothing_and_keeps_the_position(stage: Stag
     assert [e["event"]["type"] for e in await service.take(1)] == ["completed"]
 
 
-async def test_what_a_consumer_begins_with_cannot_be_changed(stage: Stage) -> None:
+async def test_session_and_start_of_a_consumer_cannot_be_changed(stage: Stage) -> None:
     service = await Service(stage).created(session="s")
     for wish in ({"session": "other"}, {}, {"session": "s", "start": "new"}, {"session": "s", "since": 1.0}):
         answer = await service.put(**wish)
@@ -126,7 +126,7 @@ async def test_a_refused_event_is_given_again_at_once_or_after_a_delay(stage: St
     assert [(e["event"]["seq"], e["deliveries"]) for e in await service.batch(wait=5)] == [(1, 2)]
 
 
-async def test_who_says_that_it_works_gets_more_time(stage: Stage, log: Log) -> None:
+async def test_working_extends_the_acknowledgement_wait(stage: Stage, log: Log) -> None:
     service = await Service(stage).created(ack_wait=1.0)
     await log.append(*story("g1", 0)[:1])
     (event,) = await service.batch()
@@ -170,7 +170,7 @@ async def test_an_event_given_too_often_is_put_aside_and_can_be_given_again(stag
     assert (await service.view())["again"] == 0
 
 
-async def test_what_is_given_again_can_die_again_and_be_removed(stage: Stage, log: Log) -> None:
+async def test_a_resent_dead_event_can_become_dead_again_and_be_removed(stage: Stage, log: Log) -> None:
     service = await Service(stage).created(ack_wait=0.2, max_deliver=1)
     await log.append(*story("g1", 0)[:1])
     await service.batch()
@@ -301,7 +301,7 @@ async def test_a_stream_is_sse_or_ndjson_and_acknowledges_by_itself_if_wanted(st
         assert seqs(await lines.some(3)) == keys(story("g2", 0))
 
 
-async def test_a_stream_of_a_consumer_that_is_removed_ends_and_says_so(stage: Stage, log: Log) -> None:
+async def test_the_stream_of_a_removed_consumer_ends_with_bye(stage: Stage, log: Log) -> None:
     service = await Service(stage).created()
     async with service.stream() as lines:
         assert (await stage.http.delete(service.path)).status_code == 204
@@ -317,7 +317,7 @@ async def test_streams_end_with_a_notice_when_the_replica_stops(stage: Stage) ->
         assert await lines.next() == {"type": "bye", "reason": "drain"}
 
 
-async def test_an_answer_whose_beginning_has_expired_is_given_with_a_gap(
+async def test_an_answer_with_an_expired_beginning_is_delivered_with_a_gap(
     stage: Stage, broker: Broker, log: Log
 ) -> None:
     stored = await log.append(*story("g1", 4))

@@ -54,7 +54,7 @@ def accepted(log: list[tuple[int, str, bytes]]) -> set[int]:
 
 
 @pytest.mark.parametrize(("seed", "remembered"), [(1, 20_000), (2, 20_000), (3, 1), (4, 1), (5, 2)])
-async def test_connections_that_share_lose_and_refuse_are_given_what_the_rule_accepts(
+async def test_connections_that_share_a_consumer_and_lose_or_refuse_events_receive_the_accepted_events(
     nats_url: str, broker: Broker, seed: int, remembered: int
 ) -> None:
     rng = random.Random(seed)

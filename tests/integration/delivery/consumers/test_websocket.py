@@ -66,7 +66,7 @@ async def test_events_are_given_and_settled_over_one_socket(stage: Stage, log: L
     assert (view["in_flight"], view["pending"]) == (0, 0)
 
 
-async def test_what_a_socket_sends_is_what_http_sends(stage: Stage, log: Log) -> None:
+async def test_events_over_websocket_equal_events_over_http(stage: Stage, log: Log) -> None:
     await log.append(*story("g1", 3))
     over_http = await (await Service(stage, "one").created()).batch()
     await Service(stage, "two").created()
@@ -140,7 +140,7 @@ async def test_a_socket_and_http_share_the_work(stage: Stage, log: Log) -> None:
     assert sorted(seqs(over_socket + over_http)) == sorted(keys(story("g1", 30)))
 
 
-async def test_what_a_client_that_died_had_is_given_to_another(stage: Stage, log: Log) -> None:
+async def test_unacknowledged_events_of_a_dead_client_are_delivered_to_another(stage: Stage, log: Log) -> None:
     service = await Service(stage).created(ack_wait=1)
     await log.append(*story("g1", 10))
     async with socket(stage.url) as client:
@@ -176,7 +176,7 @@ async def test_a_consumer_is_read_until_it_is_unwanted_or_deleted(stage: Stage, 
         assert stopped == '{"type":"stopped","consumer":"svc","reason":"deleted"}'
 
 
-async def test_a_drain_says_so_for_every_consumer(stage: Stage) -> None:
+async def test_a_drain_sends_stopped_for_every_consumer(stage: Stage) -> None:
     await Service(stage).created()
     async with socket(stage.url) as client:
         await consume(client)
@@ -193,7 +193,7 @@ async def refusal(client: SocketClient, type_: str, **fields: Any) -> tuple[int,
     return answer["problem"]["status"], answer["problem"]["type"].rpartition(":")[2]
 
 
-async def test_what_cannot_be_done_is_refused_and_the_socket_goes_on(stage: Stage) -> None:
+async def test_invalid_requests_are_refused_and_the_socket_stays_open(stage: Stage) -> None:
     await Service(stage).created()
     async with socket(stage.url) as client:
         assert await refusal(client, "consume", consumer="other") == (404, "not-found")

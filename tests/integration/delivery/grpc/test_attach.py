@@ -207,7 +207,7 @@ async def test_generation_ends_its_subscription_and_resuming_behind_the_end_is_c
         ({}, 400),
     ],
 )
-async def test_what_is_refused_is_said_and_the_call_goes_on(
+async def test_a_refused_subscription_gets_a_problem_and_the_call_stays_open(
     attached: Attached, log: Log, kind: dict[str, Any], status: int
 ) -> None:
     await attached.say("one", **kind)
@@ -227,7 +227,7 @@ async def test_what_is_refused_is_said_and_the_call_goes_on(
         ({"ack": pb.Ack(cursor="t100" + "f" * 28)}, 409),
     ],
 )
-async def test_what_does_not_fit_a_subscription_is_refused_and_it_goes_on(
+async def test_an_invalid_message_gets_a_problem_and_the_subscription_continues(
     attached: Attached, log: Log, kind: dict[str, Any], status: int
 ) -> None:
     await attached.subscribe("one")
@@ -251,7 +251,7 @@ async def test_start_and_cancel_beside_a_subscription(attached: Attached, stage:
     assert attached.last("stop").state == "cancelling"
 
 
-async def test_client_that_has_said_all_is_served_to_the_end(attached: Attached, log: Log) -> None:
+async def test_client_that_has_closed_its_sending_side_is_served_to_the_end(attached: Attached, log: Log) -> None:
     await log.append(*story("g1")[:4])
     await attached.subscribe("one", read=pb.ReadRequest(session="s", generation="g1"))
     await attached.call.done_writing()

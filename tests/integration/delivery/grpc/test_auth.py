@@ -59,7 +59,7 @@ async def test_token_reads_its_own_tenant(client: Client) -> None:
     ],
     ids=["none", "nonsense", "expired", "another-scope", "another-tenant", "operator"],
 )
-async def test_whoever_may_not_read_is_told_why(
+async def test_read_without_permission_is_refused_with_its_status_code(
     client: Client, credential: Callable[[], str | None], code: grpc.StatusCode
 ) -> None:
     shown = credential()
@@ -88,5 +88,5 @@ async def test_each_operation_asks_for_its_scope(client: Client, method: str, re
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
-async def test_attach_without_credentials_is_refused_before_anything_is_said(client: Client) -> None:
+async def test_attach_without_credentials_is_refused_before_the_first_message(client: Client) -> None:
     assert await client.attach().code() is grpc.StatusCode.UNAUTHENTICATED

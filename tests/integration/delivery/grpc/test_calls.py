@@ -67,7 +67,7 @@ async def test_messages_may_be_given_as_json(client: Client) -> None:
     assert answer.state == "queued"
 
 
-async def test_generation_shows_what_was_said(client: Client, broker: Broker) -> None:
+async def test_generation_returns_state_text_and_finish_reason(client: Client, broker: Broker) -> None:
     await Log(broker).append(*story("g1", 3))
     shown = await client.generation(pb.GetGenerationRequest(session="s", generation="g1"))
     assert (shown.state, shown.text, shown.finish_reason) == ("completed", "g1:1 g1:2 g1:3 ", "stop")
@@ -85,7 +85,7 @@ async def test_unknown_method_is_unimplemented(client: Client) -> None:
     assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
-async def test_health_says_whether_calls_are_taken(stage: GrpcStage, client: Client) -> None:
+async def test_health_is_serving_until_the_replica_drains(stage: GrpcStage, client: Client) -> None:
     probe = health_pb2_grpc.HealthStub(client.channel)
 
     async def status(service: str) -> int:
@@ -152,7 +152,7 @@ async def test_calls_beyond_the_bound_are_refused_and_come_in_again_later(
         await eventually(lambda: metric("tailrace_delivery_subscribers", transport="grpc") == 0)
 
 
-async def test_taken_port_is_said(stage: GrpcStage) -> None:
+async def test_port_in_use_raises_port_taken_with_the_port(stage: GrpcStage) -> None:
     from services.delivery.grpc.server import serving_grpc
 
     with pytest.raises(PortTaken, match=str(stage.port)):
@@ -160,7 +160,7 @@ async def test_taken_port_is_said(stage: GrpcStage) -> None:
             pass
 
 
-async def test_tls_serves_who_trusts_the_certificate_and_nobody_in_the_clear(
+async def test_tls_serves_clients_that_trust_the_certificate_and_refuses_plaintext(
     broker: Broker, nats_server: NatsServer, tmp_path: Path
 ) -> None:
     authority = trustme.CA()

@@ -62,7 +62,7 @@ async def test_finished_generation_is_replayed_and_the_call_ends(client: Client,
     assert (got.events[-2].usage.usage.input, got.events[-2].usage.usage.output) == (3, 10)
 
 
-async def test_session_stays_open_for_what_follows(client: Client, log: Log) -> None:
+async def test_session_stream_stays_open_for_later_generations(client: Client, log: Log) -> None:
     first, second = story("g1"), story("g2")
     await log.append(*first)
     call = client.read(pb.ReadRequest(session="s"))
@@ -113,7 +113,7 @@ async def test_resume_after_any_cursor_continues_at_the_next_event(client: Clien
         assert rest.keys == keys(events)[place + 1 :]
 
 
-async def test_live_begin_brings_only_what_comes(client: Client, log: Log) -> None:
+async def test_live_begin_skips_stored_events(client: Client, log: Log) -> None:
     await log.append(*story("g1"))
     call = client.read(pb.ReadRequest(session="s", begin=pb.BEGIN_LIVE))
     await call.initial_metadata()
@@ -193,7 +193,7 @@ async def test_deadline_of_the_client_ends_the_call_and_frees_the_subscriber(cli
     await eventually(lambda: readers() == 0)
 
 
-async def test_drain_says_goodbye_with_a_cursor_that_another_server_continues(
+async def test_drain_sends_bye_with_a_cursor_that_another_server_accepts(
     broker: Broker, nats_server: NatsServer, log: Log
 ) -> None:
     events = story("g1", 30)

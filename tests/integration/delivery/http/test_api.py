@@ -52,7 +52,7 @@ async def queued(broker: Broker) -> list[Request]:
     return [msgspec.json.decode(m.data, type=Request) for m in stored]
 
 
-async def test_accepted_request_waits_in_the_queue_and_says_where_to_go_on(stage: Stage, broker: Broker) -> None:
+async def test_accepted_request_is_queued_and_answered_with_its_links(stage: Stage, broker: Broker) -> None:
     body = BODY | {"params": {"temperature": 0.1}, "metadata": {"user": "u"}, "on_disconnect": {"cancel_after": 5}}
     response = await ask(stage, body)
     assert response.status_code == 202
@@ -117,7 +117,9 @@ async def test_malformed_body_is_refused(stage: Stage, broker: Broker, case: str
 
 
 @pytest.mark.parametrize("case", WRONG)
-async def test_body_of_a_wrong_shape_is_refused_and_says_where(stage: Stage, broker: Broker, case: str) -> None:
+async def test_body_of_a_wrong_shape_is_refused_with_the_location_of_the_error(
+    stage: Stage, broker: Broker, case: str
+) -> None:
     problem = assert_problem(await ask(stage, WRONG[case]), 400)
     assert problem["detail"]
     assert not await queued(broker)
@@ -127,7 +129,7 @@ async def test_body_of_a_wrong_shape_is_refused_and_says_where(stage: Stage, bro
     "name", ["a.b", "a%20b", "*", "%3E", "%2A", "a%2Fb", "x" * 65, "%00", "..%2f..", "caf%C3%A9", "a;b", "%ff"]
 )
 @pytest.mark.parametrize("path", ["/generations", "", "/events", "/generations/g", "/generations/g/cancel"])
-async def test_name_that_cannot_stand_in_a_subject_is_refused(stage: Stage, name: str, path: str, capfd: Any) -> None:
+async def test_name_that_is_invalid_in_a_subject_is_refused(stage: Stage, name: str, path: str, capfd: Any) -> None:
     method = "POST" if path in ("/generations", "/generations/g/cancel") else "GET"
     url = f"{stage.url}/v1/sessions/{name}{path}"
     response = await stage.http.request(method, url, json=BODY if path == "/generations" else None)
@@ -153,7 +155,7 @@ async def test_control_characters_in_names_of_models_and_labels_are_refused(
 
 
 @pytest.mark.parametrize("name", ["*", "a.b", "%3E", "x" * 65])
-async def test_generation_name_that_cannot_stand_in_a_subject_is_refused(stage: Stage, name: str) -> None:
+async def test_generation_name_that_is_invalid_in_a_subject_is_refused(stage: Stage, name: str) -> None:
     base = f"{stage.url}/v1/sessions/s/generations/{name}"
     assert_problem(await stage.http.get(base), 400)
     assert_problem(await stage.http.post(f"{base}/cancel"), 400)
@@ -219,7 +221,7 @@ async def answer_to_head(stage: Stage, headers: dict[str, str], *, http2: bool) 
         writer.close()
 
 
-async def test_compressed_body_is_refused_and_says_so(stage: Stage, broker: Broker) -> None:
+async def test_compressed_body_is_refused_with_415_and_accept_encoding(stage: Stage, broker: Broker) -> None:
     body = gzip.compress(json.dumps(BODY).encode())
     url = f"{stage.url}/v1/sessions/s/generations"
     headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
@@ -256,7 +258,7 @@ async def test_body_of_another_media_type_is_refused(stage: Stage, content_type:
     assert "Traceback" not in "".join(capfd.readouterr())
 
 
-async def test_unknown_model_is_told_once_producers_have_announced_theirs(
+async def test_unknown_model_is_refused_once_producers_have_announced_models(
     broker: Broker, nats_server: NatsServer
 ) -> None:
     bucket = await broker.bucket(REGISTRY_BUCKET)
@@ -343,7 +345,7 @@ async def test_list_pages_through_all_sessions_newest_first(stage: Stage) -> Non
 
 
 @pytest.mark.parametrize("query", ["limit=0", "limit=1001", "limit=x", "after=nowhere", "after=%00", "limit=1&limit=x"])
-async def test_list_refuses_what_it_cannot_page_by(stage: Stage, query: str) -> None:
+async def test_list_refuses_invalid_paging_parameters(stage: Stage, query: str) -> None:
     await ask(stage)
     assert_problem(await stage.http.get(f"{stage.url}/v1/sessions?{query}"), 400)
 
@@ -416,7 +418,7 @@ async def cancel(stage: Stage, generation: str) -> httpx.Response:
     return await stage.http.post(f"{stage.url}/v1/sessions/s/generations/{generation}/cancel")
 
 
-async def test_cancelling_what_is_queued_is_noted_and_may_be_repeated(stage: Stage) -> None:
+async def test_cancel_of_a_queued_generation_is_recorded_and_idempotent(stage: Stage) -> None:
     generation = (await ask(stage)).json()["generation"]
     for _ in range(3):
         response = await cancel(stage, generation)
@@ -426,7 +428,7 @@ async def test_cancelling_what_is_queued_is_noted_and_may_be_repeated(stage: Sta
     assert view["state"] == "cancelling"
 
 
-async def test_cancelling_what_runs_reaches_its_producer(stage: Stage, broker: Broker) -> None:
+async def test_cancel_of_a_running_generation_reaches_its_producer(stage: Stage, broker: Broker) -> None:
     heard: list[bytes] = []
 
     async def producer(message: Msg) -> None:
@@ -442,7 +444,7 @@ async def test_cancelling_what_runs_reaches_its_producer(stage: Stage, broker: B
     assert heard == [b"cancel", b"cancel"]
 
 
-async def test_cancelling_what_has_ended_tells_how_it_ended(stage: Stage, broker: Broker) -> None:
+async def test_cancel_of_an_ended_generation_returns_its_final_state(stage: Stage, broker: Broker) -> None:
     await Log(broker).append(*story("g1"))
     response = await cancel(stage, "g1")
     assert (response.status_code, response.json()) == (200, {"generation": "g1", "state": "completed"})

@@ -80,7 +80,7 @@ async def test_clients_at_different_places_share_blocks_and_have_whole_streams(
     assert sum(made) == len(events) - 5
 
 
-async def test_events_come_through_gzip_as_they_are_said(stage: Stage, log: Log) -> None:
+async def test_gzip_is_flushed_after_every_event(stage: Stage, log: Log) -> None:
     client = stage.events(**{"from": "start"})
     async with client.connected(**GZIP) as connection:
         assert connection.response.headers["content-encoding"] == "gzip"
@@ -127,5 +127,5 @@ async def test_nothing_is_compressed_unless_it_is_wished(broker: Broker, nats_se
         ("br", False),
     ],
 )
-def test_who_takes_gzip(header: str | None, taken: bool) -> None:
+def test_accept_encoding_decides_on_gzip(header: str | None, taken: bool) -> None:
     assert takes_gzip(header or None) is taken

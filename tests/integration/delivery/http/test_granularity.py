@@ -130,7 +130,9 @@ async def test_subscribers_of_all_granularities_read_one_feed_at_once(stage: Sta
         assert text_of(client.events) == TEXT
 
 
-async def test_text_is_joined_once_for_all_who_want_it_so(stage: Stage, log: Log, monkeypatch: Any) -> None:
+async def test_text_is_joined_once_for_all_subscribers_of_a_granularity(
+    stage: Stage, log: Log, monkeypatch: Any
+) -> None:
     from services.delivery.formats.sse import ServerSentEvents
 
     framed: list[bytes] = []
@@ -217,7 +219,7 @@ async def test_joined_events_over_ndjson_have_the_same_form(stage: Stage, log: L
     assert [(line["cursor"], line["event"]) for line in lines] == list(zip(sse.ids, sse.events, strict=True))
 
 
-async def test_token_is_what_is_stored(stage: Stage, log: Log) -> None:
+async def test_granularity_token_equals_the_stored_events(stage: Stage, log: Log) -> None:
     await log.append(*story("g1"))
     plain, token = stage.events(generation="g1"), stage.events(generation="g1", granularity="token")
     await plain.read_all()

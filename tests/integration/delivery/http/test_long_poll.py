@@ -50,7 +50,7 @@ def events_of(batch: dict[str, Any]) -> list[dict[str, Any]]:
     return [item["event"] for item in batch["events"]]
 
 
-async def test_poll_brings_what_is_there_at_once(stage: Stage, log: Log) -> None:
+async def test_poll_returns_stored_events_at_once(stage: Stage, log: Log) -> None:
     await log.append(*story("g1"))
     batch = await poll(stage, wait=LONG)
     assert keys(events_of(batch)) == keys(story("g1"))
@@ -77,7 +77,7 @@ async def test_poll_waits_for_the_first_event(stage: Stage, log: Log) -> None:
     assert keys(events_of(later)) == keys(events[1:])
 
 
-async def test_poll_whose_time_is_over_is_empty_and_keeps_its_place(stage: Stage, log: Log) -> None:
+async def test_poll_that_times_out_is_empty_and_keeps_its_cursor(stage: Stage, log: Log) -> None:
     await log.append(*story("g1"))
     cursor = (await poll(stage))["cursor"]
     assert await poll(stage, wait=0.2, after=cursor) == {"events": [], "cursor": cursor, "more": False}
@@ -100,7 +100,7 @@ async def test_polls_bring_every_event_once_in_batches_of_any_size(stage: Stage,
 
 
 @pytest.mark.parametrize("feed_bytes", [65_536])
-async def test_polls_read_what_memory_does_not_hold_from_the_log(
+async def test_polls_read_events_that_are_not_in_memory_from_the_log(
     broker: Broker, nats_server: NatsServer, log: Log, feed_bytes: int
 ) -> None:
     events = story("g1", 200, size=2_000)
@@ -128,7 +128,7 @@ async def test_poll_while_an_answer_is_written_misses_and_repeats_nothing(stage:
     assert keys(found) == keys(events)
 
 
-async def test_poll_of_a_generation_says_that_it_has_ended(stage: Stage, log: Log) -> None:
+async def test_poll_of_an_ended_generation_is_marked_ended(stage: Stage, log: Log) -> None:
     await log.append(*story("g1"), *story("g2"))
     batch = await poll(stage, generation="g1", wait=LONG)
     assert keys(events_of(batch)) == keys(story("g1"))
@@ -149,7 +149,7 @@ async def test_batch_in_a_granularity_holds_the_same_text_and_exact_cursors(stag
         assert "".join(e["text"] for e in events_of(rest)) == "".join(t for t in texts[number + 1 :] if t)
 
 
-async def test_missing_beginning_is_told_in_the_batch(stage: Stage, log: Log, broker: Broker) -> None:
+async def test_missing_beginning_is_a_gap_in_the_batch(stage: Stage, log: Log, broker: Broker) -> None:
     stored = await log.append(*story("g1"))
     await broker.js.purge_stream("TOKENS_0", seq=stored[4])
     batch = await poll(stage, generation="g1")
@@ -242,7 +242,7 @@ async def test_asking_can_wait_for_the_whole_answer(stage: Stage, log: Log) -> N
     assert response.headers["location"] == f"/v1/sessions/s/generations/{record['generation']}"
 
 
-async def test_answer_that_takes_too_long_is_202_with_what_there_is(
+async def test_answer_not_complete_within_the_wait_is_202_with_the_text_so_far(
     broker: Broker, nats_server: NatsServer, log: Log
 ) -> None:
     await log.append(*story("g1")[:5])
@@ -266,7 +266,9 @@ async def is_present(broker: Broker, generation: str) -> bool:
 
 
 @pytest.mark.parametrize("form", ["poll", "complete"])
-async def test_who_waits_is_present_and_who_leaves_is_not(stage: Stage, log: Log, broker: Broker, form: str) -> None:
+async def test_a_waiting_request_counts_as_present_until_it_disconnects(
+    stage: Stage, log: Log, broker: Broker, form: str
+) -> None:
     await log.append(*story("g1")[:3])
     cursor = (await poll(stage, generation="g1"))["cursor"]
     assert not await is_present(broker, "g1")

@@ -63,7 +63,7 @@ def total(told: dict[str, list[Any]]) -> int:
     return sum(map(len, told.values()))
 
 
-async def test_sessions_are_read_at_once_and_told_apart(stage: Stage, logs: dict[str, Log]) -> None:
+async def test_sessions_are_read_concurrently_and_events_name_their_session(stage: Stage, logs: dict[str, Log]) -> None:
     told = stories()
     client = client_of(stage, *NAMES)
     async with client.connected() as connection:
@@ -190,7 +190,7 @@ async def test_client_that_stops_reading_gets_everything_once_later(
         await eventually(lambda: connected() == 0)
 
 
-async def test_place_that_has_expired_is_told_and_its_session_begins_anew(
+async def test_an_expired_position_is_a_gap_and_its_session_starts_over(
     stage: Stage, logs: dict[str, Log], broker: Broker
 ) -> None:
     told = stories()

@@ -57,7 +57,7 @@ async def test_lines_go_on_from_every_cursor(stage: Stage, log: Log) -> None:
     assert (await stage.http.get(url(stage), params=query, headers=NDJSON)).status_code == 204
 
 
-async def test_lines_come_as_events_are_said_and_heartbeats_fill_silence(stage: Stage, log: Log) -> None:
+async def test_each_event_is_one_line_at_once_and_heartbeats_fill_silence(stage: Stage, log: Log) -> None:
     events = story("g1")
     async with stage.http.stream("GET", url(stage), headers=NDJSON) as response:
         lines = response.aiter_lines()
@@ -71,7 +71,7 @@ async def test_lines_come_as_events_are_said_and_heartbeats_fill_silence(stage: 
     await eventually(lambda: subscribers() == 0)
 
 
-async def test_stream_that_ends_early_says_how_to_go_on(stage: Stage, log: Log) -> None:
+async def test_stream_that_ends_early_sends_bye_with_a_cursor(stage: Stage, log: Log) -> None:
     await log.append(*story("g1")[:3])
     async with stage.http.stream("GET", url(stage), headers=NDJSON) as response:
         lines = response.aiter_lines()
@@ -82,7 +82,7 @@ async def test_stream_that_ends_early_says_how_to_go_on(stage: Stage, log: Log) 
     assert bye == {"type": "bye", "reason": "drain", "cursor": events[-1]["cursor"]}
 
 
-async def test_missing_beginning_is_told_in_a_line(stage: Stage, log: Log, broker: Broker) -> None:
+async def test_missing_beginning_is_a_gap_line(stage: Stage, log: Log, broker: Broker) -> None:
     stored = await log.append(*story("g1"))
     await broker.js.purge_stream("TOKENS_0", seq=stored[4])
     lines = read((await stage.http.get(url(stage), params={"generation": "g1"}, headers=NDJSON)).text)
@@ -108,7 +108,7 @@ async def test_one_resource_has_several_forms(stage: Stage, log: Log, accept: st
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
-async def test_form_that_is_not_offered_is_406_and_says_what_is(stage: Stage, method: str) -> None:
+async def test_unsupported_media_type_is_406_with_the_supported_types(stage: Stage, method: str) -> None:
     response = await stage.http.request(method, url(stage), headers={"Accept": "text/html"})
     assert response.status_code == 406
     assert response.headers["content-type"] == "application/problem+json"

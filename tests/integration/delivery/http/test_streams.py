@@ -35,7 +35,7 @@ async def test_replay_of_a_finished_generation_is_the_log_byte_for_byte(stage: S
     assert reader.ids == sorted(reader.ids)
 
 
-async def test_answer_says_that_nothing_between_may_buffer_or_keep_it(stage: Stage, log: Log) -> None:
+async def test_response_headers_forbid_buffering_and_caching(stage: Stage, log: Log) -> None:
     await log.append(*story("g1"))
     async with stage.events(generation="g1").connected() as reader:
         assert reader.response.headers["content-type"] == "text/event-stream; charset=utf-8"
@@ -81,7 +81,7 @@ async def test_from_start_replays_every_generation(stage: Stage, log: Log) -> No
     assert keys(reader.events) == keys(story("g1") + story("g2"))
 
 
-async def test_from_live_skips_what_was_said_before(stage: Stage, log: Log) -> None:
+async def test_from_live_skips_stored_events(stage: Stage, log: Log) -> None:
     await log.append(*story("g1"))
     reader = stage.events(**{"from": "live"})
     async with reader.connected() as connection:
@@ -320,7 +320,7 @@ async def test_cursor_of_another_session_is_refused(stage: Stage, broker: Broker
     assert response.json()["type"] == "urn:tailrace:problem:cursor-invalid"
 
 
-async def test_cursor_whose_followers_have_been_removed_is_gone(stage: Stage, broker: Broker, log: Log) -> None:
+async def test_cursor_is_410_after_its_next_events_were_removed(stage: Stage, broker: Broker, log: Log) -> None:
     stored = await log.append(*story("g1"), *story("g2"))
     whole = stage.events(**{"from": "start"})
     async with whole.connected() as connection:
@@ -367,7 +367,7 @@ async def read_whole(reader) -> bool:  # type: ignore[no-untyped-def]
     return await reader.read_all() == 200 and keys(reader.events) == keys(story("g2"))
 
 
-async def test_subscribers_of_a_log_that_was_created_anew_are_told(stage: Stage, broker: Broker, log: Log) -> None:
+async def test_subscribers_of_a_recreated_log_get_a_gap(stage: Stage, broker: Broker, log: Log) -> None:
     await log.append(*story("g1"))
     reader = stage.events()
     async with reader.connected() as connection:
@@ -379,7 +379,9 @@ async def test_subscribers_of_a_log_that_was_created_anew_are_told(stage: Stage,
     assert reader.controls == [("gap", {"reason": "log_recreated"})]
 
 
-async def test_answer_whose_beginning_has_expired_is_told_and_goes_on(stage: Stage, broker: Broker, log: Log) -> None:
+async def test_answer_with_an_expired_beginning_gets_a_gap_and_continues(
+    stage: Stage, broker: Broker, log: Log
+) -> None:
     events = story("g1", 20)
     stored = await log.append(*events[:10])
     await broker.js.purge_stream("TOKENS_0", seq=stored[5])

@@ -73,7 +73,7 @@ async def test_binary_content_is_bytes_in_messagepack_and_base64_in_json(stage: 
     assert found == [b"\x00\xff\x10", "AP8Q"]
 
 
-async def test_what_messagepack_cannot_hold_comes_as_it_is_stored(stage: Stage, log: Log) -> None:
+async def test_an_event_that_messagepack_cannot_encode_is_sent_as_stored_json(stage: Stage, log: Log) -> None:
     stored = b'{"type":"delta","generation":"g1","seq":0,"text":"a","huge":123456789012345678901234567890}'
     await log.append_bytes("g1", stored)
     async with socket(stage.url, MSGPACK) as client:
@@ -108,7 +108,7 @@ async def test_cursor_of_server_sent_events_is_good_for_a_socket(stage: Stage, l
     assert client.cursors["s"] == reader.ids[5:]
 
 
-async def test_subscribed_tells_the_position_before_the_first_event(stage: Stage, log: Log) -> None:
+async def test_subscribed_has_the_cursor_before_the_first_event(stage: Stage, log: Log) -> None:
     await log.append(*story("g1"))
     async with socket(stage.url) as client:
         position = (await client.ask("subscribe", id=1, session="s", from_="live"))["cursor"]
@@ -199,7 +199,7 @@ async def test_acknowledged_events_give_their_credit_back(stage: Stage, log: Log
     assert keys(client.events["s"]) == keys(story("g1", 50))
 
 
-async def test_credit_holds_for_what_comes_live(stage: Stage, log: Log) -> None:
+async def test_credit_limits_live_events(stage: Stage, log: Log) -> None:
     async with socket(stage.url) as client:
         await client.ask("subscribe", id=1, session="s", from_="start", credit={"events": 2})
         await log.append(*story("g1"))
@@ -210,7 +210,7 @@ async def test_credit_holds_for_what_comes_live(stage: Stage, log: Log) -> None:
         assert keys(await client.gather("s", 13)) == keys(story("g1"))
 
 
-async def test_credit_that_is_granted_before_the_subscription_stands_counts(stage: Stage, log: Log) -> None:
+async def test_credit_granted_before_the_subscription_is_confirmed_counts(stage: Stage, log: Log) -> None:
     await log.append(*story("g1"))
     async with socket(stage.url) as client:
         await client.say("subscribe", session="s", generation="g1", credit={"events": 1})
@@ -280,7 +280,7 @@ async def test_credit_without_a_credit_window_is_refused(stage: Stage, log: Log)
         assert both["problem"]["status"] == 400
 
 
-async def test_what_crosses_the_end_of_a_subscription_is_no_error_unless_it_is_asked_about(
+async def test_messages_after_the_end_of_a_subscription_are_errors_only_when_they_have_an_id(
     stage: Stage, log: Log
 ) -> None:
     await log.append(*story("g1"))
@@ -344,7 +344,7 @@ async def test_start_over_messagepack_takes_the_same_body(stage: Stage) -> None:
         (None, "object"),
     ],
 )
-async def test_start_that_is_not_valid_says_what_is_wrong(stage: Stage, request_: object, said: str) -> None:
+async def test_invalid_start_gets_a_problem_with_the_reason(stage: Stage, request_: object, said: str) -> None:
     async with socket(stage.url) as client:
         answer = await client.ask("start", id=1, session="s", request=request_)
         assert answer["problem"]["status"] == 400
@@ -360,7 +360,7 @@ async def test_cancel_answers_with_the_state(stage: Stage, log: Log) -> None:
         assert unknown["problem"]["status"] == 404
 
 
-async def test_gap_in_the_beginning_is_said_once_for_the_generation(stage: Stage, log: Log) -> None:
+async def test_expired_beginning_is_one_gap_per_generation(stage: Stage, log: Log) -> None:
     await log.append(*story("g1")[5:])
     async with socket(stage.url) as client:
         await client.say("subscribe", session="s", generation="g1")
@@ -405,7 +405,7 @@ async def test_wishes_that_cannot_be_met_are_problems_of_that_subscription(stage
         assert len(await client.gather("s", 13)) == 13
 
 
-async def test_unknown_subprotocol_is_refused_with_what_would_be_right(stage: Stage) -> None:
+async def test_unknown_subprotocol_is_refused_with_the_supported_ones(stage: Stage) -> None:
     with pytest.raises(InvalidStatus) as refused:
         async with socket(stage.url, "tailrace.v9.json"):
             pass
@@ -415,13 +415,13 @@ async def test_unknown_subprotocol_is_refused_with_what_would_be_right(stage: St
     assert JSON in problem["detail"]
 
 
-async def test_plain_request_is_told_to_upgrade(stage: Stage) -> None:
+async def test_request_without_upgrade_is_426(stage: Stage) -> None:
     answer = await stage.http.get(f"{stage.url}/v1/ws")
     assert (answer.status_code, answer.headers["upgrade"]) == (426, "websocket")
     assert answer.json()["type"].endswith("upgrade-required")
 
 
-async def test_drain_says_goodbye_with_a_cursor_and_closes_the_socket(
+async def test_drain_sends_bye_with_a_cursor_and_closes_the_socket(
     broker: Broker, nats_server: NatsServer, log: Log
 ) -> None:
     await log.append(*story("g1")[:5])
@@ -511,7 +511,7 @@ async def test_number_of_subscriptions_is_bounded(stage: Stage) -> None:
         assert answer["problem"]["type"].endswith("too-many-subscriptions")
 
 
-async def test_client_that_says_too_much_waits_and_loses_nothing(stage: Stage) -> None:
+async def test_client_that_sends_too_fast_is_throttled_and_loses_no_message(stage: Stage) -> None:
     before = metric("tailrace_delivery_socket_throttled_total")
     said = [json.dumps({"type": "wrong", "id": n}).encode() for n in range(60)]
     async with socket(stage.url) as client:

@@ -211,7 +211,7 @@ def test_a_gap_or_a_refused_cursor_is_found(story: Story, event_: str, data: str
         ({"status": "drift"}, []),
     ],
 )
-def test_bills_must_be_what_the_log_says(story: Story, change: dict[str, Any], rules: list[str]) -> None:
+def test_bills_must_match_the_log(story: Story, change: dict[str, Any], rules: list[str]) -> None:
     story.row |= change
     assert story.rules() == rules
 
@@ -291,7 +291,7 @@ def test_a_history_survives_its_file(story: Story, tmp_path: Path) -> None:
     assert read_history(history.path) == story.records()
 
 
-def test_what_does_not_begin_with_its_opening_is_no_history(story: Story) -> None:
+def test_a_history_without_its_first_record_is_refused(story: Story) -> None:
     with pytest.raises(ValueError, match="first record"):
         Evidence.of(story.records()[1:])
 

@@ -27,7 +27,7 @@ def test_a_seed_always_gives_the_same_log() -> None:
 
 
 @given(st.integers(0, 10_000))
-def test_every_generation_ends_once_whatever_was_repeated(seed: int) -> None:
+def test_every_generation_has_one_terminal_despite_repeats(seed: int) -> None:
     told = tell(logged(seed, 100))
     assert set(told) == {name_of(number) for number in range(100)}
     assert all(len(generation.terminals) == 1 for generation in told.values())

@@ -85,7 +85,7 @@ async def test_a_cut_breaks_connections_and_refuses_new_ones_until_it_is_healed(
     assert echo.received == b"ac"
 
 
-async def test_what_was_held_arrives_even_after_its_sender_has_left(link: Link, echo: Echo) -> None:
+async def test_held_bytes_arrive_after_their_sender_disconnected(link: Link, echo: Echo) -> None:
     reader, writer = await say(link, b"a")
     async with asyncio.timeout(10):
         assert await reader.readexactly(1) == b"a"
@@ -97,7 +97,7 @@ async def test_what_was_held_arrives_even_after_its_sender_has_left(link: Link, 
     await eventually(lambda: echo.received == b"aheld")
 
 
-async def test_a_slow_link_delays_what_it_passes(link: Link) -> None:
+async def test_a_slow_link_delays_bytes(link: Link) -> None:
     link.slow(0.05)
     loop = asyncio.get_running_loop()
     begun = loop.time()

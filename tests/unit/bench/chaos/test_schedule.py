@@ -67,7 +67,7 @@ def test_limited_faults_befall_nothing_else(seed: int, targets: list[str]) -> No
 
 
 @pytest.mark.parametrize("text", ["", "a", "1-", "-3", "1,,2"])
-def test_what_names_no_seed_is_refused(text: str) -> None:
+def test_an_invalid_seed_list_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="use numbers and ranges"):
         parse_seeds(text)
 
@@ -87,7 +87,7 @@ async def test_shrinking_finds_exactly_the_faults_that_matter(count: int, data: 
 
 
 @given(st.integers(0, 12))
-async def test_shrinking_stays_within_its_runs_and_returns_only_what_was_seen(runs: int) -> None:
+async def test_shrinking_stays_within_its_runs_and_returns_only_failing_sets(runs: int) -> None:
     asked: list[list[int]] = []
 
     async def shows(items: list[int]) -> bool:

@@ -47,7 +47,7 @@ def test_a_consumer_that_gave_everything_once_is_good(story: Story) -> None:
         ([*served(*range(LAST)), Served(worker=0, consumer="c0", data="{}", deliveries=1)], ["not_in_log"]),
     ],
 )
-def test_what_a_consumer_gave_too_little_or_too_often_is_found(
+def test_missing_and_repeated_events_of_a_consumer_are_found(
     story: Story, given: list[Served], rules: list[str]
 ) -> None:
     story.more = [*given]
@@ -105,7 +105,7 @@ def test_money_that_differs_is_found(story: Story, amounts: Amounts, rules: list
     assert story.rules() == rules
 
 
-def test_what_a_provider_says_later_changes_row_and_price(story: Story) -> None:
+def test_an_export_changes_the_expected_row_and_price(story: Story) -> None:
     exported = Exported(generation="g", input=30, output=4)
     cost = (30 * Decimal("1.25") + 4 * Decimal("10.000001")) / 1_000_000
     story.more = [exported, money(cost, 34)]

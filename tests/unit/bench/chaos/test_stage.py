@@ -23,14 +23,14 @@ async def started(folder: Path, program: str) -> Member:
     return member
 
 
-async def test_an_end_by_wish_is_told_with_its_code(tmp_path: Path) -> None:
+async def test_a_requested_stop_returns_the_exit_code(tmp_path: Path) -> None:
     member = await started(tmp_path, WILLING)
     exited = await member.stop()
     assert exited is not None
     assert (exited.code, exited.asked) == (0, True)
 
 
-async def test_who_is_killed_while_it_drains_is_not_blamed_for_its_code(tmp_path: Path) -> None:
+async def test_a_kill_during_a_drain_reports_no_exit_code(tmp_path: Path) -> None:
     member = await started(tmp_path, STUBBORN)
     stopping = asyncio.create_task(member.stop())
     await asyncio.sleep(0)
@@ -38,14 +38,14 @@ async def test_who_is_killed_while_it_drains_is_not_blamed_for_its_code(tmp_path
     assert await stopping is None
 
 
-async def test_who_is_asked_again_while_it_drains_is_told_of_once(tmp_path: Path) -> None:
+async def test_a_second_stop_during_a_drain_reports_no_second_exit(tmp_path: Path) -> None:
     member = await started(tmp_path, WILLING)
     first, second = await asyncio.gather(member.stop(), member.stop())
     assert first is not None
     assert second is None
 
 
-async def test_who_drains_is_neither_started_nor_frozen_by_others_meanwhile(tmp_path: Path) -> None:
+async def test_a_draining_process_is_neither_started_nor_paused(tmp_path: Path) -> None:
     member = await started(tmp_path, WILLING)
     stopping = asyncio.create_task(member.stop())
     await asyncio.sleep(0)

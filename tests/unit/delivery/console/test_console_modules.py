@@ -43,7 +43,7 @@ def test_modules_pass_their_suite_under_node(node: str, suite: Path) -> None:
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(steps)
-def test_the_page_accepts_exactly_what_every_other_reader_accepts(
+def test_the_console_accepts_the_same_events_as_schemas_acceptance(
     rule: "subprocess.Popen[str]", sequence: list[tuple[str, int, int]]
 ) -> None:
     assert rule.stdin is not None

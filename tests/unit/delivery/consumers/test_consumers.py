@@ -49,7 +49,7 @@ def straight(log: list[Header | None]) -> list[bool]:
 
 
 @given(st.lists(st.one_of(st.none(), HEADERS), max_size=30).map(lambda log: [Header("g", 0, "started", 1), *log]))
-def test_a_track_says_of_every_message_what_the_rule_says_whenever_it_is_asked(log: list[Header | None]) -> None:
+def test_a_track_has_the_verdict_of_the_acceptance_rule_for_every_message(log: list[Header | None]) -> None:
     track = Track()
     for seq, header in enumerate(log, 1):
         track.apply(seq, header)
@@ -59,7 +59,7 @@ def test_a_track_says_of_every_message_what_the_rule_says_whenever_it_is_asked(l
     assert track.verdict(len(log) + 1) is None
 
 
-def test_a_track_forgets_old_drops_rather_than_growing_and_then_knows_nothing_of_what_was_before() -> None:
+def test_a_track_bounds_its_dropped_messages_and_has_no_verdict_before_its_base() -> None:
     track = Track()
     track.apply(1, Header("g", 0, "started", 1))
     for seq in range(2, REMEMBERED + 102):
@@ -88,7 +88,7 @@ def test_without_its_beginning_a_generation_is_joined_at_the_highest_epoch_that_
     st.integers(1, 2**40),
     st.integers(1, 1_000_000),
 )
-def test_a_token_says_again_what_it_was_made_of(partition: int, seq: int, consumer_seq: int, deliveries: int) -> None:
+def test_a_token_round_trips(partition: int, seq: int, consumer_seq: int, deliveries: int) -> None:
     token = Token(partition, "0123abcd", seq, consumer_seq, deliveries)
     assert Token.parse(token.text()) == token
 
@@ -100,7 +100,7 @@ def test_other_text_is_no_token(text: str) -> None:
 
 
 @given(st.text(alphabet="0123456789abcdefgain", min_size=10, max_size=60).map(lambda t: "k1" + t))
-def test_whatever_passes_for_a_token_names_only_the_consumer_it_is_used_for(text: str) -> None:
+def test_any_parsed_token_names_only_the_given_consumer(text: str) -> None:
     try:
         subject = Token.parse(text).subject("svc-1-a-b")
     except InvalidToken:
@@ -123,7 +123,7 @@ def test_a_definition_is_found_again_beside_the_brokers_consumer() -> None:
 
 
 @pytest.mark.parametrize(("wanted", "partitions", "share"), [(1, 1, 1), (1, 4, 1), (10, 4, 3), (1_000, 1, 1_000)])
-def test_partitions_share_what_may_be_in_flight(wanted: int, partitions: int, share: int) -> None:
+def test_partitions_share_the_in_flight_limit(wanted: int, partitions: int, share: int) -> None:
     config = durable_config("t", "n", Definition(spec=ConsumerSpec(max_in_flight=wanted)), 0, partitions, 0)
     assert config["max_ack_pending"] == share
     assert "inactive_threshold" not in config
@@ -168,7 +168,7 @@ def test_a_reader_alone_sees_the_log_without_holes() -> None:
     assert reader.seen(raw(13, 5)) == 9
 
 
-def test_what_another_reader_got_in_between_is_a_hole() -> None:
+def test_a_message_delivered_to_another_reader_is_a_hole() -> None:
     reader = source()
     reader.seen(raw(10, 1))
     assert reader.seen(raw(13, 3)) == 12
@@ -189,7 +189,7 @@ def scope(query: str = "", accept: str = "") -> dict[str, Any]:
     return {"query_string": query.encode(), "headers": [(b"accept", accept.encode())]}
 
 
-def test_a_query_tells_batches_from_streams() -> None:
+def test_a_query_selects_a_batch_or_a_stream() -> None:
     assert parse_pull_options(scope()) == (False, False, None, 0.0)
     assert parse_pull_options(scope("ack=auto", "application/x-ndjson")) == (True, True, None, 0.0)
     assert parse_pull_options(scope("batch=10&wait=2.5")) == (False, False, 10, 2.5)

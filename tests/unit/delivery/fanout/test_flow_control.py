@@ -11,7 +11,7 @@ LOW, START, HIGH = 16_384, 65_536, 1_048_576
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 5), st.integers(1, 5_000)), max_size=60))
-def test_what_was_sent_is_in_flight_or_released(steps: list[tuple[bool, int, int]]) -> None:
+def test_sent_events_are_either_in_flight_or_released(steps: list[tuple[bool, int, int]]) -> None:
     flight = InFlight()
     sent_events = sent_size = released_events = released_size = place = 0
     for now, (is_ack, events, size) in enumerate(steps):
@@ -34,7 +34,7 @@ def test_what_was_sent_is_in_flight_or_released(steps: list[tuple[bool, int, int
     assert flight.size == 0
 
 
-def test_acknowledging_again_or_what_is_older_releases_nothing() -> None:
+def test_repeated_and_older_acknowledgements_release_nothing() -> None:
     flight = InFlight()
     flight.sent(5, 1, 100, 0.0)
     assert flight.acked(4, 1.0) is None
@@ -85,7 +85,7 @@ def run(capacity: float, trip: float, seconds: float, demand: float = 1e12) -> A
 
 
 @pytest.mark.parametrize(("capacity", "trip"), [(2e6, 0.1), (1e6, 0.2), (4e6, 0.05)])
-def test_window_grows_to_what_a_client_deals_with_in_a_round_trip(capacity: float, trip: float) -> None:
+def test_window_grows_to_the_bandwidth_delay_product_of_the_client(capacity: float, trip: float) -> None:
     needed = capacity * trip
     window = run(capacity, trip, 40 * trip)
     assert needed <= window.size <= 4 * needed
@@ -97,7 +97,7 @@ def test_window_stays_within_its_bounds() -> None:
     assert run(10_000, 0.1, 3.0).size >= LOW
 
 
-def test_window_of_a_session_that_says_little_stays_as_it_is() -> None:
+def test_window_of_a_session_with_few_events_keeps_its_size() -> None:
     assert run(1e9, 0.1, 4.0, demand=20_000).size == START
 
 

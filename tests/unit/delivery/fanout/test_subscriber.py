@@ -186,7 +186,7 @@ async def test_chunk_without_events_is_not_written(client: Client, subscriber: S
     assert (subscriber.index, subscriber.seq) == (7, 9)
 
 
-async def test_client_gets_what_it_has_granted_and_the_rest_when_it_grants_more(
+async def test_client_receives_events_up_to_its_credit_and_the_rest_after_more_credit(
     client: Client, subscriber: Subscriber
 ) -> None:
     feed = Feed()
@@ -216,7 +216,9 @@ async def test_waiting_for_room_ends_with_a_grant_or_with_the_stream(subscriber:
 
 
 @pytest.mark.parametrize(("before", "after"), [(a, b) for a in State for b in State])
-async def test_a_subscriber_moves_only_as_the_table_says(subscriber: Subscriber, before: State, after: State) -> None:
+async def test_a_subscriber_allows_only_the_transitions_of_the_table(
+    subscriber: Subscriber, before: State, after: State
+) -> None:
     subscriber.move(before)
     if after is before or after in TRANSITIONS[before]:
         subscriber.move(after)

@@ -82,7 +82,7 @@ async def test_those_at_the_same_place_get_everything_once_and_are_counted_exact
     assert metric("tailrace_delivery_events_delivered_total") == before + 500
 
 
-async def test_who_waits_is_left_alone_and_gets_what_was_missed() -> None:
+async def test_a_blocked_subscriber_is_skipped_and_receives_the_missed_events_later() -> None:
     stage = Stage()
     crowd = [stage.join() for _ in range(5)]
     slow, subscriber = crowd[2]
@@ -96,7 +96,7 @@ async def test_who_waits_is_left_alone_and_gets_what_was_missed() -> None:
     assert all(client.seqs == [1, 2, 3, 4, 5] for client, _ in crowd)
 
 
-async def test_what_a_client_grants_is_kept_to_whoever_stands_beside_it() -> None:
+async def test_credit_is_kept_per_client_at_the_same_position() -> None:
     stage = Stage()
     crowd = [stage.join() for _ in range(6)]
     for number, (_, subscriber) in enumerate(crowd[::2]):
@@ -108,7 +108,7 @@ async def test_what_a_client_grants_is_kept_to_whoever_stands_beside_it() -> Non
     assert crowd[0][0].seqs == [1, 2, 3, 4, 5]
 
 
-async def test_who_stands_inside_an_event_gets_only_the_rest_of_it() -> None:
+async def test_a_subscriber_inside_an_event_receives_only_its_rest() -> None:
     stage = Stage()
     plain = [stage.join() for _ in range(3)]
     inside = Client()

@@ -81,7 +81,7 @@ def test_control_events_carry_their_fields_and_move_no_position(reason: str, cur
     assert b"id:" not in control_frame("bye", {"reason": "drain"})
 
 
-def test_gap_names_what_is_missing_and_of_what() -> None:
+def test_gap_has_a_reason_and_the_generation() -> None:
     assert parse([SSE.gap("beginning_expired", "g1", AT)]) == [
         ("", "gap", '{"reason":"beginning_expired","generation":"g1"}')
     ]

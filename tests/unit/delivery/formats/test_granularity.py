@@ -123,7 +123,7 @@ def test_going_on_from_any_cursor_in_any_granularity_gives_every_character_once(
 
 
 @given(SAID, st.sampled_from(GRAINS[1:]), st.frozensets(st.integers(0, 30)), st.data())
-def test_who_stands_inside_a_piece_gets_the_rest_of_it(
+def test_resume_inside_a_piece_continues_with_its_rest(
     said: list[tuple[str, str]], grain: Granularity, pauses: frozenset[int], data: st.DataObject
 ) -> None:
     entries = entries_of(said)
@@ -239,7 +239,7 @@ def test_delta_that_cannot_be_read_is_passed_on_in_its_place() -> None:
     assert shown(entries, Granularity("coalesce", 1.0)) == entries
 
 
-def test_place_behind_what_is_held_is_before_it() -> None:
+def test_the_position_of_held_text_is_before_it() -> None:
     merger = Chunker(Granularity("sentence"), Position(0))
     _, one, *_ = entries_of([("text", "Yes. And")])
     (piece,) = merger.offer(one, 0.0)

@@ -36,7 +36,7 @@ def test_all_entries_above_the_floor_are_kept_and_none_below(sizes: list[int], m
 
 
 @given(sizes, st.integers(1, 200), st.data())
-def test_after_gives_exactly_what_follows_a_seq(sizes: list[int], max_bytes: int, data: st.DataObject) -> None:
+def test_after_returns_exactly_the_entries_behind_a_seq(sizes: list[int], max_bytes: int, data: st.DataObject) -> None:
     tail, entries = filled(sizes, max_bytes, step=2)
     seq = data.draw(st.integers(tail.floor, entries[-1].seq + 3))
     assert tail.slice(tail.after(seq), tail.end) == [entry for entry in entries if entry.seq > seq]
@@ -79,7 +79,7 @@ def test_replay_begins_with_the_running_answer_although_a_later_one_has_ended() 
     assert replay_start({"a": Span(1, 5, False), "b": Span(6, 9, True)}) == 1
 
 
-def test_replay_includes_what_overlaps_from_its_beginning() -> None:
+def test_replay_starts_at_the_first_overlapping_generation() -> None:
     spans = {"a": Span(1, 4, True), "b": Span(3, 8, True), "c": Span(7, 12, True), "d": Span(13, 14, True)}
     assert replay_start({k: spans[k] for k in "abc"}) == 1
     assert replay_start(spans) == 13

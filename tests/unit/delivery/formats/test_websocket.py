@@ -47,7 +47,7 @@ def test_events_of_a_write_travel_in_one_message(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [JSON, MSGPACK])
-def test_what_is_no_event_is_a_message_of_its_own_in_its_place(name: str) -> None:
+def test_gap_and_bye_are_separate_messages_in_order(name: str) -> None:
     format_ = SessionFormat("s", Dialect(name))
     frames = [
         format_.frame(entry(1), AT),

@@ -70,7 +70,7 @@ def test_messages_are_read_in_either_notation(name: str) -> None:
     ],
 )
 @pytest.mark.parametrize("name", [JSON, MSGPACK])
-def test_message_that_is_wrong_is_answered_with_what_is_wrong(name: str, message: object, slug: str, said: str) -> None:
+def test_invalid_message_is_unreadable_with_slug_and_detail(name: str, message: object, slug: str, said: str) -> None:
     dialect = DIALECTS[name]
     found = dialect.decode(packed(dialect, message))
     assert isinstance(found, Unreadable)

@@ -25,7 +25,7 @@ class Client:
         self.taken.append(data)
 
 
-async def test_what_comes_while_a_write_is_under_way_leaves_together_in_order() -> None:
+async def test_parts_put_during_a_write_are_sent_together_in_order() -> None:
     client = Client(open_=False)
     async with CallOutbox(client.write) as outbox:
         await outbox.put(b"a")
@@ -37,7 +37,7 @@ async def test_what_comes_while_a_write_is_under_way_leaves_together_in_order() 
     assert client.taken == [b"a", b"bcd"]
 
 
-async def test_beyond_the_bound_whoever_puts_waits_until_something_is_taken() -> None:
+async def test_put_waits_while_the_outbox_is_full() -> None:
     client = Client(open_=False)
     async with CallOutbox(client.write) as outbox:
         await outbox.put(b"first")
@@ -62,7 +62,7 @@ async def test_one_message_may_be_larger_than_the_bound() -> None:
     assert client.taken == [b"x" * (3 * BOUND)]
 
 
-async def test_client_that_is_gone_is_said_to_whoever_puts() -> None:
+async def test_put_raises_connection_error_after_the_client_is_gone() -> None:
     client = Client(open_=False)
     client.error = RuntimeError("gone")
     async with CallOutbox(client.write) as outbox:
@@ -77,7 +77,7 @@ async def test_client_that_is_gone_is_said_to_whoever_puts() -> None:
         assert not await outbox.flush(1)
 
 
-async def test_leaving_the_block_ends_those_who_wait() -> None:
+async def test_leaving_the_block_raises_connection_error_in_waiting_puts() -> None:
     client = Client(open_=False)
     async with CallOutbox(client.write) as outbox:
         await outbox.put(b"a")

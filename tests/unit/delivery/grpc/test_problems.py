@@ -45,5 +45,5 @@ def test_unexpected_error_is_not_shown() -> None:
 
 
 @pytest.mark.parametrize(("headers", "seconds"), [({"Retry-After": "7"}, 7), ({}, 0), ({"Retry-After": "soon"}, 0)])
-def test_item_says_when_to_try_again(headers: dict[str, str], seconds: int) -> None:
+def test_problem_item_has_retry_after(headers: dict[str, str], seconds: int) -> None:
     assert as_message(Problem(429, "x", headers=headers)).retry_after == seconds

@@ -17,7 +17,7 @@ async def receive() -> Any:
     return {"type": "http.disconnect"}
 
 
-async def test_the_rest_of_an_answer_outlives_the_application_and_what_it_knew() -> None:
+async def test_a_detached_stream_outlives_the_application_and_its_scope() -> None:
     sent: list[Any] = []
     alive: list[weakref.ref[Known]] = []
 

@@ -52,7 +52,7 @@ async def read(reads: ReadCache, from_seq: int, up_to: int, key: LogKey = KEY) -
     max_bytes=st.sampled_from([1, 2_000, 1_000_000]),
     together=st.booleans(),
 )
-def test_everybody_gets_what_is_stored_in_order_and_once(
+def test_every_reader_receives_the_stored_messages_once_and_in_order(
     seqs: set[int], spans: list[tuple[int, int]], batch: int, max_bytes: int, together: bool
 ) -> None:
     stored = sorted(seqs)
@@ -83,7 +83,7 @@ async def test_one_reader_alone_asks_for_no_more_than_it_wants() -> None:
     assert log.asked == [(700, 720)]
 
 
-async def test_a_read_that_fails_fails_for_all_who_wait_and_is_tried_again_by_the_next() -> None:
+async def test_a_failed_read_fails_for_all_its_waiters_and_the_next_read_retries() -> None:
     log = Log([1, 2, 3])
     log.fails = True
     reads = shared(log)
@@ -112,7 +112,7 @@ async def test_a_log_that_was_created_anew_is_read_anew() -> None:
     assert len(log.asked) == 2
 
 
-async def test_what_is_not_used_is_forgotten() -> None:
+async def test_unused_segments_are_evicted() -> None:
     log = Log([1, 2])
     reads = shared(log, keep=0.0)
     await read(reads, 1, 2)

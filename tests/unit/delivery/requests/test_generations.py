@@ -43,23 +43,23 @@ def stored(data: bytes) -> Stored:
     return Stored(7, "", data)
 
 
-async def test_what_was_accepted_a_moment_ago_exists_while_replicas_lag() -> None:
+async def test_a_just_accepted_generation_exists_while_replicas_lag() -> None:
     found = lookups(stored(msgspec.json.encode(RECORD)))
     await found.require("t", "s", "g")
     assert await found.get("t", "s", "g") == (RECORD, 7)
 
 
-async def test_what_is_in_the_log_exists_without_the_bucket() -> None:
+async def test_a_generation_in_the_log_exists_without_the_bucket() -> None:
     await lookups(None, stored(b"{}")).require("t", "s", "g")
     await lookups(BrokerUnavailable("no leader"), stored(b"{}")).require("t", "s", "g")
 
 
-async def test_what_nobody_knows_is_unknown() -> None:
+async def test_a_generation_in_neither_bucket_nor_log_is_unknown() -> None:
     with pytest.raises(Unknown):
         await lookups(None).require("t", "s", "g")
 
 
-async def test_a_bucket_that_is_away_may_know_what_the_log_does_not() -> None:
+async def test_an_unavailable_bucket_is_an_error_for_a_generation_not_in_the_log() -> None:
     with pytest.raises(BrokerUnavailable):
         await lookups(BrokerUnavailable("no leader")).require("t", "s", "g")
 

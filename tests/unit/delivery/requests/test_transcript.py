@@ -46,7 +46,7 @@ def text(seq: int, said: str, **fields: int) -> Delta:
     return Delta(generation="g", seq=seq, text=said, tokens=seq, **fields)
 
 
-def test_nothing_has_been_said_at_first() -> None:
+def test_a_new_transcript_is_empty() -> None:
     empty = Transcript()
     assert (empty.text, empty.choices, empty.reasoning, empty.tool_calls, empty.events) == ("", [], "", [], 0)
     assert empty.counted() == Counted()
@@ -61,7 +61,7 @@ def test_repeats_and_gaps_change_nothing() -> None:
     assert fold(*noisy).events == len(events)
 
 
-def test_restart_forgets_what_was_said_but_not_what_was_used() -> None:
+def test_restart_clears_the_text_and_keeps_the_input_count() -> None:
     restarted = Restarted(generation="g", seq=3, epoch=2, reason="producer_lost")
     call = Delta(generation="g", seq=2, tool_call=ToolCall(id="c", name="f"), tokens=2)
     after = Delta(generation="g", seq=4, epoch=2, text="again", tokens=1)
@@ -70,7 +70,7 @@ def test_restart_forgets_what_was_said_but_not_what_was_used() -> None:
     assert said.counted() == Counted(input=7, output=1, exact=True, encoding="e")
 
 
-def test_choices_are_told_apart() -> None:
+def test_choices_are_kept_apart() -> None:
     said = fold(STARTED, text(1, "a"), text(2, "b", choice=1), text(3, "A"), text(4, "B", choice=1))
     assert said.text == "aA"
     assert said.choices == ["aA", "bB"]

@@ -41,7 +41,7 @@ async def test_messages_of_one_write_stay_together_and_in_order() -> None:
     assert wire.taken == [f"{n}{half}" for n in range(20) for half in "ab"]
 
 
-async def test_who_has_more_than_fits_waits_for_a_turn_and_turns_are_fair() -> None:
+async def test_senders_wait_while_the_outbox_is_full_and_are_served_in_order() -> None:
     wire = Wire()
     async with SocketOutbox(wire.send) as outlet:
         await outlet.send(text("x" * BOUND))
@@ -85,7 +85,7 @@ async def test_client_that_takes_nothing_is_seen() -> None:
         assert outlet.blocked_at is None
 
 
-async def test_connection_that_breaks_ends_all_who_wait() -> None:
+async def test_a_broken_connection_raises_in_all_waiting_senders() -> None:
     failing = asyncio.Event()
 
     async def send(_message: object) -> None:

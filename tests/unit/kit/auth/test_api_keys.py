@@ -41,7 +41,7 @@ def test_no_two_keys_are_alike() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "tr_", "tr_abcd_", "tr_abcd_short", "tr_ABCD_" + "x" * 43, "tr_a.b_" + "x" * 43])
-def test_what_has_another_form_is_no_key(text: str) -> None:
+def test_text_of_another_form_is_no_key(text: str) -> None:
     assert parse(text) is None
 
 
@@ -49,7 +49,7 @@ def test_a_newline_behind_a_key_makes_it_none() -> None:
     assert parse(mint().text + "\n") is None
 
 
-def test_a_key_never_looks_like_one_in_a_log() -> None:
+def test_the_secret_of_a_key_is_scrubbed_from_logs() -> None:
     text = mint().text
     assert text.split("_", 2)[2] not in scrub(f"refused {text} at the door")
 
@@ -68,7 +68,7 @@ def test_the_operators_key_comes_from_its_hash() -> None:
 
 
 @given(st.text(alphabet="abc-_*", min_size=1, max_size=12), st.text(alphabet="abc-_", min_size=1, max_size=12))
-def test_a_pattern_reaches_what_it_spells_with_stars_for_anything(pattern: str, session: str) -> None:
+def test_a_session_pattern_matches_literally_except_stars(pattern: str, session: str) -> None:
     principal = Principal(tenant="t", sessions=session_patterns([pattern]))
     assert principal.reaches(session) == _matches(pattern, session)
 
@@ -118,7 +118,7 @@ def ticket(expires_at: float | None = None) -> str:
     return issue_ticket(SECRET, PARENT, ("chat",), frozenset({"read"}), until)
 
 
-def test_a_ticket_stands_for_its_parent_narrowed() -> None:
+def test_a_ticket_has_the_narrowed_rights_of_its_parent() -> None:
     found = read_ticket(SECRET, ticket())
     assert (found.tenant, found.key) == ("acme", "tr_abcd")
     assert found.scopes == {"read"}

@@ -86,7 +86,7 @@ async def reason(made: str, by: JwtVerifier | None = None) -> str:
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-async def test_a_signed_token_stands_for_its_tenant_scopes_and_sessions(algorithm: str) -> None:
+async def test_a_signed_token_grants_its_tenant_scopes_and_sessions(algorithm: str) -> None:
     principal = await verifier().verify(token(algorithm, sessions="chat-* docs"))
     assert principal.tenant == "acme"
     assert principal.key == "jwt:web"
@@ -191,11 +191,11 @@ async def test_clocks_may_differ_by_the_leeway() -> None:
     "garbage",
     ["", ".", "..", "...", "a.b.c", "x" * 100, "eyJ.eyJ.", "\u00e9.\u00e9.\u00e9", f"{encoded([])}.{encoded([])}.x"],
 )
-async def test_what_is_no_token_is_refused(garbage: str) -> None:
+async def test_garbage_is_refused(garbage: str) -> None:
     assert await reason(garbage) in ("malformed", "algorithm")
 
 
-async def test_what_nests_without_end_is_refused() -> None:
+async def test_deeply_nested_json_is_refused() -> None:
     deep = base64.urlsafe_b64encode(b"[" * 4_000).rstrip(b"=").decode()
     assert await reason(f"{deep}.{encoded({})}.x") in ("malformed", "algorithm")
 
@@ -204,7 +204,7 @@ async def test_a_token_of_excessive_length_is_not_even_read() -> None:
     assert await reason(token(filler="x" * 9_000)) == "malformed"
 
 
-async def test_a_token_that_demands_what_is_not_understood_is_refused() -> None:
+async def test_a_token_with_an_unknown_critical_header_is_refused() -> None:
     assert await reason(token(headers={"crit": ["exp2"], "exp2": 1})) == "malformed"
 
 

@@ -32,13 +32,13 @@ def test_another_subject_is_no_acknowledgement_subject(reply: bytes) -> None:
         ack.stored_at(reply)
 
 
-def test_an_acknowledgement_subject_is_composed_of_what_was_read() -> None:
+def test_an_acknowledgement_subject_is_composed_of_the_parsed_numbers() -> None:
     subject = ack.ack_subject("TOKENS_0", "d", ack.delivered(SHORT))
     assert subject == "$JS.ACK.TOKENS_0.d.1.2.3.0.0"
     assert ack.delivered(subject.encode()) == ack.delivered(SHORT)
 
 
-def test_a_refusal_says_how_long_to_wait() -> None:
+def test_nak_has_its_delay_in_nanoseconds() -> None:
     assert ack.nak(0) == b"-NAK"
     assert ack.nak(1.5) == b'-NAK{"delay":1500000000}'
     assert ack.AT_ONCE == b'-NAK{"delay":1}'
@@ -74,13 +74,13 @@ def test_raw_headers_are_read_as_the_library_reads_them() -> None:
 
 
 @pytest.mark.parametrize("error", [NoServersError(), OSError("gone"), TimeoutError(), ServerError(code=500)])
-def test_what_the_library_raises_is_an_unavailable_broker(error: Exception) -> None:
+def test_library_errors_become_broker_unavailable(error: Exception) -> None:
     with pytest.raises(BrokerUnavailable, match="cannot read") as raised, unavailable("cannot read"):
         raise error
     assert raised.value.__cause__ is error
 
 
-def test_a_message_that_is_too_large_is_told_apart() -> None:
+def test_an_oversized_message_becomes_message_too_large() -> None:
     with pytest.raises(MessageTooLarge), unavailable("cannot store"):
         raise MaxPayloadError
 
@@ -137,7 +137,7 @@ async def test_no_answer_that_can_be_read_is_an_unavailable_broker(answer: bytes
         (APIError(), set()),
     ],
 )
-def test_a_refusal_says_what_the_caller_can_do(error: APIError, holds: set[str]) -> None:
+def test_an_api_error_is_classified_for_the_caller(error: APIError, holds: set[str]) -> None:
     names = [name for name in vars(APIError) if name.startswith("is_")]
     assert {name for name in names if getattr(error, name)} == holds
 

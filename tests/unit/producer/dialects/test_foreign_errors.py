@@ -141,7 +141,7 @@ def test_text_in_the_middle_of_an_answer_that_is_finished_is_a_notice() -> None:
     ],
 )
 @pytest.mark.parametrize("dialect", ["openai", "openrouter", "anthropic", "cohere"])
-def test_what_comes_instead_of_an_answer_is_in_the_message(dialect: str, body: bytes, code: str) -> None:
+def test_a_body_that_is_no_stream_is_quoted_in_the_failure(dialect: str, body: bytes, code: str) -> None:
     came = outcome(dialect, body)
     assert came.code == code
     assert came.failure is not None

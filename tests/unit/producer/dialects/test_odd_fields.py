@@ -49,7 +49,7 @@ CALL = {"index": 0, "id": "a", "type": "function", "function": {"name": "f", "ar
         b'[{"choices":[{"delta":{"content":"Hello"}}]}]',
     ],
 )
-def test_what_can_be_converted_is_relayed_without_a_notice(event: bytes) -> None:
+def test_a_convertible_field_is_relayed_without_a_notice(event: bytes) -> None:
     came = outcome("openai", stream(event, STOP, usage_chunk()))
     assert came.completed
     assert came.text == ("" if event == b"null" else "Hello")
@@ -68,7 +68,7 @@ def test_what_can_be_converted_is_relayed_without_a_notice(event: bytes) -> None
         ({"choices": [{"delta": {"content": "Hello"}}], "id": ["c"]}, "$.id"),
     ],
 )
-def test_what_cannot_be_is_left_out_with_one_notice(event: dict[str, Any], path: str) -> None:
+def test_an_unconvertible_field_is_omitted_with_one_notice(event: dict[str, Any], path: str) -> None:
     came = outcome("openai", stream(event, {**event, "choices": [{"delta": {"content": "!"}}]}, STOP))
     assert (came.completed, came.text) == (True, "Hello!")
     [notice] = came.notices
@@ -116,7 +116,7 @@ def test_tool_calls_in_an_odd_event_are_relayed() -> None:
         {"content": True},
     ],
 )
-def test_content_of_a_type_that_says_nothing_is_malformed(delta: dict[str, Any]) -> None:
+def test_content_of_a_wrong_type_is_malformed(delta: dict[str, Any]) -> None:
     came = outcome("openai", stream(HELLO, chunk(**delta), STOP))
     assert (came.code, came.text) == ("upstream_malformed", "Hello")
 
@@ -125,7 +125,7 @@ def test_content_of_a_type_that_says_nothing_is_malformed(delta: dict[str, Any])
     "calls",
     ["f", [17], [{"index": 0, "function": "f"}], [{"index": 0, "function": {"name": {}}}]],
 )
-def test_calls_of_a_type_that_says_nothing_are_kept_as_they_are(calls: Any) -> None:
+def test_tool_calls_of_a_wrong_type_are_kept_as_extra(calls: Any) -> None:
     came = outcome("openai", stream(HELLO, chunk(tool_calls=calls), STOP))
     assert (came.completed, came.text, came.names) == (True, "Hello", [])
     [extra] = [part.extra for part in came.parts if isinstance(part, ExtraPart)]
@@ -138,7 +138,7 @@ def test_reasoning_given_as_a_list_is_read() -> None:
 
 
 @pytest.mark.parametrize("event", [{"choices": 3}, {"choices": [17]}, {"choices": [{"delta": "Hello"}]}])
-def test_choices_of_a_type_that_says_nothing_are_malformed(event: dict[str, Any]) -> None:
+def test_choices_of_a_wrong_type_are_malformed(event: dict[str, Any]) -> None:
     assert outcome("openai", stream(HELLO, event, STOP)).code == "upstream_malformed"
 
 
@@ -188,7 +188,7 @@ def test_content_of_a_wrong_type_is_malformed_there_too(dialect: str) -> None:
     assert outcome(dialect, data(events[dialect])).code == "upstream_malformed"
 
 
-def test_raw_usage_keeps_what_could_not_be_read() -> None:
+def test_raw_usage_keeps_unreadable_fields() -> None:
     came = outcome("openai", stream(HELLO, STOP, usage_chunk(**USAGE, cost={"total_cost": 0.01})))
     assert came.usage is not None
     assert came.usage.raw == {**USAGE, "cost": {"total_cost": 0.01}}

@@ -67,7 +67,7 @@ def test_the_key_is_sent_where_there_is_one_and_never_shown(name: Any, header: s
     assert header not in dialect.request(call(), "https://h", None, {}).headers
 
 
-def test_openai_passes_parameters_through_but_keeps_what_is_its_own() -> None:
+def test_openai_passes_parameters_through_except_reserved_ones() -> None:
     asked = call(
         temperature=0.5, n=2, model="other", messages=[], stream=False, stream_options={"include_usage": False}
     )
@@ -166,7 +166,7 @@ def test_anthropic_takes_images_as_data_or_address() -> None:
         (call(tools=[TOOL], tool_choice="perhaps"), "'perhaps' is not known"),
     ],
 )
-def test_anthropic_refuses_what_cannot_be_said(asked: UpstreamRequest, said: str) -> None:
+def test_anthropic_refuses_untranslatable_parameters(asked: UpstreamRequest, said: str) -> None:
     with pytest.raises(UntranslatableCall, match=said):
         dialect_of("anthropic").request(asked, "https://h", None, {})
 

@@ -184,7 +184,7 @@ def test_a_stream_that_stops_before_its_finish_reason_is_never_a_success(data: s
 
 @SETTINGS
 @given(data=st.data())
-def test_what_is_odd_means_the_same_under_every_chunking(data: st.DataObject) -> None:
+def test_inserted_garbage_has_the_same_result_under_every_chunking(data: st.DataObject) -> None:
     transcript = data.draw(st.sampled_from(TRANSCRIPTS))
     events = transcript.wire.replace(b"\r\n", b"\n").split(b"\n\n")
     odd = st.sampled_from(

@@ -68,12 +68,12 @@ def test_an_object_behind_complete_arguments_begins_a_new_call_of_the_same_funct
     assert said == [(None, "f", A), (None, "f", B)]
 
 
-def test_calls_of_one_function_without_id_and_index_are_told_apart_by_their_objects() -> None:
+def test_calls_of_one_function_without_id_and_index_are_separated_by_their_json_objects() -> None:
     said = read({"name": "f", "arguments": A}, {"name": "f", "arguments": B}, {"name": "f", "arguments": B})
     assert said == [(None, "f", A), (None, "f", B), (None, "f", B)]
 
 
-def test_calls_beside_each_other_in_one_list_are_told_apart() -> None:
+def test_calls_in_one_list_are_separate() -> None:
     assert read({"name": "f", "arguments": ""}, {"name": "f", "arguments": "", "beside": True}) == [
         (None, "f", "{}"),
         (None, "f", "{}"),

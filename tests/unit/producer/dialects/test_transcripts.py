@@ -89,7 +89,7 @@ def test_comments_and_pings_are_signs_of_life(name: str) -> None:
     [b"{", b"[]", b"17", b'"text"', b'{"type": 3, "choices": 3}', b'{"id": "\xff', b"[" * 100_000, b"<html>"],
     ids=["truncated", "list", "number", "text", "wrong-types", "not-utf8", "too-deep", "html"],
 )
-def test_what_is_not_the_dialect_ends_as_malformed(dialect: str, payload: bytes) -> None:
+def test_a_payload_of_another_dialect_ends_as_malformed(dialect: str, payload: bytes) -> None:
     parser = Transcript(dialect, "text").parser()
     parts = parser.feed(b"data: " + payload + b"\n\n")
     assert [type(p) for p in parts] == [UpstreamFailure]

@@ -328,7 +328,7 @@ def test_an_empty_object_is_no_usage(raw: Any) -> None:
 
 
 @pytest.mark.parametrize("raw", ["10", 7, [chat(1, 2)], True, {"total_tokens": 30}, {"prompt_tokens": "many"}])
-def test_what_tells_no_count_is_left_out_with_a_reason(raw: Any) -> None:
+def test_usage_without_a_count_is_omitted_with_a_reason(raw: Any) -> None:
     assert read_usage(raw) == (None, ("usage_unreadable",))
 
 
@@ -357,7 +357,7 @@ def test_choices_share_their_input() -> None:
     assert together([one, other]) == Usage(input=10, output=12, reasoning=2, cached_input=4)
 
 
-def test_a_look_up_that_tells_nothing_yet_is_no_usage() -> None:
+def test_a_lookup_without_counts_is_no_usage() -> None:
     assert late_usage(b'{"data": {"native_tokens_prompt": 0, "native_tokens_completion": 0}}') is None
     assert late_usage(b'{"data": null}') is None
     assert late_usage(b"[]") is None

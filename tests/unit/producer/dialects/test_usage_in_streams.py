@@ -172,7 +172,7 @@ def test_anthropic_s_counts_only_grow(started: str, ended: str, expected: Usage 
     assert usage_of(anthropic(started, ended)) == expected
 
 
-def test_what_anthropic_states_in_the_beginning_is_not_yet_a_report() -> None:
+def test_usage_in_anthropic_message_start_is_not_yet_a_report() -> None:
     parts = anthropic('{"input_tokens":15,"output_tokens":1}', "null")
     assert [type(part) for part in parts if isinstance(part, UsageBegun | UsagePart)] == [UsageBegun]
 

@@ -52,7 +52,7 @@ def assert_sound(usage: Usage) -> None:
 
 @settings(max_examples=500, deadline=None)
 @given(_USAGES, _RULES)
-def test_whatever_the_object_it_is_read_and_its_classes_are_nested(raw: Any, rules: UsageRules) -> None:
+def test_any_usage_object_is_read_with_nested_classes(raw: Any, rules: UsageRules) -> None:
     usage, reasons = read_usage(raw, rules)
     assert set(reasons) <= set(USAGE_REASONS)
     if usage is not None:

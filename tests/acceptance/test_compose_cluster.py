@@ -58,7 +58,7 @@ def leader(deployment: Deployment, stream: str) -> str:
     return str(found["leader"])
 
 
-async def test_an_answer_goes_on_when_the_node_that_leads_its_log_is_lost(deployment: Deployment) -> None:
+async def test_an_answer_continues_when_the_leader_of_its_log_is_lost(deployment: Deployment) -> None:
     first, second = deployment.replicas()
     answer = httpx.post(f"{first}/v1/sessions/s/generations", json=STORY, timeout=30)
     assert answer.status_code == 202, answer.text

@@ -133,7 +133,7 @@ def test_drop_and_resume_while_the_answer_arrives_loses_and_doubles_nothing(
     assert browser.text(TEXT) == resumed
 
 
-def test_dropped_means_closed_and_resume_goes_on_after_the_last_cursor(browser: "Browser", server: StandIn) -> None:
+def test_drop_closes_the_stream_and_resume_continues_after_the_last_cursor(browser: "Browser", server: StandIn) -> None:
     browser.open(server.url)
     ask(browser, "scripted/held")
     browser.until_text(TEXT, WORDS[len(WORDS) // 2 - 1])
@@ -151,7 +151,7 @@ def test_dropped_means_closed_and_resume_goes_on_after_the_last_cursor(browser: 
     assert number(browser, "#duplicates") == 0
 
 
-def test_a_lost_connection_comes_back_by_itself(browser: "Browser", server: StandIn) -> None:
+def test_a_lost_connection_reconnects_automatically(browser: "Browser", server: StandIn) -> None:
     browser.open(server.url)
     ask(browser, "scripted/held")
     browser.until_text(TEXT, WORDS[0])
@@ -248,7 +248,7 @@ def test_a_failure_shows_its_code_and_message(browser: "Browser", server: StandI
     browser.keep("failed")
 
 
-def test_a_refused_question_is_explained_and_kept(browser: "Browser", server: StandIn) -> None:
+def test_a_refused_question_shows_the_problem_and_stays_in_the_form(browser: "Browser", server: StandIn) -> None:
     browser.open(server.url)
     browser.until(lambda: len(browser.driver.find_elements("css selector", "#model option")) > 1)
     Select(browser.one("#model")).select_by_visible_text("Other …")

@@ -277,7 +277,7 @@ async def test_pictures_have_names_descriptions_and_tables(month: Site, browser:
     await in_browser(look)
 
 
-async def test_time_and_split_are_chosen_and_kept_in_the_address(month: Site, browser: "Browser") -> None:
+async def test_period_and_grouping_are_stored_in_the_url(month: Site, browser: "Browser") -> None:
     def look() -> None:
         browser.open(month.page)
         browser.until(lambda: browser.visible("#charts svg"))

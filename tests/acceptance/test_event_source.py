@@ -283,7 +283,7 @@ async def test_sentences_of_several_sessions_survive_drops(
 
 
 @pytest.mark.browser
-async def test_browser_that_is_sent_away_comes_back_by_itself(stage: Stage, broker: Broker, browser: Browser) -> None:
+async def test_browser_reconnects_after_bye(stage: Stage, broker: Broker, browser: Browser) -> None:
     await Log(broker).append(*answer("g1")[:3])
     client = InBrowser(browser)
     await client.open(stage.url, f"{stage.url}/v1/sessions/s/events")

@@ -145,7 +145,7 @@ async def test_live_events_pass_the_edge_one_by_one_and_leaving_is_noticed(edge:
     await eventually(lambda: metric("tailrace_delivery_subscribers", transport="grpc") == 0)
 
 
-async def test_delivery_that_is_away_is_unavailable(edge: Edge, calls: GrpcStage, stage: Stage) -> None:
+async def test_a_call_to_an_unreachable_delivery_is_unavailable(edge: Edge, calls: GrpcStage, stage: Stage) -> None:
     text = (edge.folder / "nginx.conf").read_text().replace(calls.target, f"127.0.0.1:{free_port()}")
     (edge.folder / "nginx.conf").write_text(text)
     edge.stop()

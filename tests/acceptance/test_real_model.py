@@ -100,7 +100,7 @@ async def _text_in_the_log(nats_url: str, session: str, generation: str) -> str:
     return "".join(event.text or "" for event in events if isinstance(event, Delta))
 
 
-async def test_a_killed_and_resumed_reader_ends_with_the_text_that_the_log_holds(pipeline: Pipeline) -> None:
+async def test_a_killed_and_resumed_reader_ends_with_the_text_of_the_log(pipeline: Pipeline) -> None:
     async with httpx.AsyncClient(timeout=30) as client:
         answer = await client.post(f"{pipeline.delivery}/v1/sessions/river/generations", json=QUESTION)
         assert answer.status_code == 202, answer.text

@@ -160,7 +160,7 @@ def test_a_ledger_that_differs_from_the_log_is_rebuilt(tmp_path: Path) -> None:
         assert database.execute("SELECT counted_output FROM generations").fetchall() == counted
 
 
-def test_second_start_on_the_same_folder_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
+def test_second_start_on_the_same_folder_is_refused_and_the_first_keeps_running(tmp_path: Path) -> None:
     with up(tmp_path) as first:
         refused = tailrace("up", "--data", str(tmp_path / "data"), *ANY_PORTS)
         assert refused.returncode == 2
@@ -170,7 +170,7 @@ def test_second_start_on_the_same_folder_is_refused_and_the_first_goes_on(tmp_pa
         assert first.interrupt() == 0
 
 
-def test_taken_ports_are_all_named_and_nothing_starts(tmp_path: Path) -> None:
+def test_all_ports_in_use_are_reported_and_no_service_starts(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as two:
         page, nats = (str(s.getsockname()[1]) for s in (one, two))
         refused = tailrace("up", "--data", str(tmp_path / "data"), *ANY_PORTS, "--port", page, "--nats-port", nats)
@@ -192,7 +192,7 @@ def test_nothing_outlives_a_killed_up_and_the_next_start_resumes(tmp_path: Path)
         assert second.interrupt() == 0
 
 
-def test_answer_goes_on_when_delivery_is_killed(tmp_path: Path) -> None:
+def test_answer_continues_when_delivery_is_killed(tmp_path: Path) -> None:
     with up(tmp_path) as running:
         url = running.address("page")
         question = ("ask", "a long story", "--url", url)

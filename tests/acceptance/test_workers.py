@@ -109,7 +109,7 @@ async def test_connections_are_spread_and_each_worker_counts_its_own(broker: Bro
     assert await workers.metric(0, "tailrace_delivery_workers") == 2
 
 
-async def test_killed_worker_costs_no_event_comes_back_and_others_serve_on(broker: Broker, start: Start) -> None:
+async def test_killed_worker_is_restarted_and_no_subscriber_misses_an_event(broker: Broker, start: Start) -> None:
     workers = start()
     before = workers.pids()
     assert len(before) == 2
@@ -129,7 +129,7 @@ async def test_killed_worker_costs_no_event_comes_back_and_others_serve_on(broke
     assert await workers.metric(0, "tailrace_delivery_worker_restarts_total") == 1
 
 
-async def test_resume_over_grpc_goes_on_with_whichever_worker(broker: Broker, start: Start) -> None:
+async def test_resume_over_grpc_continues_on_any_worker(broker: Broker, start: Start) -> None:
     workers = start()
     await Log(broker).append(*EVENTS)
     got = Read()

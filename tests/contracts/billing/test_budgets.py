@@ -183,7 +183,9 @@ async def test_every_budget_that_covers_it_counts_and_no_other(budgets: Budgets)
     assert refused.budget.name == "money"
 
 
-async def test_days_and_months_begin_anew(budgets: Budgets, engine: AsyncEngine) -> None:
+async def test_daily_and_monthly_budgets_reset_at_the_end_of_their_period(
+    budgets: Budgets, engine: AsyncEngine
+) -> None:
     await budgets.put(budget("day"), NOW)
     await budgets.put(budget("month", period="month"), NOW)
     ledger = Ledger(engine, "one")

@@ -29,7 +29,7 @@ def restarted(name: str = "g", **made: object) -> Generation:
     return g
 
 
-async def test_calls_are_kept_with_their_generation_and_all_are_charged(books: Books) -> None:
+async def test_abandoned_calls_are_stored_with_their_generation_and_charged(books: Books) -> None:
     await books.put(ROWS)
     made = restarted()
     await books.take(made)
@@ -66,7 +66,7 @@ async def test_an_export_finds_an_abandoned_call_by_its_providers_name(books: Bo
     assert len(await books.bill()) == 2
 
 
-async def test_rows_for_each_call_of_a_generation_can_come_at_once_and_before_it(books: Books) -> None:
+async def test_export_rows_for_all_calls_may_be_imported_before_the_generation(books: Books) -> None:
     await books.put(ROWS)
     rows = [{"id": f"up-{n}", "input": 10 * n, "output": n} for n in (1, 2)]
     await books.bring(*rows, {"generation": "g", "input": 5, "output": 6})

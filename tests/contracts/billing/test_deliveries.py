@@ -58,7 +58,7 @@ async def test_the_newest_report_of_a_counter_wins_in_any_order(ledger: Ledger) 
     assert await delivered(ledger) == (1, 9, 30, 100)
 
 
-async def test_a_report_that_comes_before_its_generation_is_placed_later(ledger: Ledger) -> None:
+async def test_a_report_before_its_generation_is_applied_later(ledger: Ledger) -> None:
     deliveries = Deliveries(ledger.engine)
     await deliveries.put([report()])
     assert await deliveries.place() == 0
@@ -91,7 +91,7 @@ async def test_several_writers_at_once_lose_no_report(ledger: Ledger) -> None:
         assert await delivered(ledger, f"g{n}") == (3, 15, 30, 300)
 
 
-async def test_reports_come_through_the_broker(broker: Broker, ledger: Ledger) -> None:
+async def test_reports_are_consumed_from_the_broker(broker: Broker, ledger: Ledger) -> None:
     await ledger.commit(0, (0, 1), NOW, [generation()])
     stop = asyncio.Event()
     running = asyncio.create_task(DeliveryReports(broker, Deliveries(ledger.engine), Topology().delivered()).run(stop))

@@ -40,7 +40,7 @@ def ledger(engine: AsyncEngine) -> Ledger:
     return Ledger(engine, "one")
 
 
-async def test_migrations_make_exactly_the_tables_that_the_code_knows(engine: AsyncEngine) -> None:
+async def test_migrations_create_exactly_the_tables_of_the_metadata(engine: AsyncEngine) -> None:
     async with reading(engine) as connection:
         difference = await connection.run_sync(lambda c: compare_metadata(MigrationContext.configure(c), metadata))
     assert difference == []
@@ -55,7 +55,7 @@ async def test_migrating_again_and_at_once_changes_nothing(empty_database: str) 
             assert found.scalar_one() == 1
 
 
-async def test_a_row_comes_back_as_it_was_written(ledger: Ledger) -> None:
+async def test_a_row_round_trips(ledger: Ledger) -> None:
     assert await ledger.acquire(0, "first", NOW) == 0
     g = generation(reported=Usage(input=7, output=30, cached_input=2, cost="0.0001", raw={"a": "\0 ü"}))
     h = generation("h", terminal=None)
@@ -72,7 +72,7 @@ async def test_numbers_up_to_the_largest_event_number_fit(ledger: Ledger) -> Non
     assert (await ledger.load([g.key]))[g.key] == g
 
 
-async def test_progress_moves_position_and_count_of_a_known_row(ledger: Ledger) -> None:
+async def test_progress_updates_position_and_count_of_an_existing_row(ledger: Ledger) -> None:
     await ledger.acquire(0, "first", NOW)
     before, after = generation(terminal=None), generation(terminal=None, deltas=9)
     await ledger.commit(0, (0, 4), NOW, [before])
@@ -95,7 +95,7 @@ async def test_a_batch_from_a_wrong_position_writes_nothing(ledger: Ledger) -> N
     assert len(await ledger.load([Key("default", "s", "g"), Key("default", "s", "h")])) == 1
 
 
-async def test_a_partition_has_one_holder_until_its_hold_ends_or_is_given_up(engine: AsyncEngine) -> None:
+async def test_a_partition_has_one_holder_until_its_hold_expires_or_is_released(engine: AsyncEngine) -> None:
     one, two = Ledger(engine, "one", hold=5), Ledger(engine, "two", hold=5)
     assert await one.acquire(0, "first", NOW) == 0
     assert await two.acquire(0, "first", NOW + 4_000) is None
@@ -122,7 +122,7 @@ async def test_of_two_processes_at_once_one_moves_the_position(engine: AsyncEngi
     assert (await Reports(engine).totals(Filters(tenant="default"))).generations == 1
 
 
-async def test_a_stream_made_anew_is_read_from_its_beginning(ledger: Ledger) -> None:
+async def test_a_recreated_stream_is_read_from_its_beginning(ledger: Ledger) -> None:
     await ledger.acquire(0, "first", NOW)
     await ledger.commit(0, (0, 50), NOW, [generation()])
     assert await ledger.acquire(0, "second", NOW) == 0

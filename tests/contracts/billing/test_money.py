@@ -119,7 +119,7 @@ def entry(number: int, amount: str) -> Entry:
     )
 
 
-async def test_amounts_come_back_exactly_and_sum_exactly(books: Books) -> None:
+async def test_amounts_are_stored_and_summed_exactly(books: Books) -> None:
     amounts = ["0.000000000001", "8999999.999999999999", "-8999999.999999999999", "0.1", "0.2"]
     money = Money(revision=0, entries=[entry(n, a) for n, a in enumerate(amounts, 1)])
     await books.ledger.commit(0, (0, 1), NOW, (), (), money)
@@ -174,7 +174,7 @@ async def test_a_repeated_price_book_keeps_equal_rows_and_withdraws_changed_rows
     ]
 
 
-async def test_shipped_prices_are_loaded_once_and_taken_out_when_switched_off(books: Books) -> None:
+async def test_shipped_prices_are_loaded_once_and_withdrawn_when_disabled(books: Books) -> None:
     clock = SystemClock()
     first = await load_shipped_prices(books.prices, clock, wanted=True)
     assert first is not None
@@ -193,7 +193,7 @@ async def test_shipped_prices_are_loaded_once_and_taken_out_when_switched_off(bo
 
 
 @pytest.mark.parametrize("own", [ROWS, []])
-async def test_shipped_prices_never_take_the_place_of_a_book_of_ones_own(books: Books, own: list[Price]) -> None:
+async def test_shipped_prices_never_replace_the_users_price_book(books: Books, own: list[Price]) -> None:
     await load_shipped_prices(books.prices, SystemClock(), wanted=True)
     await books.put(own)
     for wanted in (True, False):
@@ -225,7 +225,7 @@ async def test_shipped_prices_loaded_by_two_processes_at_once_are_there_once(boo
     assert len(rows) == len(set(rows)) == len(read_price_file(SHIPPED_FILE)[0])
 
 
-async def test_cache_writes_of_an_hour_are_kept_and_summed_apart(books: Books) -> None:
+async def test_one_hour_cache_writes_are_stored_and_summed_separately(books: Books) -> None:
     usage = Usage(input=90, output=30, cached_input=10, cache_write=60, cache_write_1h=40)
     await books.put([*ROWS, price("cache_write", "3"), price("cache_write_1h", "5")])
     await books.take(folded(reported=usage), folded("other", reported=Usage(input=8, output=30)))
@@ -237,7 +237,7 @@ async def test_cache_writes_of_an_hour_are_kept_and_summed_apart(books: Books) -
     assert (totals.cache_write, totals.cache_write_1h) == (60, 40)
 
 
-async def test_an_unpriced_generation_is_charged_when_its_price_comes(books: Books) -> None:
+async def test_an_unpriced_generation_is_charged_once_a_price_is_loaded(books: Books) -> None:
     await books.take(folded(), folded("other", provider="else"))
     assert ((await books.row()).pricing, await books.bill()) == ("unpriced", [])
     assert (await books.put(ROWS, dry_run=True)).resettled == 1
@@ -293,7 +293,7 @@ async def test_an_export_corrects_once_and_brought_again_changes_nothing(books: 
     assert await books.imports.waiting("default") == 0
 
 
-async def test_an_export_finds_its_generation_by_the_providers_name_also_when_it_came_before(books: Books) -> None:
+async def test_an_export_matches_its_generation_by_upstream_id_also_when_imported_first(books: Books) -> None:
     await books.put(ROWS)
     await books.bring({"id": "up-1", "input": 8, "output": 41}, {"id": "up-2", "input": 1, "output": 1})
     await books.swept()
@@ -310,7 +310,7 @@ async def test_an_export_finds_its_generation_by_the_providers_name_also_when_it
     assert (row.output, row.status, row.pricing, row.reasons) == (41, "partial", "charged", "cut_off")
 
 
-async def test_of_several_rows_for_one_generation_the_last_holds(books: Books) -> None:
+async def test_the_last_of_several_rows_for_one_generation_wins(books: Books) -> None:
     await books.put(ROWS)
     await books.take(folded())
     await books.bring(*({"generation": "g", "input": 8, "output": n} for n in (50, 60, 31)))
@@ -360,7 +360,7 @@ def upgraded_to(revision: str):  # type: ignore[no-untyped-def]
     return upgrade
 
 
-async def test_a_filled_database_of_the_first_schema_is_taken_along(empty_database: str) -> None:
+async def test_a_filled_database_of_the_first_schema_is_migrated(empty_database: str) -> None:
     async with open_engine(database_url(empty_database)) as engine:
         async with writing(engine) as connection:
             await connection.run_sync(upgraded_to("0001"))

@@ -244,7 +244,7 @@ async def test_the_ledger_is_read_in_pages_of_any_size(client: httpx.AsyncClient
     assert [r["generation"] for r in rows] == ["g00", "g01"]
 
 
-async def test_the_page_after_is_named_where_csv_has_no_place_for_it(client: httpx.AsyncClient) -> None:
+async def test_the_next_page_of_csv_is_in_the_link_header(client: httpx.AsyncClient) -> None:
     seen: list[str] = []
     url = "/v1/ledger?limit=4"
     while url:

@@ -54,7 +54,7 @@ async def test_reading_returns_all_stored_messages_of_a_filter_in_order(broker: 
     assert (last.seq, last.subject) == (2_500, token_subject(A))
 
 
-async def test_reading_up_to_a_sequence_asks_for_no_more_than_can_be_there(
+async def test_a_read_up_to_a_sequence_requests_no_more_messages_than_the_range(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number in range(300):
@@ -123,7 +123,7 @@ async def test_reading_nothing_yields_nothing(broker: Broker) -> None:
     assert await broker.last(STREAM, log_filter(0, "t", "nobody")) is None
 
 
-async def test_a_request_that_nobody_hears_is_none(broker: Broker) -> None:
+async def test_a_request_without_a_responder_is_none(broker: Broker) -> None:
     assert await broker.request("control.t.s.g") is None
 
 

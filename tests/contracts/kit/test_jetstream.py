@@ -42,7 +42,7 @@ def texts(arrived: Iterable[Arrived]) -> list[bytes]:
     return [data for _, _, data in arrived]
 
 
-async def test_a_pull_ends_when_as_many_have_come_as_were_asked_for(broker: Broker) -> None:
+async def test_a_pull_ends_after_the_requested_number_of_messages(broker: Broker) -> None:
     consumer = await reader(broker)
     await store(broker, b"1", b"2", b"3")
     arrived = await consumer.fetch(2)
@@ -246,7 +246,7 @@ async def test_a_bucket_distinguishes_an_oversized_value_from_an_unavailable_bro
         await bucket.put("t.s.g", b"1")
 
 
-async def test_a_watch_yields_present_values_then_changes_and_ends_in_silence(broker: Broker) -> None:
+async def test_a_watch_yields_current_values_then_changes_and_fails_after_silence(broker: Broker) -> None:
     bucket = await broker.bucket()
     await bucket.put("a.1", b"1")
     await bucket.put("b.1", b"no")

@@ -62,7 +62,7 @@ async def test_send_is_ordered_with_publish_and_acknowledged_by_the_stream(broke
         await broker.unlisten(subscription)
 
 
-async def test_listening_goes_on_after_a_reconnection(own_nats: NatsServer) -> None:
+async def test_listeners_survive_a_reconnection(own_nats: NatsServer) -> None:
     heard: list[bytes] = []
     async with Broker.connect(own_nats.url, "test") as broker:
         await broker.listen("t", lambda _s, data, _h: heard.append(data))
@@ -102,7 +102,7 @@ async def test_closing_while_the_library_gives_up_a_socket_is_no_cancellation(ow
 
 
 @pytest.mark.parametrize("call", ["request", "flush"])
-async def test_a_cancellation_that_comes_with_the_answer_is_heeded(broker: Broker, call: str) -> None:
+async def test_a_cancellation_at_the_same_time_as_the_reply_takes_effect(broker: Broker, call: str) -> None:
     async def answer(msg: Msg) -> None:
         await broker.publish(msg.reply, b"heard")
 
@@ -155,7 +155,7 @@ def test_messages_sent_before_a_disconnect_is_noticed_are_sent_over_the_next_con
     uvloop.run(lose())
 
 
-async def test_a_flush_asks_behind_all_that_was_sent_before(broker: Broker) -> None:
+async def test_flush_sends_its_ping_after_all_earlier_messages(broker: Broker) -> None:
     written: list[bytes] = []
     transport = broker.client._transport
 
@@ -212,7 +212,7 @@ async def test_leaving_a_subscription_waits_no_longer_than_it_may(own_nats: Nats
         own_nats.process.send_signal(signal.SIGCONT)
 
 
-async def test_a_frozen_server_that_takes_nothing_is_left_for_another_one(own_nats: NatsServer, tmp_path: Path) -> None:
+async def test_the_client_switches_from_a_frozen_server_to_another(own_nats: NatsServer, tmp_path: Path) -> None:
     """What was written to it fills all buffers: closing the connection in order would wait for it."""
     other = NatsServer(tmp_path / "other").start()
     try:

@@ -77,7 +77,7 @@ def test_thinking_with_its_signature_goes_back_to_anthropic_before_the_tool_call
     ]
 
 
-def test_blocks_of_anthropics_own_tools_go_back_in_their_place() -> None:
+def test_blocks_of_anthropic_server_tools_are_sent_back_in_order() -> None:
     (_, assistant) = asked("anthropic", USER, message_of("anthropic", "web-search"))
     assert [block["type"] for block in assistant["content"]] == [
         "server_tool_use",

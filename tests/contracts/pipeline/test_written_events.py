@@ -262,7 +262,7 @@ WIRE = st.recursive(
 
 @settings(max_examples=300, deadline=None)
 @given(st.data())
-def test_answers_with_any_value_in_any_place_end_in_events_that_every_reader_takes(data: st.DataObject) -> None:
+def test_answers_with_arbitrary_values_become_events_that_every_reader_accepts(data: st.DataObject) -> None:
     transcript = data.draw(st.sampled_from(TRANSCRIPTS))
     blocks = transcript.wire.replace(b"\r\n", b"\n").split(b"\n\n")
     for _ in range(data.draw(st.integers(1, 3))):

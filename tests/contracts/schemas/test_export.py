@@ -42,7 +42,7 @@ def test_the_committed_files_are_up_to_date() -> None:
     assert (result.returncode, result.stderr) == (0, "")
 
 
-def test_a_changed_a_missing_and_a_left_over_file_are_each_named(tmp_path: Path) -> None:
+def test_changed_missing_and_obsolete_files_are_each_reported(tmp_path: Path) -> None:
     assert export.main(["--folder", str(tmp_path)]) == 0
     assert run("--check", "--folder", str(tmp_path)).returncode == 0
     (tmp_path / "json" / "delta.json").write_text("{}")
@@ -111,7 +111,7 @@ def test_every_reference_of_the_asyncapi_document_resolves() -> None:
             node = node[step]
 
 
-def test_the_asyncapi_addresses_are_those_that_the_code_builds() -> None:
+def test_the_asyncapi_addresses_equal_the_subjects_of_the_code() -> None:
     names = {"partition": "0", "tenant": "acme", "session": "chat", "generation": "gen_1", "pool": "default"}
     addresses = {name: channel["address"].format(**names) for name, channel in ASYNCAPI["channels"].items()}
     assert addresses == {

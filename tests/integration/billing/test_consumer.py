@@ -156,7 +156,7 @@ async def test_malformed_and_unknown_events_are_passed_over(broker: Broker, tmp_
         assert (await run.reports.totals(Filters())).generations == 1
 
 
-async def test_a_stream_made_anew_is_noticed_and_read_from_its_beginning(broker: Broker, tmp_path: Path) -> None:
+async def test_a_recreated_stream_is_noticed_and_read_from_its_beginning(broker: Broker, tmp_path: Path) -> None:
     first, second = Scenario(5, 10), Scenario(6, 10)
     async with running(broker, sqlite(tmp_path)) as run:
         await write(broker, first.events)
@@ -221,9 +221,7 @@ def own_postgres(postgres_server: PostgresServer) -> Iterator[PostgresServer]:
 
 
 @pytest.mark.postgres
-async def test_a_database_that_goes_away_is_waited_for_and_nothing_acknowledged_meanwhile(
-    broker: Broker, own_postgres: PostgresServer
-) -> None:
+async def test_no_event_is_acknowledged_during_a_database_outage(broker: Broker, own_postgres: PostgresServer) -> None:
     scenario = Scenario(10)
     async with running(broker, own_postgres.url) as run:
         await write(broker, scenario.events[:200])

@@ -63,9 +63,7 @@ async def test_events_written_after_damage_are_billed(own_nats: NatsServer, tmp_
 
 
 @pytest.mark.parametrize("kind", sorted(LOSING))
-async def test_stream_sequences_used_again_while_billing_was_away_are_billed(
-    own_nats: NatsServer, tmp_path: Path, kind: str
-) -> None:
+async def test_events_with_reused_stream_sequences_are_billed(own_nats: NatsServer, tmp_path: Path, kind: str) -> None:
     url = sqlite(tmp_path)
     await before_the_damage(own_nats, url)
     damage(own_nats, kind)
@@ -78,7 +76,7 @@ async def test_stream_sequences_used_again_while_billing_was_away_are_billed(
 
 
 @pytest.mark.parametrize("kind", ["block-overwritten", "messages-missing", "stream-missing", "consumers-missing"])
-async def test_billing_that_runs_through_the_damage_goes_on(own_nats: NatsServer, tmp_path: Path, kind: str) -> None:
+async def test_running_billing_continues_after_damage(own_nats: NatsServer, tmp_path: Path, kind: str) -> None:
     async with Broker.connect(own_nats.url, "test") as broker:
         await broker.keep(Topology())
         async with running(broker, sqlite(tmp_path)) as run:

@@ -72,7 +72,7 @@ async def test_totals_are_exact_after_kills_mid_stream(process: Process, broker:
     assert process.stop() == 0
 
 
-async def test_sigterm_ends_it_cleanly_and_gives_up_the_hold(process: Process, broker: Broker) -> None:
+async def test_sigterm_ends_the_process_cleanly_and_releases_its_partitions(process: Process, broker: Broker) -> None:
     scenario = Scenario(21)
     await process.start()
     await write(broker, scenario.events)

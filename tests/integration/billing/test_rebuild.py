@@ -119,7 +119,7 @@ async def test_a_rebuild_restores_altered_generations_and_corrects_with_entries(
     assert (generations, ledger) == right[:2]
 
 
-async def test_an_empty_database_filled_by_a_rebuild_or_by_the_service_holds_the_same(
+async def test_a_rebuild_of_an_empty_database_equals_the_result_of_the_service(
     broker: Broker, database: str, tmp_path: Path
 ) -> None:
     scenario = Scenario(43)
@@ -228,7 +228,7 @@ async def test_events_lost_from_the_log_are_a_gap_and_their_generations_continue
     assert tuple(gap) == (1, 8)  # nothing is left of what billing had read, as after damage
 
 
-async def test_a_generation_that_ended_in_a_gap_is_settled_as_partial_in_the_end(broker: Broker, database: str) -> None:
+async def test_a_generation_whose_terminal_is_in_a_gap_is_settled_as_partial(broker: Broker, database: str) -> None:
     await priced(database)
     await write(broker, history("gen_1", deltas=3, terminal=None))
     async with running(broker, database) as run:
@@ -253,7 +253,7 @@ async def test_a_generation_that_ended_in_a_gap_is_settled_as_partial_in_the_end
         assert (await Balances(engine).of([key]))[key].amount == g.amount
 
 
-async def test_late_usage_after_a_gap_is_taken(broker: Broker, database: str) -> None:
+async def test_late_usage_after_a_gap_is_applied(broker: Broker, database: str) -> None:
     events = history("gen_1", deltas=3)
     await write(broker, events)
     async with running(broker, database) as run:

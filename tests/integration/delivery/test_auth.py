@@ -108,7 +108,7 @@ async def test_the_operator_makes_keys_for_every_tenant_and_each_sees_its_own(st
     problem(foreign, 403, "forbidden")
 
 
-async def test_nobody_gives_more_than_he_has(stage: Stage) -> None:
+async def test_a_key_cannot_create_keys_with_more_rights_than_its_own(stage: Stage) -> None:
     limited = (await make_key(stage, "admin", "read", sessions=["a-*"]))["key"]
     beyond = ({"scopes": ["start"]}, {"scopes": ["read"]}, {"scopes": ["read"], "sessions": ["a-*", "b"]})
     for wish in beyond:
@@ -213,7 +213,7 @@ async def test_a_tenant_in_the_body_changes_nothing(stage: Stage) -> None:
     problem(answer, 400, "bad-request")
 
 
-async def test_a_large_body_of_a_stranger_is_refused_before_it_is_kept(stage: Stage) -> None:
+async def test_a_large_body_without_credentials_is_refused_before_it_is_read(stage: Stage) -> None:
     answer = await stage.http.post(f"{stage.url}/v1/sessions/s/generations", content=b"x" * 900_000)
     problem(answer, 401, "unauthenticated")
 
@@ -246,7 +246,7 @@ async def test_a_ticket_is_good_on_every_replica(stage: Stage, broker: Broker, n
         assert await other.events("s", generation="g1", ticket=made).read_all() == 200
 
 
-async def test_a_ticket_holds_no_more_than_its_parent(stage: Stage) -> None:
+async def test_a_ticket_cannot_exceed_the_rights_of_its_parent(stage: Stage) -> None:
     limited = token("acme", "read", sessions=["chat-*"])
     for wish, status in (({"sessions": ["mail"]}, 404), ({"sessions": ["chat-1"], "scopes": ["start"]}, 403)):
         answer = await stage.http.post(f"{stage.url}/v1/tickets", json=wish, headers=bearer(limited))
@@ -302,7 +302,7 @@ async def test_a_stream_ends_within_seconds_when_its_key_is_revoked(stage: Stage
     assert [(name, said["reason"]) for name, said in events.controls] == [("bye", "expired")]
 
 
-async def test_known_keys_work_while_the_broker_is_away(own_nats: NatsServer, tmp_path: Path) -> None:
+async def test_cached_keys_work_during_a_broker_outage(own_nats: NatsServer, tmp_path: Path) -> None:
     async with Broker.connect(own_nats.url, "test") as broker:
         authenticator = build_authenticator(requiring(own_nats.url, tmp_path), "0.0.0.0", broker, SystemClock())
         await broker.apply(Shared().topology())
@@ -317,7 +317,7 @@ async def test_known_keys_work_while_the_broker_is_away(own_nats: NatsServer, tm
             await eventually(lambda: broker.is_connected)
 
 
-async def test_keys_survive_a_bucket_made_anew_only_if_they_are_in_it(stage: Stage, broker: Broker) -> None:
+async def test_keys_are_invalid_after_their_bucket_is_recreated(stage: Stage, broker: Broker) -> None:
     made = await make_key(stage, "read")
     await broker.js.delete_stream(bucket_stream(CREDENTIALS_BUCKET))
     await broker.apply(Shared().topology())
@@ -348,7 +348,7 @@ async def test_on_loopback_without_credentials_everything_works(broker: Broker, 
         ({"Origin": "https://chat.example.org"}, 200),
     ],
 )
-async def test_without_credentials_pages_from_elsewhere_are_kept_out(
+async def test_requests_from_other_origins_are_refused_without_credentials(
     broker: Broker, nats_url: str, headers: dict[str, str], status: int
 ) -> None:
     async with delivering(nats_url, cors_origins=("https://chat.example.org",)) as stage:

@@ -80,9 +80,7 @@ async def test_client_that_never_reads_its_replay_is_evicted(broker: Broker, nat
             await stage.settled()
 
 
-async def test_clients_that_never_read_do_not_keep_others_from_replaying(
-    broker: Broker, nats_server: NatsServer
-) -> None:
+async def test_stalled_clients_do_not_block_replays_of_others(broker: Broker, nats_server: NatsServer) -> None:
     events = story("g1", 150, size=BIG)
     await Log(broker).append(*events)
     async with delivering(nats_server.url, feed_bytes=65_536) as stage:
@@ -96,7 +94,7 @@ async def test_clients_that_never_read_do_not_keep_others_from_replaying(
         await stage.settled()
 
 
-async def test_client_that_never_reads_is_read_ahead_for_by_little_more_than_its_sockets_hold(
+async def test_read_ahead_for_a_stalled_client_is_bounded_by_its_socket_buffers(
     broker: Broker, nats_server: NatsServer
 ) -> None:
     await Log(broker).append(*story("g1", 300, size=BIG))
@@ -226,9 +224,7 @@ async def test_replay_that_waits_for_its_reader_gets_no_heartbeat_into_its_event
         assert keys(slow.events) == keys(events)
 
 
-async def test_stream_past_its_lifetime_ends_with_a_cursor_to_go_on_from(
-    broker: Broker, nats_server: NatsServer
-) -> None:
+async def test_stream_beyond_its_lifetime_ends_with_a_cursor_to_resume(broker: Broker, nats_server: NatsServer) -> None:
     events = story("g1")
     log = Log(broker)
     await log.append(*events[:5])

@@ -186,7 +186,7 @@ async def test_start_of_an_answer_that_gets_lost_is_read_from_the_log(broker: Br
         assert keys(reader.events) == keys(before + events)
 
 
-async def test_large_read_back_reaches_everybody_without_waiting_for_the_next_event(
+async def test_large_read_back_is_sent_without_waiting_for_the_next_event(
     broker: Broker, nats_server: NatsServer
 ) -> None:
     log, events = Log(broker), story("g1", 60, size=60_000)
@@ -203,7 +203,7 @@ async def test_large_read_back_reaches_everybody_without_waiting_for_the_next_ev
         assert keys(reader.events) == keys(events)
 
 
-async def test_broker_away_while_a_feed_opens_is_503_and_the_next_try_works(own_nats: NatsServer) -> None:
+async def test_broker_outage_while_a_feed_opens_is_503_and_the_next_request_works(own_nats: NatsServer) -> None:
     async with Broker.connect(own_nats.url, "test-log") as broker, delivering(own_nats.url) as stage:
         await Log(broker).append(*story("g1"))
         own_nats.stop()

@@ -73,9 +73,7 @@ async def test_a_tenant_starts_so_many_a_minute_over_all_replicas_and_keys(
     assert limited("starts", "tenant") - before == 6
 
 
-async def test_a_key_starts_so_many_a_minute_and_other_keys_of_its_tenant_go_on(
-    broker: Broker, nats_url: str, tmp_path: Path
-) -> None:
+async def test_starts_per_minute_are_limited_per_key(broker: Broker, nats_url: str, tmp_path: Path) -> None:
     async with guarded(nats_url, tmp_path, starts_per_minute_per_key=3) as stage:
         first, second = [(await make_key(stage, "start", tenant="acme"))["key"] for _ in range(2)]
         assert [(await start(stage, first)).status_code for _ in range(5)] == [202, 202, 202, 429, 429]
@@ -98,7 +96,9 @@ async def test_starts_at_once_on_two_replicas_never_exceed_the_rate(
         assert codes.count(202) >= 5
 
 
-async def test_a_slow_broker_refuses_nobody_and_is_counted(broker: Broker, nats_url: str, tmp_path: Path) -> None:
+async def test_without_a_shared_counter_a_replica_limits_by_its_own_count(
+    broker: Broker, nats_url: str, tmp_path: Path
+) -> None:
     before = metric("tailrace_delivery_limits_blind_total")
     async with guarded(nats_url, tmp_path, starts_per_minute_per_tenant=3) as stage:
         await broker.js.delete_stream(COUNTERS)
@@ -225,7 +225,7 @@ async def test_counts_of_two_replicas_are_one(broker: Broker) -> None:
     assert (await storages[0].get_sliding_window("k", 60))[::2] == (0, 0)
 
 
-async def test_a_broker_that_comes_back_is_asked_again(own_nats: NatsServer) -> None:
+async def test_the_shared_counter_is_used_again_after_an_outage(own_nats: NatsServer) -> None:
     from schemas.topology import Topology
 
     silences: list[None] = []

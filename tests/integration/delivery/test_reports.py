@@ -87,7 +87,7 @@ async def test_a_resumed_subscriber_is_counted_only_for_the_remaining_events(
     assert (report.subscribers, report.events, report.tokens) == (2, len(events) + len(events) - 11, 20)
 
 
-async def test_a_session_that_goes_on_is_counted_while_it_is_read(stage: Stage, broker: Broker, log: Log) -> None:
+async def test_an_open_session_stream_is_reported_while_it_is_read(stage: Stage, broker: Broker, log: Log) -> None:
     async with stage.events().connected() as connection:
         await log.append(*story("g1", 5), *story("g2", 7))
         async with asyncio.timeout(20):

@@ -46,7 +46,7 @@ async def test_many_that_want_to_know_the_bounds_of_a_log_ask_once(
     assert slow.asked == 1
 
 
-async def test_a_question_that_failed_is_asked_anew_by_the_next(
+async def test_a_failed_state_request_is_repeated_by_the_next_caller(
     replica: Replica, broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow = Slow(broker, monkeypatch)

@@ -162,7 +162,7 @@ async def test_a_withdrawn_key_is_not_used_any_more(issuer: Issuer, verifier: Jw
     await eventually(refused)
 
 
-async def test_known_keys_serve_while_the_issuer_is_away_but_not_for_ever(
+async def test_cached_keys_are_used_during_an_issuer_outage_until_they_expire(
     issuer: Issuer, verifier: JwtVerifier, clock: Clock
 ) -> None:
     made = issuer.sign("first")
@@ -223,7 +223,7 @@ async def test_an_invalid_key_set_response_keeps_the_cached_keys(
     await verifier.close()
 
 
-async def test_a_fetch_that_is_given_up_by_its_caller_serves_the_others(issuer: Issuer, verifier: JwtVerifier) -> None:
+async def test_a_fetch_cancelled_by_one_caller_serves_the_others(issuer: Issuer, verifier: JwtVerifier) -> None:
     issuer.pause = 0.2
     first = asyncio.create_task(verifier.verify(issuer.sign("first")))
     second = asyncio.create_task(verifier.verify(issuer.sign("first")))
@@ -234,11 +234,11 @@ async def test_a_fetch_that_is_given_up_by_its_caller_serves_the_others(issuer: 
 
 
 @pytest.mark.parametrize("url", ["http://issuer.test/keys", "ftp://127.0.0.1/x", "file:///etc/passwd", "keys", ""])
-def test_addresses_that_others_can_change_are_refused(url: str) -> None:
+def test_insecure_jwks_urls_are_refused(url: str) -> None:
     with pytest.raises(ValueError, match="https"):
         check_jwks_url(url)
 
 
 @pytest.mark.parametrize("url", ["https://issuer.test/keys", "http://127.0.0.1:8000/keys", "http://localhost/keys"])
-def test_addresses_that_are_safe_are_taken(url: str) -> None:
+def test_secure_jwks_urls_are_accepted(url: str) -> None:
     assert check_jwks_url(url) == url

@@ -136,7 +136,7 @@ async def test_only_operations_documented_as_public_need_no_credentials(services
     assert wrong == []
 
 
-async def test_each_scope_opens_its_operations_and_no_others(services: Services) -> None:
+async def test_each_scope_allows_only_its_own_operations(services: Services) -> None:
     wrong = []
     for scope in SCOPES:
         credential = token("acme", scope)
@@ -223,7 +223,7 @@ async def raw_get(url: str, path: str) -> int:
     return status
 
 
-async def test_the_documents_hold_no_example_of_a_credential(services: Services) -> None:
+async def test_the_openapi_documents_have_no_example_credentials(services: Services) -> None:
     for service, path in (("delivery", "/docs/openapi.json"), ("billing", "/docs/billing/openapi.json")):
         document = json.dumps((await services.http.get(services.urls[service] + path)).json())
         assert "Bearer eyJ" not in document

@@ -63,7 +63,7 @@ async def test_an_answer_meeting_a_full_log_gets_its_terminal_when_there_is_spac
         assert (await broker.js.stream_info(DEAD)).state.messages == 0
 
 
-async def test_a_request_taken_while_the_log_is_full_runs_when_there_is_space(own_nats: NatsServer) -> None:
+async def test_a_request_accepted_while_the_log_is_full_runs_when_space_is_available(own_nats: NatsServer) -> None:
     request = ask("g")
     async with Broker.connect(own_nats.url, "test") as broker:
         await broker.apply(Topology(max_bytes=BOUND))

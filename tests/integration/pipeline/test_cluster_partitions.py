@@ -71,7 +71,7 @@ async def test_sessions_stay_where_their_events_are_until_these_have_expired(bro
             assert _newest(third) != _newest(second)
 
 
-async def test_a_replica_that_runs_learns_of_the_change_and_lets_go_of_feeds_that_have_moved(
+async def test_a_running_replica_notices_the_change_and_closes_feeds_of_moved_sessions(
     broker: Broker, nats_url: str
 ) -> None:
     session = moving(1, 4)
@@ -108,7 +108,7 @@ async def test_streams_from_before_there_was_a_history_are_its_beginning(broker:
     assert await Partitions(broker, SystemClock(), 7).history() == (3, 5)
 
 
-async def test_billing_reads_partitions_beyond_the_present_number_and_those_that_appear_later(
+async def test_billing_reads_partitions_beyond_its_configured_number_and_those_added_later(
     broker: Broker, nats_url: str, tmp_path: Path
 ) -> None:
     first, later = moving(1, 4), moving(4, 9) + "later"

@@ -53,7 +53,9 @@ async def answered(stage: Stage) -> str:
 
 @pytest.mark.parametrize("stream", STREAMS)
 @pytest.mark.parametrize("kind", KINDS)
-async def test_answers_are_given_after_damage(own_nats: NatsServer, tmp_path: Path, stream: str, kind: str) -> None:
+async def test_new_answers_are_produced_and_billed_after_damage(
+    own_nats: NatsServer, tmp_path: Path, stream: str, kind: str
+) -> None:
     async with Broker.connect(own_nats.url, "test") as broker:
         await broker.keep(Topology())
         async with delivering(own_nats.url) as stage, producing(broker), running(broker, sqlite(tmp_path)) as run:

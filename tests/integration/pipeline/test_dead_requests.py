@@ -165,7 +165,7 @@ async def test_the_content_of_an_unreadable_dead_request_is_not_shown(
     assert shown["reason"].startswith("garbled")
 
 
-async def test_dead_requests_of_others_do_not_exist_here(stage: Stage, broker: Broker) -> None:
+async def test_dead_requests_of_other_tenants_and_pools_are_404(stage: Stage, broker: Broker) -> None:
     await bury(broker, "theirs", msgspec.structs.replace(ask("theirs"), tenant="other"))
     await bury(broker, "garbled", b'{"tenant": "other", "model": 5}')
     await broker.publish_stored(dead_subject("elsewhere", "pooled"), msgspec.json.encode(ask("pooled")))
@@ -179,7 +179,7 @@ async def test_dead_requests_of_others_do_not_exist_here(stage: Stage, broker: B
     assert (await broker.js.stream_info(DEAD)).state.messages == 4
 
 
-async def test_pages_hold_every_dead_request_once_oldest_first(stage: Stage, broker: Broker) -> None:
+async def test_pages_list_every_dead_request_once_oldest_first(stage: Stage, broker: Broker) -> None:
     names = [f"g{number}" for number in range(7)]
     for name in ["g5", *names]:  # one was put aside twice
         await bury(broker, name, ask(name))

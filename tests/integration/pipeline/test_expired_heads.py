@@ -175,7 +175,7 @@ async def test_a_record_is_not_believed_where_the_log_is_whole(stage: Stage, log
     assert (await view(stage))["state"] == "running"
 
 
-async def test_a_durable_consumer_is_given_the_later_epoch_with_a_gap(stage: Stage, broker: Broker, log: Log) -> None:
+async def test_a_durable_consumer_receives_the_later_epoch_with_a_gap(stage: Stage, broker: Broker, log: Log) -> None:
     await write(log, taken_over("g1"), broker)
     events = await (await Service(stage).created()).batch()
     assert keys(e["event"] for e in events) == KEPT

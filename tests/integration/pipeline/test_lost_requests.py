@@ -57,7 +57,7 @@ async def is_state(broker: Broker, generation: str, wanted: tuple[str, str | Non
     return await state_of(broker, generation) == wanted
 
 
-async def test_a_begun_answer_that_nobody_runs_is_interrupted(broker: Broker) -> None:
+async def test_a_started_answer_without_a_producer_is_interrupted(broker: Broker) -> None:
     await record(broker, "g1", "running")
     for event in story("g1", 5)[:-2]:
         await broker.publish_stored(token_subject(Address(0, "default", "s", "g1")), encode_event(event))

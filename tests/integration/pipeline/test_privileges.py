@@ -324,7 +324,7 @@ async def test_producers_share_circuits_of_providers_with_any_name(guarded: Guar
             await asyncio.gather(following, return_exceptions=True)
 
 
-async def test_nobody_comes_in_without_password_certificate_or_the_right_authority(guarded: Guarded) -> None:
+async def test_connections_without_password_certificate_or_trusted_authority_are_refused(guarded: Guarded) -> None:
     wrong = guarded.url("producer").replace("producer-secret", "guess")
     nobody = f"tls://127.0.0.1:{guarded.port}"
     stranger = client_tls(str(guarded.folder / "stranger.pem"), None, None)

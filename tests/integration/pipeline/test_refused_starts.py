@@ -82,7 +82,7 @@ async def test_a_start_without_a_record_acknowledgement_is_undone(
     await eventually(lambda: is_gone(taking))
 
 
-async def test_a_start_that_a_producer_had_taken_before_it_was_taken_back_is_cancelled(
+async def test_a_withdrawn_start_that_a_producer_already_runs_is_cancelled(
     taking: Taking, broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(withdrawals, "PAUSE_SECONDS", 0.5)
@@ -97,9 +97,7 @@ async def test_a_start_that_a_producer_had_taken_before_it_was_taken_back_is_can
     assert isinstance(events[-1], Cancelled)
 
 
-async def test_a_start_that_was_repeated_meanwhile_is_left_to_its_repeat(
-    taking: Taking, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_start_repeated_by_the_client_is_not_withdrawn(taking: Taking, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(withdrawals, "PAUSE_SECONDS", 0.5)
     before = metric("tailrace_delivery_withdrawn_total", outcome="withdrawn")
     with monkeypatch.context() as patch:
@@ -124,7 +122,7 @@ async def test_nothing_is_begun_while_the_broker_stores_nothing(
     assert await is_gone(taking)
 
 
-async def test_storage_is_probed_and_others_hear_of_it(own_nats: NatsServer) -> None:
+async def test_storage_failures_are_announced_to_other_services(own_nats: NatsServer) -> None:
     async with Broker.connect(own_nats.url, "one") as one, Broker.connect(own_nats.url, "two") as two:
         await one.js.add_stream(name="KV_generations", subjects=["$KV.generations.>"])
         stuck = False

@@ -116,7 +116,7 @@ async def test_an_attempt_that_fails_alone_leaves_nothing(taking: Taking, monkey
     assert await taking.is_known(generation)
 
 
-async def test_a_repeat_that_finds_the_first_attempt_taken_back_is_not_accepted(
+async def test_a_repeat_of_a_withdrawn_first_attempt_is_not_accepted(
     taking: Taking, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def exists(*_: object) -> None:

@@ -164,7 +164,7 @@ async def test_a_replica_that_did_not_hear_of_it_finds_out(stage: Stage, log: Lo
     assert reader.controls == [("gap", {"reason": "deleted"})]
 
 
-async def test_a_session_of_the_same_name_begins_anew(stage: Stage, broker: Broker, log: Log) -> None:
+async def test_a_session_with_a_deleted_name_starts_empty(stage: Stage, broker: Broker, log: Log) -> None:
     await answered(stage, log, "g1")
     await _nobody_bills(stage)
     assert (await delete(stage)).status_code == 204
@@ -299,7 +299,7 @@ async def test_a_deletion_that_was_interrupted_is_finished_by_repeating_it(
     assert await lookups(stage).of_session(TENANT, "s") == []
 
 
-async def test_a_start_beside_a_deletion_is_kept_whole(stage: Stage, broker: Broker, log: Log) -> None:
+async def test_a_start_during_a_deletion_is_complete_or_refused(stage: Stage, broker: Broker, log: Log) -> None:
     """Deletions and starts go on beside each other: each start ends whole or was refused, none is left headless."""
     await _nobody_bills(stage)
     await answered(stage, log, "g1")

@@ -68,7 +68,7 @@ def count(metric: str) -> float:
 
 @pytest.mark.parametrize("others", [0, 2])
 @pytest.mark.parametrize("loss", ["restart", "interrupt"])
-async def test_an_answer_that_came_while_the_broker_was_silent_is_finished_by_its_producer(
+async def test_an_answer_received_during_broker_silence_is_completed_by_its_producer(
     own_nats: NatsServer, loss: str, others: int
 ) -> None:
     request = ask("g1", "m", on_producer_loss=loss)
@@ -148,7 +148,7 @@ def address_of(request: Request) -> Address:
     return Address.of(request.tenant, request.session, request.generation, 1)
 
 
-async def test_a_request_that_was_cut_by_the_drain_is_given_at_once_after_a_restart_of_the_broker(
+async def test_a_request_returned_by_a_drain_is_redelivered_at_once_after_a_broker_restart(
     own_nats: NatsServer,
 ) -> None:
     """With its lease of a minute a plain refusal would be given again after that: the queue does not write it down."""
@@ -166,7 +166,7 @@ async def test_a_request_that_was_cut_by_the_drain_is_given_at_once_after_a_rest
     assert type_of(events[-1]) == "interrupted"
 
 
-async def test_a_request_that_is_on_its_way_when_a_producer_stops_is_given_to_another_at_once(
+async def test_a_request_in_transit_to_a_stopping_producer_is_redelivered_at_once(
     own_nats: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The queue has answered a pull whose producer has just left it."""

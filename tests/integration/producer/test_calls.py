@@ -60,7 +60,7 @@ async def test_failover_notice_has_the_usage_of_a_call_that_failed_without_a_tok
     assert (failover.call.source, failover.call.counted.output) == ("stream", 0)
 
 
-async def test_a_call_that_is_left_keeps_its_usage_when_the_next_candidate_is_not_asked(broker: Broker) -> None:
+async def test_an_abandoned_call_keeps_its_usage_when_the_next_candidate_is_not_called(broker: Broker) -> None:
     """What the first reported is said once, and not again as that of a call which never was."""
     async with (
         providing(FAILS_AFTER_USAGE) as one,

@@ -105,7 +105,7 @@ async def _nobody_hears(broker: Broker, request: Request) -> bool:
     return await cancel(broker, request) is None
 
 
-async def test_a_cancel_while_waiting_for_a_limit_makes_no_call_and_leaves_the_slot_to_others(broker: Broker) -> None:
+async def test_a_cancel_while_waiting_for_a_limit_makes_no_call_and_takes_no_slot(broker: Broker) -> None:
     first, waiting, next_one = ask("g1", "m"), ask("g2", "m"), ask("g3", "m")
     async with (
         providing(silent("a")) as provider,
@@ -205,7 +205,7 @@ async def test_where_it_may_be_drained_usage_is_read_and_nothing_more_is_relayed
     assert provider.active == 0
 
 
-async def test_draining_has_an_end_where_usage_does_not_come(broker: Broker) -> None:
+async def test_the_wait_for_usage_after_a_cancel_is_bounded(broker: Broker) -> None:
     request = ask("g1", "m")
     async with (
         providing(silent("said")) as provider,
@@ -266,7 +266,7 @@ MODELS = {"turns": {"candidates": ["scripted/refuse", "scripted/cutoff", "script
 
 
 @pytest.mark.parametrize("seed", range(8))
-async def test_whenever_a_cancel_comes_the_log_is_gapless_with_one_terminal(
+async def test_a_cancel_at_any_time_leaves_a_gapless_log_with_one_terminal(
     broker: Broker, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     rng = random.Random(seed)

@@ -11,7 +11,7 @@ from tests.support.producer_worker import ask, ended_log, enqueue, producing, te
 from tests.support.provider_server import Replay, providing, unlistening_port
 
 
-async def test_a_model_that_fails_leaves_the_others_of_its_provider_alone(broker: Broker) -> None:
+async def test_an_open_model_circuit_does_not_affect_other_models_of_its_provider(broker: Broker) -> None:
     async with (
         providing(refusing(500)) as provider,
         producing(broker, config=config(provider.url), retry=ONCE, circuit=(2, 1_000.0)),
@@ -86,7 +86,7 @@ async def test_requests_of_one_tenant_that_a_provider_fails_on_keep_no_other_ten
         assert text_of(await answered(broker, other)) == "fine"
 
 
-async def test_a_provider_that_nobody_can_connect_to_is_not_tried_with_its_other_models(broker: Broker) -> None:
+async def test_connection_failures_open_the_circuit_for_all_models_of_a_provider(broker: Broker) -> None:
     async with unlistening_port() as port:
         setup = config(f"http://127.0.0.1:{port}")
         async with producing(broker, config=setup, retry=ONCE, circuit=(2, 1_000.0)):

@@ -57,7 +57,7 @@ async def test_an_answer_that_may_be_restarted_is_when_its_stored_events_were_lo
     assert without_a_gap(events)
 
 
-async def test_an_answer_of_which_nothing_was_lost_goes_on_through_a_restart(own_nats: NatsServer) -> None:
+async def test_an_answer_without_lost_events_continues_over_a_broker_restart(own_nats: NatsServer) -> None:
     async with Broker.connect(own_nats.url, "test") as broker:
         await broker.apply(Topology())
         async with producing(broker):
@@ -77,7 +77,7 @@ async def has_events(broker: Broker, request, count: int) -> None:  # type: igno
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-async def test_requests_that_come_after_damage_to_the_queue_are_served(own_nats: NatsServer, kind: str) -> None:
+async def test_requests_queued_after_damage_are_served(own_nats: NatsServer, kind: str) -> None:
     async with Broker.connect(own_nats.url, "test") as broker:
         await broker.keep(Topology())
         async with producing(broker):
@@ -108,7 +108,7 @@ async def is_queued(broker: Broker, request) -> bool:  # type: ignore[no-untyped
 
 
 @pytest.mark.parametrize("kind", ["block-overwritten", "block-truncated", "block-zeroed"])
-async def test_an_ended_answer_that_lost_its_end_gets_another_one(own_nats: NatsServer, kind: str) -> None:
+async def test_an_ended_answer_that_lost_its_terminal_gets_a_new_one(own_nats: NatsServer, kind: str) -> None:
     async with Broker.connect(own_nats.url, "test") as broker:
         await broker.apply(Topology())
         async with producing(broker) as producer:

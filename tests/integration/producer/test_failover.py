@@ -23,7 +23,7 @@ def refusals(code: str) -> float:
 
 
 @pytest.mark.parametrize(("status", "code"), REFUSALS)
-async def test_a_candidate_that_refuses_until_somebody_acts_gives_the_next_one_its_turn(
+async def test_a_permanent_refusal_causes_a_failover_and_an_alarm(
     broker: Broker, status: int, code: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     counted = refusals(code)
@@ -40,7 +40,7 @@ async def test_a_candidate_that_refuses_until_somebody_acts_gives_the_next_one_i
     assert "upstream refused" in capsys.readouterr().out
 
 
-async def test_a_spent_quota_gives_the_next_candidate_its_turn_at_once(broker: Broker) -> None:
+async def test_an_exhausted_quota_causes_a_failover_without_retry(broker: Broker) -> None:
     body = b'{"error": {"message": "no quota", "type": "insufficient_quota", "code": "insufficient_quota"}}'
     spent = Replay([body], status=429, headers={"content-type": "application/json"})
     async with (

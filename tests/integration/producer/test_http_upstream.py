@@ -84,7 +84,7 @@ async def test_the_text_of_one_read_is_one_part(session: aiohttp.ClientSession) 
     assert len([p for p in parts if isinstance(p, Text)]) == 1
 
 
-async def test_the_generation_id_comes_from_the_header(session: aiohttp.ClientSession) -> None:
+async def test_the_upstream_id_is_read_from_the_header(session: aiohttp.ClientSession) -> None:
     headers = {"content-type": "text/event-stream; charset=utf-8", "X-Generation-Id": "gen-other"}
     async with providing(Replay.of(Transcript("openrouter", "text").wire, headers=headers)) as provider:
         parts = await all_parts(upstream(session, provider.url, "openrouter"))
@@ -285,7 +285,7 @@ async def test_an_answer_without_its_end_marker_is_complete_only_at_a_clean_end(
         assert parts[-1].code == "upstream_cut_off"
 
 
-async def test_nobody_listening_is_unreachable_and_keeps_the_cause(session: aiohttp.ClientSession) -> None:
+async def test_a_refused_connection_is_unreachable_with_its_cause(session: aiohttp.ClientSession) -> None:
     async with unlistening_port() as port:
         error = await refused(upstream(session, f"http://127.0.0.1:{port}"))
     assert (error.failure.code, error.failure.recoverable) == ("upstream_unreachable", True)
@@ -310,7 +310,7 @@ async def test_a_server_that_does_not_accept_is_unreachable_after_the_connect_ti
     assert "within 0.3 s" in error.failure.message
 
 
-async def test_waiting_for_headers_can_be_given_up_and_closes_the_connection(session: aiohttp.ClientSession) -> None:
+async def test_cancelling_the_wait_for_headers_closes_the_connection(session: aiohttp.ClientSession) -> None:
     async with providing(Replay.of(TEXT.wire, headers_after=asyncio.Event())) as provider:
         waiting = asyncio.create_task(all_parts(upstream(session, provider.url)))
         await eventually(lambda: provider.active == 1)

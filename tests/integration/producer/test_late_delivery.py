@@ -32,7 +32,7 @@ async def in_delivery(broker: Broker) -> bool:
     return info.num_ack_pending == 1
 
 
-async def test_a_request_that_arrives_after_its_lease_is_left_to_the_producer_that_runs_it(
+async def test_a_request_that_arrives_after_its_lease_is_not_taken_from_its_current_producer(
     broker: Broker, link: Link
 ) -> None:
     await broker.apply(Topology(ack_wait=LEASE))

@@ -44,7 +44,7 @@ async def logged(broker: Broker, *chunks: bytes) -> list[AnyEvent]:
         return await accepted_log(broker, request)
 
 
-async def test_a_picture_of_eleven_megabytes_is_stored_in_pieces_and_comes_out_whole(broker: Broker) -> None:
+async def test_an_11_megabyte_image_is_stored_in_pieces_and_reassembled(broker: Broker) -> None:
     picture = random.Random(5).randbytes(11 * 1024 * 1024)
     url = "data:image/png;base64," + base64.b64encode(picture).decode()
     events = await logged(

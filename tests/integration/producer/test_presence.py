@@ -121,7 +121,7 @@ async def test_subscribers_of_another_session_or_generation_do_not_count(broker:
         await ended_log(broker, other)
 
 
-async def test_a_wish_to_cancel_while_nobody_listens_is_a_wish(broker: Broker) -> None:
+async def test_a_cancel_without_subscribers_has_the_reason_requested(broker: Broker) -> None:
     request = silent("g1", 60)
     async with producing(broker) as producer:
         await enqueue(broker, request)
@@ -132,7 +132,7 @@ async def test_a_wish_to_cancel_while_nobody_listens_is_a_wish(broker: Broker) -
     assert last.reason == "requested"
 
 
-async def test_a_broker_that_is_away_for_a_moment_cancels_nothing(
+async def test_a_short_broker_outage_cancels_no_generation(
     own_nats: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(presence, "SETTLE_SECONDS", 3.0)

@@ -53,7 +53,7 @@ async def test_the_tokens_of_one_read_become_one_event(broker: Broker) -> None:
     assert len(events) < len(text) / 100
 
 
-async def test_no_more_generations_run_than_there_are_slots(broker: Broker) -> None:
+async def test_no_more_generations_than_slots_run(broker: Broker) -> None:
     requests = [ask(f"g{n}", params={"tokens": 10, "tokens_per_second": 100}) for n in range(9)]
     most = 0
     async with producing(broker, slots=3) as worker:
@@ -248,7 +248,7 @@ async def test_a_generation_that_outlives_its_drain_is_handed_to_another_produce
     assert type_of(events[-1]) == "cancelled"
 
 
-async def test_a_stream_goes_on_over_a_restart_of_the_broker(own_nats: NatsServer) -> None:
+async def test_a_stream_continues_over_a_broker_restart(own_nats: NatsServer) -> None:
     request = ask("g1", params={"tokens": 300, "tokens_per_second": 100})
     reference = ask("g2", params={"tokens": 300, "tokens_per_second": 20_000})
     async with Broker.connect(own_nats.url, "test") as broker:
@@ -291,7 +291,7 @@ async def _entry(bucket, key: str, state: str):  # type: ignore[no-untyped-def]
     return entry if entry["state"] == state else None
 
 
-async def test_a_request_that_cannot_be_read_ends_its_generation_where_its_place_is_known(broker: Broker) -> None:
+async def test_an_unreadable_request_with_a_known_generation_fails_it_as_poison(broker: Broker) -> None:
     request = ask("g1")
     broken = {"tenant": "default", "session": "s", "generation": "g1", "model": 5, "messages": "?"}
     async with producing(broker):
@@ -304,7 +304,7 @@ async def test_a_request_that_cannot_be_read_ends_its_generation_where_its_place
     assert await broker.last(DEAD, "dead.default.g1") is not None
 
 
-async def test_a_request_nested_without_end_is_buried_and_not_taken_again(broker: Broker) -> None:
+async def test_a_deeply_nested_request_becomes_dead_and_is_not_redelivered(broker: Broker) -> None:
     async with producing(broker):
         await broker.publish_stored(request_subject("default", "deep"), b"[" * 100_000)
         await eventually(lambda: queue_is_empty(broker))

@@ -82,7 +82,7 @@ async def test_batch_alone_is_served(broker: Broker, slots: int) -> None:
         await eventually(lambda: queue_is_empty(broker))
 
 
-async def test_batch_is_served_beside_interactive_requests_that_leave_room(broker: Broker) -> None:
+async def test_batch_requests_run_beside_interactive_requests_while_slots_are_free(broker: Broker) -> None:
     async with producing(broker, slots=20) as producer:
         busy = [ask(f"i{n}", "scripted/stall", params=ENDLESS) for n in range(5)]
         await put(broker, busy)
@@ -199,9 +199,7 @@ async def _no_answer(_held: HeldRequest) -> bool:
     raise AssertionError
 
 
-async def test_a_lost_lease_stops_a_producer_and_another_one_closes_the_generation(
-    broker: Broker, nats_url: str
-) -> None:
+async def test_a_lost_lease_stops_a_producer_and_another_closes_the_generation(broker: Broker, nats_url: str) -> None:
     request = ask("g1", params={"tokens": 5_000, "tokens_per_second": 50})
     await broker.apply(SHORT_LEASE)
     lost = REGISTRY.get_sample_value("tailrace_producer_leases_lost_total") or 0
@@ -298,7 +296,7 @@ async def test_a_zombie_does_not_acknowledge_a_request_that_its_successor_left_u
 
 
 @pytest.mark.parametrize("deliveries", ["1", "2"])
-async def test_a_request_that_comes_again_while_it_runs_here_disturbs_nothing(broker: Broker, deliveries: str) -> None:
+async def test_a_redelivered_request_that_still_runs_is_ignored(broker: Broker, deliveries: str) -> None:
     """So does a queue that was killed before it had stored what it had given."""
     request = ask("g1", params={"tokens": 100, "tokens_per_second": 100})
     async with producing(broker) as producer:
@@ -373,7 +371,7 @@ async def test_a_request_that_fails_every_producer_is_begun_as_often_as_allowed(
     assert begun == 3
 
 
-async def test_deliveries_that_nobody_began_do_not_count(broker: Broker) -> None:
+async def test_deliveries_without_a_start_do_not_count_as_attempts(broker: Broker) -> None:
     request = ask("g1", params=QUICK)
     await enqueue(broker, request)
     subscription = await broker.js.pull_subscribe_bind("producers-default", REQUESTS)

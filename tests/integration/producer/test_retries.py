@@ -113,7 +113,7 @@ async def test_attempts_are_bounded_and_the_last_failure_ends_the_generation(bro
     assert len(provider.asked) == 3
 
 
-async def test_a_pause_that_the_provider_asks_for_is_kept(broker: Broker) -> None:
+async def test_retry_after_of_the_provider_is_honoured(broker: Broker) -> None:
     request = ask("g1", "m")
     async with providing(saying("x")) as provider, producing(broker, config=config(provider.url), retry=QUICK):
         provider.turns = [refusing(429, retry_after_ms="150")]
@@ -199,7 +199,7 @@ async def test_after_the_first_token_nothing_is_asked_again(broker: Broker) -> N
     assert (len(one.asked), len(two.asked)) == (1, 0)
 
 
-async def test_where_it_may_restart_the_answer_begins_anew_in_the_next_epoch(broker: Broker) -> None:
+async def test_a_restartable_answer_is_restarted_in_the_next_epoch(broker: Broker) -> None:
     request = ask("g1", "m", on_producer_loss="restart")
     async with providing(saying("whole", " answer")) as provider:
         provider.turns = [cut_off("half "), refusing(500), cut_off("a third ")]
@@ -299,7 +299,7 @@ async def test_a_trial_that_is_cancelled_leaves_room_for_the_next(broker: Broker
         assert text_of(await answered(broker, ask("g2", "m"))) == "back"
 
 
-async def test_an_open_circuit_is_skipped_without_waiting_for_a_place(broker: Broker) -> None:
+async def test_an_open_circuit_is_skipped_without_waiting_for_a_slot(broker: Broker) -> None:
     async with providing(refusing(500)) as down, providing(saying("other")) as other:
         setup = config(down.url, other.url)
         setup["providers"]["p0"]["requests_per_minute"] = 1
@@ -363,9 +363,7 @@ async def test_a_deadline_of_the_answer_ends_it(broker: Broker, deadlines: Deadl
     assert not other.asked
 
 
-async def test_a_log_that_is_slow_is_no_silence_of_the_provider(
-    broker: Broker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_slow_log_does_not_count_as_a_stall(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(publisher, "WINDOW_EVENTS", 1)
     monkeypatch.setattr(call, "STALL_SECONDS", 0.2)
     receive, lost = publisher.Publisher._receive, asyncio.Event()
@@ -396,7 +394,7 @@ async def test_a_log_that_is_slow_is_no_silence_of_the_provider(
     assert not notices(events, "stalled")
 
 
-async def test_the_total_deadline_holds_over_retries_too(broker: Broker) -> None:
+async def test_the_total_deadline_includes_retries(broker: Broker) -> None:
     policy = RetryPolicy(max_attempts=20, wait="linear", base=0.2, maximum=0.2)
     async with (
         providing(refusing(500)) as provider,

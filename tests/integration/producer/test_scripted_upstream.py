@@ -46,7 +46,7 @@ async def test_parts_due_together_are_one_read_of_bounded_size() -> None:
     assert max(len(text_of(read)) for read in reads) < 17_000
 
 
-async def test_a_slow_script_comes_piece_by_piece() -> None:
+async def test_a_slow_script_arrives_in_several_reads() -> None:
     reads = await reads_of(call("story", tokens=20, tokens_per_second=200))
     assert len(reads) > 5
 
@@ -61,7 +61,7 @@ async def test_a_stalled_script_waits_until_it_is_cancelled() -> None:
 
 
 @pytest.mark.parametrize(("model", "code"), [("refuse", "upstream_rate_limited"), ("opera", "upstream_not_found")])
-async def test_a_refusal_comes_before_the_stream(model: str, code: str) -> None:
+async def test_a_refusal_is_raised_before_the_stream(model: str, code: str) -> None:
     with pytest.raises(UpstreamRefused) as caught:
         await reads_of(call(model))
     assert caught.value.failure.code == code

@@ -530,7 +530,7 @@ def test_a_session_is_deleted_after_a_yes(delivery: Delivery) -> None:
     assert delivery.deleted == ["/v1/sessions/chat", "/v1/sessions/chat?cancel=true"]
 
 
-def test_no_session_is_deleted_where_nobody_can_be_asked(delivery: Delivery) -> None:
+def test_delete_without_a_terminal_requires_yes(delivery: Delivery) -> None:
     result = tailrace("sessions", "delete", "chat", "--url", delivery.url)
     assert (result.returncode, "--yes" in result.stderr, delivery.deleted) == (2, True, [])
 

@@ -65,7 +65,7 @@ async def test_the_bootstrap_key_fits_its_setting() -> None:
 
 
 @pytest.mark.parametrize("service", ["delivery", "billing"])
-async def test_a_service_that_others_reach_does_not_start_without_credentials(
+async def test_a_service_on_a_public_address_does_not_start_without_credentials(
     own_nats: NatsServer, tmp_path: Path, service: str
 ) -> None:
     name = service.upper()

@@ -57,7 +57,7 @@ async def test_a_consumer_is_created_read_paused_and_removed(stage: Stage, broke
     assert "no consumers" in (await tailrace(stage, "list"))[2]
 
 
-async def test_dead_events_are_listed_and_given_again(stage: Stage, broker: Broker) -> None:
+async def test_dead_events_are_listed_and_resent(stage: Stage, broker: Broker) -> None:
     await Log(broker).append(*story("g1", 0)[:1])
     service = await Service(stage).created(ack_wait=0.2, max_deliver=1)
 

@@ -113,7 +113,7 @@ async def test_services_start_in_order_and_stop_in_theirs(tree: Tree) -> None:
     assert supervisor.pids == {}
 
 
-async def test_crashed_service_is_started_again_and_the_others_stay(tree: Tree) -> None:
+async def test_crashed_service_is_restarted_and_the_others_keep_running(tree: Tree) -> None:
     tree.add("billing").add("delivery")
     async with running(tree) as supervisor:
         before = supervisor.pids
@@ -134,9 +134,7 @@ async def test_killed_service_is_started_again(tree: Tree) -> None:
     assert any("was ended by SIGKILL" in line for line in tree.said)
 
 
-async def test_service_that_keeps_crashing_is_given_up_and_all_stop(
-    tree: Tree, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_service_beyond_its_crash_limit_stops_all_services(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("services.standalone.member.MAX_CRASHES", 2)
     tree.add("billing").add("delivery")
     supervisor, ready = tree.supervisor(), asyncio.Event()
@@ -169,7 +167,7 @@ async def test_program_that_does_not_exist_is_reported(tree: Tree) -> None:
     assert "delivery: cannot run /nowhere/delivery: No such file or directory" in tree.said
 
 
-async def test_service_that_ignores_the_wish_to_end_is_killed_after_its_grace(tree: Tree) -> None:
+async def test_service_that_ignores_sigterm_is_killed_after_its_grace_period(tree: Tree) -> None:
     tree.add("delivery", mode="stubborn", grace=0.1).add("billing", stop=1)
     async with running(tree):
         pass
@@ -184,7 +182,7 @@ async def test_service_that_fails_while_it_stops_is_reported(tree: Tree) -> None
     assert any("delivery ended with exit code 1 while stopping; its log is" in line for line in tree.said)
 
 
-async def test_second_wish_to_stop_kills_at_once(tree: Tree) -> None:
+async def test_second_stop_kills_at_once(tree: Tree) -> None:
     tree.add("delivery", mode="stubborn", grace=600)
     async with running(tree) as supervisor:
         supervisor.stop()

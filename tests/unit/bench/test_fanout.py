@@ -71,7 +71,7 @@ def test_the_marker_is_in_every_event_once_and_in_nothing_else() -> None:
     assert MARK not in opening(3, 1.0) + closing(3, 9, 1.0) + HEAD
 
 
-def test_a_complete_stream_passes_and_its_times_are_taken() -> None:
+def test_a_complete_stream_passes_the_check() -> None:
     checker = checked(answer(0, [0, 1, 2, 3, 4]))
     assert (checker.seen, checker.surplus, checker.differs, checker.cursor) == (5, 0, "", b"c.5")
 
@@ -79,7 +79,7 @@ def test_a_complete_stream_passes_and_its_times_are_taken() -> None:
 @pytest.mark.parametrize(
     ("indices", "surplus", "differs"), [([0, 1, 1, 2], 1, False), ([0, 2], 0, True), ([1], 0, True)]
 )
-def test_an_event_twice_or_left_out_is_noticed(indices: list[int], surplus: int, differs: bool) -> None:
+def test_repeated_and_missing_events_are_noticed(indices: list[int], surplus: int, differs: bool) -> None:
     checker = checked(answer(0, indices))
     assert (checker.surplus, bool(checker.differs)) == (surplus, differs)
 

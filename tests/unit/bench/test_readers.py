@@ -126,7 +126,7 @@ async def test_another_terminal_than_completed_is_incomplete() -> None:
     assert "failed" in harvest.problems[0]
 
 
-async def test_a_reader_goes_on_behind_its_last_event() -> None:
+async def test_a_reconnecting_reader_resumes_after_its_last_event() -> None:
     _, reader = read(PIECES[:4])
     again = reader.again({})
     assert b"\r\nlast-event-id: c99\r\n" in again._call

@@ -110,7 +110,7 @@ def test_a_generation_beyond_its_reservation_is_stopped_when_the_rest_is_reserve
     assert beyond(standing, [use("a", 41, 39), use("b", 10, 40)]) == [("t", "s", "a")]
 
 
-def test_a_used_up_budget_stops_all_that_it_covers() -> None:
+def test_an_exhausted_budget_stops_every_generation_it_covers() -> None:
     uses = [use("a", 10, 40), use("b", 30, 40), Use(("t", "s", "c"), "k", Decimal(9), Decimal(10))]
     assert beyond(Standing(budget("40", unit="tokens"), Decimal(0), Decimal(90)), uses) == [
         u.generation_key for u in uses
@@ -129,7 +129,7 @@ def test_a_used_up_budget_stops_all_that_it_covers() -> None:
         ("month", "2026-01-31T00:00:00", "2026-01-01", "2026-02-01"),
     ],
 )
-def test_periods_are_those_of_the_calendar_in_utc(period: str, at: str, first: str, after: str) -> None:
+def test_periods_follow_the_calendar_in_utc(period: str, at: str, first: str, after: str) -> None:
     def ms(text: str) -> int:
         return round(datetime.fromisoformat(text).replace(tzinfo=UTC).timestamp() * 1_000)
 

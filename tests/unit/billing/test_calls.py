@@ -218,7 +218,7 @@ def test_late_usage_of_an_abandoned_call_corrects_that_call_alone() -> None:
     assert abandoned_calls(after)[0].source == "lookup"
 
 
-def test_an_export_of_an_abandoned_call_outweighs_the_log_whichever_comes_first() -> None:
+def test_an_export_of_an_abandoned_call_overrides_the_log_in_either_order() -> None:
     events = (*begun(), said(), restarted(call(1)), said(30), reported(Usage(input=7, output=30)), completed(30))
     g = folded(*events)
     take_export(g, 1, Usage(input=8, output=40))
@@ -250,7 +250,7 @@ def test_a_failover_without_usage_is_priced_by_the_answering_provider() -> None:
     assert (g.provider, g.upstream_model) == ("other", "m2")
 
 
-def test_calls_without_end_are_added_up_and_not_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_beyond_the_limit_are_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LIMIT", 3)
     events = [*begun(), said()]
     for number in range(1, 9):

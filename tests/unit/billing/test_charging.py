@@ -88,7 +88,7 @@ def test_a_refusal_costs_nothing() -> None:
     assert (g.status, g.pricing, entries) == ("partial", "waived", [])
 
 
-def test_without_a_price_it_is_unpriced_and_charged_when_one_comes() -> None:
+def test_a_generation_without_a_price_is_charged_once_a_price_exists() -> None:
     g, entries = settled(Terms(), reported=Usage(input=7, output=30))
     assert (g.pricing, entries) == ("unpriced", [])
     g, entries = settle(g, LATER, TERMS)
@@ -143,7 +143,7 @@ def test_an_amount_beyond_all_reason_is_unpriced() -> None:
         (Usage(input=1, cache_write_1h=5, output=1), (0, 0, 0, 5, 1, 0)),
     ],
 )
-def test_classes_are_disjoint_and_billed_units_hold(usage: Usage, tokens: tuple[int, ...]) -> None:
+def test_classes_are_made_disjoint_and_billed_units_are_used(usage: Usage, tokens: tuple[int, ...]) -> None:
     names = ("input", "cached_input", "cache_write", "cache_write_1h", "output", "reasoning")
     assert disjoint(usage) == Tokens(**dict(zip(names, tokens, strict=True)))
 
@@ -286,7 +286,7 @@ def test_the_sum_of_the_entries_is_always_the_price_of_the_final_usage(terminal,
     assert g.pricing in PRICINGS
 
 
-def test_labels_are_kept_unless_they_are_too_many() -> None:
+def test_labels_are_stored_unless_they_are_too_large() -> None:
     started = Started(
         generation="g", seq=0, model="m", provider="p", upstream_model="m", metadata={"b": "2", "a": "\0"}
     )

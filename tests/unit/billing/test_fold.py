@@ -54,7 +54,7 @@ def test_a_difference_beyond_the_absolute_tolerance_is_drift(reported: int, stat
     assert (g.status, g.drift_output) == (status, reported - 30)
 
 
-def test_the_larger_of_both_tolerances_holds() -> None:
+def test_the_larger_of_both_tolerances_applies() -> None:
     policy = Policy(absolute=8, relative=0.02)
     assert policy.agree(980, 1_000)
     assert not policy.agree(979, 1_000)
@@ -78,7 +78,7 @@ def test_completed_without_usage_waits_and_then_misses_the_provider() -> None:
     assert (missing.status, missing.settle_at) == ("provider_missing", None)
 
 
-def test_usage_after_the_terminal_decides_anew() -> None:
+def test_usage_after_the_terminal_is_reconciled_again() -> None:
     events = history()
     g = reconcile(settled(events), LATER, POLICY)
     assert g.status == "provider_missing"
@@ -104,7 +104,7 @@ def test_a_generation_that_did_not_complete_is_partial_with_or_without_usage(ter
         assert (g.status, g.state, g.counted_output) == ("partial", terminal.__struct_config__.tag, 30)
 
 
-def test_the_terminals_count_holds_and_an_absent_one_leaves_the_running_count() -> None:
+def test_the_count_of_the_terminal_replaces_the_running_count_when_present() -> None:
     events = history(terminal=None)
     assert (
         settled(
@@ -115,7 +115,7 @@ def test_the_terminals_count_holds_and_an_absent_one_leaves_the_running_count() 
     assert settled([*events, Completed(generation="g", finish_reason="stop", seq=4)]).counted_output == 30
 
 
-def test_a_restart_is_taken_over_and_the_zombie_dropped() -> None:
+def test_a_restart_is_applied_and_zombie_events_are_dropped() -> None:
     events = history(terminal=None)
     restarted = Restarted(generation="g", seq=4, epoch=2, reason="producer_lost", provider="other")
     zombie = Delta(generation="g", seq=5, epoch=1, text="x", tokens=99)
@@ -167,7 +167,7 @@ def test_subjects_that_name_no_generation_are_strays() -> None:
     assert (len(groups), strays) == (1, 1)
 
 
-def test_folding_leaves_the_known_state_alone() -> None:
+def test_fold_does_not_change_its_input() -> None:
     known = fold(None, address(), records(history(terminal=None))).generation
     assert known is not None
     before = msgspec.structs.replace(known)

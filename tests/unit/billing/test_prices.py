@@ -49,7 +49,7 @@ def test_amounts_are_written_without_needless_zeros() -> None:
     ]
 
 
-def test_the_row_valid_at_the_start_holds() -> None:
+def test_the_price_valid_at_the_start_applies() -> None:
     old, new = price(amount="3", valid_until=SINCE + 2 * DAY), price(amount="2", valid_from=SINCE + DAY)
     assert chosen(old, new, at=SINCE - 1) is None
     assert chosen(old, new, at=SINCE) == "3"
@@ -162,7 +162,7 @@ def test_patterns_take_other_signs_as_they_are() -> None:
     assert chosen(price(model="a.b[c]+?"), model="axb[c]+d") is None
 
 
-def test_a_toml_file_holds_a_row_for_each_class() -> None:
+def test_a_toml_file_has_a_row_for_each_class() -> None:
     rows = parse_toml(BOOK_TOML)
     assert [(r.token_class, r.amount, r.currency) for r in rows] == [
         ("input", Decimal("2.50"), "USD"),

@@ -17,12 +17,12 @@ def one(record: dict[str, object], provider: str = "") -> Usage:
     return Usage(**{n: getattr(row.usage, n) for n in Usage.__struct_fields__ if n != "raw"})
 
 
-def test_our_own_names_are_taken() -> None:
+def test_tailrace_field_names_are_accepted() -> None:
     row = {"generation": "g", "input": 10, "output": "20", "cached_input": 3, "cache_write": 1, "reasoning": 2}
     assert one(row) == Usage(input=10, output=20, cached_input=3, cache_write=1, reasoning=2)
 
 
-def test_openais_usage_object_is_taken() -> None:
+def test_an_openai_usage_object_is_accepted() -> None:
     usage = {
         "prompt_tokens": 100,
         "completion_tokens": 50,
@@ -64,7 +64,7 @@ def test_cohere_billed_units_are_kept_beside_its_tokens() -> None:
     assert one({"id": "c", "usage": {"billed_units": {"input_tokens": 8, "output_tokens": 9}}}).input == 8
 
 
-def test_openrouters_activity_is_taken_by_its_native_counts() -> None:
+def test_openrouter_activity_is_read_by_its_native_counts() -> None:
     text = (
         "generation_id,created_at,cost_total,tokens_prompt,tokens_completion,native_tokens_prompt,"
         "native_tokens_completion,native_tokens_reasoning\n"

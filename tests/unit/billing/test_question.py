@@ -36,7 +36,7 @@ def test_other_moments_are_refused_by_name(text: str) -> None:
         parse_moment("from", text)
 
 
-def test_dimensions_come_by_commas_or_repeated() -> None:
+def test_dimensions_are_separated_by_commas_or_repeated() -> None:
     assert parse_group_by(["model,day", "session"]) == ("model", "day", "session")
     assert parse_group_by(None) == ()
 

@@ -70,7 +70,7 @@ async def test_a_body_beyond_the_limit_is_refused_with_the_limit_and_not_read_fu
     assert client.left == 1
 
 
-async def test_a_strangers_body_is_left_to_the_application_that_refuses_it() -> None:
+async def test_a_body_without_credentials_is_not_buffered() -> None:
     client = Client(b"x" * 8, b"x" * 8)
     assert await read(client, **{PRINCIPAL: Problem(401, "no")}) == b"x" * 8
     assert client.left == 1
@@ -100,7 +100,7 @@ async def test_a_body_that_is_broken_off_is_refused() -> None:
     assert client.sent[0]["status"] == 400
 
 
-async def test_bodies_are_bounded_together_and_the_room_is_given_back() -> None:
+async def test_the_sum_of_bodies_is_bounded_and_released() -> None:
     release = asyncio.Event()
     taken: list[bytes] = []
 

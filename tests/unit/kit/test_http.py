@@ -81,7 +81,7 @@ async def test_an_error_in_the_block_ends_the_server() -> None:
         ({"database": raising}, 503, {"database": False}),
     ],
 )
-async def test_ready_means_that_every_check_holds(checks: Any, status: int, results: dict[str, bool]) -> None:
+async def test_ready_requires_every_check_to_pass(checks: Any, status: int, results: dict[str, bool]) -> None:
     port = free_port()
     async with serving(app(**checks), "127.0.0.1", port), httpx.AsyncClient() as client:
         response = await client.get(f"http://127.0.0.1:{port}/readyz")
@@ -151,7 +151,7 @@ def test_a_service_exits_with_the_code_of_its_error_and_one_line_of_text(body: s
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-async def test_a_signal_lets_a_service_end_by_itself_with_code_0(signum: signal.Signals) -> None:
+async def test_a_signal_ends_a_service_gracefully_with_code_0(signum: signal.Signals) -> None:
     process = start('print("up", flush=True); await stop.wait(); print("down", flush=True)')
     assert process.stdout is not None
     assert await asyncio.to_thread(process.stdout.readline) == "up\n"

@@ -161,7 +161,7 @@ async def test_a_client_of_http_1_0_gets_no_chunks(path: bytes, head: bytes, bod
     assert answer == (b"" if head else b"one two ") + body
 
 
-async def test_chunks_are_those_of_the_stream_and_end_with_it() -> None:
+async def test_each_piece_of_a_stream_is_one_chunk() -> None:
     echo = Echo()
     shared = pieces(b"data: 1\n\n" * 3)[0]
     echo.pieces = [shared, shared, *pieces(b"", b"x" * 20)]
@@ -173,7 +173,7 @@ async def test_chunks_are_those_of_the_stream_and_end_with_it() -> None:
     assert answer == chunk * 2 + b"14\r\n" + b"x" * 20 + b"\r\n2\r\n/s\r\n0\r\n\r\n"
 
 
-async def test_an_answer_that_breaks_off_is_not_taken_for_a_whole_one() -> None:
+async def test_a_failed_response_has_no_final_chunk() -> None:
     async with echoing(Echo()) as dial:
         wire = await dial()
         wire.say(GET % b"cut")
@@ -255,7 +255,7 @@ async def test_an_answer_arrives_although_its_request_was_not_read(closes: bool,
 
 
 @pytest.mark.parametrize("closes", [False, True])
-async def test_a_body_that_nobody_reads_is_cut_off_beyond_bounds(closes: bool, monkeypatch: Any) -> None:
+async def test_an_unread_body_is_disconnected_beyond_its_size_bound(closes: bool, monkeypatch: Any) -> None:
     monkeypatch.setattr(http1, "DRAIN_BYTES", 1024 * 1024)
     async with echoing(Refusing(closes=closes)) as dial:
         wire = await dial()
@@ -266,7 +266,7 @@ async def test_a_body_that_nobody_reads_is_cut_off_beyond_bounds(closes: bool, m
 
 
 @pytest.mark.parametrize("closes", [False, True])
-async def test_a_body_that_nobody_reads_and_that_does_not_end_is_cut_off(closes: bool, monkeypatch: Any) -> None:
+async def test_an_unread_body_is_disconnected_beyond_its_time_bound(closes: bool, monkeypatch: Any) -> None:
     monkeypatch.setattr(http1, "DRAIN_SECONDS", 0.2)
     async with echoing(Refusing(closes=closes)) as dial:
         wire = await dial()
@@ -373,7 +373,7 @@ async def test_offered_chunks_are_sent_in_order_and_do_not_end_the_response() ->
     assert answer == b"3\r\none\r\n3\r\ntwo\r\n3\r\ntwo\r\n4\r\nlast\r\n0\r\n\r\n"
 
 
-async def test_an_offer_is_taken_only_while_the_client_reads() -> None:
+async def test_an_offer_is_accepted_only_while_the_client_reads() -> None:
     taken: list[bool] = []
     go_on, done = asyncio.Event(), asyncio.Event()
     piece = pieces(b"x" * 100_000)[0]

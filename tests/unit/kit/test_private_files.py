@@ -57,7 +57,7 @@ def test_a_mode_that_cannot_be_changed_is_a_warning(tmp_path: Path, monkeypatch:
     assert str(tmp_path / "file") in warning
 
 
-async def test_a_database_and_the_files_beside_it_are_private(tmp_path: Path) -> None:
+async def test_a_database_and_its_journal_files_are_private(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     async with open_engine(sqlite_url(f"{folder}/billing.db")) as engine:
         await migrate(engine)

@@ -52,7 +52,7 @@ async def stopped(body: str, *signals: signal.Signals) -> tuple[int, float, str]
         process.kill()
 
 
-async def test_a_service_that_goes_on_is_cut_after_its_drain_time() -> None:
+async def test_a_service_that_does_not_stop_is_cancelled_after_its_drain_time() -> None:
     code, seconds, output = await stopped("await stop.wait(); await asyncio.sleep(600)")
     assert code == 0
     assert seconds >= DRAIN + CUT - 0.1
@@ -88,20 +88,20 @@ async def test_a_cancellation_that_is_lost_while_a_service_starts_is_repeated() 
     assert seconds < MARGIN
 
 
-async def test_a_thread_that_a_library_left_behind_is_not_waited_for() -> None:
+async def test_shutdown_does_not_wait_for_leftover_threads() -> None:
     code, seconds, _ = await stopped("threading.Thread(target=time.sleep, args=(600,)).start(); await stop.wait()")
     assert code == 0
     assert seconds < CUT
 
 
-async def test_a_broker_that_is_away_while_a_service_stops_is_no_failure() -> None:
+async def test_a_broker_outage_during_shutdown_is_not_a_failure() -> None:
     code, _, output = await stopped('await stop.wait(); raise ExceptionGroup("x", [BrokerUnavailable("gone")])')
     assert code == 0
     assert "gone" in output
     assert "Traceback" not in output
 
 
-def test_the_drain_time_begins_with_the_wish() -> None:
+def test_the_drain_time_starts_at_the_stop_request() -> None:
     stop = Stop(10.0)
     assert stop.left() == 10.0
     assert stop.left(5.0) == 15.0
@@ -154,7 +154,7 @@ async def test_a_failure_of_the_work_is_raised() -> None:
 
 
 @pytest.mark.parametrize("turns", range(6))
-async def test_a_cancellation_that_comes_with_an_update_of_a_bucket_is_heeded(turns: int) -> None:
+async def test_a_cancellation_at_the_same_time_as_a_bucket_update_takes_effect(turns: int) -> None:
     """The library uses `asyncio.wait_for`, which forgets it before Python 3.12: producers hung in their shutdown."""
     watcher: Any = KeyValue.KeyWatcher(None)
 

@@ -56,7 +56,7 @@ async def test_callers_with_one_key_share_one_call() -> None:
     assert await flight.run("a", lambda: call("a")) == 3
 
 
-async def test_a_cancelled_caller_leaves_the_call_to_the_others() -> None:
+async def test_a_cancelled_caller_does_not_cancel_the_shared_call() -> None:
     flight: SingleFlight[str, str] = SingleFlight()
     go_on = asyncio.Event()
 
@@ -84,7 +84,7 @@ async def test_every_caller_gets_the_failure_of_a_shared_call() -> None:
     assert [type(result) for result in results] == [ValueError] * 3
 
 
-async def test_a_forgotten_call_goes_on_for_its_callers_and_the_next_one_starts_another() -> None:
+async def test_a_forgotten_call_finishes_for_its_callers_and_the_next_caller_starts_a_new_one() -> None:
     flight: SingleFlight[str, int] = SingleFlight()
     started, go_on = [0], asyncio.Event()
 

@@ -70,7 +70,7 @@ async def test_circuits_of_models_and_upstreams_are_independent(broker: Broker) 
     assert shown("p") == 0
 
 
-async def test_a_provider_that_cannot_be_reached_is_left_alone_with_all_its_models(broker: Broker) -> None:
+async def test_connection_failures_open_the_circuit_of_the_whole_provider(broker: Broker) -> None:
     circuits = Circuits(broker, 3, FOR_EVER)
     for number in range(3):
         admitted(circuits, "gone", f"m{number}", f"t{number}").failed(NOBODY, connected=False)
@@ -117,7 +117,7 @@ async def test_failures_of_one_tenant_open_it_for_that_tenant_alone(broker: Brok
     admitted(circuits, tenant="loud")
 
 
-async def test_failures_of_a_second_tenant_open_it_for_everybody(broker: Broker) -> None:
+async def test_failures_of_two_tenants_open_the_circuit_for_all_tenants(broker: Broker) -> None:
     circuits = Circuits(broker, 3, FOR_EVER)
     opened(circuits, tenant="loud", failures=3)
     admitted(circuits, tenant="quiet").failed(DOWN, connected=True)
@@ -156,7 +156,7 @@ async def test_half_open_opens_again_on_the_first_failure(broker: Broker) -> Non
     await tried(circuits)
 
 
-async def test_a_trial_that_is_left_makes_room_for_another_and_an_earlier_call_does_not(broker: Broker) -> None:
+async def test_only_an_abandoned_trial_allows_another_trial(broker: Broker) -> None:
     circuits = Circuits(broker, 3, 0.05)
     earlier = admitted(circuits)
     opened(circuits)

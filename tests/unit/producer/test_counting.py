@@ -88,7 +88,7 @@ def test_the_running_count_of_a_short_tail_is_exact(text: str, cuts: list[int]) 
 
 
 @pytest.mark.parametrize("unit", ["水火木金土", "👍🏽", "QmFzZQ", "\n", "   ", "ab", "====", "\u0301"])
-def test_a_tail_without_a_safe_place_is_recounted_in_proportion(unit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tail_without_a_safe_cut_is_recounted_in_proportion(unit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     characters = 0
     counted = counting.count_text
 

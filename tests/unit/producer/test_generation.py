@@ -85,7 +85,7 @@ def test_tool_calls_and_bytes_are_events_of_their_own() -> None:
     assert deltas[1].binary.data == b"1"
 
 
-def test_nothing_after_the_end_marker_is_taken() -> None:
+def test_parts_after_the_end_marker_are_ignored() -> None:
     run = generation()
     events = run.absorb([Text("a"), End(), Text("b")], 1.0)
     assert [e.text for e in events if isinstance(e, Delta)] == ["a"]
@@ -133,7 +133,7 @@ def test_failed_has_code_message_and_status_of_the_provider() -> None:
     )
 
 
-def test_a_cancellation_reports_usage_that_has_come_already() -> None:
+def test_a_cancellation_reports_usage_received_before_it() -> None:
     run = generation()
     run.absorb([Text("a"), UsagePart(Usage(output=7))], 1.0)
     usage, cancelled = run.cancel("requested", 2.0)
@@ -176,7 +176,7 @@ def test_begun_usage_is_replaced_by_final_usage_and_kept_without_tokens() -> Non
 BUSY = UpstreamFailure("upstream_overloaded", "busy", recoverable=True)
 
 
-def test_a_call_that_is_left_keeps_its_own_count_and_usage_and_nothing_of_it_stays() -> None:
+def test_an_abandoned_call_has_its_own_counts_and_resets_the_generation() -> None:
     run = generation()
     run.provider = "p"
     run.begin_answer()

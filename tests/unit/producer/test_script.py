@@ -114,7 +114,7 @@ def test_no_usage_reports_none() -> None:
     assert not [p for p in parts_of(call("no-usage")) if isinstance(p, UsagePart)]
 
 
-def test_stall_goes_silent_for_ever() -> None:
+def test_stall_never_sends_another_part() -> None:
     steps = list(play(call("stall", stall_after=3)))
     assert [len(parts) for _, parts in steps] == [1, 1, 1, 1, 0]
     assert math.isinf(steps[-1][0])

@@ -39,7 +39,7 @@ def decoded(*chunks: bytes) -> list[tuple[bytes, bytes]]:
         (b"", []),
     ],
 )
-def test_events_come_out_whole_however_they_are_cut(wire: bytes, events: list[tuple[bytes, bytes]]) -> None:
+def test_events_are_decoded_under_every_chunking(wire: bytes, events: list[tuple[bytes, bytes]]) -> None:
     assert decoded(wire) == events
     assert decoded(*(wire[i : i + 1] for i in range(len(wire)))) == events
     for at in range(len(wire)):

@@ -12,7 +12,7 @@ def test_a_full_bucket_allows_its_capacity_at_once_and_then_returns_the_wait() -
     assert [bucket.take(100.0) for _ in range(4)] == [0.0, 0.0, 0.0, 20.0]
 
 
-def test_a_token_comes_back_after_the_wait() -> None:
+def test_a_token_is_available_after_the_wait() -> None:
     bucket = TokenBucket(2, 60.0)
     assert [bucket.take(0.0) for _ in range(3)] == [0.0, 0.0, 30.0]
     assert bucket.take(29.0) == pytest.approx(1.0)

@@ -209,7 +209,7 @@ def test_a_takeover_at_the_wrong_seq_does_not_take_over() -> None:
     ]
 
 
-def test_a_restart_within_an_epoch_goes_on_in_sequence() -> None:
+def test_a_restart_within_an_epoch_continues_the_sequence() -> None:
     assert verdicts(("started", 1, 0), ("restarted", 1, 1), ("delta", 1, 2)) == ["accepted"] * 3
 
 

@@ -141,7 +141,7 @@ def test_a_known_type_with_a_wrong_body_is_malformed_and_keeps_its_header(fields
     assert caught.value.header == decode_header(stored(**fields))
 
 
-def test_a_type_that_is_given_twice_is_malformed() -> None:
+def test_a_duplicate_type_field_is_malformed() -> None:
     with pytest.raises(MalformedEvent):
         decode_event(b'{"type":"delta","type":"started","seq":0,"generation":"g"}')
 

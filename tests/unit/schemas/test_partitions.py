@@ -31,7 +31,7 @@ def test_candidates_are_distinct(history: list[int], session: str) -> None:
     assert len(set(options)) == len(options)
 
 
-def test_the_oldest_of_several_that_hold_events_wins() -> None:
+def test_the_oldest_partition_with_events_wins() -> None:
     assert settled((3, 1, 0), {1, 0}) == 0
     assert settled((3, 1, 0), {3, 1}) == 1
 

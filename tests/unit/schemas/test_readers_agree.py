@@ -296,7 +296,7 @@ ZOMBIE = [
 ]
 
 
-def test_a_late_repeat_that_is_the_oldest_kept_event_is_shown_by_no_reader() -> None:
+def test_a_late_repeat_as_the_oldest_kept_event_is_accepted_by_no_reader() -> None:
     kept = list(enumerate(ZOMBIE, 40))
     assert definition(kept) == Said([(41, 2, 3), (43, 2, 4), (44, 2, 5)], "completed")
     asyncio.run(check(kept, random.Random(1)))

@@ -62,7 +62,7 @@ def test_nothing_is_touched_when_settings_are_wrong(tmp_path: Path, monkeypatch:
         ({"billing": None}, {"TAILRACE_BILLING_PORT": ""}, {}, 8081),
     ],
 )
-def test_a_port_is_taken_from_the_flag_the_variable_or_the_file(
+def test_a_port_is_read_from_the_flag_the_variable_or_the_file(
     flags: dict[str, int | None], env: dict[str, str], config: dict[str, object], port: int
 ) -> None:
     problems: list[str] = []

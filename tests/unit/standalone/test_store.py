@@ -46,7 +46,7 @@ def test_other_bytes_are_no_position(data: bytes) -> None:
     assert not is_position(data)
 
 
-def test_unreadable_positions_are_moved_away_and_others_stay(tmp_path: Path) -> None:
+def test_unreadable_positions_are_moved_aside_and_others_are_kept(tmp_path: Path) -> None:
     files = {}
     for name, data in {"billing-0": os.urandom(3) + b"\xff" * 30, "producers-default": position(3, 1)}.items():
         path = tmp_path / "nats" / "jetstream" / "$G" / "streams" / "S" / "obs" / name / "o.dat"

@@ -73,7 +73,7 @@ async def test_another_tenants_consumer_is_not_there(stage: Stage, broker: Broke
     assert (await service.view())["in_flight"] == 3
 
 
-async def test_a_tenant_and_a_name_with_dashes_are_never_taken_for_others(stage: Stage) -> None:
+async def test_tenants_and_names_with_dashes_are_not_confused(stage: Stage) -> None:
     stage.principal = Principal(tenant="a")
     await Service(stage, "b-c").created()
     stage.principal = Principal(tenant="a-b")
@@ -134,7 +134,7 @@ async def test_a_stream_ends_when_its_credentials_expire(stage: Stage) -> None:
         (b"\xff\xfe", 400),
     ],
 )
-async def test_a_wish_that_makes_no_sense_is_refused(stage: Stage, wish: bytes, status: int) -> None:
+async def test_an_invalid_consumer_specification_is_refused(stage: Stage, wish: bytes, status: int) -> None:
     answer = await stage.http.put(
         f"{stage.url}/v1/consumers/svc", content=wish, headers={"content-type": "application/json"}
     )
@@ -186,7 +186,7 @@ async def test_made_up_tokens_settle_nothing(stage: Stage, broker: Broker) -> No
     assert (await service.view())["in_flight"] == 3
 
 
-async def test_no_more_consumers_than_allowed(nats_url: str, broker: Broker) -> None:
+async def test_a_consumer_beyond_the_limit_is_refused(nats_url: str, broker: Broker) -> None:
     async with consuming(nats_url, consumers=2) as stage:
         for name in ("a", "b"):
             await Service(stage, name).created()
@@ -197,7 +197,7 @@ async def test_no_more_consumers_than_allowed(nats_url: str, broker: Broker) -> 
         assert (await Service(stage, "c").put()).status_code == 201
 
 
-async def test_nobody_reads_for_too_long_and_the_consumer_goes(nats_url: str, broker: Broker) -> None:
+async def test_an_inactive_consumer_is_removed(nats_url: str, broker: Broker) -> None:
     async with consuming(nats_url, consumer_inactive=1.0) as stage:
         service = await Service(stage).created()
 

@@ -39,7 +39,9 @@ async def disturbed(log: Log) -> None:
     await log.append(Completed(generation="g1", seq=5, epoch=2, finish_reason="stop"))
 
 
-async def test_a_durable_reader_prints_accepted_events_and_goes_on_where_it_was(nats_url: str, broker: Broker) -> None:
+async def test_a_durable_reader_prints_accepted_events_and_resumes_at_its_position(
+    nats_url: str, broker: Broker
+) -> None:
     await broker.apply(Topology(partitions=2))
     log = Log(broker, "s", Topology(partitions=2))
     await disturbed(log)
@@ -53,7 +55,7 @@ async def test_a_durable_reader_prints_accepted_events_and_goes_on_where_it_was(
     assert await read(nats_url, "three", "--tenant", "other") == []
 
 
-async def test_a_live_reader_prints_accepted_events_as_they_come(nats_url: str, broker: Broker) -> None:
+async def test_a_live_reader_prints_accepted_events_at_once(nats_url: str, broker: Broker) -> None:
     run = story("g0", 2)
     await Log(broker).append(*run[:2])
     process = await example(nats_url, "live")

@@ -130,7 +130,7 @@ async def replica(nats_url: str, folder: Path) -> AsyncIterator[tuple[str, subpr
 
 
 @pytest.mark.acceptance
-async def test_a_replica_that_is_killed_loses_nothing_and_another_one_goes_on(
+async def test_a_killed_replica_loses_no_event_and_another_continues(
     nats_url: str, broker: Broker, tmp_path: Path
 ) -> None:
     log = Log(broker)
@@ -174,7 +174,7 @@ async def test_a_partition_that_appears_is_read_too(nats_url: str, broker: Broke
         assert [p["partition"] for p in (await service.view())["position"]] == [0, 1]
 
 
-async def test_a_pause_and_a_limit_hold_for_every_partition(nats_url: str, broker: Broker) -> None:
+async def test_pause_and_in_flight_limit_apply_to_every_partition(nats_url: str, broker: Broker) -> None:
     topology = Topology(partitions=2)
     await broker.apply(topology)
     async with consuming(nats_url, topology=topology) as stage:
@@ -189,7 +189,7 @@ async def test_a_pause_and_a_limit_hold_for_every_partition(nats_url: str, broke
         assert (view["in_flight"], [p["in_flight"] for p in view["position"]]) == (4, [2, 2])
 
 
-async def test_batches_of_several_partitions_never_hold_more_than_asked_for(nats_url: str, broker: Broker) -> None:
+async def test_batches_over_several_partitions_never_exceed_the_requested_size(nats_url: str, broker: Broker) -> None:
     topology = Topology(partitions=4)
     await broker.apply(topology)
     async with consuming(nats_url, topology=topology) as stage:
@@ -229,7 +229,7 @@ async def test_a_partly_removed_consumer_is_removed_on_the_next_request(nats_url
             assert "svc-7-default-svc" not in {c.name for c in await broker.js.consumers_info(stream)}
 
 
-async def test_a_log_made_anew_is_read_from_its_beginning(nats_url: str, broker: Broker) -> None:
+async def test_a_recreated_log_is_read_from_its_beginning(nats_url: str, broker: Broker) -> None:
     async with consuming(nats_url) as stage:
         log = Log(broker)
         service = await Service(stage).created()
@@ -246,7 +246,7 @@ async def test_a_log_made_anew_is_read_from_its_beginning(nats_url: str, broker:
         assert seqs(await service.take(4)) == keys(story("g2", 1))
 
 
-async def test_a_client_that_reads_nothing_holds_little_and_is_let_go(nats_url: str, broker: Broker) -> None:
+async def test_a_stalled_client_uses_bounded_memory_and_is_evicted(nats_url: str, broker: Broker) -> None:
     async with consuming(nats_url, stall=1.0) as stage, small_buffers() as slow:
         service = await Service(stage).created(max_in_flight=10_000)
         await Log(broker).append(*story("g1", 300, size=60_000))

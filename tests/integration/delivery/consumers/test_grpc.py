@@ -88,7 +88,7 @@ def log(broker: Broker) -> Log:
     return Log(broker)
 
 
-async def test_events_are_given_and_settled_over_one_call(stage: Stage, client: Client, log: Log) -> None:
+async def test_events_are_delivered_and_acknowledged_over_one_call(stage: Stage, client: Client, log: Log) -> None:
     service = await Service(stage).created()
     await log.append(*story("g1", 5))
     call = await Consumed(client).opened()
@@ -115,7 +115,7 @@ async def test_with_automatic_acknowledgement_nothing_stays_in_flight(stage: Sta
     call.call.cancel()
 
 
-async def test_no_more_than_the_window_is_given_until_it_is_settled_or_widened(
+async def test_no_more_events_than_the_window_are_delivered_until_settlement_or_credit(
     stage: Stage, client: Client, log: Log
 ) -> None:
     service = await Service(stage).created()
@@ -132,7 +132,7 @@ async def test_no_more_than_the_window_is_given_until_it_is_settled_or_widened(
     call.call.cancel()
 
 
-async def test_a_refused_event_is_given_again(stage: Stage, client: Client, log: Log) -> None:
+async def test_a_nacked_event_is_redelivered(stage: Stage, client: Client, log: Log) -> None:
     await Service(stage).created(ack_wait=60)
     await log.append(*story("g1", 0)[:1])
     call = await Consumed(client).opened()
@@ -186,7 +186,7 @@ async def test_a_deleted_consumer_ends_the_call(stage: Stage, client: Client) ->
     assert (await call.hear("stopped")).reason == "deleted"
 
 
-async def test_a_drain_ends_calls_those_without_a_first_request_too(
+async def test_a_drain_ends_all_calls_including_those_without_a_request(
     stage: Stage, calls: GrpcStage, client: Client
 ) -> None:
     await Service(stage).created()

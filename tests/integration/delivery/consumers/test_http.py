@@ -93,7 +93,7 @@ async def test_unwanted_types_are_passed_over_and_settled(stage: Stage, log: Log
     assert (view["in_flight"], view["pending"], view["dead"]) == (0, 0, 0)
 
 
-async def test_an_event_that_is_not_acknowledged_is_given_again(stage: Stage, log: Log) -> None:
+async def test_an_unacknowledged_event_is_redelivered(stage: Stage, log: Log) -> None:
     service = await Service(stage).created(ack_wait=0.5)
     await log.append(*story("g1", 0))
     first = await service.batch()
@@ -114,7 +114,7 @@ async def test_a_late_acknowledgement_of_an_earlier_delivery_counts(stage: Stage
     assert (await service.view())["in_flight"] == 0
 
 
-async def test_a_refused_event_is_given_again_at_once_or_after_a_delay(stage: Stage, log: Log) -> None:
+async def test_a_nacked_event_is_redelivered_at_once_or_after_its_delay(stage: Stage, log: Log) -> None:
     service = await Service(stage).created(ack_wait=60)
     await log.append(*story("g1", 0)[:2])
     first = await service.batch()
@@ -137,7 +137,7 @@ async def test_working_extends_the_acknowledgement_wait(stage: Stage, log: Log) 
     await service.ack([event])
 
 
-async def test_no_more_is_in_flight_than_wanted(stage: Stage, log: Log) -> None:
+async def test_no_more_events_than_max_in_flight_are_in_flight(stage: Stage, log: Log) -> None:
     service = await Service(stage).created(max_in_flight=4)
     await log.append(*story("g1", 20))
     first = await service.batch()
@@ -147,7 +147,7 @@ async def test_no_more_is_in_flight_than_wanted(stage: Stage, log: Log) -> None:
     assert len(await service.batch()) == 3
 
 
-async def test_an_event_given_too_often_is_put_aside_and_can_be_given_again(stage: Stage, log: Log) -> None:
+async def test_an_event_delivered_too_often_becomes_dead_and_can_be_resent(stage: Stage, log: Log) -> None:
     service = await Service(stage).created(ack_wait=0.3, max_deliver=2)
     await log.append(*story("g1", 0)[:2])
     (poison, fine) = await service.batch()
@@ -196,7 +196,7 @@ async def test_with_as_many_dead_events_as_may_be_the_next_one_stays_in_flight(n
         assert metric("tailrace_delivery_consumer_dead_refused_total") >= 1
 
 
-async def test_a_dead_event_too_large_to_be_kept_leaves_its_name(stage: Stage, log: Log) -> None:
+async def test_a_dead_event_too_large_to_store_keeps_its_generation_and_seq(stage: Stage, log: Log) -> None:
     service = await Service(stage).created(ack_wait=0.2, max_deliver=1)
     room = 1_048_576 - len('{"type":"started","generation":"g1","seq":0,"model":""}')
     await log.append_bytes("g1", b'{"type":"started","generation":"g1","seq":0,"model":"%b"}' % (b"x" * room))

@@ -52,7 +52,7 @@ async def nothing_more(client: SocketClient) -> None:
 
 
 @pytest.mark.parametrize("subprotocol", [JSON, MSGPACK])
-async def test_events_are_given_and_settled_over_one_socket(stage: Stage, log: Log, subprotocol: str) -> None:
+async def test_events_are_delivered_and_acknowledged_over_one_socket(stage: Stage, log: Log, subprotocol: str) -> None:
     service = await Service(stage).created()
     await log.append(*story("g1", 5))
     async with socket(stage.url, subprotocol) as client:
@@ -88,7 +88,9 @@ async def test_with_automatic_acknowledgement_nothing_stays_in_flight(stage: Sta
                 await asyncio.sleep(0.05)
 
 
-async def test_no_more_than_the_credit_is_given_until_it_is_settled_or_more_is_granted(stage: Stage, log: Log) -> None:
+async def test_no_more_events_than_the_credit_are_delivered_until_settlement_or_more_credit(
+    stage: Stage, log: Log
+) -> None:
     service = await Service(stage).created()
     await log.append(*story("g1", 20))
     async with socket(stage.url) as client:
@@ -104,7 +106,7 @@ async def test_no_more_than_the_credit_is_given_until_it_is_settled_or_more_is_g
         assert seqs(first + second + third) == keys(story("g1", 20))[:9]
 
 
-async def test_without_credit_for_long_a_consumer_goes_on_when_there_is_some(stage: Stage, log: Log) -> None:
+async def test_a_consumer_without_credit_continues_when_credit_is_granted(stage: Stage, log: Log) -> None:
     service = await Service(stage).created(ack_wait=1)
     await log.append(*story("g1", 10))
     async with socket(stage.url) as client:
@@ -117,7 +119,7 @@ async def test_without_credit_for_long_a_consumer_goes_on_when_there_is_some(sta
     assert (await service.view())["pending"] == 0
 
 
-async def test_a_refused_event_is_given_again(stage: Stage, log: Log) -> None:
+async def test_a_nacked_event_is_redelivered(stage: Stage, log: Log) -> None:
     await Service(stage).created(ack_wait=60)
     await log.append(*story("g1", 0)[:1])
     async with socket(stage.url) as client:
@@ -153,7 +155,7 @@ async def test_unacknowledged_events_of_a_dead_client_are_delivered_to_another(s
     assert {e["deliveries"] for e in taken if seqs([e])[0] in seqs(lost)} == {2}
 
 
-async def test_events_are_settled_over_another_connection_than_they_came(stage: Stage, log: Log) -> None:
+async def test_events_may_be_settled_over_another_connection(stage: Stage, log: Log) -> None:
     service = await Service(stage).created()
     await log.append(*story("g1", 0))
     async with socket(stage.url) as client:
@@ -216,7 +218,7 @@ async def test_a_socket_reads_a_bounded_number_of_consumers(stage: Stage) -> Non
         assert await refusal(client, "consume", consumer="c8") == (429, "too-many-consumers")
 
 
-async def test_without_the_scope_nothing_is_given_or_settled(stage: Stage, log: Log) -> None:
+async def test_consume_and_settle_without_the_scope_are_refused(stage: Stage, log: Log) -> None:
     await Service(stage).created()
     await log.append(*story("g1", 0))
     stage.principal = Principal(tenant=TENANT, scopes=frozenset({"read", "start"}))

@@ -89,7 +89,7 @@ async def silence(attached: Attached) -> None:
     attached.said.pop("silence")
 
 
-async def test_several_sessions_come_over_one_call(attached: Attached, broker: Broker) -> None:
+async def test_one_call_streams_several_sessions(attached: Attached, broker: Broker) -> None:
     for session in ("a", "b", "c"):
         await Log(broker, session).append(*story(f"g-{session}"))
         await attached.subscribe(session, session)
@@ -99,7 +99,7 @@ async def test_several_sessions_come_over_one_call(attached: Attached, broker: B
         assert attached.kinds(session) == ["subscribed"]
 
 
-async def test_no_more_events_come_than_the_credit_allows(attached: Attached, log: Log) -> None:
+async def test_no_more_events_than_the_credit_are_sent(attached: Attached, log: Log) -> None:
     await log.append(*story("g1", 30))
     await attached.subscribe("one", credit=pb.Credit(events=5))
     await attached.until(lambda: attached.count("one") == 5)
@@ -115,7 +115,7 @@ async def test_no_more_events_come_than_the_credit_allows(attached: Attached, lo
     assert attached.reads["one"].keys == keys(story("g1", 30) + story("g2"))
 
 
-async def test_live_events_wait_for_credit_and_then_come_at_once(attached: Attached, log: Log) -> None:
+async def test_live_events_wait_for_credit_and_are_then_sent_at_once(attached: Attached, log: Log) -> None:
     await log.append(*story("g1", 0))
     await attached.subscribe("one", credit=pb.Credit(events=3))
     await attached.until(lambda: attached.count("one") == 3)
@@ -161,7 +161,7 @@ async def test_window_that_follows_acknowledgements_brings_everything(attached: 
     assert attached.reads["one"].keys == keys(events)
 
 
-async def test_subscription_without_credit_leaves_another_one_alone(attached: Attached, broker: Broker) -> None:
+async def test_subscription_without_credit_does_not_block_another(attached: Attached, broker: Broker) -> None:
     await Log(broker, "a").append(*story("g1", 100))
     await Log(broker, "b").append(*story("g2", 100))
     await attached.subscribe("poor", "a", credit=pb.Credit(events=1))
@@ -239,7 +239,7 @@ async def test_an_invalid_message_gets_a_problem_and_the_subscription_continues(
     await attached.until(lambda: attached.count("one") == 13)
 
 
-async def test_start_and_cancel_beside_a_subscription(attached: Attached, stage: GrpcStage) -> None:
+async def test_start_and_cancel_work_while_a_subscription_is_open(attached: Attached, stage: GrpcStage) -> None:
     await attached.subscribe("one")
     request = pb.StartRequest(session="s", model="m", messages=[pb.Message(role="user", content="hi")])
     await attached.say("ask", start=request)

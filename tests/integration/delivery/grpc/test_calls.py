@@ -61,7 +61,7 @@ async def test_the_same_key_with_another_body_already_exists(client: Client) -> 
     assert json.loads(trailing[PROBLEM_KEY])["type"] == "urn:tailrace:problem:idempotency-conflict"
 
 
-async def test_messages_may_be_given_as_json(client: Client) -> None:
+async def test_messages_may_be_json(client: Client) -> None:
     parts = json.dumps({"role": "user", "content": [{"type": "text", "text": "hi"}]}).encode()
     answer = await client.start(pb.StartRequest(session="s", model="m", messages=[pb.Message(json=parts)]))
     assert answer.state == "queued"
@@ -126,9 +126,7 @@ async def test_request_that_is_too_large_is_refused(client: Client) -> None:
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
-async def test_calls_beyond_the_bound_are_refused_and_come_in_again_later(
-    broker: Broker, nats_server: NatsServer
-) -> None:
+async def test_calls_beyond_the_bound_are_refused_until_another_ends(broker: Broker, nats_server: NatsServer) -> None:
     async with serving_calls(nats_server.url, calls=3) as stage, stage.client() as client:
         open_ = [client.read(pb.ReadRequest(session="s")) for _ in range(3)]
         for call in open_:

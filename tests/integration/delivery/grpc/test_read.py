@@ -133,7 +133,7 @@ async def test_live_begin_skips_stored_events(client: Client, log: Log) -> None:
         (pb.ReadRequest(session="s", after="nonsense"), grpc.StatusCode.INVALID_ARGUMENT, "cursor-invalid"),
     ],
 )
-async def test_refusal_carries_code_and_problem(
+async def test_refusal_has_status_code_and_problem(
     client: Client, request_: pb.ReadRequest, code: grpc.StatusCode, slug: str
 ) -> None:
     got, problem = await refused(client.read(request_))
@@ -216,7 +216,7 @@ async def test_drain_sends_bye_with_a_cursor_that_another_server_accepts(
     assert got.keys == keys(events)
 
 
-async def test_client_that_reads_nothing_costs_bounded_memory_and_is_evicted_while_others_go_on(
+async def test_stalled_client_uses_bounded_memory_and_is_evicted_while_others_continue(
     broker: Broker, nats_server: NatsServer, log: Log
 ) -> None:
     async with (

@@ -306,7 +306,7 @@ async def test_twenty_requests_at_once_under_one_key_make_one_generation(stage: 
     assert len(await queued(broker)) == 1
 
 
-async def test_full_queue_asks_to_come_back_later_and_forgets_the_request(
+async def test_full_queue_is_refused_with_retry_after_and_the_request_is_removed(
     nats_server: NatsServer, broker: Broker
 ) -> None:
     shared = Shared(nats_url=nats_server.url, max_requests=2)
@@ -525,7 +525,7 @@ async def test_garbage_on_the_wire_is_refused_or_closed_and_nothing_breaks(
     assert "panicked" not in out
 
 
-async def test_openapi_document_is_valid_and_knows_the_streams(stage: Stage) -> None:
+async def test_openapi_document_is_valid_and_describes_the_streams(stage: Stage) -> None:
     from openapi_spec_validator import OpenAPIV31SpecValidator
 
     document = (await stage.http.get(f"{stage.url}/docs/openapi.json")).json()
@@ -587,7 +587,7 @@ async def test_pages_of_other_origins_may_not(stage: Stage, broker: Broker) -> N
     assert preflight.headers.get("access-control-allow-origin") != "*"
 
 
-async def test_broker_that_is_away_is_503_and_then_everything_works_again(own_nats: NatsServer) -> None:
+async def test_broker_outage_is_503_and_service_recovers_afterwards(own_nats: NatsServer) -> None:
     async with delivering(own_nats.url) as stage:
         assert (await ask(stage)).status_code == 202
         own_nats.stop()

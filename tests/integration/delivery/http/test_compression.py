@@ -55,7 +55,7 @@ async def test_compressed_stream_is_the_plain_one(stage: Stage, log: Log, accept
     assert len(packed) < len(plain) / 4
 
 
-async def test_clients_at_different_places_share_blocks_and_have_whole_streams(
+async def test_clients_at_different_positions_share_blocks_and_receive_complete_streams(
     stage: Stage, log: Log, monkeypatch: Any
 ) -> None:
     events = story("g1", 30)

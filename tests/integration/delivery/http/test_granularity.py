@@ -85,7 +85,7 @@ async def test_line_and_sentence_are_one_event_each(stage: Stage, log: Log) -> N
     assert len(sentences.events) == 2 + 2 * 12
 
 
-async def test_every_cursor_of_every_granularity_goes_on_in_every_other(stage: Stage, log: Log) -> None:
+async def test_every_cursor_of_every_granularity_is_valid_in_every_other(stage: Stage, log: Log) -> None:
     said = ["One. Two", "! Th", "ree\nFo", "ur. 五。六", "\n\n", "Se", "ven"]
     await log.append(*answer("g1", said))
     whole = "".join(said)
@@ -153,7 +153,7 @@ async def test_text_is_joined_once_for_all_subscribers_of_a_granularity(
     assert all(text_of(client.events) == TEXT for client in clients)
 
 
-async def test_held_text_comes_in_time_without_an_end(stage: Stage, log: Log) -> None:
+async def test_held_text_is_sent_after_a_delay_without_a_boundary(stage: Stage, log: Log) -> None:
     client = stage.events(**{"from": "start"}, granularity="line")
     async with client.connected() as connection:
         await log.append(*answer(said=["no ", "end ", "here"])[:4])
@@ -161,7 +161,7 @@ async def test_held_text_comes_in_time_without_an_end(stage: Stage, log: Log) ->
             assert await connection.until(lambda c: text_of(c.events) == "no end here")
 
 
-async def test_coalesced_text_comes_in_fewer_events(stage: Stage, log: Log) -> None:
+async def test_coalesce_sends_fewer_events(stage: Stage, log: Log) -> None:
     client = stage.events(**{"from": "start"}, coalesce="5000")
     async with client.connected() as connection:
         await log.append(*answer())

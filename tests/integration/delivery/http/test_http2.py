@@ -115,7 +115,7 @@ def events_of(body: bytes) -> list[Any]:
     return [json.loads(line[6:]) for line in body.split(b"\n") if line.startswith(b"data: {") and b'"seq"' in line]
 
 
-async def test_events_over_http_2_are_those_over_http_1_and_resume(
+async def test_events_over_http_2_equal_those_over_http_1_and_resume(
     stage: Stage, log: Log, http: httpx.AsyncClient
 ) -> None:
     events = story("g1", 50)
@@ -167,7 +167,7 @@ async def test_streams_beyond_the_bound_of_a_connection_are_refused_alone(stage:
         await raw.until(lambda: last in raw.ended or last in raw.refused)
 
 
-async def test_stream_that_is_not_read_holds_up_no_other_on_its_connection(stage: Stage, log: Log) -> None:
+async def test_unread_stream_does_not_block_others_on_its_connection(stage: Stage, log: Log) -> None:
     large, small = story("g1", 200, size=10_000), story("g2", 5)
     await log.append(*large)
     await Log(log._broker, "other").append(*small)

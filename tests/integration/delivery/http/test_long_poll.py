@@ -137,7 +137,7 @@ async def test_poll_of_an_ended_generation_is_marked_ended(stage: Stage, log: Lo
     assert again == {"events": [], "cursor": batch["cursor"], "more": False, "ended": True}
 
 
-async def test_batch_in_a_granularity_holds_the_same_text_and_exact_cursors(stage: Stage, log: Log) -> None:
+async def test_batch_in_a_granularity_has_the_same_text_and_exact_cursors(stage: Stage, log: Log) -> None:
     said = ["He", "llo. How", " are", " you? ", "Fi", "ne."]
     middle: list[AnyEvent] = [Delta(generation="g1", seq=n, text=t, tokens=n) for n, t in enumerate(said, 1)]
     await log.append(story("g1")[0], *middle)
@@ -206,7 +206,7 @@ def text_of(generation: str) -> str:
     return "".join(f"{generation}:{n} " for n in range(1, 11))
 
 
-async def test_whole_answer_comes_when_the_generation_has_ended(stage: Stage, log: Log) -> None:
+async def test_wait_complete_returns_when_the_generation_ends(stage: Stage, log: Log) -> None:
     events = story("g1")
     await log.append(*events[:5])
     places = [f"{stage.url}/v1/sessions/s/generations/g1", f"{url(stage)}?generation=g1"]
@@ -224,7 +224,7 @@ async def test_whole_answer_comes_when_the_generation_has_ended(stage: Stage, lo
         assert view["usage"]["output"] == 10
 
 
-async def test_whole_answer_of_an_ended_generation_comes_at_once(stage: Stage, log: Log) -> None:
+async def test_wait_complete_of_an_ended_generation_returns_at_once(stage: Stage, log: Log) -> None:
     await write(log, "g1")
     response = await stage.http.get(f"{stage.url}/v1/sessions/s/generations/g1", params={"wait": "complete"})
     assert (response.status_code, response.json()["state"]) == (200, "completed")

@@ -75,7 +75,7 @@ async def test_sessions_are_read_concurrently_and_events_name_their_session(stag
     assert len(set(client.ids)) == len(client.ids)
 
 
-async def test_every_cursor_holds_the_place_in_every_session(stage: Stage, logs: dict[str, Log]) -> None:
+async def test_every_cursor_has_the_position_of_every_session(stage: Stage, logs: dict[str, Log]) -> None:
     told = stories(4)
     await append_all(logs, told)
     whole = client_of(stage, *NAMES)
@@ -120,7 +120,7 @@ async def test_sessions_may_join_and_leave_when_coming_back(stage: Stage, logs: 
     assert by_session(second)["c"] == keys(told["c"])
 
 
-async def test_cursor_of_one_session_goes_on_in_it(stage: Stage, logs: dict[str, Log]) -> None:
+async def test_cursor_of_one_session_resumes_that_session(stage: Stage, logs: dict[str, Log]) -> None:
     told = stories()
     await append_all(logs, told)
     alone = stage.events("a", generation=name_of("a"))

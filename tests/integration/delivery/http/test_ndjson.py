@@ -46,7 +46,7 @@ async def test_lines_are_cursor_and_stored_event(stage: Stage, log: Log) -> None
     assert [line["event"] for line in lines] == sse.events
 
 
-async def test_lines_go_on_from_every_cursor(stage: Stage, log: Log) -> None:
+async def test_lines_resume_at_every_cursor(stage: Stage, log: Log) -> None:
     events = story("g1")
     await log.append(*events)
     whole = read((await stage.http.get(url(stage), params={"generation": "g1"}, headers=NDJSON)).text)

@@ -96,7 +96,7 @@ async def test_from_live_of_an_ended_generation_has_nothing_to_wait_for(stage: S
         assert await stage.events(**{"from": "live", "generation": "g1"}).read_all() == 204
 
 
-async def test_generation_stream_ends_after_the_terminal_while_the_session_goes_on(stage: Stage, log: Log) -> None:
+async def test_generation_stream_ends_after_its_terminal_while_the_session_continues(stage: Stage, log: Log) -> None:
     mixed = interleaved(random.Random(1), story("g1"), story("g2", 40))
     reader = stage.events(generation="g1")
     await log.append(mixed[0])
@@ -110,7 +110,7 @@ async def test_generation_stream_ends_after_the_terminal_while_the_session_goes_
     assert keys(reader.events) == keys(story("g1"))
 
 
-async def test_resume_at_every_cursor_goes_on_at_the_next_event(stage: Stage, log: Log) -> None:
+async def test_resume_at_every_cursor_continues_at_the_next_event(stage: Stage, log: Log) -> None:
     events = story("g1") + story("g2")
     await log.append(*events)
     whole = stage.events(**{"from": "start"})
@@ -200,7 +200,7 @@ async def test_unknown_session_waits_for_its_first_generation(stage: Stage, brok
     assert keys(reader.events) == keys(story("g1"))
 
 
-async def test_repeats_zombies_and_takeovers_reach_nobody(stage: Stage, log: Log) -> None:
+async def test_repeats_and_zombie_events_are_not_sent(stage: Stage, log: Log) -> None:
     events, noisy = noisy_generation()
     first = stage.events(generation="g1")
     task = asyncio.create_task(first.read_all())
@@ -260,7 +260,7 @@ def noisy_generation():  # type: ignore[no-untyped-def]
     return [*calm, takeover, *again, end], noisy
 
 
-async def test_events_of_unknown_types_are_passed_on_and_hold_their_place(stage: Stage, log: Log) -> None:
+async def test_events_of_unknown_types_are_sent_in_order(stage: Stage, log: Log) -> None:
     events = story("g1", 4)
     await log.append(*events[:3])
     await log.append_bytes("g1", b'{"type":"hologram","generation":"g1","seq":3,"shape":"cube"}')
@@ -337,7 +337,7 @@ async def test_cursor_is_410_after_its_next_events_were_removed(stage: Stage, br
         assert await connection.count(13)
 
 
-async def test_cursor_of_a_log_that_was_created_anew_is_gone(stage: Stage, broker: Broker, log: Log) -> None:
+async def test_cursor_of_a_recreated_log_is_410(stage: Stage, broker: Broker, log: Log) -> None:
     await log.append(*story("g1"))
     whole = stage.events(generation="g1")
     await whole.read_all()

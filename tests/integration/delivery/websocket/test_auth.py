@@ -48,7 +48,7 @@ async def test_handshake_without_credentials_is_refused_with_a_challenge(stage: 
     assert metric("tailrace_delivery_sockets") == 0
 
 
-async def test_token_lets_a_tenant_read_its_own_sessions_only(stage: Stage, broker: Broker) -> None:
+async def test_token_allows_only_sessions_of_its_own_tenant(stage: Stage, broker: Broker) -> None:
     await append(broker, "acme", story("g1"))
     async with socket(stage.url, additional_headers=bearer(token("acme", "read"))) as client:
         await client.say("subscribe", session="s", generation="g1")

@@ -158,7 +158,7 @@ FRAMES = st.one_of(
 )
 
 
-async def test_any_bytes_after_the_handshake_harm_nobody_else(stage: Stage) -> None:
+async def test_any_bytes_after_the_handshake_affect_no_other_client(stage: Stage) -> None:
     stage_loop[id(stage)] = asyncio.get_running_loop()
     port = int(stage.url.rsplit(":", 1)[1])
 

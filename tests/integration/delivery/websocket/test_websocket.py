@@ -49,7 +49,7 @@ async def test_generation_is_read_to_its_end(stage: Stage, log: Log, subprotocol
     assert client.cursors["s"] == sorted(set(client.cursors["s"]))
 
 
-async def test_json_frames_hold_the_stored_bytes(stage: Stage, log: Log) -> None:
+async def test_json_frames_contain_the_stored_bytes(stage: Stage, log: Log) -> None:
     stored = b'{"type":"delta","generation":"g1","seq":0,"text":"\\u00e9  spaced","unknown":{"kept":[1.50]}}'
     await log.append_bytes("g1", stored)
     async with socket(stage.url) as client:
@@ -81,7 +81,7 @@ async def test_an_event_that_messagepack_cannot_encode_is_sent_as_stored_json(st
         assert await client.gather("s", 1) == [stored]
 
 
-async def test_resume_at_every_cursor_goes_on_at_the_next_event(stage: Stage, log: Log) -> None:
+async def test_resume_at_every_cursor_continues_at_the_next_event(stage: Stage, log: Log) -> None:
     events = story("g1")
     await log.append(*events)
     async with socket(stage.url) as client:
@@ -129,7 +129,7 @@ async def test_several_sessions_share_a_socket_and_each_keeps_its_order(stage: S
             assert keys(await client.gather(session, 43)) == keys(story("g1", 40))
 
 
-async def test_answers_come_while_several_sessions_stream(stage: Stage, broker: Broker) -> None:
+async def test_replies_are_sent_while_several_sessions_stream(stage: Stage, broker: Broker) -> None:
     async with socket(stage.url) as client:
         for n in range(3):
             await client.say("subscribe", session=f"s{n}", from_="start")
@@ -370,7 +370,7 @@ async def test_expired_beginning_is_one_gap_per_generation(stage: Stage, log: Lo
     assert keys(client.events["s"]) == keys(story("g1")[5:])
 
 
-async def test_log_that_is_created_anew_ends_the_subscription(stage: Stage, log: Log, broker: Broker) -> None:
+async def test_recreated_log_ends_the_subscription(stage: Stage, log: Log, broker: Broker) -> None:
     await log.append(*story("g1"))
     async with socket(stage.url) as client:
         await client.say("subscribe", session="s", from_="start")
@@ -468,9 +468,7 @@ async def test_client_that_vanishes_is_noticed(stage: Stage, log: Log) -> None:
         await eventually(lambda: open_subscriptions() == 0)
 
 
-async def test_client_that_takes_nothing_is_evicted_and_others_are_not(
-    broker: Broker, nats_server: NatsServer, log: Log
-) -> None:
+async def test_stalled_client_is_evicted_and_others_are_not(broker: Broker, nats_server: NatsServer, log: Log) -> None:
     events = story("g1", 250, size=64_000)
     async with delivering(nats_server.url, stall=1.0, feed_bytes=65_536) as stage:
         async with socket(stage.url) as fast, socket(stage.url, max_queue=1) as stuck:
@@ -534,7 +532,7 @@ async def test_events_are_framed_once_for_all_sockets_of_a_session(stage: Stage,
             assert keys(await client.gather("s", 13)) == keys(story("g1"))
 
 
-async def test_http_goes_on_beside_sockets(stage: Stage, log: Log) -> None:
+async def test_http_is_served_beside_sockets(stage: Stage, log: Log) -> None:
     await log.append(*story("g1"))
     async with socket(stage.url) as client, httpx.AsyncClient() as http:
         await client.say("subscribe", session="s", from_="start")

@@ -38,7 +38,7 @@ def test_nothing_is_found_in_a_good_run(story: Story) -> None:
     assert story.rules() == []
 
 
-def test_an_accepted_request_that_left_no_trace_is_lost(story: Story) -> None:
+def test_an_accepted_request_without_any_event_is_lost(story: Story) -> None:
     story.log, story.row, story.got = [], {}, {}
     assert story.rules() == ["lost"]
 
@@ -60,7 +60,7 @@ def test_repeats_and_zombies_in_the_log_are_no_violation(story: Story) -> None:
     assert story.rules() == []
 
 
-def test_a_writer_that_goes_on_after_its_terminal_is_found(story: Story) -> None:
+def test_events_after_a_terminal_are_found(story: Story) -> None:
     story.log.append(event("delta", 5, text="more", tokens=3))
     story.row["late"] = 1
     assert story.rules() == ["after_terminal"]
@@ -108,7 +108,7 @@ def test_an_interrupted_text_must_begin_a_call(story: Story, calls: list[tuple[s
     assert story.rules() == ([] if good else ["text"])
 
 
-def test_the_text_begins_anew_where_it_was_restarted(story: Story) -> None:
+def test_the_text_starts_over_at_a_restart(story: Story) -> None:
     story.log[2:2] = [event("restarted", 2, epoch=2)]
     for index, entry in enumerate(story.log[3:], 3):
         entry.update(seq=index, epoch=2)
@@ -118,7 +118,7 @@ def test_the_text_begins_anew_where_it_was_restarted(story: Story) -> None:
     assert story.rules() == []
 
 
-def test_a_cancellation_that_nobody_asked_for_is_found(story: Story) -> None:
+def test_a_cancellation_without_a_request_is_found(story: Story) -> None:
     asks = tuple(msgspec.structs.replace(ask, grace=None) for ask in story.schedule.asks)
     story.schedule = msgspec.structs.replace(story.schedule, asks=asks)
     story.log[4] = event("cancelled", 4, reason="requested", counted={"input": 20, "output": 2})
@@ -237,7 +237,7 @@ def test_processes_that_fail_hang_or_grow_are_found(story: Story, record: AnyRec
     assert story.rules() == [rule]
 
 
-def test_a_service_may_leave_while_the_broker_is_away(story: Story) -> None:
+def test_a_service_may_exit_during_a_broker_outage(story: Story) -> None:
     story.more = [Exited(process="producer-0", code=3, asked=False)]
     assert story.rules() == []
 

@@ -33,7 +33,7 @@ def test_every_generation_has_one_terminal_despite_repeats(seed: int) -> None:
     assert all(len(generation.terminals) == 1 for generation in told.values())
 
 
-def test_it_holds_everything_that_can_go_wrong_in_a_log() -> None:
+def test_the_log_contains_every_kind_of_fault() -> None:
     told = tell(logged(1, 400)).values()
     assert {t.terminals[0].type for t in told} == {"completed", "failed", "cancelled", "interrupted"}
     assert all(sum(t.dropped[reason] for t in told) > 0 for reason in ("duplicates", "gaps", "zombies", "late"))

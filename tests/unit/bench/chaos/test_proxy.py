@@ -115,7 +115,7 @@ async def closed(reader: asyncio.StreamReader) -> bool:
         return True
 
 
-def test_bytes_that_were_held_when_their_connection_was_cut_are_dropped_in_silence() -> None:
+def test_held_bytes_of_a_cut_connection_are_dropped_without_an_error() -> None:
     """uvloop, which the runs use, refuses writes to an aborted connection, and asyncio would report that."""
     reported: list[str] = []
 

@@ -70,7 +70,7 @@ CALL = {"number": 1, "code": "upstream_cut_off", "counted": {"input": 20, "outpu
         (CALL | {"usage": {"input": 21, "output": 4}}, "0.000066250004", 25, (40, 5, 41, 6)),
     ],
 )
-def test_calls_that_were_left_are_part_of_the_bill(
+def test_abandoned_calls_are_part_of_the_bill(
     story: Story, call: dict[str, Any] | None, cost: str, tokens: int, columns: tuple[int, ...]
 ) -> None:
     story.log[2:2] = [event("restarted", 2, epoch=2, **({"call": call} if call else {}))]
@@ -126,7 +126,7 @@ def binary(story: Story, **changes: Any) -> None:
     story.more.append(Left(watch=2, session="s1", generation="g", start=0, complete=True))
 
 
-def test_events_of_a_binary_wire_are_compared_by_place_type_and_text(story: Story) -> None:
+def test_events_of_a_binary_protocol_are_compared_by_position_type_and_text(story: Story) -> None:
     binary(story)
     assert story.rules() == []
 
@@ -142,7 +142,7 @@ def test_credentials_that_expired_on_the_way_are_no_violation(story: Story) -> N
     assert story.rules() == []
 
 
-def test_a_machine_that_others_load_is_waited_for_longer_within_a_bound() -> None:
+def test_timeouts_grow_with_the_machine_load_up_to_a_bound() -> None:
     assert slowness(0.5, 2) == 1.0
     assert slowness(8.0, 2) == 2.0
     assert slowness(1_000.0, 2) == MOST

@@ -70,7 +70,7 @@ def test_a_track_bounds_its_dropped_messages_and_has_no_verdict_before_its_base(
     assert track.verdict(track.base + 1) == "duplicate"
 
 
-def test_without_its_beginning_a_generation_is_joined_at_the_highest_epoch_that_is_kept() -> None:
+def test_a_generation_without_its_beginning_is_joined_at_the_highest_kept_epoch() -> None:
     track = Track()
     first = Header("g", 5, "delta", 1)
     assert track.acceptance.lacks(first)
@@ -111,7 +111,7 @@ def test_any_parsed_token_names_only_the_given_consumer(text: str) -> None:
     assert all(number.isdecimal() for number in numbers)
 
 
-def test_a_definition_is_found_again_beside_the_brokers_consumer() -> None:
+def test_a_definition_round_trips_through_the_metadata_of_the_durable_consumer() -> None:
     definition = Definition(spec=ConsumerSpec(session="s", types=("completed",)), revision=3)
     config = durable_config("t", "n", definition, 2, 4, 60.0)
     assert config["filter_subject"] == "tokens.2.t.s.*"
@@ -129,7 +129,7 @@ def test_partitions_share_the_in_flight_limit(wanted: int, partitions: int, shar
     assert "inactive_threshold" not in config
 
 
-def test_a_partition_that_comes_later_leaves_nothing_out() -> None:
+def test_a_partition_added_later_is_read_from_the_start_of_the_consumer() -> None:
     born = "2026-01-01T00:00:00Z"
     cursor = CursorIssuer(1, born, "t", "s").issue(41)
     assert first_position(ConsumerSpec(), 0) == {"deliver_policy": "all"}
@@ -177,7 +177,7 @@ def test_a_message_delivered_to_another_reader_is_a_hole() -> None:
     assert reader.seen(raw(16, 7)) == 15
 
 
-def test_an_envelope_holds_the_stored_bytes() -> None:
+def test_an_envelope_contains_the_stored_bytes() -> None:
     stored = b'{"type":"delta","seq":1,  "text":"x"}'
     delivery = Delivery("k1", "s", "t1", 2, "delta", stored, "reply", "beginning_expired")
     assert stored in envelope(delivery, auto=False)

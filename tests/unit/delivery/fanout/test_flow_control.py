@@ -43,7 +43,7 @@ def test_repeated_and_older_acknowledgements_release_nothing() -> None:
     assert flight.acked(3, 2.0) is None
 
 
-def test_writes_that_are_never_acknowledged_are_kept_within_a_bound() -> None:
+def test_records_of_unacknowledged_writes_are_bounded() -> None:
     flight = InFlight()
     for place in range(1, 3 * RECORDS):
         flight.sent(place, 1, 10, float(place))

@@ -34,7 +34,7 @@ def test_other_starts_are_refused_in_few_words(where: str) -> None:
 
 
 @given(st.integers(1, 1_000), st.integers(0, 1_000), st.integers(0, 3_000))
-def test_cursor_holds_while_all_that_follows_it_is_kept(first: int, length: int, seq: int) -> None:
+def test_cursor_is_valid_while_all_later_events_are_kept(first: int, length: int, seq: int) -> None:
     last = first + length - 1
     kept = seq == 0 or first - 1 <= seq <= last
     if kept:

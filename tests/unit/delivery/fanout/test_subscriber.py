@@ -87,7 +87,7 @@ async def test_write_that_does_not_wait_is_through_at_once(client: Client, subsc
     assert (subscriber.index, subscriber.seq, subscriber.ready) == (3, 3, True)
 
 
-async def test_blocked_write_is_followed_by_one_write_of_all_that_was_missed(
+async def test_blocked_write_is_followed_by_one_write_of_all_missed_events(
     client: Client, subscriber: Subscriber
 ) -> None:
     feed = Feed()
@@ -123,7 +123,7 @@ async def test_connection_that_goes_while_a_write_waits_ends_the_stream(client: 
     assert await subscriber.through(1)
 
 
-async def test_first_reason_to_end_holds(subscriber: Subscriber) -> None:
+async def test_the_first_reason_to_stop_wins(subscriber: Subscriber) -> None:
     subscriber.stop("drain")
     subscriber.stop("lifetime")
     assert await subscriber.done == "drain"
@@ -228,7 +228,7 @@ async def test_a_subscriber_allows_only_the_transitions_of_the_table(
             subscriber.move(after)
 
 
-async def test_a_blocked_subscriber_goes_on_where_it_was(client: Client, subscriber: Subscriber) -> None:
+async def test_a_blocked_subscriber_returns_to_its_previous_state(client: Client, subscriber: Subscriber) -> None:
     client.block()
     subscriber.move(State.LIVE)
     subscriber.start({"body": b"first"})

@@ -73,7 +73,7 @@ class Stage:
         return self.view.flush(0.0)
 
 
-async def test_those_at_the_same_place_get_everything_once_and_are_counted_exactly() -> None:
+async def test_subscribers_at_the_same_position_receive_every_event_once_and_are_counted() -> None:
     stage, before = Stage(), metric("tailrace_delivery_events_delivered_total")
     crowd = [stage.join() for _ in range(50)]
     assert [stage.say() for _ in range(10)] == [50] * 10
@@ -121,7 +121,7 @@ async def test_a_subscriber_inside_an_event_receives_only_its_rest() -> None:
     assert b"some" not in inside.taken
 
 
-async def test_those_of_one_generation_and_those_that_have_ended_get_nothing_else() -> None:
+async def test_subscribers_of_one_generation_and_ended_subscribers_receive_no_other_events() -> None:
     stage = Stage()
     everything, ended = [stage.join() for _ in range(3)], [stage.join() for _ in range(3)]
     only = [stage.join("a") for _ in range(3)]

@@ -94,14 +94,14 @@ def test_chunk_joins_everything_that_was_missed() -> None:
     assert chunk.message == {"type": "http.response.body", "body": b"3;4;5;", "more_body": True}
 
 
-def test_chunk_ends_behind_its_bound_and_the_next_goes_on() -> None:
+def test_chunk_ends_at_its_size_limit_and_the_next_continues() -> None:
     frames = Frames(tail_of(*[("a", "delta")] * 5), Plain(), AT)
     first = frames.chunk(0, None, 4)
     assert (body(first), first.stop) == (b"1;2;", 2)
     assert body(frames.chunk(first.stop, None, 1_000)) == b"3;4;5;"
 
 
-def test_chunk_holds_no_more_events_than_were_granted() -> None:
+def test_chunk_has_no_more_events_than_the_credit() -> None:
     tail = tail_of(("a", "started"), ("b", "started"), ("b", "delta"), ("a", "delta"), ("a", "completed"))
     frames = Frames(tail, Plain(), AT)
     first = frames.chunk(0, "a", 1_000, 2)
@@ -109,7 +109,7 @@ def test_chunk_holds_no_more_events_than_were_granted() -> None:
     assert (body(frames.chunk(first.stop, "a", 1_000, 2)), first.count) == (b"5;", 2)
 
 
-def test_chunk_of_a_generation_skips_the_others_and_ends_with_its_terminal() -> None:
+def test_chunk_of_a_generation_skips_other_generations_and_ends_with_its_terminal() -> None:
     tail = tail_of(("a", "started"), ("b", "started"), ("a", "completed"), ("b", "delta"), ("a", "usage"))
     frames = Frames(tail, Plain(), AT)
     chunk = frames.chunk(0, "a", 1_000)

@@ -146,7 +146,7 @@ def test_resume_inside_a_piece_continues_with_its_rest(
 
 
 @given(SAID, st.sampled_from(GRAINS), st.frozensets(st.integers(0, 30)))
-def test_places_only_go_forward_and_cursors_sort_as_text(
+def test_positions_only_increase_and_cursors_sort_as_text(
     said: list[tuple[str, str]], grain: Granularity, pauses: frozenset[int]
 ) -> None:
     pieces = shown(entries_of(said), grain, pauses=pauses)
@@ -157,7 +157,7 @@ def test_places_only_go_forward_and_cursors_sort_as_text(
 
 
 @given(SAID, st.sampled_from(GRAINS), st.frozensets(st.integers(0, 30)))
-def test_acceptance_rule_holds_for_joined_deltas_with_through(
+def test_joined_deltas_with_through_satisfy_the_acceptance_rule(
     said: list[tuple[str, str]], grain: Granularity, pauses: frozenset[int]
 ) -> None:
     said = [(kind, text) for kind, text in said if kind != "other"]
@@ -216,7 +216,7 @@ def test_text_without_an_end_is_let_out_in_time() -> None:
     assert merger.due is None
 
 
-def test_coalesced_text_that_comes_after_a_pause_is_shown_at_once() -> None:
+def test_the_first_coalesced_text_after_a_pause_is_sent_at_once() -> None:
     merger = Chunker(Granularity("coalesce", 0.1), Position(0))
     _, one, two, *_ = entries_of([("text", "one "), ("text", "two")])
     merger.offer(one, 5.0)
@@ -232,7 +232,7 @@ def test_event_of_very_many_lines_is_cut_only_so_often() -> None:
     assert "".join(pieces) == "\n" * 100_000
 
 
-def test_delta_that_cannot_be_read_is_passed_on_in_its_place() -> None:
+def test_unreadable_delta_is_sent_unchanged_and_in_order() -> None:
     entries = entries_of([("text", "a"), ("text", "b")])
     broken = entries[2]._replace(data=b'{"type":"delta","generation":"g","seq":2,"text":7}')
     entries[2] = broken

@@ -25,14 +25,14 @@ CURSORS = st.lists(
 
 
 @given(CURSORS)
-def test_composite_cursor_holds_every_place(cursors: list[Cursor]) -> None:
+def test_multi_cursor_has_every_position(cursors: list[Cursor]) -> None:
     text = MultiCursor(cursors).text().decode()
     assert sorted(parse_multi_cursor(text)) == sorted(cursors)
     assert len(text) < 1_400
 
 
 @given(CURSORS, st.data())
-def test_place_that_moves_changes_its_session_alone(cursors: list[Cursor], data: st.DataObject) -> None:
+def test_advance_changes_only_its_own_session(cursors: list[Cursor], data: st.DataObject) -> None:
     composite = MultiCursor(cursors)
     index = data.draw(st.integers(0, len(cursors) - 1))
     composite.advance(index, Position(77, 5))
@@ -40,7 +40,7 @@ def test_place_that_moves_changes_its_session_alone(cursors: list[Cursor], data:
     assert sorted(parse_multi_cursor(composite.text().decode())) == sorted(wanted)
 
 
-def test_cursor_of_one_session_is_taken_as_well() -> None:
+def test_cursor_of_one_session_is_a_valid_multi_cursor() -> None:
     issuer = CursorIssuer(3, "now", "t", "s")
     assert parse_multi_cursor(issuer.issue(9)) == [Cursor.parse(issuer.issue(9))]
 

@@ -66,7 +66,7 @@ def test_gap_and_bye_are_separate_messages_in_order(name: str) -> None:
 
 @pytest.mark.parametrize("name", [JSON, MSGPACK])
 @given(places=st.lists(st.tuples(st.integers(1, 2**40), st.integers(0, 2**30)), min_size=1, max_size=5))
-def test_place_of_a_write_is_that_of_its_last_cursor(name: str, places: list[tuple[int, int]]) -> None:
+def test_position_of_a_write_is_that_of_its_last_cursor(name: str, places: list[tuple[int, int]]) -> None:
     format_ = SessionFormat("s", Dialect(name))
     frames = [format_.frame(entry(seq, offset=offset), AT) for seq, offset in places]
     last = AT.after(entry(places[-1][0], offset=places[-1][1])).decode()
@@ -74,12 +74,12 @@ def test_place_of_a_write_is_that_of_its_last_cursor(name: str, places: list[tup
 
 
 @given(st.lists(st.tuples(st.integers(0, 2**40), st.integers(0, 2**30)), min_size=2, max_size=2))
-def test_places_grow_as_cursors_do(places: list[tuple[int, int]]) -> None:
+def test_positions_order_like_cursors(places: list[tuple[int, int]]) -> None:
     one, two = (AT.after(entry(seq, offset=offset)).decode() for seq, offset in places)
     assert (position_of(one) < position_of(two)) == (one < two)
 
 
-def test_write_without_events_has_no_place() -> None:
+def test_write_without_events_has_no_position() -> None:
     format_ = SessionFormat("s", Dialect(JSON))
     outgoing = format_.message([format_.gap("log_recreated", None, AT)], ends=True)
     assert (outgoing.events, outgoing.size, outgoing.place) == (0, 0, 0)

@@ -41,7 +41,7 @@ async def test_a_detached_stream_outlives_the_application_and_its_scope() -> Non
     assert sent == ["head", "body, None left"]
 
 
-async def test_an_application_that_fails_leaves_nothing_to_go_on_with() -> None:
+async def test_no_stream_is_detached_from_a_failed_application() -> None:
     async def app(scope: Any, _receive: Any, _send: Any) -> None:
         async def rest(_receive: Any, _send: Any) -> None:
             pytest.fail("must not be reached")

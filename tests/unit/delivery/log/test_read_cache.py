@@ -68,7 +68,7 @@ def test_every_reader_receives_the_stored_messages_once_and_in_order(
     asyncio.run(run())
 
 
-async def test_many_at_different_places_cause_few_reads() -> None:
+async def test_many_readers_at_different_positions_cause_few_reads() -> None:
     log = Log(list(range(1, 10_001)), batch=1_000)
     reads = shared(log)
     starts = range(1, 10_001, 7)
@@ -77,7 +77,7 @@ async def test_many_at_different_places_cause_few_reads() -> None:
     assert len(log.asked) <= 30
 
 
-async def test_one_reader_alone_asks_for_no_more_than_it_wants() -> None:
+async def test_a_single_reader_reads_only_its_own_range() -> None:
     log = Log(list(range(1, 2_001)), batch=1_000)
     assert await read(shared(log), 700, 720) == list(range(700, 721))
     assert log.asked == [(700, 720)]
@@ -94,7 +94,7 @@ async def test_a_failed_read_fails_for_all_its_waiters_and_the_next_read_retries
     assert await read(reads, 1, 3) == [1, 2, 3]
 
 
-async def test_a_reader_that_leaves_takes_nothing_from_the_others() -> None:
+async def test_a_cancelled_reader_does_not_affect_the_others() -> None:
     log = Log([1, 2, 3])
     reads = shared(log)
     leaving, staying = (asyncio.create_task(read(reads, 1, 3)) for _ in range(2))
@@ -104,7 +104,7 @@ async def test_a_reader_that_leaves_takes_nothing_from_the_others() -> None:
     assert len(log.asked) == 1
 
 
-async def test_a_log_that_was_created_anew_is_read_anew() -> None:
+async def test_a_recreated_log_is_read_again() -> None:
     log = Log([1, 2])
     reads = shared(log)
     await read(reads, 1, 2)
@@ -122,7 +122,7 @@ async def test_unused_segments_are_evicted() -> None:
     assert (len(reads._logs), reads._bytes) == (0, 0)
 
 
-async def test_positions_are_found_from_the_nearest_place_before_and_bounded() -> None:
+async def test_position_lookup_uses_the_nearest_earlier_entry_and_the_entries_are_bounded() -> None:
 
     def known(seq: int) -> tuple[int, Position]:
         at, acceptance = reads.position(KEY, seq)
@@ -141,7 +141,7 @@ async def test_positions_are_found_from_the_nearest_place_before_and_bounded() -
     assert len(reads._logs[KEY].positions) <= POSITIONS
 
 
-async def test_a_position_that_is_kept_does_not_move_with_its_reader() -> None:
+async def test_a_stored_position_is_a_copy() -> None:
     reads, acceptance = shared(Log([])), Acceptance()
     reads.note(KEY, 10, acceptance)
     acceptance.offer(Header("g", 0, "started"), 10)
@@ -151,7 +151,7 @@ async def test_a_position_that_is_kept_does_not_move_with_its_reader() -> None:
 
 
 @pytest.mark.parametrize("span", [(5, 4), (1, 0), (0, -1)])
-async def test_an_empty_span_asks_nobody(span: tuple[int, int]) -> None:
+async def test_an_empty_range_causes_no_read(span: tuple[int, int]) -> None:
     log = Log([1, 2, 3])
     assert await read(shared(log), *span) == []
     assert not log.asked

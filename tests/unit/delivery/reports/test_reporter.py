@@ -56,7 +56,7 @@ async def test_without_a_broker_the_counts_wait() -> None:
     assert [r.events for r in log.reports] == [2]
 
 
-async def test_an_idle_counter_is_forgotten_and_another_one_counts_anew() -> None:
+async def test_an_idle_counter_is_removed_and_a_new_one_starts_at_zero() -> None:
     log = Log()
     delivered = DeliveryReporter(log.publish, "replica")
     delivered.add(PLACE, events=1)

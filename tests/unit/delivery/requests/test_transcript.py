@@ -100,7 +100,7 @@ def test_takeover_by_a_terminal_ends_it() -> None:
     assert said.text == "x"
 
 
-def test_unknown_types_hold_their_place() -> None:
+def test_unknown_types_count_as_events() -> None:
     transcript = fold(STARTED, text(1, "a"))
     transcript.offer(b'{"type":"hologram","generation":"g","seq":2}')
     transcript.offer(encode_event(text(3, "b")))
@@ -137,7 +137,7 @@ def test_texts_of_choices_are_named() -> None:
     assert (found.text, found.reasoning, found.refusal) == ("", "hm", "")
 
 
-def test_pieces_of_a_file_are_joined_and_a_new_file_begins_anew() -> None:
+def test_pieces_of_a_file_are_joined_and_separate_files_stay_separate() -> None:
     png = Binary(media_type="image/png", data=b"ab")
     found = said(
         {"binary": png},
@@ -152,7 +152,7 @@ def test_pieces_of_a_file_are_joined_and_a_new_file_begins_anew() -> None:
     ]
 
 
-def test_of_large_files_only_the_size_is_kept() -> None:
+def test_only_the_size_of_a_large_file_is_stored() -> None:
     piece = {"binary": Binary(media_type="image/png", data=b"x" * (BINARY_BYTES // 2), continues=True)}
     (answer,) = said(piece, piece, piece).answers
     assert answer.files() == [BinaryContent(media_type="image/png", seq=1, size=BINARY_BYTES // 2 * 3)]
@@ -247,7 +247,7 @@ def test_an_answer_of_text_alone_has_no_message_of_its_own() -> None:
     ],
     ids=["anthropic", "openrouter", "litellm", "gemini", "openai"],
 )
-def test_an_answer_is_a_message_with_all_that_its_provider_wants_back(
+def test_an_answer_becomes_a_message_with_all_fields_its_provider_requires(
     deltas: list[dict[str, Any]], message: dict[str, Any]
 ) -> None:
     assert msgspec.to_builtins(said(*deltas).messages) == [message]

@@ -56,7 +56,7 @@ async def test_senders_wait_while_the_outbox_is_full_and_are_served_in_order() -
     assert [data[0] for data in wire.taken] == ["x", "0", "1", "2", "3", "4", "5"]
 
 
-async def test_turn_that_is_given_up_passes_on() -> None:
+async def test_a_cancelled_sender_gives_its_turn_to_the_next() -> None:
     wire = Wire()
     async with SocketOutbox(wire.send) as outlet:
         await outlet.send(text("x" * BOUND))
@@ -105,7 +105,7 @@ async def test_a_broken_connection_raises_in_all_waiting_senders() -> None:
         assert not await outlet.flush(1)
 
 
-async def test_socket_that_is_left_leaves_nobody_waiting() -> None:
+async def test_leaving_the_block_raises_in_waiting_senders() -> None:
     wire = Wire()
     async with SocketOutbox(wire.send) as outlet:
         await outlet.send(text("x" * BOUND))

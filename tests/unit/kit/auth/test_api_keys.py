@@ -54,7 +54,7 @@ def test_the_secret_of_a_key_is_scrubbed_from_logs() -> None:
     assert text.split("_", 2)[2] not in scrub(f"refused {text} at the door")
 
 
-def test_the_operators_key_comes_from_its_hash() -> None:
+def test_the_operator_key_is_verified_by_its_hash() -> None:
     id_, text, hash_ = mint()
     admin = admin_record(f"{id_}.{hash_}", "default")
     assert admin.operator
@@ -99,7 +99,7 @@ def test_a_missing_scope_is_403_and_a_session_out_of_reach_404() -> None:
     assert refused.value.status == 404
 
 
-def test_without_a_principal_nothing_goes_on() -> None:
+def test_principal_of_raises_without_a_principal() -> None:
     with pytest.raises(Problem) as refused:
         principal_of({})
     assert refused.value.status == 401
@@ -169,7 +169,7 @@ HASH = f"abcd.{'0' * 64}"
         (Shared(published="127.0.0.1"), "0.0.0.0", False),
     ],
 )
-def test_credentials_are_asked_for_where_others_come(shared: Shared, host: str, expected: bool) -> None:
+def test_credentials_are_required_on_public_addresses(shared: Shared, host: str, expected: bool) -> None:
     assert needs_credentials(shared, host) is expected
 
 
@@ -184,6 +184,6 @@ def test_credentials_are_asked_for_where_others_come(shared: Shared, host: str, 
         (Shared(published="0.0.0.0"), "127.0.0.1"),
     ],
 )
-def test_others_are_not_let_in_by_accident(shared: Shared, host: str) -> None:
+def test_a_public_address_without_an_admin_key_is_a_settings_error(shared: Shared, host: str) -> None:
     with pytest.raises(SettingsError, match="keys bootstrap"):
         needs_credentials(shared, host)

@@ -137,7 +137,7 @@ async def test_a_changed_token_is_refused(algorithm: str) -> None:
     assert await reason(f"{head}.{encoded(claims())}.") in ("signature", "malformed")
 
 
-async def test_a_token_of_somebody_elses_key_is_refused() -> None:
+async def test_a_token_signed_by_an_unknown_key_is_refused() -> None:
     other = ed25519.Ed25519PrivateKey.generate()
     assert await reason(jwt.encode(claims(), other, algorithm="EdDSA")) == "signature"
 
@@ -259,7 +259,7 @@ def test_a_verifying_key_does_not_show_itself() -> None:
     assert SECRET.decode() not in repr(secret_key(SECRET))
 
 
-def test_another_claim_may_hold_the_tenant() -> None:
+def test_the_tenant_claim_is_configurable() -> None:
     policy = JwtPolicy(audience="tailrace", tenant_claim="https://claims.test/org")
     found = principal_from({"https://claims.test/org": "globex", "tenant": "acme", "exp": 5, "sub": "x"}, policy)
     assert found.tenant == "globex"

@@ -63,7 +63,7 @@ def test_nak_has_its_delay_in_nanoseconds() -> None:
         ("100 Idle Heartbeat", None),
     ],
 )
-def test_a_status_ends_a_pull_in_one_way_for_everybody(status: str, end: End | None) -> None:
+def test_each_status_maps_to_one_end_of_a_pull(status: str, end: End | None) -> None:
     assert end_of(*parse_status(f"NATS/1.0 {status}\r\nNats-Pending-Messages: 1\r\n\r\n".encode())) is end
 
 

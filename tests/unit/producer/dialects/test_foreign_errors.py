@@ -97,7 +97,7 @@ OUT_OF_EVENTS: list[tuple[bytes, str, str]] = [
 
 
 @pytest.mark.parametrize(("lines", "code", "message"), OUT_OF_EVENTS, ids=lambda value: str(value)[:40])
-def test_an_error_beside_the_events_fails_the_answer(lines: bytes, code: str, message: str) -> None:
+def test_an_error_line_outside_events_fails_the_answer(lines: bytes, code: str, message: str) -> None:
     for body in (stream(HELLO, done=False) + lines + DONE, stream(HELLO, done=False) + lines, lines + DONE):
         came = outcome("openai", body)
         assert came.failure is not None
@@ -114,7 +114,7 @@ def test_text_behind_the_last_event_is_in_the_message(last: bytes) -> None:
         assert text.decode() in came.failure.message
 
 
-def test_text_in_the_place_of_a_finish_reason_fails_the_answer_in_spite_of_an_end_marker() -> None:
+def test_plain_text_instead_of_a_finish_reason_fails_the_answer_despite_an_end_marker() -> None:
     came = outcome("openai", stream(HELLO, done=False) + b"worker died\n\n" + DONE)
     assert came.failure is not None
     assert (came.code, "worker died" in came.failure.message) == ("upstream_cut_off", True)
@@ -216,7 +216,7 @@ def test_an_error_in_a_cohere_stream_fails_the_answer(event: bytes, code: str, m
 
 @pytest.mark.parametrize("dialect", ["openai", "openrouter", "anthropic", "cohere"])
 @pytest.mark.parametrize("event", [{"foo": 1}, {}, {"type": "telemetry", "depth": 3}, {"object": "trace", "id": "x"}])
-def test_an_event_of_no_known_kind_is_a_notice(dialect: str, event: dict[str, Any]) -> None:
+def test_an_unknown_event_is_a_notice(dialect: str, event: dict[str, Any]) -> None:
     endings = {
         "anthropic": named(MESSAGE_START, {"type": "message_delta", "delta": {"stop_reason": "end_turn"}})
         + named({"type": "message_stop"}),

@@ -132,7 +132,7 @@ def test_tool_calls_of_a_wrong_type_are_kept_as_extra(calls: Any) -> None:
     assert (extra.kind, extra.data) == ("tool_calls", calls[0] if isinstance(calls, list) else calls)
 
 
-def test_reasoning_given_as_a_list_is_read() -> None:
+def test_reasoning_as_a_list_is_read() -> None:
     came = outcome("openai", stream(HELLO, chunk(reasoning_content=["x"]), STOP))
     assert (came.completed, came.reasoning) == (True, "x")
 

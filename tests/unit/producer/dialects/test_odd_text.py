@@ -100,6 +100,6 @@ def test_a_name_or_id_with_half_a_pair_can_be_written() -> None:
     assert came.names[0].startswith("f")
 
 
-def test_a_half_that_is_held_when_the_connection_breaks_is_not_lost() -> None:
+def test_a_pending_surrogate_half_is_replaced_when_the_connection_breaks() -> None:
     came = outcome("openai", stream(content(rb"a\ud83d"), done=False), broken="reset")
     assert (came.code, came.text) == ("upstream_cut_off", "a\ufffd")

@@ -171,7 +171,7 @@ def test_a_text_completion_stream_is_an_answer() -> None:
     assert (came.code, came.text, came.finish) == ("completed", "Hello", ["stop"])
 
 
-def test_messages_in_the_place_of_deltas_are_joined() -> None:
+def test_messages_instead_of_deltas_are_joined() -> None:
     events = [{**chunk(), "choices": [{"index": 0, "message": {"content": text}}]} for text in ("Hel", "lo")]
     came = outcome("openai", stream(*events, STOP))
     assert (came.code, came.text, came.finish) == ("completed", "Hello", ["stop"])

@@ -116,7 +116,7 @@ def test_a_fragment_without_an_id_belongs_to_the_call_that_began_last() -> None:
     assert said == [("a", "f", A), ("b", "f", B)]
 
 
-def test_an_id_that_comes_late_and_one_that_changes_with_every_fragment_name_the_same_call() -> None:
+def test_fragments_with_a_late_or_changing_id_belong_to_the_same_call() -> None:
     assert read({"index": 0, "name": "f"}, {"index": 0, "id": "a", "arguments": A}) == [("a", "f", A)]
     changing = [{"index": 0, "id": f"chunk-{n}", "arguments": c} for n, c in enumerate(A)]
     assert read({"index": 0, "id": "x", "name": "f", "arguments": "{"}, *changing[1:]) == [("x", "f", A)]
@@ -172,7 +172,7 @@ JSON = st.recursive(
 
 
 @given(st.data())
-def test_any_calls_in_any_fragments_under_one_index_come_out_as_they_were(data: st.DataObject) -> None:
+def test_calls_under_one_index_are_reassembled_from_any_fragments(data: st.DataObject) -> None:
     objects = data.draw(st.lists(st.dictionaries(st.text("xy", max_size=2), JSON, max_size=3), min_size=1, max_size=4))
     with_ids, repeats = data.draw(st.booleans()), data.draw(st.booleans())
     fragments: list[Fragment] = []

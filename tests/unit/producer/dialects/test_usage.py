@@ -332,7 +332,7 @@ def test_usage_without_a_count_is_omitted_with_a_reason(raw: Any) -> None:
     assert read_usage(raw) == (None, ("usage_unreadable",))
 
 
-def test_an_object_too_large_for_an_event_is_not_kept() -> None:
+def test_a_usage_object_too_large_for_an_event_is_not_stored() -> None:
     usage = read_usage(chat(1, 2, note="x" * 10_000)).usage
     assert usage == Usage(input=1, output=2, reasons=("usage_unreadable",))
 
@@ -348,7 +348,7 @@ def test_an_object_too_large_for_an_event_is_not_kept() -> None:
         ("", STANDARD),
     ],
 )
-def test_rules_are_those_of_the_host(address: str, rules: UsageRules) -> None:
+def test_usage_rules_are_selected_by_host(address: str, rules: UsageRules) -> None:
     assert rules_of(address) == rules
 
 

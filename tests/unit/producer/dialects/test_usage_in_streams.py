@@ -126,7 +126,7 @@ def test_usage_that_cannot_be_read_is_noticed_once_and_ends_no_answer() -> None:
     assert isinstance(events[-1], Completed)
 
 
-def test_grok_counts_reasoning_beside_the_completion() -> None:
+def test_reasoning_tokens_of_grok_are_added_to_the_completion() -> None:
     details = '"completion_tokens_details":{"reasoning_tokens":1}'
     usage = f'{{"choices":[],"usage":{{"prompt_tokens":12,"completion_tokens":1,{details}}}}}'
     assert usage_of(fed(TEXT, STOP, usage, "[DONE]", base_url="https://api.x.ai/v1")) == Usage(

@@ -81,6 +81,6 @@ def test_a_report_of_nothing_takes_nothing_back(later: Usage) -> None:
     assert grown(usage, later) == usage
 
 
-def test_a_smaller_report_is_doubted_and_the_larger_counts_hold() -> None:
+def test_a_smaller_report_keeps_the_larger_counts_and_adds_a_reason() -> None:
     found = grown(Usage(input=15, output=9), Usage(input=15, output=3))
     assert found == Usage(input=15, output=9, reasons=("usage_shrunk",))

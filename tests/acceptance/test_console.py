@@ -164,7 +164,7 @@ def test_a_lost_connection_reconnects_automatically(browser: "Browser", server: 
     assert server.resumed_after[-1] is not None
 
 
-def test_a_farewell_is_followed_by_resuming(browser: "Browser", server: StandIn) -> None:
+def test_the_page_resumes_after_bye(browser: "Browser", server: StandIn) -> None:
     browser.open(server.url)
     ask(browser, "scripted/held")
     browser.until_text(TEXT, WORDS[0])
@@ -213,7 +213,7 @@ def test_reasoning_tool_calls_and_notices_have_their_own_shape(browser: "Browser
     browser.keep("thinking")
 
 
-def test_pictures_sources_and_refusals_are_shown_and_nothing_in_them_runs(browser: "Browser", server: StandIn) -> None:
+def test_images_sources_and_refusals_are_shown_without_running_scripts(browser: "Browser", server: StandIn) -> None:
     browser.open(server.url)
     ask(browser, "scripted/everything")
     browser.until_text(STATE, "Completed")
@@ -298,7 +298,7 @@ def test_an_answer_with_an_expired_beginning_is_shown_from_its_first_kept_event(
     assert browser.complaints() == []
 
 
-def test_earlier_turns_go_along_with_the_next_question(browser: "Browser", server: StandIn) -> None:
+def test_earlier_turns_are_sent_with_the_next_question(browser: "Browser", server: StandIn) -> None:
     browser.open(server.url)
     ask(browser, "scripted/story")
     browser.until_text(STATE, "Completed")

@@ -261,7 +261,7 @@ async def test_the_page_itself_does_not_scroll_and_is_not_blank_below(month: Sit
     await in_browser(look)
 
 
-async def test_pictures_have_names_descriptions_and_tables(month: Site, browser: "Browser") -> None:
+async def test_svg_images_have_names_descriptions_and_tables(month: Site, browser: "Browser") -> None:
     def look() -> None:
         browser.open(month.page)
         browser.until(lambda: browser.visible("#charts svg"))
@@ -452,7 +452,7 @@ async def test_nothing_overflows_in_any_width_or_theme(
     await in_browser(look)
 
 
-async def test_the_sessions_page_leads_here_and_back(month: Site, browser: "Browser") -> None:
+async def test_the_sessions_page_and_the_usage_page_link_to_each_other(month: Site, browser: "Browser") -> None:
     def look() -> None:
         browser.open(month.url)
         browser.click("#usage-link")
@@ -464,7 +464,7 @@ async def test_the_sessions_page_leads_here_and_back(month: Site, browser: "Brow
     await in_browser(look)
 
 
-async def test_the_page_may_load_nothing_inline(month: Site) -> None:
+async def test_the_content_security_policy_forbids_inline_content(month: Site) -> None:
     answer = await month.stage.http.get(month.page)
     policy = answer.headers["content-security-policy"]
     assert "script-src 'self'; style-src 'self'" in policy

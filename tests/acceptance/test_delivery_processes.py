@@ -87,7 +87,7 @@ async def test_drained_process_sends_bye_and_another_process_continues(broker: B
     assert all(len(set(reader.ids)) == len(reader.ids) for reader in readers)
 
 
-async def test_process_that_is_killed_and_started_again_costs_no_event(broker: Broker, start) -> None:  # type: ignore[no-untyped-def]
+async def test_killed_and_restarted_process_loses_no_event(broker: Broker, start) -> None:  # type: ignore[no-untyped-def]
     one = start()
     async with httpx.AsyncClient(timeout=15) as http:
         readers = [SseClient(http, f"{one.url}/v1/sessions/s/events", **{"from": "start"}) for _ in range(5)]

@@ -119,7 +119,7 @@ def _shown(value: Any) -> str:
 
 
 @pytest.mark.parametrize("heading", SETTINGS)
-def test_the_table_of_settings_is_that_of_the_code(heading: str) -> None:
+def test_the_table_of_settings_matches_the_code(heading: str) -> None:
     struct, prefix = SETTINGS[heading]
     defaults = struct()
     fields = [field.name for field in msgspec.structs.fields(struct)]
@@ -160,7 +160,7 @@ def test_every_event_type_is_documented_in_the_protocol() -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name)
-def test_commands_that_are_run_elsewhere_really_are(document: Path) -> None:
+def test_commands_tested_elsewhere_are_in_the_named_file(document: Path) -> None:
     commands = [line for block in blocks(document, "console") for line in block.splitlines()]
     assert [command for command in commands if command not in ELSEWHERE] == []
     for command in commands:

@@ -94,7 +94,7 @@ async def test_every_documented_operation_reaches_its_service(stages: Stages) ->
     assert count > 25
 
 
-async def test_pages_and_their_parts_reach_their_service(stages: Stages) -> None:
+async def test_pages_and_their_assets_reach_their_service(stages: Stages) -> None:
     for service, paths in PAGES.items():
         docs = "/docs" if service == "delivery" else "/docs/billing"
         for path in [*paths, *(f"{docs}/assets/{name}" for name in ASSETS)]:
@@ -105,7 +105,7 @@ async def test_pages_and_their_parts_reach_their_service(stages: Stages) -> None
 
 
 @pytest.mark.parametrize("name", ["metrics", "readyz"])
-async def test_probes_of_the_services_are_not_answered_in_any_spelling(stages: Stages, name: str) -> None:
+async def test_service_probes_are_not_reachable_under_any_spelling(stages: Stages, name: str) -> None:
     spellings = [
         f"/{name}",
         f"/{name}/",
@@ -168,7 +168,7 @@ async def test_a_path_outside_the_table_is_404_and_reaches_no_upstream(stages: S
         assert stages.last_upstream() == ""
 
 
-async def test_neither_log_of_the_edge_has_queries(stages: Stages, broker: Broker) -> None:
+async def test_access_and_error_log_of_the_edge_have_no_queries(stages: Stages, broker: Broker) -> None:
     """With a replica that is away, too: then nginx has the most to say."""
     await Log(broker).append(*story("g1"))
     secret = "tk_verysecret"

@@ -212,7 +212,7 @@ def dismiss(stage: Stage, reason: str) -> None:
 
 
 @pytest.mark.parametrize("stage", [False, True], ids=["plain", "gzip"], indirect=True)
-async def test_answer_survives_cuts_drops_and_farewells(
+async def test_answer_is_complete_after_cuts_reconnections_and_bye(
     stage: Stage, broker: Broker, proxy: CuttingProxy, client: Any
 ) -> None:
     log, events = Log(broker), answer("g1")
@@ -238,7 +238,7 @@ async def test_answer_survives_cuts_drops_and_farewells(
 
 
 @pytest.mark.parametrize("client", [IN_BROWSER, "npm"], indirect=True)
-async def test_sentences_of_several_sessions_survive_drops(
+async def test_sentences_of_several_sessions_are_complete_after_reconnections(
     stage: Stage, broker: Broker, proxy: CuttingProxy, client: Any
 ) -> None:
     said = ["One. T", "wo! ", "Thr", "ee? 四。五", "。\nSix"] * 4

@@ -80,7 +80,7 @@ class Client:
         return {one["generation"]: one["counted"]["output"] for one in listed if one["state"] != "running"}
 
 
-def test_a_full_disk_heals_when_there_is_space_again(disk: Path, tmp_path: Path) -> None:
+def test_services_recover_when_a_full_disk_has_space_again(disk: Path, tmp_path: Path) -> None:
     with up(tmp_path / "up", *ANY_PORTS, "--data", str(disk / "data")) as running:
         page, billing, producer = re.findall(r"(http://[\d.:]+)/metrics", running.shown.read_text())
         client = Client(page, billing, producer)

@@ -127,7 +127,7 @@ async def test_grpc_passes_the_edge_in_the_clear_and_with_tls(edge: Edge, broker
             assert await missing.code() is grpc.StatusCode.NOT_FOUND
 
 
-async def test_live_events_pass_the_edge_one_by_one_and_leaving_is_noticed(edge: Edge, broker: Broker) -> None:
+async def test_live_events_pass_the_edge_one_by_one_and_disconnects_are_noticed(edge: Edge, broker: Broker) -> None:
     events = story("g1")
     async with grpc.aio.insecure_channel(f"127.0.0.1:{edge.http2}") as channel:
         call = Client(channel).attach()

@@ -237,7 +237,7 @@ def test_a_service_ends_within_its_drain_time_and_margin(
     assert "did not end when it was cancelled" not in ending.log
 
 
-def test_the_process_over_workers_ends_with_them_while_the_broker_is_frozen(tmp_path: Path) -> None:
+def test_the_worker_supervisor_ends_with_its_workers_while_the_broker_is_frozen(tmp_path: Path) -> None:
     broker = Server(tmp_path)
     settings = {"TAILRACE_DELIVERY_WORKERS": "2", "TAILRACE_DELIVERY_WORKERS_PORT": str(free_port(3))}
     service = Service("delivery", "running", broker.url, tmp_path, **settings)

@@ -239,7 +239,7 @@ def test_a_broker_with_a_damaged_consumer_starts_and_reports_it(tmp_path: Path) 
     assert len(list((tmp_path / "data" / "damaged").iterdir())) == 1
 
 
-def test_after_the_machine_went_down_the_logs_begin_a_new_era(tmp_path: Path) -> None:
+def test_cursors_from_before_a_machine_crash_are_410(tmp_path: Path) -> None:
     with up(tmp_path) as first:
         assert tailrace("ask", "rivers", "--session", "kept", "--url", first.address("page")).returncode == 0
         page = first.address("page")

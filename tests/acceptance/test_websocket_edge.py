@@ -49,7 +49,7 @@ async def test_sockets_pass_the_edge_in_the_clear_and_with_tls(edge: Edge, broke
         assert keys(client.events["s"]) == keys(events)
 
 
-async def test_live_events_pass_the_edge_one_by_one_and_leaving_is_noticed(edge: Edge, broker: Broker) -> None:
+async def test_live_events_pass_the_edge_one_by_one_and_disconnects_are_noticed(edge: Edge, broker: Broker) -> None:
     log = Log(broker)
     async with socket(clear_address(edge)) as client:
         await client.ask("subscribe", id=1, session="s", from_="start")

@@ -75,7 +75,9 @@ async def settle(ledger: Ledger, *after: Generation, before: tuple[Generation, .
     return await ledger.commit(0, (at, at + 1), NOW, after, (), money)
 
 
-async def test_a_hundred_at_once_cannot_pass_a_budget_for_ten(database: str, budgets: Budgets) -> None:
+async def test_a_hundred_concurrent_reservations_cannot_exceed_a_budget_for_ten(
+    database: str, budgets: Budgets
+) -> None:
     await budgets.put(budget(), NOW)
     async with open_engine(database_url(database)) as second:
         replicas = (budgets, Budgets(second))
@@ -161,14 +163,14 @@ async def test_a_change_of_currency_leaves_nothing_behind(budgets: Budgets, engi
     assert (eur.spent, usd.spent) == (3, 0)
 
 
-async def test_asking_again_for_the_same_generation_reserves_once(budgets: Budgets) -> None:
+async def test_repeated_reservations_of_one_generation_count_once(budgets: Budgets) -> None:
     await budgets.put(budget(hard=Decimal(150)), NOW)
     for _ in range(3):
         assert (await reserve(budgets, wish("a"), need(100))).refused is None
     assert (await budgets.standings("default", NOW))[0].reserved == 100
 
 
-async def test_every_budget_that_covers_it_counts_and_no_other(budgets: Budgets) -> None:
+async def test_every_covering_budget_and_no_other_counts_a_generation(budgets: Budgets) -> None:
     await budgets.put(budget("all", hard=Decimal(1_000)), NOW)
     await budgets.put(budget("key", hard=Decimal(100), key="k1"), NOW)
     await budgets.put(budget("money", unit="USD", hard=Decimal(1)), NOW)

@@ -42,7 +42,7 @@ async def test_abandoned_calls_are_stored_with_their_generation_and_charged(book
     assert (totals.tokens, totals.counted_input, totals.counted_output) == (82, 21, 60)
 
 
-async def test_an_export_finds_an_abandoned_call_by_its_providers_name(books: Books) -> None:
+async def test_an_export_matches_an_abandoned_call_by_upstream_id(books: Books) -> None:
     await books.put(ROWS)
     await books.take(restarted())
     row = {"id": "up-2", "input": 9, "output": 25}
@@ -76,7 +76,7 @@ async def test_export_rows_for_all_calls_may_be_imported_before_the_generation(b
     assert (after.tokens, after.input, after.output) == (11 + 22 + 11, 35, 9)
 
 
-async def test_names_of_calls_are_written_once(books: Books) -> None:
+async def test_upstream_ids_of_calls_are_stored_once(books: Books) -> None:
     await books.put(ROWS)
     await books.take(restarted())
     await books.take(await books.row())
@@ -85,7 +85,9 @@ async def test_names_of_calls_are_written_once(books: Books) -> None:
     assert [tuple(one) for one in found] == [(1, "up-1"), (2, "up-2")]
 
 
-async def test_generations_from_before_have_no_abandoned_calls_and_keep_their_bill(empty_database: str) -> None:
+async def test_generations_from_an_older_schema_have_no_abandoned_calls_and_keep_their_charges(
+    empty_database: str,
+) -> None:
     async with open_engine(database_url(empty_database)) as engine:
         async with writing(engine) as connection:
             await connection.run_sync(upgraded_to("0003"))
@@ -100,7 +102,7 @@ async def test_generations_from_before_have_no_abandoned_calls_and_keep_their_bi
         assert await books.row() == msgspec.structs.replace(g, cache_write_1h=None)
 
 
-async def test_budgets_know_the_tokens_of_all_calls(books: Books) -> None:
+async def test_budgets_include_the_tokens_of_all_calls(books: Books) -> None:
     await books.put(ROWS)
     terms = await books.terms.refresh()
     g, entries = settle(restarted(), NOW, terms)

@@ -110,7 +110,7 @@ async def test_a_partition_has_one_holder_until_its_hold_expires_or_is_released(
     assert await one.acquire(0, "first", NOW + 9_004) == 0
 
 
-async def test_of_two_processes_at_once_one_moves_the_position(engine: AsyncEngine) -> None:
+async def test_only_one_of_several_concurrent_commits_succeeds(engine: AsyncEngine) -> None:
     ledgers = [Ledger(engine, f"process-{n}") for n in range(4)]
     taken = await asyncio.gather(*(one.acquire(0, "first", NOW) for one in ledgers))
     assert sorted(taken, key=str) == [0, None, None, None]

@@ -148,7 +148,7 @@ async def test_an_entry_is_written_once(books: Books) -> None:
     assert await books.ledger.acquire(0, "first", NOW) == 1
 
 
-async def test_a_batch_reckoned_by_an_old_book_writes_nothing(books: Books) -> None:
+async def test_a_batch_priced_by_an_old_price_book_is_not_committed(books: Books) -> None:
     await books.put(ROWS)
     with pytest.raises(StalePrices):
         await books.ledger.commit(0, (0, 1), NOW, [folded()], (), Money(revision=0))
@@ -201,7 +201,7 @@ async def test_shipped_prices_never_replace_the_users_price_book(books: Books, o
     assert [p.says() for p in (await books.prices.book()).prices] == [p.says() for p in own]
 
 
-async def test_shipped_prices_put_as_ones_own_are_ones_own(books: Books) -> None:
+async def test_shipped_prices_loaded_by_the_user_count_as_user_prices(books: Books) -> None:
     await load_shipped_prices(books.prices, SystemClock(), wanted=True)
     mine = list((await books.prices.book()).prices)
     assert (await books.put(mine)).added == 0
@@ -319,7 +319,7 @@ async def test_the_last_of_several_rows_for_one_generation_wins(books: Books) ->
     assert (await books.row()).usage_source == "provider_export"
 
 
-async def test_prices_and_batches_at_once_leave_no_generation_behind(books: Books) -> None:
+async def test_concurrent_price_changes_and_batches_leave_no_generation_unsettled(books: Books) -> None:
     async def batches() -> None:
         for number in range(15):
             while True:
@@ -342,7 +342,7 @@ async def test_prices_and_batches_at_once_leave_no_generation_behind(books: Book
         assert sum(e.amount for e in await books.entries.of(row.key)) == row.amount
 
 
-async def test_the_worklist_is_that_of_a_partition(books: Books) -> None:
+async def test_the_worklist_is_per_partition(books: Books) -> None:
     await books.take(folded())
     await books.put(ROWS)
     await books.bring({"generation": "g", "input": 8, "output": 41})

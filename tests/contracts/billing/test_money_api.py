@@ -57,7 +57,7 @@ async def client(engine: AsyncEngine, caller: Caller) -> AsyncIterator[httpx.Asy
         yield client
 
 
-async def test_a_book_is_put_shown_and_put_back_as_it_was_shown(client: httpx.AsyncClient) -> None:
+async def test_a_price_book_round_trips_through_the_api(client: httpx.AsyncClient) -> None:
     assert (await client.get("/v1/prices")).json() == {"revision": 0, "prices": []}
     dry = await client.put("/v1/prices?dry_run=true", content=BOOK_TOML, headers=TOML)
     assert (dry.status_code, dry.json()["added"], dry.json()["dry_run"]) == (200, 3, True)
@@ -121,7 +121,7 @@ async def test_every_fault_of_an_export_is_reported_and_no_row_is_imported(
     assert await books.imports.waiting("default") == 0
 
 
-async def test_another_tenants_generations_are_out_of_an_exports_reach(
+async def test_an_export_cannot_change_generations_of_another_tenant(
     client: httpx.AsyncClient, caller: Caller, books: Books
 ) -> None:
     await books.put([])
@@ -139,7 +139,7 @@ async def test_changing_money_needs_the_scope_admin(client: httpx.AsyncClient, c
     assert (await client.post("/v1/provider-usage", content=b"[]", headers=JSON)).status_code == 403
 
 
-async def test_credentials_of_some_sessions_see_no_budgets_but_their_own_and_change_none(
+async def test_credentials_limited_to_sessions_see_only_their_own_budgets_and_change_none(
     client: httpx.AsyncClient, caller: Caller
 ) -> None:
     for name, fields in (("all", {}), ("own", {"key": "tr_own"}), ("other", {"key": "tr_other"})):
@@ -177,7 +177,7 @@ async def test_a_price_file_is_loaded_when_its_content_is_new_and_a_later_book_s
     assert len((await books.prices.book()).prices) == 3
 
 
-def test_a_price_file_with_faults_is_no_setting(tmp_path: Path) -> None:
+def test_a_faulty_price_file_is_a_settings_error(tmp_path: Path) -> None:
     path = tmp_path / "prices.csv"
     path.write_text("provider,model,class,currency,amount,from\na,b,input,USD,x,2026-01-01\n")
     with pytest.raises(SettingsError, match=r"prices\.csv line 2: amount"):
@@ -188,6 +188,6 @@ def test_a_price_file_with_faults_is_no_setting(tmp_path: Path) -> None:
         read_price_file(tmp_path / "prices.yaml")
 
 
-def test_the_documents_price_file_is_one() -> None:
+def test_the_price_file_in_the_document_is_valid() -> None:
     [text] = re.findall(r"^```\n(currency = .*?)^```", DOCUMENT.read_text(), flags=re.MULTILINE | re.DOTALL)
     assert len(parse_toml(text)) == 6

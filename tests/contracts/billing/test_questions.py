@@ -192,7 +192,7 @@ async def test_filters_narrow(client: httpx.AsyncClient, query: dict[str, str], 
         ("/v1/ledger", {"colour": "red"}, "no such parameter"),
     ],
 )
-async def test_questions_that_make_no_sense_are_refused(
+async def test_invalid_query_parameters_are_refused(
     client: httpx.AsyncClient, path: str, query: dict[str, str], says: str
 ) -> None:
     answer = await client.get(path, params=query)
@@ -297,7 +297,7 @@ async def test_a_statement_is_json_csv_and_a_page(client: httpx.AsyncClient) -> 
     assert (await ask(client, "/v1/statements/2025-01"))["lines"] == []
 
 
-async def test_another_tenants_money_is_not_seen(client: httpx.AsyncClient) -> None:
+async def test_money_of_another_tenant_is_not_visible(client: httpx.AsyncClient) -> None:
     other = {"authorization": "other"}
     assert [e["generation"] for e in (await client.get("/v1/ledger", headers=other)).json()["entries"]] == ["g12"]
     assert (await client.get("/v1/usage/generations/g03", headers=other)).status_code == 404

@@ -84,7 +84,7 @@ async def test_a_read_up_to_a_sequence_requests_no_more_messages_than_the_range(
     assert fetched == []
 
 
-async def test_a_question_that_got_lost_is_asked_again(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_lost_request_is_repeated(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
     await broker.publish_stored(token_subject(A), b"one")
     asked: list[str] = []
     publish = broker.client.publish
@@ -99,7 +99,7 @@ async def test_a_question_that_got_lost_is_asked_again(broker: Broker, monkeypat
     assert (found, asked[:2]) == ([b"one"], [f"$JS.API.DIRECT.GET.{STREAM}"] * 2)
 
 
-async def test_a_slow_answer_is_not_asked_for_twice(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_slow_reply_is_not_requested_twice(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(3):
         await broker.publish_stored(token_subject(A), b"x")
     monkeypatch.setattr("services.kit.jetstream.broker.READ_TRIES", (0.3, 0.3))

@@ -102,7 +102,7 @@ async def test_a_consumer_that_is_deleted_or_missing_is_gone(broker: Broker, mon
     assert (consumer.end, consumer.reason.strip()) == (End.GONE, "503")
 
 
-async def test_a_pull_too_many_is_refused_and_followed_by_a_rest(
+async def test_a_pull_beyond_max_waiting_is_refused_and_delays_the_next_pull(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pull, "REST_SECONDS", 0.2)
@@ -177,7 +177,7 @@ async def test_close_delivers_messages_that_the_server_already_sent(broker: Brok
     assert consumer.end is End.EMPTY
 
 
-async def test_a_pull_that_waits_and_is_closed_takes_nothing_any_more(broker: Broker) -> None:
+async def test_a_closed_waiting_pull_receives_no_more_messages(broker: Broker) -> None:
     first = await reader(broker)
     await first.pull(1, wait=30)
     await eventually(lambda: _waiting(broker))

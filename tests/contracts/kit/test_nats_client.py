@@ -16,7 +16,7 @@ from services.kit.jetstream.connection import PENDING_BYTES, Connection
 from tests.conftest import NatsServer, eventually
 
 
-async def test_listen_hears_subject_data_and_raw_headers(broker: Broker) -> None:
+async def test_listen_receives_subject_data_and_raw_headers(broker: Broker) -> None:
     heard: list[tuple[str, bytes, bytes]] = []
     subscription = await broker.listen("t.*", lambda *message: heard.append(message))
     await broker.publish("t.plain", b"one")
@@ -92,7 +92,7 @@ def test_a_header_without_a_number_is_none(headers: bytes) -> None:
     assert header_number(headers, b"Nats-Sequence: ") is None
 
 
-async def test_closing_while_the_library_gives_up_a_socket_is_no_cancellation(own_nats: NatsServer) -> None:
+async def test_close_while_the_library_drops_a_socket_raises_no_cancellation(own_nats: NatsServer) -> None:
     async with Broker.connect(own_nats.url, "test") as broker:
         writer = broker.client._transport._io_writer
         closing = asyncio.get_running_loop().create_future()
@@ -197,7 +197,7 @@ async def test_leave_handles_messages_that_the_server_already_sent(broker: Broke
     assert subscription._id not in broker.client._subs
 
 
-async def test_leaving_a_subscription_waits_no_longer_than_it_may(own_nats: NatsServer) -> None:
+async def test_leave_waits_no_longer_than_its_timeout(own_nats: NatsServer) -> None:
     async with Broker.connect(own_nats.url, "test") as broker:
 
         async def handle(_msg: Msg) -> None:
@@ -257,7 +257,7 @@ async def test_closing_does_not_wait_for_a_frozen_server(own_nats: NatsServer) -
     own_nats.process.send_signal(signal.SIGCONT)
 
 
-async def test_a_cancellation_while_all_buffers_are_full_is_heeded(own_nats: NatsServer) -> None:
+async def test_a_cancellation_while_all_buffers_are_full_takes_effect(own_nats: NatsServer) -> None:
     async with Broker.connect(own_nats.url, "test") as broker:
         assert own_nats.process is not None
         own_nats.process.send_signal(signal.SIGSTOP)
@@ -279,7 +279,7 @@ async def test_a_cancellation_while_all_buffers_are_full_is_heeded(own_nats: Nat
         own_nats.process.send_signal(signal.SIGCONT)
 
 
-async def test_connecting_ends_in_its_time_though_the_library_loses_a_cancellation(
+async def test_connect_respects_its_timeout_when_the_library_loses_a_cancellation(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     lost = 0

@@ -118,7 +118,7 @@ async def test_messages_delivered_to_a_dead_process_are_read_from_the_log_at_onc
         await eventually(lambda: scenario.settled(run.reports))
 
 
-async def test_a_thief_on_the_same_consumer_costs_no_event(broker: Broker, tmp_path: Path) -> None:
+async def test_another_reader_of_the_same_consumer_causes_no_loss(broker: Broker, tmp_path: Path) -> None:
     scenario = Scenario(4)
     thief = await broker.js.pull_subscribe_bind("billing-0", "TOKENS_0")
     async with running(broker, sqlite(tmp_path)) as run:
@@ -132,7 +132,7 @@ async def test_a_thief_on_the_same_consumer_costs_no_event(broker: Broker, tmp_p
         await eventually(lambda: scenario.settled(run.reports))
 
 
-async def test_malformed_and_unknown_events_are_passed_over(broker: Broker, tmp_path: Path) -> None:
+async def test_malformed_and_unknown_events_are_skipped(broker: Broker, tmp_path: Path) -> None:
     events = history("gen_1", reported=Usage(input=7, output=30))
     async with running(broker, sqlite(tmp_path)) as run:
         await write(broker, events[:2])

@@ -108,7 +108,7 @@ async def test_readiness_follows_the_broker(own_nats: NatsServer, tmp_path: Path
 
 
 @pytest.mark.postgres
-async def test_it_waits_for_a_database_that_is_not_there_yet(
+async def test_the_process_waits_for_a_database_that_is_not_yet_reachable(
     nats_url: str, broker: Broker, postgres_server: PostgresServer, tmp_path: Path
 ) -> None:
     scenario = Scenario(22)
@@ -150,7 +150,7 @@ async def test_it_waits_for_a_database_that_is_not_there_yet(
         ({"colour": "blue"}, b"TAILRACE_BILLING_COLOUR: no such setting"),
     ],
 )
-async def test_wrong_settings_are_named_and_end_it_with_2(
+async def test_invalid_settings_are_named_and_end_the_process_with_code_2(
     settings: dict[str, str], named: bytes, tmp_path: Path
 ) -> None:
     process = Process("nats://127.0.0.1:1", tmp_path, sqlite(tmp_path), **settings)

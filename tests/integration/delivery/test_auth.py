@@ -133,7 +133,7 @@ async def test_a_key_cannot_create_keys_with_more_rights_than_its_own(stage: Sta
         {"scopes": ["read"], "operator": True},
     ],
 )
-async def test_a_key_that_makes_no_sense_is_not_made(stage: Stage, wish: dict[str, object]) -> None:
+async def test_an_invalid_key_request_is_refused(stage: Stage, wish: dict[str, object]) -> None:
     answer = await stage.http.post(f"{stage.url}/v1/keys", json=wish, headers=bearer(ADMIN.text))
     problem(answer, 400, "bad-request")
 
@@ -145,7 +145,7 @@ async def test_only_hashes_are_stored(stage: Stage, broker: Broker) -> None:
     assert not any(made["key"].split("_", 2)[2].encode() in m.data for m in stored)
 
 
-async def test_a_key_works_at_once_on_another_replica_and_its_end_is_heard_there(
+async def test_a_key_and_its_revocation_take_effect_on_another_replica(
     stage: Stage, nats_url: str, tmp_path: Path
 ) -> None:
     async with guarded(nats_url, tmp_path) as other:
@@ -171,7 +171,7 @@ async def test_a_key_ends_when_it_expires(stage: Stage) -> None:
     await eventually(refused, timeout=10)
 
 
-async def test_another_tenants_session_is_as_if_there_were_none(stage: Stage, broker: Broker) -> None:
+async def test_a_session_of_another_tenant_is_404_like_a_missing_one(stage: Stage, broker: Broker) -> None:
     await told(broker, "acme", "s", "g1")
     path = "/v1/sessions/s/generations/g1"
     assert (await get(stage, path, token("acme", "read"))).json()["text"]
@@ -180,7 +180,7 @@ async def test_another_tenants_session_is_as_if_there_were_none(stage: Stage, br
     assert problem(foreign, 404, "not-found") == problem(missing, 404, "not-found")
 
 
-async def test_sessions_beyond_the_patterns_are_as_if_there_were_none(stage: Stage, broker: Broker) -> None:
+async def test_sessions_outside_the_patterns_are_404(stage: Stage, broker: Broker) -> None:
     await told(broker, "acme", "chat-1", "g1")
     await told(broker, "acme", "mail-1", "g2")
     limited = token("acme", "read", "start", "cancel", sessions="chat-*")
@@ -239,7 +239,7 @@ async def test_a_ticket_opens_the_streams_of_its_sessions_and_nothing_else(stage
     problem(await get(stage, "/v1/sessions", made), 401, "unauthenticated")
 
 
-async def test_a_ticket_is_good_on_every_replica(stage: Stage, broker: Broker, nats_url: str, tmp_path: Path) -> None:
+async def test_a_ticket_is_valid_on_every_replica(stage: Stage, broker: Broker, nats_url: str, tmp_path: Path) -> None:
     await told(broker, "acme", "s", "g1")
     async with guarded(nats_url, tmp_path) as other:
         made = await ticket(stage, token("acme", "read"), "s")
@@ -256,7 +256,7 @@ async def test_a_ticket_cannot_exceed_the_rights_of_its_parent(stage: Stage) -> 
         problem(answer, 400, "bad-request")
 
 
-async def test_a_ticket_ends_with_the_key_it_was_asked_for_with(stage: Stage) -> None:
+async def test_a_ticket_ends_with_its_parent_key(stage: Stage) -> None:
     made = await make_key(stage, "read")
     entry = await ticket(stage, made["key"], "s")
     await stage.http.delete(f"{stage.url}/v1/keys/{made['id']}", headers=bearer(ADMIN.text))
@@ -420,14 +420,14 @@ async def test_no_secret_appears_in_logs_or_answers(
         assert not any(secret in body for body in bodies)
 
 
-async def test_many_strangers_cost_the_broker_little(stage: Stage) -> None:
+async def test_requests_with_unknown_keys_cause_few_broker_requests(stage: Stage) -> None:
     before = stage.broker.client.stats["out_msgs"]
     answers = await asyncio.gather(*(get(stage, "/v1/sessions", f"tr_{n:06d}_" + "x" * 43) for n in range(100)))
     assert {a.status_code for a in answers} == {401}
     assert stage.broker.client.stats["out_msgs"] - before < 50
 
 
-async def test_the_limits_of_a_description_name_every_scope(stage: Stage) -> None:
+async def test_the_openapi_document_has_the_bearer_scheme_on_its_operations(stage: Stage) -> None:
     document = (await get(stage, "/docs/openapi.json")).json()
     assert document["components"]["securitySchemes"]["credentials"]["scheme"] == "bearer"
     assert json.dumps(document).count('"credentials"') > 5

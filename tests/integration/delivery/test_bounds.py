@@ -41,9 +41,7 @@ async def test_client_that_stops_reading_is_read_from_the_log_and_gets_everythin
         await stage.settled()
 
 
-async def test_everything_passes_through_a_feed_that_remembers_one_event(
-    broker: Broker, nats_server: NatsServer
-) -> None:
+async def test_all_events_pass_through_a_feed_with_a_tail_of_one_event(broker: Broker, nats_server: NatsServer) -> None:
     log, events = Log(broker), story("g1", 150) + story("g2", 150)
     async with delivering(nats_server.url, feed_bytes=1) as stage:
         readers = [stage.events(**{"from": "start"}) for _ in range(5)]
@@ -161,7 +159,7 @@ async def never_reading(stage: Stage, query: str, connections: int = 1) -> Async
             connection.close()
 
 
-async def test_vanished_clients_leave_nothing_behind(broker: Broker, nats_server: NatsServer) -> None:
+async def test_resources_of_vanished_clients_are_released(broker: Broker, nats_server: NatsServer) -> None:
     log = Log(broker)
     await log.append(*story("g1"))
     async with delivering(nats_server.url, linger=0.1) as stage:
@@ -176,7 +174,7 @@ async def test_vanished_clients_leave_nothing_behind(broker: Broker, nats_server
         await eventually(lambda: len(asyncio.all_tasks()) <= tasks + 1)
 
 
-async def test_client_that_vanishes_in_the_middle_of_a_blocked_write_leaves_nothing_behind(
+async def test_resources_of_a_client_that_vanishes_during_a_blocked_write_are_released(
     broker: Broker, nats_server: NatsServer
 ) -> None:
     log = Log(broker)
@@ -268,7 +266,7 @@ async def test_drain_ends_live_and_replaying_streams_with_a_cursor(broker: Broke
         assert keys(slow.events) == keys(events)
 
 
-async def test_bound_of_feeds_is_answered_with_503(broker: Broker, nats_server: NatsServer) -> None:
+async def test_a_feed_beyond_the_limit_is_503(broker: Broker, nats_server: NatsServer) -> None:
     async with delivering(nats_server.url, feeds=1, linger=0.1) as stage:
         async with stage.events("one").connected() as connection:
             assert connection.status == 200

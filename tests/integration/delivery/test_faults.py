@@ -31,7 +31,7 @@ async def append_through_outages(log: Log, events: list[AnyEvent], pause: float)
                 await asyncio.sleep(0.05)
 
 
-async def test_broker_that_is_stopped_and_started_again_costs_no_event(own_nats: NatsServer) -> None:
+async def test_broker_restart_loses_no_event(own_nats: NatsServer) -> None:
     events = interleaved(random.Random(2), story("g1", 120), story("g2", 120))
     async with Broker.connect(own_nats.url, "test-log") as broker, delivering(own_nats.url) as stage:
         reader = stage.events(**{"from": "start"})

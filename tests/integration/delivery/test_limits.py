@@ -55,7 +55,7 @@ def limited(limit: str, whose: str) -> float:
     return metric("tailrace_delivery_limited_total", limit=limit, whose=whose)
 
 
-async def test_a_tenant_starts_so_many_a_minute_over_all_replicas_and_keys(
+async def test_starts_per_minute_are_limited_per_tenant_over_all_replicas_and_keys(
     broker: Broker, nats_url: str, tmp_path: Path
 ) -> None:
     before = limited("starts", "tenant")
@@ -80,7 +80,7 @@ async def test_starts_per_minute_are_limited_per_key(broker: Broker, nats_url: s
         assert (await start(stage, second)).status_code == 202
 
 
-async def test_starts_at_once_on_two_replicas_never_exceed_the_rate(
+async def test_concurrent_starts_on_two_replicas_never_exceed_the_rate(
     broker: Broker, nats_url: str, tmp_path: Path
 ) -> None:
     async with AsyncExitStack() as stack:
@@ -119,9 +119,7 @@ async def put(broker: Broker, generation: str, **fields: Any) -> None:
     await bucket.put(f"acme.s.{generation}", msgspec.json.encode(record))
 
 
-async def test_so_many_generations_of_a_tenant_run_and_the_next_waits_for_an_end(
-    broker: Broker, nats_url: str, tmp_path: Path
-) -> None:
+async def test_running_generations_are_limited_per_tenant(broker: Broker, nats_url: str, tmp_path: Path) -> None:
     async with guarded(nats_url, tmp_path, running_per_tenant=2) as stage:
         credential = token("acme", "start")
         answers = [await start(stage, credential) for _ in range(3)]
@@ -152,7 +150,7 @@ async def test_a_replica_started_later_counts_running_generations(
         assert (await start(stage, token("acme", "start", sub="another"))).status_code == 202
 
 
-async def test_refused_starts_leave_nothing_behind(broker: Broker, nats_url: str, tmp_path: Path) -> None:
+async def test_a_refused_start_creates_no_session(broker: Broker, nats_url: str, tmp_path: Path) -> None:
     async with guarded(nats_url, tmp_path, starts_per_minute_per_tenant=1) as stage:
         credential = token("acme", "start", "read")
         assert (await start(stage, credential, "first")).status_code == 202
@@ -164,7 +162,7 @@ async def test_refused_starts_leave_nothing_behind(broker: Broker, nats_url: str
 @pytest.mark.parametrize(
     ("settings", "status"), [({"streams_per_tenant": 2}, 429), ({"streams_per_key": 2}, 429), ({"streams": 2}, 503)]
 )
-async def test_so_many_streams_are_open_at_once(
+async def test_open_streams_are_limited(
     broker: Broker, nats_url: str, tmp_path: Path, settings: dict[str, int], status: int
 ) -> None:
     async with guarded(nats_url, tmp_path, **settings) as stage, AsyncExitStack() as stack:
@@ -188,7 +186,7 @@ async def test_so_many_streams_are_open_at_once(
 
 
 @given(pauses=st.lists(st.floats(0, 40), max_size=60), rate=st.integers(1, 8))
-def test_no_minute_of_the_clock_admits_more_than_the_rate(pauses: list[float], rate: int) -> None:
+def test_no_clock_minute_admits_more_than_the_rate(pauses: list[float], rate: int) -> None:
     async def run() -> None:
         clock = Clock()
         limiter = SlidingWindowCounterRateLimiter(CounterStorage(Silent(), clock))  # type: ignore[arg-type]
@@ -211,7 +209,7 @@ class Silent:
         raise TimeoutError
 
 
-async def test_counts_of_two_replicas_are_one(broker: Broker) -> None:
+async def test_two_replicas_share_their_counts(broker: Broker) -> None:
     clock = Clock()
     storages = [CounterStorage(broker, clock) for _ in range(2)]
     assert [await storages[n % 2].incr("k", 60) for n in range(4)] == [1, 2, 3, 4]

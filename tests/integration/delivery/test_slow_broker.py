@@ -35,7 +35,7 @@ def replica(broker: Broker) -> Replica:
     return Replica(broker, SystemClock(), Shared(), Settings())
 
 
-async def test_many_that_want_to_know_the_bounds_of_a_log_ask_once(
+async def test_concurrent_requests_for_the_bounds_of_a_log_are_shared(
     replica: Replica, broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow = Slow(broker, monkeypatch)

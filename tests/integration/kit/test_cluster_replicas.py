@@ -21,7 +21,7 @@ async def replicas(broker: Broker, stream: str) -> int | None:
     return (await broker.js.stream_info(stream)).config.num_replicas
 
 
-async def test_several_services_that_start_at_once_make_everything_once(cluster: Cluster) -> None:
+async def test_services_that_start_concurrently_create_each_stream_once(cluster: Cluster) -> None:
     topology = Topology(partitions=3, replicas=3)
 
     async def start(url: str) -> Topology:
@@ -64,7 +64,7 @@ async def test_replicas_of_existing_streams_are_raised_and_messages_are_kept(clu
         assert (last.seq, last.data) == (seq, b"kept")
 
 
-async def test_more_replicas_than_a_single_server_can_keep_are_refused_in_words(own_nats: NatsServer) -> None:
+async def test_more_replicas_than_a_single_server_supports_are_refused_with_a_reason(own_nats: NatsServer) -> None:
     async with Broker.connect(own_nats.url, "test") as broker:
         with pytest.raises(BrokerUnavailable, match="needs a cluster"):
             await broker.apply(Topology(replicas=3), wait=5)

@@ -128,9 +128,7 @@ async def test_a_new_key_is_found_when_a_token_names_it(issuer: Issuer, verifier
     assert issuer.fetches == 2
 
 
-async def test_unknown_keys_do_not_make_it_fetch_without_end(
-    issuer: Issuer, verifier: JwtVerifier, clock: Clock
-) -> None:
+async def test_fetches_for_unknown_keys_are_limited(issuer: Issuer, verifier: JwtVerifier, clock: Clock) -> None:
     await verifier.verify(issuer.sign("first"))
     stranger = Issuer()
     for n in range(30):
@@ -186,7 +184,7 @@ async def test_cached_keys_are_used_during_an_issuer_outage_until_they_expire(
     await eventually(back)
 
 
-async def test_an_issuer_that_was_never_there_is_503_and_not_a_refusal(issuer: Issuer, verifier: JwtVerifier) -> None:
+async def test_an_issuer_that_never_answered_is_503_and_not_401(issuer: Issuer, verifier: JwtVerifier) -> None:
     made = issuer.sign("first")
     await issuer.stop()
     with pytest.raises(Problem) as refused:

@@ -154,7 +154,7 @@ async def test_each_scope_allows_only_its_own_operations(services: Services) -> 
     assert wrong == []
 
 
-async def test_all_scopes_but_the_one_are_not_enough(services: Services) -> None:
+async def test_all_other_scopes_together_are_not_enough(services: Services) -> None:
     wrong = []
     for operation in services.operations:
         if operation.scope is None:
@@ -205,7 +205,7 @@ async def test_data_of_one_tenant_is_invisible_to_another(
     assert kept.json()["generations"][0]["state"] == "queued"
 
 
-async def test_paths_are_not_opened_by_how_they_are_written(services: Services) -> None:
+async def test_other_spellings_of_a_path_do_not_bypass_authentication(services: Services) -> None:
     for path in ("//v1/sessions", "/v1//sessions", "/v1/sessions/", "/%76%31/sessions", "/console/../v1/sessions"):
         answer = await services.http.get(services.urls["delivery"] + path)
         assert answer.status_code in (401, 404), path

@@ -82,7 +82,7 @@ async def whole(own_nats: NatsServer, tmp_path: Path) -> AsyncIterator[Pipeline]
         yield made
 
 
-async def test_a_hundred_at_once_do_not_pass_a_budget_for_ten(whole: Pipeline) -> None:
+async def test_a_hundred_concurrent_starts_do_not_exceed_a_budget_for_ten(whole: Pipeline) -> None:
     await whole.limit(1)
     refused = await whole.ask()
     assert refused.status_code == 402
@@ -125,7 +125,7 @@ async def test_a_lowered_limit_stops_running_generations_and_bills_their_usage(w
     assert (await whole.ask()).status_code == 402
 
 
-async def test_a_request_that_is_refused_leaves_nothing_behind(whole: Pipeline) -> None:
+async def test_a_refused_request_creates_no_session_and_no_reservation(whole: Pipeline) -> None:
     await whole.limit(1)
     assert (await whole.ask("refused")).status_code == 402
     assert (await whole.stage.http.get(f"{whole.stage.url}/v1/sessions/refused")).status_code == 404

@@ -118,7 +118,9 @@ FAULTS = [
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
-async def test_an_answer_rides_through(cluster: Cluster, fault: Callable[[Cluster, Stage], Awaitable[None]]) -> None:
+async def test_an_answer_is_complete_after_the_fault(
+    cluster: Cluster, fault: Callable[[Cluster, Stage], Awaitable[None]]
+) -> None:
     async with pipeline(cluster) as stage:
         expected = await undisturbed(stage)
         generation = await asked(stage, "s", speed=25)

@@ -42,7 +42,7 @@ async def test_a_full_log_refuses_new_events_and_keeps_the_old_ones(own_nats: Na
         assert state.used > 0.99
 
 
-async def test_an_answer_meeting_a_full_log_gets_its_terminal_when_there_is_space(own_nats: NatsServer) -> None:
+async def test_an_answer_on_a_full_log_gets_its_terminal_when_space_is_available(own_nats: NatsServer) -> None:
     request = ask("g", params={"tokens": 4_000, "tokens_per_second": 4_000})
     async with Broker.connect(own_nats.url, "test") as broker:
         await broker.apply(Topology(max_bytes=BOUND))

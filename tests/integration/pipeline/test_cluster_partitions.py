@@ -101,7 +101,7 @@ async def test_concurrent_starts_keep_the_history_of_partition_counts(broker: Br
     assert billing == ["billing-0", "billing-1", "billing-2", "billing-3"]
 
 
-async def test_streams_from_before_there_was_a_history_are_its_beginning(broker: Broker) -> None:
+async def test_the_first_history_starts_with_the_existing_partition_count(broker: Broker) -> None:
     await broker.apply(Topology(partitions=3))
     await broker.js.purge_stream("KV_registry")
     await broker.apply(Topology(partitions=5))

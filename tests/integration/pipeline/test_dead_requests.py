@@ -82,7 +82,7 @@ async def ended(stage: Stage, session: str, generation: str) -> dict[str, Any]:
     return found
 
 
-async def test_poison_ends_as_failed_is_listed_shown_sent_again_and_completes(
+async def test_a_poison_request_fails_is_listed_resent_and_completes(
     stage: Stage, broker: Broker, poison: set[str]
 ) -> None:
     asked = await stage.http.post(f"{stage.url}/v1/sessions/s/generations", json=BODY)
@@ -119,7 +119,7 @@ async def test_poison_ends_as_failed_is_listed_shown_sent_again_and_completes(
     problem(await stage.http.post(f"{stage.url}/v1/requests/dead/{old}/resend"), 404)
 
 
-async def test_a_request_sent_again_at_once_by_many_is_one_new_generation(stage: Stage, broker: Broker) -> None:
+async def test_concurrent_resends_of_a_request_are_one_generation(stage: Stage, broker: Broker) -> None:
     await bury(broker, "old", ask("old"))
     url = f"{stage.url}/v1/requests/dead/old/resend"
     answers = await asyncio.gather(*(stage.http.post(url) for _ in range(8)))
@@ -201,7 +201,7 @@ async def test_a_page_that_does_not_exist_is_refused(stage: Stage, query: str) -
     problem(await stage.http.get(f"{stage.url}/v1/requests/dead?{query}"), 400)
 
 
-async def test_unknown_names_are_not_found_and_impossible_ones_not_valid(stage: Stage) -> None:
+async def test_unknown_names_are_404_and_invalid_names_are_400(stage: Stage) -> None:
     for name, status in (("nothing", 404), ("a.b", 400), ("%2A", 400), ("%3E", 400), ("x" * 65, 400)):
         url = f"{stage.url}/v1/requests/dead/{name}"
         problem(await stage.http.get(url), status)

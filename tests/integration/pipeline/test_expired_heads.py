@@ -169,7 +169,7 @@ async def test_a_stream_of_an_expired_answer_ends_at_once(stage: Stage, broker: 
     assert (waited.status_code, waited.json()["state"]) == (200, "completed")
 
 
-async def test_a_record_is_not_believed_where_the_log_is_whole(stage: Stage, log: Log) -> None:
+async def test_a_complete_log_overrides_the_record(stage: Stage, log: Log) -> None:
     await record(stage, state="completed", ended_at=3.0)
     await log.append(*story("g1", 3)[:-1])
     assert (await view(stage))["state"] == "running"

@@ -70,7 +70,7 @@ async def test_a_started_answer_without_a_producer_is_interrupted(broker: Broker
     assert (event.reason, event.counted.output) == ("request_lost", 5)
 
 
-async def test_a_record_that_missed_the_end_of_its_answer_gets_it(broker: Broker) -> None:
+async def test_a_record_without_the_logged_terminal_is_updated(broker: Broker) -> None:
     await record(broker, "g1", "running")
     for event in story("g1", 5):
         await broker.publish_stored(token_subject(Address(0, "default", "s", "g1")), encode_event(event))

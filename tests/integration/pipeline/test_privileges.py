@@ -347,7 +347,7 @@ async def test_a_password_is_not_shown_to_a_server_without_tls(guarded: Guarded,
             pass
 
 
-async def test_a_service_that_may_not_make_streams_waits_for_them(nats_url: str, broker: Broker) -> None:
+async def test_a_service_without_permission_to_create_streams_waits_for_them(nats_url: str, broker: Broker) -> None:
     await broker.js.delete_stream("TOKENS_0")
     expecting = Shared(nats_url=nats_url, manage_streams=False).topology()
     with pytest.raises(BrokerUnavailable, match="TOKENS_0 does not exist, and this service is not to create it"):
@@ -371,7 +371,7 @@ def test_unusable_tls_files_are_named(settings: Shared, named: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["tailrace.conf", "cluster.conf", "private.conf"])
-def test_the_deployed_configurations_are_ones_that_nats_server_takes(name: str, guarded: Guarded) -> None:
+def test_nats_server_accepts_the_deployed_configurations(name: str, guarded: Guarded) -> None:
     shutil.copy(REPOSITORY / "deploy" / "nats" / name, guarded.folder / name)
     env = os.environ | {"NATS_NAME": "nats-1", "NATS_PASSWORD": "secret", "NATS_MAX_PAYLOAD": "17MB"}
     env |= {f"NATS_{user.upper()}_PASSWORD": word for user, word in PASSWORDS.items()}

@@ -112,7 +112,7 @@ async def test_a_start_repeated_by_the_client_is_not_withdrawn(taking: Taking, m
     assert metric("tailrace_delivery_withdrawn_total", outcome="withdrawn") == before
 
 
-async def test_nothing_is_begun_while_the_broker_stores_nothing(
+async def test_no_generation_is_started_while_the_broker_stores_nothing(
     taking: Taking, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(taking.intake._storage, "stores", lambda: False)

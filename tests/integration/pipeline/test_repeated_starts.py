@@ -102,7 +102,7 @@ async def test_a_late_failure_of_the_first_attempt_does_not_remove_the_request_q
     assert await taking.is_known(generation)
 
 
-async def test_an_attempt_that_fails_alone_leaves_nothing(taking: Taking, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_failed_attempt_without_a_repeat_is_undone(taking: Taking, monkeypatch: pytest.MonkeyPatch) -> None:
     async def refused(*_: object, **__: object) -> None:
         raise Problem(402, "no room")
 
@@ -127,7 +127,7 @@ async def test_a_repeat_of_a_withdrawn_first_attempt_is_not_accepted(
         await taking.accept()
 
 
-async def test_a_queue_that_refuses_a_repeat_without_having_the_first_is_not_believed(
+async def test_a_duplicate_error_of_the_queue_without_a_stored_request_is_an_error(
     taking: Taking, broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stored = broker.publish_stored

@@ -117,7 +117,7 @@ async def test_nothing_is_removed_before_billing_has_read_it(
         assert (await delete(stage)).status_code == 204
 
 
-async def test_where_no_billing_has_ever_run_none_is_waited_for(
+async def test_deletion_does_not_wait_for_billing_that_never_ran(
     stage: Stage, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(deleting, "UNBILLED_SECONDS", -1.0)
@@ -148,7 +148,7 @@ async def test_subscribers_get_a_gap_and_earlier_cursors_are_refused_after_delet
             assert (again.status_code, again.json()["type"].rpartition(":")[2]) == (410, "session-deleted")
 
 
-async def test_a_replica_that_did_not_hear_of_it_finds_out(stage: Stage, log: Log) -> None:
+async def test_a_replica_that_missed_the_deletion_message_detects_the_deletion(stage: Stage, log: Log) -> None:
     await answered(stage, log, "g1")
     await _nobody_bills(stage)
     reader = stage.events()
@@ -239,7 +239,7 @@ async def test_a_queued_request_without_a_producer_blocks_deletion(
         assert (refused.status_code, one in refused.json()["detail"]) == (409, True)
 
 
-async def test_a_start_under_way_keeps_a_session_and_an_orphaned_record_does_not(stage: Stage, broker: Broker) -> None:
+async def test_a_pending_start_blocks_deletion_and_an_orphaned_record_does_not(stage: Stage, broker: Broker) -> None:
     await _nobody_bills(stage)
     record = GenerationRecord(
         tenant=TENANT, session="s", generation="g1", state="queued", model="m", created_at=time.time()

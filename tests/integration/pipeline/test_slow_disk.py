@@ -119,7 +119,7 @@ def window() -> float:
 
 
 @pytest.mark.parametrize("events", [8, 512])
-async def test_an_answer_rides_through_a_slow_disk(disk: Disk, monkeypatch: pytest.MonkeyPatch, events: int) -> None:
+async def test_an_answer_is_complete_on_a_slow_disk(disk: Disk, monkeypatch: pytest.MonkeyPatch, events: int) -> None:
     monkeypatch.setattr(publisher, "WINDOW_EVENTS", events)
     async with Broker.connect(disk.url, "test-producer") as broker:
         await broker.apply(Topology())

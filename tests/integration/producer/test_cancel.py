@@ -163,7 +163,7 @@ async def test_a_cancel_after_the_end_changes_nothing(broker: Broker) -> None:
         assert type_of((await assert_sound(broker, request))[-1]) == "completed"
 
 
-async def test_cancelling_again_and_again_is_one_cancellation(broker: Broker) -> None:
+async def test_repeated_cancels_are_one_cancellation(broker: Broker) -> None:
     request = ask("g1", params={"tokens": 5_000, "tokens_per_second": 50})
     async with producing(broker):
         await enqueue(broker, request)
@@ -187,7 +187,7 @@ async def _has_said(broker: Broker, request: Request, text: str) -> bool:
     return text_of(await accepted_log(broker, request)) == text
 
 
-async def test_where_it_may_be_drained_usage_is_read_and_nothing_more_is_relayed(broker: Broker) -> None:
+async def test_draining_after_a_cancel_reads_usage_and_relays_no_more_text(broker: Broker) -> None:
     request = ask("g1", "m")
     go_on = asyncio.Semaphore(0)
     replay = Replay([chunk("said"), chunk(" unsaid"), ending()], gate=go_on.acquire)

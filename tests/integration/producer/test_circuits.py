@@ -37,9 +37,7 @@ async def test_an_open_model_circuit_does_not_affect_other_models_of_its_provide
         ),
     ],
 )
-async def test_answers_and_requests_that_are_at_fault_open_no_circuit(
-    broker: Broker, replay: Replay, code: str
-) -> None:
+async def test_failures_caused_by_request_or_answer_open_no_circuit(broker: Broker, replay: Replay, code: str) -> None:
     async with (
         providing(replay) as provider,
         producing(broker, config=config(provider.url), retry=ONCE, circuit=(2, 1_000.0)),
@@ -73,7 +71,7 @@ async def test_a_deadline_that_the_caller_shortened_opens_no_circuit_and_a_confi
         assert code_of(await answered(broker, ask("g9", "m"))) == "upstream_circuit_open"
 
 
-async def test_requests_of_one_tenant_that_a_provider_fails_on_keep_no_other_tenant_out(broker: Broker) -> None:
+async def test_failing_requests_of_one_tenant_block_no_other_tenant(broker: Broker) -> None:
     async with (
         providing(refusing(500)) as provider,
         producing(broker, config=config(provider.url), retry=ONCE, circuit=(2, 1_000.0)),

@@ -43,7 +43,7 @@ async def test_an_answer_with_lost_stored_events_ends_as_interrupted(own_nats: N
         assert [event.seq for event in readable] == list(range(readable[0].seq, events[-1].seq))
 
 
-async def test_an_answer_that_may_be_restarted_is_when_its_stored_events_were_lost(own_nats: NatsServer) -> None:
+async def test_a_restartable_answer_with_lost_stored_events_is_restarted(own_nats: NatsServer) -> None:
     async with Broker.connect(own_nats.url, "test") as broker:
         await broker.apply(Topology())
         async with producing(broker):

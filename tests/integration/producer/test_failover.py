@@ -67,7 +67,7 @@ async def test_without_another_candidate_a_refusal_ends_it_with_its_own_code(
     assert (len(one.asked), len(two.asked)) == (1, 0)
 
 
-async def test_a_model_that_only_a_caller_names_raises_no_alarm(broker: Broker) -> None:
+async def test_a_refused_model_named_only_by_the_caller_raises_no_alarm(broker: Broker) -> None:
     counted = refusals("upstream_not_found")
     async with providing(refusing(404)) as provider, producing(broker, config=config(provider.url)):
         assert code_of(await answered(broker, ask("g1", "p0/made-up"))) == "upstream_not_found"

@@ -70,9 +70,7 @@ async def test_an_error_inside_an_answer_fails_it(
         (b"", "upstream_cut_off", 3),
     ],
 )  # fmt: skip
-async def test_a_failed_call_is_made_again_only_where_that_can_help(
-    broker: Broker, body: bytes, code: str, calls: int
-) -> None:
+async def test_only_recoverable_failures_are_retried(broker: Broker, body: bytes, code: str, calls: int) -> None:
     events, provider = await answered(broker, body)
     assert isinstance(events[-1], Failed)
     assert (events[-1].code, len(provider.asked)) == (code, calls)

@@ -153,7 +153,7 @@ async def test_a_response_that_is_no_stream_is_a_failure(
 
 
 @pytest.mark.parametrize("body", [b"<html>please log in</html>", b"<", b" \n", b""])
-async def test_a_page_is_a_refusal(session: aiohttp.ClientSession, body: bytes) -> None:
+async def test_an_html_page_is_a_refusal(session: aiohttp.ClientSession, body: bytes) -> None:
     async with providing(Replay([body], headers={"content-type": "text/html"})) as provider:
         error = await refused(upstream(session, provider.url))
     assert error.failure.code == "upstream_malformed"
@@ -195,7 +195,7 @@ async def test_a_compressed_body_is_read_though_it_was_not_asked_for(
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "br", "zstd"])
-async def test_a_body_that_cannot_be_unpacked_is_cut_off_or_refused(
+async def test_a_body_that_cannot_be_decompressed_is_cut_off_or_refused(
     session: aiohttp.ClientSession, encoding: str
 ) -> None:
     headers = {"content-type": "text/event-stream", "content-encoding": encoding}
@@ -321,7 +321,7 @@ async def test_cancelling_the_wait_for_headers_closes_the_connection(session: ai
         assert provider.abandoned == 1
 
 
-async def test_leaving_closes_the_connection_at_once(session: aiohttp.ClientSession) -> None:
+async def test_leaving_the_stream_closes_the_connection_at_once(session: aiohttp.ClientSession) -> None:
     async with providing(Replay([TEXT.wire[:500]], end="hang")) as provider:
         async with upstream(session, provider.url).open(call()) as stream:
             await stream.read()
@@ -330,7 +330,7 @@ async def test_leaving_closes_the_connection_at_once(session: aiohttp.ClientSess
         assert provider.abandoned == 1
 
 
-async def test_being_cancelled_while_reading_closes_the_connection(session: aiohttp.ClientSession) -> None:
+async def test_cancellation_while_reading_closes_the_connection(session: aiohttp.ClientSession) -> None:
     async with providing(Replay([TEXT.wire[:500]], end="hang")) as provider:
         reading = asyncio.create_task(all_parts(upstream(session, provider.url)))
         await eventually(lambda: provider.active == 1)

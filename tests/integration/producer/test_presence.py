@@ -95,7 +95,9 @@ async def test_the_last_of_ten_subscribers_on_two_replicas_starts_the_grace(brok
         await eventually(lambda: not two.replica.presence._held)
 
 
-async def test_coming_back_within_the_grace_keeps_it_alive(broker: Broker, nats_url: str) -> None:
+async def test_a_subscriber_returning_within_the_grace_period_keeps_the_generation_running(
+    broker: Broker, nats_url: str
+) -> None:
     request = silent("g1", 1.5)
     async with delivering(nats_url) as one, delivering(nats_url) as two, producing(broker) as producer:
         await enqueue(broker, request)

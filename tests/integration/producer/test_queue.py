@@ -166,7 +166,7 @@ async def test_generations_that_outlive_the_drain_are_taken_over_before_the_leas
     assert kinds(await assert_sound(broker, interrupts)) == ["started", "delta", "interrupted"]
 
 
-async def test_a_log_that_does_not_answer_delays_no_hand_over(
+async def test_an_unresponsive_log_does_not_delay_a_hand_over(
     broker: Broker, nats_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request = ask("g1", params=QUICK)
@@ -352,7 +352,7 @@ async def test_a_request_that_kills_every_producer_ends_as_failed_and_can_be_ins
     assert dead.data == msgspec.json.encode(request)
 
 
-async def test_a_request_that_fails_every_producer_is_begun_as_often_as_allowed(
+async def test_a_request_that_fails_every_producer_is_started_max_deliver_times(
     broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun = 0

@@ -45,7 +45,7 @@ from tests.support.provider_server import Provider, Replay, providing, unlisteni
 @pytest.mark.parametrize(
     ("status", "code"), [(429, "upstream_rate_limited"), (500, "upstream_error"), (503, "upstream_overloaded")]
 )
-async def test_a_provider_that_refuses_twice_is_asked_three_times(broker: Broker, status: int, code: str) -> None:
+async def test_a_provider_that_refuses_twice_is_called_three_times(broker: Broker, status: int, code: str) -> None:
     request = ask("g1", "m")
     counted = retries(code)
     async with providing(saying("Hel", "lo")) as provider, producing(broker, config=config(provider.url), retry=QUICK):
@@ -75,7 +75,7 @@ def retries(code: str) -> float:
     return REGISTRY.get_sample_value("tailrace_producer_retries_total", labels) or 0.0
 
 
-async def test_a_provider_that_only_listens_later_is_reached(broker: Broker) -> None:
+async def test_a_provider_that_starts_listening_later_is_reached(broker: Broker) -> None:
     request = ask("g1", "m")
     async with unlistening_port() as port:
         pass
@@ -135,7 +135,7 @@ async def test_a_retry_after_beyond_the_maximum_causes_a_failover(broker: Broker
     assert len(busy.asked) == 1
 
 
-async def test_failover_goes_along_the_candidates(broker: Broker) -> None:
+async def test_failover_tries_the_candidates_in_order(broker: Broker) -> None:
     async with providing(refusing(500)) as one, providing(refusing(503)) as two, providing(saying("third")) as three:
         setup = config(one.url, two.url, three.url)
         async with producing(broker, config=setup, retry=RetryPolicy(max_attempts=2, base=0.01)):
@@ -171,7 +171,7 @@ async def test_a_candidate_with_failover_disabled_is_skipped(broker: Broker) -> 
     assert text_of(alone) == "no"
 
 
-async def test_a_request_that_is_wrong_is_asked_nowhere_else(broker: Broker) -> None:
+async def test_a_bad_request_causes_no_failover(broker: Broker) -> None:
     async with (
         providing(refusing(400)) as one,
         providing(saying("never")) as two,
@@ -185,7 +185,7 @@ async def test_a_request_that_is_wrong_is_asked_nowhere_else(broker: Broker) -> 
     assert (len(one.asked), len(two.asked)) == (1, 0)
 
 
-async def test_after_the_first_token_nothing_is_asked_again(broker: Broker) -> None:
+async def test_no_call_is_retried_after_the_first_token(broker: Broker) -> None:
     async with (
         providing(cut_off("half ")) as one,
         providing(saying("never")) as two,
@@ -309,7 +309,7 @@ async def test_an_open_circuit_is_skipped_without_waiting_for_a_slot(broker: Bro
     assert len(down.asked) == 1
 
 
-async def test_another_producer_does_not_ask_an_upstream_that_one_has_found_down(broker: Broker, nats_url: str) -> None:
+async def test_a_circuit_opened_by_one_producer_is_respected_by_another(broker: Broker, nats_url: str) -> None:
     async with providing(refusing(500)) as down, Broker.connect(nats_url, "test-other") as other_broker:
         circuit = (2, 1_000.0)
         async with producing(broker, config=config(down.url), circuit=circuit):
@@ -406,7 +406,7 @@ async def test_the_total_deadline_includes_retries(broker: Broker) -> None:
     assert 0 < len(provider.asked) < 20
 
 
-async def test_comments_that_keep_a_connection_alive_are_no_tokens(broker: Broker) -> None:
+async def test_keep_alive_comments_do_not_count_as_tokens(broker: Broker) -> None:
     async def pause() -> None:
         await asyncio.sleep(0.05)
 
@@ -423,7 +423,7 @@ async def test_comments_that_keep_a_connection_alive_are_no_tokens(broker: Broke
         assert failed.code == code
 
 
-async def test_a_models_deadline_beats_the_producers_and_a_requests_beats_both(broker: Broker) -> None:
+async def test_a_models_deadline_overrides_the_producers_and_a_requests_overrides_both(broker: Broker) -> None:
     async with providing(silent()) as provider:
         setup = config(provider.url, alias={"first_token": 0.2})
         async with producing(broker, config=setup, deadlines=Deadlines(first_token=60)):
@@ -438,7 +438,7 @@ async def test_a_models_deadline_beats_the_producers_and_a_requests_beats_both(b
 
 
 @pytest.mark.parametrize("own", [{"first_token": 0.1}, {"first_token": 31}, {"between_tokens": 61}, {"total": 9}])
-async def test_a_deadline_out_of_bounds_is_not_run(broker: Broker, own: dict[str, float]) -> None:
+async def test_a_request_with_a_deadline_out_of_bounds_becomes_dead(broker: Broker, own: dict[str, float]) -> None:
     with pytest.raises(msgspec.ValidationError):
         msgspec.convert(own, RequestDeadlines)
     async with producing(broker):

@@ -301,7 +301,7 @@ def test_an_unreachable_url_is_reported_with_exit_code_3() -> None:
         assert "Traceback" not in result.stderr
 
 
-def test_problem_of_the_service_is_shown_in_its_words(delivery: Delivery) -> None:
+def test_problem_detail_of_the_service_is_shown(delivery: Delivery) -> None:
     delivery.problem = (422, {"type": "urn:tailrace:problem:unknown-model", "title": "T", "detail": "no model 'x'"})
     result = tailrace("ask", "x", "--url", delivery.url)
     assert (result.returncode, result.stderr) == (1, "error: T: no model 'x'\n")

@@ -130,7 +130,7 @@ async def test_budgets_are_set_shown_and_removed(billing: Billing) -> None:
     assert "no budget" in (await billing.run("budget", "remove", "monthly", code=1)).err
 
 
-async def test_prices_are_put_and_shown_as_they_can_be_put_again(billing: Billing, tmp_path: Path) -> None:
+async def test_prices_round_trip_through_put_and_show(billing: Billing, tmp_path: Path) -> None:
     file = tmp_path / "prices.csv"
     file.write_text(
         "provider,model,class,currency,amount,from,until\r\nopenai,fast,input,USD,2.50,2026-01-01,\r\n"
@@ -149,7 +149,7 @@ async def test_prices_are_put_and_shown_as_they_can_be_put_again(billing: Billin
     assert ".csv" in (await billing.run("prices", "put", str(other), code=2)).err
 
 
-async def test_a_providers_export_is_tried_and_brought_in(billing: Billing, tmp_path: Path) -> None:
+async def test_a_provider_export_is_imported_after_a_dry_run(billing: Billing, tmp_path: Path) -> None:
     file = tmp_path / "export.csv"
     file.write_text("generation,input_tokens,output_tokens\r\ng01,7,99\r\n")
     tried = json.loads((await billing.run("reconcile", "import", str(file), "--dry-run")).out)

@@ -75,7 +75,7 @@ def test_a_killed_node_of_the_embedded_cluster_interrupts_no_answer(tmp_path: Pa
         started.close()
 
 
-def test_without_a_number_there_is_one_broker_as_ever(tmp_path: Path) -> None:
+def test_without_a_number_one_broker_is_started(tmp_path: Path) -> None:
     specs = planned(tmp_path, ())
     assert [s.name for s in specs if s.name.startswith("nats")] == ["nats-server"]
     assert "TAILRACE_REPLICAS" not in specs[-1].env

@@ -104,7 +104,7 @@ async def until(condition: Callable[[], object], timeout: float = 20) -> None:
             await asyncio.sleep(0.02)
 
 
-async def test_services_start_in_order_and_stop_in_theirs(tree: Tree) -> None:
+async def test_services_start_in_start_order_and_stop_in_stop_order(tree: Tree) -> None:
     tree.add("broker", start=0, stop=2).add("billing", start=1, stop=1).add("delivery", start=2, stop=0)
     async with running(tree) as supervisor:
         assert tree.notes() == ["broker start", "billing start", "delivery start"]
@@ -126,7 +126,7 @@ async def test_crashed_service_is_restarted_and_the_others_keep_running(tree: Tr
     assert "delivery ended with exit code 1; starting it again in 0.25 s" in tree.said
 
 
-async def test_killed_service_is_started_again(tree: Tree) -> None:
+async def test_killed_service_is_restarted(tree: Tree) -> None:
     tree.add("producer")
     async with running(tree) as supervisor:
         os.kill(supervisor.pids["producer"], signal.SIGKILL)
@@ -150,7 +150,7 @@ async def test_a_service_beyond_its_crash_limit_stops_all_services(tree: Tree, m
     assert tree.notes()[-1] == "billing stop"
 
 
-async def test_service_that_cannot_start_ends_the_start_with_its_words(tree: Tree) -> None:
+async def test_service_that_cannot_start_ends_the_start_with_its_message(tree: Tree) -> None:
     tree.add("billing").add("delivery", start=1, mode="broken").add("page", start=2)
     with pytest.raises(StartFailed, match="delivery ended with exit code 2"):
         await asyncio.wait_for(tree.supervisor().run(lambda: pytest.fail("not ready")), 20)

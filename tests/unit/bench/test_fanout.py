@@ -90,7 +90,7 @@ def test_the_text_of_another_session_is_noticed() -> None:
 
 
 @given(st.lists(st.integers(1, 60), max_size=40))
-def test_however_a_stream_is_cut_the_same_is_read(sizes: list[int]) -> None:
+def test_a_stream_is_read_the_same_under_every_chunking(sizes: list[int]) -> None:
     data, checker = answer(0, [0, 1, 2, 3, 4]), checked(b"")
     for size in sizes:
         checker.take(data[:size], 10)
@@ -100,7 +100,7 @@ def test_however_a_stream_is_cut_the_same_is_read(sizes: list[int]) -> None:
 
 
 @given(st.lists(st.integers(1, 25), max_size=60), st.integers(0, 20))
-def test_answers_to_publishes_are_counted_however_they_are_cut(sizes: list[int], refused: int) -> None:
+def test_publish_acknowledgements_are_counted_under_every_chunking(sizes: list[int], refused: int) -> None:
     one = b"HTTP/1.1 202 Accepted\r\ncontent-length: 2\r\n\r\nok"
     data, sink = one * 20 + b"HTTP/1.1 413 Too large\r\ncontent-length: 0\r\n\r\n" * refused, PostSink()
     for _ in range(20):
@@ -184,7 +184,7 @@ def message(body: bytes) -> bytes:
 
 
 @given(st.lists(st.integers(1, 60), max_size=40))
-def test_messages_of_a_socket_are_read_however_they_are_cut(sizes: list[int]) -> None:
+def test_messages_of_a_socket_are_read_under_every_chunking(sizes: list[int]) -> None:
     events = b",".join(b'{"cursor":"c%d","event":%b}' % (index, event(0, index, 1.0)) for index in range(5))
     data = b"HTTP/1.1 101 Switching Protocols\r\n\r\n" + message(
         b'{"type":"subscribed","session":"fan-0","cursor":"c"}'

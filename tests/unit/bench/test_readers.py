@@ -56,7 +56,7 @@ def read(pieces: list[str], end: str = "completed", cuts: tuple[int, ...] = ()) 
 
 
 @given(st.lists(st.integers(min_value=1, max_value=20), min_size=1, max_size=5), st.data())
-def test_events_are_the_same_however_response_and_reads_are_cut(sizes: list[int], data: st.DataObject) -> None:
+def test_events_are_the_same_under_every_chunking(sizes: list[int], data: st.DataObject) -> None:
     payload = b"data: one\n\nid: 2\ndata: caf\xc3\xa9\n\n: hb\n\n"
     whole = answer(payload, sizes)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(whole)), max_size=8)))

@@ -40,7 +40,7 @@ def reserve(*models: str, inputs: int = 1_000, outputs: int = 2_000) -> Reserve:
     return Reserve(tenant="t", session="s", generation="g", models=list(models), input=inputs, output=outputs)
 
 
-def test_the_worst_case_is_the_dearest_candidate_and_the_dearest_class() -> None:
+def test_the_worst_case_is_the_most_expensive_candidate_and_class() -> None:
     book = PriceBook(
         1,
         [
@@ -68,7 +68,7 @@ def test_a_generation_that_fits_exactly_is_admitted_and_one_token_more_is_not() 
     assert admit([standing], Need(11, {})).refused == standing
 
 
-def test_a_budget_that_is_used_up_admits_nothing_even_if_it_costs_nothing() -> None:
+def test_an_exhausted_budget_admits_no_generation_even_a_free_one() -> None:
     assert admit([Standing(budget("5"), Decimal(5), Decimal(0))], Need(10, {})).refused is not None
     assert admit([Standing(budget("0"), Decimal(0), Decimal(0))], Need(10, {})).refused is not None
 
@@ -139,7 +139,7 @@ def test_periods_follow_the_calendar_in_utc(period: str, at: str, first: str, af
 @pytest.mark.parametrize(
     "limits", [{"hard": None}, {"hard": "-1"}, {"hard": "NaN"}, {"hard": "1", "soft": "2"}, {"hard": "Infinity"}]
 )
-def test_limits_that_make_no_sense_are_refused(limits: dict[str, str | None]) -> None:
+def test_invalid_limits_are_refused(limits: dict[str, str | None]) -> None:
     with pytest.raises(ValueError, match="limit"):
         budget(**limits)
 
@@ -150,7 +150,7 @@ def test_a_budget_of_a_credential_covers_only_that_one() -> None:
     assert budget().covers("k2")
 
 
-def test_a_request_that_bounds_nothing_is_expected_to_use_the_default() -> None:
+def test_a_request_without_max_tokens_reserves_the_default() -> None:
     messages = [{"role": "user", "content": "x" * 300}]
     inputs, outputs = worst_case(messages, {}, 4_096)
     assert inputs >= 100

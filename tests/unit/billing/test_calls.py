@@ -98,7 +98,7 @@ def test_three_calls_that_each_broke_off_after_20_tokens_are_settled_with_60() -
     assert [c.number for c in abandoned_calls(g)] == [1, 2]
 
 
-def test_a_budget_sees_the_calls_before_while_the_generation_runs() -> None:
+def test_a_budget_counts_earlier_calls_while_the_generation_runs() -> None:
     g = folded(*begun(), said(), restarted(call(1)), said(5))
     assert (g.state, g.counted_output) == ("running", 25)
     more = fold(g, address(), records([Delta(generation="g", seq=4, epoch=2, text="x", tokens=6)], 100)).generation
@@ -277,7 +277,7 @@ _outcomes = st.lists(
     st.none() | st.builds(Usage, input=st.integers(0, 50), output=st.integers(1, 50)),
     st.data(),
 )
-def test_a_generation_costs_the_sum_of_its_calls_however_its_log_is_cut(
+def test_a_generation_costs_the_sum_of_its_calls_under_any_batching(
     left: list[tuple[int, Usage | None, bool]], output: int, usage: Usage | None, data: st.DataObject
 ) -> None:
     events = begun()

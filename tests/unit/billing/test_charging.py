@@ -76,7 +76,7 @@ def test_a_provider_that_never_reports_is_settled_by_policy(basis: str, pricing:
     ("basis", "amount", "source"),
     [("counted", "0.0003175", "counted"), ("reported", "0.0002", "reported"), ("none", "0", None)],
 )
-def test_partial_ones_are_charged_by_their_tenants_policy(terminal, basis, amount, source) -> None:  # type: ignore[no-untyped-def]
+def test_partial_generations_are_charged_by_their_tenants_policy(terminal, basis, amount, source) -> None:  # type: ignore[no-untyped-def]
     charging = Charging(partial="none" if basis != "none" else "counted", tenants={"default": basis})
     g, entries = settled(Terms(book=book(), charging=charging), reported=Usage(input=0, output=20), terminal=terminal)
     assert (g.status, g.amount) == ("partial", Decimal(amount))
@@ -102,7 +102,7 @@ def test_a_class_of_tokens_without_a_price_leaves_all_unpriced() -> None:
     assert g.pricing == "charged"
 
 
-def test_a_bill_in_two_currencies_is_none() -> None:
+def test_a_generation_priced_in_two_currencies_is_unpriced() -> None:
     mixed = PriceBook(1, [price("input", "1"), price("output", "1", currency="EUR")])
     g, _ = settled(Terms(book=mixed), reported=Usage(input=7, output=30))
     assert g.pricing == "unpriced"
@@ -128,7 +128,7 @@ def test_a_price_per_request_is_added_once() -> None:
     assert g.amount == Decimal("0.01")
 
 
-def test_an_amount_beyond_all_reason_is_unpriced() -> None:
+def test_an_amount_beyond_the_maximum_is_unpriced() -> None:
     g, _ = settled(Terms(book=book(input="1", output="8999999")), reported=Usage(input=7, output=2**53 - 1))
     assert g.pricing == "unpriced"
 

@@ -149,7 +149,7 @@ def test_any_bytes_are_a_record_and_never_an_error(data: bytes) -> None:
     assert folded.generation is None or folded.verdicts.total() == 1
 
 
-def test_hostile_texts_and_stamps_are_made_fit_for_a_database() -> None:
+def test_hostile_texts_and_times_are_sanitised_for_the_database() -> None:
     events = history(model="m\0" + "x" * 10_000, at=1e300)
     g = settled(events)
     assert g.model == "m" + "x" * 199
@@ -214,9 +214,7 @@ def apply(known: dict[Key, Generation], batch: list[Record]) -> dict[Key, Genera
 
 @settings(max_examples=150)
 @given(logs(), st.data())
-def test_rows_are_the_same_however_the_log_is_cut_delivered_and_redelivered(
-    log: list[Record], data: st.DataObject
-) -> None:
+def test_rows_are_the_same_under_any_batching_and_redelivery(log: list[Record], data: st.DataObject) -> None:
     expected = apply({}, log)
     rows: dict[Key, Generation] = {}
     applied = 0

@@ -74,7 +74,7 @@ def test_the_most_specific_row_wins() -> None:
     assert chosen(*ladder, provider="other", model="llama") == "1"
 
 
-def test_writes_for_an_hour_go_by_other_writes_and_these_by_input() -> None:
+def test_one_hour_cache_writes_fall_back_to_cache_writes_and_these_to_input() -> None:
     def hour(*prices: Price) -> str:
         found = PriceBook(1, prices).price("openai", "gpt-4o", "cache_write_1h", SINCE)
         assert found is not None
@@ -142,7 +142,7 @@ def test_shipped_prices_are_found_by_the_model_that_answers(provider: str, model
     assert shipped(provider, model).get("output") == (None if output is None else Decimal(output))
 
 
-def test_a_class_without_a_price_as_specific_as_its_parents_goes_by_the_parents() -> None:
+def test_a_class_without_an_equally_specific_price_uses_its_parents_price() -> None:
     general = [price("input", "5", model="*"), price("cached_input", "3", model="*")]
     special = price("input", "1", model="gpt-4o")
     book = PriceBook(1, [*general, special])
@@ -157,7 +157,7 @@ def test_a_class_without_a_price_as_specific_as_its_parents_goes_by_the_parents(
     assert PriceBook(1, [price("output", "9")]).price("openai", "gpt", "reasoning", SINCE) is not None
 
 
-def test_patterns_take_other_signs_as_they_are() -> None:
+def test_model_patterns_match_other_characters_literally() -> None:
     assert chosen(price(model="a.b[c]+?"), model="a.b[c]+d") == "2.50"
     assert chosen(price(model="a.b[c]+?"), model="axb[c]+d") is None
 

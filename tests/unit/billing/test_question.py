@@ -53,7 +53,7 @@ def test_an_unknown_status_is_refused() -> None:
 
 
 @given(st.text(alphabet=st.characters(exclude_characters="\0", exclude_categories=["Cs"])), st.integers(0, 2**40))
-def test_a_page_cursor_gives_its_key_back(text: str, number: int) -> None:
+def test_a_page_cursor_round_trips(text: str, number: int) -> None:
     cursor = write_page("question", (text, number))
     assert parse_page("question", cursor, (str, int)) == (text, number)
     with pytest.raises(BadQuestion, match="another question"):

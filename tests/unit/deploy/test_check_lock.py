@@ -103,7 +103,7 @@ def test_a_line_that_is_no_hashed_pin_is_refused(line: str) -> None:
         parse_lock(line)
 
 
-def test_a_package_without_metadata_is_an_error_and_not_passed_over() -> None:
+def test_a_package_without_metadata_is_an_error() -> None:
     def unknown(locked: Locked) -> tuple[list[Requirement], frozenset[str]]:
         raise MetadataMissing(locked.name)
 

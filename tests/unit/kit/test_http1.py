@@ -276,7 +276,7 @@ async def test_an_unread_body_is_disconnected_beyond_its_time_bound(closes: bool
             await wire.flood(b"x", pause=0.05)
 
 
-async def test_trailers_without_end_are_cut_off() -> None:
+async def test_a_client_with_endless_trailers_is_disconnected() -> None:
     async with echoing(echo := Echo()) as dial:
         wire = await dial()
         wire.say(b"POST /wait HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nX: ")
@@ -322,7 +322,7 @@ async def test_a_client_with_an_incomplete_head_is_disconnected(said: bytes, mon
         assert await wire.rest() == b""
 
 
-async def test_a_connection_that_is_used_again_is_not_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_reused_connection_is_not_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http1, "HEAD_SECONDS", 0.3)
     async with echoing(Echo()) as dial:
         wire = await dial()
@@ -332,7 +332,7 @@ async def test_a_connection_that_is_used_again_is_not_cut_off(monkeypatch: pytes
             await asyncio.sleep(0.4)
 
 
-async def test_a_client_that_reads_nothing_makes_the_stream_wait() -> None:
+async def test_a_client_that_does_not_read_blocks_the_stream() -> None:
     echo = Echo()
     echo.pieces = pieces(*[b"x" * 100_000] * 200)
     async with echoing(echo) as dial:
@@ -411,7 +411,7 @@ async def test_an_offer_is_accepted_only_while_the_client_reads() -> None:
     assert taken[before:] == [True, False]
 
 
-async def test_a_socket_that_waits_to_be_accepted_is_answered_by_the_application_while_the_server_stops() -> None:
+async def test_the_application_answers_a_pending_websocket_handshake_while_the_server_stops() -> None:
     asked, go_on = asyncio.Event(), asyncio.Event()
 
     async def app(_scope: Any, receive: Any, send: Any) -> None:
@@ -436,7 +436,7 @@ async def test_a_socket_that_waits_to_be_accepted_is_answered_by_the_application
 
 
 @pytest.mark.parametrize("size", [0, 5, 125, 126, 65_535, 65_536])
-def test_a_frame_is_as_the_standard_has_it(size: int) -> None:
+def test_a_frame_is_encoded_as_in_rfc_6455(size: int) -> None:
     text = http1_sender._frame({"text": "x" * size})
     assert text == b"\x81" + _length(size) + b"x" * size
     assert http1_sender._frame({"bytes": b"x" * size}) == b"\x82" + text[1:]

@@ -73,7 +73,7 @@ async def test_a_second_signal_ends_a_service_at_once() -> None:
     ],
     ids=["deaf to cancellations", "blocks the event loop"],
 )
-async def test_a_service_that_cannot_be_cut_is_ended_with_a_code_of_its_own(body: str) -> None:
+async def test_a_service_that_cannot_be_cancelled_is_ended_with_its_own_exit_code(body: str) -> None:
     code, seconds, output = await stopped(body)
     assert code == EXIT_STUCK
     assert seconds >= DRAIN + MARGIN - 0.1
@@ -130,7 +130,7 @@ async def test_a_task_that_misses_a_cancellation_is_cancelled_again() -> None:
 
 
 @pytest.mark.parametrize("heeds", [True, False])
-async def test_work_is_cut_when_the_drain_time_is_over(heeds: bool) -> None:
+async def test_work_is_cancelled_at_the_end_of_the_drain_time(heeds: bool) -> None:
     stop, ended = Stop(0.1), asyncio.Event()
 
     async def work() -> None:

@@ -20,5 +20,5 @@ def test_an_invalid_time_is_zero(text: str) -> None:
     assert nanoseconds(text) == 0
 
 
-def test_a_zone_is_heeded() -> None:
+def test_the_time_zone_is_applied() -> None:
     assert nanoseconds("2026-11-28T02:00:00.5+02:00") == nanoseconds("2026-11-28T00:00:00.5Z")

@@ -17,7 +17,7 @@ async def test_background_tasks_are_counted_until_they_end() -> None:
     assert len(tasks) == 0
 
 
-async def test_waiting_for_background_tasks_ends_with_its_time() -> None:
+async def test_waiting_for_background_tasks_is_bounded() -> None:
     tasks = BackgroundTasks()
     task = tasks.start(asyncio.Event().wait(), name="endless")
     await tasks.wait(0.01)
@@ -115,7 +115,7 @@ async def test_wait_for_event_returns_whether_the_event_is_set() -> None:
     assert await wait_for_event(event, 0.0) is True
 
 
-async def test_a_cancellation_that_meets_the_event_is_not_lost() -> None:
+async def test_a_cancellation_at_the_same_time_as_the_event_is_not_lost() -> None:
     event = asyncio.Event()
     waiting = asyncio.create_task(wait_for_event(event, 10.0))
     await asyncio.sleep(0)

@@ -51,7 +51,7 @@ async def following(circuits: Circuits) -> AsyncIterator[Circuits]:
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def test_it_opens_after_so_many_failures_in_a_row(broker: Broker) -> None:
+async def test_a_circuit_opens_after_the_threshold_of_consecutive_failures(broker: Broker) -> None:
     circuits = Circuits(broker, 3, FOR_EVER)
     opened(circuits, failures=2)
     admitted(circuits).succeeded()
@@ -107,7 +107,7 @@ async def test_failures_caused_by_the_request_do_not_open_the_circuit(broker: Br
     admitted(circuits)
 
 
-async def test_failures_of_one_tenant_open_it_for_that_tenant_alone(broker: Broker) -> None:
+async def test_failures_of_one_tenant_open_the_circuit_for_that_tenant_alone(broker: Broker) -> None:
     circuits = Circuits(broker, 3, FOR_EVER)
     opened(circuits, tenant="loud", failures=3)
     assert circuits.admit("p", "m", "loud") is None
@@ -125,7 +125,7 @@ async def test_failures_of_two_tenants_open_the_circuit_for_all_tenants(broker: 
         assert circuits.admit("p", "m", tenant) is None
 
 
-async def test_a_trial_that_fails_again_and_again_keeps_no_other_tenant_out(broker: Broker) -> None:
+async def test_repeatedly_failing_trials_of_one_tenant_block_no_other_tenant(broker: Broker) -> None:
     circuits = Circuits(broker, 2, 0.05)
     opened(circuits, tenant="loud", failures=1)
     opened(circuits, tenant="quiet", failures=1)
@@ -167,7 +167,7 @@ async def test_only_an_abandoned_trial_allows_another_trial(broker: Broker) -> N
     admitted(circuits)
 
 
-async def test_an_open_circuit_can_be_seen_without_asking_for_admission(broker: Broker) -> None:
+async def test_is_open_reports_an_open_circuit_without_admission(broker: Broker) -> None:
     circuits = Circuits(broker, 3, 0.05)
     assert not circuits.is_open("p", "m", "t")
     opened(circuits)
@@ -206,9 +206,7 @@ async def test_a_recovery_is_shared_as_well(broker: Broker) -> None:
         admitted(other)
 
 
-async def test_names_of_models_that_callers_make_up_fill_no_table(
-    broker: Broker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_circuits_of_unknown_model_names_are_bounded(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "KEPT", 10)
     circuits = Circuits(broker, 1, FOR_EVER)
     refused = UpstreamFailure("upstream_not_found", "no such model")

@@ -194,7 +194,7 @@ def test_an_abandoned_call_has_its_own_counts_and_resets_the_generation() -> Non
     assert completed.counted.output == 1
 
 
-def test_a_call_that_had_only_stated_its_input_is_estimated_and_one_that_had_not_begun_costs_nothing() -> None:
+def test_a_call_with_only_its_input_reported_is_estimated_and_an_unstarted_call_is_free() -> None:
     run = generation()
     assert run.abandon_call(BUSY) is None
     run.begin_answer()
@@ -221,7 +221,7 @@ _parts = st.one_of(
 
 
 @given(st.lists(st.lists(_parts, max_size=6), max_size=8))
-def test_however_the_parts_are_cut_into_reads_the_text_is_the_same_and_seqs_have_no_gap(
+def test_text_is_the_same_and_seqs_are_gapless_under_any_chunking(
     reads: list[list[Part]],
 ) -> None:
     run, whole = generation(), generation()
@@ -270,7 +270,7 @@ def test_a_log_with_an_expired_head_is_interrupted() -> None:
     assert decide(begun, may_restart=False) == "interrupt"
 
 
-def test_a_functions_name_counts_once_a_call_however_often_it_is_sent() -> None:
+def test_a_repeated_function_name_counts_once_per_call() -> None:
     once, repeated = generation(), generation()
     arguments = ['{"city"', ': "', 'Bern"}']
     once.absorb([ToolCallPart(ToolCall(name="get_weather", arguments="".join(arguments))), End()], 1.0)

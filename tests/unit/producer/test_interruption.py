@@ -122,7 +122,7 @@ async def test_a_cancelled_call_may_be_read_on_before_the_cancellation_takes_eff
     assert [reason.kind for reason in run.reasons] == ["cancelled"]
 
 
-async def test_reading_on_ends_with_its_time() -> None:
+async def test_a_postponed_read_ends_at_its_time_limit() -> None:
     interruption = Interruption()
     run = await started(interruption, lambda: postponed(interruption, asyncio.Event().wait, 0.01))
     interruption.interrupt("over_budget", "budget_exceeded")

@@ -65,7 +65,7 @@ def in_order(stored: list[bytes], count: int) -> bool:
     return expected == count
 
 
-async def test_everything_is_stored_once_when_nothing_goes_wrong() -> None:
+async def test_every_event_is_stored_once_without_faults() -> None:
     log = ForgetfulLog()
     publisher = await started(log)
     writer = leased(publisher)

@@ -46,7 +46,7 @@ def test_without_a_file_the_conventional_variables_make_providers() -> None:
     assert registry.providers["cohere"].key == Secret("k3")
 
 
-def test_without_keys_only_the_scripted_provider_is_there() -> None:
+def test_without_keys_only_the_scripted_provider_exists() -> None:
     assert list(loaded().providers) == ["scripted"]
     assert resolved(loaded(), "scripted/story") == [("scripted", "story")]
     assert loaded().resolve("scripted/story")[0].encoding == "o200k_base"
@@ -57,7 +57,7 @@ def test_an_address_without_a_key_is_enough_for_a_local_server() -> None:
     assert (provider.base_url, provider.key) == ("http://127.0.0.1:8000/v1", None)
 
 
-def test_the_first_slash_parts_provider_and_model() -> None:
+def test_the_first_slash_separates_provider_and_model() -> None:
     registry = loaded(env={"OPENROUTER_API_KEY": "k"})
     assert resolved(registry, "openrouter/meta-llama/llama-3.3") == [("openrouter", "meta-llama/llama-3.3")]
 
@@ -157,7 +157,7 @@ def test_sections_that_are_no_tables_are_problems() -> None:
     assert caught.value.problems == ["[providers]: must be a table of tables", "[models.m]: must be a table"]
 
 
-def test_keys_never_show() -> None:
+def test_keys_of_the_registry_are_hidden_in_text() -> None:
     registry = loaded(FILE, ENV)
     shown = f"{registry.providers} {registry.resolve('fast')} {registry.providers['main'].key}"
     assert "sk-main" not in shown

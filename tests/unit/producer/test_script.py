@@ -84,11 +84,11 @@ def test_reasoning_is_counted_in_output_and_apart() -> None:
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 7, 250, 5000])
-def test_the_number_of_tokens_can_be_asked_for(tokens: int) -> None:
+def test_the_number_of_tokens_can_be_requested(tokens: int) -> None:
     assert usage_of(parts_of(call("story", tokens=tokens))).output == pytest.approx(tokens, abs=2)
 
 
-def test_the_pace_is_the_one_asked_for_and_uneven() -> None:
+def test_the_average_rate_is_the_requested_one_with_jitter() -> None:
     delays = [delay for delay, _ in play(call("story", tokens=400, tokens_per_second=100))][1:-1]
     assert sum(delays) / len(delays) == pytest.approx(0.01, rel=0.1)
     assert len(set(delays)) > len(delays) / 2
@@ -132,7 +132,7 @@ def test_error_fails_in_the_middle() -> None:
     assert len(parts) == 5
 
 
-def test_refuse_refuses_and_unknown_models_are_not_found() -> None:
+def test_refuse_model_refuses_and_unknown_models_are_not_found() -> None:
     refused, unknown = refusal(call("refuse")), refusal(call("opera"))
     assert refused is not None
     assert (refused.code, refused.upstream_status, refused.recoverable) == ("upstream_rate_limited", 429, True)

@@ -59,6 +59,6 @@ def test_call_numbers_continue_across_producers() -> None:
     assert (call.number, call.provider, call.upstream_model, call.counted.output) == (3, "p1", "m1", 5)
 
 
-def test_a_restart_that_names_no_call_still_counts_the_one_that_it_takes_back() -> None:
+def test_a_restart_without_a_call_still_counts_one_abandoned_call() -> None:
     begun = folded(STARTED, delta(3), Restarted(generation="g", seq=0, epoch=2, reason="producer_lost"), delta(4, 2))
     assert (begun.abandoned, begun.tokens) == (1, 4)

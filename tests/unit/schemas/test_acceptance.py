@@ -50,14 +50,14 @@ def check_shape(sequence: list[Entry]) -> None:
 
 @settings(deadline=None, max_examples=500)
 @given(st.lists(ENTRIES, max_size=40))
-def test_any_log_at_all_yields_the_sequence_of_the_definition(log: list[Entry]) -> None:
+def test_any_log_yields_the_sequence_of_the_definition(log: list[Entry]) -> None:
     assert accepted(log) == by_definition(log)
     check_shape(accepted(log))
 
 
 @settings(deadline=None)
 @given(st.lists(ENTRIES, max_size=30), st.data())
-def test_reading_again_from_anywhere_before_changes_nothing(log: list[Entry], data: st.DataObject) -> None:
+def test_rereading_from_any_earlier_event_changes_nothing(log: list[Entry], data: st.DataObject) -> None:
     again = data.draw(st.integers(0, len(log)))
     start = data.draw(st.integers(0, again))
     position = position_of(log[:again])
@@ -69,7 +69,7 @@ def test_reading_again_from_anywhere_before_changes_nothing(log: list[Entry], da
 
 @settings(deadline=None)
 @given(st.lists(ENTRIES, max_size=30), st.integers(0, 30))
-def test_a_reader_that_keeps_its_position_continues_as_if_it_had_never_stopped(log: list[Entry], stop: int) -> None:
+def test_a_reader_that_resumes_at_its_position_accepts_the_same_events(log: list[Entry], stop: int) -> None:
     position, later = position_of(log[:stop]), []
     for entry in log[stop:]:
         position, verdict = judge(position, entry.type, entry.epoch, entry.seq)
@@ -290,7 +290,7 @@ def test_a_later_epoch_without_its_restarted_event_lacks_events() -> None:
     assert not acceptance.lacks(header("delta", 1, 4))
 
 
-def test_an_event_that_its_writer_will_repeat_is_asked_for_once() -> None:
+def test_expect_suppresses_lacks_until_the_next_accepted_event() -> None:
     acceptance = Acceptance(Position(1, 5))
     acceptance.expect()
     assert not acceptance.lacks(header("delta", 1, 8))
@@ -298,7 +298,7 @@ def test_an_event_that_its_writer_will_repeat_is_asked_for_once() -> None:
     assert acceptance.lacks(header("delta", 1, 8))
 
 
-def test_an_ended_generation_lacks_nothing_but_usage_of_its_own_epoch() -> None:
+def test_an_ended_generation_lacks_only_usage_of_its_own_epoch() -> None:
     acceptance = Acceptance(Position(2, 5, ended=True))
     assert not acceptance.lacks(header("delta", 3, 9))
     assert not acceptance.lacks(header("usage", 3, 9))

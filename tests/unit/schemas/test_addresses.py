@@ -42,7 +42,9 @@ def test_the_published_pattern_agrees_with_the_check(name: str) -> None:
 
 
 @given(NAMES, NAMES, NAMES, st.integers(1, 256))
-def test_an_address_survives_its_subject(tenant: str, session: str, generation: str, partitions: int) -> None:
+def test_an_address_round_trips_through_its_subject(
+    tenant: str, session: str, generation: str, partitions: int
+) -> None:
     address = Address.of(tenant, session, generation, partitions)
     subject = token_subject(address)
     assert parse_address(subject) == address
@@ -133,7 +135,7 @@ def test_cursors_are_pinned() -> None:
 
 
 @given(st.integers(0, 255), NAMES, NAMES, st.integers(0, 2**48 - 1))
-def test_a_cursor_survives_its_text(partition: int, tenant: str, session: str, seq: int) -> None:
+def test_a_cursor_round_trips_through_its_text(partition: int, tenant: str, session: str, seq: int) -> None:
     issuer = CursorIssuer(partition, CREATED, tenant, session)
     text = issuer.issue(seq)
     assert Cursor.parse(text) == Cursor(partition, issuer.incarnation, issuer.session, seq)

@@ -35,7 +35,7 @@ def stored(**fields: Any) -> bytes:
 
 @settings(deadline=None)
 @given(any_event())
-def test_every_event_survives_the_round_trip(event: Event) -> None:
+def test_every_event_round_trips(event: Event) -> None:
     assert decode_event(encode_event(event)) == event
 
 

@@ -350,6 +350,6 @@ def _fields(data: bytes) -> dict[str, int]:
     return {"epoch": 1} | msgspec.json.decode(data)
 
 
-def test_the_address_of_the_tests_is_that_of_their_subject() -> None:
+def test_the_subject_of_the_tests_has_their_address() -> None:
     assert parse_address(SUBJECT) == ADDRESS
     assert Acceptance().position[:2] == (0, 0)

@@ -144,7 +144,7 @@ def test_new_enough_server_on_the_path_wins(tmp_path: Path) -> None:
     assert find_nats_server(str(tmp_path)) == (path, (2, 12, 0))
 
 
-def test_server_on_the_path_that_is_too_old_is_passed_over(tmp_path: Path) -> None:
+def test_server_on_the_path_that_is_too_old_is_skipped(tmp_path: Path) -> None:
     fake_nats_server(tmp_path, "2.9.10")
     found = find_nats_server(str(tmp_path))
     assert found.path.parent != tmp_path
@@ -185,7 +185,7 @@ def test_terminal_shows_warnings_and_plain_text_alone(line: str, shown: str | No
 
 
 @given(st.lists(st.binary(max_size=40).filter(lambda b: b"\n" not in b and not b.endswith(b"\r"))), st.data())
-def test_lines_do_not_depend_on_how_output_is_cut(lines: list[bytes], data: st.DataObject) -> None:
+def test_lines_are_the_same_under_every_chunking_of_the_output(lines: list[bytes], data: st.DataObject) -> None:
     stream = b"".join(line + b"\n" for line in lines)
     splitter, got, rest = LineSplitter(), list[str](), stream
     while rest:
@@ -212,7 +212,7 @@ def test_log_files_stay_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @given(st.integers(1, 100), st.floats(0, 1))
-def test_waits_are_positive_and_bounded(times: int, chance: float) -> None:
+def test_restart_and_reconnect_delays_are_positive_and_bounded(times: int, chance: float) -> None:
     assert 0 < restart_delay(times) <= 8
     assert 0 < reconnect_delay(times, chance) <= 8
 

@@ -42,7 +42,7 @@ def test_variables_of_the_command_line_are_no_unknown_settings() -> None:
     assert wrong_settings({"TAILRACE_URL": "http://127.0.0.1:1", "TAILRACE_KEY": "k", "TAILRACE_PRODUCERS": "2"}) == []
 
 
-def test_nothing_is_touched_when_settings_are_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_settings_create_no_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {**WRONG, "TAILRACE_BILLING_PORT": "99999"}.items():
         monkeypatch.setenv(name, value)
     options = UpOptions(data=tmp_path / "data", config=None, producers=1, ports={})

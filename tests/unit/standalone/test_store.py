@@ -34,7 +34,7 @@ def test_a_position_is_recognised(pending: int, redelivered: int) -> None:
 
 
 @given(st.integers(0, 20), st.integers(0, 20), st.data())
-def test_a_position_that_was_cut_off_is_none(pending: int, redelivered: int, data: st.DataObject) -> None:
+def test_a_truncated_position_is_not_recognised(pending: int, redelivered: int, data: st.DataObject) -> None:
     whole = position(pending, redelivered)
     assert not is_position(whole[: data.draw(st.integers(1, len(whole) - 1))])
 
@@ -42,7 +42,7 @@ def test_a_position_that_was_cut_off_is_none(pending: int, redelivered: int, dat
 @pytest.mark.parametrize(
     "data", [b"\x07" * 40, bytes([22, 9]) + position()[2:], bytes([22, 2]) + b"\xff" * 60, b"\0" * 64]
 )
-def test_other_bytes_are_no_position(data: bytes) -> None:
+def test_other_bytes_are_not_recognised_as_a_position(data: bytes) -> None:
     assert not is_position(data)
 
 
@@ -63,7 +63,7 @@ def test_unreadable_positions_are_moved_aside_and_others_are_kept(tmp_path: Path
 @pytest.mark.parametrize(
     ("before", "now", "went_down"), [("", "a", False), ("a", "a", False), ("a", "b", True), ("a", "", False)]
 )
-def test_a_machine_that_went_down_is_noticed(
+def test_a_machine_crash_is_detected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str, now: str, went_down: bool
 ) -> None:
     if before:

@@ -58,7 +58,7 @@ async def test_without_the_scope_everything_is_forbidden(stage: Stage) -> None:
         assert (await ask(stage, *call)).status_code == 403, call
 
 
-async def test_another_tenants_consumer_is_not_there(stage: Stage, broker: Broker) -> None:
+async def test_a_consumer_of_another_tenant_is_not_found(stage: Stage, broker: Broker) -> None:
     await Log(broker).append(*story("g1", 0))
     service = await Service(stage).created(session="s")
     (event, *_) = await service.batch()
@@ -96,7 +96,7 @@ async def test_session_patterns_must_cover_the_sessions_of_a_consumer(stage: Sta
     assert [c["name"] for c in listed] == ["new", "one"]
 
 
-async def test_a_narrow_caller_cannot_take_a_wide_consumer_over(stage: Stage) -> None:
+async def test_a_caller_limited_to_sessions_cannot_replace_a_wider_consumer(stage: Stage) -> None:
     await Service(stage).created()
     stage.principal = Principal(tenant=TENANT, sessions=("docs-*",))
     assert (await Service(stage).put(session="docs-1")).status_code == 409
@@ -162,14 +162,14 @@ async def test_a_name_that_is_invalid_in_a_subject_is_refused(stage: Stage, name
         "batch=1&batch=2",
     ],
 )
-async def test_a_query_that_makes_no_sense_is_refused(stage: Stage, query: str) -> None:
+async def test_an_invalid_query_is_refused(stage: Stage, query: str) -> None:
     service = await Service(stage).created()
     answer = await stage.http.get(f"{service.path}/events?{query}")
     assert answer.status_code == 400
     assert answer.headers["content-type"].startswith("application/problem+json")
 
 
-async def test_made_up_tokens_settle_nothing(stage: Stage, broker: Broker) -> None:
+async def test_forged_tokens_settle_nothing(stage: Stage, broker: Broker) -> None:
     await Log(broker).append(*story("g1", 0))
     service = await Service(stage).created()
     (event, *_) = await service.batch()

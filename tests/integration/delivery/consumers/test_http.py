@@ -83,7 +83,7 @@ async def test_a_consumer_of_one_session_gets_nothing_of_another(stage: Stage, b
     assert len(await everything.take(10)) == 10
 
 
-async def test_unwanted_types_are_passed_over_and_settled(stage: Stage, log: Log) -> None:
+async def test_filtered_types_are_skipped_and_acknowledged(stage: Stage, log: Log) -> None:
     service = await Service(stage).created(types=["started", "completed"], max_in_flight=2)
     await log.append(*story("g1", 20), *story("g2", 20))
     events = await service.take(4)
@@ -185,7 +185,7 @@ async def test_a_resent_dead_event_can_become_dead_again_and_be_removed(stage: S
     assert (await service.view())["dead"] == 0
 
 
-async def test_with_as_many_dead_events_as_may_be_the_next_one_stays_in_flight(nats_url: str, broker: Broker) -> None:
+async def test_at_the_limit_of_dead_events_the_next_one_stays_in_flight(nats_url: str, broker: Broker) -> None:
     async with consuming(nats_url, consumer_dead=1) as stage:
         service = await Service(stage).created(ack_wait=0.2, max_deliver=1)
         await Log(broker).append(*story("g1", 0)[:2])
@@ -208,7 +208,7 @@ async def test_a_dead_event_too_large_to_store_keeps_its_generation_and_seq(stag
     assert (await service.view())["in_flight"] == 0
 
 
-async def test_a_paused_consumer_gives_nothing_until_it_is_resumed(stage: Stage, log: Log) -> None:
+async def test_a_paused_consumer_delivers_nothing_until_it_is_resumed(stage: Stage, log: Log) -> None:
     service = await Service(stage).created()
     paused = (await stage.http.post(f"{service.path}/pause")).json()
     assert (paused["paused"], paused["paused_until"]) == (True, None)
@@ -253,7 +253,7 @@ async def test_repeats_zombies_and_garbage_in_the_log_never_reach_a_consumer(sta
     assert (await service.view())["in_flight"] == 0
 
 
-async def test_two_connections_share_the_work_and_repeats_stay_out(nats_url: str, broker: Broker, log: Log) -> None:
+async def test_two_connections_share_the_events_without_repeats(nats_url: str, broker: Broker, log: Log) -> None:
     runs = [story(f"g{n}", 40) for n in range(4)]
     async with consuming(nats_url) as one, consuming(nats_url) as two:
         services = [await Service(one).created(), Service(two)]
@@ -282,7 +282,7 @@ async def test_two_connections_share_the_work_and_repeats_stay_out(nats_url: str
         assert min(counts) > 0, counts
 
 
-async def test_a_stream_is_sse_or_ndjson_and_acknowledges_by_itself_if_wanted(stage: Stage, log: Log) -> None:
+async def test_a_stream_is_sse_or_ndjson_and_can_acknowledge_automatically(stage: Stage, log: Log) -> None:
     await log.append(*story("g1", 2))
     service = await Service(stage).created()
     async with service.stream("text/event-stream", ack="auto") as lines:

@@ -163,7 +163,7 @@ async def test_events_may_be_settled_over_another_connection(stage: Stage, log: 
     assert (await service.view())["in_flight"] == 0
 
 
-async def test_a_consumer_is_read_until_it_is_unwanted_or_deleted(stage: Stage, log: Log) -> None:
+async def test_a_consumer_is_read_until_unconsume_or_deletion(stage: Stage, log: Log) -> None:
     service = await Service(stage).created()
     async with socket(stage.url) as client:
         await consume(client)
@@ -227,7 +227,7 @@ async def test_consume_and_settle_without_the_scope_are_refused(stage: Stage, lo
         assert await refusal(client, "settle", consumer="svc", acks=[]) == (403, "forbidden")
 
 
-async def test_another_tenants_consumer_is_not_there(stage: Stage) -> None:
+async def test_a_consumer_of_another_tenant_is_not_found(stage: Stage) -> None:
     await Service(stage).created()
     stage.principal = Principal(tenant="other")
     async with socket(stage.url) as client:

@@ -289,7 +289,7 @@ async def test_drain_ends_subscriptions_with_a_cursor_and_then_the_call(
     assert busy.last("one").reason == "drain"
 
 
-async def test_client_that_takes_nothing_is_evicted_as_a_whole(
+async def test_stalled_client_is_evicted_with_all_its_subscriptions(
     broker: Broker, nats_server: NatsServer, log: Log
 ) -> None:
     async with (
@@ -306,7 +306,7 @@ async def test_client_that_takes_nothing_is_evicted_as_a_whole(
         assert 0 < attached.count("one") < 303
 
 
-async def test_credentials_that_may_only_read_start_nothing(broker: Broker, nats_server: NatsServer) -> None:
+async def test_start_with_the_read_scope_alone_is_refused(broker: Broker, nats_server: NatsServer) -> None:
     async def reader(_authorization: str | None) -> Principal:
         return Principal(tenant=TENANT, scopes=frozenset({"read"}))
 
@@ -318,7 +318,7 @@ async def test_credentials_that_may_only_read_start_nothing(broker: Broker, nats
         attached.call.cancel()
 
 
-async def test_client_that_talks_and_never_listens_is_evicted(broker: Broker, nats_server: NatsServer) -> None:
+async def test_client_that_sends_and_never_reads_is_evicted(broker: Broker, nats_server: NatsServer) -> None:
     async with (
         serving_calls(nats_server.url, settings=Settings(stall=1.0)) as stage,
         stage.client(("grpc.http2.bdp_probe", 0)) as client,

@@ -75,7 +75,7 @@ async def test_read_without_permission_is_refused_with_its_status_code(
         ("generation", pb.GetGenerationRequest(session="s", generation="g1"), "read"),
     ],
 )
-async def test_each_operation_asks_for_its_scope(client: Client, method: str, request_: Any, scope: str) -> None:
+async def test_each_operation_requires_its_scope(client: Client, method: str, request_: Any, scope: str) -> None:
     call = getattr(client, method)
     others = {"start", "cancel", "read", "consume", "usage"} - {scope}
     with pytest.raises(grpc.aio.AioRpcError) as caught:

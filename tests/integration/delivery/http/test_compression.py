@@ -90,7 +90,7 @@ async def test_gzip_is_flushed_after_every_event(stage: Stage, log: Log) -> None
     assert keys(client.events) == keys(story("g1"))
 
 
-async def test_farewell_ends_a_compressed_stream_whole(stage: Stage, log: Log) -> None:
+async def test_bye_ends_a_compressed_stream_completely(stage: Stage, log: Log) -> None:
     await log.append(*story("g1")[:3])
     reading = asyncio.create_task(raw(stage, GZIP))
     await eventually(lambda: subscribers() == 1)
@@ -109,7 +109,9 @@ async def test_batches_are_compressed_when_they_are_large(stage: Stage, log: Log
     assert len(json.loads(small)["events"]) == 1
 
 
-async def test_nothing_is_compressed_unless_it_is_wished(broker: Broker, nats_server: NatsServer, log: Log) -> None:
+async def test_no_response_is_compressed_without_accept_encoding(
+    broker: Broker, nats_server: NatsServer, log: Log
+) -> None:
     await log.append(*story("g1"))
     async with delivering(nats_server.url) as stage:
         assert (await raw(stage, GZIP, generation="g1"))[0] is None

@@ -100,9 +100,7 @@ async def test_every_cursor_of_every_granularity_is_valid_in_every_other(stage: 
 
 
 @pytest.mark.parametrize("seed", range(4))
-async def test_dropping_and_coming_back_in_any_granularity_misses_and_repeats_nothing(
-    stage: Stage, log: Log, seed: int
-) -> None:
+async def test_reconnecting_in_any_granularity_misses_and_repeats_nothing(stage: Stage, log: Log, seed: int) -> None:
     rng = random.Random(seed)
     writing = asyncio.create_task(log.append(*answer(said=SAID * 2), pause=0.003))
     client = stage.events(**{"from": "start"})
@@ -171,7 +169,7 @@ async def test_coalesce_sends_fewer_events(stage: Stage, log: Log) -> None:
 
 
 @pytest.mark.parametrize("wish", WISHES[2:], ids=str)
-async def test_everything_passes_through_a_feed_that_remembers_little(
+async def test_all_events_pass_through_a_feed_with_a_small_tail(
     broker: Broker, nats_server: NatsServer, wish: dict[str, str]
 ) -> None:
     said = [f"{n} ".ljust(3_000, "x") + ("\n" if n % 3 == 0 else " ") for n in range(120)]

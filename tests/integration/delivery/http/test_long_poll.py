@@ -157,14 +157,14 @@ async def test_missing_beginning_is_a_gap_in_the_batch(stage: Stage, log: Log, b
     assert keys(events_of(batch)) == keys(story("g1")[4:])
 
 
-async def test_poll_that_meets_a_drain_is_answered(stage: Stage, log: Log) -> None:
+async def test_poll_during_a_drain_is_answered(stage: Stage, log: Log) -> None:
     asked = asyncio.create_task(poll(stage, wait=LONG))
     await eventually(lambda: waiting() == 1)
     await stage.replica.drain(5)
     assert (await asked)["events"] == []
 
 
-async def test_client_that_leaves_a_poll_is_noticed(stage: Stage) -> None:
+async def test_disconnect_during_a_poll_is_noticed(stage: Stage) -> None:
     asked = asyncio.create_task(poll(stage, wait=LONG))
     await eventually(lambda: waiting() == 1)
     asked.cancel()
@@ -183,7 +183,7 @@ async def test_client_that_leaves_a_poll_is_noticed(stage: Stage) -> None:
         {"wait": "1", "limit": "x"},
     ],
 )
-async def test_polls_that_mean_nothing_are_refused(stage: Stage, query: dict[str, str]) -> None:
+async def test_invalid_poll_parameters_are_refused(stage: Stage, query: dict[str, str]) -> None:
     response = await stage.http.get(url(stage), params=query, headers=JSON)
     assert response.status_code == 400
 
@@ -230,7 +230,7 @@ async def test_wait_complete_of_an_ended_generation_returns_at_once(stage: Stage
     assert (response.status_code, response.json()["state"]) == (200, "completed")
 
 
-async def test_asking_can_wait_for_the_whole_answer(stage: Stage, log: Log) -> None:
+async def test_a_start_can_wait_for_the_complete_answer(stage: Stage, log: Log) -> None:
     path = f"{stage.url}/v1/sessions/s/generations"
     asked = asyncio.create_task(stage.http.post(path, params={"wait": "complete"}, json=ASK))
     await eventually(lambda: waiting("complete") == 1)

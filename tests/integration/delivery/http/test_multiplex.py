@@ -92,7 +92,7 @@ async def test_every_cursor_has_the_position_of_every_session(stage: Stage, logs
 
 
 @pytest.mark.parametrize("seed", range(3))
-async def test_dropping_and_coming_back_at_any_moment_misses_and_repeats_nothing(
+async def test_reconnecting_at_any_moment_misses_and_repeats_nothing(
     stage: Stage, logs: dict[str, Log], seed: int
 ) -> None:
     rng, told = random.Random(seed), stories(60)
@@ -106,7 +106,7 @@ async def test_dropping_and_coming_back_at_any_moment_misses_and_repeats_nothing
     assert by_session(client) == {name: keys(events) for name, events in told.items()}
 
 
-async def test_sessions_may_join_and_leave_when_coming_back(stage: Stage, logs: dict[str, Log]) -> None:
+async def test_sessions_may_be_added_and_removed_on_reconnection(stage: Stage, logs: dict[str, Log]) -> None:
     told = stories()
     await append_all(logs, told)
     first = client_of(stage, "a", "b")
@@ -210,7 +210,7 @@ async def test_an_expired_position_is_a_gap_and_its_session_starts_over(
     assert by_session(client)["a"] == keys(story("g_new"))
 
 
-async def test_heartbeats_of_many_sessions_are_few(broker: Broker, nats_server: NatsServer) -> None:
+async def test_sessions_of_one_connection_share_heartbeats(broker: Broker, nats_server: NatsServer) -> None:
     async with delivering(nats_server.url, heartbeat=1.0) as stage:
         address = f"{stage.url}/v1/events?session=a&session=b&session=c"
         async with stage.http.stream("GET", address) as response:
@@ -238,13 +238,13 @@ async def test_heartbeats_of_many_sessions_are_few(broker: Broker, nats_server: 
         ("&".join(f"session=s{n}" for n in range(MAX_SESSIONS + 1)), 400),
     ],
 )
-async def test_wishes_that_cannot_be_met_are_refused(stage: Stage, query: str, status: int) -> None:
+async def test_invalid_read_options_are_refused(stage: Stage, query: str, status: int) -> None:
     response = await stage.http.get(f"{stage.url}/v1/events?{query}")
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/problem+json"
 
 
-async def test_as_many_sessions_as_allowed(stage: Stage, broker: Broker) -> None:
+async def test_the_maximum_number_of_sessions_shares_one_connection(stage: Stage, broker: Broker) -> None:
     names = [f"s{n}" for n in range(MAX_SESSIONS)]
     client = client_of(stage, *names)
     async with client.connected() as connection:

@@ -101,7 +101,7 @@ async def test_missing_beginning_is_a_gap_line(stage: Stage, log: Log, broker: B
         ("application/json", "application/json"),
     ],
 )
-async def test_one_resource_has_several_forms(stage: Stage, log: Log, accept: str, content_type: str) -> None:
+async def test_one_resource_has_several_media_types(stage: Stage, log: Log, accept: str, content_type: str) -> None:
     await log.append(*story("g1"))
     response = await stage.http.get(url(stage), params={"generation": "g1"}, headers={"Accept": accept})
     assert response.headers["content-type"] == content_type
@@ -115,7 +115,7 @@ async def test_unsupported_media_type_is_406_with_the_supported_types(stage: Sta
     assert "application/x-ndjson" in response.json()["detail"]
 
 
-async def test_post_asks_the_same_by_its_body(stage: Stage, log: Log) -> None:
+async def test_post_reads_the_same_options_from_its_body(stage: Stage, log: Log) -> None:
     await log.append(*story("g1"), *story("g2"))
     got = await stage.http.get(url(stage), params={"generation": "g1"})
     posted = await stage.http.post(url(stage), json={"generation": "g1"})
@@ -126,7 +126,7 @@ async def test_post_asks_the_same_by_its_body(stage: Stage, log: Log) -> None:
     assert keys(line["event"] for line in read(rest.text)) == keys(story("g1")[5:])
 
 
-async def test_post_without_a_body_asks_for_the_default(stage: Stage, log: Log) -> None:
+async def test_post_without_a_body_uses_the_defaults(stage: Stage, log: Log) -> None:
     await log.append(*story("g1"))
     async with stage.http.stream("POST", url(stage), headers=NDJSON) as response:
         lines = response.aiter_lines()
@@ -134,7 +134,7 @@ async def test_post_without_a_body_asks_for_the_default(stage: Stage, log: Log) 
     await eventually(lambda: subscribers() == 0)
 
 
-async def test_client_that_leaves_a_posted_stream_is_noticed(stage: Stage, log: Log) -> None:
+async def test_disconnect_from_a_posted_stream_is_noticed(stage: Stage, log: Log) -> None:
     async with stage.http.stream("POST", url(stage), json={"from": "live"}):
         await eventually(lambda: subscribers() == 1)
     await eventually(lambda: subscribers() == 0)
@@ -161,7 +161,7 @@ async def test_client_that_leaves_a_posted_stream_is_noticed(stage: Stage, log: 
         b"[" * 10_000,
     ],
 )
-async def test_bodies_that_mean_nothing_are_refused(stage: Stage, log: Log, body: bytes) -> None:
+async def test_invalid_bodies_are_refused(stage: Stage, log: Log, body: bytes) -> None:
     response = await stage.http.post(url(stage), content=body)
     assert response.status_code == 400, response.text
     assert response.headers["content-type"] == "application/problem+json"

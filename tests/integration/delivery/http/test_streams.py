@@ -172,9 +172,7 @@ async def test_joining_at_any_moment_misses_nothing_and_repeats_nothing(stage: S
 
 
 @pytest.mark.parametrize("seed", range(4))
-async def test_dropping_and_resuming_at_any_moment_misses_nothing_and_repeats_nothing(
-    stage: Stage, log: Log, seed: int
-) -> None:
+async def test_resuming_at_any_moment_misses_nothing_and_repeats_nothing(stage: Stage, log: Log, seed: int) -> None:
     rng = random.Random(seed)
     events = interleaved(rng, story("g1", 150), story("g2", 150))
 
@@ -274,7 +272,7 @@ async def test_events_of_unknown_types_are_sent_in_order(stage: Stage, log: Log)
     assert [e["seq"] for e in reader.events] == list(range(len(events) + 1))
 
 
-async def test_bytes_that_are_no_event_are_passed_over(stage: Stage, log: Log) -> None:
+async def test_bytes_that_are_no_event_are_skipped(stage: Stage, log: Log) -> None:
     events = story("g1")
     await log.append(*events[:5])
     await log.append_bytes("g1", b"not an event \xff")
@@ -300,9 +298,7 @@ async def test_bytes_that_are_no_event_are_passed_over(stage: Stage, log: Log) -
         ({"since": "1"}, 400),
     ],
 )
-async def test_wishes_that_cannot_be_met_are_refused(
-    stage: Stage, log: Log, query: dict[str, str], status: int
-) -> None:
+async def test_invalid_read_options_are_refused(stage: Stage, log: Log, query: dict[str, str], status: int) -> None:
     await log.append(*story("g1"))
     response = await stage.http.get(f"{stage.url}/v1/sessions/s/events", params=query)
     assert response.status_code == status

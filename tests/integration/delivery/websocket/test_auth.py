@@ -80,7 +80,7 @@ async def test_every_message_needs_its_scope_and_session(
         assert (await client.ask("ping", id=1))["type"] == "pong"
 
 
-async def test_credentials_that_expire_end_the_socket_with_a_goodbye(stage: Stage, broker: Broker) -> None:
+async def test_expired_credentials_end_the_socket_with_bye(stage: Stage, broker: Broker) -> None:
     await append(broker, "acme", story("g1")[:5])
     credential = token("acme", "read", exp=time.time() + 3)
     async with socket(stage.url, additional_headers=bearer(credential)) as client:
@@ -106,7 +106,7 @@ async def test_ticket_opens_a_socket_for_its_sessions(stage: Stage, broker: Brok
     assert refusal(refused.value)[0] == 401
 
 
-async def test_page_from_elsewhere_cannot_open_a_socket_where_no_credentials_are_asked_for(
+async def test_page_of_another_origin_cannot_open_a_socket_without_credentials(
     broker: Broker, nats_server: NatsServer
 ) -> None:
     async with delivering(nats_server.url) as stage:

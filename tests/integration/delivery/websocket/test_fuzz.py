@@ -92,7 +92,7 @@ stage_loop: dict[int, asyncio.AbstractEventLoop] = {}
 
 
 @pytest.mark.parametrize("subprotocol", [JSON, MSGPACK])
-async def test_any_messages_are_answered_and_the_socket_lives(stage: Stage, subprotocol: str) -> None:
+async def test_any_messages_are_answered_and_the_socket_stays_open(stage: Stage, subprotocol: str) -> None:
     stage_loop[id(stage)] = asyncio.get_running_loop()
 
     async def one_run(messages: list[object]) -> None:
@@ -186,7 +186,7 @@ async def test_any_bytes_after_the_handshake_affect_no_other_client(stage: Stage
     await is_still_served(stage)
 
 
-async def test_text_that_is_no_utf8_ends_the_socket(stage: Stage) -> None:
+async def test_invalid_utf8_ends_the_socket(stage: Stage) -> None:
     async with socket(stage.url) as client:
         client.connection.transport.write(masked(1, b"\xff\xfe"))
         with pytest.raises(ConnectionClosed):

@@ -96,7 +96,7 @@ async def test_resume_at_every_cursor_continues_at_the_next_event(stage: Stage, 
             assert keys(client.events.get("s", [])) == keys(events[position:])
 
 
-async def test_cursor_of_server_sent_events_is_good_for_a_socket(stage: Stage, log: Log) -> None:
+async def test_cursor_of_server_sent_events_is_valid_for_a_socket(stage: Stage, log: Log) -> None:
     events = story("g1")
     await log.append(*events)
     reader = stage.events(generation="g1")
@@ -188,7 +188,7 @@ async def test_credit_in_bytes_stops_with_the_event_that_uses_it_up(stage: Stage
     assert keys(client.events["s"]) == keys(story("g1", 20))
 
 
-async def test_acknowledged_events_give_their_credit_back(stage: Stage, log: Log) -> None:
+async def test_acknowledgements_return_credit(stage: Stage, log: Log) -> None:
     await log.append(*story("g1", 50))
     async with socket(stage.url) as client:
         await client.ask("subscribe", id=1, session="s", generation="g1", credit={"events": 5})
@@ -388,7 +388,7 @@ def stage_topology():  # type: ignore[no-untyped-def]
     return Topology()
 
 
-async def test_wishes_that_cannot_be_met_are_problems_of_that_subscription(stage: Stage, log: Log) -> None:
+async def test_invalid_read_options_are_problems_of_their_subscription(stage: Stage, log: Log) -> None:
     await log.append(*story("g1"))
     async with socket(stage.url) as client:
         for wish, status, slug in [
@@ -436,7 +436,7 @@ async def test_drain_sends_bye_with_a_cursor_and_closes_the_socket(
     assert metric("tailrace_delivery_sockets") == 0
 
 
-async def test_lifetime_ends_the_socket_with_a_goodbye_for_every_subscription(
+async def test_lifetime_ends_the_socket_with_bye_for_every_subscription(
     broker: Broker, nats_server: NatsServer, log: Log
 ) -> None:
     await log.append(*story("g1")[:5])

@@ -34,7 +34,7 @@ def story() -> Story:
     return Story()
 
 
-def test_nothing_is_found_in_a_good_run(story: Story) -> None:
+def test_a_correct_run_has_no_violation(story: Story) -> None:
     assert story.rules() == []
 
 
@@ -66,7 +66,7 @@ def test_events_after_a_terminal_are_found(story: Story) -> None:
     assert story.rules() == ["after_terminal"]
 
 
-def test_usage_after_the_terminal_is_none(story: Story) -> None:
+def test_usage_after_the_terminal_is_no_violation(story: Story) -> None:
     story.log.append(event("usage", 5, usage={"input": 20, "output": 2}))
     story.got[1].append(5)
     story.row["next_seq"] = 6
@@ -128,7 +128,7 @@ def test_a_cancellation_without_a_request_is_found(story: Story) -> None:
     assert story.rules() == []
 
 
-def test_a_generation_may_be_cancelled_that_was_not_to_outlive_its_listeners(story: Story) -> None:
+def test_a_generation_with_a_grace_period_may_be_cancelled_without_subscribers(story: Story) -> None:
     asks = tuple(msgspec.structs.replace(ask, grace=2.0) for ask in story.schedule.asks)
     story.schedule = msgspec.structs.replace(story.schedule, asks=asks)
     story.log[4] = event("cancelled", 4, reason="disconnected", counted={"input": 20, "output": 2})
@@ -146,7 +146,7 @@ def test_a_generation_may_be_cancelled_that_was_not_to_outlive_its_listeners(sto
         ([0, 2, 1, 3, 4], ["cursor", "skipped"]),
     ],
 )
-def test_a_subscriber_that_is_shown_something_else_is_found(story: Story, got: list[int], rules: list[str]) -> None:
+def test_a_subscriber_with_other_events_than_the_log_is_found(story: Story, got: list[int], rules: list[str]) -> None:
     for watch in (0, 1):
         whole = Story()
         whole.got[watch] = got
@@ -242,7 +242,7 @@ def test_a_service_may_exit_during_a_broker_outage(story: Story) -> None:
     assert story.rules() == []
 
 
-def test_a_process_that_has_just_begun_may_end_of_sigterm(story: Story) -> None:
+def test_a_just_started_process_may_be_ended_by_sigterm(story: Story) -> None:
     story.more = [Exited(process="producer-0", code=-15, asked=True, age=0.5)]
     assert story.rules() == []
     story.more = [Exited(process="producer-0", code=-15, asked=True, age=60.0)]
@@ -281,7 +281,7 @@ def test_overlapping_faults_count_once(story: Story) -> None:
     assert evidence.undisturbed(0.0, 2.0, 0.5) == pytest.approx(1.0)
 
 
-def test_a_history_survives_its_file(story: Story, tmp_path: Path) -> None:
+def test_a_history_round_trips_through_its_file(story: Story, tmp_path: Path) -> None:
     history = History(tmp_path / "history.jsonl")
     for record in story.records():
         history.add(record)

@@ -49,7 +49,7 @@ def test_faults_can_be_limited_to_kinds_and_targets() -> None:
     assert {(fault.kind, fault.target) for fault in faults} == {("hold", "producer-0")}
 
 
-def test_targets_may_be_named_by_their_beginning() -> None:
+def test_targets_may_be_named_by_prefix() -> None:
     shape = shape_of(3, ("cut", "hold"), ("producer", "node-2"))
     assert set(shape.kinds) == {"cut", "hold"}
     assert shape.targets == ("producer-0", "producer-1", "node-2")
@@ -61,7 +61,7 @@ def test_targets_may_be_named_by_their_beginning() -> None:
 
 
 @given(SEEDS, st.lists(st.sampled_from(("node", "producer-1", "delivery"))))
-def test_limited_faults_befall_nothing_else(seed: int, targets: list[str]) -> None:
+def test_limited_faults_affect_no_other_target(seed: int, targets: list[str]) -> None:
     faults = draw(seed, 20.0, shape_of(3, (), targets)).faults
     assert not targets or all(fault.target.startswith(tuple(targets)) for fault in faults)
 

@@ -34,7 +34,7 @@ def money(amount: Decimal = COST, tokens: int = 22, **more: Any) -> Amounts:
     return Amounts(**({"entries": [entry], "spending": [spending], "reserved": []} | more))
 
 
-def test_a_consumer_that_gave_everything_once_is_good(story: Story) -> None:
+def test_a_consumer_that_received_every_event_once_passes(story: Story) -> None:
     story.more = [*served(*range(LAST)), *served(2, 3, deliveries=2)]
     assert story.rules() == []
 
@@ -54,7 +54,7 @@ def test_missing_and_repeated_events_of_a_consumer_are_found(
     assert story.rules() == rules
 
 
-def test_money_that_is_the_price_of_the_usage_is_good(story: Story) -> None:
+def test_money_that_equals_the_price_of_the_usage_passes(story: Story) -> None:
     story.more = [money()]
     assert story.rules() == []
 
@@ -132,7 +132,7 @@ def test_events_of_a_binary_protocol_are_compared_by_position_type_and_text(stor
 
 
 @pytest.mark.parametrize("changes", [{"text": "other"}, {"type": "notice"}])
-def test_events_of_a_binary_wire_that_differ_are_found(story: Story, changes: dict[str, str]) -> None:
+def test_events_of_a_binary_protocol_that_differ_are_found(story: Story, changes: dict[str, str]) -> None:
     binary(story, **changes)
     assert story.rules() == ["not_in_log"]
 

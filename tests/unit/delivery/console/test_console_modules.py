@@ -58,7 +58,7 @@ def test_the_console_accepts_the_same_events_as_schemas_acceptance(
     assert json.loads(rule.stdout.readline()) == expected
 
 
-def test_the_page_needs_nothing_inline_and_nothing_from_elsewhere() -> None:
+def test_the_page_has_no_inline_code_and_no_external_resources() -> None:
     html = (CONSOLE / "index.html").read_text()
     assert "style=" not in html
     assert "<style" not in html

@@ -161,7 +161,7 @@ def raw(seq: int, consumer_seq: int, deliveries: int = 1) -> Raw:
     return Raw(seq, consumer_seq, deliveries, "tokens.0.t.s.g", b"", "")
 
 
-def test_a_reader_alone_sees_the_log_without_holes() -> None:
+def test_a_single_reader_has_no_holes() -> None:
     reader = source()
     assert [reader.seen(raw(10 + n, 1 + n)) for n in range(3)] == [9, 9, 9]
     assert reader.seen(raw(11, 4, deliveries=2)) == 10

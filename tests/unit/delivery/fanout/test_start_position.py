@@ -45,7 +45,7 @@ def test_cursor_is_valid_while_all_later_events_are_kept(first: int, length: int
 
 
 @given(st.text(max_size=200))
-def test_any_other_text_is_foreign(text: str) -> None:
+def test_an_invalid_cursor_is_foreign(text: str) -> None:
     with pytest.raises(CursorForeign) as caught:
         check_cursor(text, ISSUER, 1, 10)
     assert len(str(caught.value)) < 400

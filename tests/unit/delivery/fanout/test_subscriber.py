@@ -79,7 +79,7 @@ async def subscriber(client: Client) -> Subscriber:
     return Subscriber(client.send, PLAIN, None, 0)
 
 
-async def test_write_that_does_not_wait_is_through_at_once(client: Client, subscriber: Subscriber) -> None:
+async def test_write_that_does_not_block_completes_at_once(client: Client, subscriber: Subscriber) -> None:
     tasks = len(asyncio.all_tasks())
     Feed().say(subscriber, 3)
     assert client.taken == [b"1;", b"2;", b"3;"]
@@ -106,15 +106,13 @@ async def test_blocked_write_is_followed_by_one_write_of_all_missed_events(
 
 
 @pytest.mark.parametrize("error", [ConnectionResetError(), RuntimeError("closed")])
-async def test_connection_that_has_gone_ends_the_stream(
-    client: Client, subscriber: Subscriber, error: Exception
-) -> None:
+async def test_lost_connection_ends_the_stream(client: Client, subscriber: Subscriber, error: Exception) -> None:
     client.gone = error
     Feed().say(subscriber)
     assert await subscriber.done == "disconnected"
 
 
-async def test_connection_that_goes_while_a_write_waits_ends_the_stream(client: Client, subscriber: Subscriber) -> None:
+async def test_connection_lost_during_a_blocked_write_ends_the_stream(client: Client, subscriber: Subscriber) -> None:
     client.block()
     Feed().say(subscriber)
     client.gone = BrokenPipeError()
@@ -137,7 +135,7 @@ async def test_terminal_ends_the_stream_with_its_write(client: Client, subscribe
 
 
 @pytest.mark.parametrize("reason", ["disconnected", "drain", "evicted"])
-async def test_end_that_meets_a_subscriber_which_has_fallen_behind_is_not_forgotten(
+async def test_stop_of_a_subscriber_that_is_behind_takes_effect_after_rearm(
     subscriber: Subscriber, reason: str
 ) -> None:
     subscriber.fall_behind()
@@ -171,7 +169,7 @@ async def test_catching_up_waits_for_the_client_but_not_beyond_the_end_of_the_st
     assert client.taken == []
 
 
-async def test_closing_gives_up_a_write_that_waits(client: Client, subscriber: Subscriber) -> None:
+async def test_close_cancels_a_blocked_write(client: Client, subscriber: Subscriber) -> None:
     client.block()
     Feed().say(subscriber)
     await asyncio.sleep(0)

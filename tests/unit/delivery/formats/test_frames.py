@@ -88,7 +88,7 @@ def test_gap_has_a_reason_and_the_generation() -> None:
     assert parse([SSE.gap("log_recreated", None, AT)]) == [("", "gap", '{"reason":"log_recreated"}')]
 
 
-def test_chunk_joins_everything_that_was_missed() -> None:
+def test_chunk_joins_all_missed_events() -> None:
     chunk = Frames(tail_of(*[("a", "delta")] * 5), Plain(), AT).chunk(2, None, 1_000)
     assert (chunk.count, chunk.size, chunk.stop, chunk.last_seq, chunk.ends) == (3, 6, 5, 5, False)
     assert chunk.message == {"type": "http.response.body", "body": b"3;4;5;", "more_body": True}
@@ -125,7 +125,7 @@ def test_chunk_without_events_of_the_wanted_generation_still_moves_on() -> None:
 
 
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=120), st.integers(10, 200), st.data())
-def test_frames_follow_a_tail_that_forgets_and_are_made_at_most_once(
+def test_frames_follow_an_evicting_tail_and_are_encoded_at_most_once(
     sizes: list[int], max_bytes: int, data: st.DataObject
 ) -> None:
     tail, format_ = Tail(0, max_bytes), Plain()
@@ -139,7 +139,7 @@ def test_frames_follow_a_tail_that_forgets_and_are_made_at_most_once(
     assert len(format_.made) == len(set(format_.made))
 
 
-def test_a_gap_is_framed_before_its_event_and_counts_for_no_event() -> None:
+def test_a_gap_is_framed_before_its_event_and_is_not_counted_as_one() -> None:
     tail = Tail(0, 10_000)
     tail.append(Entry(3, "a", "delta", b"x"))
     tail.append(Entry(7, "b", "delta", b"y", gap="events_expired"))

@@ -105,7 +105,7 @@ def test_text_is_the_same_in_every_granularity(
 
 
 @given(SAID, st.lists(st.sampled_from(GRAINS), min_size=2, max_size=6), st.data())
-def test_going_on_from_any_cursor_in_any_granularity_gives_every_character_once(
+def test_resume_from_any_cursor_in_any_granularity_returns_every_character_once(
     said: list[tuple[str, str]], grains: list[Granularity], data: st.DataObject
 ) -> None:
     entries = entries_of(said)
@@ -195,17 +195,17 @@ def test_lines_end_at_line_ends() -> None:
         (["क्या। हाँ"], ["क्या।", " हाँ"]),
     ],
 )
-def test_sentences_end_where_they_do(said: list[str], wanted: list[str]) -> None:
+def test_sentences_end_at_sentence_boundaries(said: list[str], wanted: list[str]) -> None:
     assert lines(Granularity("sentence"), *said) == wanted
 
 
-def test_text_without_an_end_is_let_out_when_it_grows_too_long() -> None:
+def test_text_without_a_boundary_is_sent_when_it_is_too_long() -> None:
     pieces = lines(Granularity("line"), *["x" * 100] * 100)
     assert len(pieces) > 1
     assert max(map(len, pieces)) < HOLD_CHARS + 100
 
 
-def test_text_without_an_end_is_let_out_in_time() -> None:
+def test_text_without_a_boundary_is_sent_after_a_delay() -> None:
     merger = Chunker(Granularity("line"), Position(0))
     _, held, *_ = entries_of([("text", "no end")])
     assert merger.offer(held, 5.0) == []
@@ -226,7 +226,7 @@ def test_the_first_coalesced_text_after_a_pause_is_sent_at_once() -> None:
     assert merger.due == pytest.approx(5.1)
 
 
-def test_event_of_very_many_lines_is_cut_only_so_often() -> None:
+def test_the_number_of_pieces_of_one_event_is_bounded() -> None:
     pieces = lines(Granularity("line"), "\n" * 100_000)
     assert len(pieces) == CUTS + 1
     assert "".join(pieces) == "\n" * 100_000
@@ -257,11 +257,13 @@ def test_the_position_of_held_text_is_before_it() -> None:
         (None, 5000, Granularity("coalesce", 5.0)),
     ],
 )
-def test_words_of_clients(granularity: str | None, coalesce: int | None, wanted: Granularity) -> None:
+def test_granularity_and_coalesce_parameters_are_parsed(
+    granularity: str | None, coalesce: int | None, wanted: Granularity
+) -> None:
     assert parse_granularity(granularity, coalesce) == wanted
 
 
 @pytest.mark.parametrize(("granularity", "coalesce"), [("word", None), ("line", 100), (None, 9), (None, 5001)])
-def test_words_that_mean_nothing_are_refused(granularity: str | None, coalesce: int | None) -> None:
+def test_invalid_granularity_parameters_are_refused(granularity: str | None, coalesce: int | None) -> None:
     with pytest.raises(ValueError, match=r"granularity|coalesce"):
         parse_granularity(granularity, coalesce)

@@ -60,7 +60,7 @@ def test_text_that_is_no_cursor_is_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "m1", "m1AAAA", "m1" + "A" * 3_000, "m1é", "t1"])
-def test_broken_composite_cursors_are_refused(text: str) -> None:
+def test_malformed_multi_cursors_are_refused(text: str) -> None:
     with pytest.raises(InvalidCursor):
         parse_multi_cursor(text)
 

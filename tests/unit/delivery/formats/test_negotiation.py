@@ -29,5 +29,5 @@ BROWSER = "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,*/*;
         (",,;,", None),
     ],
 )
-def test_form_is_the_one_that_the_client_likes_best(accept: str | None, wanted: str | None) -> None:
+def test_the_format_is_the_one_the_client_prefers(accept: str | None, wanted: str | None) -> None:
     assert negotiate(accept, OFFERED) == wanted

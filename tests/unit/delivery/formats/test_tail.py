@@ -49,7 +49,7 @@ def test_index_of_an_entry_never_changes() -> None:
     assert tail.slice(index, index + 1) == [entries[4]]
 
 
-def test_spans_forget_ended_generations_that_were_evicted_and_no_running_one() -> None:
+def test_spans_of_evicted_generations_are_dropped_only_after_they_ended() -> None:
     tail = Tail(0, 50)
     tail.append(Entry(1, "running", "started", b"x" * 10))
     tail.append(Entry(2, "ended", "started", b"x" * 10))
@@ -67,7 +67,7 @@ def test_late_usage_does_not_reopen_a_span() -> None:
     assert tail.spans["g"] == Span(1, 3, ended=True)
 
 
-def test_replay_of_nothing_begins_nowhere() -> None:
+def test_replay_of_an_empty_tail_has_no_start() -> None:
     assert replay_start({}) is None
 
 
@@ -112,7 +112,7 @@ def test_positions_judge_each_generation_by_itself() -> None:
     assert verdicts == [accepted, accepted, accepted, duplicate, gap, accepted]
 
 
-def test_positions_forget_ended_generations_beyond_the_limit_and_no_running_one() -> None:
+def test_positions_beyond_the_limit_are_dropped_only_for_ended_generations() -> None:
     positions = Positions(limit=10)
     positions.begin("running", Acceptance(Position(1, 5)))
     for number in range(40):

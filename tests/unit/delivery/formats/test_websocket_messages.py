@@ -38,7 +38,7 @@ def packed(dialect: Dialect, message: object) -> str | bytes:
 
 
 @pytest.mark.parametrize("name", [JSON, MSGPACK])
-def test_messages_are_read_in_either_notation(name: str) -> None:
+def test_messages_are_decoded_in_either_encoding(name: str) -> None:
     dialect = DIALECTS[name]
 
     def read(**message: object) -> object:

@@ -27,7 +27,7 @@ from services.kit.problem import Problem
         (599, "INTERNAL"),
     ],
 )
-def test_status_has_the_code_that_means_the_same(status: int, code: str) -> None:
+def test_http_status_maps_to_the_equivalent_grpc_code(status: int, code: str) -> None:
     assert code_of(Problem(status, "x")) is grpc.StatusCode[code]
 
 

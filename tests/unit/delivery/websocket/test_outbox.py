@@ -73,7 +73,7 @@ async def test_a_cancelled_sender_gives_its_turn_to_the_next() -> None:
     assert "a" not in wire.taken
 
 
-async def test_client_that_takes_nothing_is_seen() -> None:
+async def test_blocked_at_is_set_while_the_client_does_not_read() -> None:
     wire = Wire()
     async with SocketOutbox(wire.send) as outlet:
         assert outlet.blocked_at is None

@@ -45,7 +45,7 @@ def test_text_of_another_form_is_no_key(text: str) -> None:
     assert parse(text) is None
 
 
-def test_a_newline_behind_a_key_makes_it_none() -> None:
+def test_a_key_with_a_trailing_newline_is_no_key() -> None:
     assert parse(mint().text + "\n") is None
 
 
@@ -127,7 +127,7 @@ def test_a_ticket_has_the_narrowed_rights_of_its_parent() -> None:
     assert not found.operator
 
 
-def test_a_ticket_is_good_for_moments() -> None:
+def test_a_ticket_is_valid_for_a_short_time() -> None:
     with pytest.raises(CredentialRefused) as refused:
         read_ticket(SECRET, ticket(time.time() - 10))
     assert refused.value.reason == "ticket_expired"

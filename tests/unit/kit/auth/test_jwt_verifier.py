@@ -142,7 +142,7 @@ async def test_a_token_signed_by_an_unknown_key_is_refused() -> None:
     assert await reason(jwt.encode(claims(), other, algorithm="EdDSA")) == "signature"
 
 
-async def test_keys_that_a_token_brings_along_are_not_used() -> None:
+async def test_keys_embedded_in_a_token_are_not_used() -> None:
     other = ec.generate_private_key(ec.SECP256R1())
     own = json.loads(jwt.algorithms.ECAlgorithm.to_jwk(other.public_key()))
     headers = {"jwk": own, "jku": "https://evil.test/keys", "x5u": "https://evil.test/cert", "kid": "../../dev/null"}
@@ -231,7 +231,7 @@ def test_a_private_key_is_refused_as_public_key() -> None:
         pem_key(text)
 
 
-def test_of_a_key_set_only_public_keys_for_signatures_are_used() -> None:
+def test_only_public_signature_keys_of_a_key_set_are_used() -> None:
     good = json.loads(jwt.algorithms.ECAlgorithm.to_jwk(EC.public_key())) | {"kid": "good"}
     document = {
         "keys": [
@@ -255,7 +255,7 @@ def test_a_document_that_is_no_key_set_is_refused(document: Any) -> None:
         jwk_keys(document)
 
 
-def test_a_verifying_key_does_not_show_itself() -> None:
+def test_the_repr_of_a_verifying_key_hides_the_key() -> None:
     assert SECRET.decode() not in repr(secret_key(SECRET))
 
 

@@ -109,7 +109,7 @@ async def test_an_answer_is_decoded_and_a_refusal_raised_with_its_codes() -> Non
 
 
 @pytest.mark.parametrize("answer", [None, b"", b"+OK", b'{"error":'])
-async def test_no_answer_that_can_be_read_is_an_unavailable_broker(answer: bytes | None) -> None:
+async def test_an_unreadable_reply_is_broker_unavailable(answer: bytes | None) -> None:
     with pytest.raises(BrokerUnavailable, match=r"STREAM\.INFO\.X"):
         await api.ask(Answering(answer), "STREAM.INFO.X", dict[str, Any])
 
@@ -154,8 +154,6 @@ def test_an_api_error_is_classified_for_the_caller(error: APIError, holds: set[s
         (None, NotReady),
     ],
 )
-async def test_setting_up_is_tried_again_only_where_that_may_help(
-    answer: bytes | None, expected: type[Exception]
-) -> None:
+async def test_setup_is_retried_only_after_recoverable_errors(answer: bytes | None, expected: type[Exception]) -> None:
     with pytest.raises(expected):
         await apply_topology(Answering(answer), Topology(), wait=0)

@@ -61,7 +61,7 @@ def test_a_refusal_has_a_stable_code(status: int, body: bytes, code: str, recove
         ({"retry-after": "9" * 40}, None),
     ],
 )
-def test_the_pause_that_is_asked_for(headers: dict[str, str], seconds: float | None) -> None:
+def test_the_requested_pause_is_read(headers: dict[str, str], seconds: float | None) -> None:
     assert retry_after(headers, NOW) == seconds
 
 

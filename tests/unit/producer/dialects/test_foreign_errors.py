@@ -229,7 +229,7 @@ def test_an_unknown_event_is_a_notice(dialect: str, event: dict[str, Any]) -> No
 
 
 @pytest.mark.parametrize("event", [{"type": "ping"}, {"event": "heartbeat"}, {"object": "keepalive"}])
-def test_a_ping_is_only_a_sign_of_life(event: dict[str, Any]) -> None:
+def test_a_ping_is_a_keep_alive(event: dict[str, Any]) -> None:
     came = outcome("openai", stream(HELLO, event, STOP))
     assert (came.completed, came.notices) == (True, [])
 

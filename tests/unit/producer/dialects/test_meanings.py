@@ -158,7 +158,7 @@ def test_an_error_means_the_same_at_all_servers(status: int, body: Any, code: st
 
 
 @pytest.mark.parametrize("dialect", ["openai", "openrouter", "anthropic", "cohere"])
-def test_all_dialects_know_them(dialect: str) -> None:
+def test_all_dialects_recognise_a_context_length_error(dialect: str) -> None:
     body = b'{"message": "too many tokens: size limit exceeded"}'
     refused = dialect_of(dialect).refusal(400, {}, body, 0.0)  # type: ignore[arg-type]  # names of dialects
     assert refused.code == "context_length_exceeded"

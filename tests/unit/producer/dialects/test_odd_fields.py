@@ -180,7 +180,7 @@ def test_odd_fields_of_a_cohere_stream(event: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("dialect", ["anthropic", "cohere"])
-def test_content_of_a_wrong_type_is_malformed_there_too(dialect: str) -> None:
+def test_content_of_a_wrong_type_is_malformed_for_anthropic_and_cohere(dialect: str) -> None:
     events: dict[str, Any] = {
         "anthropic": {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": 5}},
         "cohere": {"type": "content-delta", "delta": {"message": {"content": {"text": []}}}},

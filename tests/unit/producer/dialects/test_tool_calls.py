@@ -80,7 +80,7 @@ def test_calls_in_one_list_are_separate() -> None:
     ]
 
 
-def test_parallel_calls_with_proper_indexes_stay_apart_however_they_mix() -> None:
+def test_parallel_calls_with_proper_indexes_stay_apart_in_any_order() -> None:
     said = read(
         {"index": 0, "id": "a", "name": "f", "arguments": ""},
         {"index": 1, "id": "b", "name": "f", "arguments": ""},

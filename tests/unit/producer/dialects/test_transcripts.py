@@ -39,7 +39,7 @@ def test_split_in_two_at_every_byte(transcript: Transcript) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
-def test_cut_anywhere_any_number_of_times(data: st.DataObject) -> None:
+def test_split_anywhere_any_number_of_times(data: st.DataObject) -> None:
     transcript = data.draw(st.sampled_from(TRANSCRIPTS))
     wire = transcript.wire
     cuts = sorted(data.draw(st.sets(st.integers(0, len(wire)), max_size=40)))
@@ -71,14 +71,14 @@ def test_nothing_follows_the_end_or_a_failure(transcript: Transcript) -> None:
 
 
 @ALL
-def test_one_read_brings_no_neighbours_that_could_be_one(transcript: Transcript) -> None:
+def test_one_read_joins_adjacent_text_of_one_choice(transcript: Transcript) -> None:
     parts = transcript.parser().feed(transcript.wire)
     for before, after in pairwise(parts):
         assert not (isinstance(before, Text) and isinstance(after, Text) and before.choice == after.choice)
 
 
 @pytest.mark.parametrize("name", ["openai-comments", "openrouter-text", "anthropic-text"])
-def test_comments_and_pings_are_signs_of_life(name: str) -> None:
+def test_comments_and_pings_are_keep_alives(name: str) -> None:
     transcript = next(t for t in TRANSCRIPTS if str(t) == name)
     assert Alive() in transcript.parser().feed(transcript.wire)
 

@@ -82,7 +82,7 @@ def test_usage_is_found_where_a_server_puts_it(chunk: str, expected: Usage | Non
         '{"choices":[],"usage":"?"}',
     ],
 )
-def test_nothing_behind_the_real_numbers_takes_them_back(behind: str, at_once: bool) -> None:
+def test_later_smaller_usage_does_not_replace_the_counts(behind: str, at_once: bool) -> None:
     assert usage_of(fed(TEXT, STOP, USAGE, behind, "[DONE]", at_once=at_once)) == Usage(input=10, output=5)
 
 

@@ -76,7 +76,7 @@ def test_reports_of_one_answer_only_grow(raws: list[Any], rules: UsageRules) -> 
 
 
 @pytest.mark.parametrize("later", [Usage(), Usage(raw={"completion_tokens": 0})])
-def test_a_report_of_nothing_takes_nothing_back(later: Usage) -> None:
+def test_an_empty_report_does_not_reduce_the_counts(later: Usage) -> None:
     usage = Usage(input=15, output=3, raw={"a": 1})
     assert grown(usage, later) == usage
 

@@ -1,4 +1,4 @@
-"""The console where credentials are asked for, in a real browser: a key, tickets for its streams, and their end."""
+"""Test the console with required credentials, in a real browser: a key, tickets for its streams, and their expiry."""
 
 import asyncio
 from collections.abc import AsyncIterator

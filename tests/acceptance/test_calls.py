@@ -1,4 +1,4 @@
-"""Calls that are made again are all paid for: real processes, from the provider's bytes to the bill."""
+"""Test that repeated calls are all charged: real processes, from the provider's bytes to the bill."""
 
 import asyncio
 import signal

@@ -1,4 +1,4 @@
-"""The system keeps its promises under random faults; with a bug planted in it, the checker finds out."""
+"""Test the system under random faults; the checker detects a planted bug."""
 
 import asyncio
 import subprocess

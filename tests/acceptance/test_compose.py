@@ -23,7 +23,7 @@ REQUEST = {"model": "scripted/story", "messages": [{"role": "user", "content": "
 
 
 class Deployment:
-    """What ``docker compose up`` started; the edge on free ports, the replicas by their containers' addresses."""
+    """The containers of ``docker compose up``: the edge on free ports, the replicas by their containers' addresses."""
 
     def __init__(self, project: str = "tailrace-test", **variables: str) -> None:
         self.project = project

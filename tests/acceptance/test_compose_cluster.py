@@ -28,7 +28,7 @@ OPEN = "services:\n  delivery:\n    environment:\n      TAILRACE_AUTH: insecure\
 
 @pytest.fixture(scope="module")
 def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    """Brokers, producer and delivery; what the edge and billing add is tested without the profile."""
+    """Run brokers, producer and delivery; edge and billing are tested without the profile."""
     require(docker_answers(), "no Docker engine with compose answers")
     override = tmp_path_factory.mktemp("compose") / "open.yaml"
     override.write_text(OPEN)

@@ -33,7 +33,7 @@ def server() -> Iterator[StandIn]:
 
 @pytest.fixture(params=["stand-in", "real"])
 def console_url(request: pytest.FixtureRequest) -> str:
-    """Where the page is: on the stand-in, and on the running service."""
+    """Return the URL of the page, on the fake server or on the running service."""
     if request.param == "stand-in":
         return str(request.getfixturevalue("server").url)
     return str(request.getfixturevalue("running"))
@@ -41,7 +41,7 @@ def console_url(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The real thing on free ports, started and stopped here; or what ``TAILRACE_CONSOLE_URL`` names."""
+    """Run the real services on free ports, or use the URL in ``TAILRACE_CONSOLE_URL``."""
     named = os.environ.get("TAILRACE_CONSOLE_URL")
     if named:
         yield named.rstrip("/")

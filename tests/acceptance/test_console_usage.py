@@ -56,7 +56,7 @@ PROVIDERS: Final = ("openai", "openai", "anthropic", "cohere", "openrouter", "op
 
 
 class Callers:
-    """Everybody is the tenant ``default``; where keys are asked for, only with `KEY`."""
+    """Authenticate every request as tenant ``default``; require `KEY` where keys are enabled."""
 
     is_local = False
 
@@ -73,7 +73,7 @@ class Callers:
 
 
 class Site(NamedTuple):
-    """The page's address, billing's address, and what writes into billing's database."""
+    """The page's URL, billing's URL, and a writer to billing's database."""
 
     url: str
     billing: str
@@ -194,7 +194,7 @@ async def month(broker: Broker, nats_url: str, tmp_path: Path) -> AsyncIterator[
 
 
 async def in_browser(act: Callable[[], Any]) -> Any:
-    """Run what drives the browser beside the services, which live in this event loop; returns what it returns."""
+    """Run a blocking browser function in a thread, beside the services of this event loop, and return its result."""
     return await asyncio.to_thread(act)
 
 
@@ -213,7 +213,7 @@ def cells(browser: "Browser", css: str) -> list[list[str]]:
 
 
 def overflow(browser: "Browser") -> list[str]:
-    """Return what is wider than the window, except what scrolls within itself."""
+    """Return elements wider than the window, except those with their own scroll bar."""
     script = """const wide = (e) => e.getBoundingClientRect().right > innerWidth + 1
         return [...document.querySelectorAll('main *')]
         .filter((e) => !e.closest('.wide-content, .hidden, [hidden]') && wide(e))

@@ -1,4 +1,4 @@
-"""The documents hold what they say: links lead somewhere, tables agree with the code, commands work.
+"""Check the documents: links resolve, tables agree with the code, commands work.
 
 Shell blocks marked ``sh`` are run here, all of one document in one shell, against ``tailrace up``. Blocks marked
 ``console`` hold commands that start or check whole deployments; another test or the CI script runs each of them.

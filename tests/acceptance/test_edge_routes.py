@@ -169,7 +169,7 @@ async def test_a_path_outside_the_table_is_404_and_reaches_no_upstream(stages: S
 
 
 async def test_access_and_error_log_of_the_edge_have_no_queries(stages: Stages, broker: Broker) -> None:
-    """With a replica that is away, too: then nginx has the most to say."""
+    """Also with an unreachable replica, where nginx logs the most."""
     await Log(broker).append(*story("g1"))
     secret = "tk_verysecret"
     path = f"/v1/sessions/s/events?generation=g1&ticket={secret}"

@@ -1,4 +1,4 @@
-"""Server-sent events as clients that others wrote understand them: Chromium, the npm package, httpx-sse.
+"""Test server-sent events with third-party clients: Chromium, the npm package, httpx-sse.
 
 Each reads an answer through a proxy that cuts the bytes anywhere, loses its connection, is sent away by the server,
 comes back by itself with its last id, and stops at the end. Nothing is lost, nothing comes twice, and no character is
@@ -47,13 +47,13 @@ def answer(generation: str, times: int = 4) -> list[AnyEvent]:
 
 
 class Client(Protocol):
-    """A client under test: what it has heard so far."""
+    """A client under test and the events it received."""
 
     async def heard(self) -> list[dict[str, Any]]:
         """Return ``kind``, ``id`` and ``data`` of all that came, in its order."""
 
     async def has_stopped(self) -> bool:
-        """Tell whether it will not connect again."""
+        """Return whether the client has stopped reconnecting."""
 
 
 class InBrowser:

@@ -1,4 +1,4 @@
-"""`tailrace up` on a disk that fills up in mid-answer and is freed again: everything heals without anybody's help."""
+"""Test `tailrace up` on a disk that fills up during an answer and is freed: all services recover by themselves."""
 
 import contextlib
 import re

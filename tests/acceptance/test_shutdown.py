@@ -1,4 +1,4 @@
-"""SIGTERM ends each service within its drain time and margin, whatever the broker does meanwhile."""
+"""Test that SIGTERM ends each service within its drain time and margin, in every state of the broker."""
 
 import asyncio
 import http.client
@@ -32,7 +32,7 @@ ENDLESS: Final = {"tokens": 20, "stall_after": 2, "tokens_per_second": 1_000}
 
 
 class Ending(NamedTuple):
-    """How a process ended: exit code, seconds after SIGTERM, and what it had logged."""
+    """The end of a process: exit code, seconds after SIGTERM, and its log."""
 
     code: int
     seconds: float

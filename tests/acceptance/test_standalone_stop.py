@@ -23,7 +23,7 @@ ENDLESS = {"tokens": 20, "stall_after": 2, "tokens_per_second": 1_000}
 
 
 def start_an_answer(up: Up) -> str:
-    """Start an answer that stalls, wait for its first words, and return the path of what is known of it."""
+    """Start an answer that stalls, wait for its first words, and return the path of its lookup."""
     body = {"model": "scripted/stall", "messages": [{"role": "user", "content": "rivers"}], "params": ENDLESS}
     page = up.address("page")
     request = urllib.request.Request(

@@ -38,7 +38,7 @@ def tailrace(*argv: str) -> subprocess.CompletedProcess[str]:
 
 
 class Up:
-    """`tailrace up` on a terminal of its own; what it shows goes to a file."""
+    """A `tailrace up` process with its own terminal; its output goes to a file."""
 
     def __init__(self, folder: Path, *argv: str) -> None:
         self.shown = folder / "shown"
@@ -118,7 +118,7 @@ def test_ask_stop_and_start_again_keeps_sessions_and_usage(tmp_path: Path) -> No
 
 
 def open_to_others(folder: Path) -> list[str]:
-    """Return what others than the user may touch."""
+    """Return the paths that other users may access."""
     return [f"{path.lstat().st_mode:o} {path}" for path in (folder, *folder.rglob("*")) if path.lstat().st_mode & 0o077]
 
 

@@ -1,4 +1,4 @@
-"""Usage that providers count in ways of their own, from their streams over the log to the ledger, and shipped prices.
+"""Test usage in provider-specific fields, from the stream over the log to the ledger, and shipped prices.
 
 Real processes of producer, delivery and billing; the provider answers as the one that it stands for.
 """

@@ -52,7 +52,7 @@ class Workers:
             self.process = subprocess.Popen(argv, env=env, cwd=REPOSITORY, stdout=output, stderr=output)
 
     def of(self, number: int) -> str:
-        """Address of one worker's own probes; 0 is who watches over them."""
+        """Return the URL of one worker's probes; 0 is the supervisor."""
         return f"http://127.0.0.1:{self.own + number}"
 
     def ready(self) -> "Workers":

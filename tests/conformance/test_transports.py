@@ -1,4 +1,4 @@
-"""One session read over all transports gives the same events with the same cursors: the vectors, run."""
+"""Run the vectors: one session read over all transports gives the same events with the same cursors."""
 
 import asyncio
 import json

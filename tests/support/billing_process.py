@@ -37,7 +37,7 @@ INTERVAL = 0.05
 
 
 class Run:
-    """A consumer that runs, its ledger and what it has written."""
+    """A running consumer, its ledger and its reports."""
 
     def __init__(self, consumer: Consumer, ledger: Ledger, reports: Reports) -> None:
         self.consumer = consumer

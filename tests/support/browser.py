@@ -49,7 +49,7 @@ class Browser:
         self.until(lambda: wanted in self.text(css), f"{css} did not show {wanted!r} but {self.text(css)[-300:]!r}")
 
     def click(self, css: str) -> None:
-        """Click what matches; while a stream moves the page, something else may be in its place for a moment."""
+        """Click the matching element; repeat while a stream moves the page and another element covers it."""
 
         def clicked() -> bool:
             try:
@@ -74,7 +74,7 @@ class Browser:
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
 
     def complaints(self) -> list[str]:
-        """Return what the browser has logged as wrong since the last call: script errors, refused sources."""
+        """Return the browser's errors since the last call: script errors, refused sources."""
         return [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"]
 
     def keep(self, name: str) -> None:

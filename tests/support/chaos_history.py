@@ -1,4 +1,4 @@
-"""A good run of one generation as a history, for tests of the checker to spoil."""
+"""A correct run of one generation as a history, which tests of the checker alter."""
 
 import json
 from typing import Any
@@ -44,7 +44,7 @@ ANSWER = [
 
 
 class Story:
-    """A good run of one generation; tests spoil parts of it. Log sequences begin at 1."""
+    """A correct run of one generation; tests alter parts of it. Log sequences begin at 1."""
 
     def __init__(self) -> None:
         self.schedule = draw(1, 10.0)

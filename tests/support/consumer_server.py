@@ -28,7 +28,7 @@ from tests.support.delivery_server import TENANT
 
 
 class Stage:
-    """A running replica and a client of it. ``principal``: who calls it."""
+    """A running replica and a client of it. ``principal``: the caller of all requests."""
 
     def __init__(self, url: str, replica: Replica, http: httpx.AsyncClient) -> None:
         self.url = url

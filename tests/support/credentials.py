@@ -1,4 +1,4 @@
-"""A delivery that asks for credentials, and whoever comes to it."""
+"""Delivery with required credentials, and callers with keys and tokens."""
 
 import time
 from collections.abc import AsyncIterator

@@ -54,7 +54,7 @@ class Stage:
         return SseClient(self.http, f"{self.url}/v1/sessions/{session}/events", **query)
 
     async def settled(self) -> None:
-        """Wait until nobody is connected and nothing that served them is left."""
+        """Wait until no client is connected and all their resources are released."""
         await eventually(
             lambda: subscribers() == 0 and not any(f.subscribers for f in self.replica.feeds._feeds.values())
         )
@@ -68,7 +68,7 @@ async def delivering(
     counts: Callable[[Broker], DeliveryReporter] | None = None,
     **settings: Any,
 ) -> AsyncIterator[Stage]:
-    """Run delivery against the broker at ``url`` while the block runs; ``counts`` makes what counts for billing."""
+    """Run delivery against the broker at ``url`` while the block runs; ``counts`` creates its counter."""
     shared = shared or Shared(nats_url=url)
     own = Settings(**({"port": free_port(), "console": False} | settings))
     async with Broker.connect(url, "test-delivery") as broker:

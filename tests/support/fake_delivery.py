@@ -24,7 +24,7 @@ Event = dict[str, Any]
 
 
 class Session:
-    """One session's log, its records and who reads it."""
+    """One session's log, its records and its readers."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -50,7 +50,7 @@ class StandIn:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def release(self) -> None:
-        """Let held generations go on."""
+        """Let held generations continue."""
         self._released.set()
 
     def cut(self) -> None:
@@ -61,7 +61,7 @@ class StandIn:
                 self.loop.call_soon_threadsafe(transport.abort)
 
     def dismiss(self, reason: str) -> None:
-        """Say ``bye`` to every event connection and end it."""
+        """Send ``bye`` to every event connection and end it."""
         self._farewell = reason
         self.loop.call_soon_threadsafe(self._wake)
 

@@ -1,4 +1,4 @@
-"""Stands in for a service: answers /readyz, says when it stops, and misbehaves when asked to.
+"""Act as a service: answer /readyz, record start and stop, and fail in the given mode.
 
     python fake_service.py PORT JOURNAL NAME [stubborn | broken | clumsy]
 

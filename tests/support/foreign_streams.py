@@ -1,4 +1,4 @@
-"""Bodies as foreign servers send them, and what a parser makes of them however their bytes are cut."""
+"""Bodies of servers that deviate from their dialect, and their parsed outcome under every chunking."""
 
 import json
 from collections.abc import Iterable
@@ -79,7 +79,7 @@ def cohere_delta(text: str) -> dict[str, Any]:
 
 
 class Outcome:
-    """What came of a body."""
+    """The outcome of a parsed body."""
 
     def __init__(self, parts: list[Part]) -> None:
         self.parts = parts
@@ -99,7 +99,7 @@ class Outcome:
         return f"{self.code} {self.text!r} {self.failure} {self.notices}"
 
     def told(self) -> tuple[object, ...]:
-        """Return all that must not depend on how the bytes were cut."""
+        """Return the parts of the outcome that must not depend on the chunking."""
         usage = self.usage
         return self.code, self.failure, self.text, self.reasoning, self.arguments, self.names, self.finish, usage
 
@@ -110,7 +110,7 @@ def parser_of(dialect: str) -> Parser:
 
 
 def outcome(dialect: str, body: bytes, broken: str = "") -> Outcome:
-    """Return what came of ``body``, which must be the same under every chunking."""
+    """Return the outcome of ``body``, which must be the same under every chunking."""
     whole = _read(dialect, [body], broken)
     cuts: Iterable[list[bytes]] = [[body[at : at + 1] for at in range(len(body))]]
     step = max(1, len(body) // 200)

@@ -43,7 +43,7 @@ class Client:
 
 
 class GrpcStage:
-    """A running server. ``refuse`` is what credentials are checked with, where a test sets it."""
+    """A running server. ``refuse`` checks the credentials, where a test sets it."""
 
     def __init__(self, replica: Replica, broker: Broker, delivery: DeliveryService, port: int) -> None:
         self.replica = replica
@@ -86,7 +86,7 @@ async def serving_calls(
 
 
 class Read:
-    """What one call of `Read` has brought: events as (generation, seq), their cursors, and what else was said."""
+    """The messages of one `Read` call: events as (generation, seq), their cursors, and control messages."""
 
     def __init__(self) -> None:
         self.events: list[pb.Event] = []

@@ -13,7 +13,7 @@ TERMINAL = "completed"
 
 @dataclass(frozen=True)
 class Entry:
-    """One stored event. ``writer`` and ``content`` are what its writer meant; the rule does not see them."""
+    """One stored event. ``writer`` and ``content`` are its writer's intent; the rule does not use them."""
 
     type: str
     epoch: int
@@ -23,7 +23,7 @@ class Entry:
 
 
 def accepted(log: list[Entry]) -> list[Entry]:
-    """What a reader accepts: the fold."""
+    """Return the entries that a reader accepts."""
     position, out = BEGINNING, []
     for entry in log:
         position, verdict = judge(position, entry.type, entry.epoch, entry.seq)
@@ -101,7 +101,7 @@ class Writer:
         ]
 
     def open(self, log: Log) -> None:
-        """Try the conditional first append with what was read, however long ago."""
+        """Try the conditional first append with the last read state, which may be old."""
         stored = log.append_if(self.events[0], self.read)
         self.opened, self.refused = stored is not None, stored is None
         self.last_counted = stored or 0
@@ -147,7 +147,7 @@ class Writer:
             self.base += 1
 
     def finish(self, log: Log) -> None:
-        """The network is kind at last: everything arrives, in order, until all is acknowledged."""
+        """Deliver everything in order until all is acknowledged."""
         for connection in range(len(self.connections)):
             while self.connections[connection]:
                 self.deliver(log, connection, lose=False, lose_ack=False)

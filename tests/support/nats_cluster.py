@@ -45,7 +45,7 @@ class Node:
         self._config.write_text(config)
 
     def start(self) -> None:
-        """Start the server, or go on with a paused one. `Cluster.whole` waits until it takes part."""
+        """Start the server, or resume a paused one. `Cluster.whole` waits until it takes part."""
         self.resume()
         if self.process is None:
             with self.log.open("ab") as output:
@@ -79,7 +79,7 @@ class Node:
             self.paused = True
 
     def resume(self) -> None:
-        """Go on after `pause`."""
+        """Resume after `pause`."""
         if self.process is not None and self.paused:
             self.process.send_signal(signal.SIGCONT)
             self.paused = False
@@ -95,7 +95,7 @@ class Cluster:
         self.url = ",".join(node.url for node in self.nodes)
 
     def start(self) -> None:
-        """Start what does not run."""
+        """Start all servers that do not run."""
         for node in self.nodes:
             node.start()
 
@@ -151,7 +151,7 @@ class Cluster:
         await eventually(current, timeout=FORMED, interval=0.1)
 
     async def whole(self) -> None:
-        """Start what does not run, and wait until every server takes part and knows the leader."""
+        """Start all servers that do not run, and wait until every server takes part and knows the leader."""
         self.start()
         for node in self.nodes:
             deadline = time.monotonic() + FORMED
@@ -181,7 +181,7 @@ async def _cluster_of(broker: Broker, stream: str) -> dict[str, Any]:
 
 
 async def _works(node: Node) -> bool:
-    """Tell whether JetStream answers through this server, all servers being there."""
+    """Return whether JetStream answers through this server with all servers present."""
     try:
         async with Broker.connect(node.url, "test-cluster", wait=2) as broker:
             # Only a cluster with all its servers can place three replicas.

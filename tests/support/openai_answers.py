@@ -1,4 +1,4 @@
-"""Answers of an OpenAI-like provider made to measure, the configuration for it, and looks at what came of it."""
+"""Scripted answers of an OpenAI-like provider, its configuration, and queries of the resulting log."""
 
 import json
 from collections.abc import Iterable
@@ -47,7 +47,7 @@ def cut_off(*texts: str) -> Replay:
 
 
 def silent(*texts: str) -> Replay:
-    """Return an answer that says no more after these texts."""
+    """Return an answer that goes silent after these texts."""
     return Replay([chunk(text) for text in texts], end="hang")
 
 
@@ -66,7 +66,7 @@ def config(*urls: str, alias: dict[str, Any] | None = None, **settings: Any) -> 
 
 
 def kinds(events: Iterable[AnyEvent]) -> list[str]:
-    """Return what the events are, neighbouring deltas as one."""
+    """Return the types of the events, adjacent deltas as one."""
     found: list[str] = []
     for event in events:
         kind = f"notice {event.code}" if isinstance(event, Notice) else type_of(event)
@@ -114,7 +114,7 @@ async def let_go(provider: Provider, *, timeout: float = 10.0) -> None:
 
 
 async def assert_sound(broker: Broker, request: Request) -> list[AnyEvent]:
-    """Check that what counts is gapless with one terminal, and that all else stored is a repeat of it; return it."""
+    """Check that accepted events are gapless with one terminal and others repeat them; return the accepted."""
     stored = await raw_log(broker, request)
     events = await accepted_log(broker, request)
     assert [event.seq for event in events] == list(range(len(events)))
@@ -124,7 +124,7 @@ async def assert_sound(broker: Broker, request: Request) -> list[AnyEvent]:
 
 
 async def answered(broker: Broker, request: Request) -> list[AnyEvent]:
-    """Queue a request, wait for its terminal, and return what counts of its log, which is sound."""
+    """Queue a request, wait for its terminal, check its log and return the accepted events."""
     await enqueue(broker, request)
     await ended_log(broker, request)
     return await assert_sound(broker, request)

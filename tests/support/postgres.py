@@ -77,7 +77,7 @@ class PostgresServer:
         raise RuntimeError("PostgreSQL did not start")
 
     def stop(self) -> None:
-        """Stop at once: connections are cut, what was committed stays."""
+        """Stop at once: connections are cut, committed data stays."""
         if self.process is not None:
             self.process.send_signal(signal.SIGINT)
             try:

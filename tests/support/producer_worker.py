@@ -1,4 +1,4 @@
-"""A producer inside the test's own event loop, on a real broker, and ways to look at what it logged."""
+"""A producer inside the test's own event loop, on a real broker, and queries of its log."""
 
 import asyncio
 import os

@@ -18,7 +18,7 @@ End = Literal["close", "reset", "hang"]
 
 @dataclass
 class Replay:
-    """What is answered. ``chunks`` are written one by one; between them the server waits for ``gate``, if there is one.
+    """One response. ``chunks`` are written one by one; between them the server waits for ``gate``, if there is one.
 
     ``end``: ``close`` finishes the response properly, ``reset`` breaks the connection, ``hang`` leaves it open and
     silent. ``headers_after``: headers are held back until this event.
@@ -47,7 +47,7 @@ class Asked:
 
 
 class Provider:
-    """The running server. ``replay`` may be set anew at any time; ``asked`` lists requests, newest last.
+    """The running server. ``replay`` may be replaced at any time; ``asked`` lists requests, newest last.
 
     ``turns`` are answered first, one to each request.
     ``active`` counts answers under way; ``abandoned`` those whose client went away before their end.
@@ -137,7 +137,7 @@ async def providing(replay: Replay | None = None) -> AsyncIterator[Provider]:
 
 @asynccontextmanager
 async def unlistening_port() -> AsyncIterator[int]:
-    """Hold a loopback port on which nobody listens, so that connecting is refused."""
+    """Reserve a loopback port without a listener, so that connections are refused."""
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         yield int(held.getsockname()[1])

@@ -1,4 +1,4 @@
-"""The recorded shapes of providers' answers in ``schemas/vectors/providers``, and what they mean."""
+"""The recorded answers of providers in ``schemas/vectors/providers``, and their expected parts."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,7 +54,7 @@ TRANSCRIPTS = [Transcript(path.parent.name, path.stem) for path in sorted(FOLDER
 
 
 def read(parser: Parser, chunks: list[bytes]) -> list[Part]:
-    """Return what a parser makes of a whole body that arrives in these chunks and ends properly."""
+    """Return the parts of a complete body that arrives in these chunks."""
     parts = [part for chunk in chunks for part in parser.feed(chunk)]
     return [*parts, *parser.finish()]
 

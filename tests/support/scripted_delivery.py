@@ -1,4 +1,4 @@
-"""A small HTTP server that speaks delivery's contract and can be told to misbehave; real sockets, scripted content."""
+"""A small HTTP server with delivery's contract and configurable faults; real sockets, scripted content."""
 
 import json
 import socket

@@ -17,7 +17,7 @@ Lines = list[dict[str, Any]]
 
 
 def clean_environment(**variables: str) -> dict[str, str]:
-    """The environment without what would steer a service: its own settings and the providers' keys."""
+    """Return the environment without settings of services and keys of providers."""
     drop = ("TAILRACE_", "OPENAI_", "ANTHROPIC_", "CO_API", "OPENROUTER_", "COVERAGE_")
     return {k: v for k, v in os.environ.items() if not k.startswith(drop)} | variables
 
@@ -73,7 +73,7 @@ class Subscriber:
         return [json.loads(self._process.stdout.readline()) for _ in range(count)]
 
     def read_to_the_end(self) -> Lines:
-        """Return what is left until the response ends."""
+        """Return the remaining events until the response ends."""
         assert self._process.stdout is not None
         lines = [json.loads(line) for line in self._process.stdout]
         assert self._process.wait(10) == 0
@@ -86,7 +86,7 @@ class Subscriber:
 
 
 def log_events(lines: Lines) -> list[dict[str, Any]]:
-    """The events of the log among what a subscriber got, without control events."""
+    """Return the events of the log among a subscriber's messages, without control events."""
     return [line["event"] for line in lines if line["kind"] == "message"]
 
 

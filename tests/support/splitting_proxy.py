@@ -1,4 +1,4 @@
-"""A proxy that hands on what a server says in pieces of a few bytes, cut anywhere, and can drop all connections."""
+"""A proxy that forwards a server's bytes in pieces of a few bytes and can drop all connections."""
 
 import asyncio
 import random

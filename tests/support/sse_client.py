@@ -1,4 +1,4 @@
-"""A client of server-sent events that can drop its connection and go on with its last id, as a browser does."""
+"""A client of server-sent events that can drop its connection and resume with its last id, as a browser does."""
 
 import contextlib
 import json
@@ -71,7 +71,7 @@ class SseClient:
 
     @contextlib.asynccontextmanager
     async def connected(self, **headers: str) -> AsyncIterator[SseReader]:
-        """Connect, with the last id if there is one. Leaving the block drops the connection, whatever is under way."""
+        """Connect, with the last id if there is one. Leaving the block drops the connection at once."""
         if self.last_id:
             headers.setdefault("Last-Event-ID", self.last_id)
         async with aconnect_sse(self.http, "GET", self.url, params=self.query, headers=headers) as source:
@@ -103,7 +103,7 @@ class SseClient:
             return reader.status
 
     def take(self, frame: ServerSentEvent) -> None:
-        """Remember what one frame brought."""
+        """Record the content of one frame."""
         if frame.retry is not None:
             self.retry = frame.retry
         if not frame.data:

@@ -18,7 +18,7 @@ __all__ = ["READERS", "Question", "Reader", "Seen", "Stand", "standing"]
 
 
 class Stand(NamedTuple):
-    """What answers: delivery over HTTP, and a second replica of it over gRPC."""
+    """The servers under test: delivery over HTTP, and a second replica over gRPC."""
 
     stage: Stage
     grpc: GrpcStage
@@ -32,7 +32,7 @@ async def standing(nats_url: str) -> AsyncIterator[Stand]:
 
 
 class Question(NamedTuple):
-    """What to read, until the terminal of the generation ``last`` is there, or nothing follows."""
+    """A read request, until the terminal of the generation ``last`` or the end of the stream."""
 
     session: str
     last: str
@@ -47,12 +47,12 @@ class Question(NamedTuple):
         return {name: value for name, value in named.items() if value is not None}
 
     def is_answered(self, event: dict[str, Any]) -> bool:
-        """Tell whether this event is the last one that is asked for."""
+        """Return whether this event is the last requested one."""
         return event["generation"] == self.last and event["type"] in TERMINALS
 
 
 class Seen(NamedTuple):
-    """What a reader got: cursors and events in their order, and how often a missing beginning was mentioned.
+    """The result of a read: cursors and events in order, and the number of gaps for a missing beginning.
 
     ``whole``: the events as they are stored, and not only the part of them that can be compared.
     """
@@ -221,7 +221,7 @@ async def read_grpc_attach(stand: Stand, question: Question) -> Seen:
 
 
 def _comparable(event: pb.Event) -> dict[str, Any]:
-    """Return the fields of a typed event that stand under the same names in the log."""
+    """Return the fields of a typed event that have the same names in the log."""
     found: dict[str, Any] = {"type": event.type, "generation": event.generation, "seq": event.seq}
     if event.WhichOneof("kind") == "delta":
         delta = MessageToDict(event.delta, preserving_proto_field_name=True)

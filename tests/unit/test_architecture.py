@@ -1,4 +1,4 @@
-"""The page that says where things are tells the truth."""
+"""Test that the paths and objects named in docs/architecture.md exist."""
 
 import ast
 import re

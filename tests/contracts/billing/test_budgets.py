@@ -1,4 +1,4 @@
-"""Budgets on SQLite and PostgreSQL: reservations that many ask for at once, and their settlement."""
+"""Test budgets on SQLite and PostgreSQL: concurrent reservations and their settlement."""
 
 import asyncio
 from decimal import Decimal

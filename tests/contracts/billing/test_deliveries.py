@@ -1,4 +1,4 @@
-"""What delivery reported, on SQLite and PostgreSQL."""
+"""Test delivery reports on SQLite and PostgreSQL."""
 
 import asyncio
 

@@ -30,7 +30,7 @@ DOCUMENT = Path(__file__).parents[3] / "docs" / "billing.md"
 
 
 class Caller:
-    """Lets everybody in as one principal, which a test may change."""
+    """Authenticates every request as one principal, which a test may change."""
 
     is_local = False
 

@@ -1,4 +1,4 @@
-"""Questions about usage and money over HTTP, on both databases: groups, CSV, pages, the ledger, statements, live."""
+"""Test queries of usage and money over HTTP, on both databases: groups, CSV, pages, the ledger, statements, live."""
 
 import asyncio
 import csv
@@ -34,7 +34,7 @@ NOW = JANUARY + 60 * DAY
 
 
 class Callers:
-    """Who calls is what the request says of itself."""
+    """Authenticates each request by its own headers."""
 
     is_local = False
 

@@ -1,4 +1,4 @@
-"""The protocol over gRPC: what is committed is what protoc makes, and what is joined by hand is what protobuf reads."""
+"""Test the gRPC protocol: generated code is up to date, and hand-joined messages are valid protobuf."""
 
 import importlib.util
 import re
@@ -106,7 +106,7 @@ def protoc(folder: Path, arguments: list[str]) -> Path:
 
 
 def without_version(text: str) -> str:
-    """What protoc wrote but for its own version."""
+    """Return protoc's output without its version."""
     text = re.sub(r"(?m)^# Protobuf Python Version: .*$", "", text)
     return re.sub(r"ValidateProtobufRuntimeVersion\(.*?\)", "", text, flags=re.DOTALL)
 

@@ -1,4 +1,4 @@
-"""The short way in and out of the NATS client, held to the library version that it leans on."""
+"""Test the fast path through the NATS client against the library version that it depends on."""
 
 import asyncio
 import signal
@@ -129,7 +129,7 @@ async def test_a_cancellation_at_the_same_time_as_the_reply_takes_effect(broker:
 
 
 def test_messages_sent_before_a_disconnect_is_noticed_are_sent_over_the_next_connection(nats_url: str) -> None:
-    """asyncio's loop says so as an error that the library knows; services run under uvloop."""
+    """Run under uvloop, as services do: asyncio's loop reports the loss as an error that the library handles."""
 
     async def lose() -> None:
         heard: list[bytes] = []
@@ -213,7 +213,7 @@ async def test_leave_waits_no_longer_than_its_timeout(own_nats: NatsServer) -> N
 
 
 async def test_the_client_switches_from_a_frozen_server_to_another(own_nats: NatsServer, tmp_path: Path) -> None:
-    """What was written to it fills all buffers: closing the connection in order would wait for it."""
+    """All buffers are full of unsent data, for which an orderly close would wait."""
     other = NatsServer(tmp_path / "other").start()
     try:
         async with Broker.connect(own_nats.url, "test") as broker:

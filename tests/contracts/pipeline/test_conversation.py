@@ -1,4 +1,4 @@
-"""A tool round trip with thinking: what a provider said comes back to it as it was."""
+"""Test a tool round trip with thinking: a provider's answer is sent back to it unchanged."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ RESULT = Message("tool", "12 °C", tool_call_id="toolu_1")
 
 
 def looked_up(dialect: str, case: str) -> Lookup:
-    """Return what a look-up shows of a recorded answer that went through the log."""
+    """Return the lookup of a recorded answer that went through the log."""
     transcript = Transcript(dialect, case)
     run = Generation(
         "g",
@@ -40,7 +40,7 @@ def looked_up(dialect: str, case: str) -> Lookup:
 
 
 def message_of(dialect: str, case: str) -> Message:
-    """Return the answer as the message that a client takes from the look-up and sends with its next request."""
+    """Return the answer as the message of the lookup, for the client's next request."""
     (message,) = looked_up(dialect, case).messages
     return msgspec.json.decode(msgspec.json.encode(message), type=Message)
 

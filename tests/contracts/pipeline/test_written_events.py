@@ -1,4 +1,4 @@
-"""Nothing that a producer builds is refused by a reader, whatever its provider sent."""
+"""Test that readers accept every event that a producer builds from any provider's stream."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""The exported schemas are those of the code, and say of real messages what the codec says."""
+"""Test that the exported schemas equal those of the code and validate the same messages as the codec."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Billing's consumer between a real broker and real databases, while either is taken away."""
+"""Test billing's consumer between a real broker and real databases, during outages of either."""
 
 import asyncio
 import time

@@ -1,4 +1,4 @@
-"""Billing's own database, damaged: it stops with one line that says what to do, and never waits for ever."""
+"""Test billing with a damaged database: it stops with one line of advice and does not wait."""
 
 import os
 import sqlite3

@@ -1,4 +1,4 @@
-"""Billing over a log whose files were damaged: what is written afterwards is billed, and what was lost is said."""
+"""Test billing with a damaged log: later events are billed and lost events are reported."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Money while two billing processes are killed at random: equal to an independent count, whatever happened."""
+"""Test that money equals an independent count while two billing processes are killed at random."""
 
 import asyncio
 import random
@@ -43,7 +43,7 @@ def prices(output: int) -> str:
 
 
 async def send(process: Process, method: str, path: str, body: str, media: str) -> None:
-    """Send until somebody has answered; it may have been done twice."""
+    """Send until one process has answered; the request may be executed twice."""
 
     async def sent() -> bool:
         async with httpx.AsyncClient(base_url=process.url, timeout=5) as client:
@@ -58,7 +58,7 @@ async def send(process: Process, method: str, path: str, body: str, media: str) 
 
 
 def independent(scenario: Scenario, rate: int, exported: list[str]) -> dict[str, Decimal]:
-    """Count what each generation costs without any of billing's code."""
+    """Return the cost of each generation, computed without billing's code."""
     found = {}
     for name, (_, counted, reported) in scenario.expected.items():
         output = counted + EXPORTED if name in exported else counted if reported is None else reported
@@ -67,7 +67,7 @@ def independent(scenario: Scenario, rate: int, exported: list[str]) -> dict[str,
 
 
 async def entered(url: str) -> tuple[dict[str, Decimal], dict[str, Decimal]]:
-    """Return the sums of entries, and what the generations say to cost."""
+    """Return the sums of ledger entries and of the generations' amounts."""
     async with open_engine(database_url(url)) as engine, reading(engine) as connection:
         columns = (LEDGER.c.generation, sa.func.sum(LEDGER.c.amount))
         entries = {r[0]: r[1] for r in await connection.execute(sa.select(*columns).group_by(LEDGER.c.generation))}

@@ -1,4 +1,4 @@
-"""Old backups, logs that have lost events, and rebuilding from the log."""
+"""Test old backups, logs with lost events, and rebuilding from the log."""
 
 import asyncio
 import shutil
@@ -65,7 +65,7 @@ async def rebuilt(broker: Broker, url: str) -> Rebuilt:
 
 
 async def numbers(url: str) -> tuple[dict[str, object], dict[str, object], list[object]]:
-    """Return each generation's numbers, the ledger's sums, and the sums of what was used."""
+    """Return each generation's numbers, the ledger's sums and the sums of spending."""
     wanted = ("status", "counted_output", "output", "pricing", "amount", "currency", "tokens", "usage_source")
     async with open_engine(database_url(url)) as engine, reading(engine) as connection:
         rows = await connection.execute(sa.select(GENERATIONS.c.generation, *(GENERATIONS.c[n] for n in wanted)))

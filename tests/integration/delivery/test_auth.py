@@ -1,4 +1,4 @@
-"""Who gets in, over real HTTP and a real broker: keys, tokens, tickets, their end, and what pages may do."""
+"""Test authentication over real HTTP and a real broker: keys, tokens, tickets, their expiry, and CORS."""
 
 import asyncio
 import json
@@ -275,7 +275,7 @@ async def test_a_ticket_is_refused_after_its_time(broker: Broker, nats_url: str,
 
 
 async def reason_of_the_end(events: SseClient, **headers: str) -> str:
-    """Read a stream to its end and return why it says that it ended."""
+    """Read a stream to its end and return the reason in its bye."""
     assert await events.read_all(**headers) == 200
     (name, said) = events.controls[-1]
     assert name == "bye"

@@ -108,7 +108,7 @@ async def test_read_ahead_for_a_stalled_client_is_bounded_by_its_socket_buffers(
 
 
 def kernel_buffer() -> int:
-    """How much the kernel keeps of what one connection sends, at most."""
+    """Return the maximum bytes that the kernel buffers for one connection."""
     return int(Path("/proc/sys/net/ipv4/tcp_wmem").read_text().split()[2])
 
 

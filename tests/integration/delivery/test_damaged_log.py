@@ -1,4 +1,4 @@
-"""Delivery over a log whose files were damaged: what is new is read, what was lost is said, no cursor tells a lie."""
+"""Test delivery with a damaged log: new events are read, lost ones are reported, no cursor leads to other events."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""A broker that goes away, connections that are cut and messages that get lost: nothing is missed, nothing doubled."""
+"""Test broker outages, cut connections and lost messages: no event is missed or repeated."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""Limits of streams, starts and running generations: whose they are, what is answered, and what replicas share."""
+"""Test limits of streams, starts and running generations, per key and tenant, shared by replicas."""
 
 import asyncio
 import socket
@@ -28,7 +28,7 @@ WISH = {"model": "scripted/story", "messages": [{"role": "user", "content": "riv
 
 
 class Clock:
-    """A clock that stands where it is put."""
+    """A clock that the test sets."""
 
     def __init__(self, now: float = 1_800_000_000.0) -> None:
         self.now = now

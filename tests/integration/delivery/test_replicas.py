@@ -1,4 +1,4 @@
-"""A subscriber that comes from another replica, which has heard more than this one."""
+"""Test a subscriber from another replica whose cursor is ahead of this replica."""
 
 import asyncio
 

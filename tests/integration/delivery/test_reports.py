@@ -1,4 +1,4 @@
-"""What subscribers were sent, as delivery reports it: from memory and from the log, alone and together."""
+"""Test reports of events sent to subscribers, from memory and from the log."""
 
 import asyncio
 from collections.abc import AsyncIterator

@@ -1,4 +1,4 @@
-"""A broker that takes its time is asked no more for that."""
+"""Test that a slow broker does not get more requests."""
 
 import asyncio
 
@@ -13,7 +13,7 @@ from tests.conftest import eventually
 
 
 class Slow:
-    """Stands between a replica and the state of streams: answers when it is told to."""
+    """Delays a replica's requests for stream states until the test releases them."""
 
     def __init__(self, broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
         self.asked = 0

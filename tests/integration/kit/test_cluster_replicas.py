@@ -1,4 +1,4 @@
-"""Streams on a cluster: made by several at once, raised to more replicas, read through replicas that lag."""
+"""Test streams on a cluster: concurrent creation, more replicas, reads through lagging replicas."""
 
 import asyncio
 
@@ -75,7 +75,7 @@ async def collected(broker: Broker) -> list[Stored]:
 
 
 async def test_a_lagging_replica_never_truncates_a_read(cluster: Cluster) -> None:
-    """The replica is asked while it is frozen, and answers as it wakes: in one of five tries with nothing at all."""
+    """The replica is read while it is frozen and answers as it resumes, in one of five tries with no message."""
     events = 8_000
     async with Broker.connect(cluster.url, "writer") as setup:
         await setup.apply(Topology(replicas=3))

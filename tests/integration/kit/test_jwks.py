@@ -1,4 +1,4 @@
-"""Key sets over real HTTP: fetched when needed, rotated, and what happens while their issuer is away or odd."""
+"""Test key sets over real HTTP: fetching, rotation, and an issuer that is unreachable or sends invalid responses."""
 
 import asyncio
 import json
@@ -21,7 +21,7 @@ POLICY = JwtPolicy(audience="tailrace", issuer="https://issuer.test")
 
 
 class Clock:
-    """A clock that stands where it is put."""
+    """A clock that the test sets."""
 
     def __init__(self) -> None:
         self.now = 1_000.0

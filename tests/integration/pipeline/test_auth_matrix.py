@@ -177,7 +177,7 @@ async def told_apart(services: Services, operation: Operation, tenant: str) -> t
 async def test_data_of_one_tenant_is_invisible_to_another(
     services: Services,
 ) -> None:
-    """Fill one tenant; then two others, for whom there never was anything, must be told the same."""
+    """Fill one tenant; then two other, empty tenants must get identical answers."""
     owner = bearer(token("acme", *SCOPES))
     delivery = services.urls["delivery"]
     wish = {"model": "scripted/story", "messages": [{"role": "user", "content": "x"}]}

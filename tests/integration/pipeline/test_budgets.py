@@ -169,7 +169,7 @@ async def test_without_billing_a_tenant_with_budgets_starts_nothing_unless_that_
 async def test_a_refused_append_does_not_end_the_watch_over_budgets(
     whole: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Billing tells delivery which tenants have budgets; a broker that refuses to store that is asked again."""
+    """Billing publishes to delivery which tenants have budgets, and repeats it when the broker refuses to store it."""
 
     async def refused(*_: Any, **__: Any) -> int:
         raise APIError(503, 10077, "no space")

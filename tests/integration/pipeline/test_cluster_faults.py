@@ -1,4 +1,4 @@
-"""Running answers ride through what happens to the brokers: identical text, nothing lost or doubled, one terminal."""
+"""Test running answers under broker faults: identical text, no lost or repeated event, one terminal."""
 
 import asyncio
 import itertools
@@ -152,7 +152,7 @@ def check(client: SseClient, generation: str, expected: str) -> None:
 
 
 class Stepping:
-    """A machine whose wall clock is set a day back or forth with every look at it."""
+    """A machine whose wall clock is set a day back or forward at every reading."""
 
     monotonic = staticmethod(time.monotonic)
 

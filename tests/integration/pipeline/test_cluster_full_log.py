@@ -1,4 +1,4 @@
-"""A log that is full: nothing is dropped from running answers, requests are refused, and all recovers with space."""
+"""Test a full log: running answers lose no event, requests are refused, and all services recover with space."""
 
 import msgspec
 import pytest

@@ -1,4 +1,4 @@
-"""Everything else that the broker keeps, damaged under running services: new answers are asked for, read, billed."""
+"""Test damage to the broker's other streams under running services: new answers are started, read and billed."""
 
 import asyncio
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Requests that no producer could run: they end, can be looked at, sent again and removed; over HTTP and by command."""
+"""Test dead requests: they fail, are listed, shown, resent and removed, over HTTP and by command."""
 
 import asyncio
 import json

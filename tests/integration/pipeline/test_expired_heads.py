@@ -86,7 +86,7 @@ async def test_every_transport_follows_the_later_epoch_to_its_end(
 async def test_live_subscribers_get_a_gap_for_events_that_expired_before_read_back(
     stage: Stage, broker: Broker, log: Log
 ) -> None:
-    """The feed misses live messages, and what it would read back has expired."""
+    """The feed misses live messages, and the events to read back have expired."""
     events = story("g1", 20)
     await log.append(*events[:5])
     reader = stage.events(**{"from": "start"})

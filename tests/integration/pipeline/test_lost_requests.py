@@ -1,4 +1,4 @@
-"""Generations whose request was lost: closed by a producer, so that nobody waits for them for ever."""
+"""Test generations whose request was lost: a producer closes them, so that no subscriber waits without end."""
 
 import time
 

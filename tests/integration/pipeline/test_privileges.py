@@ -32,7 +32,7 @@ PASSWORDS = {user: f"{user}-secret" for user in USERS}
 
 
 class Guarded:
-    """A nats-server that knows the services' users and asks everybody for a certificate."""
+    """A nats-server with the services' users that requires client certificates."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -264,7 +264,7 @@ FORBIDDEN_TO_HEAR = {
 
 
 class Refusals:
-    """A plain client as one of the users, and what it was refused."""
+    """A plain client as one of the users, and the permissions violations it received."""
 
     def __init__(self) -> None:
         self.errors: list[str] = []

@@ -1,4 +1,4 @@
-"""Starts that are refused while nobody knows what the broker has stored of them: nothing of them stays."""
+"""Test refused starts without an acknowledgement of the broker: they are withdrawn completely."""
 
 from collections.abc import Callable
 from typing import Any
@@ -35,7 +35,7 @@ async def start(taking: Taking, key: str | None = None, **params: object) -> str
 
 
 def losing_acknowledgements(stored: Stored, prefix: str, *, stores: bool) -> Stored:
-    """Return what does as ``stored``, but that no acknowledgement comes for some subjects, whether stored or not."""
+    """Return a variant of ``stored`` that loses the acknowledgements for some subjects, whether stored or not."""
 
     async def publish(subject: str, data: bytes, **more: Any) -> Any:
         if not subject.startswith(prefix):

@@ -1,4 +1,4 @@
-"""Deleting a session: its events, records and what was put aside of it go; bills stay; readers are told."""
+"""Test the deletion of a session: events, records and dead events are removed, bills stay, readers get a gap."""
 
 import asyncio
 import time

@@ -1,4 +1,4 @@
-"""Answers ride through a broker whose disk is slow: its block device is throttled for that process by the kernel.
+"""Test answers on a broker with a slow disk: the kernel throttles its block device for that process.
 
 The server stores with ``sync_interval: always``, so that every append waits for the device: less than a millisecond
 without the throttle, and a hundred or more with it. It acknowledges what it found in its queue together, so that the

@@ -1,4 +1,4 @@
-"""A broker that is frozen for longer than the lease: the producer lives, and so does its answer."""
+"""Test a broker that is frozen for longer than the lease: the producer and its answer continue."""
 
 import asyncio
 import signal
@@ -25,7 +25,7 @@ SILENCE = 2.5 * LEASE
 
 
 class Answer:
-    """An answer whose first word comes at once, and the rest when it is let go."""
+    """An answer whose first word is sent at once, and the rest when it is released."""
 
     def __init__(self, provider: Provider) -> None:
         self.provider = provider
@@ -169,7 +169,7 @@ async def test_a_request_returned_by_a_drain_is_redelivered_at_once_after_a_brok
 async def test_a_request_in_transit_to_a_stopping_producer_is_redelivered_at_once(
     own_nats: NatsServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The queue has answered a pull whose producer has just left it."""
+    """The queue has answered a pull of a producer that has just closed it."""
     request = ask("g1", params={"tokens": 3, "tokens_per_second": 200})
     async with Broker.connect(own_nats.url, "test") as broker, Broker.connect(own_nats.url, "test") as far:
         await broker.apply(Topology(ack_wait=600.0))

@@ -1,4 +1,4 @@
-"""Calls that are made again, by the same producer or by another one: each is told in the log with its own numbers."""
+"""Test repeated calls, by the same producer or another one: each is logged with its own numbers."""
 
 from schemas.events import Delta, Notice, Restarted, Started
 from services.kit.jetstream.broker import Broker
@@ -61,7 +61,7 @@ async def test_failover_notice_has_the_usage_of_a_call_that_failed_without_a_tok
 
 
 async def test_an_abandoned_call_keeps_its_usage_when_the_next_candidate_is_not_called(broker: Broker) -> None:
-    """What the first reported is said once, and not again as that of a call which never was."""
+    """The usage of the first call is logged once and not attributed to a call that was never made."""
     async with (
         providing(FAILS_AFTER_USAGE) as one,
         providing(refusing(500)) as two,

@@ -1,4 +1,4 @@
-"""Cancelling a generation wherever it is, and what the provider notices of it."""
+"""Test cancellation in every state of a generation, and its effect on the connection to the provider."""
 
 import asyncio
 import random
@@ -40,7 +40,7 @@ GENEROUS = 2.0
 
 
 async def cancelled(broker: Broker, request: Request) -> list[AnyEvent]:
-    """Wait for the end, which must be a cancellation by wish."""
+    """Wait for the terminal, which must be a requested cancellation."""
     await ended_log(broker, request)
     events = await assert_sound(broker, request)
     assert isinstance(events[-1], Cancelled)

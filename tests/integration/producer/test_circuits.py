@@ -1,4 +1,4 @@
-"""Circuits at work: failures of a model, a provider or a tenant, and those that say nothing of an upstream."""
+"""Test circuits: failures of a model, a provider or a tenant, and failures that do not count."""
 
 import msgspec
 import pytest

@@ -1,4 +1,4 @@
-"""Producers over damaged files: answers that run get a true end, and every request of a damaged queue is served."""
+"""Test producers with damaged files: running answers get a correct terminal and every queued request is served."""
 
 import asyncio
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Candidates that refuse until somebody acts: the next one is asked, and an alarm is raised."""
+"""Test permanent refusals: the next candidate is called and an alarm is raised."""
 
 import pytest
 from prometheus_client import REGISTRY

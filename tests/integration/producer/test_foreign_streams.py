@@ -1,4 +1,4 @@
-"""Streams as foreign servers send them, through the producer: what stands in the log in the end."""
+"""Test the log of a producer for streams of servers that deviate from their dialect."""
 
 import json
 from typing import Any

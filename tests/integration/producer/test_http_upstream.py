@@ -265,7 +265,7 @@ async def test_a_stream_that_closes_without_end_marker_is_cut_off(session: aioht
 async def test_an_answer_without_its_end_marker_is_complete_only_at_a_clean_end(
     session: aiohttp.ClientSession, dialect: str, end: Any
 ) -> None:
-    """A chunked body that lacks its last chunk is not clean: what stood in the rest is not known."""
+    """A chunked body without its last chunk is not clean: the missing part is unknown."""
     transcript = Transcript(dialect, "text")
     marker = transcript.wire.rfind(b"event: message_stop" if dialect == "anthropic" else b"data: [DONE]")
     read = asyncio.Event()
@@ -378,7 +378,7 @@ async def test_an_untranslatable_call_is_refused_without_a_request(session: aioh
 async def test_a_reader_that_is_behind_stops_the_connection_and_reading_starts_it_again_once(
     session: aiohttp.ClientSession,
 ) -> None:
-    """Holds aiohttp to what `StreamConnector` leans on: that reading says so each time, and whether it was stopped."""
+    """Check what `StreamConnector` needs of aiohttp: each resume of reading is reported, with its state."""
     chunk = b'data: {"choices":[{"index":0,"delta":{"content":"%s"}}]}\n\n' % (b"x" * 1_000)
     replay = Replay([chunk] * 3_000 + [b"data: [DONE]\n\n"])
     async with providing(replay) as provider, upstream(session, provider.url).open(call()) as stream:

@@ -1,4 +1,4 @@
-"""A request that was long on its way belongs to whoever has it now, not to whom it reaches at last."""
+"""Test requests delivered after their lease: they belong to the current producer, not to the late receiver."""
 
 import asyncio
 from collections.abc import AsyncIterator

@@ -1,4 +1,4 @@
-"""Usage that OpenRouter tells only when it is asked afterwards."""
+"""Test usage that OpenRouter reports only in a lookup after the answer."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""Answers that hold more than text, from a provider's HTTP stream to the log and the look-up."""
+"""Test answers with content other than text, from a provider's HTTP stream to the log and the lookup."""
 
 import base64
 import json

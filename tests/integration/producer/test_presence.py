@@ -1,4 +1,4 @@
-"""Generations that end when nobody listens: subscribers on two replicas, coming, going and coming back."""
+"""Test generations that are cancelled without subscribers, with subscribers on two replicas that leave and return."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -31,7 +31,7 @@ def silent(generation: str, cancel_after: float = GRACE) -> Request:
 
 
 def is_missed(producer: Worker, request: Request) -> bool:
-    """Whether the producer has noticed that nobody listens."""
+    """Return whether the producer has noticed that there are no subscribers."""
     return request.generation in producer._presence._absent
 
 

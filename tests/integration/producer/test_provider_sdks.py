@@ -36,7 +36,7 @@ def tool_calls(transcript: Transcript) -> list[tuple[str, str, Any]]:
 
 
 def arguments(text: str) -> Any:
-    """Return what arguments hold; SDKs give "" where a tool has no parameters."""
+    """Return the decoded arguments; SDKs give "" for a tool without parameters."""
     return json.loads(text or "{}")
 
 

@@ -190,11 +190,11 @@ async def test_an_unresponsive_log_does_not_delay_a_hand_over(
 
 
 async def _no_heartbeat(_held: HeldRequest) -> None:
-    """What a producer does that is cut off from its queue."""
+    """Send no heartbeat, as a producer that is cut off from its queue."""
 
 
 async def _no_answer(_held: HeldRequest) -> bool:
-    """What a producer answers that nobody reaches."""
+    """Return no answer, as an unreachable producer."""
     await asyncio.Event().wait()
     raise AssertionError
 
@@ -227,7 +227,7 @@ async def test_a_lost_lease_stops_a_producer_and_another_closes_the_generation(b
 async def test_a_lease_lost_during_a_stall_check_ends_only_its_own_generation(
     broker: Broker,
 ) -> None:
-    """The look that finds a stall may come when the lease runs out in that very moment."""
+    """The stall check may run at the moment at which the lease expires."""
     request, other = ask("g1", "scripted/stall", params=ENDLESS), ask("g2", "scripted/stall", params=ENDLESS)
     async with producing(broker) as producer:
         for one in (request, other):
@@ -266,7 +266,7 @@ async def test_a_zombie_that_still_believes_in_its_lease_is_not_accepted(broker:
 
 
 async def test_a_zombie_does_not_acknowledge_a_request_that_its_successor_left_unfinished(broker: Broker) -> None:
-    """The queue takes anybody's answer: a zombie's must not remove what its successor has begun and not ended."""
+    """The queue accepts acknowledgements from any client: a zombie's must not remove its successor's request."""
     request = ask("g1", on_producer_loss="restart", params={"tokens": 60, "tokens_per_second": 60})
     await broker.apply(SHORT_LEASE)
     async with producing(broker, lease=1.5) as zombie:
@@ -297,7 +297,7 @@ async def test_a_zombie_does_not_acknowledge_a_request_that_its_successor_left_u
 
 @pytest.mark.parametrize("deliveries", ["1", "2"])
 async def test_a_redelivered_request_that_still_runs_is_ignored(broker: Broker, deliveries: str) -> None:
-    """So does a queue that was killed before it had stored what it had given."""
+    """A queue that was killed before it stored its deliveries redelivers requests in the same way."""
     request = ask("g1", params={"tokens": 100, "tokens_per_second": 100})
     async with producing(broker) as producer:
         await enqueue(broker, request)
@@ -316,7 +316,7 @@ async def test_a_redelivered_request_that_still_runs_is_ignored(broker: Broker, 
 
 
 async def test_an_epoch_that_another_producer_has_begun_is_not_begun_again(broker: Broker) -> None:
-    """The upstream breaks, and before the answer begins anew another producer has taken over."""
+    """The upstream fails, and another producer takes over before the answer is restarted."""
     request = ask("g1", "m", on_producer_loss="restart")
     go_on = asyncio.Event()
     async with providing(saying("mine")) as provider:

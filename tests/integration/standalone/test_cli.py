@@ -281,7 +281,7 @@ def test_second_ctrl_c_leaves_at_once(delivery: Delivery) -> None:
 
 
 class NeverSet:
-    """An event that a cancel request does not set: the generation goes on."""
+    """An event that a cancel request does not set, so that the generation continues."""
 
     def __init__(self) -> None:
         self._closing = False

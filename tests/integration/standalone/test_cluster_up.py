@@ -1,4 +1,4 @@
-"""`tailrace up --cluster 3`: one of its nats-servers dies by hand, and everything goes on."""
+"""Test `tailrace up --cluster 3`: one nats-server is killed and all services continue."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The process tree, with stand-ins for the services: real processes, real signals."""
+"""Test the process tree with fake services: real processes, real signals."""
 
 import asyncio
 import contextlib
@@ -27,7 +27,7 @@ SUPPORT = REPOSITORY / "tests" / "support"
 
 
 class Tree:
-    """Stand-in services and what they wrote about themselves."""
+    """Fake services and their journal."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -1,4 +1,4 @@
-"""The clients of the fan-out benchmark count exactly and notice whatever is wrong with a stream."""
+"""Test that the clients of the fan-out benchmark count exactly and detect every fault of a stream."""
 
 import socket
 import threading

@@ -1,4 +1,4 @@
-"""A profile's costs are those of the code that works, not of threads that wait."""
+"""Test that a profile counts working code and not waiting threads."""
 
 from pathlib import Path
 

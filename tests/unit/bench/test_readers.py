@@ -1,4 +1,4 @@
-"""The clients of the benchmark notice whatever differs from what the provider sent."""
+"""Test that the clients of the benchmark detect every difference from the provider's text."""
 
 import asyncio
 import itertools
@@ -24,7 +24,7 @@ def event(seq: int, **fields: object) -> bytes:
 
 
 def answer(payload: bytes, sizes: list[int]) -> bytes:
-    """Return a chunked response, its chunks as long as ``sizes`` says, over and over."""
+    """Return a chunked response whose chunk lengths repeat ``sizes``."""
     out, position, turn = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n", 0, 0
     while position < len(payload):
         part = payload[position : position + sizes[turn % len(sizes)]]

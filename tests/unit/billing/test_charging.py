@@ -1,4 +1,4 @@
-"""What generations cost, and the entries that lead there."""
+"""Test the cost of generations and their ledger entries."""
 
 from decimal import Decimal
 

@@ -1,4 +1,4 @@
-"""The lock files are complete, and the check finds every way in which they could not be."""
+"""Test that the lock files are complete and that the check finds every kind of incompleteness."""
 
 import pytest
 from packaging.requirements import Requirement

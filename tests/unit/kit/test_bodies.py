@@ -1,4 +1,4 @@
-"""Bodies read before they are answered: bounded in size, time and sum, and not read for strangers."""
+"""Test bodies read before the application: bounded in size, time and sum, and not buffered without credentials."""
 
 import asyncio
 from typing import Any
@@ -16,7 +16,7 @@ LIMIT = BodyLimit(10, "TAILRACE_X_MAX_BODY")
 
 
 class Client:
-    """Sends pieces of a body, then nothing more; keeps what is answered."""
+    """A client that sends pieces of a body and records the response."""
 
     def __init__(self, *pieces: bytes, ends: bool = True, leaves: bool = False) -> None:
         self._messages = [{"type": "http.request", "body": piece, "more_body": True} for piece in pieces]

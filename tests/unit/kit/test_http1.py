@@ -19,7 +19,7 @@ POST = b"POST / HTTP/1.1\r\nHost: x\r\n%b\r\n\r\n"
 
 
 class Echo:
-    """Answers with the path; below ``/stream`` with pieces that `pieces` yields, below ``/wait`` when told to."""
+    """Responds with the path; below ``/stream`` with the pieces of `pieces`, below ``/wait`` after `go_on`."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []

@@ -1,4 +1,4 @@
-"""The way out of a process: bounds that hold whatever the parts do."""
+"""Test the shutdown of a process: its time bounds hold in every state of its parts."""
 
 import asyncio
 import signal
@@ -31,7 +31,7 @@ run_service(main)
 
 
 async def stopped(body: str, *signals: signal.Signals) -> tuple[int, float, str]:
-    """Run a service, send it the signals, and return its exit code, the seconds it took, and what it logged."""
+    """Run a service, send it the signals, and return its exit code, its duration in seconds and its log."""
     process = subprocess.Popen(
         [sys.executable, "-c", SERVICE.format(body=body, drain=DRAIN)],
         stdout=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""What parts of a provider's stream become in the log; decided without any I/O."""
+"""Test the events that parts of a provider's stream become, without I/O."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The one object through which everything stops a generation."""
+"""Test the object through which every cause stops a generation."""
 
 import asyncio
 from collections.abc import Awaitable, Callable

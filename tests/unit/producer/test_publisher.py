@@ -13,7 +13,7 @@ from services.producer.errors import Fenced, LogUnavailable
 
 
 class ForgetfulLog:
-    """Stands where the broker stands. Keeps what it stores; ``behave`` decides what happens to each message."""
+    """A fake broker that keeps stored messages; ``behave`` decides the fate of each message."""
 
     def __init__(self) -> None:
         self.is_connected = True
@@ -179,7 +179,7 @@ async def test_events_wait_while_the_lease_is_expired_and_are_published_when_it_
 
 
 async def test_a_generation_is_not_begun_after_the_lease() -> None:
-    """Its writer may have read what its successor wrote: the condition alone would let it take over from that one."""
+    """The writer may have read its successor's events, so that the condition alone would let it take over from it."""
     log = ForgetfulLog()
     writer = leased(await started(log), seconds=-0.1)
     with pytest.raises(Fenced):

@@ -1,4 +1,4 @@
-"""Which provider a model's name means."""
+"""Test the resolution of a model's name to its provider."""
 
 import tomllib
 

@@ -1,4 +1,4 @@
-"""When a call is made again, and after which pause."""
+"""Test the decision to retry a call, and its pause."""
 
 import pytest
 import tenacity

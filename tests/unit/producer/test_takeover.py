@@ -1,4 +1,4 @@
-"""What the log tells a producer of the calls that others have made for a generation."""
+"""Test the calls of earlier producers, as read from the log of a generation."""
 
 from schemas.codec import encode_event
 from schemas.events import AbandonedCall, AnyEvent, Delta, Notice, Restarted, Started, UsageReported

@@ -1,4 +1,4 @@
-"""The acceptance rule: whatever writers and network do, every reader accepts the same, whole sequence."""
+"""Test the acceptance rule: every reader accepts the same complete sequence, under any writers and network."""
 
 from itertools import pairwise
 

@@ -1,4 +1,4 @@
-"""When a log is the continuation of what was seen of it, and when not."""
+"""Test whether a log continues the one that was marked."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Where a session's events are, whatever the number of partitions was over time."""
+"""Test the partition of a session's events over changes of the number of partitions."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""All readers of the log give the same verdicts on the same log, whatever its head has lost and its writers did."""
+"""Test that all readers give the same verdicts on the same log, with lost heads and any behaviour of writers."""
 
 import asyncio
 import random
@@ -49,7 +49,7 @@ TAKEOVERS = {*TERMINAL_TYPES, "restarted"}
 
 
 class Broker:
-    """The part of a broker that readers use: what the log keeps of one generation, in batches."""
+    """The part of a broker that readers use: the kept events of one generation, in batches."""
 
     def __init__(self, log: Sequence[Stored], batch: int = 3) -> None:
         self.log = list(log)
@@ -74,7 +74,7 @@ class Broker:
 
 
 class Said(NamedTuple):
-    """What a reader accepted, as (stream sequence, epoch, seq), and the terminal among it."""
+    """The events that a reader accepted, as (stream sequence, epoch, seq), and the terminal among them."""
 
     accepted: list[tuple[int, int, int]]
     terminal: str | None
@@ -109,7 +109,7 @@ def stored(entry: Entry, seq: int) -> Stored:
 
 
 def definition(log: Sequence[tuple[int, Entry]]) -> Said:
-    """What the rule says, as a statement about the whole of what is kept, written independently of `Acceptance`."""
+    """Return the accepted events by a definition over the whole kept log, written independently of `Acceptance`."""
     events = [(at, e) for at, e in log if e.type != "garbage"]
     chain: list[tuple[int, Entry]] = []
     if events and events[0][1].seq > 0:
@@ -230,7 +230,7 @@ async def by_billing(log: list[Stored], rng: random.Random) -> tuple[Generation 
 
 
 def by_command_line(events: list[Stored]) -> list[int]:
-    """As ``tailrace tail`` reads what delivery sends, here with each event twice."""
+    """Read as ``tailrace tail`` reads delivery's stream, here with each event twice."""
     session, accepted = _Session(), []
     for message in [each for event in events for each in (event, event)]:
         sse = httpx_sse.ServerSentEvent(event="message", data=message.data.decode(), id=str(message.seq))

@@ -1,4 +1,4 @@
-"""What must exist on the broker, as data."""
+"""Test the declared streams and consumers of the broker."""
 
 import pytest
 

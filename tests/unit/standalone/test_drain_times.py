@@ -1,4 +1,4 @@
-"""Grace periods around the services: longer than what the services take by themselves."""
+"""Test that grace periods around the services are longer than their own shutdown."""
 
 import re
 from pathlib import Path

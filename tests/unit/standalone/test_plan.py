@@ -1,4 +1,4 @@
-"""What `tailrace up` decides without starting anything."""
+"""Test the decisions of `tailrace up` before it starts a service."""
 
 import json
 import os

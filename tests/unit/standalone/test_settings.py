@@ -1,4 +1,4 @@
-"""What `tailrace up` says about settings before it starts anything."""
+"""Test the checks of settings in `tailrace up` before it starts a service."""
 
 from pathlib import Path
 

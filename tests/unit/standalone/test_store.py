@@ -1,4 +1,4 @@
-"""What nats-server would stumble over in its store is found before it starts."""
+"""Test the detection of unreadable files in nats-server's store before it starts."""
 
 import os
 from pathlib import Path

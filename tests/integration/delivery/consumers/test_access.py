@@ -1,4 +1,4 @@
-"""Who may use durable consumers, what is refused, and what it is answered with."""
+"""Test access to durable consumers, invalid requests and the problems they are answered with."""
 
 import json
 from collections.abc import AsyncIterator

@@ -30,7 +30,7 @@ async def read(url: str, *argv: str) -> list[tuple[str, int]]:
 
 
 async def disturbed(log: Log) -> None:
-    """An answer with repeats, garbage, a take-over and what its first producer still wrote."""
+    """Write an answer with repeats, garbage, a takeover and late events of its first producer."""
     first = story("g1", 3)[:3]
     await log.append(*first, *first)
     await log.append_bytes("g1", b"no event")

@@ -19,7 +19,7 @@ from tests.support.websocket_client import socket
 
 
 class Consumed:
-    """One call of `Consume`: what it has brought."""
+    """One call of `Consume` and the messages it received."""
 
     def __init__(self, client: Client, consumer: str = "svc", **wish: Any) -> None:
         self.call = client.consume()

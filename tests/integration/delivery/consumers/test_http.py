@@ -1,4 +1,4 @@
-"""Durable consumers over HTTP, on a real broker: what is given, settled, given again, and put aside."""
+"""Test durable consumers over HTTP, on a real broker: delivery, settlement, redelivery and dead events."""
 
 import asyncio
 import time

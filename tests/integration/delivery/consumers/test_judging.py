@@ -1,4 +1,4 @@
-"""Whatever the log holds and however it is delivered: services are given exactly what the acceptance rule accepts."""
+"""Test that services receive exactly the accepted events, for any log and any delivery order."""
 
 import asyncio
 import random

@@ -46,7 +46,7 @@ async def consume(client: SocketClient, consumer: str = "svc", **wish: Any) -> N
 
 
 async def nothing_more(client: SocketClient) -> None:
-    """Wait until the server has answered to something said after all that it may have sent."""
+    """Wait for the reply to a ping, so that all earlier messages have arrived."""
     answer = await client.ask("ping", id="quiet")
     assert answer["type"] == "pong"
 

@@ -1,4 +1,4 @@
-"""`Attach` over gRPC: several sessions over one call, credit, windows, and what is asked beside them."""
+"""Test `Attach` over gRPC: several sessions over one call, credit, windows, and requests on the same call."""
 
 import asyncio
 import time
@@ -19,7 +19,7 @@ from tests.support.grpc_server import Client, GrpcStage, Read, serving_calls
 
 
 class Attached:
-    """One call of `Attach`: what it brought for each id, and what else it said."""
+    """One call of `Attach`: the messages of each id, and those without an id."""
 
     def __init__(self, client: Client, **options: Any) -> None:
         self.call = client.attach(**options)
@@ -83,7 +83,7 @@ def log(broker: Broker) -> Log:
 
 
 async def silence(attached: Attached) -> None:
-    """Wait until the server has answered to something that was said after all that it may have sent by itself."""
+    """Wait for the reply to a message sent last, so that all earlier messages have arrived."""
     await attached.say("silence", unsubscribe=pb.Unsubscribe())
     await attached.until(lambda: "problem" in attached.kinds("silence"))
     attached.said.pop("silence")

@@ -1,4 +1,4 @@
-"""Who may do what over gRPC, with the same credentials as over HTTP."""
+"""Test permissions over gRPC, with the same credentials as over HTTP."""
 
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path

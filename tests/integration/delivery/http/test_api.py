@@ -1,4 +1,4 @@
-"""Delivery's API beside the streams: requests, idempotency, cancellation, look-ups, refusals, CORS, OpenAPI."""
+"""Test delivery's API except streams: requests, idempotency, cancellation, lookups, refusals, CORS, OpenAPI."""
 
 import asyncio
 import gzip

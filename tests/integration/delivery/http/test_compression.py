@@ -36,7 +36,7 @@ async def raw(stage: Stage, headers: dict[str, str], **query: str) -> tuple[str 
 
 
 def unpacked(body: bytes) -> bytes:
-    """Return what a gzip stream holds; it must end with the right checksum and nothing behind it."""
+    """Return the content of a gzip stream, which must end with a valid checksum."""
     packer = zlib.decompressobj(31)
     plain = packer.decompress(body)
     assert packer.eof

@@ -43,7 +43,7 @@ def log(broker: Broker) -> Log:
 
 
 def answer(generation: str = "g1", said: list[str] = SAID) -> list[AnyEvent]:
-    """Return a whole answer that says this, token by token."""
+    """Return a complete answer with these tokens."""
     events: list[AnyEvent] = [
         Started(generation=generation, seq=0, model="m", provider="scripted", upstream_model="story")
     ]

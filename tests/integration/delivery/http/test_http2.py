@@ -46,7 +46,7 @@ def log(broker: Broker) -> Log:
 
 
 class RawClient:
-    """A connection whose windows the test opens: what is not granted is not sent."""
+    """An HTTP/2 connection whose flow-control windows are opened by the test."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, window: int) -> None:
         self._reader, self._writer = reader, writer

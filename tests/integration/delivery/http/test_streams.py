@@ -232,7 +232,7 @@ async def test_resume_in_the_middle_of_repeats_and_zombies_is_exact(stage: Stage
 
 
 def noisy_generation():  # type: ignore[no-untyped-def]
-    """What is accepted, and the log that holds it among repeats, a gap, a takeover, zombies and late usage."""
+    """Return the accepted events, and a log of them with repeats, a gap, a takeover, zombies and late usage."""
     calm = story("g1", 6)[:7]
     takeover = Restarted(generation="g1", seq=7, epoch=2, reason="producer_lost")
     again = [Delta(generation="g1", seq=8 + n, epoch=2, text=f"again {n} ", tokens=n + 1) for n in range(3)]

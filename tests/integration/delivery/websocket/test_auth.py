@@ -1,4 +1,4 @@
-"""Who may do what over a socket: credentials at the handshake, scopes and sessions with every message, expiry."""
+"""Test permissions over a socket: credentials at the handshake, scopes and sessions per message, expiry."""
 
 import json
 import time

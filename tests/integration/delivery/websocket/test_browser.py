@@ -1,4 +1,4 @@
-"""A page in Chromium reads over a WebSocket, loses it, and goes on behind its last cursor."""
+"""Test a page in Chromium that reads over a WebSocket, loses it and resumes after its last cursor."""
 
 import asyncio
 import json

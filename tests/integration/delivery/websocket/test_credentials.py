@@ -1,4 +1,4 @@
-"""Credentials of WebSockets: headers, tickets, what a ticket narrows, and the end of a key."""
+"""Test credentials of WebSockets: headers, tickets, the rights of a ticket, and key revocation."""
 
 import asyncio
 import json

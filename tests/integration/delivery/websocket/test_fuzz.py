@@ -1,4 +1,4 @@
-"""Whatever bytes a client sends, it gets an answer or a close frame, and others are served on."""
+"""Test that any bytes from a client get an answer or a close frame and do not affect other clients."""
 
 import asyncio
 import contextlib

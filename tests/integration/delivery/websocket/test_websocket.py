@@ -486,7 +486,7 @@ async def test_stalled_client_is_evicted_and_others_are_not(broker: Broker, nats
 
 
 async def drained(client: SocketClient) -> SocketClient:
-    """Read what is left for a client until its connection is gone, however that happens."""
+    """Read the remaining messages of a client until its connection is closed or lost."""
     with contextlib.suppress(ConnectionClosed):
         while True:
             await client.hear()

@@ -1,4 +1,4 @@
-"""The checker finds each kind of broken promise in a history made by hand, and nothing in a good one."""
+"""Test that the checker finds each kind of violation in an altered history, and none in a correct one."""
 
 import json
 from collections.abc import Callable

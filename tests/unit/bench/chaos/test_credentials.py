@@ -1,4 +1,4 @@
-"""Credentials that expire on the way are no fault of who refuses them; any others are."""
+"""Test that refusals of expired credentials are no violation and all other refusals are."""
 
 from pathlib import Path
 

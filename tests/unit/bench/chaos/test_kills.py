@@ -1,4 +1,4 @@
-"""The log that billing is killed over holds all that can go wrong in one, and is the seed's."""
+"""Test the log of the kill runs: it contains every kind of fault and is determined by its seed."""
 
 from hypothesis import given
 from hypothesis import strategies as st

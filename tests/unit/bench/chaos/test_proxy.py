@@ -1,4 +1,4 @@
-"""A link passes bytes on, and can be cut, held and slowed."""
+"""Test the proxy: a link forwards bytes, and can be cut, held and slowed."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -14,7 +14,7 @@ Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 class Echo:
-    """A server that remembers what it got, and says it again."""
+    """A server that records its input and echoes it."""
 
     def __init__(self) -> None:
         self.port = free_port()

@@ -1,4 +1,4 @@
-"""Schedules are the seed's, heal in time and leave targets room; fewer faults are found in few runs."""
+"""Test schedules: determined by their seed, healed in time, one fault per target; and their shrinking."""
 
 import pytest
 from hypothesis import given

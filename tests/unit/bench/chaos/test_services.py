@@ -1,4 +1,4 @@
-"""The checker finds what durable consumers, the ledger and budgets did not keep, over any protocol."""
+"""Test that the checker finds violations of durable consumers, the ledger and budgets, over any protocol."""
 
 import json
 from decimal import Decimal

@@ -1,4 +1,4 @@
-"""How a process of a chaos run ends, and what that tells."""
+"""Test the end of a process in a chaos run and its recorded exit."""
 
 import asyncio
 import os

@@ -38,7 +38,7 @@ HEADERS = st.builds(
 
 
 def straight(log: list[Header | None]) -> list[bool]:
-    """What the rule says of a log that is read once, from its beginning."""
+    """Return the verdicts of the acceptance rule for a log read once from its beginning."""
     position, said = BEGINNING, []
     for header in log:
         verdict = Verdict.GAP

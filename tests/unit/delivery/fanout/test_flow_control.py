@@ -1,4 +1,4 @@
-"""What is in flight to a client, how its window follows it, and how fast it may talk."""
+"""Test the events in flight to a client, its window, and its rate limit."""
 
 import pytest
 from hypothesis import given
@@ -53,7 +53,7 @@ def test_records_of_unacknowledged_writes_are_bounded() -> None:
 
 
 def run(capacity: float, trip: float, seconds: float, demand: float = 1e12) -> AutoWindow:
-    """A client, ``trip`` seconds away, that deals with ``capacity`` bytes per second of what there is to send."""
+    """Simulate a client with a round trip of ``trip`` seconds that reads ``capacity`` bytes per second."""
     window, flight = AutoWindow(LOW, HIGH, START), InFlight()
     step, now, place, dealt, said = trip / 50, 0.0, 0, 0.0, 0.0
     arriving: list[tuple[float, int, int]] = []  # when the client has it, up to which place, bytes

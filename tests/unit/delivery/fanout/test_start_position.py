@@ -1,4 +1,4 @@
-"""Where a subscriber begins, and which cursors are turned away."""
+"""Test the start position of a subscriber, and refused cursors."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""A subscriber: writes that are through at once need no task, one that blocks becomes one; nothing overtakes it."""
+"""Test a subscriber: a write that completes at once needs no task, a blocked one gets a task, and order is kept."""
 
 import asyncio
 from typing import Any
@@ -13,7 +13,7 @@ from services.delivery.formats.tail import Entry, Tail
 
 
 class Client:
-    """A connection that takes what is sent, or waits while it is blocked, or has gone."""
+    """A connection that accepts writes, waits while it is blocked, or is lost."""
 
     def __init__(self) -> None:
         self.taken: list[bytes] = []
@@ -53,7 +53,7 @@ PLAIN = Plain()
 
 
 class Feed:
-    """The least of a feed: a tail, and serving whoever is ready."""
+    """A minimal feed: a tail that serves ready subscribers."""
 
     def __init__(self) -> None:
         self.tail = Tail(0, 10_000)

@@ -1,4 +1,4 @@
-"""A view writes to many at once: whoever stands where another stands gets the same, and what differs is looked at."""
+"""Test a view: subscribers at the same position share one write, all others get their own."""
 
 import asyncio
 import random
@@ -32,7 +32,7 @@ class Clock:
 
 
 class Client:
-    """Takes what is sent, or waits while it is blocked."""
+    """A client that accepts writes, or waits while it is blocked."""
 
     def __init__(self) -> None:
         self.taken = b""

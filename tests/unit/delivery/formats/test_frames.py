@@ -1,4 +1,4 @@
-"""Frames: made once, joined for whoever stands at the same place; and as an independent parser reads them."""
+"""Test frames: encoded once, joined for subscribers at the same position, and read by an independent parser."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ AT = Address("s", b"t1")
 
 
 class Plain(ServerSentEvents):
-    """Frames that are easy to read in a test; `made` says which."""
+    """Readable frames for tests; `made` lists the encoded ones."""
 
     def __init__(self) -> None:
         self.made: list[int] = []
@@ -44,7 +44,7 @@ def tail_of(*entries: tuple[str, str], max_bytes: int = 10_000) -> Tail:
 
 
 def parse(chunks: list[bytes]) -> list[tuple[str, str, str]]:
-    """What an independent parser makes of a stream, however it is cut."""
+    """Return the events that an independent parser reads, the same under every chunking."""
     lines, decoder, events = SSELineDecoder(), SSEDecoder(), []
     text = b"".join(chunks).decode()
     for line in [*lines.decode(text), *lines.flush()]:

@@ -1,4 +1,4 @@
-"""Text shown in other pieces than it is stored in: nothing lost, nothing twice, wherever and however one goes on."""
+"""Test granularities: no text is lost or repeated when resuming at any cursor in any granularity."""
 
 import json
 from typing import Any
@@ -35,7 +35,7 @@ SAID = st.lists(
 
 
 def entries_of(said: list[tuple[str, str]], step: int = 3) -> list[Entry]:
-    """Return a log: a generation that says this, with holes in its stream sequences."""
+    """Return the log of a generation with these texts, with holes in its stream sequences."""
     events: list[Any] = [Started(generation="g", seq=0, model="m", provider="p", upstream_model="u")]
     for seq, (kind, text) in enumerate(said, 1):
         match kind:
@@ -64,7 +64,7 @@ def entries_of(said: list[tuple[str, str]], step: int = 3) -> list[Entry]:
 def shown(
     entries: list[Entry], grain: Granularity, place: Position = START, pauses: frozenset[int] = frozenset()
 ) -> list[Entry]:
-    """Return what is shown of a log behind a place; time passes at ``pauses``."""
+    """Return the pieces sent for a log after a position; time passes at ``pauses``."""
     merger, out, now = Chunker(grain, place), [], 0.0
     for number, entry in enumerate(e for e in entries if e.seq > place.seq):
         out += merger.offer(entry, now)
@@ -79,7 +79,7 @@ def place_of(entry: Entry) -> Position:
 
 
 def content(entries: list[Entry]) -> list[tuple[str, str]]:
-    """Return who said what, in the order of the log, with neighbours joined."""
+    """Return the kinds and texts in the order of the log, adjacent ones joined."""
     found: list[tuple[str, str]] = []
     for entry in entries:
         event = json.loads(entry.data)

@@ -1,4 +1,4 @@
-"""Which form a client gets."""
+"""Test content negotiation."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What clients say over a WebSocket: read, or refused with the reason; never an exception."""
+"""Test the decoding of clients' WebSocket messages: each is decoded or refused with a reason, without an exception."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What waits to be written to one gRPC call."""
+"""Test the outbox of one gRPC call."""
 
 import asyncio
 
@@ -9,7 +9,7 @@ from tests.conftest import eventually
 
 
 class Client:
-    """Takes what is written, as soon as the test lets it."""
+    """A client that accepts writes when the test opens its gate."""
 
     def __init__(self, *, open_: bool = True) -> None:
         self.taken: list[bytes] = []

@@ -1,4 +1,4 @@
-"""Problems as gRPC says them."""
+"""Test problems as gRPC statuses and messages."""
 
 import grpc
 import pytest

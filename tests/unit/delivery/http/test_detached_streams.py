@@ -1,4 +1,4 @@
-"""A stream that has begun goes on by itself: what led to it is let go."""
+"""Test detached streams: a started stream continues without the application's scope."""
 
 import gc
 import weakref

@@ -1,4 +1,4 @@
-"""Shared reads give everybody what the log holds, and the broker is asked once for what many want."""
+"""Test shared reads: every reader receives the events of the log, with one broker request for overlapping reads."""
 
 import asyncio
 from collections.abc import AsyncIterator

@@ -1,4 +1,4 @@
-"""Counting what was sent, without a broker."""
+"""Test the counts of sent events, without a broker."""
 
 import asyncio
 
@@ -12,7 +12,7 @@ PLACE = GenerationKey("default", "s", "g")
 
 
 class Log:
-    """Stores what is published; may be away."""
+    """A log that stores published messages and can be unavailable."""
 
     def __init__(self) -> None:
         self.reports: list[DeliveredReport] = []

@@ -1,4 +1,4 @@
-"""Whether a generation exists is asked of those who must know: the bucket's leader and the log."""
+"""Test that the existence of a generation is decided by the bucket's leader and the log."""
 
 import msgspec
 import pytest
@@ -15,7 +15,7 @@ RECORD = GenerationRecord(
 
 
 class Bucketless:
-    """Stands where the broker stands. Replicas know nothing; ``leader`` is what the bucket's leader has, or says."""
+    """A fake broker whose replicas are empty; ``leader`` is the entry or error of the bucket's leader."""
 
     def __init__(self, leader: Stored | BrokerUnavailable | None, log: Stored | None = None) -> None:
         self.leader = leader

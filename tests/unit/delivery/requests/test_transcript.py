@@ -1,4 +1,4 @@
-"""What a generation has said, folded from whatever the log holds of it."""
+"""Test the transcript of a generation, folded from its kept events."""
 
 import random
 from typing import Any

@@ -1,4 +1,4 @@
-"""What leaves over one socket: whole, in order, within a bound, whatever is slow or given up."""
+"""Test the outbox of one socket: complete messages, in order, within a bound, with slow and cancelled senders."""
 
 import asyncio
 from typing import Any

@@ -1,4 +1,4 @@
-"""JSON web tokens: what gets in, and every way of getting in without a right to."""
+"""Test JSON web tokens: valid ones, and every kind of forged or invalid one."""
 
 import base64
 import hashlib

@@ -1,4 +1,4 @@
-"""What JetStream's subjects, statuses and refusals mean, without a broker."""
+"""Test the parsing of JetStream's subjects, statuses and errors, without a broker."""
 
 from typing import Any
 
@@ -90,7 +90,7 @@ def refusal(code: int, err_code: int, description: str = "no") -> bytes:
 
 
 class Answering:
-    """Stands where the connection stands, and gives one answer to all requests."""
+    """A fake connection with one answer to all requests."""
 
     def __init__(self, answer: bytes | None) -> None:
         self.answer = answer

@@ -1,4 +1,4 @@
-"""What error answers mean."""
+"""Test the classification of error responses."""
 
 import pytest
 

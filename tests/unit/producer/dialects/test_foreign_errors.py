@@ -1,4 +1,4 @@
-"""Errors in the shapes that servers give them: each ends the answer as failed, with a code and the server's words."""
+"""Test errors in the shapes of common servers: each fails the answer with a code and the server's message."""
 
 import json
 from typing import Any

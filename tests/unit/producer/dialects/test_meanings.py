@@ -1,4 +1,4 @@
-"""What the common servers' own words for an error mean."""
+"""Test the classification of common servers' error texts."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""A field of a wrong type ends no good answer: it is converted or left out; what an answer consists of is not."""
+"""Test fields of a wrong type: metadata is converted or omitted, content is malformed."""
 
 from typing import Any
 

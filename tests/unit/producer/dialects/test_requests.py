@@ -1,4 +1,4 @@
-"""What each dialect asks of its provider."""
+"""Test the requests of each dialect."""
 
 from contextlib import suppress
 from typing import Any

@@ -1,4 +1,4 @@
-"""How streams end, and whole answers in the place of a stream."""
+"""Test the ends of streams, and complete answers instead of a stream."""
 
 import json
 from typing import Any

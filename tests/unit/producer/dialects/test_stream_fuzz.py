@@ -29,7 +29,7 @@ FINISHED = [t for t in TRANSCRIPTS if not any(p["part"] == "UpstreamFailure" for
 
 
 def everything(parser: Parser, chunks: list[bytes]) -> list[Part]:
-    """Return all parts of a body, with what holds for each one."""
+    """Return all parts of a body, after checking the invariants of each."""
     parts: list[Part] = []
     for chunk in chunks:
         parts += parser.feed(chunk)

@@ -1,4 +1,4 @@
-"""Which tool calls a stream of fragments holds."""
+"""Test the tool calls of a stream of fragments."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Where in their streams providers tell usage, and what a stream's parser makes of all that is told."""
+"""Test the places of usage in providers' streams, and the usage that a parser reports."""
 
 import msgspec
 import pytest
@@ -18,7 +18,7 @@ def fed(*data: str, dialect: DialectName = "openai", base_url: str = "", at_once
 
 
 def usage_of(parts: list[Part]) -> Usage | None:
-    """What a generation makes of the parts, without the provider's object."""
+    """Return the usage that a generation reports for the parts, without the provider's object."""
     run = Generation(
         "g",
         epoch=1,

@@ -1,4 +1,4 @@
-"""Usage: whatever the object is, what is read of it is sound, and reports of one answer only grow."""
+"""Test that usage read from any object is sound and that reports of one answer only grow."""
 
 from decimal import Decimal
 from typing import Any

@@ -21,7 +21,7 @@ from services.kit.jetstream.broker import Broker
 from tests.conftest import NatsServer, eventually, require
 from tests.support.browser import Browser
 from tests.support.delivery_server import Log, Stage, delivering
-from tests.support.splitting_proxy import CuttingProxy, cutting
+from tests.support.splitting_proxy import SplittingProxy, splitting
 from tests.support.sse_client import SseClient
 
 pytest_plugins = ("tests.support.browser",)
@@ -171,8 +171,8 @@ async def stage(request: pytest.FixtureRequest, broker: Broker, nats_server: Nat
 
 
 @pytest.fixture
-async def proxy(stage: Stage) -> AsyncIterator[CuttingProxy]:
-    async with cutting(httpx.URL(stage.url).port or 0) as running:
+async def proxy(stage: Stage) -> AsyncIterator[SplittingProxy]:
+    async with splitting(httpx.URL(stage.url).port or 0) as running:
         yield running
 
 
@@ -213,7 +213,7 @@ def dismiss(stage: Stage, reason: str) -> None:
 
 @pytest.mark.parametrize("stage", [False, True], ids=["plain", "gzip"], indirect=True)
 async def test_answer_is_complete_after_cuts_reconnections_and_bye(
-    stage: Stage, broker: Broker, proxy: CuttingProxy, client: Any
+    stage: Stage, broker: Broker, proxy: SplittingProxy, client: Any
 ) -> None:
     log, events = Log(broker), answer("g1")
     third = len(events) // 3
@@ -239,7 +239,7 @@ async def test_answer_is_complete_after_cuts_reconnections_and_bye(
 
 @pytest.mark.parametrize("client", [IN_BROWSER, "npm"], indirect=True)
 async def test_sentences_of_several_sessions_are_complete_after_reconnections(
-    stage: Stage, broker: Broker, proxy: CuttingProxy, client: Any
+    stage: Stage, broker: Broker, proxy: SplittingProxy, client: Any
 ) -> None:
     said = ["One. T", "wo! ", "Thr", "ee? 四。五", "。\nSix"] * 4
     told = {name: Log(broker, name) for name in ("a", "b")}

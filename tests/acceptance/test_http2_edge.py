@@ -22,7 +22,7 @@ from tests.support.delivery_server import Log, Stage, delivering, keys, metric, 
 from tests.support.grpc_server import Client, GrpcStage, Read, serving_calls
 from tests.support.producer_worker import producing
 from tests.support.service_processes import REPOSITORY
-from tests.support.splitting_proxy import cutting
+from tests.support.splitting_proxy import splitting
 from tests.support.sse_client import SseClient
 
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ async def test_a_page_over_http_2_and_tls_loses_its_network_and_resumes(
         assert set(hops) <= {"h2", ""}  # what was lost does not tell
 
     loop, lost = asyncio.get_running_loop(), list[str]()
-    async with producing(broker), cutting(edge.tls, most=4_096) as network:
+    async with producing(broker), splitting(edge.tls, most=4_096) as network:
         asked = await stage.http.post(f"{stage.url}/v1/sessions/s/generations", json=wish)
         await asyncio.to_thread(look)
         kept = (await stage.http.get(f"{stage.url}{asked.json()['links']['generation']}")).json()

@@ -33,7 +33,7 @@ class Session:
         self.grown = asyncio.Condition()
 
 
-class StandIn:
+class FakeDelivery:
     """The server; attributes and methods are for the test's thread."""
 
     def __init__(self) -> None:
@@ -302,12 +302,12 @@ class StandIn:
 
 
 SCRIPTS = {
-    "story": StandIn.story,
-    "held": StandIn.held,
-    "thinking": StandIn.thinking,
-    "everything": StandIn.everything,
-    "failing": StandIn.failing,
-    "restarting": StandIn.restarting,
+    "story": FakeDelivery.story,
+    "held": FakeDelivery.held,
+    "thinking": FakeDelivery.thinking,
+    "everything": FakeDelivery.everything,
+    "failing": FakeDelivery.failing,
+    "restarting": FakeDelivery.restarting,
 }
 PICTURE = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAQAAAADCAIAAAA7ljmRAAAAEElEQVR4nGNQaDgARww4OQA6dhCB5qeGGQAAAABJRU5ErkJggg=="
@@ -342,9 +342,9 @@ def _problem(status: int, slug: str, detail: str = "") -> web.Response:
 
 
 @contextmanager
-def stand_in() -> Iterator[StandIn]:
+def fake_delivery() -> Iterator[FakeDelivery]:
     """Serve on a free loopback port in a thread of its own."""
-    server = StandIn()
+    server = FakeDelivery()
     ready = threading.Event()
     thread = threading.Thread(target=lambda: asyncio.run(server._serve(ready)), name="delivery-stand-in")
     thread.start()

@@ -5,10 +5,10 @@ import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
-__all__ = ["CuttingProxy", "cutting"]
+__all__ = ["SplittingProxy", "splitting"]
 
 
-class CuttingProxy:
+class SplittingProxy:
     """``url`` stands for the server behind it. ``most``: bytes in one piece."""
 
     def __init__(self, port: int, seed: int, most: int) -> None:
@@ -51,9 +51,9 @@ class CuttingProxy:
 
 
 @asynccontextmanager
-async def cutting(port: int, *, seed: int = 1, most: int = 3) -> AsyncIterator[CuttingProxy]:
+async def splitting(port: int, *, seed: int = 1, most: int = 3) -> AsyncIterator[SplittingProxy]:
     """Run a proxy in front of a local port while the block runs."""
-    proxy = CuttingProxy(port, seed, most)
+    proxy = SplittingProxy(port, seed, most)
     server = await asyncio.start_server(proxy.serve, "127.0.0.1", 0)
     proxy.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     try:

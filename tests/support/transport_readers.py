@@ -14,10 +14,10 @@ from tests.support.delivery_server import Stage, delivering
 from tests.support.grpc_server import GrpcStage, serving_calls
 from tests.support.websocket_client import JSON, MSGPACK, SocketClient, socket
 
-__all__ = ["READERS", "Question", "Reader", "Seen", "Stand", "standing"]
+__all__ = ["READERS", "Question", "Reader", "Seen", "Servers", "serving_transports"]
 
 
-class Stand(NamedTuple):
+class Servers(NamedTuple):
     """The servers under test: delivery over HTTP, and a second replica over gRPC."""
 
     stage: Stage
@@ -25,10 +25,10 @@ class Stand(NamedTuple):
 
 
 @asynccontextmanager
-async def standing(nats_url: str) -> AsyncIterator[Stand]:
+async def serving_transports(nats_url: str) -> AsyncIterator[Servers]:
     """Run delivery on all its transports while the block runs."""
     async with delivering(nats_url) as stage, serving_calls(nats_url) as grpc:
-        yield Stand(stage, grpc)
+        yield Servers(stage, grpc)
 
 
 class Question(NamedTuple):
@@ -62,12 +62,12 @@ class Seen(NamedTuple):
     whole: bool = True
 
 
-Reader = Callable[[Stand, Question], Awaitable[Seen]]
+Reader = Callable[[Servers, Question], Awaitable[Seen]]
 TERMINALS = frozenset({"completed", "failed", "cancelled", "interrupted"})
 
 
-async def read_sse(stand: Stand, question: Question) -> Seen:
-    reader = stand.stage.events(question.session, **question.words)
+async def read_sse(servers: Servers, question: Question) -> Seen:
+    reader = servers.stage.events(question.session, **question.words)
     async with reader.connected() as connection:
         if connection.status == 204:
             return Seen([])
@@ -85,12 +85,12 @@ async def _lines(response: httpx.Response) -> AsyncIterator[bytes]:
             yield line
 
 
-async def _read_lines(stand: Stand, question: Question, path: str, **query: str) -> Seen:
+async def _read_lines(servers: Servers, question: Question, path: str, **query: str) -> Seen:
     found: list[tuple[str, dict[str, Any]]] = []
     gaps = 0
     accept = {"Accept": "application/x-ndjson"}
-    url = f"{stand.stage.url}{path}"
-    async with stand.stage.http.stream("GET", url, params=question.words | query, headers=accept) as response:
+    url = f"{servers.stage.url}{path}"
+    async with servers.stage.http.stream("GET", url, params=question.words | query, headers=accept) as response:
         if response.status_code == 204:
             return Seen([])
         async for line in _lines(response):
@@ -104,15 +104,15 @@ async def _read_lines(stand: Stand, question: Question, path: str, **query: str)
     return Seen(found, gaps)
 
 
-async def read_ndjson(stand: Stand, question: Question) -> Seen:
-    return await _read_lines(stand, question, f"/v1/sessions/{question.session}/events")
+async def read_ndjson(servers: Servers, question: Question) -> Seen:
+    return await _read_lines(servers, question, f"/v1/sessions/{question.session}/events")
 
 
-async def read_several(stand: Stand, question: Question) -> Seen:
+async def read_several(servers: Servers, question: Question) -> Seen:
     """As one of several sessions; the cursor of all of them holds the session's own."""
     if question.generation is not None:
-        return await read_ndjson(stand, question)  # several sessions are read whole
-    seen = await _read_lines(stand, question, "/v1/events", session=question.session)
+        return await read_ndjson(servers, question)  # several sessions are read whole
+    seen = await _read_lines(servers, question, "/v1/events", session=question.session)
     return seen._replace(events=[(_single(cursor), event) for cursor, event in seen.events])
 
 
@@ -121,15 +121,15 @@ def _single(composite: str) -> str:
     return f"t1{cursor.partition:02x}{cursor.incarnation}{cursor.session}{cursor.seq:012x}"
 
 
-async def read_by_polling(stand: Stand, question: Question) -> Seen:
+async def read_by_polling(servers: Servers, question: Question) -> Seen:
     """In batches of three."""
     found: list[tuple[str, dict[str, Any]]] = []
     gaps = 0
     words = question.words
-    url = f"{stand.stage.url}/v1/sessions/{question.session}/events"
+    url = f"{servers.stage.url}/v1/sessions/{question.session}/events"
     while True:
         query = words | {"wait": "5", "limit": "3"}
-        response = await stand.stage.http.get(url, params=query, headers={"Accept": "application/json"})
+        response = await servers.stage.http.get(url, params=query, headers={"Accept": "application/json"})
         batch = response.json()
         gaps += len(batch.get("gaps", []))
         found += [(item["cursor"], item["event"]) for item in batch["events"]]
@@ -158,18 +158,18 @@ async def _read_socket(client: SocketClient, question: Question, acknowledge: bo
     return Seen(list(zip(client.cursors.get(question.session, []), events, strict=True)), gaps)
 
 
-async def read_websocket(stand: Stand, question: Question) -> Seen:
-    async with socket(stand.stage.url, JSON) as client:
+async def read_websocket(servers: Servers, question: Question) -> Seen:
+    async with socket(servers.stage.url, JSON) as client:
         return await _read_socket(client, question)
 
 
-async def read_websocket_event_by_event(stand: Stand, question: Question) -> Seen:
-    async with socket(stand.stage.url, JSON) as client:
+async def read_websocket_event_by_event(servers: Servers, question: Question) -> Seen:
+    async with socket(servers.stage.url, JSON) as client:
         return await _read_socket(client, question, acknowledge=True, credit={"events": 1})
 
 
-async def read_websocket_in_messagepack(stand: Stand, question: Question) -> Seen:
-    async with socket(stand.stage.url, MSGPACK) as client:
+async def read_websocket_in_messagepack(servers: Servers, question: Question) -> Seen:
+    async with socket(servers.stage.url, MSGPACK) as client:
         seen = await _read_socket(client, question, acknowledge=True, window="auto")
     for _, event in seen.events:
         if isinstance(event.get("binary"), dict):  # content is bytes here: compared by the other transports' test
@@ -177,14 +177,14 @@ async def read_websocket_in_messagepack(stand: Stand, question: Question) -> See
     return seen._replace(whole=False)
 
 
-async def read_grpc(stand: Stand, question: Question) -> Seen:
+async def read_grpc(servers: Servers, question: Question) -> Seen:
     begin = {None: pb.BEGIN_UNSPECIFIED, "start": pb.BEGIN_START}[question.from_]
     request = pb.ReadRequest(
         session=question.session, generation=question.generation or "", after=question.after or "", begin=begin
     )
     found: list[tuple[str, dict[str, Any]]] = []
     gaps = 0
-    async with stand.grpc.client() as client:
+    async with servers.grpc.client() as client:
         async for response in client.read(request):
             for frame in response.frames:
                 gaps += frame.HasField("gap")
@@ -195,7 +195,7 @@ async def read_grpc(stand: Stand, question: Question) -> Seen:
     return Seen(found, gaps, whole=False)
 
 
-async def read_grpc_attach(stand: Stand, question: Question) -> Seen:
+async def read_grpc_attach(servers: Servers, question: Question) -> Seen:
     """Over a call with other subscriptions, event by event."""
     begin = {None: pb.BEGIN_UNSPECIFIED, "start": pb.BEGIN_START}[question.from_]
     read = pb.ReadRequest(
@@ -203,7 +203,7 @@ async def read_grpc_attach(stand: Stand, question: Question) -> Seen:
     )
     found: list[tuple[str, dict[str, Any]]] = []
     gaps = 0
-    async with stand.grpc.client() as client:
+    async with servers.grpc.client() as client:
         call = client.attach()
         await call.write(pb.AttachRequest(id="1", subscribe=pb.Subscribe(read=read, credit=pb.Credit(events=1))))
         while not (found and question.is_answered(found[-1][1])):

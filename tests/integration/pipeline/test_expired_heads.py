@@ -24,7 +24,7 @@ from tests.support.billing_process import running, sqlite
 from tests.support.consumer_server import Service
 from tests.support.delivery_server import TENANT, Log, Stage, delivering, keys, story
 from tests.support.producer_worker import ask, enqueue, producing, raw_log
-from tests.support.transport_readers import READERS, Question, Stand, standing
+from tests.support.transport_readers import READERS, Question, Servers, serving_transports
 
 STREAM = "TOKENS_0"
 
@@ -67,18 +67,18 @@ async def log(broker: Broker, stage: Stage) -> Log:
 
 
 @pytest.fixture
-async def stand(broker: Broker, nats_server: NatsServer) -> AsyncIterator[Stand]:
-    async with standing(nats_server.url) as both:
+async def servers(broker: Broker, nats_server: NatsServer) -> AsyncIterator[Servers]:
+    async with serving_transports(nats_server.url) as both:
         yield both
 
 
 @pytest.mark.parametrize("generation", ["g1", None])
 async def test_every_transport_follows_the_later_epoch_to_its_end(
-    stand: Stand, broker: Broker, generation: str | None
+    servers: Servers, broker: Broker, generation: str | None
 ) -> None:
     await write(Log(broker), taken_over("g1"), broker)
     for name, reader in READERS.items():
-        seen = await reader(stand, Question("s", "g1", generation, from_="start"))
+        seen = await reader(servers, Question("s", "g1", generation, from_="start"))
         assert keys(event for _, event in seen.events) == KEPT, name
         assert seen.gaps == 1, name
 

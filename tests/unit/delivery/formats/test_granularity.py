@@ -243,7 +243,7 @@ def test_the_position_of_held_text_is_before_it() -> None:
     merger = Chunker(Granularity("sentence"), Position(0))
     _, one, *_ = entries_of([("text", "Yes. And")])
     (piece,) = merger.offer(one, 0.0)
-    assert place_of(piece) == merger.place(one.seq) == Position(one.seq - 1, 5)
+    assert place_of(piece) == merger.position(one.seq) == Position(one.seq - 1, 5)
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def test_gap_and_bye_are_separate_messages_in_order(name: str) -> None:
     assert found[3] == {"type": "bye", "session": "s", "reason": "drain", "cursor": f"{PREFIX}{2:012x}"}
     outgoing = format_.message(frames, ends=True)
     assert (outgoing.events, outgoing.size) == (2, len(frames[0]) + len(frames[2]))
-    assert outgoing.place == position_of(f"{PREFIX}{2:012x}")
+    assert outgoing.position == position_of(f"{PREFIX}{2:012x}")
 
 
 @pytest.mark.parametrize("name", [JSON, MSGPACK])
@@ -82,7 +82,7 @@ def test_positions_order_like_cursors(places: list[tuple[int, int]]) -> None:
 def test_write_without_events_has_no_position() -> None:
     format_ = SessionFormat("s", Dialect(JSON))
     outgoing = format_.message([format_.gap("log_recreated", None, AT)], ends=True)
-    assert (outgoing.events, outgoing.size, outgoing.place) == (0, 0, 0)
+    assert (outgoing.events, outgoing.size, outgoing.position) == (0, 0, 0)
 
 
 def test_bytes_that_are_no_utf8_do_not_break_a_text_frame() -> None:

@@ -1,4 +1,4 @@
-"""The README's two commands on a Debian machine that has Python, venv and make, and nothing else.
+"""Test the README's two commands on a Debian machine with Python, venv and make alone.
 
 An empty root (Debian's essential packages and apt) is made by mmdebstrap and entered with namespaces of its own, as an
 ordinary user. The network and the

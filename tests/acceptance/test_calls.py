@@ -27,9 +27,9 @@ PRICES = "provider,model,class,currency,amount,from,until\r\n" + "".join(
 
 @asynccontextmanager
 async def providing() -> AsyncIterator[tuple[str, list[str]]]:
-    """A provider whose every answer begins with 20 tokens; yields its address and the models that it was asked for.
+    """Run a provider whose every answer begins with 20 tokens; yield its URL and the requested models.
 
-    ``breaks`` breaks off then, ``hangs`` says no more in its first call, and whole answers end.
+    ``breaks`` then breaks the connection, ``hangs`` goes silent in its first call, other models complete.
     """
     asked: list[str] = []
 

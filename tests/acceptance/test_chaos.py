@@ -76,9 +76,9 @@ def test_money_equals_a_count_over_the_log_though_billing_was_killed(tmp_path: P
 
 
 def schedule(kind: FaultKind, targets: tuple[str, ...], at: float, seconds: float) -> Schedule:
-    """Some generations that may begin anew, each with a subscriber, while one thing goes wrong.
+    """Return a schedule of restartable generations, each with a subscriber, and one fault.
 
-    The fault comes when all of them stream, also where three of these runs share two cores with each other.
+    The fault occurs when all of them stream, also where three of these runs share two cores.
     """
     asks = tuple(
         Ask(at=0.1 * n, key=f"k{n}", session=f"s{n % 2}", tokens=400, rate=40.0, restart=True, replica=n % 2)

@@ -1,4 +1,4 @@
-"""The deployment of ``compose.yaml``, really brought up: two delivery replicas behind the edge, PostgreSQL, billing."""
+"""Test the running deployment of ``compose.yaml``: two delivery replicas behind the edge, PostgreSQL, billing."""
 
 import json
 import os

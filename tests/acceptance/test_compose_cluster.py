@@ -1,4 +1,4 @@
-"""The profile `cluster` of ``compose.yaml``, really brought up: three brokers, of which one is lost in mid-answer."""
+"""Test the running profile `cluster` of ``compose.yaml``: three brokers, one of which is lost during an answer."""
 
 import json
 import os

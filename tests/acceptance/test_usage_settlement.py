@@ -1,6 +1,6 @@
 """Test usage in provider-specific fields, from the stream over the log to the ledger, and shipped prices.
 
-Real processes of producer, delivery and billing; the provider answers as the one that it stands for.
+Real processes of producer, delivery and billing; the provider answers as the real one of that name.
 """
 
 from collections.abc import AsyncIterator

@@ -1,7 +1,7 @@
 """A model of a log and of the writers that append to it, to test the acceptance rule against.
 
 The network is unkind: a publish may be lost, arrive twice, or arrive late; an acknowledgement may be lost or late; a
-writer may fall asleep at any point, lose its lease to another one, and go on as if nothing had happened.
+writer may fall asleep at any point, lose its lease to another one, and continue unchanged.
 """
 
 from dataclasses import dataclass, field
@@ -66,7 +66,7 @@ class Copy:
 class Writer:
     """A producer with a window of unacknowledged events and go-back-N.
 
-    ``script``: what it will say after its first event. ``opened`` once its conditional first append is stored.
+    ``script``: the events after its first one. ``opened`` once its conditional first append is stored.
     """
 
     name: int

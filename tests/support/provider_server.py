@@ -1,4 +1,4 @@
-"""A small real HTTP server that answers every POST as a provider would, with wire bytes cut as the test wants."""
+"""A small real HTTP server that answers every POST like a provider, in chunks that the test defines."""
 
 import asyncio
 import socket
@@ -104,7 +104,7 @@ class Provider:
                 task.cancel()
 
     def close(self) -> None:
-        """Let every answer that hangs go."""
+        """Release every hanging response."""
         self._closing.set()
 
 

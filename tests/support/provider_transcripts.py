@@ -60,9 +60,9 @@ def read(parser: Parser, chunks: list[bytes]) -> list[Part]:
 
 
 def described(parts: list[Part]) -> list[dict[str, Any]]:
-    """Return parts as the expectation files write them: joined, signs of life left out, fields that are unset too.
+    """Return parts as in the expectation files: joined, without keep-alives and unset fields.
 
-    Notices, which come at the end of a read, stand right ahead of the ending.
+    Notices, which follow the other parts of a read, are directly before the ending.
     """
     notices: list[Part] = [part for part in parts if isinstance(part, NoticePart)]
     spoken = join([part for part in parts if not isinstance(part, Alive | NoticePart)])

@@ -28,11 +28,12 @@ def story(*texts: str, end: Event | None = None) -> list[Event]:
 
 
 class Delivery:
-    """``cuts``: after how many events in all each connection in turn is broken off (none left: not at all).
+    """A running server and its faults.
 
-    ``repeat``: resumed connections begin again with an event that was sent before. ``until_cancelled``: the last event
-    waits for a cancel request and is then ``cancelled``. ``problem``: what POST answers instead. ``byes``: connections
-    that end with a ``bye`` after one event.
+    ``cuts``: total numbers of events after which the connections, in order, are broken (empty: never).
+    ``repeat``: resumed connections begin with an event that was sent before. ``until_cancelled``: the last event waits
+    for a cancel request and is then ``cancelled``. ``problem``: the response to POST instead. ``byes``: number of
+    connections that end with a ``bye`` after one event.
     """
 
     def __init__(self, events: list[Event]) -> None:

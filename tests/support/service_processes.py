@@ -1,4 +1,4 @@
-"""Services and subscribers as real processes: started on free ports, waited for, stopped in the end."""
+"""Services and subscribers as real processes: started on free ports until ready, and stopped afterwards."""
 
 import contextlib
 import json
@@ -80,7 +80,7 @@ class Subscriber:
         return lines
 
     def kill(self) -> None:
-        """SIGKILL: no farewell to the server."""
+        """Kill the process with SIGKILL, without closing its connection in order."""
         self._process.kill()
         self._process.wait(10)
 
@@ -91,5 +91,5 @@ def log_events(lines: Lines) -> list[dict[str, Any]]:
 
 
 def text_of(lines: Lines) -> str:
-    """The answer's text as a client puts it together."""
+    """Return the text of the answer, as a client joins it."""
     return "".join(event.get("text") or "" for event in log_events(lines))

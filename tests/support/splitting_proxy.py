@@ -9,7 +9,7 @@ __all__ = ["SplittingProxy", "splitting"]
 
 
 class SplittingProxy:
-    """``url`` stands for the server behind it. ``most``: bytes in one piece."""
+    """A running proxy. ``url``: its address. ``most``: maximum bytes of one piece."""
 
     def __init__(self, port: int, seed: int, most: int) -> None:
         self.url = ""

@@ -16,7 +16,7 @@ _BROKEN = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.StreamError)
 
 
 def small_buffers() -> httpx.AsyncClient:
-    """Return an HTTP client whose sockets take little, so that a reader that pauses is soon felt by the server."""
+    """Return an HTTP client with small socket buffers, so that a paused reader soon blocks the server's writes."""
     import socket
 
     options = [(socket.SOL_SOCKET, socket.SO_RCVBUF, 262_144)]
@@ -56,7 +56,7 @@ class SseReader:
 class SseClient:
     """Reads one URL over any number of connections.
 
-    ``events``: what came without a name, decoded; ``ids``: the id of each; ``controls``: name and data of named events.
+    ``events``: events without a name, decoded; ``ids``: the id of each; ``controls``: name and data of named events.
     """
 
     def __init__(self, http: httpx.AsyncClient, url: str, **query: str) -> None:

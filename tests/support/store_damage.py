@@ -1,4 +1,4 @@
-"""Damage to a stopped nats-server's files: one way for each kind of file that it keeps of a stream."""
+"""Damage to a stopped nats-server's files: one way for each kind of file of a stream."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""How a session is read over each transport: one function for each, with the same question and the same answer."""
+"""Readers of a session: one function per transport, with the same request and the same result."""
 
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable

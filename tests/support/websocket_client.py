@@ -1,4 +1,4 @@
-"""A client of Tailrace's WebSockets, in JSON or MessagePack, that answers pings as the protocol wants it."""
+"""A client of Tailrace's WebSockets, in JSON or MessagePack, that answers pings as the protocol requires."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""Slow, dead and many clients, small memory, and the ends that delivery itself gives to a stream."""
+"""Test slow, dead and many clients, memory bounds, and the ends of a stream by delivery."""
 
 import asyncio
 import socket

@@ -1,6 +1,6 @@
-"""Tenant x scope x operation, for every operation in the OpenAPI documents of both services.
+"""Test tenant x scope x operation, for every operation in the OpenAPI documents of both services.
 
-An operation that does not say which scope it needs, or that does not keep to it, fails here: also a new one.
+An operation that does not document its scope, or does not enforce it, fails here; new operations are included.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""Budgets through the whole pipeline: asked for at delivery, kept by billing, enforced by producers."""
+"""Test budgets through the whole pipeline: reserved by delivery, decided by billing, enforced by producers."""
 
 import asyncio
 from collections import Counter

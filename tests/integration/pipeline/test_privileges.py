@@ -1,4 +1,4 @@
-"""Least privilege on NATS, over TLS: the services work with their own users, and each is refused all else."""
+"""Test least privilege on NATS, over TLS: each service works with its own user and is refused other subjects."""
 
 import asyncio
 import json

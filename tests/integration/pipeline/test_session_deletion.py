@@ -300,7 +300,7 @@ async def test_a_deletion_that_was_interrupted_is_finished_by_repeating_it(
 
 
 async def test_a_start_during_a_deletion_is_complete_or_refused(stage: Stage, broker: Broker, log: Log) -> None:
-    """Deletions and starts go on beside each other: each start ends whole or was refused, none is left headless."""
+    """Run deletions and starts concurrently: each start is complete or refused, none loses its first events."""
     await _nobody_bills(stage)
     await answered(stage, log, "g1")
     stop = asyncio.Event()

@@ -1,4 +1,4 @@
-"""The providers' own SDKs accept the transcripts and read the same out of them: they are true to the wire."""
+"""Test that the providers' SDKs read the recorded transcripts with the same result."""
 
 import json
 from collections.abc import AsyncIterator

@@ -1,4 +1,4 @@
-"""Positions of consumers that nats-server cannot read: it starts without the consumer, and makes none of that name."""
+"""Test unreadable consumer positions, with which nats-server starts without the consumer and cannot create it."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Every call of a generation is counted, compared and charged by itself, and the generation costs their sum."""
+"""Test that every call of a generation is counted, compared and charged separately and that it costs their sum."""
 
 from decimal import Decimal
 from typing import Any

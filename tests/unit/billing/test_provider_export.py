@@ -1,4 +1,4 @@
-"""Providers' exports, as they come and as they are understood."""
+"""Test the parsing of providers' usage exports."""
 
 import json
 from contextlib import suppress

@@ -1,4 +1,4 @@
-"""Pages of reports that can be had as CSV."""
+"""Test pages of reports as CSV."""
 
 import re
 from urllib.parse import parse_qs, urlsplit

@@ -1,4 +1,4 @@
-"""Files of the user alone, under the widest umask."""
+"""Test private files and folders under the widest umask."""
 
 import os
 import stat

@@ -1,4 +1,4 @@
-"""Heads that name no host or several, over HTTP/1.1 and HTTP/2."""
+"""Test request heads without a host or with several, over HTTP/1.1 and HTTP/2."""
 
 import asyncio
 from typing import Any

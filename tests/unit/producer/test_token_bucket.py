@@ -1,4 +1,4 @@
-"""The token bucket behind the calls a minute of a provider."""
+"""Test the token bucket that limits a provider's calls per minute."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""Events to bytes and back, and bytes that are no events."""
+"""Test the encoding and decoding of events, and bytes that are no events."""
 
 import base64
 import json

@@ -149,7 +149,7 @@ ANYTHING = st.lists(ENTRIES, max_size=25).map(first_alone)
 
 @st.composite
 def of_writers(draw: st.DrawFn) -> list[Entry]:
-    """The log that producers leave which take over, lose acknowledgements, repeat, and wake up as zombies."""
+    """Return a log of producers that take over, lose acknowledgements, repeat events, and resume as zombies."""
     rng = random.Random(draw(st.integers(0, 2**32)))
     log, writers = Log(), []
     for name in range(draw(st.integers(1, 4))):
@@ -305,7 +305,7 @@ def test_a_late_repeat_as_the_oldest_kept_event_is_accepted_by_no_reader() -> No
 @settings(deadline=None, max_examples=300)
 @given(of_writers(), st.data())
 def test_readers_agree_where_events_expire_while_they_read(entries: list[Entry], data: st.DataObject) -> None:
-    """The first part was read, then a part expired unread, and all go on behind it; none shows anything twice.
+    """A part expires after the first one was read, and all readers continue behind it; none repeats an event.
 
     Where nothing expired unread, the last event that was read is still there: without it a hole that a writer left just
     behind it, and will fill, looks like expired events to those who do not know where the log begins.

@@ -1,4 +1,4 @@
-"""The tail of a feed, the positions in it, and where a replay begins."""
+"""Test the tail of a feed, its positions, and the start of a replay."""
 
 from hypothesis import given
 from hypothesis import strategies as st

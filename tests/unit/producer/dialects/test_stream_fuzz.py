@@ -1,4 +1,4 @@
-"""Mutated transcripts: no input leads to an exception, a hang, a silent success, or a part that cannot be read back."""
+"""Test mutated transcripts: no input causes an exception, a hang, a false success, or an undecodable part."""
 
 import json
 import time

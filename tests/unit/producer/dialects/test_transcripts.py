@@ -1,4 +1,4 @@
-"""Every recorded answer means the same however its bytes were cut."""
+"""Test that every recorded answer has the same parts under every chunking."""
 
 from itertools import pairwise
 

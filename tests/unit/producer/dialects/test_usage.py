@@ -1,4 +1,4 @@
-"""Usage objects of many providers, as they are read: the classes, and the reasons to doubt them."""
+"""Test the reading of usage objects of many providers: token classes and reasons for doubt."""
 
 from decimal import Decimal
 from typing import Any

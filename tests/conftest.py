@@ -1,4 +1,4 @@
-"""Fixtures that all tests share: real parts, started and stopped here."""
+"""Fixtures shared by all tests: real servers, started and stopped here."""
 
 import asyncio
 import os

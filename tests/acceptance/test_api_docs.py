@@ -23,12 +23,12 @@ from services.kit.http import serving
 from services.kit.jetstream.broker import Broker
 from services.kit.settings import Shared
 from tests.conftest import NatsServer
-from tests.delivery_stage import delivering
+from tests.support.delivery_server import delivering
 
 if TYPE_CHECKING:
-    from tests.browser import Browser
+    from tests.support.browser import Browser
 
-pytest_plugins = ("tests.browser",)
+pytest_plugins = ("tests.support.browser",)
 pytestmark = pytest.mark.acceptance
 PUBLISHED = {
     "swagger-ui-bundle.js": "93b7b0862a80e2786f85b560be7693c2344354ffa7e7e224f850a54349724c31",
@@ -62,7 +62,7 @@ async def page(
             yield f"{url}/docs/billing"
 
 
-async def test_page_and_parts_come_with_a_strict_policy(page: str) -> None:
+async def test_page_and_assets_have_a_strict_content_security_policy(page: str) -> None:
     async with httpx.AsyncClient() as http:
         for path in ("", "/", *(f"/assets/{name}" for name in ASSETS)):
             answer = await http.get(page + path)
@@ -80,7 +80,7 @@ async def test_page_and_parts_come_with_a_strict_policy(page: str) -> None:
         assert document.json()["openapi"].startswith("3.1")
 
 
-def test_the_files_are_those_that_were_published() -> None:
+def test_the_asset_files_equal_the_published_ones() -> None:
     assert {name: hashlib.sha256(ASSETS[name][0].read_bytes()).hexdigest() for name in PUBLISHED} == PUBLISHED
 
 

@@ -1,4 +1,4 @@
-"""The console where credentials are asked for, in a real browser: a key, tickets for its streams, and their end."""
+"""Test the console with required credentials, in a real browser: a key, tickets for its streams, and their expiry."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -9,14 +9,14 @@ import pytest
 from selenium.webdriver.common.keys import Keys
 
 from services.kit.jetstream.broker import Broker
-from tests.delivery_stage import Stage
-from tests.integration.credentials import guarded, make_key
-from tests.pipeline import producing
+from tests.support.credentials import guarded, make_key
+from tests.support.delivery_server import Stage
+from tests.support.producer_worker import producing
 
 if TYPE_CHECKING:
-    from tests.browser import Browser
+    from tests.support.browser import Browser
 
-pytest_plugins = ("tests.browser",)
+pytest_plugins = ("tests.support.browser",)
 pytestmark = pytest.mark.browser
 
 

@@ -1,4 +1,4 @@
-"""The README's two commands on a Debian machine that has Python, venv and make, and nothing else.
+"""Test the README's two commands on a Debian machine with Python, venv and make alone.
 
 An empty root (Debian's essential packages and apt) is made by mmdebstrap and entered with namespaces of its own, as an
 ordinary user. The network and the
@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from bench.processes import free_port
-from tests.acceptance.processes import REPOSITORY
 from tests.conftest import require
+from tests.support.service_processes import REPOSITORY
 
 pytestmark = [pytest.mark.acceptance, pytest.mark.bare, pytest.mark.timeout(1800)]
 
@@ -70,7 +70,7 @@ class BareRoot:
         self._check_out()
 
     def _check_out(self) -> None:
-        """Copy what git tracks, as it is now."""
+        """Copy the files that git tracks, with uncommitted changes."""
         home = self.folder / "home/someone/tailrace"
         home.mkdir(parents=True)
         names = subprocess.run(["git", "ls-files", "-z"], cwd=REPOSITORY, check=True, capture_output=True).stdout
@@ -82,7 +82,7 @@ class BareRoot:
         subprocess.run(["chown", "-R", USER, str(self.folder / "home/someone")], check=True)
 
     def run(self, script: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        """Run a shell script in the checkout; whatever it leaves behind ends with it."""
+        """Run a shell script in the checkout; processes it leaves behind end with it."""
         settings = {
             name: value for name, value in os.environ.items() if name.startswith("PIP_") or name == "SSL_CERT_FILE"
         }

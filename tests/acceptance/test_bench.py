@@ -1,4 +1,4 @@
-"""The benchmark runs, finds every text identical, and reports all that it promises."""
+"""Test that the benchmark runs, finds every text identical, and reports every figure."""
 
 import subprocess
 import sys

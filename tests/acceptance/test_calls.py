@@ -1,4 +1,4 @@
-"""Calls that are made again are all paid for: real processes, from the provider's bytes to the bill."""
+"""Test that repeated calls are all charged: real processes, from the provider's bytes to the bill."""
 
 import asyncio
 import signal
@@ -13,10 +13,10 @@ import pytest
 from aiohttp import web
 
 from bench.processes import free_port
-from tests.acceptance.processes import clean_environment, service
 from tests.acceptance.test_settlement import producer
-from tests.answers import chunk, ending
 from tests.conftest import NatsServer, eventually
+from tests.support.openai_answers import chunk, ending
+from tests.support.service_processes import clean_environment, service
 
 pytestmark = pytest.mark.acceptance
 TOKENS = 20
@@ -27,9 +27,9 @@ PRICES = "provider,model,class,currency,amount,from,until\r\n" + "".join(
 
 @asynccontextmanager
 async def providing() -> AsyncIterator[tuple[str, list[str]]]:
-    """A provider whose every answer begins with 20 tokens; yields its address and the models that it was asked for.
+    """Run a provider whose every answer begins with 20 tokens; yield its URL and the requested models.
 
-    ``breaks`` breaks off then, ``hangs`` says no more in its first call, and whole answers end.
+    ``breaks`` then breaks the connection, ``hangs`` goes silent in its first call, other models complete.
     """
     asked: list[str] = []
 

@@ -1,4 +1,4 @@
-"""The system keeps its promises under random faults; with a bug planted in it, the checker finds out."""
+"""Test the system under random faults; the checker detects a planted bug."""
 
 import asyncio
 import subprocess
@@ -45,7 +45,7 @@ def test_a_short_run_on_three_brokers_keeps_every_promise(tmp_path: Path) -> Non
 
 
 @pytest.mark.timeout(300)
-async def test_who_reads_nothing_is_sent_away_and_has_everything_later_through_a_rolling_restart(
+async def test_stalled_clients_are_evicted_and_catch_up_through_a_rolling_restart(
     tmp_path: Path,
 ) -> None:
     long = Ask(at=0.0, key="long", session="long", tokens=600, rate=60.0, size=10_000)
@@ -76,9 +76,9 @@ def test_money_equals_a_count_over_the_log_though_billing_was_killed(tmp_path: P
 
 
 def schedule(kind: FaultKind, targets: tuple[str, ...], at: float, seconds: float) -> Schedule:
-    """Some generations that may begin anew, each with a subscriber, while one thing goes wrong.
+    """Return a schedule of restartable generations, each with a subscriber, and one fault.
 
-    The fault comes when all of them stream, also where three of these runs share two cores with each other.
+    The fault occurs when all of them stream, also where three of these runs share two cores.
     """
     asks = tuple(
         Ask(at=0.1 * n, key=f"k{n}", session=f"s{n % 2}", tokens=400, rate=40.0, restart=True, replica=n % 2)

@@ -1,4 +1,4 @@
-"""The deployment of ``compose.yaml``, really brought up: two delivery replicas behind the edge, PostgreSQL, billing."""
+"""Test the running deployment of ``compose.yaml``: two delivery replicas behind the edge, PostgreSQL, billing."""
 
 import json
 import os
@@ -13,8 +13,8 @@ import httpx
 import pytest
 
 from bench.processes import free_port
-from tests.acceptance.processes import REPOSITORY, Subscriber, log_events, text_of
 from tests.conftest import eventually, require
+from tests.support.service_processes import REPOSITORY, Subscriber, log_events, text_of
 
 # Building the image and starting everything takes minutes on a small machine.
 pytestmark = [pytest.mark.compose, pytest.mark.acceptance, pytest.mark.timeout(1_500)]
@@ -23,7 +23,7 @@ REQUEST = {"model": "scripted/story", "messages": [{"role": "user", "content": "
 
 
 class Deployment:
-    """What ``docker compose up`` started; the edge on free ports, the replicas by their containers' addresses."""
+    """The containers of ``docker compose up``: the edge on free ports, the replicas by their containers' addresses."""
 
     def __init__(self, project: str = "tailrace-test", **variables: str) -> None:
         self.project = project
@@ -199,7 +199,9 @@ def test_billing_and_documentation_are_there_behind_the_edge(deployment: Deploym
         assert f"<title>{title}</title>" in httpx.get(deployment.http + path).text
 
 
-def test_a_picture_of_many_megabytes_passes_and_what_is_larger_names_limit_and_setting(deployment: Deployment) -> None:
+def test_a_15_megabyte_image_is_accepted_and_a_larger_body_is_refused_with_limit_and_setting(
+    deployment: Deployment,
+) -> None:
     def body(size: int) -> dict[str, Any]:
         part = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * size}}
         return REQUEST | {"messages": [{"role": "user", "content": [part]}]}

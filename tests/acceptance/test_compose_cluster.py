@@ -1,4 +1,4 @@
-"""The profile `cluster` of ``compose.yaml``, really brought up: three brokers, of which one is lost in mid-answer."""
+"""Test the running profile `cluster` of ``compose.yaml``: three brokers, one of which is lost during an answer."""
 
 import json
 import os
@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from tests.acceptance.processes import REPOSITORY, Subscriber, log_events, text_of
 from tests.acceptance.test_compose import Deployment, docker_answers
 from tests.conftest import eventually, require
+from tests.support.service_processes import REPOSITORY, Subscriber, log_events, text_of
 
 pytestmark = [pytest.mark.compose, pytest.mark.acceptance, pytest.mark.timeout(1_500)]
 
@@ -28,7 +28,7 @@ OPEN = "services:\n  delivery:\n    environment:\n      TAILRACE_AUTH: insecure\
 
 @pytest.fixture(scope="module")
 def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    """Brokers, producer and delivery; what the edge and billing add is tested without the profile."""
+    """Run brokers, producer and delivery; edge and billing are tested without the profile."""
     require(docker_answers(), "no Docker engine with compose answers")
     override = tmp_path_factory.mktemp("compose") / "open.yaml"
     override.write_text(OPEN)
@@ -58,7 +58,7 @@ def leader(deployment: Deployment, stream: str) -> str:
     return str(found["leader"])
 
 
-async def test_an_answer_goes_on_when_the_node_that_leads_its_log_is_lost(deployment: Deployment) -> None:
+async def test_an_answer_continues_when_the_leader_of_its_log_is_lost(deployment: Deployment) -> None:
     first, second = deployment.replicas()
     answer = httpx.post(f"{first}/v1/sessions/s/generations", json=STORY, timeout=30)
     assert answer.status_code == 202, answer.text

@@ -13,12 +13,12 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
 
 from bench.processes import free_port
-from tests.delivery_stand_in import STORY, WORDS, StandIn, stand_in
+from tests.support.fake_delivery import STORY, WORDS, FakeDelivery, fake_delivery
 
 if TYPE_CHECKING:
-    from tests.browser import Browser
+    from tests.support.browser import Browser
 
-pytest_plugins = ("tests.browser",)
+pytest_plugins = ("tests.support.browser",)
 pytestmark = pytest.mark.browser
 
 STATE = ".generation:last-child .badge"
@@ -26,14 +26,14 @@ TEXT = ".generation:last-child .text"
 
 
 @pytest.fixture
-def server() -> Iterator[StandIn]:
-    with stand_in() as started:
+def server() -> Iterator[FakeDelivery]:
+    with fake_delivery() as started:
         yield started
 
 
 @pytest.fixture(params=["stand-in", "real"])
 def console_url(request: pytest.FixtureRequest) -> str:
-    """Where the page is: on the stand-in, and on the running service."""
+    """Return the URL of the page, on the fake server or on the running service."""
     if request.param == "stand-in":
         return str(request.getfixturevalue("server").url)
     return str(request.getfixturevalue("running"))
@@ -41,7 +41,7 @@ def console_url(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The real thing on free ports, started and stopped here; or what ``TAILRACE_CONSOLE_URL`` names."""
+    """Run the real services on free ports, or use the URL in ``TAILRACE_CONSOLE_URL``."""
     named = os.environ.get("TAILRACE_CONSOLE_URL")
     if named:
         yield named.rstrip("/")
@@ -133,7 +133,9 @@ def test_drop_and_resume_while_the_answer_arrives_loses_and_doubles_nothing(
     assert browser.text(TEXT) == resumed
 
 
-def test_dropped_means_closed_and_resume_goes_on_after_the_last_cursor(browser: "Browser", server: StandIn) -> None:
+def test_drop_closes_the_stream_and_resume_continues_after_the_last_cursor(
+    browser: "Browser", server: FakeDelivery
+) -> None:
     browser.open(server.url)
     ask(browser, "scripted/held")
     browser.until_text(TEXT, WORDS[len(WORDS) // 2 - 1])
@@ -151,7 +153,7 @@ def test_dropped_means_closed_and_resume_goes_on_after_the_last_cursor(browser: 
     assert number(browser, "#duplicates") == 0
 
 
-def test_a_lost_connection_comes_back_by_itself(browser: "Browser", server: StandIn) -> None:
+def test_a_lost_connection_reconnects_automatically(browser: "Browser", server: FakeDelivery) -> None:
     browser.open(server.url)
     ask(browser, "scripted/held")
     browser.until_text(TEXT, WORDS[0])
@@ -164,7 +166,7 @@ def test_a_lost_connection_comes_back_by_itself(browser: "Browser", server: Stan
     assert server.resumed_after[-1] is not None
 
 
-def test_a_farewell_is_followed_by_resuming(browser: "Browser", server: StandIn) -> None:
+def test_the_page_resumes_after_bye(browser: "Browser", server: FakeDelivery) -> None:
     browser.open(server.url)
     ask(browser, "scripted/held")
     browser.until_text(TEXT, WORDS[0])
@@ -176,7 +178,7 @@ def test_a_farewell_is_followed_by_resuming(browser: "Browser", server: StandIn)
     assert number(browser, "#duplicates") == 0
 
 
-def test_repeated_events_are_dropped_and_counted(browser: "Browser", server: StandIn) -> None:
+def test_repeated_events_are_dropped_and_counted(browser: "Browser", server: FakeDelivery) -> None:
     server.repeat_on_resume = 3
     browser.open(server.url)
     ask(browser, "scripted/held")
@@ -201,7 +203,7 @@ def test_cancel_ends_the_answer(browser: "Browser", console_url: str) -> None:
     assert not browser.visible(".cancel")
 
 
-def test_reasoning_tool_calls_and_notices_have_their_own_shape(browser: "Browser", server: StandIn) -> None:
+def test_reasoning_tool_calls_and_notices_have_their_own_shape(browser: "Browser", server: FakeDelivery) -> None:
     browser.open(server.url)
     ask(browser, "scripted/thinking", "What is the weather in Bern?")
     browser.until_text(STATE, "Completed")
@@ -213,7 +215,9 @@ def test_reasoning_tool_calls_and_notices_have_their_own_shape(browser: "Browser
     browser.keep("thinking")
 
 
-def test_pictures_sources_and_refusals_are_shown_and_nothing_in_them_runs(browser: "Browser", server: StandIn) -> None:
+def test_images_sources_and_refusals_are_shown_without_running_scripts(
+    browser: "Browser", server: FakeDelivery
+) -> None:
     browser.open(server.url)
     ask(browser, "scripted/everything")
     browser.until_text(STATE, "Completed")
@@ -231,7 +235,7 @@ def test_pictures_sources_and_refusals_are_shown_and_nothing_in_them_runs(browse
     browser.keep("everything")
 
 
-def test_a_restart_forgets_what_was_shown(browser: "Browser", server: StandIn) -> None:
+def test_a_restart_clears_the_text_shown_before(browser: "Browser", server: FakeDelivery) -> None:
     browser.open(server.url)
     ask(browser, "scripted/restarting")
     browser.until_text(STATE, "Completed")
@@ -239,7 +243,7 @@ def test_a_restart_forgets_what_was_shown(browser: "Browser", server: StandIn) -
     assert "Started again" in browser.text(".notices li")
 
 
-def test_a_failure_shows_its_code_and_message(browser: "Browser", server: StandIn) -> None:
+def test_a_failure_shows_its_code_and_message(browser: "Browser", server: FakeDelivery) -> None:
     browser.open(server.url)
     ask(browser, "scripted/failing")
     browser.until_text(STATE, "Failed")
@@ -248,7 +252,7 @@ def test_a_failure_shows_its_code_and_message(browser: "Browser", server: StandI
     browser.keep("failed")
 
 
-def test_a_refused_question_is_explained_and_kept(browser: "Browser", server: StandIn) -> None:
+def test_a_refused_question_shows_the_problem_and_stays_in_the_form(browser: "Browser", server: FakeDelivery) -> None:
     browser.open(server.url)
     browser.until(lambda: len(browser.driver.find_elements("css selector", "#model option")) > 1)
     Select(browser.one("#model")).select_by_visible_text("Other …")
@@ -264,7 +268,7 @@ def test_a_refused_question_is_explained_and_kept(browser: "Browser", server: St
     assert server.requests[0]["key"] == server.requests[1]["key"]
 
 
-def test_an_expired_cursor_is_said_and_the_start_is_offered(browser: "Browser", server: StandIn) -> None:
+def test_an_expired_cursor_is_reported_with_a_button_to_start_over(browser: "Browser", server: FakeDelivery) -> None:
     browser.open(server.url)
     ask(browser, "scripted/story")
     browser.until_text(STATE, "Completed")
@@ -279,8 +283,8 @@ def test_an_expired_cursor_is_said_and_the_start_is_offered(browser: "Browser", 
     browser.until_text(STATE, "Completed")
 
 
-def test_an_answer_whose_beginning_has_expired_is_shown_from_where_it_is_kept(
-    browser: "Browser", server: StandIn
+def test_an_answer_with_an_expired_beginning_is_shown_from_its_first_kept_event(
+    browser: "Browser", server: FakeDelivery
 ) -> None:
     server.seed(
         "old",
@@ -298,7 +302,7 @@ def test_an_answer_whose_beginning_has_expired_is_shown_from_where_it_is_kept(
     assert browser.complaints() == []
 
 
-def test_earlier_turns_go_along_with_the_next_question(browser: "Browser", server: StandIn) -> None:
+def test_earlier_turns_are_sent_with_the_next_question(browser: "Browser", server: FakeDelivery) -> None:
     browser.open(server.url)
     ask(browser, "scripted/story")
     browser.until_text(STATE, "Completed")
@@ -309,7 +313,7 @@ def test_earlier_turns_go_along_with_the_next_question(browser: "Browser", serve
     assert roles == ["user", "assistant", "user"]
 
 
-def test_empty_states_explain_themselves(browser: "Browser", server: StandIn) -> None:
+def test_empty_states_explain_themselves(browser: "Browser", server: FakeDelivery) -> None:
     browser.open(server.url)
     browser.until(lambda: browser.visible("#welcome"))
     assert browser.visible("#no-sessions")
@@ -323,7 +327,7 @@ def test_empty_states_explain_themselves(browser: "Browser", server: StandIn) ->
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize(("name", "size"), [("desktop", (1280, 860)), ("phone", (390, 800))])
 def test_nothing_overflows_in_any_width_or_theme(
-    browser: "Browser", server: StandIn, scheme: str, name: str, size: tuple[int, int]
+    browser: "Browser", server: FakeDelivery, scheme: str, name: str, size: tuple[int, int]
 ) -> None:
     browser.prefer(scheme)
     browser.size(*size)
@@ -337,7 +341,7 @@ def test_nothing_overflows_in_any_width_or_theme(
     assert browser.complaints() == []
 
 
-def test_the_theme_is_chosen_and_remembered(browser: "Browser", server: StandIn) -> None:
+def test_the_theme_is_chosen_and_remembered(browser: "Browser", server: FakeDelivery) -> None:
     browser.prefer("light")
     browser.open(server.url)
     paper = "return getComputedStyle(document.body).backgroundColor"
@@ -351,7 +355,7 @@ def test_the_theme_is_chosen_and_remembered(browser: "Browser", server: StandIn)
     assert browser.driver.execute_script(paper) == dark
 
 
-def test_the_keyboard_reaches_everything_on_a_phone(browser: "Browser", server: StandIn) -> None:
+def test_the_keyboard_reaches_everything_on_a_phone(browser: "Browser", server: FakeDelivery) -> None:
     browser.size(390, 800)
     server.seed("earlier", [], {"generation": "g", "state": "completed", "model": "m", "created_at": 1.0})
     browser.open(server.url)

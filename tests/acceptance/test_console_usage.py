@@ -31,14 +31,14 @@ from services.kit.auth.principal import Principal
 from services.kit.http import serving
 from services.kit.jetstream.broker import Broker
 from services.kit.problem import Problem
-from tests.contracts.test_billing_asking import entry, generation
-from tests.delivery_stage import Stage, delivering
-from tests.integration.credentials import guarded
+from tests.contracts.billing.test_questions import entry, generation
+from tests.support.credentials import guarded
+from tests.support.delivery_server import Stage, delivering
 
 if TYPE_CHECKING:
-    from tests.browser import Browser
+    from tests.support.browser import Browser
 
-pytest_plugins = ("tests.browser",)
+pytest_plugins = ("tests.support.browser",)
 pytestmark = pytest.mark.browser
 
 DAY: Final = 86_400_000
@@ -56,7 +56,7 @@ PROVIDERS: Final = ("openai", "openai", "anthropic", "cohere", "openrouter", "op
 
 
 class Callers:
-    """Everybody is the tenant ``default``; where keys are asked for, only with `KEY`."""
+    """Authenticate every request as tenant ``default``; require `KEY` where keys are enabled."""
 
     is_local = False
 
@@ -73,7 +73,7 @@ class Callers:
 
 
 class Site(NamedTuple):
-    """The page's address, billing's address, and what writes into billing's database."""
+    """The page's URL, billing's URL, and a writer to billing's database."""
 
     url: str
     billing: str
@@ -181,7 +181,7 @@ async def budget(made: Site, name: str, **wish: str) -> None:
 
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tests.browser.DEADLINE", 30.0)
+    monkeypatch.setattr("tests.support.browser.DEADLINE", 30.0)
 
 
 @pytest.fixture
@@ -194,7 +194,7 @@ async def month(broker: Broker, nats_url: str, tmp_path: Path) -> AsyncIterator[
 
 
 async def in_browser(act: Callable[[], Any]) -> Any:
-    """Run what drives the browser beside the services, which live in this event loop; returns what it returns."""
+    """Run a blocking browser function in a thread, beside the services of this event loop, and return its result."""
     return await asyncio.to_thread(act)
 
 
@@ -213,7 +213,7 @@ def cells(browser: "Browser", css: str) -> list[list[str]]:
 
 
 def overflow(browser: "Browser") -> list[str]:
-    """Return what is wider than the window, except what scrolls within itself."""
+    """Return elements wider than the window, except those with their own scroll bar."""
     script = """const wide = (e) => e.getBoundingClientRect().right > innerWidth + 1
         return [...document.querySelectorAll('main *')]
         .filter((e) => !e.closest('.wide-content, .hidden, [hidden]') && wide(e))
@@ -222,7 +222,7 @@ def overflow(browser: "Browser") -> list[str]:
     return found
 
 
-async def test_sums_charts_and_tables_say_what_billing_says(month: Site, browser: "Browser") -> None:
+async def test_totals_charts_and_tables_match_the_billing_api(month: Site, browser: "Browser") -> None:
     answer = (await month.stage.http.get(f"{month.billing}/v1/usage")).json()
     totals = answer["rows"][0]["totals"]
 
@@ -261,7 +261,7 @@ async def test_the_page_itself_does_not_scroll_and_is_not_blank_below(month: Sit
     await in_browser(look)
 
 
-async def test_pictures_have_names_descriptions_and_tables(month: Site, browser: "Browser") -> None:
+async def test_svg_images_have_names_descriptions_and_tables(month: Site, browser: "Browser") -> None:
     def look() -> None:
         browser.open(month.page)
         browser.until(lambda: browser.visible("#charts svg"))
@@ -277,7 +277,7 @@ async def test_pictures_have_names_descriptions_and_tables(month: Site, browser:
     await in_browser(look)
 
 
-async def test_time_and_split_are_chosen_and_kept_in_the_address(month: Site, browser: "Browser") -> None:
+async def test_period_and_grouping_are_stored_in_the_url(month: Site, browser: "Browser") -> None:
     def look() -> None:
         browser.open(month.page)
         browser.until(lambda: browser.visible("#charts svg"))
@@ -320,7 +320,7 @@ async def test_budgets_are_bars_with_their_numbers(month: Site, browser: "Browse
     await in_browser(look)
 
 
-async def test_live_totals_grow_while_one_looks(month: Site, browser: "Browser") -> None:
+async def test_live_totals_update_on_the_open_page(month: Site, browser: "Browser") -> None:
     await in_browser(lambda: browser.open(month.page))
     await in_browser(lambda: browser.until_text("#live-state", "Live"))
     g = running(900, 30)
@@ -364,7 +364,9 @@ async def test_a_statement_is_shown_printed_and_saved(month: Site, browser: "Bro
     await in_browser(look)
 
 
-async def test_an_empty_ledger_says_so(broker: Broker, nats_url: str, tmp_path: Path, browser: "Browser") -> None:
+async def test_an_empty_ledger_shows_the_empty_state(
+    broker: Broker, nats_url: str, tmp_path: Path, browser: "Browser"
+) -> None:
     async with site(nats_url, tmp_path, []) as made:
 
         def look() -> None:
@@ -378,7 +380,7 @@ async def test_an_empty_ledger_says_so(broker: Broker, nats_url: str, tmp_path: 
         await in_browser(look)
 
 
-async def test_billing_that_is_away_is_said_and_asked_again(
+async def test_unavailable_billing_is_reported_with_a_button_to_retry(
     broker: Broker, nats_url: str, tmp_path: Path, browser: "Browser"
 ) -> None:
     async with site(nats_url, tmp_path, history(20), serve=False) as made:
@@ -450,7 +452,7 @@ async def test_nothing_overflows_in_any_width_or_theme(
     await in_browser(look)
 
 
-async def test_the_sessions_page_leads_here_and_back(month: Site, browser: "Browser") -> None:
+async def test_the_sessions_page_and_the_usage_page_link_to_each_other(month: Site, browser: "Browser") -> None:
     def look() -> None:
         browser.open(month.url)
         browser.click("#usage-link")
@@ -462,7 +464,7 @@ async def test_the_sessions_page_leads_here_and_back(month: Site, browser: "Brow
     await in_browser(look)
 
 
-async def test_the_page_may_load_nothing_inline(month: Site) -> None:
+async def test_the_content_security_policy_forbids_inline_content(month: Site) -> None:
     answer = await month.stage.http.get(month.page)
     policy = answer.headers["content-security-policy"]
     assert "script-src 'self'; style-src 'self'" in policy

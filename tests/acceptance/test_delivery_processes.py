@@ -13,10 +13,10 @@ import pytest
 
 from bench.processes import free_port
 from services.kit.jetstream.broker import Broker
-from tests.acceptance.processes import REPOSITORY, clean_environment, wait_until_answers
 from tests.conftest import NatsServer, eventually
-from tests.delivery_stage import Log, keys, story
-from tests.sse import SseClient
+from tests.support.delivery_server import Log, keys, story
+from tests.support.service_processes import REPOSITORY, clean_environment, wait_until_answers
+from tests.support.sse_client import SseClient
 
 pytestmark = pytest.mark.acceptance
 EVENTS = story("g1", 400)
@@ -65,7 +65,7 @@ def start(nats_url: str, tmp_path: Path) -> Iterator:  # type: ignore[type-arg]
         assert "Traceback" not in one.log.read_text(), one.log.read_text()[-3000:]
 
 
-async def test_drained_process_says_goodbye_and_another_one_goes_on(broker: Broker, start) -> None:  # type: ignore[no-untyped-def]
+async def test_drained_process_sends_bye_and_another_process_continues(broker: Broker, start) -> None:  # type: ignore[no-untyped-def]
     one, other = start(), start()
     async with httpx.AsyncClient(timeout=15) as http:
         readers = [SseClient(http, f"{one.url}/v1/sessions/s/events", **{"from": "start"}) for _ in range(5)]
@@ -87,7 +87,7 @@ async def test_drained_process_says_goodbye_and_another_one_goes_on(broker: Brok
     assert all(len(set(reader.ids)) == len(reader.ids) for reader in readers)
 
 
-async def test_process_that_is_killed_and_started_again_costs_no_event(broker: Broker, start) -> None:  # type: ignore[no-untyped-def]
+async def test_killed_and_restarted_process_loses_no_event(broker: Broker, start) -> None:  # type: ignore[no-untyped-def]
     one = start()
     async with httpx.AsyncClient(timeout=15) as http:
         readers = [SseClient(http, f"{one.url}/v1/sessions/s/events", **{"from": "start"}) for _ in range(5)]
@@ -116,7 +116,9 @@ async def test_process_with_idle_streams_ends_at_once_and_cleanly(broker: Broker
     assert all(reader.controls[0][1]["reason"] == "drain" for reader in readers)
 
 
-async def test_wrong_setting_and_taken_port_are_said_in_one_line(own_nats: NatsServer, start, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+async def test_invalid_setting_and_port_in_use_are_reported_in_one_line(
+    own_nats: NatsServer, start, tmp_path: Path
+) -> None:  # type: ignore[no-untyped-def]
     one = start()
 
     def attempt(**variables: str) -> tuple[int, str]:

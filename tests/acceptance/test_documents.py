@@ -1,4 +1,4 @@
-"""The documents hold what they say: links lead somewhere, tables agree with the code, commands work.
+"""Check the documents: links resolve, tables agree with the code, commands work.
 
 Shell blocks marked ``sh`` are run here, all of one document in one shell, against ``tailrace up``. Blocks marked
 ``console`` hold commands that start or check whole deployments; another test or the CI script runs each of them.
@@ -30,8 +30,8 @@ from services.delivery.settings import Settings as DeliverySettings
 from services.kit.settings import Shared
 from services.producer.core.registry import Registry
 from services.producer.settings import Settings as ProducerSettings
-from tests.acceptance.processes import REPOSITORY, clean_environment, running
 from tests.conftest import require
+from tests.support.service_processes import REPOSITORY, clean_environment, running
 
 pytestmark = pytest.mark.acceptance
 
@@ -41,11 +41,11 @@ DOCUMENTS = sorted(
 )
 ELSEWHERE = {
     "make up": "tests/acceptance/test_documents.py",
-    "make up CLUSTER=3": "tests/integration/test_cluster_up.py",
+    "make up CLUSTER=3": "tests/integration/standalone/test_cluster_up.py",
     "make test": ".ci/run",
     "make lint": ".ci/run",
     ".venv/bin/python -m grpc_tools.protoc -I schemas/rpc --python_out=schemas/rpc --pyi_out=schemas/rpc "
-    "tailrace/v1/tailrace.proto": "tests/contracts/test_grpc_protocol.py",
+    "tailrace/v1/tailrace.proto": "tests/contracts/delivery/test_grpc_protocol.py",
     "docker compose up --build --wait -d": "tests/acceptance/test_compose.py",
     "docker compose down": "tests/acceptance/test_compose.py",
 }
@@ -90,7 +90,7 @@ def test_every_internal_link_leads_to_a_file_and_a_heading(document: Path) -> No
     assert not broken
 
 
-def test_every_decision_stands_in_the_index() -> None:
+def test_every_decision_record_is_in_the_index() -> None:
     folder = REPOSITORY / "docs" / "adr"
     index = (folder / "README.md").read_text()
     pages = [path.name for path in folder.glob("[0-9]*.md")]
@@ -119,7 +119,7 @@ def _shown(value: Any) -> str:
 
 
 @pytest.mark.parametrize("heading", SETTINGS)
-def test_the_table_of_settings_is_that_of_the_code(heading: str) -> None:
+def test_the_table_of_settings_matches_the_code(heading: str) -> None:
     struct, prefix = SETTINGS[heading]
     defaults = struct()
     fields = [field.name for field in msgspec.structs.fields(struct)]
@@ -148,7 +148,7 @@ def test_every_metric_in_the_documents_exists() -> None:
     assert mentioned - known == set()
 
 
-def test_every_event_type_stands_in_the_protocol() -> None:
+def test_every_event_type_is_documented_in_the_protocol() -> None:
     text = (REPOSITORY / "docs" / "protocol.md").read_text()
     for event in AnyEvent.__args__:
         row = re.search(rf"^\| `{event.__struct_config__.tag}` \| (.*?) \|", text, flags=re.MULTILINE)
@@ -160,7 +160,7 @@ def test_every_event_type_stands_in_the_protocol() -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name)
-def test_commands_that_are_run_elsewhere_really_are(document: Path) -> None:
+def test_commands_tested_elsewhere_are_in_the_named_file(document: Path) -> None:
     commands = [line for block in blocks(document, "console") for line in block.splitlines()]
     assert [command for command in commands if command not in ELSEWHERE] == []
     for command in commands:

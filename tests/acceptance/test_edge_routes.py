@@ -17,8 +17,8 @@ from services.kit.jetstream.broker import Broker
 from tests.acceptance.test_api_docs import billing_at
 from tests.acceptance.test_http2_edge import Edge
 from tests.conftest import NatsServer, eventually
-from tests.delivery_stage import Log, Stage, delivering, keys, story
-from tests.sse import SseClient
+from tests.support.delivery_server import Log, Stage, delivering, keys, story
+from tests.support.sse_client import SseClient
 
 pytestmark = pytest.mark.acceptance
 OWN_PROBES = {"/healthz", "/readyz", "/metrics"}
@@ -94,7 +94,7 @@ async def test_every_documented_operation_reaches_its_service(stages: Stages) ->
     assert count > 25
 
 
-async def test_pages_and_their_parts_reach_their_service(stages: Stages) -> None:
+async def test_pages_and_their_assets_reach_their_service(stages: Stages) -> None:
     for service, paths in PAGES.items():
         docs = "/docs" if service == "delivery" else "/docs/billing"
         for path in [*paths, *(f"{docs}/assets/{name}" for name in ASSETS)]:
@@ -105,7 +105,7 @@ async def test_pages_and_their_parts_reach_their_service(stages: Stages) -> None
 
 
 @pytest.mark.parametrize("name", ["metrics", "readyz"])
-async def test_probes_of_the_services_are_not_answered_in_any_spelling(stages: Stages, name: str) -> None:
+async def test_service_probes_are_not_reachable_under_any_spelling(stages: Stages, name: str) -> None:
     spellings = [
         f"/{name}",
         f"/{name}/",
@@ -159,7 +159,7 @@ async def test_probes_of_the_services_are_not_answered_in_any_spelling(stages: S
     assert (await stages.http.get(stages.url + "/healthz")).json() == {"status": "ok"}
 
 
-async def test_what_is_not_in_the_table_is_a_problem_and_reaches_nobody(stages: Stages) -> None:
+async def test_a_path_outside_the_table_is_404_and_reaches_no_upstream(stages: Stages) -> None:
     for path in ("/schema", "/schema/openapi.json", "/v2/sessions", "/v1x", "/docsx", "/favicon.ico"):
         answer = await stages.http.get(stages.url + path)
         assert answer.status_code == 404
@@ -168,8 +168,8 @@ async def test_what_is_not_in_the_table_is_a_problem_and_reaches_nobody(stages: 
         assert stages.last_upstream() == ""
 
 
-async def test_neither_log_of_the_edge_has_queries(stages: Stages, broker: Broker) -> None:
-    """With a replica that is away, too: then nginx has the most to say."""
+async def test_access_and_error_log_of_the_edge_have_no_queries(stages: Stages, broker: Broker) -> None:
+    """Also with an unreachable replica, where nginx logs the most."""
     await Log(broker).append(*story("g1"))
     secret = "tk_verysecret"
     path = f"/v1/sessions/s/events?generation=g1&ticket={secret}"

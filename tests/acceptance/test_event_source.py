@@ -1,4 +1,4 @@
-"""Server-sent events as clients that others wrote understand them: Chromium, the npm package, httpx-sse.
+"""Test server-sent events with third-party clients: Chromium, the npm package, httpx-sse.
 
 Each reads an answer through a proxy that cuts the bytes anywhere, loses its connection, is sent away by the server,
 comes back by itself with its last id, and stops at the end. Nothing is lost, nothing comes twice, and no character is
@@ -18,13 +18,13 @@ import pytest
 
 from schemas.events import AnyEvent, Completed, Delta, Started
 from services.kit.jetstream.broker import Broker
-from tests.browser import Browser
 from tests.conftest import NatsServer, eventually, require
-from tests.cutting_proxy import CuttingProxy, cutting
-from tests.delivery_stage import Log, Stage, delivering
-from tests.sse import SseClient
+from tests.support.browser import Browser
+from tests.support.delivery_server import Log, Stage, delivering
+from tests.support.splitting_proxy import SplittingProxy, splitting
+from tests.support.sse_client import SseClient
 
-pytest_plugins = ("tests.browser",)
+pytest_plugins = ("tests.support.browser",)
 
 PACKAGE = "eventsource@4"
 SAID = [
@@ -47,13 +47,13 @@ def answer(generation: str, times: int = 4) -> list[AnyEvent]:
 
 
 class Client(Protocol):
-    """A client under test: what it has heard so far."""
+    """A client under test and the events it received."""
 
     async def heard(self) -> list[dict[str, Any]]:
         """Return ``kind``, ``id`` and ``data`` of all that came, in its order."""
 
     async def has_stopped(self) -> bool:
-        """Tell whether it will not connect again."""
+        """Return whether the client has stopped reconnecting."""
 
 
 class InBrowser:
@@ -171,8 +171,8 @@ async def stage(request: pytest.FixtureRequest, broker: Broker, nats_server: Nat
 
 
 @pytest.fixture
-async def proxy(stage: Stage) -> AsyncIterator[CuttingProxy]:
-    async with cutting(httpx.URL(stage.url).port or 0) as running:
+async def proxy(stage: Stage) -> AsyncIterator[SplittingProxy]:
+    async with splitting(httpx.URL(stage.url).port or 0) as running:
         yield running
 
 
@@ -212,8 +212,8 @@ def dismiss(stage: Stage, reason: str) -> None:
 
 
 @pytest.mark.parametrize("stage", [False, True], ids=["plain", "gzip"], indirect=True)
-async def test_answer_survives_cuts_drops_and_farewells(
-    stage: Stage, broker: Broker, proxy: CuttingProxy, client: Any
+async def test_answer_is_complete_after_cuts_reconnections_and_bye(
+    stage: Stage, broker: Broker, proxy: SplittingProxy, client: Any
 ) -> None:
     log, events = Log(broker), answer("g1")
     third = len(events) // 3
@@ -238,8 +238,8 @@ async def test_answer_survives_cuts_drops_and_farewells(
 
 
 @pytest.mark.parametrize("client", [IN_BROWSER, "npm"], indirect=True)
-async def test_sentences_of_several_sessions_survive_drops(
-    stage: Stage, broker: Broker, proxy: CuttingProxy, client: Any
+async def test_sentences_of_several_sessions_are_complete_after_reconnections(
+    stage: Stage, broker: Broker, proxy: SplittingProxy, client: Any
 ) -> None:
     said = ["One. T", "wo! ", "Thr", "ee? 四。五", "。\nSix"] * 4
     told = {name: Log(broker, name) for name in ("a", "b")}
@@ -283,7 +283,7 @@ async def test_sentences_of_several_sessions_survive_drops(
 
 
 @pytest.mark.browser
-async def test_browser_that_is_sent_away_comes_back_by_itself(stage: Stage, broker: Broker, browser: Browser) -> None:
+async def test_browser_reconnects_after_bye(stage: Stage, broker: Broker, browser: Browser) -> None:
     await Log(broker).append(*answer("g1")[:3])
     client = InBrowser(browser)
     await client.open(stage.url, f"{stage.url}/v1/sessions/s/events")

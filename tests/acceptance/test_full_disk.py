@@ -1,4 +1,4 @@
-"""`tailrace up` on a disk that fills up in mid-answer and is freed again: everything heals without anybody's help."""
+"""Test `tailrace up` on a disk that fills up during an answer and is freed: all services recover by themselves."""
 
 import contextlib
 import re
@@ -80,7 +80,7 @@ class Client:
         return {one["generation"]: one["counted"]["output"] for one in listed if one["state"] != "running"}
 
 
-def test_a_full_disk_heals_when_there_is_space_again(disk: Path, tmp_path: Path) -> None:
+def test_services_recover_when_a_full_disk_has_space_again(disk: Path, tmp_path: Path) -> None:
     with up(tmp_path / "up", *ANY_PORTS, "--data", str(disk / "data")) as running:
         page, billing, producer = re.findall(r"(http://[\d.:]+)/metrics", running.shown.read_text())
         client = Client(page, billing, producer)

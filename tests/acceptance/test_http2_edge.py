@@ -17,18 +17,18 @@ import trustme
 from bench.processes import free_port
 from schemas.rpc.tailrace.v1 import tailrace_pb2 as pb
 from services.kit.jetstream.broker import Broker
-from tests.acceptance.processes import REPOSITORY
 from tests.conftest import NatsServer, eventually, require
-from tests.cutting_proxy import cutting
-from tests.delivery_stage import Log, Stage, delivering, keys, metric, story
-from tests.grpc_stage import Client, GrpcStage, Read, serving_calls
-from tests.pipeline import producing
-from tests.sse import SseClient
+from tests.support.delivery_server import Log, Stage, delivering, keys, metric, story
+from tests.support.grpc_server import Client, GrpcStage, Read, serving_calls
+from tests.support.producer_worker import producing
+from tests.support.service_processes import REPOSITORY
+from tests.support.splitting_proxy import splitting
+from tests.support.sse_client import SseClient
 
 if TYPE_CHECKING:
-    from tests.browser import Browser
+    from tests.support.browser import Browser
 
-pytest_plugins = ("tests.browser",)
+pytest_plugins = ("tests.support.browser",)
 pytestmark = pytest.mark.acceptance
 
 
@@ -127,7 +127,7 @@ async def test_grpc_passes_the_edge_in_the_clear_and_with_tls(edge: Edge, broker
             assert await missing.code() is grpc.StatusCode.NOT_FOUND
 
 
-async def test_live_events_pass_the_edge_one_by_one_and_leaving_is_noticed(edge: Edge, broker: Broker) -> None:
+async def test_live_events_pass_the_edge_one_by_one_and_disconnects_are_noticed(edge: Edge, broker: Broker) -> None:
     events = story("g1")
     async with grpc.aio.insecure_channel(f"127.0.0.1:{edge.http2}") as channel:
         call = Client(channel).attach()
@@ -145,7 +145,7 @@ async def test_live_events_pass_the_edge_one_by_one_and_leaving_is_noticed(edge:
     await eventually(lambda: metric("tailrace_delivery_subscribers", transport="grpc") == 0)
 
 
-async def test_delivery_that_is_away_is_unavailable(edge: Edge, calls: GrpcStage, stage: Stage) -> None:
+async def test_a_call_to_an_unreachable_delivery_is_unavailable(edge: Edge, calls: GrpcStage, stage: Stage) -> None:
     text = (edge.folder / "nginx.conf").read_text().replace(calls.target, f"127.0.0.1:{free_port()}")
     (edge.folder / "nginx.conf").write_text(text)
     edge.stop()
@@ -200,7 +200,7 @@ async def test_a_page_over_http_2_and_tls_loses_its_network_and_resumes(
         assert set(hops) <= {"h2", ""}  # what was lost does not tell
 
     loop, lost = asyncio.get_running_loop(), list[str]()
-    async with producing(broker), cutting(edge.tls, most=4_096) as network:
+    async with producing(broker), splitting(edge.tls, most=4_096) as network:
         asked = await stage.http.post(f"{stage.url}/v1/sessions/s/generations", json=wish)
         await asyncio.to_thread(look)
         kept = (await stage.http.get(f"{stage.url}{asked.json()['links']['generation']}")).json()

@@ -20,8 +20,16 @@ from schemas.events import Delta
 from schemas.subjects import log_filter
 from schemas.topology import token_stream
 from services.kit.jetstream.broker import Broker
-from tests.acceptance.processes import REPOSITORY, Subscriber, clean_environment, log_events, running, service, text_of
 from tests.conftest import NatsServer, eventually, require
+from tests.support.service_processes import (
+    REPOSITORY,
+    Subscriber,
+    clean_environment,
+    log_events,
+    running,
+    service,
+    text_of,
+)
 
 pytestmark = [pytest.mark.model, pytest.mark.acceptance]
 
@@ -92,7 +100,7 @@ async def _text_in_the_log(nats_url: str, session: str, generation: str) -> str:
     return "".join(event.text or "" for event in events if isinstance(event, Delta))
 
 
-async def test_a_killed_and_resumed_reader_ends_with_the_text_that_the_log_holds(pipeline: Pipeline) -> None:
+async def test_a_killed_and_resumed_reader_ends_with_the_text_of_the_log(pipeline: Pipeline) -> None:
     async with httpx.AsyncClient(timeout=30) as client:
         answer = await client.post(f"{pipeline.delivery}/v1/sessions/river/generations", json=QUESTION)
         assert answer.status_code == 202, answer.text

@@ -1,4 +1,4 @@
-"""Every dialect and every way in which an answer ends: what is counted, reported and charged, over real HTTP.
+"""Test counts, reported usage and charges for every dialect and every ending of an answer, over real HTTP.
 
 Real processes of producer, delivery and billing; the provider replays recorded answers. With TAILRACE_SETTLEMENT_TABLE
 set, the table is written to the file that it names.
@@ -21,10 +21,10 @@ import pytest
 from aiohttp import web
 
 from bench.processes import free_port
-from tests.acceptance.processes import REPOSITORY, clean_environment, service, wait_until_answers
 from tests.conftest import NatsServer, eventually
-from tests.providers import reset
-from tests.transcripts import GENERATION_ID, Transcript
+from tests.support.provider_server import reset
+from tests.support.provider_transcripts import GENERATION_ID, Transcript
+from tests.support.service_processes import REPOSITORY, clean_environment, service, wait_until_answers
 
 pytestmark = pytest.mark.acceptance
 PROVIDERS = {
@@ -52,7 +52,7 @@ HEAD = ("dialect", "case", "state", "status", "counted", "reported", "entries")
 
 @asynccontextmanager
 async def replaying() -> AsyncIterator[str]:
-    """A provider that does what the question says, in the dialect of its path; yields its address."""
+    """Run a provider that replays the case named in the question, in the dialect of its path; yield its URL."""
 
     async def answer(request: web.Request) -> web.StreamResponse:
         case = (re.search(r"case=([a-z ]+)\.", await request.text()) or ["", ""])[1]
@@ -179,7 +179,7 @@ def in_words(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def price(row: dict[str, Any]) -> Decimal:
-    """The price of a generation, reckoned here anew: reported numbers where it completed with them, else counted."""
+    """Return the expected price of a generation: from reported usage where it completed with it, else from counts."""
     reported = row["reported"]
     if row["status"] in ("matched", "drift"):
         cached, written, reasoning = (reported[n] for n in ("cached_input", "cache_write", "reasoning"))

@@ -1,4 +1,4 @@
-"""SIGTERM ends each service within its drain time and margin, whatever the broker does meanwhile."""
+"""Test that SIGTERM ends each service within its drain time and margin, in every state of the broker."""
 
 import asyncio
 import http.client
@@ -16,10 +16,10 @@ import pytest
 from bench.processes import free_port
 from services.kit.jetstream.broker import Broker
 from services.kit.shutdown import MARGIN
-from tests.acceptance.processes import REPOSITORY, clean_environment, wait_until_answers
-from tests.cluster import Cluster
 from tests.conftest import nats_server_path, require
-from tests.pipeline import ask, enqueue
+from tests.support.nats_cluster import Cluster
+from tests.support.producer_worker import ask, enqueue
+from tests.support.service_processes import REPOSITORY, clean_environment, wait_until_answers
 
 pytestmark = pytest.mark.acceptance
 SERVICES: Final = ("producer", "delivery", "billing")
@@ -32,7 +32,7 @@ ENDLESS: Final = {"tokens": 20, "stall_after": 2, "tokens_per_second": 1_000}
 
 
 class Ending(NamedTuple):
-    """How a process ended: exit code, seconds after SIGTERM, and what it had logged."""
+    """The end of a process: exit code, seconds after SIGTERM, and its log."""
 
     code: int
     seconds: float
@@ -237,7 +237,7 @@ def test_a_service_ends_within_its_drain_time_and_margin(
     assert "did not end when it was cancelled" not in ending.log
 
 
-def test_the_process_over_workers_ends_with_them_while_the_broker_is_frozen(tmp_path: Path) -> None:
+def test_the_worker_supervisor_ends_with_its_workers_while_the_broker_is_frozen(tmp_path: Path) -> None:
     broker = Server(tmp_path)
     settings = {"TAILRACE_DELIVERY_WORKERS": "2", "TAILRACE_DELIVERY_WORKERS_PORT": str(free_port(3))}
     service = Service("delivery", "running", broker.url, tmp_path, **settings)

@@ -23,7 +23,7 @@ ENDLESS = {"tokens": 20, "stall_after": 2, "tokens_per_second": 1_000}
 
 
 def start_an_answer(up: Up) -> str:
-    """Start an answer that stalls, wait for its first words, and return the path of what is known of it."""
+    """Start an answer that stalls, wait for its first words, and return the path of its lookup."""
     body = {"model": "scripted/stall", "messages": [{"role": "user", "content": "rivers"}], "params": ENDLESS}
     page = up.address("page")
     request = urllib.request.Request(
@@ -53,7 +53,7 @@ def eventually(condition: Callable[[], bool], seconds: float = 60.0) -> float:
     return time.monotonic() - begun
 
 
-def test_ctrl_c_says_what_is_waited_for_and_the_next_start_ends_the_answer_that_was_cut(tmp_path: Path) -> None:
+def test_ctrl_c_names_the_draining_service_and_the_next_start_interrupts_the_cut_answer(tmp_path: Path) -> None:
     up = Up(tmp_path, *ANY_PORTS)
     try:
         path = start_an_answer(up)

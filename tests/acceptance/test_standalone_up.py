@@ -17,7 +17,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.acceptance.processes import REPOSITORY, clean_environment
+from tests.support.service_processes import REPOSITORY, clean_environment
 
 pytestmark = pytest.mark.acceptance
 ANY_PORTS = ("--port", "0", "--grpc-port", "0", "--billing-port", "0", "--producer-port", "0", "--nats-port", "0")
@@ -38,7 +38,7 @@ def tailrace(*argv: str) -> subprocess.CompletedProcess[str]:
 
 
 class Up:
-    """`tailrace up` on a terminal of its own; what it shows goes to a file."""
+    """A `tailrace up` process with its own terminal; its output goes to a file."""
 
     def __init__(self, folder: Path, *argv: str) -> None:
         self.shown = folder / "shown"
@@ -118,11 +118,11 @@ def test_ask_stop_and_start_again_keeps_sessions_and_usage(tmp_path: Path) -> No
 
 
 def open_to_others(folder: Path) -> list[str]:
-    """Return what others than the user may touch."""
+    """Return the paths that other users may access."""
     return [f"{path.lstat().st_mode:o} {path}" for path in (folder, *folder.rglob("*")) if path.lstat().st_mode & 0o077]
 
 
-def test_data_is_the_users_alone_whatever_the_umask_and_the_modes_before(tmp_path: Path) -> None:
+def test_data_files_are_private_under_any_umask_and_previous_mode(tmp_path: Path) -> None:
     data = tmp_path / "data"
     (data / "logs").mkdir(parents=True)
     for path in (data / "nats.conf", data / "billing.db", data / "billing.db-wal", data / "logs" / "billing.log"):
@@ -139,7 +139,7 @@ def test_data_is_the_users_alone_whatever_the_umask_and_the_modes_before(tmp_pat
     assert open_to_others(data) == []
 
 
-def test_a_ledger_that_says_otherwise_than_the_log_is_rebuilt(tmp_path: Path) -> None:
+def test_a_ledger_that_differs_from_the_log_is_rebuilt(tmp_path: Path) -> None:
     ledger = tmp_path / "data" / "billing.db"
     with up(tmp_path) as first:
         assert (
@@ -160,7 +160,7 @@ def test_a_ledger_that_says_otherwise_than_the_log_is_rebuilt(tmp_path: Path) ->
         assert database.execute("SELECT counted_output FROM generations").fetchall() == counted
 
 
-def test_second_start_on_the_same_folder_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
+def test_second_start_on_the_same_folder_is_refused_and_the_first_keeps_running(tmp_path: Path) -> None:
     with up(tmp_path) as first:
         refused = tailrace("up", "--data", str(tmp_path / "data"), *ANY_PORTS)
         assert refused.returncode == 2
@@ -170,7 +170,7 @@ def test_second_start_on_the_same_folder_is_refused_and_the_first_goes_on(tmp_pa
         assert first.interrupt() == 0
 
 
-def test_taken_ports_are_all_named_and_nothing_starts(tmp_path: Path) -> None:
+def test_all_ports_in_use_are_reported_and_no_service_starts(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as two:
         page, nats = (str(s.getsockname()[1]) for s in (one, two))
         refused = tailrace("up", "--data", str(tmp_path / "data"), *ANY_PORTS, "--port", page, "--nats-port", nats)
@@ -192,7 +192,7 @@ def test_nothing_outlives_a_killed_up_and_the_next_start_resumes(tmp_path: Path)
         assert second.interrupt() == 0
 
 
-def test_answer_goes_on_when_delivery_is_killed(tmp_path: Path) -> None:
+def test_answer_continues_when_delivery_is_killed(tmp_path: Path) -> None:
     with up(tmp_path) as running:
         url = running.address("page")
         question = ("ask", "a long story", "--url", url)
@@ -226,7 +226,7 @@ def test_a_damaged_ledger_ends_it_with_advice(tmp_path: Path) -> None:
     assert "billing ended with exit code 4" in ended.stderr
 
 
-def test_a_broker_whose_consumers_were_damaged_starts_and_says_so(tmp_path: Path) -> None:
+def test_a_broker_with_a_damaged_consumer_starts_and_reports_it(tmp_path: Path) -> None:
     with up(tmp_path) as first:
         assert tailrace("ask", "rivers", "--url", first.address("page")).returncode == 0
         assert first.interrupt() == 0
@@ -239,7 +239,7 @@ def test_a_broker_whose_consumers_were_damaged_starts_and_says_so(tmp_path: Path
     assert len(list((tmp_path / "data" / "damaged").iterdir())) == 1
 
 
-def test_after_the_machine_went_down_the_logs_begin_a_new_era(tmp_path: Path) -> None:
+def test_cursors_from_before_a_machine_crash_are_410(tmp_path: Path) -> None:
     with up(tmp_path) as first:
         assert tailrace("ask", "rivers", "--session", "kept", "--url", first.address("page")).returncode == 0
         page = first.address("page")

@@ -1,6 +1,6 @@
-"""Usage that providers count in ways of their own, from their streams over the log to the ledger, and shipped prices.
+"""Test usage in provider-specific fields, from the stream over the log to the ledger, and shipped prices.
 
-Real processes of producer, delivery and billing; the provider answers as the one that it stands for.
+Real processes of producer, delivery and billing; the provider answers as the real one of that name.
 """
 
 from collections.abc import AsyncIterator
@@ -14,8 +14,8 @@ import pytest
 from aiohttp import web
 
 from bench.processes import free_port
-from tests.acceptance.processes import clean_environment, service
 from tests.conftest import NatsServer, eventually
+from tests.support.service_processes import clean_environment, service
 
 pytestmark = pytest.mark.acceptance
 
@@ -129,7 +129,7 @@ async def staged(nats: NatsServer, folder: Path, **settings: str) -> AsyncIterat
             yield Stage(delivery, billing, http)
 
 
-async def test_what_providers_count_in_their_own_way_is_charged_right(own_nats: NatsServer, tmp_path: Path) -> None:
+async def test_usage_in_provider_specific_fields_is_charged_correctly(own_nats: NatsServer, tmp_path: Path) -> None:
     config, prices = tmp_path / "tailrace.toml", tmp_path / "prices.csv"
     prices.write_text(PRICES)
     async with answering() as provider:

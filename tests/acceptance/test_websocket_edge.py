@@ -9,8 +9,8 @@ import pytest
 from services.kit.jetstream.broker import Broker
 from tests.acceptance.test_http2_edge import Edge
 from tests.conftest import NatsServer, eventually
-from tests.delivery_stage import Log, Stage, delivering, keys, metric, story
-from tests.websocket_client import socket
+from tests.support.delivery_server import Log, Stage, delivering, keys, metric, story
+from tests.support.websocket_client import socket
 
 pytestmark = pytest.mark.acceptance
 
@@ -49,7 +49,7 @@ async def test_sockets_pass_the_edge_in_the_clear_and_with_tls(edge: Edge, broke
         assert keys(client.events["s"]) == keys(events)
 
 
-async def test_live_events_pass_the_edge_one_by_one_and_leaving_is_noticed(edge: Edge, broker: Broker) -> None:
+async def test_live_events_pass_the_edge_one_by_one_and_disconnects_are_noticed(edge: Edge, broker: Broker) -> None:
     log = Log(broker)
     async with socket(clear_address(edge)) as client:
         await client.ask("subscribe", id=1, session="s", from_="start")
@@ -60,7 +60,9 @@ async def test_live_events_pass_the_edge_one_by_one_and_leaving_is_noticed(edge:
     await eventually(lambda: metric("tailrace_delivery_subscribers", transport="websocket") == 0)
 
 
-async def test_socket_through_the_edge_is_told_when_its_replica_stops(edge: Edge, stage: Stage, broker: Broker) -> None:
+async def test_socket_through_the_edge_gets_bye_when_its_replica_drains(
+    edge: Edge, stage: Stage, broker: Broker
+) -> None:
     await Log(broker).append(*story("g1")[:4])
     async with socket(clear_address(edge)) as client:
         await client.say("subscribe", session="s", from_="start")

@@ -20,11 +20,11 @@ from bench.processes import free_port
 from schemas.rpc.tailrace.v1 import tailrace_pb2 as pb
 from services.kit.jetstream.broker import Broker
 from services.kit.processes import restart_delay
-from tests.acceptance.processes import REPOSITORY, clean_environment, wait_until_answers
 from tests.conftest import eventually
-from tests.delivery_stage import Log, keys, story
-from tests.grpc_stage import Client, Read
-from tests.sse import SseClient
+from tests.support.delivery_server import Log, keys, story
+from tests.support.grpc_server import Client, Read
+from tests.support.service_processes import REPOSITORY, clean_environment, wait_until_answers
+from tests.support.sse_client import SseClient
 
 pytestmark = pytest.mark.acceptance
 EVENTS = story("g1", 300)
@@ -52,7 +52,7 @@ class Workers:
             self.process = subprocess.Popen(argv, env=env, cwd=REPOSITORY, stdout=output, stderr=output)
 
     def of(self, number: int) -> str:
-        """Address of one worker's own probes; 0 is who watches over them."""
+        """Return the URL of one worker's probes; 0 is the supervisor."""
         return f"http://127.0.0.1:{self.own + number}"
 
     def ready(self) -> "Workers":
@@ -109,7 +109,7 @@ async def test_connections_are_spread_and_each_worker_counts_its_own(broker: Bro
     assert await workers.metric(0, "tailrace_delivery_workers") == 2
 
 
-async def test_killed_worker_costs_no_event_comes_back_and_others_serve_on(broker: Broker, start: Start) -> None:
+async def test_killed_worker_is_restarted_and_no_subscriber_misses_an_event(broker: Broker, start: Start) -> None:
     workers = start()
     before = workers.pids()
     assert len(before) == 2
@@ -129,7 +129,7 @@ async def test_killed_worker_costs_no_event_comes_back_and_others_serve_on(broke
     assert await workers.metric(0, "tailrace_delivery_worker_restarts_total") == 1
 
 
-async def test_resume_over_grpc_goes_on_with_whichever_worker(broker: Broker, start: Start) -> None:
+async def test_resume_over_grpc_continues_on_any_worker(broker: Broker, start: Start) -> None:
     workers = start()
     await Log(broker).append(*EVENTS)
     got = Read()
@@ -159,7 +159,7 @@ async def test_sigterm_drains_every_worker_and_ends_cleanly(broker: Broker, star
     assert all(reader.controls[0][1]["reason"] == "drain" for reader in readers)
 
 
-async def test_workers_end_when_who_watches_over_them_is_killed(broker: Broker, start: Start) -> None:
+async def test_workers_end_when_their_supervisor_is_killed(broker: Broker, start: Start) -> None:
     workers = start()
     processes = [psutil.Process(pid) for pid in workers.pids()]
     workers.process.kill()
@@ -168,7 +168,7 @@ async def test_workers_end_when_who_watches_over_them_is_killed(broker: Broker, 
 
 
 @pytest.mark.parametrize("taken", ["port", "grpc_port", "own"])
-async def test_taken_port_is_said_before_any_worker_starts(broker: Broker, start: Start, taken: str) -> None:
+async def test_port_in_use_is_reported_before_any_worker_starts(broker: Broker, start: Start, taken: str) -> None:
     first = start()
 
     def attempt() -> tuple[int, str]:

@@ -1,4 +1,4 @@
-"""One session read over all transports gives the same events with the same cursors: the vectors, run."""
+"""Run the vectors: one session read over all transports gives the same events with the same cursors."""
 
 import asyncio
 import json
@@ -11,9 +11,9 @@ import pytest
 from schemas.codec import encode_event
 from schemas.events import Completed, Started
 from services.kit.jetstream.broker import Broker
-from tests.conformance.transports import READERS, Question, Seen, Stand, standing
 from tests.conftest import NatsServer, eventually
-from tests.delivery_stage import TENANT, Log
+from tests.support.delivery_server import TENANT, Log
+from tests.support.transport_readers import READERS, Question, Seen, Servers, serving_transports
 
 VECTORS = sorted((Path(__file__).parents[2] / "schemas/vectors/transports").glob("*.json"))
 SENTINEL = "last"  # a generation behind everything else: who has seen its end has seen all
@@ -31,8 +31,8 @@ def stored(event: dict[str, Any]) -> bytes:
 
 
 @pytest.fixture
-async def stand(broker: Broker, nats_server: NatsServer) -> AsyncIterator[Stand]:
-    async with standing(nats_server.url) as running:
+async def servers(broker: Broker, nats_server: NatsServer) -> AsyncIterator[Servers]:
+    async with serving_transports(nats_server.url) as running:
         yield running
 
 
@@ -45,8 +45,8 @@ async def write(broker: Broker, session: str, events: list[dict[str, Any]]) -> l
     return places
 
 
-async def question_of(stand: Stand, session: str, read: dict[str, Any], places: list[int]) -> Question:
-    issuer = await stand.stage.replica.states.issuer(TENANT, session)
+async def question_of(servers: Servers, session: str, read: dict[str, Any], places: list[int]) -> Question:
+    issuer = await servers.stage.replica.states.issuer(TENANT, session)
     generation = read.get("generation")
     after = issuer.issue(places[read["after"]]) if "after" in read else None
     return Question(session, generation or SENTINEL, generation, after, read.get("from"))
@@ -66,16 +66,16 @@ def check(seen: Seen, read: dict[str, Any], log: list[dict[str, Any]], cursors: 
 
 
 @pytest.mark.parametrize("path", VECTORS, ids=lambda path: path.stem)
-async def test_what_is_stored_is_the_same_over_every_transport(stand: Stand, broker: Broker, path: Path) -> None:
+async def test_stored_events_are_identical_over_every_transport(servers: Servers, broker: Broker, path: Path) -> None:
     case = vector(path)
     places = await write(broker, "s", case["log"])
-    issuer = await stand.stage.replica.states.issuer(TENANT, "s")
+    issuer = await servers.stage.replica.states.issuer(TENANT, "s")
     for read in case["reads"]:
-        question = await question_of(stand, "s", read, places)
+        question = await question_of(servers, "s", read, places)
         cursors = [issuer.issue(places[index]) for index in read["gives"]]
         for name, reader in READERS.items():
             async with asyncio.timeout(20):
-                seen = await reader(stand, question)
+                seen = await reader(servers, question)
             check(seen, read, case["log"], cursors, f"{name}: {read}")
 
 
@@ -84,25 +84,25 @@ LIVE = [path for path in VECTORS if path.stem != "beginning-expired-later-epoch"
 
 
 @pytest.mark.parametrize("path", LIVE, ids=lambda path: path.stem)
-async def test_what_is_being_written_is_the_same_over_every_transport(stand: Stand, broker: Broker, path: Path) -> None:
+async def test_live_events_are_identical_over_every_transport(servers: Servers, broker: Broker, path: Path) -> None:
     case = vector(path)
     read = next(read for read in case["reads"] if read.get("from") == "start")
     question = Question("s", SENTINEL, from_="start")
     async with asyncio.timeout(30):
-        readers = {name: asyncio.create_task(reader(stand, question)) for name, reader in READERS.items()}
-        await eventually(lambda: listening(stand) == len(READERS))
+        readers = {name: asyncio.create_task(reader(servers, question)) for name, reader in READERS.items()}
+        await eventually(lambda: listening(servers) == len(READERS))
         places = await write(broker, "s", case["log"])
-        issuer = await stand.stage.replica.states.issuer(TENANT, "s")
+        issuer = await servers.stage.replica.states.issuer(TENANT, "s")
         cursors = [issuer.issue(places[index]) for index in read["gives"]]
         for name, task in readers.items():
             check(await task, read, case["log"], cursors, f"{name}, live")
 
 
-def listening(stand: Stand) -> int:
-    return sum(len(feed.everyone()) for one in (stand.stage, stand.grpc) for feed in one.replica.feeds.all())
+def listening(servers: Servers) -> int:
+    return sum(len(feed.everyone()) for one in (servers.stage, servers.grpc) for feed in one.replica.feeds.all())
 
 
-def test_vectors_name_only_what_they_hold() -> None:
+def test_vectors_reference_only_events_of_their_own_log() -> None:
     assert len(VECTORS) >= 10
     for path in VECTORS:
         case = vector(path)

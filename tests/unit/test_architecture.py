@@ -1,4 +1,4 @@
-"""The page that says where things are tells the truth."""
+"""Test that the paths and objects named in docs/architecture.md exist."""
 
 import ast
 import re
@@ -31,7 +31,7 @@ def test_the_table_has_its_rows() -> None:
 
 
 @pytest.mark.parametrize(("what", "path", "name"), ROWS, ids=[row[0] for row in ROWS])
-def test_what_the_table_names_is_there(what: str, path: str, name: str) -> None:
+def test_every_file_and_object_of_the_table_exists(what: str, path: str, name: str) -> None:
     assert name in defined(ROOT / path), what
 
 

@@ -1,4 +1,4 @@
-"""A public class name means one thing in a service."""
+"""Test that public class names are unique within a service."""
 
 import ast
 from collections import defaultdict

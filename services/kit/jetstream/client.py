@@ -4,7 +4,7 @@ The library gives every subscription a queue and a task, parses all headers of e
 validates the subject of each publish. On the relay path that is a third of a process's time. `RelayClient` passes the
 messages of chosen subscriptions straight from the parser to a plain function, and writes prepared publishes straight
 into the library's outgoing buffer. Everything else, above all reconnection, is the library's. It depends on internals
-of nats-py, so the version is pinned closely, and `tests/contracts/test_nats_client.py` checks them.
+of nats-py, so the version is pinned closely, and `tests/contracts/kit/test_nats_client.py` checks them.
 """
 
 import asyncio

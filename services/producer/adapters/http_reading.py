@@ -15,7 +15,7 @@ class _Handler(ResponseHandler):
 
     The library (3.14) resumes after every chunk read; each time it feeds nothing to its parser and calls the transport,
     which raises. That is an eighth of the cost of a token in the producer. The contract is tested by
-    ``tests/integration/test_http_upstream.py``.
+    ``tests/integration/producer/test_http_upstream.py``.
     """
 
     def resume_reading(self, *arguments: Any, **options: Any) -> None:

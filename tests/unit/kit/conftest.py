@@ -1,4 +1,4 @@
-"""What is served here is served under both event loops: services run under uvloop, most tests under asyncio's."""
+"""Run the HTTP/1 tests under both event loops: services run under uvloop, most tests under asyncio's."""
 
 import asyncio
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""Bodies read before they are answered: bounded in size, time and sum, and not read for strangers."""
+"""Test bodies read before the application: bounded in size, time and sum, and not buffered without credentials."""
 
 import asyncio
 from typing import Any
@@ -16,7 +16,7 @@ LIMIT = BodyLimit(10, "TAILRACE_X_MAX_BODY")
 
 
 class Client:
-    """Sends pieces of a body, then nothing more; keeps what is answered."""
+    """A client that sends pieces of a body and records the response."""
 
     def __init__(self, *pieces: bytes, ends: bool = True, leaves: bool = False) -> None:
         self._messages = [{"type": "http.request", "body": piece, "more_body": True} for piece in pieces]
@@ -60,7 +60,7 @@ async def test_a_body_in_pieces_arrives_whole() -> None:
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "PATCH"])
-async def test_what_is_too_large_is_refused_with_the_limit_and_not_read_further(method: str) -> None:
+async def test_a_body_beyond_the_limit_is_refused_with_the_limit_and_not_read_further(method: str) -> None:
     client = Client(b"x" * 8, b"x" * 8, b"x" * 8)
     assert await read(client, method=method) is None
     problem = client.problem()
@@ -70,7 +70,7 @@ async def test_what_is_too_large_is_refused_with_the_limit_and_not_read_further(
     assert client.left == 1
 
 
-async def test_a_strangers_body_is_left_to_the_application_that_refuses_it() -> None:
+async def test_a_body_without_credentials_is_not_buffered() -> None:
     client = Client(b"x" * 8, b"x" * 8)
     assert await read(client, **{PRINCIPAL: Problem(401, "no")}) == b"x" * 8
     assert client.left == 1
@@ -100,7 +100,7 @@ async def test_a_body_that_is_broken_off_is_refused() -> None:
     assert client.sent[0]["status"] == 400
 
 
-async def test_bodies_are_bounded_together_and_the_room_is_given_back() -> None:
+async def test_the_sum_of_bodies_is_bounded_and_released() -> None:
     release = asyncio.Event()
     taken: list[bytes] = []
 
@@ -142,6 +142,8 @@ async def test_bodies_are_bounded_together_and_the_room_is_given_back() -> None:
         ([(b"content-encoding", b"identity"), (b"content-encoding", b"br")], 415),
     ],
 )
-def test_a_body_is_refused_by_what_its_head_announces(headers: list[tuple[bytes, bytes]], status: int | None) -> None:
+def test_a_body_is_refused_by_its_announced_length_and_encoding(
+    headers: list[tuple[bytes, bytes]], status: int | None
+) -> None:
     refusal = refused_body({"headers": headers}, LIMIT)
     assert (refusal.status if refusal else None) == status

@@ -19,7 +19,7 @@ POST = b"POST / HTTP/1.1\r\nHost: x\r\n%b\r\n\r\n"
 
 
 class Echo:
-    """Answers with the path; below ``/stream`` with pieces that `pieces` yields, below ``/wait`` when told to."""
+    """Responds with the path; below ``/stream`` with the pieces of `pieces`, below ``/wait`` after `go_on`."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -129,7 +129,7 @@ async def test_pipelined_requests_are_answered_in_their_order() -> None:
             assert (await wire.until(b"0\r\n\r\n")).endswith(b"\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(path), path))
 
 
-async def test_who_leaves_with_requests_behind_the_one_that_runs_is_noticed() -> None:
+async def test_a_disconnect_with_pipelined_requests_is_noticed_by_the_running_request() -> None:
     async with echoing(echo := Echo()) as dial:
         wire = await dial()
         wire.say(GET % b"wait" + GET % b"b")
@@ -161,7 +161,7 @@ async def test_a_client_of_http_1_0_gets_no_chunks(path: bytes, head: bytes, bod
     assert answer == (b"" if head else b"one two ") + body
 
 
-async def test_chunks_are_those_of_the_stream_and_end_with_it() -> None:
+async def test_each_piece_of_a_stream_is_one_chunk() -> None:
     echo = Echo()
     shared = pieces(b"data: 1\n\n" * 3)[0]
     echo.pieces = [shared, shared, *pieces(b"", b"x" * 20)]
@@ -173,7 +173,7 @@ async def test_chunks_are_those_of_the_stream_and_end_with_it() -> None:
     assert answer == chunk * 2 + b"14\r\n" + b"x" * 20 + b"\r\n2\r\n/s\r\n0\r\n\r\n"
 
 
-async def test_an_answer_that_breaks_off_is_not_taken_for_a_whole_one() -> None:
+async def test_a_failed_response_has_no_final_chunk() -> None:
     async with echoing(Echo()) as dial:
         wire = await dial()
         wire.say(GET % b"cut")
@@ -226,7 +226,7 @@ async def test_a_fault_of_the_application_is_answered_with_problem_details() -> 
     ],
     ids=repr,
 )
-async def test_what_is_no_request_is_refused_with_problem_details(said: bytes, status: int) -> None:
+async def test_an_invalid_request_is_refused_with_problem_details(said: bytes, status: int) -> None:
     async with echoing(echo := Echo()) as dial:
         wire = await dial()
         wire.say(said)
@@ -255,7 +255,7 @@ async def test_an_answer_arrives_although_its_request_was_not_read(closes: bool,
 
 
 @pytest.mark.parametrize("closes", [False, True])
-async def test_a_body_that_nobody_reads_is_cut_off_beyond_bounds(closes: bool, monkeypatch: Any) -> None:
+async def test_an_unread_body_is_disconnected_beyond_its_size_bound(closes: bool, monkeypatch: Any) -> None:
     monkeypatch.setattr(http1, "DRAIN_BYTES", 1024 * 1024)
     async with echoing(Refusing(closes=closes)) as dial:
         wire = await dial()
@@ -266,7 +266,7 @@ async def test_a_body_that_nobody_reads_is_cut_off_beyond_bounds(closes: bool, m
 
 
 @pytest.mark.parametrize("closes", [False, True])
-async def test_a_body_that_nobody_reads_and_that_does_not_end_is_cut_off(closes: bool, monkeypatch: Any) -> None:
+async def test_an_unread_body_is_disconnected_beyond_its_time_bound(closes: bool, monkeypatch: Any) -> None:
     monkeypatch.setattr(http1, "DRAIN_SECONDS", 0.2)
     async with echoing(Refusing(closes=closes)) as dial:
         wire = await dial()
@@ -276,7 +276,7 @@ async def test_a_body_that_nobody_reads_and_that_does_not_end_is_cut_off(closes:
             await wire.flood(b"x", pause=0.05)
 
 
-async def test_trailers_without_end_are_cut_off() -> None:
+async def test_a_client_with_endless_trailers_is_disconnected() -> None:
     async with echoing(echo := Echo()) as dial:
         wire = await dial()
         wire.say(b"POST /wait HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\nX: ")
@@ -296,7 +296,7 @@ async def test_garbage_behind_a_request_is_never_mixed_into_its_answer() -> None
         await eventually(lambda: echo.disconnected == ["/wait"])
 
 
-async def test_who_is_beyond_the_bound_is_told_to_come_again() -> None:
+async def test_a_connection_beyond_the_bound_gets_503_with_retry_after() -> None:
     async with echoing(echo := Echo(), connections=1) as dial:
         first, second = await dial(), await dial()
         first.say(GET % b"wait")
@@ -314,7 +314,7 @@ async def test_who_is_beyond_the_bound_is_told_to_come_again() -> None:
 
 
 @pytest.mark.parametrize("said", [b"", b"P", b"PRI * HT", b"GET / HTTP/1.1\r\nX-Slow: ", b"\r\n"])
-async def test_who_says_too_little_is_cut_off(said: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_client_with_an_incomplete_head_is_disconnected(said: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http1, "HEAD_SECONDS", 0.3)
     async with echoing(Echo()) as dial:
         wire = await dial()
@@ -322,7 +322,7 @@ async def test_who_says_too_little_is_cut_off(said: bytes, monkeypatch: pytest.M
         assert await wire.rest() == b""
 
 
-async def test_a_connection_that_is_used_again_is_not_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_reused_connection_is_not_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http1, "HEAD_SECONDS", 0.3)
     async with echoing(Echo()) as dial:
         wire = await dial()
@@ -332,7 +332,7 @@ async def test_a_connection_that_is_used_again_is_not_cut_off(monkeypatch: pytes
             await asyncio.sleep(0.4)
 
 
-async def test_a_client_that_reads_nothing_makes_the_stream_wait() -> None:
+async def test_a_client_that_does_not_read_blocks_the_stream() -> None:
     echo = Echo()
     echo.pieces = pieces(*[b"x" * 100_000] * 200)
     async with echoing(echo) as dial:
@@ -354,7 +354,7 @@ async def test_a_client_that_reads_nothing_makes_the_stream_wait() -> None:
         assert received > 10_000_000
 
 
-async def test_what_is_offered_is_in_its_place_and_ends_nothing() -> None:
+async def test_offered_chunks_are_sent_in_order_and_do_not_end_the_response() -> None:
     shared, empty = pieces(b"two", b"")
     last = {"type": "http.response.body", "body": b"last", "more_body": False}
     taken = []
@@ -373,7 +373,7 @@ async def test_what_is_offered_is_in_its_place_and_ends_nothing() -> None:
     assert answer == b"3\r\none\r\n3\r\ntwo\r\n3\r\ntwo\r\n4\r\nlast\r\n0\r\n\r\n"
 
 
-async def test_an_offer_is_taken_only_while_the_client_reads() -> None:
+async def test_an_offer_is_accepted_only_while_the_client_reads() -> None:
     taken: list[bool] = []
     go_on, done = asyncio.Event(), asyncio.Event()
     piece = pieces(b"x" * 100_000)[0]
@@ -411,7 +411,7 @@ async def test_an_offer_is_taken_only_while_the_client_reads() -> None:
     assert taken[before:] == [True, False]
 
 
-async def test_a_socket_that_waits_to_be_accepted_is_answered_by_the_application_while_the_server_stops() -> None:
+async def test_the_application_answers_a_pending_websocket_handshake_while_the_server_stops() -> None:
     asked, go_on = asyncio.Event(), asyncio.Event()
 
     async def app(_scope: Any, receive: Any, send: Any) -> None:
@@ -436,7 +436,7 @@ async def test_a_socket_that_waits_to_be_accepted_is_answered_by_the_application
 
 
 @pytest.mark.parametrize("size", [0, 5, 125, 126, 65_535, 65_536])
-def test_a_frame_is_as_the_standard_has_it(size: int) -> None:
+def test_a_frame_is_encoded_as_in_rfc_6455(size: int) -> None:
     text = http1_sender._frame({"text": "x" * size})
     assert text == b"\x81" + _length(size) + b"x" * size
     assert http1_sender._frame({"bytes": b"x" * size}) == b"\x82" + text[1:]

@@ -1,4 +1,4 @@
-"""Files of the user alone, under the widest umask."""
+"""Test private files and folders under the widest umask."""
 
 import os
 import stat
@@ -38,7 +38,7 @@ def test_wider_modes_are_tightened_and_contents_stay(tmp_path: Path) -> None:
     assert (mode(folder), mode(file), file.read_text()) == (0o700, 0o600, "kept")
 
 
-def test_what_is_missing_or_leads_elsewhere_is_left_alone(tmp_path: Path) -> None:
+def test_missing_files_and_symbolic_links_are_not_changed(tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.touch(0o644)
     (tmp_path / "link").symlink_to(elsewhere)
@@ -57,7 +57,7 @@ def test_a_mode_that_cannot_be_changed_is_a_warning(tmp_path: Path, monkeypatch:
     assert str(tmp_path / "file") in warning
 
 
-async def test_a_database_and_the_files_beside_it_are_private(tmp_path: Path) -> None:
+async def test_a_database_and_its_journal_files_are_private(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     async with open_engine(sqlite_url(f"{folder}/billing.db")) as engine:
         await migrate(engine)

@@ -118,7 +118,7 @@ def test_faults_are_listed_one_by_one(client: Any) -> None:
     assert "limit" in body["detail"]
 
 
-def test_an_unexpected_error_tells_nothing_of_its_reason(client: Any) -> None:
+def test_an_unexpected_error_does_not_reveal_its_reason(client: Any) -> None:
     assert "secret" not in client.get("/broken").text
 
 

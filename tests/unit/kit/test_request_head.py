@@ -1,4 +1,4 @@
-"""Heads that name no host or several, over HTTP/1.1 and HTTP/2."""
+"""Test request heads without a host or with several, over HTTP/1.1 and HTTP/2."""
 
 import asyncio
 from typing import Any
@@ -36,7 +36,7 @@ def test_a_request_names_one_host(version: str, hosts: list[bytes], status: int 
 @pytest.mark.parametrize(
     ("codings", "status"), [([], None), ([b"chunked"], None), ([b"Chunked"], None), ([b"gzip, chunked"], 501)]
 )
-def test_only_chunked_is_a_coding_that_is_taken(codings: list[bytes], status: int | None) -> None:
+def test_chunked_is_the_only_accepted_transfer_coding(codings: list[bytes], status: int | None) -> None:
     refusal = wrong_coding([(b"transfer-encoding", coding) for coding in codings])
     assert (refusal.status if refusal else None) == status
 

@@ -1,4 +1,4 @@
-"""The way out of a process: bounds that hold whatever the parts do."""
+"""Test the shutdown of a process: its time bounds hold in every state of its parts."""
 
 import asyncio
 import signal
@@ -31,7 +31,7 @@ run_service(main)
 
 
 async def stopped(body: str, *signals: signal.Signals) -> tuple[int, float, str]:
-    """Run a service, send it the signals, and return its exit code, the seconds it took, and what it logged."""
+    """Run a service, send it the signals, and return its exit code, its duration in seconds and its log."""
     process = subprocess.Popen(
         [sys.executable, "-c", SERVICE.format(body=body, drain=DRAIN)],
         stdout=subprocess.PIPE,
@@ -52,7 +52,7 @@ async def stopped(body: str, *signals: signal.Signals) -> tuple[int, float, str]
         process.kill()
 
 
-async def test_a_service_that_goes_on_is_cut_after_its_drain_time() -> None:
+async def test_a_service_that_does_not_stop_is_cancelled_after_its_drain_time() -> None:
     code, seconds, output = await stopped("await stop.wait(); await asyncio.sleep(600)")
     assert code == 0
     assert seconds >= DRAIN + CUT - 0.1
@@ -73,7 +73,7 @@ async def test_a_second_signal_ends_a_service_at_once() -> None:
     ],
     ids=["deaf to cancellations", "blocks the event loop"],
 )
-async def test_a_service_that_cannot_be_cut_is_ended_with_a_code_of_its_own(body: str) -> None:
+async def test_a_service_that_cannot_be_cancelled_is_ended_with_its_own_exit_code(body: str) -> None:
     code, seconds, output = await stopped(body)
     assert code == EXIT_STUCK
     assert seconds >= DRAIN + MARGIN - 0.1
@@ -88,20 +88,20 @@ async def test_a_cancellation_that_is_lost_while_a_service_starts_is_repeated() 
     assert seconds < MARGIN
 
 
-async def test_a_thread_that_a_library_left_behind_is_not_waited_for() -> None:
+async def test_shutdown_does_not_wait_for_leftover_threads() -> None:
     code, seconds, _ = await stopped("threading.Thread(target=time.sleep, args=(600,)).start(); await stop.wait()")
     assert code == 0
     assert seconds < CUT
 
 
-async def test_a_broker_that_is_away_while_a_service_stops_is_no_failure() -> None:
+async def test_a_broker_outage_during_shutdown_is_not_a_failure() -> None:
     code, _, output = await stopped('await stop.wait(); raise ExceptionGroup("x", [BrokerUnavailable("gone")])')
     assert code == 0
     assert "gone" in output
     assert "Traceback" not in output
 
 
-def test_the_drain_time_begins_with_the_wish() -> None:
+def test_the_drain_time_starts_at_the_stop_request() -> None:
     stop = Stop(10.0)
     assert stop.left() == 10.0
     assert stop.left(5.0) == 15.0
@@ -130,7 +130,7 @@ async def test_a_task_that_misses_a_cancellation_is_cancelled_again() -> None:
 
 
 @pytest.mark.parametrize("heeds", [True, False])
-async def test_work_is_cut_when_the_drain_time_is_over(heeds: bool) -> None:
+async def test_work_is_cancelled_at_the_end_of_the_drain_time(heeds: bool) -> None:
     stop, ended = Stop(0.1), asyncio.Event()
 
     async def work() -> None:
@@ -154,7 +154,7 @@ async def test_a_failure_of_the_work_is_raised() -> None:
 
 
 @pytest.mark.parametrize("turns", range(6))
-async def test_a_cancellation_that_comes_with_an_update_of_a_bucket_is_heeded(turns: int) -> None:
+async def test_a_cancellation_at_the_same_time_as_a_bucket_update_takes_effect(turns: int) -> None:
     """The library uses `asyncio.wait_for`, which forgets it before Python 3.12: producers hung in their shutdown."""
     watcher: Any = KeyValue.KeyWatcher(None)
 

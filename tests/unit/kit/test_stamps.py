@@ -16,9 +16,9 @@ def test_every_nanosecond_is_kept(seconds: int, rest: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "yesterday", "2026-11-28", "0001-01-01T00:00:00Z", "2026-13-01T00:00:00Z"])
-def test_what_is_no_time_is_none(text: str) -> None:
+def test_an_invalid_time_is_zero(text: str) -> None:
     assert nanoseconds(text) == 0
 
 
-def test_a_zone_is_heeded() -> None:
+def test_the_time_zone_is_applied() -> None:
     assert nanoseconds("2026-11-28T02:00:00.5+02:00") == nanoseconds("2026-11-28T00:00:00.5Z")

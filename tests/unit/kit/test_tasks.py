@@ -17,7 +17,7 @@ async def test_background_tasks_are_counted_until_they_end() -> None:
     assert len(tasks) == 0
 
 
-async def test_waiting_for_background_tasks_ends_with_its_time() -> None:
+async def test_waiting_for_background_tasks_is_bounded() -> None:
     tasks = BackgroundTasks()
     task = tasks.start(asyncio.Event().wait(), name="endless")
     await tasks.wait(0.01)
@@ -56,7 +56,7 @@ async def test_callers_with_one_key_share_one_call() -> None:
     assert await flight.run("a", lambda: call("a")) == 3
 
 
-async def test_a_cancelled_caller_leaves_the_call_to_the_others() -> None:
+async def test_a_cancelled_caller_does_not_cancel_the_shared_call() -> None:
     flight: SingleFlight[str, str] = SingleFlight()
     go_on = asyncio.Event()
 
@@ -84,7 +84,7 @@ async def test_every_caller_gets_the_failure_of_a_shared_call() -> None:
     assert [type(result) for result in results] == [ValueError] * 3
 
 
-async def test_a_forgotten_call_goes_on_for_its_callers_and_the_next_one_starts_another() -> None:
+async def test_a_forgotten_call_finishes_for_its_callers_and_the_next_caller_starts_a_new_one() -> None:
     flight: SingleFlight[str, int] = SingleFlight()
     started, go_on = [0], asyncio.Event()
 
@@ -107,7 +107,7 @@ async def test_a_forgotten_call_goes_on_for_its_callers_and_the_next_one_starts_
     assert len(flight) == 0
 
 
-async def test_waiting_for_an_event_tells_whether_it_is_set() -> None:
+async def test_wait_for_event_returns_whether_the_event_is_set() -> None:
     event = asyncio.Event()
     assert await wait_for_event(event, 0.01) is False
     asyncio.get_running_loop().call_later(0.01, event.set)
@@ -115,7 +115,7 @@ async def test_waiting_for_an_event_tells_whether_it_is_set() -> None:
     assert await wait_for_event(event, 0.0) is True
 
 
-async def test_a_cancellation_that_meets_the_event_is_not_lost() -> None:
+async def test_a_cancellation_at_the_same_time_as_the_event_is_not_lost() -> None:
     event = asyncio.Event()
     waiting = asyncio.create_task(wait_for_event(event, 10.0))
     await asyncio.sleep(0)

@@ -1,4 +1,4 @@
-"""No credential gets into a log."""
+"""Test that logs contain no credentials."""
 
 import json
 import subprocess

@@ -51,7 +51,7 @@ async def following(circuits: Circuits) -> AsyncIterator[Circuits]:
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def test_it_opens_after_so_many_failures_in_a_row(broker: Broker) -> None:
+async def test_a_circuit_opens_after_the_threshold_of_consecutive_failures(broker: Broker) -> None:
     circuits = Circuits(broker, 3, FOR_EVER)
     opened(circuits, failures=2)
     admitted(circuits).succeeded()
@@ -61,7 +61,7 @@ async def test_it_opens_after_so_many_failures_in_a_row(broker: Broker) -> None:
     assert shown("p", "model_circuits_open") == 1
 
 
-async def test_one_model_or_upstream_says_nothing_of_another(broker: Broker) -> None:
+async def test_circuits_of_models_and_upstreams_are_independent(broker: Broker) -> None:
     circuits = Circuits(broker, 3, FOR_EVER)
     opened(circuits, "p", "m")
     assert circuits.admit("p", "m", "t") is None
@@ -70,7 +70,7 @@ async def test_one_model_or_upstream_says_nothing_of_another(broker: Broker) -> 
     assert shown("p") == 0
 
 
-async def test_a_provider_that_cannot_be_reached_is_left_alone_with_all_its_models(broker: Broker) -> None:
+async def test_connection_failures_open_the_circuit_of_the_whole_provider(broker: Broker) -> None:
     circuits = Circuits(broker, 3, FOR_EVER)
     for number in range(3):
         admitted(circuits, "gone", f"m{number}", f"t{number}").failed(NOBODY, connected=False)
@@ -80,7 +80,7 @@ async def test_a_provider_that_cannot_be_reached_is_left_alone_with_all_its_mode
     assert shown("gone", "model_circuits_open") == 0
 
 
-async def test_an_answer_of_any_kind_says_that_the_provider_can_be_reached(broker: Broker) -> None:
+async def test_any_response_resets_the_count_of_connection_failures(broker: Broker) -> None:
     circuits = Circuits(broker, 2, FOR_EVER)
     admitted(circuits, "gone").failed(NOBODY, connected=False)
     admitted(circuits, "gone").connected()
@@ -100,14 +100,14 @@ async def test_an_answer_of_any_kind_says_that_the_provider_can_be_reached(broke
         "content_filtered",
     ],
 )
-async def test_what_a_request_or_its_answer_is_at_fault_for_does_not_open_it(broker: Broker, code: str) -> None:
+async def test_failures_caused_by_the_request_do_not_open_the_circuit(broker: Broker, code: str) -> None:
     circuits = Circuits(broker, 1, FOR_EVER)
     assert code not in COUNTED
     admitted(circuits).failed(UpstreamFailure(code, "no"), connected=True)
     admitted(circuits)
 
 
-async def test_failures_of_one_tenant_open_it_for_that_tenant_alone(broker: Broker) -> None:
+async def test_failures_of_one_tenant_open_the_circuit_for_that_tenant_alone(broker: Broker) -> None:
     circuits = Circuits(broker, 3, FOR_EVER)
     opened(circuits, tenant="loud", failures=3)
     assert circuits.admit("p", "m", "loud") is None
@@ -117,7 +117,7 @@ async def test_failures_of_one_tenant_open_it_for_that_tenant_alone(broker: Brok
     admitted(circuits, tenant="loud")
 
 
-async def test_failures_of_a_second_tenant_open_it_for_everybody(broker: Broker) -> None:
+async def test_failures_of_two_tenants_open_the_circuit_for_all_tenants(broker: Broker) -> None:
     circuits = Circuits(broker, 3, FOR_EVER)
     opened(circuits, tenant="loud", failures=3)
     admitted(circuits, tenant="quiet").failed(DOWN, connected=True)
@@ -125,7 +125,7 @@ async def test_failures_of_a_second_tenant_open_it_for_everybody(broker: Broker)
         assert circuits.admit("p", "m", tenant) is None
 
 
-async def test_a_trial_that_fails_again_and_again_keeps_no_other_tenant_out(broker: Broker) -> None:
+async def test_repeatedly_failing_trials_of_one_tenant_block_no_other_tenant(broker: Broker) -> None:
     circuits = Circuits(broker, 2, 0.05)
     opened(circuits, tenant="loud", failures=1)
     opened(circuits, tenant="quiet", failures=1)
@@ -156,7 +156,7 @@ async def test_half_open_opens_again_on_the_first_failure(broker: Broker) -> Non
     await tried(circuits)
 
 
-async def test_a_trial_that_is_left_makes_room_for_another_and_an_earlier_call_does_not(broker: Broker) -> None:
+async def test_only_an_abandoned_trial_allows_another_trial(broker: Broker) -> None:
     circuits = Circuits(broker, 3, 0.05)
     earlier = admitted(circuits)
     opened(circuits)
@@ -167,7 +167,7 @@ async def test_a_trial_that_is_left_makes_room_for_another_and_an_earlier_call_d
     admitted(circuits)
 
 
-async def test_an_open_circuit_can_be_seen_without_asking_for_admission(broker: Broker) -> None:
+async def test_is_open_reports_an_open_circuit_without_admission(broker: Broker) -> None:
     circuits = Circuits(broker, 3, 0.05)
     assert not circuits.is_open("p", "m", "t")
     opened(circuits)
@@ -177,7 +177,7 @@ async def test_an_open_circuit_can_be_seen_without_asking_for_admission(broker: 
 
 
 @pytest.mark.parametrize(("provider", "model"), [("p", "m"), ("my.own_provider-2", "org/a model: *>.ü")])
-async def test_what_one_producer_finds_out_all_know(broker: Broker, provider: str, model: str) -> None:
+async def test_a_circuit_opened_by_one_producer_opens_for_all(broker: Broker, provider: str, model: str) -> None:
     one, other = Circuits(broker, 3, FOR_EVER), Circuits(broker, 3, FOR_EVER)
     async with following(other):
         opened(one, provider, model)
@@ -186,7 +186,7 @@ async def test_what_one_producer_finds_out_all_know(broker: Broker, provider: st
         admitted(other, provider, model, "someone else")
 
 
-async def test_who_comes_later_learns_what_is_known(broker: Broker) -> None:
+async def test_a_producer_started_later_learns_open_circuits(broker: Broker) -> None:
     one, other = Circuits(broker, 3, FOR_EVER), Circuits(broker, 3, FOR_EVER)
     opened(one)
     for _ in range(3):
@@ -206,9 +206,7 @@ async def test_a_recovery_is_shared_as_well(broker: Broker) -> None:
         admitted(other)
 
 
-async def test_names_of_models_that_callers_make_up_fill_no_table(
-    broker: Broker, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_circuits_of_unknown_model_names_are_bounded(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "KEPT", 10)
     circuits = Circuits(broker, 1, FOR_EVER)
     refused = UpstreamFailure("upstream_not_found", "no such model")
@@ -230,9 +228,7 @@ _calls = st.lists(
 
 
 @given(st.integers(1, 4), _calls)
-def test_whatever_one_tenant_does_another_is_held_back_only_by_its_own_failures(
-    threshold: int, calls: list[tuple[str, str, float]]
-) -> None:
+def test_a_tenant_is_blocked_only_by_its_own_failures(threshold: int, calls: list[tuple[str, str, float]]) -> None:
     circuit, now, failed = Circuit(threshold, 15.0), 0.0, -100.0
     for tenant, outcome, pause in calls:
         now += pause

@@ -1,4 +1,4 @@
-"""What parts of a provider's stream become in the log; decided without any I/O."""
+"""Test the events that parts of a provider's stream become, without I/O."""
 
 from typing import Any
 
@@ -85,14 +85,14 @@ def test_tool_calls_and_bytes_are_events_of_their_own() -> None:
     assert deltas[1].binary.data == b"1"
 
 
-def test_nothing_after_the_end_marker_is_taken() -> None:
+def test_parts_after_the_end_marker_are_ignored() -> None:
     run = generation()
     events = run.absorb([Text("a"), End(), Text("b")], 1.0)
     assert [e.text for e in events if isinstance(e, Delta)] == ["a"]
     assert isinstance(run.end(2.0)[-1], Completed)
 
 
-def test_usage_stands_before_the_terminal_and_the_newest_one_holds() -> None:
+def test_the_newest_usage_is_written_before_the_terminal() -> None:
     run = generation()
     run.absorb(
         [Identity("id-1", "m-1"), UsagePart(Usage(output=1)), UsagePart(Usage(output=2)), Finish("length"), End()], 1.0
@@ -104,7 +104,7 @@ def test_usage_stands_before_the_terminal_and_the_newest_one_holds() -> None:
     assert (completed.finish_reason, completed.seq, completed.counted.input) == ("length", 1, 3)
 
 
-def test_finish_reasons_of_several_choices_are_all_told() -> None:
+def test_completed_has_the_finish_reasons_of_all_choices() -> None:
     run = generation()
     run.absorb([Finish("stop", 1), Finish("length", 0), End()], 1.0)
     completed = run.end(1.0)[-1]
@@ -120,7 +120,7 @@ def test_a_stream_without_its_end_marker_is_cut_off() -> None:
     assert (failed.code, failed.recoverable, failed.counted.output) == ("upstream_cut_off", True, 1)
 
 
-def test_a_failure_keeps_what_the_provider_said() -> None:
+def test_failed_has_code_message_and_status_of_the_provider() -> None:
     run = generation()
     run.absorb([Text("a"), UpstreamFailure("upstream_overloaded", "busy", 529, True)], 1.0)
     failed = run.end(1.0)[-1]
@@ -133,7 +133,7 @@ def test_a_failure_keeps_what_the_provider_said() -> None:
     )
 
 
-def test_a_cancellation_reports_usage_that_has_come_already() -> None:
+def test_a_cancellation_reports_usage_received_before_it() -> None:
     run = generation()
     run.absorb([Text("a"), UsagePart(Usage(output=7))], 1.0)
     usage, cancelled = run.cancel("requested", 2.0)
@@ -145,7 +145,7 @@ def test_a_cancellation_reports_usage_that_has_come_already() -> None:
 BEGUN = UsageBegun(Usage(input=900, cached_input=800, output=1, raw={"input_tokens": 100}))
 
 
-def test_an_answer_that_breaks_off_tells_the_input_that_was_stated_and_our_count_of_its_output() -> None:
+def test_an_unfinished_answer_reports_the_begun_input_and_the_counted_output() -> None:
     cancelled, failed, cut_off = (generation() for _ in range(3))
     for run in (cancelled, failed, cut_off):
         run.absorb([BEGUN, Text("rivers and turbines run on")], 1.0)
@@ -159,7 +159,7 @@ def test_an_answer_that_breaks_off_tells_the_input_that_was_stated_and_our_count
         assert (usage.seq, terminal.seq) == (1, 2)
 
 
-def test_what_was_stated_in_the_beginning_gives_way_to_usage_and_holds_without_tokens_too() -> None:
+def test_begun_usage_is_replaced_by_final_usage_and_kept_without_tokens() -> None:
     run = generation()
     run.absorb([BEGUN, Text("a"), UsagePart(Usage(input=901, output=7)), End()], 1.0)
     usage, _completed = run.end(2.0)
@@ -176,7 +176,7 @@ def test_what_was_stated_in_the_beginning_gives_way_to_usage_and_holds_without_t
 BUSY = UpstreamFailure("upstream_overloaded", "busy", recoverable=True)
 
 
-def test_a_call_that_is_left_keeps_its_own_count_and_usage_and_nothing_of_it_stays() -> None:
+def test_an_abandoned_call_has_its_own_counts_and_resets_the_generation() -> None:
     run = generation()
     run.provider = "p"
     run.begin_answer()
@@ -194,7 +194,7 @@ def test_a_call_that_is_left_keeps_its_own_count_and_usage_and_nothing_of_it_sta
     assert completed.counted.output == 1
 
 
-def test_a_call_that_had_only_stated_its_input_is_estimated_and_one_that_had_not_begun_costs_nothing() -> None:
+def test_a_call_with_only_its_input_reported_is_estimated_and_an_unstarted_call_is_free() -> None:
     run = generation()
     assert run.abandon_call(BUSY) is None
     run.begin_answer()
@@ -221,7 +221,7 @@ _parts = st.one_of(
 
 
 @given(st.lists(st.lists(_parts, max_size=6), max_size=8))
-def test_however_the_parts_are_cut_into_reads_the_text_is_the_same_and_seqs_have_no_gap(
+def test_text_is_the_same_and_seqs_are_gapless_under_any_chunking(
     reads: list[list[Part]],
 ) -> None:
     run, whole = generation(), generation()
@@ -252,7 +252,7 @@ def test_a_model_may_have_deadlines_of_its_own() -> None:
     assert (own.total, own.connect) == (5.0, Deadlines().connect)
 
 
-def test_what_a_producer_does_depends_on_what_the_log_holds() -> None:
+def test_the_takeover_decision_depends_on_the_logged_events() -> None:
     begun = Begun()
     assert decide(begun, may_restart=False) == "run"
     begun.take(b'{"type":"started","generation":"g","seq":0}', 1)
@@ -264,13 +264,13 @@ def test_what_a_producer_does_depends_on_what_the_log_holds() -> None:
     assert decide(begun, may_restart=True) == "done"
 
 
-def test_what_has_expired_may_have_held_tokens() -> None:
+def test_a_log_with_an_expired_head_is_interrupted() -> None:
     begun = Begun.joining(1)
     begun.take(b'{"type":"notice","generation":"g","seq":7,"code":"upstream_retry"}', 11)
     assert decide(begun, may_restart=False) == "interrupt"
 
 
-def test_a_functions_name_counts_once_a_call_however_often_it_is_sent() -> None:
+def test_a_repeated_function_name_counts_once_per_call() -> None:
     once, repeated = generation(), generation()
     arguments = ['{"city"', ': "', 'Bern"}']
     once.absorb([ToolCallPart(ToolCall(name="get_weather", arguments="".join(arguments))), End()], 1.0)

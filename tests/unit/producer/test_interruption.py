@@ -1,4 +1,4 @@
-"""The one object through which everything stops a generation."""
+"""Test the object through which every cause stops a generation."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -43,7 +43,7 @@ async def test_an_interruption_cancels_the_covered_task_and_takes_the_cancellati
     assert run.reasons == [interruption.reason] == [StopReason("cancelled", "requested")]
 
 
-async def test_the_first_reason_holds_and_cancels_once() -> None:
+async def test_the_first_reason_wins_and_cancels_once() -> None:
     interruption = Interruption()
     run = await started(interruption)
     for kind in ("over_budget", "cancelled", "drain"):
@@ -63,7 +63,7 @@ async def test_a_later_reason_replaces_the_deadline_of_one_call() -> None:
 
 
 @pytest.mark.parametrize("kind", ["attempt", "overdue"])
-async def test_a_deadline_does_not_hold_beyond_its_calls(kind: str) -> None:
+async def test_a_deadline_applies_only_to_its_own_calls(kind: str) -> None:
     interruption = Interruption()
     run = await started(interruption)
     interruption.interrupt(kind, "deadline_total")  # type: ignore[arg-type]  # a kind
@@ -81,7 +81,7 @@ async def test_an_interrupted_generation_makes_no_further_calls() -> None:
     assert stopped.value.reason == StopReason("cancelled", "requested")
 
 
-async def test_after_a_loss_of_the_log_the_generation_can_go_on() -> None:
+async def test_a_generation_can_resume_after_a_log_loss() -> None:
     interruption = Interruption()
     interruption.interrupt("lost", "log_lost")
     interruption.resume()
@@ -89,7 +89,7 @@ async def test_after_a_loss_of_the_log_the_generation_can_go_on() -> None:
         pass
 
 
-async def test_a_cancellation_from_elsewhere_is_not_taken() -> None:
+async def test_an_external_cancellation_is_propagated() -> None:
     interruption = Interruption()
     run = await started(interruption)
     run.task.cancel()
@@ -122,7 +122,7 @@ async def test_a_cancelled_call_may_be_read_on_before_the_cancellation_takes_eff
     assert [reason.kind for reason in run.reasons] == ["cancelled"]
 
 
-async def test_reading_on_ends_with_its_time() -> None:
+async def test_a_postponed_read_ends_at_its_time_limit() -> None:
     interruption = Interruption()
     run = await started(interruption, lambda: postponed(interruption, asyncio.Event().wait, 0.01))
     interruption.interrupt("over_budget", "budget_exceeded")
@@ -131,7 +131,7 @@ async def test_reading_on_ends_with_its_time() -> None:
 
 
 @pytest.mark.parametrize("kind", ["drain", "lease", "lost"])
-async def test_reading_on_ends_at_once_where_no_time_is_left_and_the_first_reason_still_holds(kind: str) -> None:
+async def test_a_later_interruption_ends_the_postponed_read_and_keeps_the_first_reason(kind: str) -> None:
     interruption = Interruption()
     run = await started(interruption, lambda: postponed(interruption, asyncio.Event().wait, 60.0))
     interruption.interrupt("cancelled", "requested")

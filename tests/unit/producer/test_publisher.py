@@ -13,7 +13,7 @@ from services.producer.errors import Fenced, LogUnavailable
 
 
 class ForgetfulLog:
-    """Stands where the broker stands. Keeps what it stores; ``behave`` decides what happens to each message."""
+    """A fake broker that keeps stored messages; ``behave`` decides the fate of each message."""
 
     def __init__(self) -> None:
         self.is_connected = True
@@ -65,7 +65,7 @@ def in_order(stored: list[bytes], count: int) -> bool:
     return expected == count
 
 
-async def test_everything_is_stored_once_when_nothing_goes_wrong() -> None:
+async def test_every_event_is_stored_once_without_faults() -> None:
     log = ForgetfulLog()
     publisher = await started(log)
     writer = leased(publisher)
@@ -77,7 +77,7 @@ async def test_everything_is_stored_once_when_nothing_goes_wrong() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-async def test_loss_refusal_and_silence_leave_a_log_from_which_all_events_can_be_accepted(seed: int) -> None:
+async def test_under_loss_refusal_and_silence_every_event_is_stored_in_acceptable_order(seed: int) -> None:
     chance = random.Random(seed)
     log = ForgetfulLog()
     log.behave = lambda: chance.choice(["store"] * 6 + ["lose", "refuse", "store silently"])
@@ -134,7 +134,7 @@ async def test_a_window_is_bounded_in_bytes_too(monkeypatch: pytest.MonkeyPatch)
     waiting.cancel()
 
 
-async def test_acknowledgements_in_any_order_move_the_window_only_over_what_is_complete() -> None:
+async def test_acknowledgements_out_of_order_move_the_window_only_over_a_complete_prefix() -> None:
     log = ForgetfulLog()
     log.behave = lambda: "store silently"
     writer = leased(await started(log))
@@ -163,7 +163,7 @@ async def test_an_acknowledgement_from_before_going_back_does_not_count() -> Non
     assert writer.unacknowledged == 2
 
 
-async def test_nothing_is_published_while_the_lease_has_lapsed_and_all_of_it_once_it_is_held_again() -> None:
+async def test_events_wait_while_the_lease_is_expired_and_are_published_when_it_is_resumed() -> None:
     log = ForgetfulLog()
     publisher = await started(log)
     writer = leased(publisher, seconds=-0.1)
@@ -179,7 +179,7 @@ async def test_nothing_is_published_while_the_lease_has_lapsed_and_all_of_it_onc
 
 
 async def test_a_generation_is_not_begun_after_the_lease() -> None:
-    """Its writer may have read what its successor wrote: the condition alone would let it take over from that one."""
+    """The writer may have read its successor's events, so that the condition alone would let it take over from it."""
     log = ForgetfulLog()
     writer = leased(await started(log), seconds=-0.1)
     with pytest.raises(Fenced):
@@ -212,7 +212,7 @@ async def test_a_lease_that_is_lost_while_waiting_ends_the_wait() -> None:
     watch.cancel()
 
 
-async def test_a_log_that_takes_nothing_is_given_up_after_its_time_with_its_reason() -> None:
+async def test_a_log_that_refuses_every_event_raises_log_unavailable_after_the_timeout() -> None:
     log = ForgetfulLog()
     log.behave = lambda: "refuse"
     publisher = await started(log, ack_timeout=0.02, give_up=0.1)
@@ -253,7 +253,7 @@ async def test_acknowledgements_for_a_closed_writer_are_ignored() -> None:
     assert writer.unacknowledged == 0
 
 
-async def test_repeats_get_rarer_while_the_log_says_nothing_and_frequent_again_when_it_speaks() -> None:
+async def test_repeats_back_off_while_the_log_is_silent_and_reset_on_its_next_reply() -> None:
     log = ForgetfulLog()
     log.behave = lambda: "lose"
     writer = leased(await started(log, ack_timeout=1.0))
@@ -270,7 +270,7 @@ async def test_repeats_get_rarer_while_the_log_says_nothing_and_frequent_again_w
     assert writer.patience == 1.0
 
 
-async def test_a_log_that_still_works_on_an_earlier_run_is_not_sent_another_one() -> None:
+async def test_an_acknowledgement_of_an_earlier_run_counts_as_progress() -> None:
     log = ForgetfulLog()
     log.behave = lambda: "store silently"
     writer = leased(await started(log, ack_timeout=1.0))

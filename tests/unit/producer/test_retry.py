@@ -1,4 +1,4 @@
-"""When a call is made again, and after which pause."""
+"""Test the decision to retry a call, and its pause."""
 
 import pytest
 import tenacity
@@ -52,7 +52,7 @@ def test_a_pause_is_never_shorter_than_the_provider_asked_for(
 
 
 @pytest.mark.parametrize(("asked", "again"), [(None, True), (0.0, True), (20.0, True), (20.1, False), (3_600.0, False)])
-def test_who_asks_for_too_long_a_pause_is_not_called_again(asked: float | None, again: bool) -> None:
+def test_a_retry_after_beyond_the_maximum_is_not_retried(asked: float | None, again: bool) -> None:
     assert RetryPolicy(maximum=20.0).retries(failure("upstream_rate_limited", after=asked)) is again
 
 
@@ -68,7 +68,7 @@ def test_who_asks_for_too_long_a_pause_is_not_called_again(asked: float | None, 
         "deadline_first_token",
     ],
 )
-def test_what_may_pass_is_worth_another_call(code: str) -> None:
+def test_recoverable_failures_are_retried(code: str) -> None:
     assert RetryPolicy().retries(failure(code))
     assert not RetryPolicy().retries(failure(code, recoverable=False))
 
@@ -83,7 +83,7 @@ def test_what_may_pass_is_worth_another_call(code: str) -> None:
         "upstream_circuit_open",
     ],
 )
-def test_what_stays_as_it_is_is_not(code: str) -> None:
+def test_permanent_failures_are_not_retried(code: str) -> None:
     assert not RetryPolicy().retries(failure(code))
 
 

@@ -1,4 +1,4 @@
-"""What the log tells a producer of the calls that others have made for a generation."""
+"""Test the calls of earlier producers, as read from the log of a generation."""
 
 from schemas.codec import encode_event
 from schemas.events import AbandonedCall, AnyEvent, Delta, Notice, Restarted, Started, UsageReported
@@ -21,7 +21,7 @@ def delta(tokens: int, epoch: int = 1) -> Delta:
     return Delta(generation="g", seq=0, epoch=epoch, text="x", tokens=tokens)
 
 
-def test_a_call_that_said_something_is_lost_with_its_producer_and_counted_as_far_as_the_log_goes() -> None:
+def test_a_call_with_tokens_is_lost_with_its_producer_and_counted_up_to_the_last_logged_token() -> None:
     call = lost_call(folded(STARTED, delta(4), delta(20)), REQUEST)
     assert call == AbandonedCall(
         number=1,
@@ -32,18 +32,18 @@ def test_a_call_that_said_something_is_lost_with_its_producer_and_counted_as_far
     )
 
 
-def test_a_generation_that_said_nothing_has_lost_no_call() -> None:
+def test_a_generation_without_tokens_has_no_lost_call() -> None:
     assert lost_call(folded(STARTED), REQUEST) is None
 
 
-def test_usage_that_stands_before_a_missing_terminal_belongs_to_the_lost_call() -> None:
+def test_usage_before_a_missing_terminal_belongs_to_the_lost_call() -> None:
     told = UsageReported(generation="g", seq=0, usage=Usage(input=8, output=21), upstream_id="id-1")
     call = lost_call(folded(STARTED, delta(20), told), REQUEST)
     assert call is not None
     assert (call.usage, call.source, call.upstream_id) == (Usage(input=8, output=21), "stream", "id-1")
 
 
-def test_calls_are_numbered_on_whoever_made_them() -> None:
+def test_call_numbers_continue_across_producers() -> None:
     first = AbandonedCall(number=1, code="upstream_cut_off")
     second = AbandonedCall(number=2, code="deadline_first_token")
     begun = folded(
@@ -59,6 +59,6 @@ def test_calls_are_numbered_on_whoever_made_them() -> None:
     assert (call.number, call.provider, call.upstream_model, call.counted.output) == (3, "p1", "m1", 5)
 
 
-def test_a_restart_that_names_no_call_still_counts_the_one_that_it_takes_back() -> None:
+def test_a_restart_without_a_call_still_counts_one_abandoned_call() -> None:
     begun = folded(STARTED, delta(3), Restarted(generation="g", seq=0, epoch=2, reason="producer_lost"), delta(4, 2))
     assert (begun.abandoned, begun.tokens) == (1, 4)

@@ -1,4 +1,4 @@
-"""The token bucket behind the calls a minute of a provider."""
+"""Test the token bucket that limits a provider's calls per minute."""
 
 import pytest
 from hypothesis import given
@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 from services.producer.core.token_bucket import TokenBucket
 
 
-def test_a_full_bucket_allows_its_capacity_at_once_and_then_tells_the_wait() -> None:
+def test_a_full_bucket_allows_its_capacity_at_once_and_then_returns_the_wait() -> None:
     bucket = TokenBucket(3, 60.0)
     assert [bucket.take(100.0) for _ in range(4)] == [0.0, 0.0, 0.0, 20.0]
 
 
-def test_a_token_comes_back_after_the_wait() -> None:
+def test_a_token_is_available_after_the_wait() -> None:
     bucket = TokenBucket(2, 60.0)
     assert [bucket.take(0.0) for _ in range(3)] == [0.0, 0.0, 30.0]
     assert bucket.take(29.0) == pytest.approx(1.0)

@@ -87,7 +87,7 @@ def waiting(who: Crowd) -> float:
     return REGISTRY.get_sample_value("tailrace_producer_gate_waiting", {"provider": name}) or 0.0
 
 
-async def test_no_more_calls_run_than_the_limit_allows() -> None:
+async def test_no_more_calls_than_the_limit_run() -> None:
     async with crowd(2) as who:
         first, _second, _third = await who.come("a"), await who.come("b"), await who.come("c")
         assert who.entered == ["a", "b"]
@@ -156,7 +156,7 @@ async def test_a_call_admitted_and_cancelled_at_once_frees_its_slot_once() -> No
         assert who.limiter._running == 1
 
 
-async def test_calls_of_a_minute_are_bounded_and_come_back_with_time(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_calls_per_minute_are_bounded_and_refilled_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_MINUTE", 0.5)
     async with crowd(None, per_minute=3) as who:
         for name in ("a", "b", "c", "late", "later"):
@@ -178,7 +178,7 @@ async def test_calls_waiting_for_the_rate_are_admitted_by_priority(monkeypatch: 
 
 
 @pytest.mark.parametrize("seed", range(30))
-async def test_slots_are_never_exceeded_nor_lost_whatever_comes_leaves_and_is_cancelled(seed: int) -> None:
+async def test_slots_are_never_exceeded_nor_lost_under_random_arrivals_and_cancellations(seed: int) -> None:
     rng = random.Random(seed)
     places = rng.randint(1, 4)
     async with crowd(places) as who:

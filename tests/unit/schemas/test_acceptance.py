@@ -1,4 +1,4 @@
-"""The acceptance rule: whatever writers and network do, every reader accepts the same, whole sequence."""
+"""Test the acceptance rule: every reader accepts the same complete sequence, under any writers and network."""
 
 from itertools import pairwise
 
@@ -10,7 +10,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precon
 from schemas.acceptance import BEGINNING, Acceptance, Position, Verdict, highest_epoch, judge
 from schemas.codec import Header
 from schemas.events import TERMINAL_TYPES
-from tests.unit.schemas.log_model import TERMINAL, Entry, Log, Writer, accepted, position_of
+from tests.support.log_model import TERMINAL, Entry, Log, Writer, accepted, position_of
 
 TAKEOVERS = {*TERMINAL_TYPES, "restarted"}
 TYPES = ["started", "delta", "notice", "usage", "of_a_later_version", *sorted(TAKEOVERS)]
@@ -50,14 +50,14 @@ def check_shape(sequence: list[Entry]) -> None:
 
 @settings(deadline=None, max_examples=500)
 @given(st.lists(ENTRIES, max_size=40))
-def test_any_log_at_all_yields_the_sequence_of_the_definition(log: list[Entry]) -> None:
+def test_any_log_yields_the_sequence_of_the_definition(log: list[Entry]) -> None:
     assert accepted(log) == by_definition(log)
     check_shape(accepted(log))
 
 
 @settings(deadline=None)
 @given(st.lists(ENTRIES, max_size=30), st.data())
-def test_reading_again_from_anywhere_before_changes_nothing(log: list[Entry], data: st.DataObject) -> None:
+def test_rereading_from_any_earlier_event_changes_nothing(log: list[Entry], data: st.DataObject) -> None:
     again = data.draw(st.integers(0, len(log)))
     start = data.draw(st.integers(0, again))
     position = position_of(log[:again])
@@ -69,7 +69,7 @@ def test_reading_again_from_anywhere_before_changes_nothing(log: list[Entry], da
 
 @settings(deadline=None)
 @given(st.lists(ENTRIES, max_size=30), st.integers(0, 30))
-def test_a_reader_that_keeps_its_position_continues_as_if_it_had_never_stopped(log: list[Entry], stop: int) -> None:
+def test_a_reader_that_resumes_at_its_position_accepts_the_same_events(log: list[Entry], stop: int) -> None:
     position, later = position_of(log[:stop]), []
     for entry in log[stop:]:
         position, verdict = judge(position, entry.type, entry.epoch, entry.seq)
@@ -209,7 +209,7 @@ def test_a_takeover_at_the_wrong_seq_does_not_take_over() -> None:
     ]
 
 
-def test_a_restart_within_an_epoch_goes_on_in_sequence() -> None:
+def test_a_restart_within_an_epoch_continues_the_sequence() -> None:
     assert verdicts(("started", 1, 0), ("restarted", 1, 1), ("delta", 1, 2)) == ["accepted"] * 3
 
 
@@ -238,7 +238,7 @@ def test_an_unknown_type_occupies_its_seq() -> None:
     assert verdicts(("started", 1, 0), ("of_a_later_version", 1, 1), ("delta", 1, 2)) == ["accepted"] * 3
 
 
-def test_what_was_stored_behind_a_missing_event_is_accepted_from_the_repeat() -> None:
+def test_events_stored_behind_a_missing_event_are_accepted_when_repeated() -> None:
     log = [("started", 1, 0), ("delta", 1, 2), ("delta", 1, 3), ("delta", 1, 1), ("delta", 1, 2), ("delta", 1, 3)]
     assert verdicts(*log) == ["accepted", "gap", "gap", "accepted", "accepted", "accepted"]
 
@@ -249,7 +249,7 @@ def header(type_: str, epoch: int, seq: int) -> Header:
 
 @settings(deadline=None, max_examples=300)
 @given(st.lists(ENTRIES, max_size=40))
-def test_a_reader_says_what_the_rule_says(log: list[Entry]) -> None:
+def test_acceptance_equals_judge(log: list[Entry]) -> None:
     acceptance, position = Acceptance(), BEGINNING
     for at, entry in enumerate(log, 1):
         position, verdict = judge(position, entry.type, entry.epoch, entry.seq)
@@ -272,7 +272,7 @@ def test_a_reader_joins_at_the_oldest_event_of_the_highest_kept_epoch() -> None:
     assert acceptance.gap_before(14) == ""
 
 
-def test_what_was_accepted_before_a_loss_is_not_accepted_again() -> None:
+def test_events_accepted_before_a_loss_are_not_accepted_again() -> None:
     acceptance = Acceptance(Position(1, 5))
     assert acceptance.lacks(header("delta", 1, 8))
     acceptance.join(2)
@@ -282,7 +282,7 @@ def test_what_was_accepted_before_a_loss_is_not_accepted_again() -> None:
     assert acceptance.gap_before(23) == "events_expired"
 
 
-def test_a_later_epoch_whose_takeover_is_missing_is_lacking_it() -> None:
+def test_a_later_epoch_without_its_restarted_event_lacks_events() -> None:
     acceptance = Acceptance(Position(1, 5))
     assert acceptance.lacks(header("delta", 2, 5))
     assert not acceptance.lacks(header("restarted", 2, 5))
@@ -290,7 +290,7 @@ def test_a_later_epoch_whose_takeover_is_missing_is_lacking_it() -> None:
     assert not acceptance.lacks(header("delta", 1, 4))
 
 
-def test_an_event_that_its_writer_will_repeat_is_asked_for_once() -> None:
+def test_expect_suppresses_lacks_until_the_next_accepted_event() -> None:
     acceptance = Acceptance(Position(1, 5))
     acceptance.expect()
     assert not acceptance.lacks(header("delta", 1, 8))
@@ -298,7 +298,7 @@ def test_an_event_that_its_writer_will_repeat_is_asked_for_once() -> None:
     assert acceptance.lacks(header("delta", 1, 8))
 
 
-def test_an_ended_generation_lacks_nothing_but_usage_of_its_own_epoch() -> None:
+def test_an_ended_generation_lacks_only_usage_of_its_own_epoch() -> None:
     acceptance = Acceptance(Position(2, 5, ended=True))
     assert not acceptance.lacks(header("delta", 3, 9))
     assert not acceptance.lacks(header("usage", 3, 9))

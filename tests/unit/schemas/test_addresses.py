@@ -42,7 +42,9 @@ def test_the_published_pattern_agrees_with_the_check(name: str) -> None:
 
 
 @given(NAMES, NAMES, NAMES, st.integers(1, 256))
-def test_an_address_survives_its_subject(tenant: str, session: str, generation: str, partitions: int) -> None:
+def test_an_address_round_trips_through_its_subject(
+    tenant: str, session: str, generation: str, partitions: int
+) -> None:
     address = Address.of(tenant, session, generation, partitions)
     subject = token_subject(address)
     assert parse_address(subject) == address
@@ -96,7 +98,7 @@ def test_no_bad_name_gets_into_a_subject(bad: str) -> None:
             builder()
 
 
-def test_subjects_are_what_the_protocol_says() -> None:
+def test_subjects_match_the_protocol() -> None:
     address = Address.of("default", "chat-1", "gen_1", 1)
     assert token_subject(address) == "tokens.0.default.chat-1.gen_1"
     assert subjects.log_filter(0, "default", "chat-1") == "tokens.0.default.chat-1.*"
@@ -133,7 +135,7 @@ def test_cursors_are_pinned() -> None:
 
 
 @given(st.integers(0, 255), NAMES, NAMES, st.integers(0, 2**48 - 1))
-def test_a_cursor_survives_its_text(partition: int, tenant: str, session: str, seq: int) -> None:
+def test_a_cursor_round_trips_through_its_text(partition: int, tenant: str, session: str, seq: int) -> None:
     issuer = CursorIssuer(partition, CREATED, tenant, session)
     text = issuer.issue(seq)
     assert Cursor.parse(text) == Cursor(partition, issuer.incarnation, issuer.session, seq)
@@ -147,13 +149,13 @@ def test_cursors_sort_as_text_in_the_order_of_the_log(one: int, other: int) -> N
 
 
 @pytest.mark.parametrize("other", [("default", "chat-2"), ("acme", "chat-1")])
-def test_a_cursor_of_another_session_or_tenant_is_told_apart(other: tuple[str, str]) -> None:
+def test_a_cursor_of_another_session_or_tenant_has_another_session_hash(other: tuple[str, str]) -> None:
     mine = CursorIssuer(0, CREATED, "default", "chat-1")
     theirs = Cursor.parse(CursorIssuer(0, CREATED, *other).issue(5))
     assert theirs.session != mine.session
 
 
-def test_a_cursor_of_a_stream_that_was_created_again_is_told_apart() -> None:
+def test_a_cursor_of_a_recreated_stream_has_another_incarnation() -> None:
     before = CursorIssuer(0, CREATED, "default", "chat-1")
     after = CursorIssuer(0, "2025-11-03T09:14:07.123456788Z", "default", "chat-1")
     cursor = Cursor.parse(before.issue(5))

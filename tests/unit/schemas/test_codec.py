@@ -1,4 +1,4 @@
-"""Events to bytes and back, and bytes that are no events."""
+"""Test the encoding and decoding of events, and bytes that are no events."""
 
 import base64
 import json
@@ -24,7 +24,7 @@ from schemas.events import (
     is_terminal,
 )
 from schemas.usage import MAX_NUMBER, Usage
-from tests.unit.schemas.structs import EVENTS, JSON, TEXT, any_event
+from tests.support.struct_strategies import EVENTS, JSON, TEXT, any_event
 
 HEAD = {"generation": "gen_1", "seq": 3}
 
@@ -35,7 +35,7 @@ def stored(**fields: Any) -> bytes:
 
 @settings(deadline=None)
 @given(any_event())
-def test_every_event_survives_the_round_trip(event: Event) -> None:
+def test_every_event_round_trips(event: Event) -> None:
     assert decode_event(encode_event(event)) == event
 
 
@@ -64,7 +64,7 @@ def test_fields_of_a_later_version_are_ignored(event: Event, later: dict[str, An
 
 
 @given(TEXT.filter(lambda t: t not in {c.__struct_config__.tag for c in EVENTS}), st.integers(0, MAX_NUMBER))
-def test_an_unknown_type_is_told_apart_and_keeps_its_header(type_: str, seq: int) -> None:
+def test_an_unknown_type_raises_unknown_event_with_its_header(type_: str, seq: int) -> None:
     with pytest.raises(UnknownEvent) as caught:
         decode_event(stored(type=type_, seq=seq, epoch=2, payload=[1]))
     assert caught.value.type == type_
@@ -141,7 +141,7 @@ def test_a_known_type_with_a_wrong_body_is_malformed_and_keeps_its_header(fields
     assert caught.value.header == decode_header(stored(**fields))
 
 
-def test_a_type_that_is_given_twice_is_malformed() -> None:
+def test_a_duplicate_type_field_is_malformed() -> None:
     with pytest.raises(MalformedEvent):
         decode_event(b'{"type":"delta","type":"started","seq":0,"generation":"g"}')
 
@@ -169,7 +169,7 @@ def test_the_first_version_is_not_written_and_an_absent_version_means_the_first(
     assert decode_event(stored(type="delta")).v == 1
 
 
-def test_a_known_type_of_a_later_version_is_read_by_what_is_known_of_it() -> None:
+def test_a_known_type_of_a_later_version_is_read_without_its_unknown_fields() -> None:
     event = decode_event(stored(type="delta", v=7, text="x", colour="red"))
     assert event == Delta(**HEAD, v=7, text="x")
     assert json.loads(encode_event(event))["v"] == 7

@@ -1,4 +1,4 @@
-"""When a log is the continuation of what was seen of it, and when not."""
+"""Test whether a log continues the one that was marked."""
 
 import pytest
 
@@ -25,7 +25,9 @@ def test_a_log_is_compared_with_its_mark(created: str, last_seq: int, stamp: int
 @pytest.mark.parametrize(
     ("last_seq", "first_later", "base"), [(60, None, 60), (150, 61, 60), (150, None, 99), (0, None, 0), (150, 1, 0)]
 )
-def test_what_a_log_has_kept_ends_before_what_came_later(last_seq: int, first_later: int | None, base: int) -> None:
+def test_the_kept_part_of_a_log_ends_before_the_first_later_event(
+    last_seq: int, first_later: int | None, base: int
+) -> None:
     assert beyond(MARK, last_seq, first_later) == base
 
 
@@ -33,7 +35,7 @@ def test_an_incarnation_differs_between_eras_and_streams() -> None:
     assert len({incarnation("c", ""), incarnation("c", "e"), incarnation("c", "f"), incarnation("d", "e")}) == 4
 
 
-def test_what_is_no_mark_counts_as_none() -> None:
+def test_an_invalid_mark_is_none() -> None:
     assert decode_mark(b"{}") is None
     assert decode_mark(b"") is None
     assert mark_subject(3) == "$KV.registry.log.3"

@@ -1,4 +1,4 @@
-"""Where a session's events are, whatever the number of partitions was over time."""
+"""Test the partition of a session's events over changes of the number of partitions."""
 
 import pytest
 from hypothesis import given
@@ -31,13 +31,13 @@ def test_candidates_are_distinct(history: list[int], session: str) -> None:
     assert len(set(options)) == len(options)
 
 
-def test_the_oldest_of_several_that_hold_events_wins() -> None:
+def test_the_oldest_partition_with_events_wins() -> None:
     assert settled((3, 1, 0), {1, 0}) == 0
     assert settled((3, 1, 0), {3, 1}) == 1
 
 
 @given(COUNTS, st.integers(1, 256))
-def test_a_count_stands_in_the_history_once_and_the_newest_last(history: list[int], count: int) -> None:
+def test_a_partition_count_is_in_the_history_once_and_the_newest_is_last(history: list[int], count: int) -> None:
     grown = extended(extended((), history[0]), count)
     assert grown[-1] == count
     assert len(set(grown)) == len(grown)
@@ -45,6 +45,6 @@ def test_a_count_stands_in_the_history_once_and_the_newest_last(history: list[in
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b"[0]", b"[257]", b'["1"]', b"7", b"{}"])
-def test_what_is_no_history_is_refused(data: bytes) -> None:
+def test_an_unreadable_history_is_refused(data: bytes) -> None:
     with pytest.raises(HistoryUnreadable):
         decode_history(data)

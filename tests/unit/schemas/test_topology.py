@@ -1,4 +1,4 @@
-"""What must exist on the broker, as data."""
+"""Test the declared streams and consumers of the broker."""
 
 import pytest
 
@@ -42,7 +42,7 @@ def test_there_is_one_log_for_each_partition_and_one_work_queue(partitions: int)
 
 
 @pytest.mark.parametrize("session", [f"session-{n}" for n in range(8)])
-def test_each_generation_is_kept_by_its_partition_alone(session: str) -> None:
+def test_each_generation_is_stored_only_in_its_partition(session: str) -> None:
     address = Address.of("acme", session, "gen_1", 4)
     subject = token_subject(address)
     keeping = [s.name for s in Topology(partitions=4).streams() if any(matches(f, subject) for f in s.subjects)]
@@ -67,7 +67,7 @@ def test_at_most_one_request_of_a_generation_can_wait() -> None:
     assert matches(requests.subjects[0], request_subject("default", "gen_1"))
 
 
-def test_a_buried_request_is_kept_apart_from_the_queue() -> None:
+def test_a_dead_request_is_stored_outside_the_queue() -> None:
     keeping = [
         s.name for s in Topology().streams() if any(matches(f, dead_subject("default", "g")) for f in s.subjects)
     ]
@@ -121,7 +121,7 @@ def test_a_log_bounded_in_bytes_refuses_events_and_never_drops_those_of_a_runnin
 
 
 @pytest.mark.parametrize(("tenant", "name"), [("a", "b-c"), ("a-b", "c"), ("a", "b"), ("1-a", "b"), ("svc-1", "-")])
-def test_the_name_of_a_services_consumer_tells_tenant_and_name_apart(tenant: str, name: str) -> None:
+def test_tenant_and_name_are_parsed_from_the_durable_name_of_a_service(tenant: str, name: str) -> None:
     assert service_of(service_durable(tenant, name)) == (tenant, name)
 
 

@@ -22,7 +22,7 @@ from bench.peers import PEERS, is_peer
 from bench.processes import Died, TooLate
 from bench.profiling import Profile
 from bench.relay.arrivals import OPEN_SCENARIOS, OpenScenario
-from bench.relay.open_report import OpenScenarioReport, show_open, show_step
+from bench.relay.open_report import OpenScenarioReport, show_open, show_stages, show_step
 from bench.relay.open_run import CapacityStep, OpenOutcome, OpenRun, capacity
 from bench.relay.report import Report, ScenarioReport, added, checks, show, stored
 from bench.relay.run import Run
@@ -71,6 +71,7 @@ Exit code: 0 all texts identical and complete, 1 not so, 2 it could not be run, 
 @click.option(
     "--capacity", "searched", is_flag=True, help="Open loop: search the highest rate that each target carries."
 )
+@click.option("--stages", is_flag=True, help="Open loop: print the stages of a start, from the services' metrics.")
 @common_options
 def relay(  # noqa: D103  # the text and the names are those of the decorators
     scenarios: tuple[str, ...],
@@ -89,6 +90,7 @@ def relay(  # noqa: D103  # the text and the names are those of the decorators
     seconds: float | None,
     seed: int,
     searched: bool,
+    stages: bool,
     keep: Path | None,
     strict: bool,
 ) -> None:
@@ -125,7 +127,9 @@ def relay(  # noqa: D103  # the text and the names are those of the decorators
         for load in opened:
             opening = _Opening(console, clients, seed, profile, keep, searched)
             ways = [target for target in targets if target.name != "producer"]
-            report.scenarios.append(opening.measure(load, ways))
+            report.scenarios.append(opened_report := opening.measure(load, ways))
+            if stages:
+                show_stages(console, opened_report)
             show_profile(console, profile)
         report.good = all(
             o.good for s in report.scenarios for o in s.outcomes if o.target in ("direct", "tailrace", "producer")

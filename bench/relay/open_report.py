@@ -8,7 +8,7 @@ from bench.relay.arrivals import OpenScenario
 from bench.relay.open_run import CapacityStep, OpenOutcome
 from bench.stats import Latency
 
-__all__ = ["OpenScenarioReport", "show_open", "show_step"]
+__all__ = ["OpenScenarioReport", "show_open", "show_stages", "show_step"]
 
 
 class OpenScenarioReport(msgspec.Struct, tag="open", tag_field="loop"):
@@ -71,6 +71,16 @@ def show_open(console: Console, report: OpenScenarioReport) -> None:
     for name, rate in report.capacity.items():
         console.print(f"capacity of {name}: {rate:g} starts/s", highlight=False)
     show_verdicts(console, report.not_measured, report.targets_met)
+
+
+def show_stages(console: Console, report: OpenScenarioReport) -> None:
+    """Print the stages of a start."""
+    for o in report.outcomes:
+        if o.stages_ms:
+            made = table("stage of a start", "mean ms")
+            for name, mean in o.stages_ms.items():
+                made.add_row(name, f"{mean:.2f}")
+            console.print(made)
 
 
 def show_step(console: Console, target: str, step: CapacityStep) -> None:

@@ -14,9 +14,10 @@ from bench.profiling import Profile
 from bench.provider import ControlState
 from bench.relay.arrivals import OpenPlan, OpenScenario, schedule
 from bench.relay.open_client import OpenResult
-from bench.relay.targets import Endpoint, Target
+from bench.relay.targets import Endpoint, Tailrace, Target
 from bench.stamps import Stamps
 from bench.stats import Latency, latency
+from services.kit.stages import STAGES
 
 __all__ = ["CapacityStep", "OpenOutcome", "OpenRun", "capacity"]
 
@@ -37,6 +38,7 @@ class OpenOutcome(msgspec.Struct, kw_only=True):
     ``first_ms``: from the time a start was due to its first token. ``gap_ms``: from the provider's write of a token to
     its arrival. ``very_first_ms``: the first start after all services were ready. ``resume_ms``: from a reconnection to
     the response. CPU is of all processes of the target, from the first start until everything is settled.
+    ``stages_ms``: mean of each stage of a start, from the services' own metrics.
     """
 
     target: str
@@ -57,6 +59,7 @@ class OpenOutcome(msgspec.Struct, kw_only=True):
     cpu_ms_per_1000: float
     provider_late_p99_ms: float
     problems: list[str]
+    stages_ms: dict[str, float] = {}
 
     @property
     def good(self) -> bool:
@@ -190,7 +193,15 @@ class OpenRun:
             cpu_ms_per_1000=round(1e6 * sum(spent.values()) / max(1, tokens), 1),
             provider_late_p99_ms=state.late_p99_ms,
             problems=[problem for r in results for problem in r.problems],
+            stages_ms=self._stages(),
         )
+
+    def _stages(self) -> dict[str, float]:
+        """Return the mean of each stage of a start in milliseconds, in the order of the stages."""
+        if not isinstance(self.target, Tailrace):
+            return {}
+        found = self.target.stages()
+        return {name: round(1e3 * found[name][0] / found[name][1], 2) for name in STAGES if name in found}
 
 
 def capacity(

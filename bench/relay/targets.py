@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Final, Protocol
 
 import msgspec
+from prometheus_client.parser import text_string_to_metric_families
 
 from bench.processes import Died, Processes, fetch, free_port, python
 from schemas.topology import billing_durable, token_stream
@@ -74,12 +75,27 @@ class Tailrace:
 
     def __init__(self) -> None:
         self._nats = ""
+        self._ports: list[int] = []
 
     def start(self, processes: Processes, provider: int) -> Endpoint:
         """Start the broker and the three services."""
         ports = start_services(processes, provider, self.parts)
+        self._ports = [ports["delivery"], ports["producer"]]
         self._nats = f"nats://127.0.0.1:{ports['nats-server']}"
         return Endpoint("tailrace", ports["delivery"], "bench/bench")
+
+    def stages(self) -> dict[str, tuple[float, int]]:
+        """Return for each stage of a start its seconds and how often it was measured, from the services' metrics."""
+        found: dict[str, tuple[float, int]] = {}
+        for port in self._ports:
+            body = fetch(f"http://127.0.0.1:{port}/metrics") or b""
+            for family in text_string_to_metric_families(body.decode()):
+                if family.name != "tailrace_first_token_stage_seconds":
+                    continue
+                sums = {s.labels["stage"]: s.value for s in family.samples if s.name.endswith("_sum")}
+                counts = {s.labels["stage"]: int(s.value) for s in family.samples if s.name.endswith("_count")}
+                found |= {name: (sums[name], count) for name, count in counts.items() if count}
+        return found
 
     def settled(self) -> bool | None:
         """Return whether billing has booked all events of the log."""

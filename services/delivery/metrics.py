@@ -4,6 +4,8 @@ from typing import Final
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from services.kit.stages import stage
+
 SUBSCRIBERS: Final = Gauge("tailrace_delivery_subscribers", "Connected subscribers", ["transport"])
 FEEDS: Final = Gauge("tailrace_delivery_feeds", "Sessions that this replica follows")
 FEED_BYTES: Final = Gauge("tailrace_delivery_feed_bytes", "Event bytes kept in memory by all feeds")
@@ -80,3 +82,7 @@ WORKER_RESTARTS: Final = Counter("tailrace_delivery_worker_restarts", "Worker pr
 DELIVERED_REPORTS: Final = Counter(
     "tailrace_delivery_delivered_reports", "Reports of delivered events of a generation, by outcome", ["outcome"]
 )
+ADMITTED: Final = stage("admitted")
+NOTED: Final = stage("noted")
+QUEUED: Final = stage("queued")
+HEARD: Final = stage("heard")

@@ -200,6 +200,7 @@ class Call:
             metrics.TOKEN_GAP.observe(now - self._token_at)
         else:
             metrics.FIRST_TOKEN.labels(self._provider.name).observe(now - self._called_at)
+            metrics.ANSWERED_STAGE.observe(now - self._called_at)
             if self._permit is not None:
                 self._permit.succeeded()
         self._stalled = False

@@ -4,6 +4,8 @@ from typing import Final
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from services.kit.stages import stage
+
 _SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 ACTIVE: Final = Gauge("tailrace_producer_active_generations", "Running generations")
@@ -61,3 +63,7 @@ LIMITED: Final = Gauge("tailrace_producer_gate_waiting", "Calls waiting for a li
 LATE_USAGE: Final = Counter(
     "tailrace_producer_late_usage", "Usage look-ups after the end of a call", ["provider", "outcome"]
 )
+TAKEN_STAGE: Final = stage("taken")
+BEGUN_STAGE: Final = stage("begun")
+ANSWERED_STAGE: Final = stage("answered")
+APPENDED_STAGE: Final = stage("appended")

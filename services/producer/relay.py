@@ -74,6 +74,7 @@ class Relay:
         self.interruption = Interruption()
         self.ended = False  # whether the generation has its terminal, written here or before
         self._delivery = delivery
+        self._taken_at = context.clock.monotonic()
         self._lease = lease
         self._context = context
         self._attempts: Attempts | None = None  # while providers are called
@@ -343,6 +344,7 @@ class Relay:
         if stored is not None:
             journal.record = stored
             obey_noted_cancel(stored, self.interruption)
+        metrics.BEGUN_STAGE.observe(self._context.clock.monotonic() - self._taken_at)
         journal.update_record(state="running", started_at=at, provider=upstream[0], upstream_model=upstream[1])
 
     async def _call(self, journal: Journal, candidates: list[Candidate]) -> list[AnyEvent]:

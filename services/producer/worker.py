@@ -147,7 +147,9 @@ class Worker:
         if held is None:
             log.info("redelivery of a held request ignored", generation=request.generation)
             return
-        metrics.QUEUE_WAIT.observe(max(0.0, self.context.clock.wall() - request.created_at))
+        waited = max(0.0, self.context.clock.wall() - request.created_at)
+        metrics.QUEUE_WAIT.observe(waited)
+        metrics.TAKEN_STAGE.observe(waited)
         answer = None
         try:
             async with self._slot:

@@ -482,6 +482,8 @@ class Feed:
         if entry is not None:
             self.tail.append(entry)
             self._newest_at = header.at
+            if not header.seq:
+                metrics.HEARD.observe(max(0.0, self._clock.wall() - header.at))
             if not self._flush_due:
                 self._flush_due = True
                 self._loop.call_soon(self._flush)

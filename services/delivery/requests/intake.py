@@ -117,6 +117,7 @@ class Intake:
     async def _accept(
         self, principal: Principal, session: str, request: GenerationRequest, key: str | None
     ) -> tuple[str, str, bool]:
+        asked_at = self._clock.monotonic()
         if not self._storage.stores():
             metrics.LOG_FULL.inc()
             raise _not_stored()
@@ -138,6 +139,7 @@ class Intake:
         )
         await self._check_room(issuer.partition, record)
         start = Start(record, None, lane_of(self._pool, request.priority), key is not None)
+        admitted_at = self._clock.monotonic()
         # No event of the generation can be stored before its request is queued.
         end = self._end(tenant, session, issuer, generation if key else None)
         try:
@@ -146,6 +148,7 @@ class Intake:
             self._withdrawals.add(start)
             raise
         start = start._replace(created=created)
+        noted_at = self._clock.monotonic()
         cursor = issuer.issue(before)
         if created is None and not await self._is_waiting_repeat(record):
             return generation, cursor, True
@@ -157,6 +160,9 @@ class Intake:
             raise
         await self._enqueue(start, request, issuer.partition)
         self._starts.began(record)
+        metrics.ADMITTED.observe(admitted_at - asked_at)
+        metrics.NOTED.observe(noted_at - admitted_at)
+        metrics.QUEUED.observe(self._clock.monotonic() - noted_at)
         if created is not None:
             self._recent.add(record, issuer, before)
         return generation, cursor, created is None

@@ -18,7 +18,7 @@ from services.kit.jetstream.broker import Broker, BrokerUnavailable
 from services.kit.jetstream.connection import expecting
 from services.kit.jetstream.errors import APIError
 from services.producer.errors import Fenced, LogRefused, LogUnavailable
-from services.producer.metrics import LOG_REFUSALS, PUBLISH_REPEATS, PUBLISH_WINDOW
+from services.producer.metrics import APPENDED_STAGE, LOG_REFUSALS, PUBLISH_REPEATS, PUBLISH_WINDOW
 
 __all__ = ["Lease", "LogWriter", "Publisher"]
 
@@ -158,6 +158,7 @@ class LogWriter:
         self._window: deque[bytes] = deque()  # bounded by WINDOW_EVENTS and WINDOW_BYTES
         self._window_bytes = 0
         self._base = 0  # number of the first unacknowledged event
+        self._first_at = self.progress_at  # when event 0 was sent
         self._acknowledged: set[int] = set()  # beyond the base; bounded by the window
         self._room: asyncio.Future[None] | None = None
         self._stuck_since: float | None = None
@@ -194,6 +195,8 @@ class LogWriter:
         self._check_lost()
         if not self._window:
             self.progress_at = self._loop.time()
+            if not self._base:
+                self._first_at = self.progress_at
         connected = self._may_send()
         number = self._base + len(self._window)
         for data in batch:
@@ -294,6 +297,8 @@ class LogWriter:
         if number != self._base:
             self._acknowledged.add(number)
             return
+        if not self._base:
+            APPENDED_STAGE.observe(self.progress_at - self._first_at)
         while True:
             self._window_bytes -= len(self._window.popleft())
             self._base += 1

@@ -11,7 +11,7 @@ from nats.js.api import DiscardPolicy
 from prometheus_client import REGISTRY
 
 from schemas.codec import decode_event, encode_event
-from schemas.events import Completed, Delta, Interrupted, Restarted, is_terminal, type_of
+from schemas.events import Completed, Delta, Interrupted, Restarted, Started, is_terminal, type_of
 from schemas.requests import Request
 from schemas.subjects import Address, lane_of, request_subject, token_subject
 from schemas.topology import REQUESTS, Topology
@@ -169,7 +169,9 @@ async def test_generations_that_outlive_the_drain_are_taken_over_before_the_leas
 async def test_an_unresponsive_log_does_not_delay_a_hand_over(
     broker: Broker, nats_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    request = ask("g1", params=QUICK)
+    request = ask("g1", params=QUICK, on_producer_loss="restart")
+    begun = Started(generation="g1", seq=0, model="m", provider="scripted", upstream_model="story")
+    await broker.publish_stored(subject_of(request), encode_event(begun))
     reading = asyncio.Event()
 
     async def silence(_relay: Relay) -> Begun:

@@ -95,8 +95,10 @@ class Feed:
         self._loop = asyncio.get_running_loop()
         self._connection = self._reconnects()
 
-    async def open(self) -> None:
+    async def open(self, after: int | None = None) -> None:
         """Subscribe to the live subject, read the running or latest answer from the log, and join both.
+
+        ``after``: stream sequence up to which the log is known to hold no event of the session.
 
         Raises:
             BrokerUnavailable: the broker does not answer.
@@ -105,7 +107,11 @@ class Feed:
         self._subscription = await self._broker.listen(subject, self._live)
         # The broker processes a connection's input in order: it knows the subscription when it answers the first read.
         async with self._reading:
-            await self._read_latest()
+            if after is None:
+                await self._read_latest()
+            else:
+                self._reset(after)
+                await self._read_from(after + 1)
             await self._join()
 
     async def close(self) -> None:

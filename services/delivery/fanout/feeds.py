@@ -14,6 +14,7 @@ from services.delivery.fanout.supervisor import Supervisor
 from services.delivery.log.states import LogStates
 from services.delivery.reports.counting import DeliveryCounts
 from services.delivery.requests.deleted_sessions import DeletedSessions
+from services.delivery.requests.recent_starts import RecentStart
 from services.delivery.settings import Settings
 from services.kit.clock import Clock
 from services.kit.jetstream.broker import Broker, BrokerUnavailable, StreamState
@@ -70,8 +71,8 @@ class Feeds:
         """Return the open feeds."""
         return list(self._feeds.values())
 
-    async def feed(self, tenant: str, session: str) -> Feed:
-        """Return the session's feed; open it if needed.
+    async def feed(self, tenant: str, session: str, start: RecentStart | None = None) -> Feed:
+        """Return the session's feed; open it if needed. ``start``: a generation accepted here, if it is known.
 
         Raises:
             TooBusy: this replica follows ``settings.feeds`` sessions already.
@@ -87,7 +88,7 @@ class Feeds:
             await self._retire(feed)
         if key not in self._opening and len(self._feeds) + len(self._opening) >= self._settings.feeds:
             raise TooBusy(f"this replica follows {self._settings.feeds} sessions already")
-        return await self._opening.run(key, lambda: self._open(tenant, session))
+        return await self._opening.run(key, lambda: self._open(tenant, session, start))
 
     async def end_deleted(self, deleted: DeletedSession) -> None:
         """Close the feed of a deleted session and end its subscribers."""
@@ -125,11 +126,14 @@ class Feeds:
         metrics.FEEDS.set(len(self._feeds))
         metrics.FEED_BYTES.set(size)
 
-    async def _open(self, tenant: str, session: str) -> Feed:
+    async def _open(self, tenant: str, session: str, start: RecentStart | None) -> Feed:
         issuer = await self._states.issuer(tenant, session)
+        # A session without events before a start needs no search for its latest and its running answers.
+        is_known = start is not None and start.is_first and start.issuer.prefix == issuer.prefix
+        after = start.seq if start is not None and is_known else None
         feed = Feed(self._broker, self._clock, self._states, issuer, tenant, session, self._settings, self._counts)
         try:
-            feed.deleted_through, _ = await together(self._deleted.through(tenant, session, issuer), feed.open())
+            feed.deleted_through, _ = await together(self._deleted.through(tenant, session, issuer), feed.open(after))
         except BaseException:
             await feed.close()
             raise

@@ -171,7 +171,7 @@ class Streams:
                 if recent is None
                 else recent.record
             )
-        feed = await self._feeds.feed(tenant, options.session)
+        feed = await self._feeds.feed(tenant, options.session, recent)
         if options.cursor is not None:
             position = await self._check(options.cursor, feed)
             if options.generation is None and position.seq <= feed.deleted_through:

@@ -143,7 +143,7 @@ class Intake:
         # No event of the generation can be stored before its request is queued.
         end = self._end(tenant, session, issuer, generation if key else None)
         try:
-            created, before = await together(self._lookups.create(record), end)
+            created, (before, is_first) = await together(self._lookups.create(record), end)
         except BrokerUnavailable:
             self._withdrawals.add(start)
             raise
@@ -164,7 +164,7 @@ class Intake:
         metrics.NOTED.observe(noted_at - admitted_at)
         metrics.QUEUED.observe(self._clock.monotonic() - noted_at)
         if created is not None:
-            self._recent.add(record, issuer, before)
+            self._recent.add(record, issuer, before, is_first=is_first)
         return generation, cursor, created is None
 
     async def cancel(self, tenant: str, session: str, generation: str) -> str:
@@ -228,16 +228,19 @@ class Intake:
                 headers={"Retry-After": str(LOG_FULL_RETRY_SECONDS)},
             )
 
-    async def _end(self, tenant: str, session: str, issuer: CursorIssuer, repeated: str | None) -> int:
-        """Return the stream sequence before a new generation, or before the existing one of a repeated request."""
+    async def _end(self, tenant: str, session: str, issuer: CursorIssuer, repeated: str | None) -> tuple[int, bool]:
+        """Return the stream sequence before a new generation, or before the existing one of a repeated request.
+
+        Also returns whether the log holds no event of the session.
+        """
         reader = self._states.reader(tenant, session, issuer.partition)
         last, deleted = await together(
             self._broker.last(reader.stream, reader.filter), self._deleted.through(tenant, session, issuer)
         )
-        first = await reader.first_of(repeated) if last and repeated else None
-        if first is not None:
-            return first - 1
-        return last.seq if last else deleted
+        if last is None:
+            return deleted, True
+        first = await reader.first_of(repeated) if repeated else None
+        return last.seq if first is None else first - 1, False
 
     async def _is_waiting_repeat(self, record: GenerationRecord) -> bool:
         """Return whether an earlier request under the same key may not have reached the queue.

@@ -13,11 +13,15 @@ BOUND: Final = 10_000
 
 
 class RecentStart(NamedTuple):
-    """An accepted generation: its record as created, and the stream sequence before its first event."""
+    """An accepted generation: its record as created, and the stream sequence before its first event.
+
+    ``is_first``: whether the log held no event of its session then.
+    """
 
     record: GenerationRecord
     issuer: CursorIssuer
     seq: int
+    is_first: bool
     at: float
 
 
@@ -28,7 +32,7 @@ class RecentStarts:
         self._clock = clock
         self._starts: dict[tuple[str, str, str], RecentStart] = {}  # by age; bounded by BOUND
 
-    def add(self, record: GenerationRecord, issuer: CursorIssuer, seq: int) -> None:
+    def add(self, record: GenerationRecord, issuer: CursorIssuer, seq: int, *, is_first: bool) -> None:
         """Remember a start whose request was queued; ``seq``: stream sequence before its first event."""
         now = self._clock.monotonic()
         while self._starts:
@@ -36,7 +40,7 @@ class RecentStarts:
             if len(self._starts) < BOUND and now - self._starts[oldest].at < SECONDS:
                 break
             del self._starts[oldest]
-        self._starts[record.tenant, record.session, record.generation] = RecentStart(record, issuer, seq, now)
+        self._starts[record.tenant, record.session, record.generation] = RecentStart(record, issuer, seq, is_first, now)
 
     def get(self, tenant: str, session: str, generation: str) -> RecentStart | None:
         """Return a start of the last `SECONDS`."""

@@ -14,8 +14,8 @@ from schemas.topology import BUCKET, Topology
 from services.kit.jetstream import api
 from services.kit.jetstream.admin import APPLY_SECONDS, NotReady, Refused, apply_topology, token_partitions
 from services.kit.jetstream.bucket import Bucket
-from services.kit.jetstream.client import RelayClient, parse_headers
-from services.kit.jetstream.connection import Connection, Message
+from services.kit.jetstream.client import RelayClient, header_number, parse_headers, parse_status
+from services.kit.jetstream.connection import Connection
 from services.kit.jetstream.errors import APIError, BrokerUnavailable, ReadFailed, unavailable
 from services.kit.stamps import nanoseconds
 
@@ -344,32 +344,30 @@ class Broker(Connection):
         done: asyncio.Future[int] = loop.create_future()
         patience = asyncio.timeout(seconds)
 
-        async def receive(msg: Message) -> None:
-            headers = msg.headers or {}
-            status = headers.get("Status")
+        def receive(data: bytes, block: bytes | None) -> None:
             if done.done():
                 return
-            if not got:  # once an answer has begun, do not retry a slow one
+            if not got:  # it answers: do not ask twice because of a slow answer
                 patience.reschedule(loop.time() + READ_TIMEOUT)
-            if status is None:
-                time = headers.get("Nats-Time-Stamp", "")
-                got.append(Stored(int(headers["Nats-Sequence"]), headers["Nats-Subject"], msg.data, time))
-            elif status == "204":
-                done.set_result(int(headers.get("Nats-Num-Pending", "0")))
-            elif status == "404":
+            block = block or b""
+            seq, status = header_number(block, b"Nats-Sequence: "), parse_status(block)
+            if seq is not None:
+                fields = parse_headers(block)
+                got.append(Stored(seq, fields.get("Nats-Subject", ""), data, fields.get("Nats-Time-Stamp", "")))
+            elif status[0] == "204":
+                done.set_result(header_number(block, b"Nats-Num-Pending: ") or 0)
+            elif status[0] == "404":
                 done.set_result(0)
             else:
-                done.set_exception(ReadFailed(f"reading {stream}: {status} {headers.get('Description', '')}"))
+                done.set_exception(ReadFailed(f"reading {stream}: {status[0]} {status[1]}"))
 
-        inbox = self.client.new_inbox()
-        subscription = await self.subscribe(inbox, receive)
+        token = b""
         try:
             async with patience:
-                await self.client.publish(f"$JS.API.DIRECT.GET.{stream}", msgspec.json.encode(query), reply=inbox)
+                token = await self.client.ask(f"$JS.API.DIRECT.GET.{stream}", msgspec.json.encode(query), receive)
                 return got, await done
         finally:
-            if not self.client.is_closed:
-                await subscription.unsubscribe()
+            self.client.forget(token)
 
     async def purge(self, stream: str, filter_: str) -> None:
         """Remove all messages whose subject matches ``filter_`` from a stream.

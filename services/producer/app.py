@@ -16,6 +16,7 @@ from services.kit.jetstream.storage import Storage
 from services.kit.problem import EXCEPTION_HANDLERS
 from services.kit.settings import Shared
 from services.kit.shutdown import ANSWERS, Stop, end
+from services.kit.tasks import together
 from services.kit.telemetry import configure_logging, describe_service
 from services.producer.adapters.circuits import Circuits
 from services.producer.adapters.publisher import Publisher
@@ -23,6 +24,7 @@ from services.producer.adapters.records import Records
 from services.producer.adapters.upstreams import Upstreams
 from services.producer.call import CallContext
 from services.producer.core.bounds import EVENT_BYTES
+from services.producer.core.counting import load_encodings
 from services.producer.late_usage import LateUsage
 from services.producer.relay import RelayContext
 from services.producer.settings import Settings, load_producer_settings
@@ -53,7 +55,8 @@ async def main(stop: Stop) -> None:
         Broker.connect(shared.nats_url, "producer", tls=shared.tls()) as broker,
         Upstreams.opened(registry, clock) as upstreams,
     ):
-        await broker.keep(shared.topology())
+        # Ready means that the first request is as fast as the next one: vocabularies load while the broker is set up.
+        await together(asyncio.to_thread(load_encodings, registry.encodings()), broker.keep(shared.topology()))
         if broker.client.max_payload < LEAST_PAYLOAD:
             log.warning(
                 "message limit of the broker is too small for the largest events",

@@ -203,6 +203,10 @@ class Registry:
         models = {name: list(MODELS) for name, provider in self.providers.items() if provider.dialect == "scripted"}
         return Announcement(aliases=aliases, providers=sorted(self.providers), models=models)
 
+    def encodings(self) -> set[str]:
+        """Return the encodings that the configuration names for the candidates of its aliases."""
+        return {c.encoding for candidates in self.aliases.values() for c in candidates if c.encoding}
+
     def resolve(self, model: str) -> list[Candidate]:
         """Return the candidates for a model's name in order of trial; an alias has priority over ``provider/model``.
 

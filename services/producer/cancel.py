@@ -15,7 +15,7 @@ from schemas.control import CANCEL, HEARD, OVER, OVER_BUDGET
 from schemas.requests import GenerationRecord, Request
 from schemas.subjects import control_subject
 from services.kit.jetstream.broker import Broker, BrokerUnavailable
-from services.kit.jetstream.connection import Message, Subscription
+from services.kit.jetstream.connection import Subscription
 from services.kit.tasks import BackgroundTasks
 from services.producer.interruption import Interruption
 from services.producer.lane import LEAVE_SECONDS
@@ -47,18 +47,17 @@ class CancelListener:
             BrokerUnavailable: the broker does not answer.
         """
 
-        async def control(msg: Message) -> None:
+        def control(data: bytes, reply: str) -> None:
             if has_ended():
-                await self._reply(msg.reply, OVER)
+                self._reply(reply, OVER)
                 return
-            if msg.data == CANCEL:
+            if data == CANCEL:
                 interruption.interrupt("cancelled", "requested")
-            elif msg.data == OVER_BUDGET:
+            elif data == OVER_BUDGET:
                 interruption.interrupt("over_budget", "budget_exceeded")
-            await self._reply(msg.reply, HEARD)
+            self._reply(reply, HEARD)
 
-        subject = control_subject(request.tenant, request.session, request.generation)
-        return await self._broker.subscribe(subject, control)
+        return await self._broker.respond(control_subject(request.tenant, request.session, request.generation), control)
 
     def linger(self, subscription: Subscription) -> None:
         """Keep answering for `LINGER_SECONDS` after the end, so that a cancel request under way does not time out."""
@@ -75,11 +74,11 @@ class CancelListener:
 
     async def stop(self, subscription: Subscription) -> None:
         """Stop listening at once, unless the subscription lingers."""
-        if subscription not in self._lingering and not self._broker.client.is_closed:
-            await subscription.unsubscribe()
+        if subscription not in self._lingering:
+            await self._broker.unlisten(subscription)
 
-    async def _reply(self, subject: str, data: bytes) -> None:
+    def _reply(self, subject: str, data: bytes) -> None:
         try:
-            await self._broker.publish(subject, data)
+            self._broker.send(subject, data, "")
         except BrokerUnavailable as error:
             log.warning("cancel not answered", detail=str(error))

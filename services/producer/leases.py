@@ -15,7 +15,8 @@ from schemas.holders import HELD, asked_claim, holder_question
 from schemas.subjects import Address, holder_subject
 from services.kit.jetstream.ack import IN_PROGRESS
 from services.kit.jetstream.broker import Broker, BrokerUnavailable
-from services.kit.jetstream.connection import Message, Subscription
+from services.kit.jetstream.connection import Subscription
+from services.kit.tasks import BackgroundTasks
 from services.producer import metrics
 from services.producer.adapters.claims import Claim, Claims
 from services.producer.adapters.publisher import Lease, Publisher
@@ -54,6 +55,7 @@ class Leases:
         self._claims = claims
         self._seconds = seconds
         self._held: dict[Address, HeldRequest] = {}  # also those that wait for a slot; bounded by twice the slots
+        self._answers = BackgroundTasks()  # each for CONFIRM_SECONDS at most
         self._settled_at = 0.0
         broker.on_reconnect(self._reconnected)
 
@@ -76,13 +78,17 @@ class Leases:
         """Record the claim on a request, and answer other producers from now on that it is held here."""
         held.claim = claim
 
-        async def answer(msg: Message) -> None:
-            if asked_claim(msg.data) == claim.seq and await self.confirm(held):
-                await self._broker.publish(msg.reply, HELD)
+        async def confirm(reply: str) -> None:
+            if await self.confirm(held):
+                await self._broker.publish(reply, HELD)
+
+        def answer(data: bytes, reply: str) -> None:
+            if asked_claim(data) == claim.seq:
+                self._answers.start(confirm(reply), name="holder")
 
         address = held.address
         subject = holder_subject(address.tenant, address.session, address.generation)
-        held.questions = await self._broker.subscribe(subject, answer)
+        held.questions = await self._broker.respond(subject, answer)
 
     async def release(self, held: HeldRequest) -> None:
         """Stop holding a request; keep a newer delivery of it that is held by now."""
@@ -90,7 +96,7 @@ class Leases:
             del self._held[held.address]
         questions, held.questions = held.questions, None
         if questions is not None:
-            await self._broker.unsubscribe(questions)
+            await self._broker.unlisten(questions)
 
     def holds(self, address: Address) -> bool:
         """Return whether this process holds the request of a generation."""

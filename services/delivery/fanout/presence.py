@@ -6,7 +6,7 @@ import structlog
 
 from schemas.subjects import presence_filter
 from services.kit.jetstream.broker import Broker, BrokerUnavailable
-from services.kit.jetstream.connection import Message, Subscription
+from services.kit.jetstream.connection import Subscription
 
 __all__ = ["Presence"]
 
@@ -33,14 +33,14 @@ class Presence:
         self._held[subject] = (count + 1, subscription)
         if count == 0:
             try:
-                made = await self._broker.subscribe(subject, self._answer)
+                made = await self._broker.respond(subject, self._answer)
             except BrokerUnavailable as error:
                 log.debug("presence not told", detail=str(error))
                 return
             if subject in self._held:
                 self._held[subject] = (self._held[subject][0], made)
-            elif not self._broker.client.is_closed:
-                await made.unsubscribe()
+            else:
+                await self._broker.unlisten(made)
 
     async def _leave(self, subject: str) -> None:
         count, subscription = self._held[subject]
@@ -48,12 +48,12 @@ class Presence:
             self._held[subject] = (count - 1, subscription)
             return
         del self._held[subject]
-        if subscription is not None and not self._broker.client.is_closed:
-            await subscription.unsubscribe()
+        if subscription is not None:
+            await self._broker.unlisten(subscription)
 
-    async def _answer(self, msg: Message) -> None:
+    def _answer(self, _data: bytes, reply: str) -> None:
         try:
-            await self._broker.publish(msg.reply, b"here")
+            self._broker.send(reply, b"here", "")
         except BrokerUnavailable as error:
             log.debug("presence not told", detail=str(error))
 

@@ -21,11 +21,13 @@ from services.kit.jetstream.client import Arrival, Delivery, RelayClient
 from services.kit.jetstream.errors import AWAY, APIError, BrokerUnavailable
 from services.kit.shutdown import end
 
-__all__ = ["BrokerUnavailable", "Callback", "Connection", "Message", "Subscription", "expecting"]
+__all__ = ["BrokerUnavailable", "Callback", "Connection", "Message", "Responder", "Subscription", "expecting"]
 
 log = structlog.get_logger()
 
 Callback = Callable[[Message], Awaitable[None]]
+Responder = Callable[[bytes, str], None]
+"""A function of the data of a request and its reply subject. It must return quickly and never raise."""
 PENDING_BYTES: Final = 8 * 1024 * 1024
 CLOSE_SECONDS: Final = 0.5
 """Seconds for the server to read the last written data; a frozen one reads nothing."""
@@ -206,6 +208,21 @@ class Connection:
             return await self.client.listen_to_deliveries(subject, delivery)
         except (nats.errors.Error, OSError) as error:
             raise BrokerUnavailable(f"cannot subscribe to {subject}: {error!r}") from error
+
+    async def respond(self, subject: str, answer: Responder) -> Subscription:
+        """Subscribe a plain function that answers requests; ``answer`` gets their data and reply subject.
+
+        It costs neither a queue nor a task, for the many subjects that rarely get a message. End it with `unlisten`
+        or `leave`.
+
+        Raises:
+            BrokerUnavailable: the connection is closed.
+        """
+
+        def deliver(_subject: bytes, reply: bytes, data: bytes, _headers: bytes | None) -> None:
+            answer(bytes(data), bytes(reply).decode())
+
+        return await self.listen_to_deliveries(subject, deliver)
 
     async def unlisten(self, subscription: Subscription) -> None:
         """End a subscription made by `listen` or `listen_to_deliveries`."""

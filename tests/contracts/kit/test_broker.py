@@ -4,13 +4,11 @@ import asyncio
 from typing import Any
 
 import pytest
-from nats.aio.msg import Msg
-from nats.aio.subscription import Subscription
 
 from schemas.subjects import Address, live_filter, log_filter, token_subject
 from schemas.topology import Topology
 from services.kit.jetstream.broker import Broker, BrokerUnavailable, Stored
-from services.kit.jetstream.connection import Callback
+from services.kit.jetstream.client import Reply
 from tests.conftest import eventually
 
 STREAM = "TOKENS_0"
@@ -103,19 +101,24 @@ async def test_a_slow_reply_is_not_requested_twice(broker: Broker, monkeypatch: 
     for _ in range(3):
         await broker.publish_stored(token_subject(A), b"x")
     monkeypatch.setattr("services.kit.jetstream.broker.READ_TRIES", (0.3, 0.3))
-    subscribe, inboxes = broker.subscribe, []
+    ask, asked, loop = broker.client.ask, [], asyncio.get_running_loop()
 
-    async def late(subject: str, callback: Callback, **named: Any) -> Subscription:
-        async def slow(msg: Msg) -> None:
-            await callback(msg)
-            await asyncio.sleep(0.2)
+    async def late(subject: str, payload: bytes, receive: Reply, *more: Any) -> bytes:
+        if "DIRECT.GET" not in subject:
+            return await ask(subject, payload, receive, *more)
+        asked.append(subject)
+        answers = 0
 
-        inboxes.append(subject)
-        return await subscribe(subject, slow, **named)
+        def slow(data: bytes, headers: bytes | None) -> None:
+            nonlocal answers
+            loop.call_later(0.2 * answers, receive, data, headers)
+            answers += 1
 
-    monkeypatch.setattr(broker, "subscribe", late)
+        return await ask(subject, payload, slow, *more)
+
+    monkeypatch.setattr(broker.client, "ask", late)
     found = [m.data async for batch in broker.read(STREAM, token_subject(A)) for m in batch]
-    assert (found, len(inboxes)) == ([b"x"] * 3, 1)
+    assert (found, len(asked)) == ([b"x"] * 3, 1)
 
 
 async def test_reading_nothing_yields_nothing(broker: Broker) -> None:

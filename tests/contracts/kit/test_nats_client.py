@@ -300,3 +300,33 @@ async def test_connect_respects_its_timeout_when_the_library_loses_a_cancellatio
             async with Connection.connect("nats://127.0.0.1:1", "test", wait=0.1):
                 pass
     assert lost == 2
+
+
+async def test_replies_of_concurrent_requests_go_to_their_own_requests(nats_server: NatsServer) -> None:
+    async with Broker.connect(nats_server.url, "one") as one, Broker.connect(nats_server.url, "two") as two:
+
+        def answer(data: bytes, reply: str) -> None:
+            two.send(reply, data[::-1], "")
+
+        subscription = await two.respond("asked.*", answer)
+        await two.flush()
+        found = await asyncio.gather(*(one.request(f"asked.{n}", b"%04d" % n) for n in range(500)))
+        assert found == [(b"%04d" % n)[::-1] for n in range(500)]
+        assert not one.client._replies
+        await two.unlisten(subscription)
+        await two.flush()
+        assert await one.request("asked.1") is None, "nobody listens any more"
+
+
+async def test_a_request_without_a_reply_leaves_nothing_behind(nats_server: NatsServer) -> None:
+    async with Broker.connect(nats_server.url, "one") as one, Broker.connect(nats_server.url, "two") as two:
+        await two.respond("silent", lambda _data, _reply: None)
+        await two.flush()
+        with pytest.raises(BrokerUnavailable):
+            await one.request("silent", timeout=0.05)
+        asking = asyncio.create_task(one.request("silent", timeout=30))
+        await asyncio.sleep(0.05)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        assert not one.client._replies

@@ -153,6 +153,8 @@ class Stream:
 
     def send_one(self) -> bool:
         """Stamp and send the next token; return whether there are more."""
+        if self._transport.is_closing():  # a client that cancelled, or a producer that was told to
+            return False
         index = self._index
         chunk = WORDS[(self._word + index) % len(WORDS)] if index else _content(token(self.order.stream, 0))
         self._provider.cells[self._first + index] = time.monotonic_ns()

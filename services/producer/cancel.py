@@ -79,6 +79,6 @@ class CancelListener:
 
     def _reply(self, subject: str, data: bytes) -> None:
         try:
-            self._broker.send(subject, data, "")
+            self._broker.answer(subject, data)
         except BrokerUnavailable as error:
             log.warning("cancel not answered", detail=str(error))

@@ -83,7 +83,7 @@ class Leases:
                 await self._broker.publish(reply, HELD)
 
         def answer(data: bytes, reply: str) -> None:
-            if asked_claim(data) == claim.seq:
+            if reply and asked_claim(data) == claim.seq:
                 self._answers.start(confirm(reply), name="holder")
 
         address = held.address

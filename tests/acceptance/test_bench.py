@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from bench.relay.report import Report
+from services.kit.stages import STAGES
 
 pytestmark = pytest.mark.acceptance
 ROOT = Path(__file__).parents[2]
@@ -45,6 +46,20 @@ def test_a_provider_alone_is_measured_without_a_broker(tmp_path: Path) -> None:
     (direct,) = scenario.outcomes
     assert direct.tokens_delivered == direct.tokens_produced == direct.events == 200
     assert set(direct.processes) == {"provider", "client-0", "client-1"}
+
+
+def test_open_loop_answers_arrive_whole_or_cancelled_and_the_stages_are_measured(tmp_path: Path) -> None:
+    result = bench("relay", "open-smoke", "--stages", "--json", str(tmp_path / "bench.json"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    (scenario,) = msgspec.json.decode((tmp_path / "bench.json").read_bytes(), type=Report).scenarios
+    direct, tailrace = scenario.outcomes
+    assert (direct.starts, direct.failed) == (tailrace.starts, 0)
+    assert tailrace.starts == tailrace.complete + tailrace.cancelled > 5
+    assert tailrace.failed == tailrace.mismatches == 0
+    assert tailrace.first_ms.p99 > 0
+    assert tuple(tailrace.stages_ms) == STAGES
+    assert set(tailrace.cpu_ms_per_start) == {"nats-server", "producer", "delivery", "billing"}
+    assert "stage of a start" in result.stdout
 
 
 def test_help_names_scenarios_and_exit_codes() -> None:

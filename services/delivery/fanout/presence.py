@@ -53,7 +53,7 @@ class Presence:
 
     def _answer(self, _data: bytes, reply: str) -> None:
         try:
-            self._broker.send(reply, b"here", "")
+            self._broker.answer(reply, b"here")
         except BrokerUnavailable as error:
             log.debug("presence not told", detail=str(error))
 

@@ -109,9 +109,13 @@ class SessionEvents:
         (generation, cursor, repeated), _ = await together(
             accepting(), self._streams.prepare(principal.tenant, session)
         )
-        stream = await self._streams.open(principal, options._replace(generation=generation))
-        format_, _, content_type = _STREAMS[media_type]
         headers = start_headers(session, generation, cursor, repeated)
+        try:
+            stream = await self._streams.open(principal, options._replace(generation=generation))
+        except Problem as problem:  # the request is queued: say where its stream is
+            problem.headers |= {name.decode(): value.decode() for name, value in headers}
+            raise
+        format_, _, content_type = _STREAMS[media_type]
         gzip = self._compress and takes_gzip(header(scope, b"accept-encoding"))
         if gzip:
             return streaming(self._streams, stream, _GZIPPED[format_], content_type, gzip=True, headers=headers)

@@ -8,7 +8,7 @@ from services.kit.clock import Clock
 
 __all__ = ["RecentStart", "RecentStarts"]
 
-SECONDS: Final = 30.0
+SECONDS: Final = 10.0
 BOUND: Final = 10_000
 
 

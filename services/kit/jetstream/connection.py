@@ -224,6 +224,15 @@ class Connection:
 
         return await self.listen_to_deliveries(subject, deliver)
 
+    def answer(self, reply: str, data: bytes) -> None:
+        """Answer a request of `respond`; do nothing where it asked for no answer.
+
+        Raises:
+            BrokerUnavailable: the outgoing buffer is full.
+        """
+        if reply:
+            self.send(reply, data, "")
+
     async def unlisten(self, subscription: Subscription) -> None:
         """End a subscription made by `listen` or `listen_to_deliveries`."""
         await self.client.unlisten(subscription)

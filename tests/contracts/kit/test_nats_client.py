@@ -330,3 +330,19 @@ async def test_a_request_without_a_reply_leaves_nothing_behind(nats_server: Nats
         with pytest.raises(asyncio.CancelledError):
             await asking
         assert not one.client._replies
+
+
+async def test_a_message_that_wants_no_answer_gets_none(nats_server: NatsServer) -> None:
+    async with Broker.connect(nats_server.url, "one") as one, Broker.connect(nats_server.url, "two") as two:
+        heard: list[bytes] = []
+
+        def answer(data: bytes, reply: str) -> None:
+            heard.append(data)
+            two.answer(reply, b"yes")
+
+        await two.respond("told", answer)
+        await two.flush()
+        await one.publish("told", b"without")
+        assert await one.request("told", b"with") == b"yes"
+        assert heard == [b"without", b"with"]
+        assert two.reconnects == 0, "an empty reply subject would end the connection"

@@ -13,6 +13,7 @@ from httpx_sse import aconnect_sse
 from schemas.requests import Announcement
 from services.delivery.formats.negotiation import negotiate
 from services.kit.jetstream.broker import Broker
+from services.kit.problem import Problem
 from services.producer.adapters.records import Records
 from tests.conftest import NatsServer, eventually
 from tests.support.credentials import bearer, guarded, token
@@ -179,3 +180,20 @@ async def test_first_reader_of_a_start_asks_for_no_record(stage: Stage, monkeypa
     assert await client.read_all() == 200
     assert [client.events[0]["type"], client.events[-1]["type"]] == ["started", "completed"]
     assert metric("tailrace_delivery_subscribers", transport="sse") == 0
+
+
+async def test_accepted_start_whose_stream_cannot_be_opened_names_its_generation(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def away(*_: object) -> None:
+        raise Problem(503, "the log does not answer", headers={"Retry-After": "1"})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage.replica.streams, "open", away)
+        answer = await stage.http.post(path(stage), json=BODY, headers=SSE)
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+    generation = answer.headers["tailrace-generation"]
+    assert answer.headers["location"] == f"/v1/sessions/s/generations/{generation}"
+    client = stage.events(generation=generation)
+    assert await client.read_all() == 200
+    assert client.events[-1]["type"] == "completed"

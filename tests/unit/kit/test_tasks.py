@@ -2,9 +2,10 @@
 
 import asyncio
 
+import pytest
 import structlog.testing
 
-from services.kit.tasks import BackgroundTasks, SingleFlight, wait_for_event
+from services.kit.tasks import BackgroundTasks, SingleFlight, first_of, together, wait_for_event
 
 
 async def test_background_tasks_are_counted_until_they_end() -> None:
@@ -123,3 +124,58 @@ async def test_a_cancellation_at_the_same_time_as_the_event_is_not_lost() -> Non
     waiting.cancel()
     await asyncio.gather(waiting, return_exceptions=True)
     assert waiting.cancelled()
+
+
+async def test_two_coroutines_run_at_the_same_time_and_both_results_return() -> None:
+    met = asyncio.Barrier(2)
+
+    async def one(value: int) -> int:
+        await met.wait()
+        return value
+
+    async with asyncio.timeout(5):
+        assert await together(one(1), one(2)) == (1, 2)
+
+
+async def test_the_first_failure_of_two_coroutines_cancels_the_other() -> None:
+    cancelled = asyncio.Event()
+
+    async def endless() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+
+    async def failing() -> None:
+        await asyncio.sleep(0)
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        await together(endless(), failing())
+    assert cancelled.is_set()
+
+
+async def test_a_cancelled_caller_cancels_both_coroutines() -> None:
+    ended: list[int] = []
+
+    async def endless(number: int) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(number)
+
+    task = asyncio.create_task(together(endless(1), endless(2)))
+    await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert sorted(ended) == [1, 2]
+
+
+async def test_the_first_of_several_waits_ends_the_others() -> None:
+    ready, never = asyncio.Event(), asyncio.Event()
+    asyncio.get_running_loop().call_later(0.01, ready.set)
+    async with asyncio.timeout(5):
+        await first_of(None, ready.wait(), never.wait())
+        await first_of(0.01, never.wait())
+    assert not never._waiters  # type: ignore[attr-defined]

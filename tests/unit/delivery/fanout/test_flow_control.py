@@ -1,11 +1,22 @@
 """Test the events in flight to a client, its window, and its rate limit."""
 
+import asyncio
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.delivery.fanout.flow_control import RECORDS, AutoWindow, InFlight
+from services.delivery.fanout.flow_control import (
+    CREDIT_HIGH,
+    RECORDS,
+    AutoWindow,
+    CreditCount,
+    FlowControl,
+    InFlight,
+)
+from services.delivery.formats.frames import UNLIMITED
 from services.delivery.websocket.token_bucket import TokenBucket
+from services.kit.problem import Problem
 
 LOW, START, HIGH = 16_384, 65_536, 1_048_576
 
@@ -108,3 +119,73 @@ def test_pace_never_allows_more_than_burst_and_rate(pauses: list[float]) -> None
         now += pause
         now += pace.take(1.0, now)
         assert taken <= 20.0 + 10.0 * now + 1e-6
+
+
+class Limited:
+    """A subscriber that only remembers its limits."""
+
+    room = space = -1
+
+    def limit(self, room: int, space: int) -> None:
+        self.room, self.space = room, space
+
+
+def flow(events: int | None = None, size: int | None = None, *, auto: bool = False) -> tuple[FlowControl, Limited]:
+    made, subscriber = FlowControl(lambda: 1.0, events, size, auto=auto), Limited()
+    made.join(subscriber)  # type: ignore[arg-type]
+    return made, subscriber
+
+
+def test_no_credit_is_no_limit_and_cannot_be_added_to() -> None:
+    made, subscriber = flow(0, None)
+    assert (subscriber.room, subscriber.space) == (UNLIMITED, UNLIMITED)
+    with pytest.raises(Problem) as refused:
+        made.grant(1, 1)
+    assert refused.value.status == 409
+
+
+def test_credit_granted_and_acknowledged_adds_up() -> None:
+    made, subscriber = flow(2, 100)
+    made.sent(5, 2, 40)
+    subscriber.room, subscriber.space = 0, 60
+    made.grant(3, None)
+    assert (subscriber.room, subscriber.space) == (3, 60)
+    made.acked(5)
+    assert (subscriber.room, subscriber.space) == (5, 100)
+
+
+def test_an_acknowledgement_ahead_of_what_was_sent_is_refused() -> None:
+    made, _ = flow(2)
+    made.sent(5, 1, 10)
+    with pytest.raises(Problem) as refused:
+        made.acked(6)
+    assert refused.value.status == 409
+
+
+def test_credit_before_a_subscriber_joins_is_kept() -> None:
+    made, subscriber = FlowControl(lambda: 1.0, 1, None, auto=False), Limited()
+    made.grant(4, 0)
+    made.join(subscriber)  # type: ignore[arg-type]
+    assert (subscriber.room, subscriber.space) == (5, UNLIMITED)
+
+
+def test_credit_and_a_window_exclude_each_other() -> None:
+    with pytest.raises(Problem) as refused:
+        flow(1, auto=True)
+    assert refused.value.status == 400
+
+
+def test_credit_never_grows_beyond_its_bound() -> None:
+    made, subscriber = flow(CREDIT_HIGH, 1)
+    made.grant(CREDIT_HIGH, CREDIT_HIGH)
+    assert (subscriber.room, subscriber.space) == (CREDIT_HIGH, CREDIT_HIGH)
+
+
+async def test_waiting_for_credit_ends_with_a_grant_a_close_or_in_time() -> None:
+    credit = CreditCount(0)
+    assert not await credit.wait(0.01)
+    asyncio.get_running_loop().call_later(0.01, credit.grant, 3)
+    assert await credit.wait(5)
+    credit.take(3)
+    asyncio.get_running_loop().call_later(0.01, credit.close)
+    assert not await credit.wait(5)

@@ -131,12 +131,22 @@ class Unconsume(ClientMessage, tag="unconsume"):
     consumer: Name
 
 
+class StartSubscription(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """How the generation that a `StartGeneration` starts is read; fields as of `Subscribe`."""
+
+    granularity: Name | None = None
+    coalesce: int | None = None
+    credit: CreditBody | None = None
+    window: Literal["auto"] | None = None
+
+
 class StartGeneration(ClientMessage, tag="start"):
-    """Start a generation. ``request``: the body as over HTTP."""
+    """Start a generation. ``request``: the body as over HTTP. ``subscribe``: also read it, from its first event."""
 
     session: Name
     request: Any
     idempotency_key: str | None = None
+    subscribe: StartSubscription | None = None
 
 
 class Cancel(ClientMessage, tag="cancel"):

@@ -17,6 +17,7 @@ from services.delivery.formats.protobuf import PROTOBUF, Batch, item, item_read
 from services.delivery.grpc.problems import as_message, as_problem
 from services.kit.auth.principal import Principal
 from services.kit.problem import Problem
+from services.kit.tasks import together
 
 __all__ = ["TOO_SLOW", "AttachCall", "Operation", "decoded", "read_options_of"]
 
@@ -104,6 +105,10 @@ def _position(text: str) -> int:
     return cursor.seq << 32 | cursor.offset
 
 
+async def _awaiting(work: Awaitable[Any]) -> Any:
+    return await work
+
+
 class AttachCall:
     """Serve one call of `Attach`. ``operations``: functions that execute `start` and `cancel` for a principal.
 
@@ -187,6 +192,10 @@ class AttachCall:
         match kind:
             case "subscribe":
                 self._subscribe(request.id, request.subscribe)
+            case "start" if request.start.HasField("follow"):
+                subscription = self._reserve(request.id, request.start.follow)
+                await self._under_way.acquire()
+                self._spawn(self._start_and_serve(subscription, request.start))
             case "start" | "cancel":
                 await self._under_way.acquire()
                 self._spawn(self._operate(request.id, kind, getattr(request, kind)))
@@ -211,13 +220,44 @@ class AttachCall:
         return found
 
     def _subscribe(self, id_: str, request: pb.Subscribe) -> None:
+        self._spawn(self._serve(self._reserve(id_, request), request.read))
+
+    def _reserve(self, id_: str, request: pb.Subscribe) -> _Subscription:
+        """Return a new subscription, which the call counts from now on.
+
+        Raises:
+            Problem: 409, the id is in use; 429, the call has too many subscriptions; 400, wrong limits.
+        """
         if id_ in self._subscriptions:
             raise Problem(409, f"the subscription {id_!r} has not ended: use another id")
         if len(self._subscriptions) >= SUBSCRIPTIONS:
             raise Problem(429, f"a call has at most {SUBSCRIPTIONS} subscriptions: open another one")
         subscription = _Subscription(id_, request, self._outbox)
         self._subscriptions[id_] = subscription
-        self._spawn(self._serve(subscription, request.read))
+        return subscription
+
+    async def _start_and_serve(self, subscription: _Subscription, request: pb.StartRequest) -> None:
+        """Start a generation, answer with it, and serve it to the subscription."""
+        id_, read, principal = subscription.id, pb.ReadRequest(), self._principal
+        read.CopyFrom(request.follow.read)
+        try:
+            if read.session or read.generation or read.after or read.begin:
+                raise Problem(400, "follow.read may have granularity and coalesce_ms: the start names the rest")
+            read.session, read.begin = request.session, pb.BEGIN_START
+            read_options_of(read)
+            self._streams.check(principal, request.session)
+            request.ClearField("follow")
+            start = self._operations["start"](principal, request)
+            response, _ = await together(_awaiting(start), self._streams.prepare(principal.tenant, request.session))
+            await self._outbox.send((item(id_, start=response),))
+        except Exception as error:
+            del self._subscriptions[id_]
+            await self._outbox.send((item(id_, problem=as_message(as_problem(error))),))
+            return
+        finally:
+            self._under_way.release()
+        read.generation = response.generation
+        await self._serve(subscription, read)
 
     async def _serve(self, subscription: _Subscription, request: pb.ReadRequest) -> None:
         id_ = subscription.id

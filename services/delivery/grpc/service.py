@@ -128,6 +128,8 @@ class DeliveryService:
             BrokerUnavailable: nothing was queued.
         """
         _check("session", request.session)
+        if request.HasField("follow"):
+            raise Problem(400, "follow belongs to Attach: Start answers once")
         authorize(principal, "start", request.session)
         key = request.idempotency_key or None
         if key is not None and len(key) > KEY_LIMIT:

@@ -29,6 +29,7 @@ from services.delivery.formats.websocket_messages import (
     RequestId,
     Settle,
     StartGeneration,
+    StartSubscription,
     Subscribe,
     Subscribed,
     Unconsume,
@@ -43,6 +44,7 @@ from services.kit.auth.principal import Principal, authorize
 from services.kit.clock import Clock
 from services.kit.problem import Problem
 from services.kit.request_head import BodyLimit
+from services.kit.tasks import together
 
 __all__ = ["CLOSES", "Connection", "SocketContext"]
 
@@ -272,15 +274,22 @@ class Connection:
             granularity=message.granularity,
             coalesce=message.coalesce,
         )
-        if message.session in self._subscriptions:
-            raise Problem(409, f"this socket reads session {message.session!r} already: unsubscribe first")
+        subscription = self._reserve(message.session, message)
+        subscription.task = asyncio.create_task(self._follow(message.id, options, subscription))
+
+    def _reserve(self, session: str, limits: Subscribe | StartSubscription) -> Subscription:
+        """Return a new subscription of a session, which the socket counts from now on.
+
+        Raises:
+            Problem: 409, the session is read already; 429, the socket has too many subscriptions; 400, wrong limits.
+        """
+        if session in self._subscriptions:
+            raise Problem(409, f"this socket reads session {session!r} already: unsubscribe first")
         if len(self._subscriptions) >= SUBSCRIPTIONS:
             raise Problem(429, f"a socket has at most {SUBSCRIPTIONS} subscriptions", slug="too-many-subscriptions")
-        subscription = Subscription(
-            self._outbox, self._clock.monotonic, message.credit, auto=message.window is not None
-        )
-        self._subscriptions[message.session] = subscription
-        subscription.task = asyncio.create_task(self._follow(message.id, options, subscription))
+        made = Subscription(self._outbox, self._clock.monotonic, limits.credit, auto=limits.window is not None)
+        self._subscriptions[session] = made
+        return made
 
     async def _follow(self, id_: RequestId | None, options: ReadOptions, subscription: Subscription) -> None:
         reason = "disconnected"
@@ -331,7 +340,7 @@ class Connection:
         task.add_done_callback(self._operations.discard)
 
     async def _answered(self, message: Any, operation: Any) -> None:
-        answer: msgspec.Struct
+        answer: msgspec.Struct | None
         try:
             answer = await operation
         except Problem as problem:
@@ -339,25 +348,38 @@ class Connection:
         except Exception:
             log.exception("request over a socket failed", request=type(message).__name__)
             answer = _error(Problem(500, "the error has been logged"), message)
-        await self._send_if_open(answer)
+        if answer is not None:
+            await self._send_if_open(answer)
 
-    async def _start(self, message: StartGeneration) -> msgspec.Struct:
-        named("session", message.session)
-        principal = authorize(self._principal, "start", message.session)
+    async def _start(self, message: StartGeneration) -> msgspec.Struct | None:
+        """Start a generation; return the answer, or ``None`` when it is sent already and a subscription follows."""
+        session = message.session
+        named("session", session)
+        principal = authorize(self._principal, "start", session)
         key = message.idempotency_key
         if key is not None and not 0 < len(key) <= KEY_LIMIT:
             raise Problem(400, f"idempotency_key must have 1 to {KEY_LIMIT} characters")
         request = _generation_request(message.request)
-        accepted = self._context.intake.accept(principal, message.session, request, key)
-        generation, cursor, repeated = await reach(accepted)
-        return Accepted(
-            id=message.id,
-            session=message.session,
-            generation=generation,
-            cursor=cursor,
-            state="queued",
-            repeated=repeated,
-        )
+        if message.subscribe is None:
+            return _accepted(message, *await reach(self._context.intake.accept(principal, session, request, key)))
+        # Check and reserve what the subscription needs before anything is queued.
+        wanted, streams = message.subscribe, self._context.streams
+        options = ReadOptions.read(session, from_="start", granularity=wanted.granularity, coalesce=wanted.coalesce)
+        streams.check(principal, session)
+        subscription = self._reserve(session, wanted)
+        try:
+            accept = reach(self._context.intake.accept(principal, session, request, key))
+            found, _ = await together(accept, streams.prepare(principal.tenant, session))
+            await self._send_if_open(_accepted(message, *found))
+        except BaseException:
+            del self._subscriptions[session]
+            raise
+        if subscription.unsubscribed or self._over.done():
+            del self._subscriptions[session]
+            return End(session=session, reason="unsubscribed", generation=found[0])
+        options = options._replace(generation=found[0])
+        subscription.task = asyncio.create_task(self._follow(message.id, options, subscription))
+        return None
 
     async def _cancel(self, message: Cancel) -> msgspec.Struct:
         named("session", message.session)
@@ -365,6 +387,17 @@ class Connection:
         principal = authorize(self._principal, "cancel", message.session)
         state = await reach(self._context.intake.cancel(principal.tenant, message.session, message.generation))
         return Cancelling(id=message.id, session=message.session, generation=message.generation, state=state)
+
+
+def _accepted(message: StartGeneration, generation: str, cursor: str, repeated: bool) -> Accepted:
+    return Accepted(
+        id=message.id,
+        session=message.session,
+        generation=generation,
+        cursor=cursor,
+        state="queued",
+        repeated=repeated,
+    )
 
 
 def _cost(message: Any) -> float:

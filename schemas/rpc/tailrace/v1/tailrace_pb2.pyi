@@ -558,7 +558,7 @@ class Stopped(_message.Message):
     def __init__(self, reason: _Optional[str] = ...) -> None: ...
 
 class StartRequest(_message.Message):
-    __slots__ = ("session", "idempotency_key", "model", "messages", "metadata", "options")
+    __slots__ = ("session", "idempotency_key", "model", "messages", "metadata", "options", "follow")
     class MetadataEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -572,13 +572,15 @@ class StartRequest(_message.Message):
     MESSAGES_FIELD_NUMBER: _ClassVar[int]
     METADATA_FIELD_NUMBER: _ClassVar[int]
     OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    FOLLOW_FIELD_NUMBER: _ClassVar[int]
     session: str
     idempotency_key: str
     model: str
     messages: _containers.RepeatedCompositeFieldContainer[Message]
     metadata: _containers.ScalarMap[str, str]
     options: bytes
-    def __init__(self, session: _Optional[str] = ..., idempotency_key: _Optional[str] = ..., model: _Optional[str] = ..., messages: _Optional[_Iterable[_Union[Message, _Mapping]]] = ..., metadata: _Optional[_Mapping[str, str]] = ..., options: _Optional[bytes] = ...) -> None: ...
+    follow: Subscribe
+    def __init__(self, session: _Optional[str] = ..., idempotency_key: _Optional[str] = ..., model: _Optional[str] = ..., messages: _Optional[_Iterable[_Union[Message, _Mapping]]] = ..., metadata: _Optional[_Mapping[str, str]] = ..., options: _Optional[bytes] = ..., follow: _Optional[_Union[Subscribe, _Mapping]] = ...) -> None: ...
 
 class Message(_message.Message):
     __slots__ = ("role", "content", "json")

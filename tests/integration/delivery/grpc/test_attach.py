@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -15,51 +15,7 @@ from services.kit.auth.principal import Principal
 from services.kit.jetstream.broker import Broker
 from tests.conftest import NatsServer, eventually
 from tests.support.delivery_server import TENANT, Log, keys, metric, story
-from tests.support.grpc_server import Client, GrpcStage, Read, serving_calls
-
-
-class Attached:
-    """One call of `Attach`: the messages of each id, and those without an id."""
-
-    def __init__(self, client: Client, **options: Any) -> None:
-        self.call = client.attach(**options)
-        self.reads: dict[str, Read] = {}
-        self.said: dict[str, list[tuple[str, Any]]] = {}
-
-    async def say(self, id_: str, **kind: Any) -> None:
-        await self.call.write(pb.AttachRequest(id=id_, **kind))
-
-    async def subscribe(self, id_: str, session: str = "s", **subscribe: Any) -> None:
-        read = pb.ReadRequest(session=session, begin=pb.BEGIN_START)
-        await self.say(id_, subscribe=pb.Subscribe(**({"read": read} | subscribe)))
-
-    async def until(self, enough: Callable[[], object]) -> None:
-        while not enough():
-            response = await asyncio.wait_for(self.call.read(), 15)
-            assert response is not grpc.aio.EOF, self.said
-            self.take(response)
-
-    async def to_the_end(self) -> None:
-        while (response := await asyncio.wait_for(self.call.read(), 15)) is not grpc.aio.EOF:
-            self.take(response)
-
-    def take(self, response: pb.AttachResponse) -> None:
-        for item in response.items:
-            kind = item.WhichOneof("kind")
-            assert kind is not None
-            if kind == "read":
-                self.reads.setdefault(item.id, Read()).take(item.read)
-            else:
-                self.said.setdefault(item.id, []).append((kind, getattr(item, kind)))
-
-    def count(self, id_: str) -> int:
-        return len(self.reads[id_].events) if id_ in self.reads else 0
-
-    def kinds(self, id_: str) -> list[str]:
-        return [kind for kind, _ in self.said.get(id_, [])]
-
-    def last(self, id_: str) -> Any:
-        return self.said[id_][-1][1]
+from tests.support.grpc_server import Attached, GrpcStage, serving_calls
 
 
 @pytest.fixture

@@ -65,7 +65,7 @@ class DeliveryReports:
                 messages = await consumer.fetch(BATCH, wait=WAIT_SECONDS)
                 await self._deliveries.put(_reports(messages))
                 # Also reports whose generation was unknown to billing when they arrived.
-                await self._deliveries.position()
+                await self._deliveries.update_generations()
                 for _, reply, _ in messages:
                     await self._broker.publish(reply.decode(), ACK)
                 if consumer.end in (End.GONE, End.REFUSED):

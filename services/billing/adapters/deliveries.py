@@ -37,14 +37,14 @@ class Deliveries:
         """Store the newest report of each counter; repeated and older reports change nothing."""
         newest: dict[tuple[str, ...], DeliveredReport] = {}
         for report in reports:
-            position = (report.tenant, report.session, report.generation, report.counter)
-            if position not in newest or newest[position].number < report.number:
-                newest[position] = report
+            key = (report.tenant, report.session, report.generation, report.counter)
+            if key not in newest or newest[key].number < report.number:
+                newest[key] = report
         if newest:
             async with writing(self.engine) as connection:
-                await connection.execute(self._upsert, [_row(newest[position]) for position in sorted(newest)])
+                await connection.execute(self._upsert, [_row(newest[key]) for key in sorted(newest)])
 
-    async def position(self) -> int:
+    async def update_generations(self) -> int:
         """Write new sums to the generations that exist by now; return their number."""
         placed = 0
         while True:

@@ -44,9 +44,9 @@ async def test_counters_are_summed_and_tokens_are_the_maximum_of_all_subscribers
     assert await delivered(ledger) == (None, None, None, None)
     deliveries = Deliveries(ledger.engine)
     await deliveries.put([report(), report("b-1", tokens=50, subscribers=2)])
-    assert await deliveries.place() == 1
+    assert await deliveries.update_generations() == 1
     assert await delivered(ledger) == (3, 6, 50, 200)
-    assert await deliveries.place() == 0
+    assert await deliveries.update_generations() == 0
 
 
 async def test_the_newest_report_of_a_counter_wins_in_any_order(ledger: Ledger) -> None:
@@ -54,16 +54,16 @@ async def test_the_newest_report_of_a_counter_wins_in_any_order(ledger: Ledger) 
     deliveries = Deliveries(ledger.engine)
     await deliveries.put([report(number=3, events=9), report(number=2, events=5)])
     await deliveries.put([report(number=1), report(number=2, events=5), report(number=3, events=9)])
-    await deliveries.place()
+    await deliveries.update_generations()
     assert await delivered(ledger) == (1, 9, 30, 100)
 
 
 async def test_a_report_before_its_generation_is_applied_later(ledger: Ledger) -> None:
     deliveries = Deliveries(ledger.engine)
     await deliveries.put([report()])
-    assert await deliveries.place() == 0
+    assert await deliveries.update_generations() == 0
     await ledger.commit(0, (0, 1), NOW, [generation()])
-    assert await deliveries.place() == 1
+    assert await deliveries.update_generations() == 1
     assert (await delivered(ledger))[0] == 1
 
 
@@ -71,7 +71,7 @@ async def test_rewriting_a_generation_keeps_its_delivery_counts(ledger: Ledger) 
     await ledger.commit(0, (0, 1), NOW, [generation(terminal=None)])
     deliveries = Deliveries(ledger.engine)
     await deliveries.put([report()])
-    await deliveries.place()
+    await deliveries.update_generations()
     await ledger.commit(0, (1, 2), NOW, [generation(terminal=Completed)])
     assert await delivered(ledger) == (1, 3, 30, 100)
 
@@ -83,10 +83,10 @@ async def test_several_writers_at_once_lose_no_report(ledger: Ledger) -> None:
         deliveries = Deliveries(ledger.engine)
         for number in range(1, 6):
             await deliveries.put([report(counter, number, f"g{n}", events=number) for n in range(20)])
-            await deliveries.place()
+            await deliveries.update_generations()
 
     await asyncio.gather(*(writer(f"w-{n}") for n in range(3)))
-    await Deliveries(ledger.engine).position()
+    await Deliveries(ledger.engine).update_generations()
     for n in range(20):
         assert await delivered(ledger, f"g{n}") == (3, 15, 30, 300)
 

@@ -100,8 +100,13 @@ class Processes:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        seconds = STOP_SECONDS
         for process in reversed(self.all.values()):
-            process.stop()
+            try:
+                process.stop(seconds=seconds)
+            except KeyboardInterrupt:  # asked again while stopping: kill the rest, and leave none behind
+                seconds = 0.0
+                process.stop(seconds=seconds)
 
     def start(self, name: str, command: Sequence[str], env: dict[str, str] | None = None) -> Process:
         """Start a process with additional environment variables."""

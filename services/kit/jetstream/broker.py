@@ -345,7 +345,7 @@ class Broker(Connection):
         patience = asyncio.timeout(seconds)
 
         def receive(data: bytes, block: bytes | None) -> None:
-            if done.done():
+            if done.done() or patience.expired():  # an expired one cannot be extended, and the parser must not fail
                 return
             if not got:  # it answers: do not ask twice because of a slow answer
                 patience.reschedule(loop.time() + READ_TIMEOUT)

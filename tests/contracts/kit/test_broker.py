@@ -1,6 +1,7 @@
 """The broker port against a real nats-server."""
 
 import asyncio
+import time
 from typing import Any
 
 import pytest
@@ -119,6 +120,33 @@ async def test_a_slow_reply_is_not_requested_twice(broker: Broker, monkeypatch: 
     monkeypatch.setattr(broker.client, "ask", late)
     found = [m.data async for batch in broker.read(STREAM, token_subject(A)) for m in batch]
     assert (found, len(asked)) == ([b"x"] * 3, 1)
+
+
+async def test_a_reply_at_the_moment_of_the_timeout_does_no_harm(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await broker.publish_stored(token_subject(A), b"x")
+    monkeypatch.setattr("services.kit.jetstream.broker.READ_TRIES", (0.1, 5.0))
+    ask, loop, failed = broker.client.ask, asyncio.get_running_loop(), []
+
+    async def at_the_timeout(subject: str, payload: bytes, receive: Reply, *more: Any) -> bytes:
+        monkeypatch.setattr(broker.client, "ask", ask)
+
+        def arrive() -> None:
+            try:
+                receive(b"x", b"NATS/1.0\r\nNats-Sequence: 1\r\n\r\n")
+            except RuntimeError as error:
+                failed.append(error)
+
+        # A loop that is blocked handles the timeout and the reply in one round, before the reader can run.
+        loop.call_later(0.01, time.sleep, 0.3)
+        loop.call_later(0.2, arrive)
+        await asyncio.sleep(5)  # sending takes long
+        return b"lost"
+
+    monkeypatch.setattr(broker.client, "ask", at_the_timeout)
+    found = [m.data async for batch in broker.read(STREAM, token_subject(A)) for m in batch]
+    assert (found, failed) == ([b"x"], [])
 
 
 async def test_reading_nothing_yields_nothing(broker: Broker) -> None:
